@@ -1,0 +1,2046 @@
+"""Rundown engine: background jobs over HTTP, kept in one SQLite file.
+
+    python rundown_engine.py --db jobs.db
+
+    curl -H 'Content-Type: application/json' http://localhost:8181/enqueue -d '{"queue": "images", "payload": "a.jpg"}'
+
+One file, standard library alone: copy it and run it. It owns the state of every job, the retries and the
+storage; workers (rundown_workers.py, curl, anything that speaks HTTP) poll it and report back.
+
+LIFECYCLE
+
+    enqueue -> pending --poll--> running --complete--> done
+                 ^  ^               |
+                 |  +-- fail, lost worker (retries left), release
+                 |                  +-- fail (no retries left) --> failed
+                 +---- retry ------- failed | cancelled
+    pending | running --cancel--> cancelled
+
+A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key, worker, progress,
+result, error, created_at, updated_at, next_run_at, started_at, finished_at. `attempt` counts claims and names the
+current one; `retries` counts failures and lost workers and is what `max_retries` bounds.
+
+CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
+
+    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id -> the job
+                     {"jobs": [...]}, at most 10,000: all or nothing
+    POST /poll       queue, limit, wait, worker, lease, max_retries, timeout, hung -> a job, 204 when there is none;
+                     with limit a list of jobs; wait: sleep for a job that long (at most 60)
+    POST /complete   id, attempt, result
+    POST /fail       id, attempt, error, retry (false: never again), delay (instead of the backoff)
+    POST /heartbeat  id, attempt, progress -> 409 when the claim is gone
+    POST /release    id, attempt -> pending again, nothing counted
+                     these four also take {"jobs": [...]}; each item is answered in order, with `error` and `code` if refused
+    POST /cancel     id, or queue with status (pending, running)   -> {"count": n}
+    POST /retry      id, or queue with status (failed, cancelled)  -> {"count": n}
+    POST /purge      queue and/or status (never running)           -> {"count": n}
+    POST /pause, /resume   queue
+    GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
+    GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`
+    GET  /queues     counts, oldest age, paused, workers seen, the last hour by the minute
+    GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
+    GET  /, /docs    the dashboard; this text
+    GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
+
+Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign page, 404, 405, 409 not
+(or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 503 storage trouble (with Retry-After).
+
+GUARANTEES
+
+- Acknowledged means on disk: the answer is sent after the commit (synchronous=FULL unless --sync normal).
+- At least once, fenced: a job has one claim at a time; whoever names an older `attempt` gets 409 and changes nothing.
+- Within a queue: higher priority first, then the earliest due, then the oldest. Whatever their number, a poll costs the same.
+- The n-th retry is due 5 * n^2 seconds after the failure. A lost worker (no sign of life within its lease) counts as
+  a failure, but a job whose retries are used up still survives 3 losses. So a job that kills its worker ends, always.
+- The lease is `timeout` + 5 s from the claim; a poll that names a `lease` must heartbeat within it. It runs on a clock that
+  setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more.
+- Enqueuing an `id` that exists, or a `key` that is pending or running in the queue, returns that job with "created": false.
+
+LIMITS
+
+One engine per database, on a local disk. A body has at most 8 MiB, a JSON value at most 200 levels, an integer 4,300 digits.
+Done and cancelled jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A system clock that is set back is
+followed only slowly (1 ms a second) until the engine is restarted: run_at is early by what is left of the difference.
+"""
+
+import argparse
+import base64
+import bisect
+import collections
+import contextlib
+import datetime
+import difflib
+import functools
+import hashlib
+import hmac
+import http
+import http.server
+import ipaddress
+import itertools
+import json
+import os
+import pathlib
+import re
+import select
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+
+# -- Settings ---------------------------------------------------------------------------------------------------------
+
+VERSION = '1.0'
+PORT = 8181
+DEFAULT_TIMEOUT = 300       # seconds a handler may take where neither job nor worker says
+GRACE = 5                   # seconds beyond the timeout before a worker counts as lost
+BACKOFF = 5                 # seconds; times the square of the number of retries
+MAX_LOSSES = 3              # lost workers that a job without retries survives
+MAX_WAIT = 60               # seconds a long poll may take
+MAX_BATCH = 10000           # jobs in a body
+MAX_LIMIT = 1000            # jobs in an answer
+MAX_BODY = 8 << 20          # bytes of a request's body
+MAX_HEAD = 32 << 10         # bytes of a request's line and headers
+MAX_HEADERS = 100           # header lines of a request
+MAX_DEPTH = 200             # levels of a JSON value
+MAX_DIGITS = 4300           # digits of a JSON integer; beyond it newer Pythons refuse and older ones take quadratic time
+MAX_ERROR = 64 << 10        # characters of an error; the middle is cut out
+MAX_ATTEMPTS = 10           # ended attempts that a job remembers, with errors of
+MAX_ATTEMPT_ERROR = 4 << 10  # characters
+MAX_WORKERS = 1000          # workers that are remembered
+IDLE = 120                  # seconds until an idle connection is closed
+DEADLINE = 30               # seconds for a request to arrive, and for its answer to be taken
+BIG_BODY = 256 << 10        # bytes; of bodies above it
+BIG_BODIES = 4              # are in memory at a time
+DRAIN = 4                   # seconds that requests in flight get when the engine stops
+READERS = 4                 # idle connections that read
+BUSY = 5                    # seconds to wait for another program's write lock
+TICK = 1                    # seconds between two looks at the clock
+STEP = 500                  # rows that the engine changes on its own account in one transaction
+LINGER = 5                  # seconds to read on after a refusal, so that the client gets to see it
+PRUNE = 60                  # seconds between two rounds of retention
+CHECKPOINT = 4000           # pages in the write-ahead log that start a checkpoint
+CHECKED = 64 << 20          # bytes up to which a database is checked in full at the start
+BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800)   # seconds, of histograms
+GROUPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)                                               # operations in a commit
+
+# -- Lifecycle --------------------------------------------------------------------------------------------------------
+
+TRANSITIONS = (
+    # call        from          to
+    ('poll',      'pending',    'running'),
+    ('complete',  'running',    'done'),
+    ('fail',      'running',    'pending'),     # retries left
+    ('fail',      'running',    'failed'),      # none left, or retry: false
+    ('lose',      'running',    'pending'),     # retries left, or losses
+    ('lose',      'running',    'failed'),
+    ('heartbeat', 'running',    'running'),
+    ('release',   'running',    'pending'),
+    ('cancel',    'pending',    'cancelled'),
+    ('cancel',    'running',    'cancelled'),
+    ('retry',     'failed',     'pending'),
+    ('retry',     'cancelled',  'pending'),
+    ('purge',     'pending',    None),
+    ('purge',     'done',       None),
+    ('purge',     'failed',     None),
+    ('purge',     'cancelled',  None),
+)
+STATUSES = ('pending', 'running', 'done', 'failed', 'cancelled')
+ENDED = ('done', 'failed', 'cancelled')
+
+
+def sources(call):
+    """The statuses from which `call` is drawn."""
+    return tuple(dict.fromkeys(source for name, source, _ in TRANSITIONS if name == call))
+
+
+class Clock:
+    """Engine time, in microseconds since 1970: the wall clock as long as that behaves, never standing still or going back.
+
+    It runs on the monotonic clock from where the wall clock stood at the start, is drawn towards the wall clock by a
+    millisecond a second, and follows it at once only forward (a machine that slept, a clock that was set).
+    `source` has time() and monotonic(), as the module `time` does.
+    """
+
+    def __init__(self, source=time):
+        self.monotonic = source.monotonic
+        self.wall = source.time
+        self.offset = self.wall() - self.monotonic()
+
+    def now(self):
+        return int((self.monotonic() + self.offset) * 1000000)
+
+    def drift(self):
+        """Seconds by which the wall clock is ahead."""
+        return self.wall() - self.monotonic() - self.offset
+
+
+def micros(seconds):
+    return round(seconds * 1000000)
+
+
+def seconds(interval):
+    return interval / 1000000 if interval % 1000000 else interval // 1000000
+
+
+@functools.lru_cache(maxsize=4096)
+def _date(second):
+    return (datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=second)).isoformat()
+
+
+def rfc3339(moment):
+    return None if moment is None else '%s.%06dZ' % (_date(moment // 1000000), moment % 1000000)
+
+# -- Errors -----------------------------------------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """A refusal, raised anywhere and answered in one place: a status, a sentence that names the field, extra headers."""
+    headers = ()
+
+    def __init__(self, sentence, **headers):
+        super().__init__(sentence)
+        self.headers = [*self.headers, *headers.items()]
+
+
+def refusal(name, status, meaning, **headers):
+    return type(name, (Refused,), {'__doc__': meaning, 'status': status,
+                                   'headers': [(header.replace('_', '-'), value) for header, value in headers.items()]})
+
+
+BadRequest     = refusal('BadRequest',     400, 'The input is not what the call takes.')
+Unauthorized   = refusal('Unauthorized',   401, 'The token is missing or wrong.', WWW_Authenticate='Bearer')
+Forbidden      = refusal('Forbidden',      403, 'A page of another origin asks.')
+NotFound       = refusal('NotFound',       404, 'There is no such job or path.')
+NotAllowed     = refusal('NotAllowed',     405, 'The path is there, the method is not.')
+TooSlow        = refusal('TooSlow',        408, 'The request did not arrive in time.')
+Stale          = refusal('Stale',          409, 'The job is not, or no longer, in a state that allows the call.')
+LengthRequired = refusal('LengthRequired', 411, 'The length of the body is not told beforehand.')
+TooLarge       = refusal('TooLarge',       413, 'The body is longer than the engine takes.')
+NotJSON        = refusal('NotJSON',        415, 'The body does not claim to be JSON.')
+Misdirected    = refusal('Misdirected',    421, "The Host is none of this engine's names.")
+HeadTooLarge   = refusal('HeadTooLarge',   431, 'The header section is larger than the engine takes.')
+Fault          = refusal('Fault',          500, "A mistake of the engine's own.")
+Unavailable    = refusal('Unavailable',    503, 'The storage is in trouble: nothing was acknowledged, try again.', Retry_After='1')
+Unusable       = refusal('Unusable',       503, 'The engine cannot start like this.')
+
+# -- Fields -----------------------------------------------------------------------------------------------------------
+# A check takes a JSON value and returns what the store takes, or raises ValueError with what is allowed.
+
+UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')
+SURROGATE = re.compile('[\x00\ud800-\udfff]')
+RFC3339 = re.compile(r'(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-])(\d\d):(\d\d))', re.ASCII)
+encode = json.JSONEncoder(separators=(',', ':')).encode
+
+
+def name(value):
+    if type(value) is str and 0 < len(value) <= 200 and not UNPRINTABLE.search(value):
+        return value
+    raise ValueError('must be a string of 1 to 200 characters without control characters')
+
+
+def prose(value):
+    if type(value) is not str:
+        raise ValueError('must be a string')
+    return shorten(SURROGATE.sub('\ufffd', value), MAX_ERROR)
+
+
+def shorten(value, longest):
+    half = longest // 2
+    return value if len(value) <= longest else f'{value[:half]}\n[... {len(value) - 2 * half} characters ...]\n{value[-half:]}'
+
+
+def anything(value):
+    """Any JSON value, as JSON text."""
+    try:
+        text = encode(value)
+    except RecursionError:
+        raise ValueError(f'must not be nested deeper than {MAX_DEPTH} levels') from None
+    if text.count('[') + text.count('{') > MAX_DEPTH and depth(value) > MAX_DEPTH:
+        raise ValueError(f'must not be nested deeper than {MAX_DEPTH} levels')
+    return text
+
+
+def depth(value):
+    levels, layer = 0, [value]
+    while layer:
+        layer = [v for v in layer if isinstance(v, (dict, list))]
+        levels += bool(layer)
+        layer = [inner for v in layer for inner in (v.values() if isinstance(v, dict) else v)]
+    return levels
+
+
+def flag(value):
+    if type(value) is bool:
+        return value
+    raise ValueError('must be true or false')
+
+
+def whole(low, high):
+    def check(value):
+        if type(value) is int and low <= value <= high:
+            return value
+        raise ValueError(f'must be a whole number from {low} to {high}')
+    return check
+
+
+def duration(low, high):
+    """Seconds, as microseconds."""
+    def check(value):
+        if type(value) in (int, float) and low <= value <= high:
+            return micros(value)
+        raise ValueError(f'must be a number of seconds from {low} to {high}')
+    return check
+
+
+def moment(value):
+    """RFC 3339, as microseconds since 1970."""
+    match = RFC3339.fullmatch(value) if type(value) is str else None
+    try:
+        day, clock, fraction, sign, hours, minutes = match.groups()
+        at = datetime.datetime.fromisoformat(f'{day}T{clock}') - datetime.datetime(1970, 1, 1)
+        east = datetime.timedelta(hours=int(hours or 0), minutes=int(minutes or 0)) * (-1 if sign == '-' else 1)
+        at = (at - east) // datetime.timedelta(microseconds=1) + int((fraction or '0').ljust(6, '0')[:6])
+        rfc3339(at)
+    except (AttributeError, ValueError, OverflowError):
+        raise ValueError('must be a time like 2030-01-31T12:00:00Z') from None
+    return at
+
+
+def one_of(*words):
+    def check(value):
+        if value in words and type(value) is str:
+            return value
+        raise ValueError('must be one of ' + ', '.join(words))
+    return check
+
+
+FIELDS = {
+    'id':          name,
+    'queue':       name,
+    'tag':         name,
+    'key':         name,
+    'worker':      name,
+    'after':       name,
+    'payload':     anything,
+    'result':      anything,
+    'progress':    anything,
+    'error':       prose,
+    'status':      one_of(*STATUSES),
+    'retry':       flag,
+    'attempt':     whole(0, 2**53),
+    'priority':    whole(-2**31, 2**31 - 1),
+    'max_retries': whole(0, 1000),
+    'limit':       whole(1, MAX_LIMIT),
+    'hung':        whole(0, 1000000),
+    'timeout':     duration(0, 7 * 86400),
+    'delay':       duration(0, 3650 * 86400),
+    'lease':       duration(0.1, 86400),
+    'wait':        duration(0, MAX_WAIT),
+    'run_at':      moment,
+}
+
+CALLS = {
+    # path        needed    taken
+    '/enqueue':   ('queue', 'payload timeout max_retries tag priority delay run_at key id'),
+    '/poll':      ('queue', 'limit wait worker lease max_retries timeout hung'),
+    '/complete':  ('id',    'attempt result'),
+    '/fail':      ('id',    'attempt error retry delay'),
+    '/heartbeat': ('id',    'attempt progress'),
+    '/release':   ('id',    'attempt'),
+    '/cancel':    ('',      'id queue status'),
+    '/retry':     ('',      'id queue status'),
+    '/purge':     ('',      'queue status'),
+    '/pause':     ('queue', ''),
+    '/resume':    ('queue', ''),
+    '/jobs':      ('',      'queue status tag limit after'),
+    '/jobs/':     ('id',    'wait'),
+    '/status/':   ('id',    ''),
+    '/details/':  ('tag',   ''),
+}
+TAKEN = {path: frozenset((needed + ' ' + taken).split()) for path, (needed, taken) in CALLS.items()}
+
+
+def checked(path, body):
+    """The fields of `body` as the store takes them. Null is as good as missing. BadRequest names the field."""
+    if type(body) is not dict:
+        raise BadRequest('the body must be a JSON object, such as {"queue": "images"}')
+    taken, ask = TAKEN.get(path, ()), {}
+    for field, value in body.items():
+        if field not in taken:
+            raise BadRequest(unknown(field, taken))
+        if value is not None:
+            try:
+                ask[field] = FIELDS[field](value)
+            except ValueError as error:
+                raise BadRequest(f'{field} {error}, not {shown(value)}') from None
+    needed = CALLS[path][0] if path in CALLS else ''
+    if needed and needed not in ask:
+        raise BadRequest(f'{needed} is missing: {path} needs it')
+    return ask
+
+
+def unknown(field, taken):
+    near = difflib.get_close_matches(field[:200], taken, 1)
+    hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(sorted(taken)) or "no fields"}'
+    return f'{shown(field)} is not a field of this call: {hint}'
+
+
+def shown(value):
+    """A value as a sentence may hold it: one line, bounded."""
+    if isinstance(value, (dict, list)):
+        return 'an object' if isinstance(value, dict) else 'a list'
+    return shorten(encode(value if not isinstance(value, str) else value[:60]), 60).replace('\n', ' ')
+
+
+def batch(path, body):
+    """The checked items of {"jobs": [...]}; an item that is refused is its refusal."""
+    items = body['jobs']
+    if len(body) > 1:
+        raise BadRequest('jobs stands alone: the other fields belong into its items')
+    if type(items) is not list or not 0 < len(items) <= MAX_BATCH:
+        raise BadRequest(f'jobs must be a list of 1 to {MAX_BATCH} objects, not {shown(items)}')
+    asks = []
+    for number, item in enumerate(items):
+        try:
+            asks.append(checked(path, item))
+        except BadRequest as error:
+            asks.append(BadRequest(f'jobs[{number}]: {error}'))
+    return asks
+
+
+def _integer(digits):
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f'an integer has more than {MAX_DIGITS} digits')
+    return int(digits)
+
+
+def _finite(digits):
+    value = float(digits)
+    if value in (float('inf'), float('-inf')):
+        raise ValueError(f'{digits[:30]} is larger than a number can be')
+    return value
+
+
+def _constant(word):
+    raise ValueError(f'{word} is not JSON')
+
+
+_decode = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_constant).decode
+
+
+def parsed(body):
+    """The JSON value of a request's body."""
+    try:
+        return _decode(body.decode('utf-8'))
+    except RecursionError:
+        raise BadRequest(f'the body must not be nested deeper than {MAX_DEPTH} levels') from None
+    except ValueError as error:
+        raise BadRequest(f'the body must be JSON in UTF-8: {shorten(str(error), 200)}') from None
+
+# -- Schema -----------------------------------------------------------------------------------------------------------
+
+APPLICATION_ID = 0x52554e44     # "RUND", in the header of the file
+SCHEMA_VERSION = 1
+SCHEMA = '''
+CREATE TABLE jobs (
+    seq                 INTEGER PRIMARY KEY,            -- the order of arrival
+    id                  TEXT    NOT NULL,
+    queue               TEXT    NOT NULL,
+    tag                 TEXT,
+    payload             TEXT,                           -- JSON, as are progress and result
+    status              TEXT    NOT NULL DEFAULT 'pending',
+    scheduled           INTEGER NOT NULL DEFAULT 0,     -- 1: pending, and not due yet
+    priority            INTEGER NOT NULL DEFAULT 0,
+    attempt             INTEGER NOT NULL DEFAULT 0,     -- claims
+    retries             INTEGER NOT NULL DEFAULT 0,     -- failures and lost workers
+    losses              INTEGER NOT NULL DEFAULT 0,     -- lost workers
+    max_retries         INTEGER,                        -- the job's own
+    worker_max_retries  INTEGER,                        -- of the last claim, for jobs without their own
+    timeout             INTEGER,                        -- microseconds, the job's own
+    worker_timeout      INTEGER,
+    lease               INTEGER,                        -- microseconds; null: the timeout and the grace
+    lease_until         INTEGER,                        -- times are microseconds since 1970
+    key                 TEXT,
+    worker              TEXT,
+    progress            TEXT,
+    result              TEXT,
+    error               TEXT,
+    attempts            TEXT,                           -- JSON: the attempts that did not end in done
+    created_at          INTEGER NOT NULL,
+    updated_at          INTEGER NOT NULL,
+    next_run_at         INTEGER NOT NULL,
+    started_at          INTEGER,
+    finished_at         INTEGER
+);
+CREATE TABLE queues (
+    queue               TEXT    PRIMARY KEY,
+    paused              INTEGER NOT NULL DEFAULT 0,
+    polled_at           INTEGER,                        -- the first poll since the engine's start; null: never polled
+    pending             INTEGER NOT NULL DEFAULT 0,     -- jobs by status, kept by the triggers below
+    scheduled           INTEGER NOT NULL DEFAULT 0,     -- of the pending ones
+    running             INTEGER NOT NULL DEFAULT 0,
+    done                INTEGER NOT NULL DEFAULT 0,
+    failed              INTEGER NOT NULL DEFAULT 0,
+    cancelled           INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+
+CREATE UNIQUE INDEX jobs_id     ON jobs (id);
+CREATE INDEX jobs_claim         ON jobs (queue, priority DESC, next_run_at)         -- poll
+    WHERE status = 'pending' AND scheduled = 0;
+CREATE INDEX jobs_due           ON jobs (next_run_at)                               -- promotion of scheduled jobs
+    WHERE status = 'pending' AND scheduled = 1;
+CREATE INDEX jobs_lease         ON jobs (lease_until) WHERE status = 'running';     -- the staleness checker
+CREATE UNIQUE INDEX jobs_key    ON jobs (queue, key)                                -- enqueue with a key
+    WHERE key IS NOT NULL AND status IN ('pending', 'running');
+CREATE INDEX jobs_tag           ON jobs (tag) WHERE tag IS NOT NULL;                -- details, jobs
+CREATE INDEX jobs_finished      ON jobs (status, finished_at)                       -- retention, purge
+    WHERE finished_at IS NOT NULL;
+
+CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
+    INSERT INTO queues (queue, pending, scheduled) VALUES (NEW.queue, 1, NEW.scheduled)
+    ON CONFLICT (queue) DO UPDATE SET pending = pending + 1, scheduled = scheduled + NEW.scheduled;
+END;
+CREATE TRIGGER jobs_update AFTER UPDATE OF status, scheduled ON jobs BEGIN
+    UPDATE queues
+    SET pending   = pending   + (NEW.status = 'pending')   - (OLD.status = 'pending'),
+        scheduled = scheduled + NEW.scheduled              - OLD.scheduled,
+        running   = running   + (NEW.status = 'running')   - (OLD.status = 'running'),
+        done      = done      + (NEW.status = 'done')      - (OLD.status = 'done'),
+        failed    = failed    + (NEW.status = 'failed')    - (OLD.status = 'failed'),
+        cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled')
+    WHERE queue = NEW.queue;
+END;
+CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
+    UPDATE queues
+    SET pending   = pending   - (OLD.status = 'pending'),
+        scheduled = scheduled - OLD.scheduled,
+        running   = running   - (OLD.status = 'running'),
+        done      = done      - (OLD.status = 'done'),
+        failed    = failed    - (OLD.status = 'failed'),
+        cancelled = cancelled - (OLD.status = 'cancelled')
+    WHERE queue = OLD.queue;
+END;
+'''
+
+# -- Group commit -----------------------------------------------------------------------------------------------------
+
+
+class Ticket:
+    """One operation on its way through a commit group, and the thread that waits for it."""
+    __slots__ = ('operation', 'topic', 'alive', 'gate', 'result', 'error', 'answered')
+
+    def __init__(self, operation, topic, alive):
+        self.operation = operation      # () -> result; runs in a transaction, perhaps more than once
+        self.topic = topic              # what it sleeps on while its result is empty; None: it does not
+        self.alive = alive              # () -> is the client still there?
+        self.gate = threading.Lock()    # opened once it is answered, and once it has to lead
+        self.gate.acquire()
+        self.result = self.error = None
+        self.answered = False
+
+    def run(self):
+        self.result = self.error = None
+        try:
+            self.result = self.operation()
+        except Refused as error:
+            self.error = error
+
+    def sleeps(self):
+        return not self.result and self.error is None and self.topic is not None
+
+
+class GroupCommit:
+    """Operations of many threads in shared transactions, after LevelDB's DBImpl::Write.
+
+    The first thread that comes is the leader: it runs all operations that wait in one transaction. Those who come meanwhile
+    wait as followers; when the leader is done it hands the lead to the first of them, then wakes its own followers with
+    their results. An operation that is refused has written nothing, so it does not undo its neighbours.
+
+    An operation with a topic that comes back empty is parked and its thread sleeps on. An operation that calls wake(topic)
+    makes the parked ones join its own group, one by one until one comes back empty: what arrives and the poll that takes
+    it are one commit, and no more sleepers are woken than there are jobs.
+    """
+
+    def __init__(self, transaction):
+        self.transaction = transaction      # constant: a context manager
+        self.lock = threading.Lock()        # guards the next four
+        self.tickets = []                   # for the next transaction
+        self.leading = False                # a thread is the leader
+        self.parked = {}                    # topic -> deque of tickets
+        self.closed = False                 # nobody sleeps any more
+        self.woken = set()                  # topics; the leader's alone
+
+    def run(self, operation, topic=None, wait=0, alive=lambda: True):
+        """The result of operation(), once it is on disk. With a topic: sleep up to `wait` seconds while it is empty."""
+        ticket = Ticket(operation, topic if wait else None, alive)
+        ends = time.monotonic() + wait
+        lead = self._join(ticket)
+        while not ticket.answered:
+            if lead:
+                self._lead()
+                lead = False
+            elif ticket.gate.acquire(timeout=max(0, ends - time.monotonic()) if ticket.topic else -1):
+                lead = not ticket.answered
+            else:
+                self._withdraw(ticket)
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.result
+
+    def wake(self, topic):
+        """Let what is parked on the topic run in this transaction. Called by operations."""
+        if topic in self.parked:
+            self.woken.add(topic)
+
+    def close(self):
+        """Answer all sleepers with their empty results, now and from now on."""
+        with self.lock:
+            self.closed = True
+            sleepers = [ticket for tickets in self.parked.values() for ticket in tickets]
+            self.parked.clear()
+        for ticket in sleepers:
+            ticket.answered = True
+            ticket.gate.release()
+
+    def _join(self, ticket):
+        with self.lock:
+            self.tickets.append(ticket)
+            lead, self.leading = not self.leading, True
+        return lead
+
+    def _withdraw(self, ticket):
+        """Its time is up: wake up if parked; if it is being run just now its answer will come."""
+        with self.lock:
+            if ticket in self.parked.get(ticket.topic, ()):
+                ticket.answered = True
+                self.parked[ticket.topic].remove(ticket)
+                self._tidy(ticket.topic)
+            ticket.topic = None
+
+    def _tidy(self, topic):
+        if not self.parked[topic]:      # the lock is held
+            del self.parked[topic]
+
+    def _lead(self):
+        with self.lock:
+            group, self.tickets = self.tickets, []
+        answered = self._commit(group)
+        with self.lock:
+            heir = self.tickets[0] if self.tickets else None
+            self.leading = heir is not None
+        if heir:
+            heir.gate.release()
+        for ticket in answered:
+            ticket.gate.release()
+
+    def _commit(self, group):
+        """Run the group in one transaction, and say who is answered by it."""
+        self.woken.clear()
+        try:
+            with self.transaction(group):
+                for ticket in group:
+                    ticket.run()
+                while self.woken:
+                    self._rouse(self.woken.pop(), group)
+        except Exception as error:
+            if len(group) > 1 and not isinstance(error, Refused):   # a fault of one operation: find out whose
+                return [answered for ticket in group for answered in self._commit([ticket])]
+            for ticket in group:
+                ticket.error = error
+        with self.lock:
+            for ticket in group:
+                ticket.answered = self.closed or not ticket.sleeps()
+                if not ticket.answered:
+                    self.parked.setdefault(ticket.topic, collections.deque()).append(ticket)
+        return [ticket for ticket in group if ticket.answered]
+
+    def _rouse(self, topic, group):
+        """Run what is parked on the topic again, until one finds nothing: that one stays first in line."""
+        while True:
+            with self.lock:
+                sleepers = self.parked.get(topic)
+                if not sleepers:
+                    return
+                ticket = sleepers.popleft()
+                self._tidy(topic)
+                group.append(ticket)
+            if not ticket.alive():
+                ticket.topic = None
+                continue
+            ticket.run()
+            with self.lock:
+                if ticket.sleeps():
+                    self.parked.setdefault(topic, collections.deque()).appendleft(group.pop())
+                    return
+
+# -- Store ------------------------------------------------------------------------------------------------------------
+
+JOB = """id queue tag payload status priority attempt retries max_retries timeout key worker
+    progress result error created_at updated_at next_run_at started_at finished_at""".split()
+TIMES = ('created_at', 'updated_at', 'next_run_at', 'started_at', 'finished_at')
+VALUES = ('payload', 'progress', 'result')
+
+CLAIM = """
+    SELECT *
+    FROM jobs
+    WHERE queue = :queue AND status = 'pending' AND scheduled = 0
+        AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
+    ORDER BY priority DESC, next_run_at, seq
+    LIMIT :limit"""
+START = """
+    UPDATE jobs
+    SET status = 'running', attempt = attempt + 1, worker = ?, lease = ?, lease_until = ?,
+        worker_timeout = ?, worker_max_retries = ?, started_at = ?, updated_at = ?
+    WHERE seq = ?"""
+INSERT = """
+    INSERT INTO jobs (id, queue, tag, payload, scheduled, priority, max_retries, timeout, key, created_at, updated_at, next_run_at)
+    VALUES (:id, :queue, :tag, :payload, :scheduled, :priority, :max_retries, :timeout, :key, :created_at, :updated_at, :next_run_at)"""
+BY_ID = """
+    SELECT *
+    FROM jobs
+    WHERE id = :id"""
+BY_KEY = """
+    SELECT *
+    FROM jobs
+    WHERE queue = :queue AND key = :key AND status IN ('pending', 'running')"""
+CLAIMED = """
+    SELECT seq, id, queue, status, attempt, retries, losses, max_retries, worker_max_retries, timeout, worker_timeout,
+        lease, worker, error, attempts, next_run_at, started_at
+    FROM jobs
+    WHERE id = ?"""
+COMPLETE = """
+    UPDATE jobs
+    SET status = 'done', result = ?, error = NULL, updated_at = ?, finished_at = ?
+    WHERE seq = ?"""
+HEARTBEAT = """
+    UPDATE jobs
+    SET lease_until = MAX(lease_until, MIN(:now + lease, :last)), progress = COALESCE(:progress, progress), updated_at = :now
+    WHERE seq = :seq"""
+MOVE = """
+    UPDATE jobs
+    SET status = :status, scheduled = :scheduled, retries = :retries, losses = :losses, error = :error, attempts = :attempts,
+        next_run_at = :next_run_at, updated_at = :now, finished_at = :finished_at
+    WHERE seq = :seq"""
+DUE = """
+    SELECT seq, queue
+    FROM jobs
+    WHERE status = 'pending' AND scheduled = 1 AND next_run_at <= ?
+    ORDER BY next_run_at
+    LIMIT ?"""
+LOST = """
+    SELECT id
+    FROM jobs
+    WHERE status = 'running' AND lease_until <= ?
+    ORDER BY lease_until
+    LIMIT ?"""
+NEXT = """
+    SELECT MIN(at)
+    FROM (SELECT MIN(next_run_at) AS at FROM jobs WHERE status = 'pending' AND scheduled = 1
+          UNION ALL
+          SELECT MIN(lease_until) FROM jobs WHERE status = 'running')"""
+RENEW = """
+    UPDATE jobs
+    SET lease_until = MIN(MAX(lease_until, :now + MAX(:grace, COALESCE(lease, 0))),
+                          :now + MAX(:grace, COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace))),
+        started_at = MIN(started_at, :now)
+    WHERE status = 'running'"""
+SHIFT = """
+    UPDATE jobs
+    SET lease_until = lease_until + :by, started_at = started_at + :by
+    WHERE status = 'running'"""
+PRUNED = """
+    DELETE FROM jobs
+    WHERE seq IN (SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? ORDER BY finished_at LIMIT ?)"""
+POLLED = """
+    INSERT INTO queues (queue, polled_at) VALUES (?, ?)
+    ON CONFLICT (queue) DO UPDATE SET polled_at = excluded.polled_at"""
+PAUSE = """
+    INSERT INTO queues (queue, paused) VALUES (:queue, :paused)
+    ON CONFLICT (queue) DO UPDATE SET paused = :paused"""
+FORGET = """
+    DELETE FROM queues
+    WHERE pending + running + done + failed + cancelled = 0 AND NOT paused AND COALESCE(polled_at, 0) < ?"""
+OLDEST = """
+    WITH RECURSIVE levels (priority) AS (
+        SELECT MAX(priority) FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0
+        UNION ALL
+        SELECT (SELECT MAX(priority) FROM jobs
+                WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority < levels.priority)
+        FROM levels WHERE priority IS NOT NULL LIMIT 100)
+    SELECT MIN((SELECT MIN(next_run_at) FROM jobs
+                WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = levels.priority))
+    FROM levels"""
+AHEAD = """
+    SELECT COUNT(*)
+    FROM (SELECT 1 FROM jobs
+          WHERE queue = :queue AND status = 'pending' AND scheduled = 0
+              AND (priority > :priority OR priority = :priority AND (next_run_at, seq) < (:next_run_at, :seq))
+          LIMIT 1000)"""
+
+FILTERS = {
+    'queue':  'queue = :queue',
+    'status': '+status = :status',      # the plus: in the order of seq, not by the index on finished_at
+    'tag':    'tag = :tag',
+    'after':  'seq < (SELECT seq FROM jobs WHERE id = :after)',
+    'last':   'seq > :last',
+}
+SOURCES = {call: sources(call) for call, _, _ in TRANSITIONS}
+STARTED = 'worker lease lease_until worker_timeout worker_max_retries started_at updated_at seq'.split()
+BLANK = dict.fromkeys(JOB + ['worker_timeout', 'worker_max_retries'])
+BLANK.update(status='pending', attempt=0, retries=0)
+
+
+def as_job(row):
+    """The job of a row, as clients see it."""
+    job = {field: row[field] for field in JOB}
+    for field in VALUES:
+        job[field] = None if job[field] is None else json.loads(job[field])
+    for field in TIMES:
+        job[field] = rfc3339(job[field])
+    job['timeout'] = seconds(timeout_of(row))
+    job['max_retries'] = max_retries_of(row)
+    return job
+
+
+def timeout_of(row, worker=None):
+    """Microseconds; 0 and null are no say. The job's own, that of the worker, the default."""
+    return row['timeout'] or worker or row['worker_timeout'] or micros(DEFAULT_TIMEOUT)
+
+
+def max_retries_of(row):
+    return next((n for n in (row['max_retries'], row['worker_max_retries']) if n is not None), 0)
+
+
+def attempt_of(row, outcome, finished_at, error):
+    return {'attempt': row['attempt'], 'worker': row['worker'], 'outcome': outcome, 'started_at': rfc3339(row['started_at']),
+            'finished_at': rfc3339(finished_at), 'error': error and shorten(error, MAX_ATTEMPT_ERROR)}
+
+
+def history(row):
+    """The last attempts of a job: those that were recorded when they ended, and the one that runs or got it done."""
+    attempts = json.loads(row['attempts'] or '[]')
+    if row['status'] in ('running', 'done'):
+        attempts.append(attempt_of(row, row['status'], row['finished_at'], None))
+    return attempts[-MAX_ATTEMPTS:]
+
+
+def filters(ask):
+    """The WHERE clause for the fields that are there, and its values."""
+    found = [clause for field, clause in FILTERS.items() if field in ask]
+    return 'WHERE ' + ' AND '.join(found) if found else '', ask
+
+
+def new_id(now):
+    """A UUID of version 7 (RFC 9562): ordered by time, so that the index on it grows at its end alone."""
+    stamp, chance = '%012x' % (now // 1000), os.urandom(10).hex()
+    return f'{stamp[:8]}-{stamp[8:]}-7{chance[:3]}-{"89ab"[int(chance[3], 16) % 4]}{chance[4:7]}-{chance[7:19]}'
+
+
+def lock(path):
+    """An open file that says that this engine has the database; a file of its own, for closing the database drops SQLite's locks."""
+    try:
+        file = os.fdopen(os.open(path + '.lock', os.O_RDWR | os.O_CREAT, 0o600), 'r+b')
+    except OSError as error:
+        raise Unusable(f'{path} cannot be used: {error.strerror}') from None
+    try:
+        if os.name == 'nt':
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise Unusable(f'{path} is in use by another engine') from None
+    return file
+
+
+def examine(path):
+    """Refuse a file that is no database of ours, by its header alone so that it is not touched; create one that is missing."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o600), 'rb') as file:
+            header = file.read(100)
+    except OSError as error:
+        raise Unusable(f'{path} cannot be used: {error.strerror}') from None
+    journal = path + '-journal'
+    if header and not (os.path.exists(journal) and os.path.getsize(journal)):       # else SQLite finishes a creation that broke off
+        version, application = (int.from_bytes(header[at:at + 4], 'big') for at in (60, 68))
+        if header[:16] != b'SQLite format 3\0' or application != APPLICATION_ID:
+            raise Unusable(f'{path} is not a Rundown database; it was left as it is')
+        if version > SCHEMA_VERSION:
+            raise Unusable(f'{path} was written by a newer engine (schema {version}, this one knows {SCHEMA_VERSION}); it was left as it is')
+    with contextlib.suppress(PermissionError):
+        os.chmod(path, 0o600)
+
+
+class Meter:
+    """Counts since the start: totals, histograms, and the last hour by the minute. Written by the leader after each commit."""
+
+    def __init__(self):
+        self.lock = threading.Lock()                                        # guards all of it
+        self.totals = collections.Counter()                                 # (event, queue) -> n
+        self.seconds = {}                                                   # (event, queue) -> [n per bucket ..., beyond, sum]
+        self.groups = [0] * (len(GROUPS) + 2)                               # the same of operations in a commit
+        self.minutes = collections.deque(maxlen=60)                         # (minute, {(event, queue): n})
+        self.requests = collections.Counter()                               # (route, status) -> n
+
+    def record(self, now, noted, group):
+        with self.lock:
+            observe(self.groups, GROUPS, group)
+            if noted:
+                minute = self._minute(now)
+                for event, queue, took in noted:
+                    self.totals[event, queue] += 1
+                    minute[event, queue] += 1
+                    if took is not None:
+                        histogram = self.seconds.setdefault((event, queue), [0] * (len(BUCKETS) + 2))
+                        observe(histogram, BUCKETS, max(0, took) / 1000000)
+
+    def _minute(self, now):
+        if not self.minutes or self.minutes[-1][0] != now // 60000000:
+            self.minutes.append((now // 60000000, collections.Counter()))
+        return self.minutes[-1][1]
+
+    def request(self, route, status):
+        with self.lock:
+            self.requests[route, status] += 1
+
+    def last_hour(self, now, queue):
+        """Per event 60 counts, the last one of the current minute."""
+        with self.lock:
+            minutes = {at: (m['enqueued', queue], m['completed', queue], m['failed', queue] + m['lost', queue]) for at, m in self.minutes}
+        columns = zip(*(minutes.get(now // 60000000 - ago, (0, 0, 0)) for ago in range(59, -1, -1)))
+        return {event: list(column) for event, column in zip(('enqueued', 'done', 'failed'), columns)}
+
+
+def observe(histogram, buckets, value):
+    histogram[bisect.bisect_left(buckets, value)] += 1
+    histogram[-1] += value
+
+
+class Store:
+    """The jobs of one database: one method a call. Writers go through the group commit, readers have connections of their own."""
+
+    def __init__(self, path, sync='full', clock=time, keep=0, keep_failed=0):
+        self.path = os.path.realpath(path)                      # constant after start:
+        self.sync = sync
+        self.clock = Clock(clock)
+        self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # microseconds; 0: for ever
+        self.commits = GroupCommit(self.transaction)
+        self.meter = Meter()
+        self.readers = collections.deque()                      # safe by itself: idle connections
+        self.trouble = None                                     # what the last commit failed of
+        self.replaced = False                                   # the file under the path is not ours any more
+        self.workers = collections.OrderedDict()                # the leader's: (worker, queue) -> (seen at, hung)
+        self.polled = {}                                        # the leader's: queue -> polled at
+        self.now = 0                                            # the leader's: engine time of the transaction
+        self.noted = []                                         # the leader's: what the meter gets after the commit
+        self.next_due = 0                                       # engine time at which tick() has something to do
+        self.next_prune = 0
+        self.alarm = threading.Event()                          # next_due came nearer
+        self.stopped = False
+        self.lock_file = lock(self.path)
+        self.db = None
+        self._open()
+        self.timekeeper = threading.Thread(target=self._keep_time, name='timekeeper', daemon=True)
+        self.timekeeper.start()
+
+    # the database
+
+    def _open(self):
+        try:
+            examine(self.path)
+            self.inode = os.stat(self.path).st_ino
+            self.commits.run(self._resume)
+            with self.reading() as db:
+                self.polled = dict(db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL').fetchall())
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self):
+        """The connection that writes."""
+        db = sqlite3.connect(self._uri(), uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        try:
+            db.row_factory = sqlite3.Row
+            if not db.execute('PRAGMA user_version').fetchone()[0]:
+                db.executescript(f'BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION_ID};'
+                                 f'PRAGMA user_version = {SCHEMA_VERSION}; COMMIT')
+            db.execute('PRAGMA journal_mode = WAL')
+            db.execute(f'PRAGMA synchronous = {self.sync}')
+            db.execute(f'PRAGMA wal_autocheckpoint = {CHECKPOINT}')
+            db.execute('PRAGMA cache_size = -16384')
+            db.execute('SELECT COUNT(*) FROM queues').fetchone()
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _uri(self):
+        return pathlib.Path(self.path).as_uri() + '?mode=rw'
+
+    def _files(self):
+        """What tells that the files under the path are still those that we write to."""
+        try:
+            return [os.stat(path).st_ino for path in (self.path, self.path + '-wal')]
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def transaction(self, group):
+        """The one place where the database is changed: all of the group is on disk, or nothing and Unavailable."""
+        try:
+            self._still_ours(os.path.exists(self.path) and os.stat(self.path).st_ino == self.inode)
+            if self.db is None:
+                self.db, self.files = self._connect(), None
+            self.db.execute('BEGIN IMMEDIATE')
+            self.files = self.files or self._files()
+            self.now, self.noted = self.clock.now(), []
+            yield
+            self.db.execute('COMMIT')
+        except BaseException as error:
+            self._roll_back(error)
+            raise
+        self._still_ours(self._files() == self.files)
+        self.trouble = None
+        self.meter.record(self.now, self.noted, len(group))
+
+    def _still_ours(self, holds):
+        self.replaced = self.replaced or not holds
+        if self.replaced:
+            self.trouble = f'the database {self.path} was deleted or replaced while in use; restart the engine'
+            raise Unavailable(self.trouble)
+
+    def _roll_back(self, error):
+        try:
+            if self.db is not None and self.db.in_transaction:
+                self.db.execute('ROLLBACK')
+        except sqlite3.Error:
+            pass
+        if isinstance(error, sqlite3.Error):
+            busy = 'locked' in str(error)
+            if not busy and self.db is not None:        # after an I/O error only a fresh connection knows what is on disk
+                self.db.close()
+                self.db = None
+            if self.trouble is None:
+                log(f'storage trouble: {error}')
+            self.trouble = str(error)
+            raise Unavailable(f'the database could not be written ({error}); nothing was changed, try again') from error
+
+    @contextlib.contextmanager
+    def reading(self):
+        """A connection that reads what is committed and never waits for the writer."""
+        try:
+            db = self.readers.pop() if self.readers else self._reader()
+        except (IndexError, sqlite3.Error) as error:
+            raise Unavailable(f'the database could not be opened ({error}); try again') from error
+        try:
+            yield db
+        except sqlite3.Error as error:
+            raise Unavailable(f'the database could not be read ({error}); try again') from error
+        finally:
+            if len(self.readers) < READERS:
+                self.readers.append(db)
+            else:
+                db.close()
+
+    def _reader(self):
+        db = sqlite3.connect(self._uri(), uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute('PRAGMA query_only = ON')
+        return db
+
+    def close(self):
+        """Answer the sleepers, finish the last commit, leave the file in order."""
+        self.stopped = True
+        self.alarm.set()
+        self.commits.close()
+        for db in [self.db, *self.readers]:
+            if db is not None:
+                db.close()
+        self.lock_file.close()
+
+    # calls: producers
+
+    def enqueue(self, asks):
+        return self.commits.run(lambda: [self._enqueue(ask) for ask in asks])
+
+    def _enqueue(self, ask):
+        now = self.now
+        due = ask['run_at'] if 'run_at' in ask else now + ask.get('delay', 0)
+        row = {'id': ask.get('id') or new_id(now), 'created_at': now, 'updated_at': now, 'next_run_at': due,
+               'scheduled': due > now, 'priority': ask.get('priority', 0)}
+        row = {**BLANK, **ask, **row}
+        try:
+            self.db.execute(INSERT, row)
+        except sqlite3.IntegrityError:
+            twin = self.db.execute(BY_ID, row).fetchone() or self.db.execute(BY_KEY, row).fetchone()
+            return {**as_job(twin), 'created': False}
+        self._pending(row['queue'], due)
+        self.noted.append(('enqueued', row['queue'], None))
+        job = {**as_job(row), 'created': True}
+        if row['queue'] not in self.polled:
+            job['warning'] = self._nobody(row['queue'])
+        return job
+
+    def _pending(self, queue, due):
+        """A job of the queue is pending: wake a poll for it, now or when it is due."""
+        if due <= self.now:
+            self.commits.wake(('queue', queue))
+        elif due < self.next_due:
+            self._due(due)
+
+    def _due(self, at):
+        if at < self.next_due:
+            self.next_due = at
+            self.alarm.set()
+
+    def _nobody(self, queue):
+        near = difflib.get_close_matches(queue, list(self.polled)[:200], 1)
+        return f'no worker has ever polled the queue {shown(queue)}' + (f'; did you mean {near[0]}?' if near else '')
+
+    # calls: workers
+
+    def poll(self, ask, alive):
+        return self.commits.run(lambda: self._poll(ask), ('queue', ask['queue']), ask.get('wait', 0) / 1000000, alive)
+
+    def _poll(self, ask):
+        queue, worker = ask['queue'], ask.get('worker')
+        if queue not in self.polled:
+            self.db.execute(POLLED, (queue, self.now))
+        self.polled[queue] = self.now
+        if worker:
+            self._seen(worker, queue, ask.get('hung', 0))
+        rows = self.db.execute(CLAIM, {'queue': queue, 'limit': ask.get('limit', 1)}).fetchall()
+        claims = [self._claim(row, ask) for row in rows]
+        self.db.executemany(START, [[claim[column] for column in STARTED] for claim in claims])
+        return [as_job(claim) for claim in claims]
+
+    def _claim(self, row, ask):
+        """The row as it is once claimed."""
+        now, lease = self.now, ask.get('lease')
+        until = now + timeout_of(row, ask.get('timeout')) + micros(GRACE)
+        if lease:
+            until = min(until, now + lease)
+        self._due(until)
+        self.noted.append(('started', row['queue'], now - row['next_run_at']))
+        return {**dict(row), 'status': 'running', 'attempt': row['attempt'] + 1, 'worker': ask.get('worker'),
+                'lease': lease, 'lease_until': until, 'worker_timeout': ask.get('timeout'),
+                'worker_max_retries': ask.get('max_retries'), 'started_at': now, 'updated_at': now}
+
+    def _seen(self, worker, queue, hung=None):
+        if hung is None:
+            hung = self.workers.get((worker, queue), (0, 0))[1]
+        self.workers[worker, queue] = self.now, hung
+        self.workers.move_to_end((worker, queue))
+        if len(self.workers) > MAX_WORKERS:
+            self.workers.popitem(last=False)
+
+    def each(self, call, asks):
+        """Outcomes of complete, fail, heartbeat or release in order; one that is refused does not undo its neighbours."""
+        method = getattr(self, '_' + call)
+        return self.commits.run(lambda: [self._outcome(method, ask) for ask in asks])
+
+    def one(self, call, ask):
+        method = getattr(self, '_' + call)
+        return self.commits.run(lambda: method(ask))
+
+    def _outcome(self, method, ask):
+        try:
+            if isinstance(ask, Refused):
+                raise ask
+            return method(ask)
+        except Refused as error:
+            return {'id': getattr(ask, 'get', {}.get)('id'), 'error': str(error), 'code': error.status}
+
+    def _claimed(self, call, ask):
+        """The job whose current claim is `ask`'s."""
+        job = self.db.execute(CLAIMED, (ask['id'],)).fetchone()
+        if job is None:
+            raise NotFound(f'id: there is no job {shown(ask["id"])}')
+        if job['status'] not in SOURCES[call]:
+            raise Stale(f'id: the job is {job["status"]}, so {call} is not possible')
+        if ask.get('attempt', job['attempt']) != job['attempt']:
+            raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
+        return job
+
+    def _complete(self, ask):
+        try:
+            job = self._claimed('complete', ask)
+        except Stale:
+            job = self.db.execute(CLAIMED, (ask['id'],)).fetchone()
+            if job['status'] != 'done' or ask.get('attempt') != job['attempt']:
+                raise
+            return {'id': ask['id'], 'status': 'done'}      # a replay: the answer was lost
+        self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
+        self.commits.wake(('job', job['id']))
+        self.noted.append(('completed', job['queue'], self.now - job['started_at']))
+        return {'id': job['id'], 'status': 'done'}
+
+    def _fail(self, ask):
+        job = self._claimed('fail', ask)
+        again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
+        self.noted.append(('failed', job['queue'], self.now - job['started_at']))
+        return self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
+
+    def _lose(self, ask):
+        job = self._claimed('lose', ask)
+        again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
+        self.noted.append(('lost', job['queue'], None))
+        return self._give_back(job, 'lost', again, 'worker lost', losses=job['losses'] + 1)
+
+    def _give_back(self, job, outcome, again, error, delay=None, **changes):
+        """The attempt did not work out: pending again after the backoff, or failed."""
+        if again:
+            retries = job['retries'] + 1
+            due = self.now + (micros(BACKOFF * retries ** 2) if delay is None else delay)
+            changes.update(retries=retries, next_run_at=due)
+        return self._move(job, 'pending' if again else 'failed', outcome, error=error, **changes)
+
+    def _release(self, ask):
+        job = self._claimed('release', ask)
+        self.noted.append(('released', job['queue'], None))
+        return self._move(job, 'pending', 'released')
+
+    def _heartbeat(self, ask):
+        job = self._claimed('heartbeat', ask)
+        last = job['started_at'] + timeout_of(job) + micros(GRACE)
+        self.db.execute(HEARTBEAT, {'now': self.now, 'last': last, 'progress': ask.get('progress'), 'seq': job['seq']})
+        if job['worker']:
+            self._seen(job['worker'], job['queue'])
+        return {'id': job['id'], 'status': 'running'}
+
+    def _move(self, job, status, outcome=None, **changes):
+        """Change the status of a job other than by poll and complete; `outcome` is how its running attempt ended."""
+        row = {**dict(job), **changes, 'status': status, 'now': self.now, 'finished_at': self.now if status in ENDED else None}
+        row['scheduled'] = status == 'pending' and row['next_run_at'] > self.now
+        if outcome:
+            ended = attempt_of(job, outcome, self.now, changes.get('error'))
+            row['attempts'] = encode((json.loads(job['attempts'] or '[]') + [ended])[-MAX_ATTEMPTS:])
+        self.db.execute(MOVE, row)
+        if status == 'pending':
+            self._pending(job['queue'], row['next_run_at'])
+        else:
+            self.commits.wake(('job', job['id']))
+        return {'id': job['id'], 'status': status, 'retries': row['retries'], 'next_run_at': rfc3339(row['next_run_at'])}
+
+    # calls: operators
+
+    def change(self, call, ask):
+        """Cancel, retry or purge: the job `id`, or all of a queue and status. How many were changed."""
+        method = getattr(self, '_' + call)
+        if 'id' in ask:
+            self.commits.run(lambda: method(self._claimed(call, ask)))
+            return 1
+        statuses = [ask['status']] if 'status' in ask else SOURCES[call]
+        return sum(self.commits.run(lambda: self._step(method, ids, statuses)) for ids in self._steps(ask))
+
+    def _steps(self, ask):
+        """The ids that a large change is about, some at a time, found by a reader so that the writer is not held up."""
+        last = 0
+        while True:
+            where, values = filters({**ask, 'last': last})
+            with self.reading() as db:
+                rows = db.execute(f'SELECT seq, id FROM jobs {where} ORDER BY seq LIMIT :step', {**values, 'step': STEP}).fetchall()
+            if not rows:
+                return
+            last = rows[-1]['seq']
+            yield [row['id'] for row in rows]
+
+    def _step(self, method, ids, statuses):
+        count = 0
+        for id in ids:
+            job = self.db.execute(CLAIMED, (id,)).fetchone()
+            with contextlib.suppress(Stale):
+                if job and job['status'] in statuses:
+                    method(job)
+                    count += 1
+        return count
+
+    def _cancel(self, job):
+        self.noted.append(('cancelled', job['queue'], None))
+        return self._move(job, 'cancelled', 'cancelled' if job['status'] == 'running' else None)
+
+    def _retry(self, job):
+        try:
+            return self._move(job, 'pending', retries=0, losses=0, next_run_at=self.now)
+        except sqlite3.IntegrityError:
+            raise Stale('key: another job with the same key is pending or running in the queue') from None
+
+    def _purge(self, job):
+        self.db.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
+        self.commits.wake(('job', job['id']))
+
+    def pause(self, queue, paused):
+        return self.commits.run(lambda: self._pause(queue, paused))
+
+    def _pause(self, queue, paused):
+        self.db.execute(PAUSE, {'queue': queue, 'paused': paused})
+        self.commits.wake(('queue', queue))
+        return {'queue': queue, 'paused': paused}
+
+    # calls: readers
+
+    def job(self, id, wait=0, alive=None):
+        """The job with its attempts and why it does not run; waits up to `wait` microseconds for its end."""
+        if wait:
+            self.commits.run(lambda: self._ended(id), ('job', id), wait / 1000000, alive)
+        with self.reading() as db:
+            row = db.execute(BY_ID, {'id': id}).fetchone()
+            if row is None:
+                raise NotFound(f'id: there is no job {shown(id)}')
+            return {**as_job(row), 'attempts': history(row), 'why': self._why(db, row)}
+
+    def _ended(self, id):
+        job = self.db.execute(CLAIMED, (id,)).fetchone()
+        return job is None or job['status'] in ENDED
+
+    def newest(self, tag):
+        with self.reading() as db:
+            row = db.execute('SELECT * FROM jobs WHERE tag = ? ORDER BY seq DESC LIMIT 1', (tag,)).fetchone()
+        if row is None:
+            raise NotFound(f'tag: there is no job tagged {shown(tag)}')
+        return as_job(row)
+
+    def jobs(self, ask):
+        where, values = filters(ask)
+        limit = ask.get('limit', 50)
+        with self.reading() as db:
+            if 'after' in ask and not db.execute(BY_ID, {'id': ask['after']}).fetchone():
+                raise BadRequest(f'after: there is no job {shown(ask["after"])}')
+            rows = db.execute(f'SELECT * FROM jobs {where} ORDER BY seq DESC LIMIT :limit', {**values, 'limit': limit}).fetchall()
+        return {'jobs': [as_job(row) for row in rows], 'after': rows[-1]['id'] if len(rows) == limit else None}
+
+    def queues(self):
+        with self.reading() as db:
+            rows = [dict(row) for row in db.execute('SELECT * FROM queues ORDER BY queue')]
+            running = dict(db.execute('SELECT worker, COUNT(*) FROM jobs WHERE status = \'running\' GROUP BY worker').fetchall())
+            for row in rows:
+                row['oldest_age'] = self._oldest(db, row['queue'])
+        now, workers = self.clock.now(), list(self.workers.items())
+        for row in rows:
+            row['paused'] = bool(row['paused'])
+            row['polled_at'] = rfc3339(self.polled.get(row['queue']))
+            row['workers'] = [worker for (worker, queue), _ in workers if queue == row['queue']]
+            row['minutes'] = self.meter.last_hour(now, row['queue'])
+        return {'queues': rows, 'now': rfc3339(now), 'workers': [
+            {'worker': worker, 'queue': queue, 'seen_at': rfc3339(at), 'hung': hung, 'running': running.get(worker, 0)}
+            for (worker, queue), (at, hung) in reversed(workers)]}
+
+    def _oldest(self, db, queue):
+        due = db.execute(OLDEST, {'queue': queue}).fetchone()[0]
+        return None if due is None else max(0, self.clock.now() - due) / 1000000
+
+    def _why(self, db, row):
+        """Why the job is where it is, in a sentence; None once it ended."""
+        if row['status'] == 'running':
+            return (f'attempt {row["attempt"]} runs on {row["worker"] or "a worker without a name"} since {rfc3339(row["started_at"])}, '
+                    f'last sign of life {rfc3339(row["updated_at"])}, lost if there is none by {rfc3339(row["lease_until"])}')
+        if row['status'] in ENDED:
+            return None
+        queue = db.execute('SELECT * FROM queues WHERE queue = ?', (row['queue'],)).fetchone()
+        ahead = db.execute(AHEAD, dict(row)).fetchone()[0]
+        polled, now = self.polled.get(row['queue']), self.clock.now()
+        reasons = [sentence for holds, sentence in (
+            (queue['paused'], 'the queue is paused'),
+            (row['scheduled'], f'scheduled for {rfc3339(row["next_run_at"])}' + (f' (retry {row["retries"]})' if row['retries'] else '')),
+            (polled is None, self._nobody(row['queue'])),
+            (polled and now - polled > 60000000, f'no worker has polled the queue for {(now - (polled or 0)) // 60000000} minutes'),
+            (ahead and not row['scheduled'], f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs'),
+        ) if holds]
+        return '; '.join(reasons) or 'next in line'
+
+    def backup(self):
+        """A consistent copy of the database in an open temporary file, made beside the load."""
+        copy = tempfile.NamedTemporaryFile(prefix=os.path.basename(self.path) + '.backup-', dir=os.path.dirname(self.path))
+        with self.reading() as db:
+            target = sqlite3.connect(copy.name)
+            try:
+                db.backup(target)
+            finally:
+                target.close()
+        return copy
+
+    # time
+
+    def tick(self):
+        """What time demands: follow the wall clock, hand due jobs out, give the jobs of lost workers back, forget old jobs."""
+        drift = self.clock.drift()
+        if drift > 1:
+            self.commits.run(lambda: self._jump(micros(drift)))
+        else:
+            self.clock.offset += max(-.001, min(.001, drift))
+        now = self.clock.now()
+        while self.next_due <= now:
+            self.commits.run(self._overdue)
+        if self.next_prune <= now:
+            self.next_prune = now + micros(PRUNE)
+            while self.commits.run(self._prune):
+                pass
+
+    def _keep_time(self):
+        woke = time.monotonic()
+        while not self.stopped:
+            try:
+                if time.monotonic() - woke > TICK + GRACE:      # the engine slept, or could not write: nobody could be heard
+                    self.commits.run(self._resume)
+                woke = time.monotonic()
+                self.tick()
+            except Unavailable:
+                time.sleep(TICK)
+            self.alarm.wait(max(0, min(TICK, (self.next_due - self.clock.now()) / 1000000)))
+            self.alarm.clear()
+
+    def _resume(self):
+        """After a restart or a sleep: leases that are overdue, or nearly so, get one more period."""
+        self.db.execute(RENEW, {'now': self.now, 'grace': micros(GRACE), 'timeout': micros(DEFAULT_TIMEOUT)})
+        self.next_due = 0
+
+    def _jump(self, by):
+        """The wall clock went ahead. Leases and starts move with it: what runs has not run longer for it."""
+        self.db.execute(SHIFT, {'by': by})
+        self.clock.offset += by / 1000000
+        log(f'the system clock went ahead by {by / 1000000:.0f} s')
+
+    def _overdue(self):
+        due = self.db.execute(DUE, (self.now, STEP)).fetchall()
+        self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(row['seq'],) for row in due])
+        for queue in {row['queue'] for row in due}:
+            self.commits.wake(('queue', queue))
+        for row in self.db.execute(LOST, (self.now, STEP)).fetchall():
+            self._lose({'id': row['id']})
+            log(f'job {shown(row["id"])}: worker lost')
+        self.next_due = self.db.execute(NEXT).fetchone()[0] or self.now + micros(86400)
+
+    def _prune(self):
+        """A step of retention. True while there is more to do."""
+        for queue, at in self.polled.items():
+            self.db.execute(POLLED, (queue, at))
+        self.db.execute(FORGET, (self.now - micros(7 * 86400),))
+        gone = [self.db.execute(PRUNED, (status, self.now - keep, STEP)).rowcount for status, keep in self.keep.items() if keep]
+        return STEP in gone
+
+# -- HTTP -------------------------------------------------------------------------------------------------------------
+
+REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
+BARE_LINE_FEED = re.compile(rb'(?<!\r)\n')
+HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):[ \t]*((?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*')
+JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
+ONCE = {'host', 'content-length', 'content-type', 'authorization', 'origin'}
+COMMON = 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
+COMMON_LAST = 'Connection: close\r\n' + COMMON
+JSON, TEXT, HTML = 'application/json', 'text/plain; charset=utf-8', 'text/html; charset=utf-8'
+
+
+class Head:
+    """The line and headers of a request, strictly read: what two programs could read in two ways is refused."""
+    __slots__ = ('method', 'target', 'headers', 'keep_alive')
+
+    def __init__(self, raw):
+        lines = raw.split(b'\r\n')
+        line = REQUEST_LINE.fullmatch(lines[0])
+        if not line:
+            raise BadRequest(f'the request line {shown(lines[0].decode("latin-1"))} is not HTTP/1.1')
+        if len(lines) > MAX_HEADERS + 1:
+            raise HeadTooLarge(f'a request has at most {MAX_HEADERS} headers')
+        self.method, self.target = line[1].decode(), line[2].decode()
+        self.headers = {}
+        for header in lines[1:]:
+            self._add(header)
+        connection = self.headers.get('connection', '').lower()
+        self.keep_alive = 'close' not in connection and (line[3] == b'1' or 'keep-alive' in connection)
+        if line[3] == b'1' and 'host' not in self.headers:
+            raise BadRequest('the header Host is missing')
+
+    def _add(self, header):
+        match = HEADER.fullmatch(header)
+        if not match:
+            raise BadRequest(f'{shown(header.decode("latin-1"))} is not a header line')
+        field, value = match[1].decode().lower(), match[2].decode('latin-1')
+        if field in ONCE and field in self.headers:
+            raise BadRequest(f'the header {field} is there twice')
+        self.headers[field] = value
+
+    def length(self):
+        """Bytes of the body, LengthRequired where they are not told."""
+        if 'transfer-encoding' in self.headers:
+            raise LengthRequired('Transfer-Encoding is not supported: send Content-Length')
+        told = self.headers.get('content-length')
+        if told is None:
+            if self.method == 'POST':
+                raise LengthRequired('the header Content-Length is missing')
+            return 0
+        if not re.fullmatch('[0-9]{1,15}', told):
+            raise BadRequest(f'Content-Length must be a number of bytes, not {shown(told)}')
+        if int(told) > MAX_BODY:
+            raise TooLarge(f'the body has {int(told)} bytes; at most {MAX_BODY} are taken')
+        return int(told)
+
+
+known_head = functools.lru_cache(maxsize=1024)(Head)      # clients that keep a connection send the same head again and again
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One client's connection: requests are read, answered in their order, and cut off when they dawdle."""
+
+    def setup(self):
+        self.pending = b''              # bytes received and not used yet
+        self.deadline = 0               # on the monotonic clock: until then bytes have to come
+        self.route = 'other'            # of the request at hand
+        self.asked = None               # its head
+        self.big = False                # it holds one of the places for big bodies
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.server.tls:
+            self.request.settimeout(DEADLINE)
+            self.request = self.server.tls.wrap_socket(self.request, server_side=True)
+
+    def handle(self):
+        with contextlib.suppress(OSError, EOFError):        # the client went away
+            while self._wait():
+                self.server.busy.add(self)
+                try:
+                    if not self._serve() or self.server.draining:
+                        break
+                finally:
+                    self.server.busy.discard(self)
+
+    def _wait(self):
+        """Wait for the first byte of a request. False when nothing comes for too long."""
+        self.deadline = time.monotonic() + IDLE
+        try:
+            while not self.pending.lstrip(b'\r\n'):
+                self.pending = self._receive()
+        except TooSlow:
+            return False
+        self.deadline = time.monotonic() + DEADLINE
+        return True
+
+    def _receive(self):
+        self.request.settimeout(max(.001, self.deadline - time.monotonic()))
+        try:
+            received = self.request.recv(65536)
+        except socket.timeout:
+            raise TooSlow(f'the request did not arrive within {DEADLINE} seconds') from None
+        if not received:
+            raise EOFError
+        return received
+
+    def _serve(self):
+        """Answer one request. True when another one may follow on this connection."""
+        self.asked, self.route, self.big, keep = None, 'other', False, False
+        try:
+            self.asked = self._head()
+            handler, rest = self._admit()
+            body = self._body()
+            keep = self.asked.keep_alive
+            self.send(*handler(self, self._fields(body), rest), keep=keep)
+        except Refused as error:
+            keep = self._refuse(error, keep)
+        except sqlite3.Error as error:
+            keep = self._refuse(Unavailable(f'the database is in trouble: {error}'), keep)
+        except (RecursionError, MemoryError, ValueError, TypeError, LookupError, AttributeError) as error:
+            log(f'fault in {self.route}: {type(error).__name__}: {error}')
+            keep = self._refuse(Fault('the engine made a mistake; its log says which'), keep)
+        finally:
+            if self.big:
+                self.server.big_bodies.release()
+        return keep
+
+    def _head(self):
+        self.pending = self.pending.lstrip(b'\r\n')
+        while True:
+            raw, end, rest = self.pending.partition(b'\r\n\r\n')
+            if len(raw) > MAX_HEAD:
+                raise HeadTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
+            if not raw[:1].isalpha() or BARE_LINE_FEED.search(raw):
+                raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
+            if end:
+                self.pending = rest
+                return known_head(raw) if len(raw) < 1000 else Head(raw)
+            self.pending += self._receive()
+
+    def _admit(self):
+        """The handler of the request, if this client may call it like this."""
+        asked, server = self.asked, self.server
+        path, _, query = asked.target.partition('?')
+        self.route, rest = split_path(path)
+        if not server.own_host(asked.headers.get('host')):
+            raise Misdirected(f'Host {shown(asked.headers["host"])} is not a name of this engine; see --allow-host')
+        if server.token and self.route != '/health' and not hmac.compare_digest(
+                asked.headers.get('authorization', '').encode('latin-1'), b'Bearer ' + server.token):
+            raise Unauthorized('the token is missing or wrong: send Authorization: Bearer TOKEN')
+        if self.route not in ROUTES:
+            raise NotFound(f'there is no {shown(path)}; GET /docs lists what there is')
+        method, handler = ROUTES[self.route]
+        if asked.method not in (('POST',) if method == 'POST' else ('GET', 'HEAD')):
+            raise NotAllowed(f'{self.route} takes {method}', Allow='POST' if method == 'POST' else 'GET, HEAD')
+        if method == 'POST':
+            self._admit_post(query)
+        return handler, rest
+
+    def _admit_post(self, query):
+        headers = self.asked.headers
+        origin = headers.get('origin')
+        if origin is not None and origin.partition('://')[2] != headers.get('host'):
+            raise Forbidden(f'Origin {shown(origin)}: pages of other origins may not call this engine')
+        if headers.get('sec-fetch-site', 'none') not in ('none', 'same-origin'):
+            raise Forbidden('Sec-Fetch-Site: pages of other origins may not call this engine')
+        if not JSON_TYPE.fullmatch(headers.get('content-type', '')):
+            raise NotJSON('Content-Type must be application/json')
+        if query:
+            raise BadRequest(f'{self.route} takes its fields in the body, not in the query')
+
+    def _body(self):
+        length = self.asked.length()
+        missing = length - len(self.pending)
+        if missing > 0 and 'expect' in self.asked.headers:
+            self.request.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
+        if length > BIG_BODY:
+            self.big = self.server.big_bodies.acquire(timeout=DEADLINE)
+            if not self.big:
+                raise Unavailable('too many big bodies at a time; try again')
+        parts = [self.pending]
+        while missing > 0:
+            parts.append(self._receive())
+            missing -= len(parts[-1])
+        received = b''.join(parts)
+        self.pending = received[length:]
+        return received[:length]
+
+    def _fields(self, body):
+        if self.asked.method == 'POST':
+            return parsed(body)
+        query = self.asked.target.partition('?')[2]
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors='surrogateescape', max_num_fields=20)
+        return {field: numeral(value) if field in ('limit', 'wait') else value for field, value in pairs}
+
+    def _refuse(self, error, keep):
+        """Answer with the refusal. A request whose body was not read takes the connection with it."""
+        if self.route == '/' and error.status == 401:       # the page is no secret, and asks for the token
+            self.send(401, *page()[1:], keep=keep)
+        else:
+            self.send(error.status, {'error': str(error)}, headers=error.headers, keep=keep)
+        if not keep:
+            self._linger()
+        return keep
+
+    def _linger(self):
+        """Let the client finish what it sends: closing at once would reset the connection and lose the answer."""
+        with contextlib.suppress(OSError, EOFError, TooSlow):
+            self.deadline = time.monotonic() + LINGER
+            self.request.shutdown(socket.SHUT_WR)
+            for _ in range(4 * MAX_BODY // 65536):
+                self._receive()
+
+    def alive(self):
+        """False when the client has gone. Bytes that came are its next request (over TLS they may be a farewell)."""
+        try:
+            return not readable(self.request) or (not self.server.tls and self.request.recv(1, socket.MSG_PEEK) != b'')
+        except OSError:
+            return False
+
+    def send(self, status, body=b'', kind=JSON, headers=(), keep=True):
+        """The whole answer in one go. `body` is bytes, text, an open file, or a value that becomes JSON."""
+        if isinstance(body, (dict, list)):
+            body = encode(body) + '\n'
+        if isinstance(body, str):
+            body = body.encode()
+        self.server.count(self, status)
+        file = body if hasattr(body, 'read') else None
+        lines = ['HTTP/1.1 %d %s' % (status, http.HTTPStatus(status).phrase)]
+        if status != 204:
+            lines += ['Content-Type: ' + kind, 'Content-Length: %d' % (os.path.getsize(file.name) if file else len(body))]
+        lines += ['%s: %s' % header for header in headers]
+        lines.append(COMMON if keep else COMMON_LAST)
+        bare = file or self.asked and self.asked.method == 'HEAD'
+        self.request.settimeout(DEADLINE)
+        self.request.sendall('\r\n'.join(lines).encode('latin-1') + (b'' if bare else body))
+        if file and self.asked.method != 'HEAD':
+            for chunk in iter(lambda: file.read(1 << 20), b''):
+                self.request.sendall(chunk)
+
+
+def readable(sock):
+    if hasattr(select, 'poll'):
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def numeral(text):
+    """A number of a query as JSON would have it; other text stays as it is, for the check to refuse."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def split_path(path):
+    """'/jobs/17' is the route '/jobs/' and the rest '17'."""
+    cut = path.find('/', 1) + 1
+    if path in ROUTES or not cut:
+        return path if path in ROUTES else 'other', ''
+    return path[:cut] if path[:cut] in ROUTES else 'other', urllib.parse.unquote(path[cut:], errors='surrogateescape')
+
+
+def enqueue(client, body, _):
+    if many(body):
+        asks = batch('/enqueue', body)
+        for ask in asks:
+            if isinstance(ask, Refused):
+                raise ask
+        return 200, {'jobs': client.server.store.enqueue(asks)}
+    return 200, client.server.store.enqueue([checked('/enqueue', body)])[0]
+
+
+def many(body):
+    return type(body) is dict and 'jobs' in body
+
+
+def poll(client, body, _):
+    ask = checked('/poll', body)
+    jobs = client.server.store.poll(ask, client.alive)
+    if not jobs:
+        return (204,)
+    return 200, jobs if 'limit' in ask else jobs[0]
+
+
+def report(client, body, _):
+    """Complete, fail, heartbeat, release."""
+    path = client.route
+    if many(body):
+        return 200, {'jobs': client.server.store.each(path[1:], batch(path, body))}
+    return 200, client.server.store.one(path[1:], checked(path, body))
+
+
+def change(client, body, _):
+    """Cancel, retry, purge."""
+    call = client.route[1:]
+    ask = checked(client.route, body)
+    if 'status' in ask and ask['status'] not in SOURCES[call]:
+        raise BadRequest(f'status must be one of {", ".join(SOURCES[call])} for {call}, not {ask["status"]}')
+    if call == 'purge' and not ask:
+        raise BadRequest('queue or status is missing: purge needs one of them')
+    if call != 'purge' and sorted(ask) not in (['id'], ['queue', 'status']):
+        raise BadRequest(f'id is missing: {call} needs it, or queue with status')
+    return 200, {'count': client.server.store.change(call, ask)}
+
+
+def pause(client, body, _):
+    return 200, client.server.store.pause(checked(client.route, body)['queue'], client.route == '/pause')
+
+
+def job(client, query, id):
+    ask = checked('/jobs/', {**query, 'id': id})
+    return 200, client.server.store.job(ask['id'], ask.get('wait', 0), client.alive)
+
+
+def status(client, query, id):
+    return 200, client.server.store.job(checked('/status/', {**query, 'id': id})['id'])
+
+
+def details(client, query, tag):
+    return 200, client.server.store.newest(checked('/details/', {**query, 'tag': tag})['tag'])
+
+
+def jobs(client, query, _):
+    return 200, client.server.store.jobs(checked('/jobs', query))
+
+
+def queues(client, query, _):
+    checked(client.route, query)
+    return 200, client.server.store.queues()
+
+
+def health(client, query, _):
+    checked(client.route, query)
+    store = client.server.store
+    return 200, {'status': 'ok' if store.trouble is None else 'trouble', 'storage': store.trouble or 'ok', 'version': VERSION}
+
+
+def metrics(client, query, _):
+    checked(client.route, query)
+    return 200, exposition(client.server.store), 'text/plain; version=0.0.4; charset=utf-8'
+
+
+def backup(client, query, _):
+    checked(client.route, query)
+    name = os.path.basename(client.server.store.path)
+    return 200, client.server.store.backup(), 'application/vnd.sqlite3', [
+        ('Content-Disposition', "attachment; filename*=UTF-8''" + urllib.parse.quote(name))]
+
+
+def docs(client, query, _):
+    return 200, __doc__, TEXT
+
+
+def page(*_):
+    return 200, DASHBOARD, HTML, [('Content-Security-Policy', POLICY)]
+
+
+ROUTES = {
+    '/enqueue':   ('POST', enqueue),
+    '/poll':      ('POST', poll),
+    '/complete':  ('POST', report),
+    '/fail':      ('POST', report),
+    '/heartbeat': ('POST', report),
+    '/release':   ('POST', report),
+    '/cancel':    ('POST', change),
+    '/retry':     ('POST', change),
+    '/purge':     ('POST', change),
+    '/pause':     ('POST', pause),
+    '/resume':    ('POST', pause),
+    '/jobs/':     ('GET',  job),
+    '/status/':   ('GET',  status),
+    '/details/':  ('GET',  details),
+    '/jobs':      ('GET',  jobs),
+    '/queues':    ('GET',  queues),
+    '/metrics':   ('GET',  metrics),
+    '/health':    ('GET',  health),
+    '/backup':    ('GET',  backup),
+    '/docs':      ('GET',  docs),
+    '/':          ('GET',  page),
+}
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens, and knows who may come in; the store is its `store`."""
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+    allow_reuse_address = os.name != 'nt'
+
+    def __init__(self, address, store, token=None, tls=None, names=(), verbose=False):
+        self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
+        self.store, self.tls, self.verbose = store, tls, verbose        # constant after start
+        self.token = token.encode() if token else None
+        self.local = is_loopback(address[0])
+        self.names = {'localhost', address[0].lower(), *(name.lower() for name in names)}
+        self.busy = set()                                               # safe by themselves: connections that answer
+        self.big_bodies = threading.BoundedSemaphore(BIG_BODIES)
+        self.draining = False
+        super().__init__(address, Connection)
+        host = f'[{address[0]}]' if ':' in address[0] else address[0]
+        self.url = f'{"https" if tls else "http"}://{host}:{self.server_address[1]}'
+
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)        # HTTPServer's asks the resolver for a name that nobody needs
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(.1)      # out of file descriptors: the connection stays in the backlog
+            raise
+
+    def handle_error(self, request, client_address):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            log(f'fault on a connection: {type(error).__name__}: {error}')
+
+    def own_host(self, host):
+        """Is the Host header one of ours? A page whose name was bound to this address anew (DNS rebinding) is not."""
+        name = re.sub(r':\d*$', '', host or 'localhost').lower()
+        return name in self.names or is_loopback(name.strip('[]')) or not self.local and is_address(name.strip('[]'))
+
+    def count(self, client, status):
+        self.store.meter.request(client.route, status)
+        if self.verbose:
+            log(f'{client.client_address[0]} {client.asked.method if client.asked else "-"} {client.route} {status}')
+
+    def stop(self):
+        """Answer what is asked, refuse what comes, close the store. To be called when serve_forever() has returned."""
+        self.draining = True
+        self.server_close()
+        self.store.commits.close()
+        ends = time.monotonic() + DRAIN
+        while self.busy and time.monotonic() < ends:
+            time.sleep(.01)
+        self.store.close()
+
+
+def is_address(name):
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
+
+
+def is_loopback(name):
+    return name == 'localhost' or is_address(name) and ipaddress.ip_address(name).is_loopback
+
+
+def log(sentence):
+    """One line on stderr, whatever is in the sentence; nothing where stderr is gone."""
+    line = UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', sentence)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(time.strftime('%Y-%m-%d %H:%M:%S'), line, file=sys.stderr, flush=True)
+
+# -- Dashboard --------------------------------------------------------------------------------------------------------
+
+DASHBOARD = """DASHBOARD_HERE"""
+
+
+def policy(page):
+    """The Content-Security-Policy of the page: its own style and script by their digests, its own engine, nothing else."""
+    digests = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+               for tag, text in re.findall('<(style|script)>(.*?)</', page, re.DOTALL)}
+    return "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" + ''.join(
+        f"; {tag}-src 'sha256-{digest}'" for tag, digest in digests.items())
+
+
+POLICY = policy(DASHBOARD)
+
+
+def exposition(store):
+    """The metrics in the text format of Prometheus, version 0.0.4."""
+    queues, meter = store.queues()['queues'], store.meter
+    with meter.lock:
+        totals, requests, groups = dict(meter.totals), dict(meter.requests), list(meter.groups)
+        histograms = {key: list(histogram) for key, histogram in meter.seconds.items()}
+    lines = []
+
+    def family(name, kind, meaning, samples):
+        lines.extend([f'# HELP {name} {meaning}', f'# TYPE {name} {kind}'])
+        lines.extend(f'{name}{suffix}{labels(marks)} {value}' for suffix, marks, value in samples)
+
+    family('rundown_jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', [
+        ('', {'queue': q['queue'], 'status': status}, q[status]) for q in queues for status in (*STATUSES, 'scheduled')])
+    family('rundown_oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', [
+        ('', {'queue': q['queue']}, q['oldest_age'] or 0) for q in queues])
+    for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
+        family(f'rundown_{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', [
+            ('', {'queue': queue}, n) for (name, queue), n in totals.items() if name == event])
+    for event, name, meaning in (('started', 'wait', 'from due to claimed'), ('completed', 'job', 'from claimed to completed')):
+        family(f'rundown_{name}_seconds', 'histogram', f'Seconds {meaning}.', [sample for (kind, queue), histogram in histograms.items()
+               if kind == event for sample in buckets_of(histogram, BUCKETS, {'queue': queue})])
+    family('rundown_commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS, {}))
+    family('rundown_requests_total', 'counter', 'Requests by route and status.', [
+        ('', {'route': route, 'status': status}, n) for (route, status), n in requests.items()])
+    return '\n'.join(lines) + '\n'
+
+
+def buckets_of(histogram, buckets, marks):
+    *counts, total = histogram
+    below = list(itertools.accumulate(counts))
+    return [*(('_bucket', {**marks, 'le': le}, n) for le, n in zip((*buckets, '+Inf'), below)),
+            ('_sum', marks, total), ('_count', marks, below[-1])]
+
+
+def labels(marks):
+    def escaped(value):
+        return str(value).replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
+    return '{' + ','.join(f'{name}="{escaped(value)}"' for name, value in marks.items()) + '}' if marks else ''
+
+# -- Command line -----------------------------------------------------------------------------------------------------
+
+
+def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None, key=None, keep='7d',
+                keep_failed='30d', allow_host=(), verbose=False, clock=time):
+    """An engine that listens, ready for serve_forever(); stop() it when that has returned.
+
+    Port 0 takes a free one (see `url`). `keep` and `keep_failed` are ages like '7d', '12h', 0 for ever. `clock` has
+    time() and monotonic(). Raises Unusable with a sentence when it cannot start like this.
+    """
+    if not is_loopback(host) and not token:
+        raise Unusable(f'to listen on {host or "all addresses"} a token is needed: write a secret into a file and give --token-file FILE')
+    if token and not re.fullmatch('[!-~]+', token):
+        raise Unusable('the token must be of visible ASCII characters, without spaces')
+    store = Store(db, sync, clock, age(keep), age(keep_failed))
+    try:
+        return Server((host, port), store, token, tls_context(cert, key), allow_host, verbose)
+    except (OSError, OverflowError) as error:
+        store.close()
+        raise Unusable(f'{host}:{port} cannot be listened on: {error}') from None
+
+
+def tls_context(cert, key):
+    if not cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(cert, key)
+    return context
+
+
+def age(text):
+    """'7d', '12h', '30m', '45s' or '0' as microseconds."""
+    match = re.fullmatch(r'(\d{1,6})([dhms]?)', str(text))
+    if not match or not match[2] and int(match[1]):
+        raise Unusable(f'--keep and --keep-failed take an age like 7d, 12h, 30m, 45s, or 0 for ever, not {text}')
+    return int(match[1]) * {'d': 86400, 'h': 3600, 'm': 60, 's': 1, '': 0}[match[2]] * 1000000
+
+
+def read_token(path):
+    if not path:
+        return os.environ.get('RUNDOWN_TOKEN') or None
+    try:
+        token = pathlib.Path(path).read_text('ascii').strip()
+    except (OSError, ValueError) as error:
+        raise Unusable(f'the token file {path} cannot be read: {getattr(error, "strerror", None) or "it is not ASCII"}') from None
+    if not token:
+        raise Unusable(f'the token file {path} is empty')
+    return token
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(prog='rundown_engine.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    env = os.environ.get
+    parser.add_argument('--db', default=env('RUNDOWN_DB', 'rundown.db'), help='the database file (rundown.db)')
+    parser.add_argument('--host', default=env('RUNDOWN_HOST', '127.0.0.1'), help='the address to listen on (127.0.0.1)')
+    parser.add_argument('--port', default=env('RUNDOWN_PORT', str(PORT)), help=f'0 takes a free one ({PORT})')
+    parser.add_argument('--sync', default='full', choices=('full', 'normal'), help='normal: a power cut may cost the last commits')
+    parser.add_argument('--token-file', metavar='FILE', help='who calls must send the secret in it; else RUNDOWN_TOKEN, else nobody must')
+    parser.add_argument('--cert', metavar='FILE', help='TLS: the certificate chain, PEM')
+    parser.add_argument('--key', metavar='FILE', help='TLS: its key, where that is not in the same file')
+    parser.add_argument('--keep', default='7d', metavar='AGE', help='how long done and cancelled jobs are kept (7d; 0: for ever)')
+    parser.add_argument('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
+    parser.add_argument('--allow-host', action='append', default=[], metavar='NAME', help='another name that clients call the engine by')
+    parser.add_argument('--verbose', action='store_true', help='a line per request')
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Serve until SIGTERM or SIGINT; the exit code."""
+    options = vars(arguments(argv))
+    raise_file_limit()
+    try:
+        if not re.fullmatch('[0-9]{1,5}', options['port']) or int(options['port']) > 65535:
+            raise Unusable(f'--port must be a number from 0 to 65535, not {options["port"]}')
+        options.update(token=read_token(options.pop('token_file')), port=int(options['port']))
+        server = make_server(**options)
+    except (Refused, OSError, sqlite3.Error) as error:
+        print(f'rundown_engine: {error}', file=sys.stderr)
+        return 2
+    for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: threading.Thread(target=server.shutdown).start())
+    greet(server)
+    server.serve_forever()
+    server.stop()
+    return 0
+
+
+def greet(server):
+    token = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(f'Rundown engine on {server.url}, jobs in {server.store.path}; a first one: curl -H "Content-Type: application/json"{token} '
+              f'{server.url}/enqueue -d \'{{"queue": "images", "payload": "a.jpg"}}\'', flush=True)
+
+
+def raise_file_limit():
+    """A waiting worker is an open file: take as many as the system lets us."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
