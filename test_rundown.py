@@ -11,12 +11,10 @@ The sections follow the engine's manual, then the SDK's, then the README.
 
 import contextlib
 import datetime
-import hashlib
 import http.client
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -24,6 +22,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from pathlib import Path
 import pytest
 
 import rundown_engine
+import rundown_workers as rw
 
 # -- helpers: engines, calls, waiting, processes -------------------------------------------------
 
@@ -146,13 +146,16 @@ def exchange(connection, data, end=False):
 class Engine(Api):
     """A real engine process on a database in `folder`. What it writes on stderr is in `log()`."""
 
-    def __init__(self, folder, *options, prefix=(), env=None, **settings):
+    def __init__(self, folder, *options, **settings):
         self.folder, self.database = folder, folder / "jobs.db"
-        self.start(*options, prefix=prefix, env=env, **settings)
+        self.start(*options, **settings)
 
-    def start(self, *options, prefix=(), env=None, **settings):
-        command = [*prefix, sys.executable, str(HERE / "rundown_engine.py"), "--db", str(self.database),
-                   "--port", "0", *options]
+    def start(self, *options, prefix=(), env=None, constants=None, **settings):
+        """Starts it, also again. `constants` replaces some of the module's, for tests that cannot wait so long."""
+        program = [str(HERE / "rundown_engine.py")]
+        if constants:
+            program = ["-c", "import rundown_engine as e; vars(e).update(%r); raise SystemExit(e.main())" % constants]
+        command = [*prefix, sys.executable, *program, "--db", str(self.database), "--port", "0", *options]
         with open(str(self.folder / "engine.log"), "ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL,
@@ -217,12 +220,9 @@ class ClockedEngine(Api):
         super().__init__(self.server.url)
 
     def advance(self, seconds):
-        """Lets time pass, a second at a time: one leap would look like a machine that was suspended."""
-        while seconds > 0:
-            step = min(1.0, seconds)
-            self.clock.move(step)
-            self.server.store.tick()
-            seconds = round(seconds - step, 6)
+        """Lets time pass, and the engine see that it has."""
+        self.clock.move(seconds)
+        self.server.store.tick()
 
     def stop(self):
         self.server.shutdown()
@@ -254,10 +254,10 @@ def own(tmp_path):
         assert "Traceback" not in engine.log(), engine.log()
 
 
-@pytest.fixture(scope="module")
-def clocked(tmp_path_factory):
-    """The engine on a moved clock that most tests of time share."""
-    engine = ClockedEngine(tmp_path_factory.mktemp("clocked"))
+@pytest.fixture
+def clocked(tmp_path):
+    """An engine on a clock that the test moves."""
+    engine = ClockedEngine(tmp_path)
     yield engine
     engine.stop()
 
@@ -715,9 +715,9 @@ def test_the_nth_retry_is_due_5_n_squared_seconds_after_the_failure_exactly(cloc
         failed_at = clocked.clock.time()
         _, answer = clocked.tell("fail", claim)
         assert when(answer["next_run_at"]) - failed_at == 5 * number ** 2
-        clocked.advance(5 * number ** 2 - 0.001)
+        clocked.advance(5 * number ** 2 - 1 / 64)
         assert clocked.poll(q) is None
-        clocked.advance(0.001)
+        clocked.advance(1 / 64)
     assert clocked.tell("fail", clocked.poll(q))[1]["status"] == "failed"
 
 
@@ -830,9 +830,9 @@ def test_a_job_of_a_lost_worker_comes_back_after_the_backoff_and_not_before(cloc
     lost_at = clocked.clock.time()
     job = clocked.get("/jobs?queue=" + q)["jobs"][0]
     assert (job["status"], when(job["next_run_at"])) == ("pending", lost_at + 5)
-    clocked.advance(4.999)
+    clocked.advance(5 - 1 / 64)
     assert clocked.poll(q) is None
-    clocked.advance(0.001)
+    clocked.advance(1 / 64)
     assert clocked.poll(q)["attempt"] == 2
 
 
@@ -933,45 +933,29 @@ def test_a_wall_clock_set_back_freezes_no_retry(clocked, q):
     assert clocked.poll(q)["attempt"] == 2
 
 
-def test_a_suspended_engine_gives_its_workers_a_grace_pass(tmp_path, q):
-    engine = ClockedEngine(tmp_path)
-    engine.enqueue(q)
-    claim = engine.poll(q, lease=2)
-    engine.clock.move(600)
-    engine.server.store.tick()
-    assert engine.tell("heartbeat", claim)[0] == 200
-    engine.advance(2.1)
-    assert engine.job(claim)["status"] == "pending"
-    engine.stop()
-
-
-def test_a_restart_of_the_engine_keeps_leases(tmp_path, q):
-    engine = ClockedEngine(tmp_path)
-    engine.enqueue(q, timeout=1000)
-    claim = engine.poll(q, lease=100)
-    engine.advance(50)
-    engine.stop()
-    engine.start()
-    engine.advance(49)
-    assert engine.job(claim)["status"] == "running"
-    engine.advance(1.1)
-    assert engine.job(claim)["status"] == "pending"
-    engine.stop()
+def test_a_restart_of_the_engine_keeps_leases(clocked, q):
+    clocked.enqueue(q, timeout=1000)
+    claim = clocked.poll(q, lease=100)
+    clocked.advance(50)
+    clocked.stop()
+    clocked.start()
+    clocked.advance(49)
+    assert clocked.job(claim)["status"] == "running"
+    clocked.advance(1.1)
+    assert clocked.job(claim)["status"] == "pending"
 
 
 @pytest.mark.parametrize("lease, grace", [(2, 5), (20, 20)])
-def test_a_restart_gives_overdue_leases_one_grace_period(tmp_path, q, lease, grace):
-    engine = ClockedEngine(tmp_path)
-    engine.enqueue(q, timeout=1000)
-    claim = engine.poll(q, lease=lease)
-    engine.stop()
-    engine.clock.move(600)
-    engine.start()
-    engine.advance(grace - 0.1)
-    assert engine.job(claim)["status"] == "running"
-    engine.advance(0.2)
-    assert engine.job(claim)["status"] == "pending"
-    engine.stop()
+def test_a_restart_gives_overdue_leases_one_grace_period(clocked, q, lease, grace):
+    clocked.enqueue(q, timeout=1000)
+    claim = clocked.poll(q, lease=lease)
+    clocked.stop()
+    clocked.clock.move(600)
+    clocked.start()
+    clocked.advance(grace - 0.1)
+    assert clocked.job(claim)["status"] == "running"
+    clocked.advance(0.2)
+    assert clocked.job(claim)["status"] == "pending"
 
 
 def test_a_sweep_and_a_complete_at_the_same_instant_have_one_winner(clocked, q):
@@ -1233,3 +1217,1869 @@ def test_what_runs_in_a_paused_queue_is_finished(engine, q):
     claim = job_in(engine, "running", q)
     engine.post("/pause", queue=q)
     assert engine.tell("heartbeat", claim)[0] == engine.tell("complete", claim)[0] == 200
+
+
+# -- HTTP: framing by raw bytes, slow and many clients -------------------------------------------
+
+
+def request(engine, line, *headers, body=b"", length=True):
+    """The bytes of one request; `length` adds the Content-Length that is right."""
+    lines = [line, "Host: %s:%d" % (engine.host, engine.port), *headers]
+    if length and line[:4] == "POST":
+        lines += ["Content-Type: application/json", "Content-Length: %d" % len(body)]
+    return "\r\n".join(lines + ["", ""]).encode("utf-8", "surrogateescape") + body
+
+
+def enqueuing(engine, q, *headers, payload=None, length=True):
+    """The bytes that enqueue a job in `q`, with `headers`."""
+    body = json.dumps({"queue": q, "payload": payload}).encode()
+    headers = ["Content-Type: application/json" if not length else "X-Test: 1", *headers]
+    return request(engine, "POST /enqueue HTTP/1.1", *headers, body=body, length=length)
+
+
+BAD_HEADERS = {
+    "no length": [],
+    "empty length": ["Content-Length:"],
+    "negative length": ["Content-Length: -5"],
+    "signed length": ["Content-Length: +5"],
+    "length with a fraction": ["Content-Length: 5.0"],
+    "length in hexadecimal": ["Content-Length: 0x5"],
+    "length with an underscore": ["Content-Length: 1_0"],
+    "length in other digits": ["Content-Length: \uff15"],
+    "length in superscript": ["Content-Length: \u00b2"],
+    "length twice, different": ["Content-Length: 5", "Content-Length: 6"],
+    "list of lengths": ["Content-Length: 5, 6"],
+    "length out of this world": ["Content-Length: " + "9" * 30],
+    "length of 5,000 digits": ["Content-Length: " + "9" * 5000],
+    "blank before the colon": ["Content-Length : 5"],
+    "chunked": ["Transfer-Encoding: chunked"],
+    "chunked and a length": ["Transfer-Encoding: chunked", "Content-Length: 5"],
+    "identity and a length": ["Transfer-Encoding: identity", "Content-Length: 5"],
+    "chunked with a tab": ["Transfer-Encoding:\tchunked", "Content-Length: 5"],
+    "chunked, odd case": ["tRANSFER-eNCODING: xchunked", "Content-Length: 5"],
+    "a line that is no header": ["Content-Length: 5", "what is this"],
+    "a header without a name": ["Content-Length: 5", ": 5"],
+    "a folded header": ["X-Folded: a", " b", "Content-Length: 5"],
+    "a name with a blank": ["X Y: 1", "Content-Length: 5"],
+    "a NUL in a header": ["X: a\x00b", "Content-Length: 5"],
+    "a bare CR in a header": ["X: a\rContent-Length: 5"],
+    "101 headers": ["X-%d: 1" % number for number in range(101)] + ["Content-Length: 5"],
+    "a line of 64 KB": ["X: " + "a" * 65536, "Content-Length: 5"],
+}
+
+
+@pytest.mark.parametrize("headers", BAD_HEADERS.values(), ids=BAD_HEADERS)
+def test_bad_framing_gets_one_4xx_and_a_close_and_nothing_is_read_out_of_the_body(engine, q, headers):
+    bad = enqueuing(engine, q, *headers, length=False)
+    answer = engine.raw(bad + enqueuing(engine, q) * 2)
+    assert answer.startswith(b"HTTP/1.1 4") and answer.count(b"HTTP/1.1 ") == 1
+    assert b'{"error":' in answer and b"<still open>" not in answer
+    assert engine.count(q) == 0
+
+
+@pytest.mark.parametrize("cut", [1, 30, 120, -1])
+def test_a_request_that_ends_too_soon_enqueues_nothing(engine, q, cut):
+    answer = engine.raw(enqueuing(engine, q)[:cut], end=True)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+    assert engine.count(q) == 0
+
+
+def test_two_requests_in_one_packet_get_two_answers_in_order(engine, q):
+    both = enqueuing(engine, q, payload="one") + enqueuing(engine, q, "Connection: close", payload="two")
+    answer = engine.raw(both)
+    assert answer.count(b"HTTP/1.1 200 ") == 2 and answer.index(b'"one"') < answer.index(b'"two"')
+
+
+def test_a_request_that_comes_byte_by_byte_is_read(engine, q):
+    with socket.create_connection((engine.host, engine.port), timeout=5) as connection:
+        for byte in enqueuing(engine, q, "Connection: close"):
+            connection.sendall(bytes([byte]))
+        assert exchange(connection, b"").startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("size", [(8 << 20) + 1, 40 << 20])
+def test_a_body_over_the_limit_is_413_and_not_a_reset(engine, q, size):
+    body = b'{"queue": "%s", "payload": "%s"}' % (q.encode(), b"x" * size)
+    code, answer = engine.call("POST", "/enqueue", body)
+    assert code == 413 and answer["error"] and engine.count(q) == 0
+
+
+def test_a_body_of_just_under_the_limit_is_taken(engine, q):
+    payload = "x" * ((8 << 20) - 1000)
+    assert engine.enqueue(q, payload)["payload"] == payload
+    engine.tell("complete", engine.poll(q))
+    engine.post("/purge", queue=q)
+
+
+def test_http_1_0_is_answered_and_closed(engine):
+    answer = engine.raw(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    assert re.match(rb"HTTP/1.[01] 200 ", answer) and b"<still open>" not in answer
+
+
+def test_expect_100_continue_is_answered(engine, q):
+    data = enqueuing(engine, q, "Expect: 100-continue", "Connection: close")
+    head, body = data.split(b"\r\n\r\n")
+    with socket.create_connection((engine.host, engine.port), timeout=5) as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+        assert exchange(connection, body).startswith(b"HTTP/1.1 200 ")
+
+
+def test_head_has_the_headers_of_get_and_no_body(engine):
+    answer = engine.raw(request(engine, "HEAD /health HTTP/1.1", "Connection: close"))
+    assert answer.startswith(b"HTTP/1.1 ") and answer.endswith(b"\r\n\r\n")
+
+
+STRANGE = {
+    "lower-case method": b"get /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "unknown method": b"BREW /coffee HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a blank in the path": b"GET /a b HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "no path": b"GET HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "HTTP/0.9": b"GET /health\r\n\r\n",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "HTTP/11": b"GET /health HTTP/11\r\nHost: localhost\r\n\r\n",
+    "no host": b"GET /health HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+    "TLS hello": bytes.fromhex("16030100c8010000c40303") + b"\x00" * 190,
+    "noise": bytes(range(256)) + b"\r\n\r\n",
+    "a line without end": b"A" * 70000,
+    "bare LF and noise": b"\n\n\nxyz\n\n",
+    "up and away": b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "up and away, quoted": b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "half a percent": b"GET /jobs/%zz%f HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "path of bad UTF-8": b"GET /jobs/%ff%fe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "raw bytes in the path": b"GET /jobs/\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("data", STRANGE.values(), ids=STRANGE)
+def test_strange_requests_get_a_clean_answer_or_a_clean_close_and_a_log_line_at_most(engine, data):
+    lines = engine.log().count("\n")
+    answer = engine.raw(data, end=True)
+    assert re.match(rb"HTTP/1.[01] (4\d\d|501|505) ", answer) or answer in (b"", b"<reset>"), answer[:200]
+    assert b"<still open>" not in answer and b"root:" not in answer
+    assert engine.log().count("\n") <= lines + 1 and engine.get("/health")
+
+
+@pytest.mark.parametrize("method, path, allow", [
+    ("GET", "/enqueue", "POST"), ("POST", "/jobs", "GET"), ("DELETE", "/jobs/x", "GET"), ("PUT", "/poll", "POST"),
+    ("OPTIONS", "/enqueue", "POST"),
+])
+def test_a_method_that_is_not_there_is_405_and_says_which_is(engine, method, path, allow):
+    code, answer = engine.call(method, path, {} if method in ("POST", "PUT") else None)
+    assert code == 405 and allow in engine.response.getheader("Allow") and answer["error"]
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/jobs/", "/jobs/a/b", "/Enqueue", "/enqueue/", "//enqueue", "/status/"])
+def test_an_unknown_path_is_404_in_json(engine, path):
+    for method, body in [("GET", None), ("POST", {"queue": "x"})]:
+        code, answer = engine.call(method, path, body)
+        assert code in (404, 405) and answer["error"]
+
+
+@pytest.mark.parametrize("kind", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data",
+                                  "text/json; application/json", "application/jsonx"])
+def test_a_body_that_does_not_say_that_it_is_json_is_415(engine, q, kind):
+    headers = {} if kind is None else {"Content-Type": kind}
+    with contextlib.closing(engine.connect()) as connection:
+        connection.request("POST", "/enqueue", json.dumps({"queue": q}).encode(), headers)
+        assert connection.getresponse().status == 415
+    assert engine.count(q) == 0
+
+
+def test_a_charset_beside_application_json_is_fine(engine, q):
+    body = json.dumps({"queue": q}).encode()
+    assert engine.call("POST", "/enqueue", body, {"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+
+
+@pytest.fixture
+def hasty(tmp_path, monkeypatch):
+    """An engine in this process that waits a third of a second where others wait half a minute."""
+    monkeypatch.setattr(rundown_engine, "DEADLINE", 0.3)
+    engine = ClockedEngine(tmp_path, time)
+    yield engine
+    engine.stop()
+
+
+@pytest.mark.parametrize("cut", [3, 40, -2], ids=["in the line", "in the headers", "in the body"])
+@pytest.mark.parametrize("trickle", [False, True], ids=["stops", "trickles"])
+def test_a_client_too_slow_is_cut_off(hasty, q, cut, trickle):
+    data = enqueuing(hasty, q)
+    began = time.monotonic()
+    with socket.create_connection((hasty.host, hasty.port), timeout=5) as connection:
+        connection.sendall(data[:cut])
+        with contextlib.suppress(OSError):
+            while trickle and time.monotonic() < began + 1.5:
+                connection.sendall(b"a")
+                time.sleep(0.05)
+        answer = exchange(connection, b"")
+    assert b"<still open>" not in answer and time.monotonic() - began < 4
+    assert hasty.count(q) == 0
+
+
+def test_a_client_that_never_reads_is_cut_off(hasty, q):
+    job = hasty.enqueue(q, "x" * 4000000)
+    with socket.create_connection((hasty.host, hasty.port), timeout=10) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(request(hasty, "GET /jobs/%s HTTP/1.1" % job["id"]) * 5)
+        time.sleep(1.5)
+        assert len(exchange(connection, b"")) < 4000000 * 5
+
+
+def cpu(process):
+    """Seconds of processor time that a process has used so far (Linux)."""
+    fields = Path("/proc/%d/stat" % process.pid).read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def files(number):
+    """Lets this process and its children open `number` files, where the system allows it; else skips."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < number:
+        pytest.skip("this system allows only %d open files" % hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.skipif(not LINUX, reason="reads processor time from /proc")
+def test_a_thousand_idle_long_polls_cost_nothing_and_slow_nobody(own, q):
+    with files(2600), contextlib.ExitStack() as stack:
+        engine = own()
+        body = json.dumps({"queue": q + "idle", "wait": 60}).encode()
+        for _ in range(1000):
+            connection = stack.enter_context(socket.create_connection((engine.host, engine.port), timeout=10))
+            connection.sendall(request(engine, "POST /poll HTTP/1.1", body=body))
+        until(lambda: engine.get("/health"))
+        time.sleep(0.5)
+        before = cpu(engine.process)
+        time.sleep(1)
+        assert cpu(engine.process) - before < 0.2
+        took = []
+        with contextlib.closing(engine.connect()) as over:
+            for _ in range(100):
+                began = time.monotonic()
+                assert engine.call("POST", "/enqueue", {"queue": q}, over=over)[0] == 200
+                took.append(time.monotonic() - began)
+        assert sorted(took)[90] < 0.1
+        engine.kill()
+
+
+def test_500_connects_at_once_are_all_served(engine):
+    with files(1200), contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(socket.socket()) for _ in range(500)]
+        for connection in connections:
+            connection.setblocking(False)
+            connection.connect_ex((engine.host, engine.port))
+        for connection in connections:
+            connection.settimeout(20)
+            until(lambda: sendable(connection, request(engine, "GET /health HTTP/1.1")))
+        assert {connection.recv(15) for connection in connections} == {b"HTTP/1.1 200 OK"}
+
+
+def sendable(connection, data):
+    try:
+        connection.sendall(data)
+        return True
+    except (BlockingIOError, OSError):
+        return False
+
+
+@pytest.mark.skipif(not LINUX, reason="limits another process by prlimit, reads /proc")
+def test_an_engine_out_of_file_descriptors_does_not_spin_and_recovers(own, q):
+    import resource
+    engine = own()
+    engine.enqueue(q)
+    resource.prlimit(engine.process.pid, resource.RLIMIT_NOFILE, (40, 4096))
+    crowd = [socket.create_connection((engine.host, engine.port), timeout=5) for _ in range(80)]
+    time.sleep(0.3)
+    before = cpu(engine.process)
+    time.sleep(0.7)
+    assert cpu(engine.process) - before < 0.35
+    for connection in crowd:
+        connection.close()
+    assert until(lambda: sane(engine, q))
+
+
+def sane(engine, q):
+    try:
+        return engine.call("POST", "/enqueue", {"queue": q})[0] == 200
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not POSIX, reason="closes a descriptor before the engine starts")
+def test_an_engine_whose_stderr_is_closed_serves(own, q):
+    engine = own("--verbose", preexec_fn=lambda: os.close(2))
+    assert engine.enqueue(q)["status"] == "pending"
+    assert engine.raw(b"\x16\x03noise\r\n\r\n", end=True) is not None
+    assert engine.poll(q)
+
+
+# -- values: every field of every call, with every kind of value ---------------------------------
+
+TAKES = {
+    "/enqueue": "queue payload timeout max_retries tag priority delay run_at key id jobs",
+    "/poll": "queue limit wait worker lease max_retries timeout hung",
+    "/complete": "id attempt result jobs",
+    "/fail": "id attempt error retry delay jobs",
+    "/heartbeat": "id attempt progress jobs",
+    "/release": "id attempt jobs",
+    "/cancel": "id queue status",
+    "/retry": "id queue status",
+    "/purge": "queue status",
+    "/pause": "queue",
+    "/resume": "queue",
+}
+FIELDS = [(path, field) for path, fields in TAKES.items() for field in fields.split()]
+
+VALUES = {
+    "null": "null", "true": "true", "false": "false", "0": "0", "1": "1", "-1": "-1", "1.5": "1.5", "1e-9": "1e-9",
+    "-0.0": "-0.0", "1e400": "1e400", "NaN": "NaN", "Infinity": "Infinity", "-Infinity": "-Infinity",
+    "2^31": "2147483648", "2^63": "9223372036854775808", "5,000 digits": "9" * 5000,
+    "empty": '""', "text": '"text"', "digits": '"1"', "201 characters": '"%s"' % ("x" * 201),
+    "1 MB": '"%s"' % ("x" * 1000000), "emoji": '"\U0001f600"', "lone surrogate": r'"\ud800"', "NUL": r'"a\u0000b"',
+    "newline": r'"a\nb"', "bad UTF-8": b'"\xed\xa0\x80"', "list": "[]", "list of 1": "[1]", "list of {}": "[{}]",
+    "object": "{}", "object of 1": '{"a": 1}', "nested 100,000 deep": "[" * 100000 + "]" * 100000,
+    "objects 20,000 deep": '{"a":' * 20000 + "1" + "}" * 20000, "unclosed": "[" * 100000, "no JSON": "undefined",
+}
+SYNTAX = {"1e400", "NaN", "Infinity", "-Infinity", "5,000 digits", "bad UTF-8", "nested 100,000 deep",
+          "objects 20,000 deep", "unclosed", "no JSON"}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """An engine with one queue, `v`, on which the table of values is tried."""
+    engine = Engine(tmp_path_factory.mktemp("values"))
+    yield engine
+    assert engine.stop() == 0 and "Traceback" not in engine.log()
+
+
+def fresh(engine, path):
+    """A valid body for `path`, with one job pending, one running and one failed to aim at."""
+    engine.post("/resume", queue="v")
+    for job in engine.get("/jobs?status=running")["jobs"]:
+        engine.post("/cancel", id=job["id"])
+    for status in ("pending", "done", "failed", "cancelled"):
+        engine.post("/purge", status=status)
+    failed, running = job_in(engine, "failed", "v"), job_in(engine, "running", "v")
+    pending = engine.enqueue("v", key="key")
+    aimed = {"id": running["id"], "attempt": running["attempt"]}
+    return {
+        "/enqueue": {"queue": "v"}, "/poll": {"queue": "v"}, "/cancel": {"id": pending["id"]},
+        "/retry": {"id": failed["id"]}, "/purge": {"queue": "v", "status": "failed"},
+        "/pause": {"queue": "v"}, "/resume": {"queue": "v"},
+    }.get(path, aimed)
+
+
+def with_field(body, field, value):
+    """The bytes of `body` with the JSON text `value` as `field`."""
+    items = [(name, json.dumps(one)) for name, one in body.items() if name != field] + [(field, value)]
+    parts = [b"%s: %s" % (json.dumps(name).encode(), text if isinstance(text, bytes) else text.encode())
+             for name, text in items]
+    return b"{" + b", ".join(parts) + b"}"
+
+
+def everything(engine):
+    return engine.get("/jobs?limit=1000")["jobs"]
+
+
+@pytest.mark.parametrize("path, field", FIELDS, ids=lambda part: part)
+def test_any_value_in_any_field_is_taken_or_refused_by_name_and_a_refusal_changes_nothing(target, path, field):
+    body, before = fresh(target, path), everything(target)
+    with contextlib.closing(target.connect()) as over:
+        over.connect()
+        socket_at_first = over.sock
+        for name, value in VALUES.items():
+            code, answer = target.call("POST", path, with_field(body, field, value), over=over)
+            assert code in (200, 204, 400, 404, 409), (name, code, answer)
+            assert over.sock is socket_at_first, (name, "the connection was closed")
+            if code == 400:
+                named = field in answer["error"] or (name in SYNTAX and "JSON" in answer["error"])
+                assert named, (name, answer)
+            if code in (200, 204):
+                body = fresh(target, path)
+                before = everything(target)
+            else:
+                assert everything(target) == before, (name, code, answer)
+
+
+@pytest.mark.parametrize("path, field", [one for one in FIELDS if one[1] in ("queue", "id") and one[0] != "/enqueue"])
+def test_a_call_without_the_field_it_needs_names_it(target, path, field):
+    body = fresh(target, path)
+    del body[field]
+    code, answer = target.call("POST", path, body) if field in TAKES[path] else (400, {"error": field})
+    assert (code == 400 and field in answer["error"]) or path == "/purge"
+
+
+@pytest.mark.parametrize("path, field", FIELDS, ids=lambda part: part)
+def test_a_field_that_stands_twice_is_not_a_5xx(target, path, field):
+    body = fresh(target, path)
+    twice = with_field({**body, field + "": 1}, field, '"v", %s: "v"' % json.dumps(field))
+    code, answer = target.call("POST", path, twice)
+    assert code in (200, 204, 400, 404, 409)
+    assert code != 400 or field in answer["error"]
+
+
+@pytest.mark.parametrize("path", TAKES)
+def test_an_unknown_field_is_refused_by_name_and_changes_nothing(target, path):
+    body, before = fresh(target, path), everything(target)
+    code, answer = target.call("POST", path, {**body, "surprise": 1})
+    assert code == 400 and "surprise" in answer["error"] and everything(target) == before
+
+
+BODIES = {
+    "nothing": b"", "blanks": b"  \r\n", "null": b"null", "list": b"[]", "text": b'"queue"', "number": b"1",
+    "half": b'{"queue": ', "two": b'{"queue": "v"} {"queue": "v"}', "trailing comma": b'{"queue": "v",}',
+    "single quotes": b"{'queue': 'v'}", "NUL": b'{"queue": "v"}\x00', "latin-1": b'{"queue": "\xe9"}',
+    "UTF-16": '{"queue": "v"}'.encode("utf-16"), "UTF-16 without mark": '{"queue": "v"}'.encode("utf-16-le"),
+    "UTF-32": '{"queue": "v"}'.encode("utf-32"), "BOM and noise": b"\xef\xbb\xbf{", "form": b"queue=v",
+    "deep": b'{"queue":' * 50000, "quote": b'"', "comment": b'{"queue": "v"} // hello',
+}
+
+
+@pytest.mark.parametrize("path", TAKES)
+def test_a_body_that_is_no_json_object_is_400_and_the_connection_goes_on(target, path):
+    fresh(target, path)
+    before = everything(target)
+    with contextlib.closing(target.connect()) as over:
+        over.connect()
+        socket_at_first = over.sock
+        for name, body in BODIES.items():
+            code, answer = target.call("POST", path, body, over=over)
+            assert code == 400 and answer["error"], (name, code, answer)
+            assert over.sock is socket_at_first and everything(target) == before, name
+
+
+@pytest.mark.parametrize("shape", ["[%s]", '{"a": %s}'], ids=["lists", "objects"])
+def test_nesting_has_one_limit_on_every_python(engine, q, shape):
+    nested = lambda levels: (shape.split("%s")[0] * levels + "1" + shape.split("%s")[1] * levels).encode()
+    for levels, expected in [(199, 200), (200, 200), (202, 400), (900, 400), (3000, 400)]:
+        code, answer = engine.call("POST", "/enqueue", b'{"queue": "%s", "payload": %s}' % (q.encode(), nested(levels)))
+        assert code == expected, (levels, answer)
+    assert engine.call("GET", "/jobs?queue=" + q)[0] == 200 and len(engine.poll(q, limit=9)) == 2
+
+
+def test_the_bad_item_of_a_batch_is_refused_alone_and_says_which_field(engine, q):
+    claim = job_in(engine, "running", q)
+    good = {"id": claim["id"], "attempt": 1}
+    code, answer = engine.call("POST", "/complete", {"jobs": [{"id": 7}, {"id": q, "attempt": "x"}, 5, good]})
+    if code == 200:
+        assert [one.get("code") for one in answer["jobs"]] == [400, 400, 400, None]
+        assert "attempt" in answer["jobs"][1]["error"] and engine.job(claim)["status"] == "done"
+    else:
+        assert code == 400 and "id" in answer["error"] and engine.job(claim)["status"] == "running"
+
+
+@pytest.mark.parametrize("field", "queue status tag limit after wait".split())
+def test_any_value_in_a_query_is_answered_or_refused_by_name(engine, q, field):
+    path = "/jobs?" if field != "wait" else "/jobs/%s?" % engine.enqueue(q)["id"]
+    texts = ["", "0", "-1", "1.5", "x" * 300, "%00", "%ff", "%ed%a0%80", "%F0%9F%98%80", "%zz", "NaN", "inf", "1e9",
+             "9" * 5000, "a&%s=b" % field, "null", "[]", "'%20OR%201=1--"]
+    for text in texts:
+        code, answer = engine.call("GET", path + field + "=" + text)
+        assert code in (200, 400, 404), (text, code, answer)
+        assert code != 400 or field in answer["error"] or "UTF-8" in answer["error"], (text, answer)
+
+
+# -- storage: durable before it is acknowledged, refused when it is not ours ---------------------
+
+
+def test_what_was_acknowledged_is_there_after_kill_9(own, q):
+    engine, acknowledged = own(), []
+
+    def enqueue_until_dead(number):
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(engine.connect()) as over:
+            for count in itertools.count():
+                code, job = engine.call("POST", "/enqueue", {"queue": q, "payload": [number, count]}, over=over)
+                assert code == 200
+                acknowledged.append((job["id"], job["payload"]))
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(4):
+            pool.submit(enqueue_until_dead, number)
+        until(lambda: len(acknowledged) > 200)
+        engine.kill()
+    engine.start()
+    assert all(engine.job(id)["payload"] == payload for id, payload in acknowledged)
+
+
+def test_outcomes_and_claims_are_there_after_kill_9(own, q):
+    engine = own()
+    done, failed, released, running, cancelled = [job_in(engine, status, q) for status in
+                                                  ("done", "failed", "running", "running", "cancelled")]
+    assert engine.tell("release", released)[0] == 200
+    rows = [engine.row(job) for job in (done, failed, released, running, cancelled)]
+    engine.kill()
+    engine.start()
+    assert [engine.row(job) for job in (done, failed, released, running, cancelled)] == rows
+    assert engine.tell("complete", done)[0] == engine.tell("heartbeat", running)[0] == 200
+    assert engine.tell("complete", running)[0] == 200
+    assert engine.poll(q)["id"] == released["id"] and engine.poll(q) is None
+
+
+def test_an_enqueue_whose_answer_was_lost_is_sent_again_safely_after_a_crash(own, q):
+    engine = own()
+    engine.enqueue(q, 1, id=q)
+    engine.kill()
+    engine.start()
+    assert engine.enqueue(q, 1, id=q)["created"] is False and engine.count(q) == 1
+
+
+def test_an_engine_that_was_killed_serves_again_within_2_seconds(own, q):
+    engine = own()
+    engine.post("/enqueue", jobs=[{"queue": q}] * 5000)
+    engine.kill()
+    began = time.monotonic()
+    assert engine.start().poll(q)
+    assert time.monotonic() - began < 2
+
+
+SYNCED = re.compile(r"(fdatasync|fsync)\(.*= 0$|<\.\.\. (fdatasync|fsync) resumed.*= 0$")
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.parametrize("path", ["/enqueue", "/poll", "/complete", "/fail", "/release", "/cancel"])
+def test_the_disk_is_synced_between_a_request_and_its_answer(own, tmp_path, q, path):
+    trace = str(tmp_path / "trace")
+    engine = own(prefix=("strace", "-f", "-o", trace, "-s", "60", "-e", "trace=network,read,write,fsync,fdatasync"))
+    job = job_in(engine, "pending" if path in ("/enqueue", "/poll") else "running", q)
+    body = {"queue": q} if path in ("/enqueue", "/poll") else {"id": job["id"]}
+    Path(trace).write_text("")
+    assert engine.call("POST", path, body)[0] == 200
+    lines = until(lambda: [*answered(Path(trace).read_text(), path)])
+    assert any(SYNCED.search(line) for line in lines), "\n".join(lines)
+
+
+def answered(trace, path):
+    """The lines of a trace from where a request was read to where its answer was sent."""
+    lines = trace.splitlines()
+    first = [number for number, line in enumerate(lines) if "POST " + path in line]
+    last = [number for number, line in enumerate(lines) if "HTTP/1.1 200" in line and first and number > first[0]]
+    return lines[first[0]:last[0]] if last else []
+
+
+def test_the_claim_is_served_by_one_index_in_its_order(clocked, q):
+    clocked.post("/enqueue", jobs=[{"queue": q}] * 1000)
+    names = dict.fromkeys(re.findall(r":(\w+)", rundown_engine.CLAIM), 1)
+    with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
+        plan = " | ".join(row[3] for row in db.execute("EXPLAIN QUERY PLAN " + rundown_engine.CLAIM, names))
+    assert "USING INDEX jobs_claim (queue=?)" in plan and "SCAN" not in plan and "TEMP B-TREE" not in plan
+
+
+@pytest.mark.parametrize("crowd", ["pending", "scheduled ahead at a higher priority", "done", "of another queue"])
+def test_a_poll_costs_the_same_beside_50000_jobs(own, q, crowd):
+    engine = own("--sync", "normal")
+    fields = {"scheduled ahead at a higher priority": {"priority": 9, "delay": 9999},
+              "of another queue": {"queue": "x"}}
+    alone = pace(engine, q)
+    for _ in range(5):
+        engine.post("/enqueue", jobs=[{"queue": q, **fields.get(crowd, {})}] * 10000)
+        while crowd == "done":
+            claims = engine.poll(q, limit=1000)
+            if not claims:
+                break
+            engine.post("/complete", jobs=[{"id": job["id"]} for job in claims])
+    assert pace(engine, q) < 3 * alone + 0.0005
+
+
+def pace(engine, q):
+    """Median seconds of a poll when there is a job to be had; the jobs are of the lowest priority and the earliest."""
+    took = []
+    with contextlib.closing(engine.connect()) as over:
+        for _ in range(60):
+            engine.call("POST", "/enqueue", {"queue": q, "priority": -1, "run_at": "2020-01-01T00:00:00Z"}, over=over)
+            began = time.perf_counter()
+            code, _ = engine.call("POST", "/poll", {"queue": q}, over=over)
+            took.append(time.perf_counter() - began)
+            assert code == 200
+    return sorted(took)[30]
+
+
+def refusal(folder, *options, env=None, name="jobs.db"):
+    """(exit status, lines on stderr) of an engine that should not start."""
+    command = [sys.executable, str(HERE / "rundown_engine.py"), "--db", str(folder / name), "--port", "0", *options]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           cwd=str(folder), env=environment(env), timeout=20)
+    assert ended.stdout == b""
+    return ended.returncode, ended.stderr.decode().splitlines()
+
+
+def database(folder, change=None):
+    """A database of the engine with 500 jobs in it, at rest, and changed by the SQL `change`."""
+    engine = Engine(folder)
+    engine.post("/enqueue", jobs=[{"queue": "q", "payload": "x" * 500}] * 500)
+    assert engine.stop() == 0
+    if change:
+        with contextlib.closing(sqlite3.connect(str(folder / "jobs.db"))) as db:
+            db.executescript(change)
+    return folder / "jobs.db"
+
+
+def spoil(path, start, data):
+    with open(str(path), "r+b") as file:
+        file.seek(start)
+        file.write(data)
+
+
+def foreign(folder):
+    with contextlib.closing(sqlite3.connect(str(folder / "jobs.db"))) as db:
+        db.executescript("CREATE TABLE customers (name); INSERT INTO customers VALUES ('Ada')")
+
+
+NOT_OURS = {
+    "text": lambda folder: (folder / "jobs.db").write_text("Dear diary, today\n" * 300),
+    "a short text": lambda folder: (folder / "jobs.db").write_text("hello"),
+    "another program's database": foreign,
+    "a newer version": lambda folder: database(folder, "PRAGMA user_version = 99"),
+    "corrupt pages": lambda folder: spoil(database(folder), 4096, b"\x5a" * 100000),
+    "a corrupt header": lambda folder: spoil(database(folder), 0, b"SQLite format 4"),
+    "cut in the middle": lambda folder: os.truncate(str(database(folder)), 20000),
+}
+
+
+@pytest.mark.parametrize("make", NOT_OURS.values(), ids=NOT_OURS)
+def test_a_database_that_is_not_ours_or_not_whole_is_refused_in_a_line_and_left_as_it_was(tmp_path, make):
+    make(tmp_path)
+    before = (tmp_path / "jobs.db").read_bytes()
+    code, lines = refusal(tmp_path)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("rundown_engine: ")
+    assert "jobs.db" in lines[0] and (tmp_path / "jobs.db").read_bytes() == before
+
+
+def test_a_database_that_cannot_be_made_is_refused_in_a_line(tmp_path):
+    for name in ("missing/jobs.db", "", "/proc/nothing/jobs.db"):
+        code, lines = refusal(tmp_path, name=name)
+        assert code == 2 and len(lines) == 1 and lines[0].startswith("rundown_engine: ")
+
+
+@pytest.mark.skipif(not POSIX or os.geteuid() == 0, reason="needs a user whom file permissions bind")
+def test_a_read_only_database_is_refused_in_a_line(tmp_path):
+    database(tmp_path).chmod(0o400)
+    code, lines = refusal(tmp_path)
+    assert code == 2 and len(lines) == 1 and "jobs.db" in lines[0]
+
+
+def test_a_second_engine_on_the_same_database_is_refused_and_the_first_one_serves(own, tmp_path, q):
+    engine = own()
+    code, lines = refusal(tmp_path)
+    assert code == 2 and len(lines) == 1 and "another" in lines[0]
+    assert engine.enqueue(q) and refusal(tmp_path)[0] == 2
+
+
+@pytest.mark.skipif(not POSIX, reason="permissions of POSIX files")
+def test_the_database_s_files_are_readable_by_their_owner_alone(own, tmp_path, q):
+    engine = own(preexec_fn=lambda: os.umask(0))
+    engine.enqueue(q)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir() if path.name.startswith("jobs.db")}
+    assert {"jobs.db", "jobs.db-wal", "jobs.db-shm"} <= set(modes)
+    assert set(modes.values()) == {0o600}
+
+
+@contextlib.contextmanager
+def write_lock(engine):
+    """Another program that holds the database's write lock during the block."""
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("ROLLBACK")
+
+
+def test_a_write_lock_of_another_program_is_waited_for_and_reads_go_on(own, q):
+    engine = own()
+    job = engine.enqueue(q)
+    with contextlib.ExitStack() as stack:
+        with write_lock(engine):
+            enqueue = stack.enter_context(meanwhile(engine.enqueue, q))
+            time.sleep(1)
+            assert engine.job(job)["status"] == "pending" and engine.get("/health")
+            assert not enqueue.done()
+        assert enqueue.result(5)["status"] == "pending"
+
+
+def test_a_write_lock_that_is_held_on_gets_503_and_recovers(own, q):
+    engine = own(constants={"BUSY": 0.3})
+    job = engine.enqueue(q)
+    with write_lock(engine):
+        code, answer = engine.call("POST", "/enqueue", {"queue": q})
+        assert (code, engine.response.getheader("Retry-After") is None) == (503, False) and answer["error"]
+        assert engine.job(job)["status"] == "pending"
+        assert engine.call("GET", "/health")[0] in (200, 503)
+    assert engine.enqueue(q) and engine.count(q) == 2
+    assert engine.get("/health")["status"] == "ok"
+
+
+@pytest.mark.skipif(not LINUX, reason="fills the disk by prlimit")
+def test_a_full_disk_gets_503_acknowledges_nothing_and_recovers(own, q):
+    import resource
+    engine = own()
+    engine.enqueue(q)
+    biggest = max(path.stat().st_size for path in engine.folder.iterdir())
+    resource.prlimit(engine.process.pid, resource.RLIMIT_FSIZE, (biggest + 50000, resource.RLIM_INFINITY))
+    codes = [engine.call("POST", "/enqueue", {"queue": q, "payload": "x" * 40000})[0] for _ in range(6)]
+    assert codes[-1] == 503 and set(codes) <= {200, 503}
+    assert engine.count(q) == 1 + codes.count(200) and "integrity" not in engine.log()
+    resource.prlimit(engine.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert engine.enqueue(q) and engine.count(q) == 2 + codes.count(200)
+    engine.kill()
+    assert engine.start().count(q) == 2 + codes.count(200)
+
+
+@pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
+def test_a_suspended_engine_gives_its_workers_a_grace_pass(own, q):
+    engine = own(constants={"TICK": 0.1, "GRACE": 0.5})
+    engine.enqueue(q, timeout=100)
+    claim = engine.poll(q, lease=1)
+    engine.process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    engine.process.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    assert engine.tell("heartbeat", claim)[0] == 200
+    until(lambda: engine.job(claim)["status"] == "pending")
+
+
+# -- security: foreign pages, foreign names, strangers without a token ---------------------------
+
+POSTS = sorted(TAKES)
+GETS = ["/", "/docs", "/jobs", "/jobs/x", "/queues", "/status/x", "/details/x", "/metrics", "/backup"]
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_page_of_another_origin_cannot_post(target, path):
+    body, before = fresh(target, path), everything(target)
+    origin = "http://%s:%d" % (target.host, target.port)
+    for foreign in ("https://evil.example", "null", origin + "0", "https" + origin[4:], "http://127.0.0.1:1"):
+        assert target.call("POST", path, body, {"Origin": foreign})[0] == 403, foreign
+    assert everything(target) == before
+    assert target.call("POST", path, body, {"Origin": origin})[0] in (200, 204)
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_form_of_another_page_cannot_post(target, path):
+    body, before = json.dumps(fresh(target, path)).encode(), everything(target)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        assert target.call("POST", path, body, {"Content-Type": kind})[0] == 415
+    assert everything(target) == before
+
+
+@pytest.mark.parametrize("path", POSTS + GETS + ["/health", "/nothing"])
+def test_a_foreign_host_is_421_on_every_route(engine, path):
+    for host in ("evil.example", "evil.example:%d" % engine.port, "127.0.0.1.evil.example", "localhost.evil.example",
+                 "2130706433", "[::1].evil.example", ""):
+        method, body = ("POST", {}) if path in POSTS else ("GET", None)
+        code, _ = engine.call(method, path, body, {"Host": host})
+        assert code in ((421,) if host else (400, 421)), host
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:{port}", "127.0.0.1:{port}", "LocalHost:{port}",
+                                  "[::1]:{port}"])
+def test_the_engine_s_own_names_are_taken(engine, host):
+    assert engine.call("GET", "/health", None, {"Host": host.format(port=engine.port)})[0] == 200
+
+
+def test_a_name_that_was_allowed_is_taken(own):
+    engine = own("--allow-host", "jobs.example")
+    assert engine.call("GET", "/health", None, {"Host": "jobs.example"})[0] == 200
+    assert engine.call("GET", "/health", None, {"Host": "evil.example"})[0] == 421
+
+
+@pytest.mark.parametrize("path", POSTS + GETS)
+def test_no_answer_invites_another_origin(engine, path):
+    for method in ("OPTIONS", "GET", "POST"):
+        engine.call(method, path, {} if method == "POST" else None, {"Origin": "https://evil.example"})
+        assert not [name for name, _ in engine.response.getheaders() if name.lower().startswith("access-control")]
+
+
+@pytest.mark.parametrize("options, env", [
+    (["--host", "0.0.0.0"], {}), (["--host", "::"], {}), ([], {"RUNDOWN_HOST": "0.0.0.0"}), (["--host", ""], {}),
+])
+def test_listening_beyond_loopback_without_a_token_is_refused_and_says_how_to_go_on(tmp_path, options, env):
+    code, lines = refusal(tmp_path, *options, env=env)
+    assert code == 2 and len(lines) == 1 and "--token-file" in lines[0]
+    assert not (tmp_path / "jobs.db").exists()
+
+
+TOKEN = "s3cret-\u00fcmlaut-token"
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """An engine that asks for a token."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "token").write_bytes(TOKEN.encode() + b"\n")
+    engine = Engine(folder, "--token-file", str(folder / "token"), "--verbose")
+    yield engine
+    assert engine.stop() == 0
+    assert TOKEN not in engine.log() and "s3cret" not in engine.log()
+
+
+def bearer(token):
+    """The header's value as http.client sends it: bytes in the clothes of Latin-1."""
+    return {"Authorization": "Bearer " + token.encode().decode("latin-1")}
+
+
+@pytest.mark.parametrize("path", POSTS + [path for path in GETS if path not in ("/", "/docs")] + ["/nothing"])
+def test_without_the_right_token_every_route_is_the_same_401(guarded, path):
+    method, body = ("POST", {"queue": "q"}) if path in POSTS else ("GET", None)
+    wrong = [{}, bearer(""), bearer("wrong"), bearer(TOKEN + "x"), bearer(TOKEN[:-1]), bearer("\u00fc\u4e2d"),
+             {"Authorization": "Bearer"}, {"Authorization": ""}, {"Authorization": "Basic " + "czpz" * 9},
+             {"Authorization": "Bearer \xff\xfe"}]
+    answers = {str(guarded.call(method, path, body, headers)) for headers in wrong}
+    assert len(answers) == 1 and answers.pop().startswith("(401, {'error'")
+    assert guarded.call(method, path, body, bearer(TOKEN))[0] != 401
+
+
+def test_health_needs_no_token(guarded):
+    assert guarded.get("/health")["status"] == "ok"
+
+
+def test_a_token_comes_from_the_environment_too(own, q):
+    engine = own(env={"RUNDOWN_TOKEN": "tok"})
+    assert engine.call("POST", "/enqueue", {"queue": q})[0] == 401
+    assert engine.call("POST", "/enqueue", {"queue": q}, bearer("tok"))[0] == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"   \n"])
+def test_an_empty_token_file_is_refused(tmp_path, content):
+    (tmp_path / "token").write_bytes(content)
+    code, lines = refusal(tmp_path, "--token-file", str(tmp_path / "token"))
+    assert code == 2 and len(lines) == 1 and "token" in lines[0]
+
+
+def test_the_dashboard_comes_with_a_policy_that_lets_no_foreign_script_run(engine):
+    code, page = engine.call("GET", "/")
+    policy = engine.response.getheader("Content-Security-Policy")
+    assert code == 200 and "<title>" in page
+    assert re.search("default-src '(none|self)'", policy) and "unsafe" not in policy.replace("unsafe-hashes", "unsafe")
+    assert "frame-ancestors 'none'" in policy
+
+
+def test_control_characters_in_a_log_are_escaped(own):
+    engine = own("--verbose")
+    engine.call("GET", "/jobs/%1b%5b31mred%0d%0afake")
+    engine.raw(b"GET /\x1b[31m HTTP/1.1\r\nHost: \x1b]0;x\x07\r\n\r\n", end=True)
+    engine.call("POST", "/enqueue", {"queue": "q", "payload": "very secret payload"})
+    log = until(lambda: "/enqueue" in engine.log() and engine.log())
+    assert "\x1b" not in log and "\x07" not in log and "\r" not in log and "very secret" not in log
+
+
+# -- start and end: settings, signals ------------------------------------------------------------
+
+
+def test_the_line_at_the_start_says_where_which_database_and_how_to_enqueue(own, tmp_path):
+    engine = own()
+    assert engine.url in engine.line and "jobs.db" in engine.line and "enqueue" in engine.line
+
+
+def test_settings_come_from_the_environment_too(tmp_path, q):
+    env = environment({"RUNDOWN_PORT": "0", "RUNDOWN_DB": str(tmp_path / "env.db"), "RUNDOWN_HOST": "127.0.0.1"})
+    process = subprocess.Popen([sys.executable, str(HERE / "rundown_engine.py")], stdout=subprocess.PIPE,
+                               cwd=str(tmp_path), env=env)
+    engine = Api(re.search(r"http://[\w.]+:\d+", process.stdout.readline().decode()).group())
+    assert engine.enqueue(q) and (tmp_path / "env.db").exists()
+    process.kill()
+    process.communicate()
+
+
+def test_help_is_the_manual(tmp_path):
+    shown = subprocess.run([sys.executable, str(HERE / "rundown_engine.py"), "--help"], stdout=subprocess.PIPE,
+                           env=environment({"PYTHONIOENCODING": "utf-8"}), timeout=20)
+    assert shown.returncode == 0
+    assert [line for line in rundown_engine.__doc__.strip().splitlines() if line not in shown.stdout.decode()] == []
+
+
+@pytest.mark.parametrize("options", [["--port", "x"], ["--port", "99999"], ["--sync", "off"], ["--keep", "soon"],
+                                     ["--surprise"], ["--token-file", "/nowhere"], ["--cert", "/nowhere"]])
+def test_a_setting_that_makes_no_sense_is_refused(tmp_path, options):
+    code, lines = refusal(tmp_path, *options)
+    assert code == 2 and lines and "Traceback" not in "".join(lines)
+    assert options[0].strip("-").split("-")[0] in lines[-1]
+
+
+def test_a_port_that_is_taken_is_refused_in_a_line(own, tmp_path):
+    (tmp_path / "other").mkdir()
+    engine = own()
+    code, lines = refusal(tmp_path / "other", "--port", str(engine.port))
+    assert code == 2 and len(lines) == 1 and str(engine.port) in lines[0]
+
+
+@pytest.mark.skipif(not POSIX, reason="Windows has no signals of this kind")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_answers_waiting_polls_and_ends_the_engine_with_0_in_5_seconds(own, q, number):
+    engine = own()
+    with waiting(engine, q, 5, wait=60) as polls:
+        began = time.monotonic()
+        assert engine.stop(number) == 0
+        assert time.monotonic() - began < 5
+        assert [poll.result(5) for poll in polls] == [None] * 5
+
+
+@pytest.mark.skipif(not POSIX, reason="Windows has no signals of this kind")
+def test_a_signal_ends_an_engine_with_idle_connections_too(own, q):
+    engine = own()
+    with contextlib.closing(engine.connect()) as idle, socket.create_connection((engine.host, engine.port)):
+        engine.call("GET", "/health", over=idle)
+        began = time.monotonic()
+        assert engine.stop() == 0 and time.monotonic() - began < 5
+
+
+def test_requests_under_way_at_the_end_are_acknowledged_or_not_there(own, q):
+    engine, seen = own(), []
+
+    def enqueue_until_gone():
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(engine.connect()) as over:
+            while True:
+                seen.append(engine.call("POST", "/enqueue", {"queue": q}, over=over))
+
+    with meanwhile(enqueue_until_gone):
+        until(lambda: len(seen) > 50)
+        assert engine.stop() == 0
+    engine.start()
+    kept = sum(code == 200 for code, _ in seen)
+    assert {code for code, _ in seen} <= {200, 503}
+    assert kept <= engine.get("/queues")["queues"][0]["pending"] <= kept + 1
+
+
+def test_importing_the_engine_starts_nothing(tmp_path):
+    code = "import threading, rundown_engine; assert threading.active_count() == 1"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=str(tmp_path), env=environment(), timeout=20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_but_the_standard_library_is_imported():
+    for name in ("rundown_engine.py", "rundown_workers.py"):
+        code = "import sys; sys.path[:0] = [%r]; import %s" % (str(HERE), name[:-3])
+        subprocess.run([sys.executable, "-S", "-I", "-c", code], check=True, timeout=20)
+
+
+# -- SDK: the client ------------------------------------------------------------------------------
+
+
+class Proxy:
+    """Stands between a client and an engine: counts the connections, swallows the next `swallow` replies."""
+
+    def __init__(self, engine):
+        self.target, self.connections, self.swallow = (engine.host, engine.port), 0, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client = self.listener.accept()[0]
+                self.connections += 1
+                engine = socket.create_connection(self.target)
+                for source, sink in ((client, engine), (engine, client)):
+                    threading.Thread(target=self.pump, args=(source, sink, sink is client), daemon=True).start()
+
+    def pump(self, source, sink, reply):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(1 << 20)
+                if reply and data and self.swallow:
+                    self.swallow -= 1
+                    data = b""
+                if not data:
+                    break
+                sink.sendall(data)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+@pytest.fixture
+def proxy(engine):
+    proxy = Proxy(engine)
+    yield proxy
+    proxy.listener.close()
+
+
+@contextlib.contextmanager
+def canned(answer, pause=0.0):
+    """A server that gives every connection the same bytes; with a `pause`, a byte at a time. A list of what it read."""
+    listener, heard = socket.create_server(("127.0.0.1", 0)), []
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=one, args=(listener.accept()[0],), daemon=True).start()
+
+    def one(client):
+        with client, contextlib.suppress(OSError):
+            heard.append(client.recv(65536))
+            for piece in [answer] if not pause else [answer[n:n + 1] for n in range(len(answer))]:
+                client.sendall(piece)
+                time.sleep(pause)
+
+    threading.Thread(target=serve, daemon=True).start()
+    heard_at = "http://127.0.0.1:%d" % listener.getsockname()[1]
+    yield heard_at, heard
+    listener.close()
+
+
+def unused():
+    """The URL of a port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return "http://127.0.0.1:%d" % listener.getsockname()[1]
+
+
+def test_enqueue_returns_the_job_and_wait_the_finished_one(engine, q):
+    job = rw.enqueue(q, {"path": "a.jpg"}, host=engine.url, tag="t", priority=3, timeout=9, max_retries=1, key="k")
+    assert (job["queue"], job["tag"], job["priority"], job["timeout"], job["key"]) == (q, "t", 3, 9, "k")
+    claim = engine.poll(q)
+    with meanwhile(rw.Client(engine.url).wait, job, 20) as waited:
+        engine.tell("complete", claim, result={"ok": True})
+        assert waited.result(10)["result"] == {"ok": True}
+
+
+def test_the_default_host_is_read_from_the_environment(engine, q, monkeypatch):
+    monkeypatch.setenv("RUNDOWN_URL", engine.url)
+    assert rw.enqueue(q, 1)["payload"] == 1
+    assert [job["payload"] for job in rw.enqueue_many(q, [2, 3], tag="t")] == [2, 3]
+    assert engine.count(q) == 3
+
+
+def test_delay_and_run_at_of_the_sdk_say_when(engine, q):
+    noon = datetime.datetime(2030, 1, 2, 12, tzinfo=datetime.timezone.utc)
+    assert when(rw.enqueue(q, host=engine.url, payload=1, run_at=noon)["next_run_at"]) == noon.timestamp()
+    late = rw.enqueue(q, 1, host=engine.url, delay=100)
+    assert 99 < when(late["next_run_at"]) - when(late["created_at"]) < 101
+
+
+def test_the_client_has_a_method_for_each_call(engine, q):
+    client = rw.Client(engine.url)
+    client.enqueue(q, 1, max_retries=1)
+    job = client.poll(q)
+    client.heartbeat(job["id"], attempt=1, progress=0.5)
+    client.release(job["id"], attempt=1)
+    client.fail(client.poll(q)["id"], attempt=2, error="no", delay=0)
+    client.complete(client.poll(q)["id"], attempt=3, result=4)
+    assert client.job(job["id"])["result"] == 4
+    assert client.poll(q) is None
+
+
+def test_a_retried_enqueue_whose_answer_was_lost_makes_no_second_job(engine, proxy, q):
+    client = rw.Client(proxy.url)
+    for number in range(5):
+        proxy.swallow = 1 + number % 2
+        assert client.enqueue(q, number)["payload"] == number
+    assert proxy.swallow == 0 and engine.count(q) == 5
+
+
+def test_connections_are_kept_alive(proxy, q):
+    client = rw.Client(proxy.url)
+    for number in range(30):
+        client.enqueue(q, number)
+    assert proxy.connections == 1
+
+
+def test_an_engine_that_is_away_is_waited_for(own, q):
+    engine = own()
+    engine.kill()
+    with meanwhile(rw.Client(engine.url, timeout=20).enqueue, q, 1) as enqueue:
+        time.sleep(0.7)
+        engine.start("--port", str(engine.port))
+        assert enqueue.result(15)["payload"] == 1
+
+
+def test_an_engine_that_stays_away_is_an_error_that_names_it():
+    url = unused()
+    with pytest.raises(rw.EngineUnavailable) as error:
+        rw.Client(url, timeout=0.5).enqueue("q", 1)
+    assert url in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{"queue": ""}, {"queue": "q", "priority": "high"}, {"queue": "q", "timeout": -1}])
+def test_a_refusal_is_raised_at_once_with_the_engine_s_sentence(engine, fields):
+    began = time.monotonic()
+    with pytest.raises(rw.Error) as error:
+        rw.Client(engine.url).enqueue(payload=1, **fields)
+    assert list(fields)[-1] in str(error.value) and time.monotonic() - began < 5
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+ANSWERS = {
+    "HTML": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 15\r\n\r\n<html>hi</html>",
+    "cut": OK + b'Content-Length: 500\r\n\r\n{"id": ',
+    "no JSON": OK + b"Content-Length: 2\r\n\r\n{]",
+    "nothing": b"",
+    "noise": bytes(range(128)),
+    "503": b"HTTP/1.1 503 No\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_is_none_is_an_error_of_the_sdk(answer):
+    with canned(answer) as (url, _):
+        with pytest.raises(rw.Error):
+            rw.Client(url, timeout=0.5).enqueue("q", 1)
+
+
+def test_an_answer_that_trickles_ends_at_the_deadline():
+    with canned(OK + b"Content-Length: 5000\r\n\r\n" + b" " * 5000, pause=0.05) as (url, _):
+        began = time.monotonic()
+        with pytest.raises(rw.Error):
+            rw.Client(url, timeout=1).enqueue("q", 1)
+        assert time.monotonic() - began < 6
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_an_error_and_the_token_goes_nowhere_else(code):
+    with canned(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as (elsewhere, heard):
+        away = b"HTTP/1.1 %d Go\r\nLocation: %s/enqueue\r\nContent-Length: 0\r\n\r\n" % (code, elsewhere.encode())
+        with canned(away) as (url, first):
+            with pytest.raises(rw.Error):
+                rw.Client(url, token="secret", timeout=0.5).enqueue("q", 1)
+        assert b"secret" in first[0] and heard == []
+
+
+def test_a_proxy_in_the_environment_is_ignored(engine, q, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, unused())
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert rw.Client(engine.url, timeout=3).enqueue(q, 1)
+
+
+def test_the_token_is_a_parameter_or_in_the_environment(guarded, q, monkeypatch):
+    assert rw.Client(guarded.url, token=TOKEN).enqueue(q, 1)
+    with pytest.raises(rw.Error) as error:
+        rw.Client(guarded.url, token="wrong-one").enqueue(q, 1)
+    assert "wrong-one" not in str(error.value)
+    monkeypatch.setenv("RUNDOWN_TOKEN", TOKEN)
+    assert rw.enqueue(q, 1, host=guarded.url)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
+def test_https_with_a_private_certificate(own, tmp_path, q):
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+                   check=True, stderr=subprocess.DEVNULL)
+    engine = own("--cert", cert, "--key", key)
+    assert engine.url.startswith("https://")
+    assert rw.Client(engine.url, ca=cert).enqueue(q, 1)["payload"] == 1
+    with pytest.raises(rw.Error):
+        rw.Client(engine.url, timeout=0.5).enqueue(q, 1)
+
+
+# -- SDK: the worker ------------------------------------------------------------------------------
+
+PREAMBLE = """
+import asyncio, os, signal, sys, threading, time
+import rundown_workers as rw
+
+def say(*words):
+    with open(os.environ["DIARY"], "a") as diary:
+        diary.write(" ".join(map(str, words)) + "\\n")
+"""
+
+
+class Worker:
+    """A worker process: a task file in `folder`, and what its handlers said and it logged."""
+
+    def __init__(self, folder, engine, source, run="rw.run()", env=None, **settings):
+        name = str(folder / ("tasks%d" % next(NUMBERS)))
+        self.file, self.diary, self.logged = Path(name + ".py"), Path(name + ".diary"), Path(name + ".log")
+        guard = "\nif __name__ == '__main__':\n    %s\n" % run
+        self.file.write_text(PREAMBLE + textwrap.dedent(source) + guard)
+        self.diary.touch()
+        with open(str(self.logged), "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(self.file)], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=str(folder),
+                env=environment({"RUNDOWN_URL": engine.url, "DIARY": str(self.diary), **(env or {})}), **settings)
+
+    def said(self):
+        return self.diary.read_text().splitlines()
+
+    def log(self):
+        return self.logged.read_text(errors="replace")
+
+    def wait(self, seconds=30):
+        """The exit status, once it has ended by itself."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail("the worker does not end: " + self.log()[-3000:])
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.wait()
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def work(engine, tmp_path):
+    """Starts workers: `work(source)` on the shared engine, `work(source, own_engine)` on another one."""
+    started = []
+
+    def start(source, on=engine, **settings):
+        started.append(Worker(tmp_path, on, source, **settings))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.kill()
+
+
+BURST = "rw.run(burst=True)"
+
+
+def handler(q, body, **options):
+    """The source of one handler; `body` is its statements."""
+    settings = "".join(", %s=%r" % one for one in options.items())
+    body = textwrap.indent(textwrap.dedent(body), "    ")
+    return "@rw.queue(name=%r%s)\ndef handle(payload):\n%s\n" % (q, settings, body)
+
+
+def ended(engine, job, seconds=20):
+    """The job once it has ended."""
+    return until(lambda: (lambda row: row["finished_at"] and row)(engine.job(job)), seconds)
+
+
+def test_a_worker_runs_a_job_and_its_return_value_is_the_result(engine, work, q):
+    job = engine.enqueue(q, {"path": "a.jpg"})
+    worker = work(handler(q, "return [payload['path'], rw.job()['id'], rw.job()['attempt']]"))
+    job = ended(engine, job)
+    assert (job["status"], job["result"]) == ("done", ["a.jpg", job["id"], 1])
+    assert worker.stop() == 0
+
+
+def test_a_burst_works_off_what_is_due_and_returns(engine, work, q):
+    jobs = [engine.enqueue(q, number) for number in range(40)]
+    later = engine.enqueue(q, delay=100)
+    assert work(handler(q, "return payload"), run=BURST).wait() == 0
+    assert [engine.job(job)["result"] for job in jobs] == list(range(40))
+    assert engine.job(later)["status"] == "pending"
+
+
+def test_the_decorator_returns_the_function_with_enqueue_on_it(engine, work, q):
+    run = "say(handle(21), handle.enqueue(4, priority=7)['priority']); "
+    worker = work(handler(q, "return payload * 2"), run=run + BURST)
+    assert worker.wait() == 0 and worker.said() == ["42 7"]
+    assert engine.get("/jobs?queue=" + q)["jobs"][0]["result"] == 8
+
+
+def test_one_worker_serves_several_queues(engine, work, q):
+    jobs = [engine.enqueue(q + name) for name in "ab"]
+    source = handler(q + "a", "return 'a'") + handler(q + "b", "return 'b'")
+    assert work(source, run=BURST).wait() == 0
+    assert [engine.job(job)["result"] for job in jobs] == ["a", "b"]
+
+
+def test_the_handler_s_max_retries_and_timeout_hold_for_jobs_without_their_own(engine, work, q):
+    default, own_ones = engine.enqueue(q), engine.enqueue(q, max_retries=0, timeout=50)
+    work(handler(q, "raise ValueError('no')", timeout=40), run=BURST).wait()
+    default, own_ones = engine.job(default), engine.job(own_ones)
+    assert (default["max_retries"], default["timeout"], default["status"]) == (3, 40, "pending")
+    assert (own_ones["max_retries"], own_ones["timeout"], own_ones["status"]) == (0, 50, "failed")
+
+
+def test_an_exception_fails_the_job_with_its_traceback(engine, work, q):
+    job = engine.enqueue(q)
+    work(handler(q, "raise ValueError('no such file')", max_retries=0), run=BURST).wait()
+    job = engine.job(job)
+    assert job["status"] == "failed" and job["error"].rstrip().endswith("ValueError: no such file")
+    assert "tasks" in job["error"] and "in handle" in job["error"]
+
+
+def test_retry_and_abort_say_what_becomes_of_the_job(engine, work, q):
+    retry, abort = engine.enqueue(q, "retry"), engine.enqueue(q, "abort")
+    body = "raise rw.Retry(delay=60) if payload == 'retry' else rw.Abort('hopeless')"
+    work(handler(q, body, max_retries=5), run=BURST).wait()
+    retry, abort = engine.job(retry), engine.job(abort)
+    assert retry["status"] == "pending" and 55 < when(retry["next_run_at"]) - when(retry["updated_at"]) <= 60
+    assert abort["status"] == "failed" and "hopeless" in abort["error"]
+
+
+def test_progress_is_seen_while_the_handler_runs(engine, work, q):
+    job = engine.enqueue(q)
+    work(handler(q, "rw.progress({'percent': 40}); time.sleep(20)"))
+    until(lambda: engine.job(job)["progress"] == {"percent": 40})
+    engine.post("/cancel", id=job["id"])
+
+
+def test_an_async_handler_runs(engine, work, q):
+    job = engine.enqueue(q, 4)
+    source = handler(q, "await asyncio.sleep(0.01)\nreturn [payload, rw.job()['id']]").replace("def", "async def")
+    work(source, run=BURST).wait()
+    assert engine.job(job)["result"] == [4, job["id"]]
+
+
+def test_concurrency_is_the_number_of_handlers_at_a_time(engine, work, q):
+    engine.post("/enqueue", jobs=[{"queue": q}] * 12)
+    body = "say('+'); time.sleep(0.15); say('-')"
+    worker = work(handler(q, body, concurrency=3), run=BURST)
+    worker.wait()
+    running = list(itertools.accumulate(1 if word == "+" else -1 for word in worker.said()))
+    assert max(running) == 3 and len(running) == 24
+
+
+def test_a_worker_at_rest_picks_a_job_up_at_once(engine, work, q):
+    worker = work(handler(q, "return time.time()"))
+    engine.poll(q)
+    until(lambda: {row["worker"] for row in engine.get("/queues")["workers"] if row["queue"] == q} - {None})
+    job = ended(engine, engine.enqueue(q))
+    assert job["result"] - when(job["created_at"]) < 0.5
+    worker.stop()
+
+
+def test_jobs_behind_a_long_one_are_left_to_others(engine, work, q):
+    engine.post("/enqueue", jobs=[{"queue": q, "payload": 0}] * 300)
+    slow = engine.enqueue(q, 4)
+    engine.post("/enqueue", jobs=[{"queue": q, "payload": 0}] * 20)
+    work(handler(q, "time.sleep(payload)"))
+    until(lambda: engine.job(slow)["status"] == "running")
+    until(lambda: len(engine.get("/jobs?status=running&queue=" + q)["jobs"]) == 1, 3)
+    assert engine.poll(q) and engine.job(slow)["status"] == "running"
+
+
+HOSTILE = {
+    # what the handler does                          status, a part of its error or its result
+    "raise SystemExit(3)": ("failed", "SystemExit"),
+    "raise KeyboardInterrupt": ("failed", "KeyboardInterrupt"),
+    "raise GeneratorExit": ("failed", "GeneratorExit"),
+    "sys.exit()": ("failed", "SystemExit"),
+    "raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()": ("failed", "Mute"),
+    "raise ValueError('x' * 10000000)": ("failed", "ValueError"),
+    "raise ValueError('\\ud800 \\0')": ("failed", "ValueError"),
+    "(lambda f: f(f))(lambda f: f(f))": ("failed", "RecursionError"),
+    "return {1}": ("failed", "set"),
+    "return {'a': [1, {'b': {2}}]}": ("failed", "['a'][1]['b']"),
+    "return b'x'": ("failed", "bytes"),
+    "return {(1, 2): 3}": ("failed", "tuple"),
+    "return float('nan')": ("failed", "nan"),
+    "a = []; a.append(a); return a": ("failed", "result"),
+    "return 'x' * 50000000": ("failed", "result"),
+    "return '\\ud800'": (None, None),
+    "return 2 ** 20000": (None, None),
+    "payload['list'].append(1); return payload['list']": ("done", [1]),
+    "sys.stdout.close(); sys.stderr.close(); return 1": ("done", 1),
+    "os.close(1); return 1": ("done", 1),
+    "import socket; socket.setdefaulttimeout(0.001); return 1": ("done", 1),
+    "os.fork() or os._exit(0); os.wait(); return 1": ("done", 1) if POSIX else ("failed", "fork"),
+    "os.chdir('/'); os.environ.clear(); return 1": ("done", 1),
+    "import locale; sys.setrecursionlimit(150); return 1": ("done", 1),
+    "while True: time.sleep(0.01)": ("failed", "time.sleep(0.01)"),
+    "time.sleep(60)": ("failed", "time.sleep(60)"),
+    "\ntry:\n    time.sleep(1.3)\nexcept BaseException: pass\nreturn 'late'": ("failed", "time.sleep(1.3)"),
+    "\nwhile True:\n    try: time.sleep(0.05)\n    except BaseException: pass": ("failed", "handle"),
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(engine, tmp_path_factory):
+    """The jobs that the hostile handlers ran, and one after each that its worker should have survived to run."""
+    bodies = {body: "hostile%d" % number for number, body in enumerate(HOSTILE)}
+    jobs = {body: [engine.enqueue(name, {"list": [], "hostile": yes}) for yes in (True, False)]
+            for body, name in bodies.items()}
+    sane = "if not payload['hostile']: return 'sane'\n"
+    sources = [handler(name, sane + textwrap.dedent(body), max_retries=0, timeout=1) for body, name in bodies.items()]
+    folder = tmp_path_factory.mktemp("hostile")
+    worker = Worker(folder, engine, "\n".join(sources), run="rw.run()")
+    with contextlib.suppress(AssertionError):
+        until(lambda: all(engine.job(job)["finished_at"] for pair in jobs.values() for job in pair), 30)
+    yield jobs
+    worker.kill()
+
+
+@pytest.mark.parametrize("body", HOSTILE)
+def test_a_handler_may_do_anything_and_its_worker_goes_on(engine, hostile, body):
+    job, after = [engine.job(job) for job in hostile[body]]
+    status, part = HOSTILE[body]
+    assert (after["status"], after["result"]) == ("done", "sane")
+    assert job["status"] in ("done", "failed") and status in (None, job["status"])
+    if status == "failed":
+        assert part in job["error"] and len(job["error"]) < 70000
+    elif status == "done":
+        assert job["result"] == part and job["payload"]["list"] == []
+
+
+def test_a_hung_handler_fails_on_time_and_its_slot_is_free_again(engine, work, q):
+    hung, other = engine.enqueue(q, 30, timeout=1), engine.enqueue(q, 0)
+    work(handler(q, "time.sleep(payload)", max_retries=0))
+    hung, other = ended(engine, hung, 8), ended(engine, other, 8)
+    assert 0.9 < when(hung["finished_at"]) - when(hung["started_at"]) < 4
+    assert hung["status"] == "failed" and "time.sleep(payload)" in hung["error"] and other["status"] == "done"
+
+
+def test_an_exception_is_raised_inside_a_handler_at_its_timeout(engine, work, q):
+    engine.enqueue(q, timeout=1)
+    worker = work(handler(q, """
+        try:
+            while True: time.sleep(0.01)
+        except BaseException as error:
+            say(type(error).__name__)
+            raise
+        """, max_retries=0))
+    assert until(worker.said) == ["Timeout"]
+
+
+def test_too_many_hung_threads_end_the_worker_with_an_error(engine, work, q):
+    for _ in range(5):
+        engine.enqueue(q, timeout=0.5)
+    worker = work(handler(q, "time.sleep(60)", max_retries=0, concurrency=2), run="rw.run(max_hung=2)")
+    assert worker.wait(15) != 0
+    assert engine.get("/jobs?status=running&queue=" + q)["jobs"] == []
+
+
+SHORT_LEASE = "rw.LEASE = 1.5\n"
+
+
+def test_heartbeats_keep_a_long_job_alive(engine, work, q):
+    job = engine.enqueue(q)
+    work(SHORT_LEASE + handler(q, "time.sleep(3.5); return 'kept'"))
+    job = ended(engine, job)
+    assert (job["result"], job["attempt"]) == ("kept", 1)
+
+
+def test_a_handler_whose_job_was_cancelled_gets_lost_raised_inside_it(engine, work, q):
+    job = engine.enqueue(q)
+    worker = work(SHORT_LEASE + handler(q, """
+        try:
+            say('begun')
+            while True: time.sleep(0.01)
+        except rw.Lost:
+            say('lost')
+            raise
+        """))
+    until(worker.said)
+    engine.post("/cancel", id=job["id"])
+    assert until(lambda: worker.said()[1:]) == ["lost"]
+    assert worker.stop() == 0 and engine.job(job)["status"] == "cancelled"
+
+
+@pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
+def test_a_worker_that_was_stopped_past_its_lease_changes_nothing(engine, work, q):
+    job = engine.enqueue(q)
+    worker = work(SHORT_LEASE + handler(q, "say('begun'); time.sleep(2.5); return 'stale'"))
+    until(worker.said)
+    worker.process.send_signal(signal.SIGSTOP)
+    until(lambda: engine.job(job)["status"] == "pending")
+    engine.post("/cancel", id=job["id"])
+    engine.post("/retry", id=job["id"])
+    claim = engine.poll(q)
+    worker.process.send_signal(signal.SIGCONT)
+    time.sleep(1)
+    assert engine.job(job)["attempt"] == claim["attempt"] == 2
+    assert engine.tell("complete", claim, result="good")[0] == 200
+    assert worker.stop() == 0 and engine.job(job)["result"] == "good"
+
+
+def test_a_killed_worker_s_job_runs_again_after_the_lease_and_the_backoff(engine, work, q):
+    job = engine.enqueue(q)
+    source = SHORT_LEASE + handler(q, "say(rw.job()['attempt']); time.sleep(60 if rw.job()['attempt'] == 1 else 0)")
+    worker = work(source)
+    until(worker.said)
+    worker.kill()
+    lost = until(lambda: (lambda row: row["status"] == "pending" and row)(engine.job(job)))
+    assert lost["error"] == "worker lost" and when(lost["next_run_at"]) - when(lost["updated_at"]) == 5
+    assert 1.4 < when(lost["updated_at"]) - when(lost["started_at"]) < 4
+
+
+def test_hooks_see_starts_and_ends_and_cannot_break_anything(engine, work, q):
+    engine.enqueue(q, "good"), engine.enqueue(q, "bad")
+    hooks = "".join("@rw.on(%r)\ndef hook(job, *rest):\n    say(%r, job['payload'])\n    1 / 0\n" % (one, one)
+                    for one in ("start", "success", "failure"))
+    worker = work(hooks + handler(q, "assert payload == 'good'", max_retries=0), run=BURST)
+    assert worker.wait() == 0
+    assert sorted(worker.said()) == ["failure bad", "start bad", "start good", "success good"]
+    assert [job["status"] for job in engine.get("/jobs?queue=" + q)["jobs"]] == ["failed", "done"]
+
+
+def test_the_log_names_queue_job_and_attempt_and_no_payload(engine, work, q):
+    job = engine.enqueue(q, "a secret payload")
+    worker = work(handler(q, "raise ValueError('oh')", max_retries=0), run=BURST)
+    worker.wait()
+    assert q in worker.log() and job["id"] in worker.log() and "a secret payload" not in worker.log()
+
+
+# -- SDK: shutdown --------------------------------------------------------------------------------
+
+posix_signals = pytest.mark.skipif(not POSIX, reason="Windows has no signals of this kind")
+
+
+@posix_signals
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_what_runs_finish_and_exits_0(engine, work, q, number):
+    job = engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(1); return 'finished'"))
+    until(worker.said)
+    behind = engine.enqueue(q)
+    assert worker.stop(number) == 0
+    assert (engine.job(job)["result"], engine.job(behind)["status"]) == ("finished", "pending")
+
+
+@posix_signals
+def test_a_signal_ends_an_idle_worker_at_once(engine, work, q):
+    worker = work(handler(q, "pass"), run="say('up'); rw.run()")
+    until(lambda: worker.said() and polled(engine, q))
+    began = time.monotonic()
+    assert worker.stop() == 0 and time.monotonic() - began < 3
+    job = engine.enqueue(q)
+    time.sleep(0.3)
+    assert engine.job(job)["attempt"] == 0
+
+
+def polled(engine, q):
+    return [row for row in engine.get("/queues")["workers"] if row["queue"] == q]
+
+
+@posix_signals
+def test_a_signal_ends_a_worker_whose_engine_is_away(own, work, q):
+    engine = own()
+    worker = work(handler(q, "pass"), engine)
+    until(lambda: polled(engine, q))
+    engine.kill()
+    time.sleep(0.3)
+    began = time.monotonic()
+    assert worker.stop() == 0 and time.monotonic() - began < 5
+
+
+@posix_signals
+def test_what_does_not_finish_within_the_grace_is_released(engine, work, q):
+    job = engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(60)"), run="rw.run(grace=0.5)")
+    until(worker.said)
+    began = time.monotonic()
+    assert worker.stop() == 0 and time.monotonic() - began < 5
+    job = engine.job(job)
+    assert (job["status"], job["retries"], job["attempts"][-1]["outcome"]) == ("pending", 0, "released")
+
+
+@posix_signals
+def test_what_was_claimed_ahead_is_released_by_a_signal(engine, work, q):
+    engine.post("/enqueue", jobs=[{"queue": q}] * 2000)
+    worker = work(handler(q, "say(1); time.sleep(0.002)", concurrency=2))
+    until(lambda: len(worker.said()) > 100)
+    assert worker.stop() == 0
+    row = {row["queue"]: row for row in engine.get("/queues")["queues"]}[q]
+    assert (row["running"], row["done"]) == (0, len(worker.said())) and row["pending"] == 2000 - row["done"]
+
+
+@posix_signals
+def test_a_second_signal_exits_at_once(engine, work, q):
+    engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(60)"))
+    until(worker.said)
+    worker.process.send_signal(signal.SIGTERM)
+    time.sleep(0.4)
+    assert worker.process.poll() is None
+    began = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - began < 2
+
+
+def test_run_works_off_the_main_thread(engine, work, q):
+    job = engine.enqueue(q)
+    run = "t = threading.Thread(target=rw.run); t.start(); time.sleep(1); rw.stop(); t.join(10); say(t.is_alive())"
+    worker = work(handler(q, "return 1"), run=run)
+    assert worker.wait() == 0 and worker.said() == ["False"] and engine.job(job)["result"] == 1
+
+
+@posix_signals
+def test_jobs_run_once_through_workers_that_are_stopped_and_started(engine, work, q):
+    engine.post("/enqueue", jobs=[{"queue": q, "payload": number} for number in range(300)])
+    source, said = handler(q, "say(payload); time.sleep(0.01)", concurrency=3), []
+    while len(said) < 300:
+        worker = work(source)
+        until(lambda: len(worker.said()) > 60 or len(worker.said()) + len(said) >= 300)
+        assert worker.stop() == 0
+        said += worker.said()
+    assert sorted(map(int, said)) == list(range(300))
+    assert {row["queue"]: row["done"] for row in engine.get("/queues")["queues"]}[q] == 300
+
+
+# -- SDK: the engine is away ----------------------------------------------------------------------
+
+
+def test_a_job_that_finishes_while_the_engine_is_away_is_not_run_again(own, work, q):
+    engine = own()
+    job = engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(1); say('over'); return 'kept'"), engine)
+    until(worker.said)
+    engine.kill()
+    until(lambda: worker.said() == ["begun", "over"])
+    time.sleep(1)
+    engine.start("--port", str(engine.port))
+    job = ended(engine, job, 8)
+    assert (job["result"], job["attempt"], worker.said()) == ("kept", 1, ["begun", "over"])
+
+
+def test_a_worker_is_back_within_5_seconds_and_logs_a_line_for_going_and_one_for_coming(own, work, q):
+    engine = own()
+    worker = work(handler(q, "return 1"), engine)
+    until(lambda: polled(engine, q))
+    before = worker.log().count("\n")
+    engine.kill()
+    time.sleep(2.5)
+    engine.start("--port", str(engine.port))
+    began, job = time.monotonic(), engine.enqueue(q)
+    ended(engine, job)
+    assert time.monotonic() - began < 6
+    lines = worker.log().splitlines()[before:]
+    assert len([line for line in lines if job["id"] not in line]) == 2, lines
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outage(request, tmp_path_factory):
+    """An engine's 20 seconds of absence, beside the other tests: they begin with the first if the last one needs them."""
+    with ThreadPoolExecutor(1) as pool:
+        needed = any("away_for_20_seconds" in item.name for item in request.session.items)
+        yield pool.submit(absence, tmp_path_factory.mktemp("outage"), 20) if needed else None
+
+
+def absence(folder, seconds):
+    """What became of two jobs that finished while the engine was away: (rows, what handlers said, seconds to the last)."""
+    engine = Engine(folder)
+    jobs = [engine.enqueue("outage", number) for number in range(2)]
+    worker = Worker(folder, engine, handler("outage", "say(payload); time.sleep(2 + payload); return payload", concurrency=2))
+    try:
+        until(lambda: len(worker.said()) == 2)
+        engine.kill()
+        time.sleep(seconds)
+        engine.start("--port", str(engine.port))
+        began = time.monotonic()
+        rows = [ended(engine, job) for job in jobs]
+        return rows, worker.said(), time.monotonic() - began
+    finally:
+        worker.kill()
+        engine.kill()
+
+
+def test_an_engine_that_is_away_for_20_seconds_gets_every_outcome_and_no_handler_runs_twice(outage):
+    rows, said, took = outage.result(60)
+    assert [(row["status"], row["result"], row["attempt"]) for row in rows] == [("done", 0, 1), ("done", 1, 1)]
+    assert sorted(said) == ["0", "1"] and took < 8
+
+
+def test_an_outcome_whose_reply_was_swallowed_is_sent_again_and_counts_once(engine, proxy, work, q):
+    worker = work(handler(q, "say('run'); time.sleep(0.5); return payload"), proxy)
+    for number in range(3):
+        job = engine.enqueue(q, number)
+        until(lambda: len(worker.said()) == number + 1)
+        proxy.swallow = 2
+        assert ended(engine, job)["attempt"] == 1
+    assert worker.said() == ["run"] * 3
+
+
+def test_an_outcome_is_kept_through_503_until_it_is_taken(own, work, q):
+    engine = own(constants={"BUSY": 0.2})
+    job = engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(0.3); return 'kept'"), engine)
+    until(worker.said)
+    with write_lock(engine):
+        time.sleep(2)
+        assert engine.job(job)["status"] == "running"
+    assert ended(engine, job)["result"] == "kept" and worker.said() == ["begun"]
+
+
+# -- SDK: handlers in a process of their own ------------------------------------------------------
+
+
+def isolated(q, body, **options):
+    return handler(q, body, isolate=True, **{"max_retries": 0, **options})
+
+
+def test_payload_result_progress_and_job_cross_over(engine, work, q):
+    job = engine.enqueue(q, {"a": [1, 2.5, None]})
+    work(isolated(q, "rw.progress(7); return [payload, rw.job()['id']]"), run=BURST).wait()
+    row = engine.job(job)
+    assert row["result"] == [{"a": [1, 2.5, None]}, job["id"]] and row["progress"] == 7
+
+
+def test_isolated_handlers_run_in_one_warm_child_per_slot(engine, work, q):
+    jobs = [engine.enqueue(q) for _ in range(20)]
+    worker = work(isolated(q, "return os.getpid()"), run=BURST)
+    worker.wait()
+    children = {engine.job(job)["result"] for job in jobs}
+    assert len(children) == 1 and worker.process.pid not in children
+
+
+@pytest.mark.parametrize("body, part", [
+    ("raise ValueError('over there')", "ValueError: over there"), ("os._exit(3)", "3"),
+    ("os.kill(os.getpid(), 11)", "SIGSEGV"), ("os.kill(os.getpid(), 9)", "SIGKILL"), ("raise rw.Abort('no')", "no"),
+    ("return {1}", "set"), ("sys.exit(4)", "SystemExit"), ("while True: time.sleep(0.01)", ""), ("time.sleep(99)", ""),
+])
+def test_whatever_an_isolated_handler_dies_of_is_in_the_error_and_the_worker_goes_on(engine, work, q, body, part):
+    job, after = engine.enqueue(q, 1), engine.enqueue(q, 0)
+    work(isolated(q, "if not payload: return 'sane'\n" + body, timeout=1.5), run=BURST).wait()
+    assert engine.job(job)["status"] == "failed" and part in engine.job(job)["error"]
+    assert engine.job(after)["result"] == "sane"
+
+
+def test_an_isolated_handler_may_ask_for_a_retry(engine, work, q):
+    job = engine.enqueue(q)
+    work(isolated(q, "raise rw.Retry(delay=60)", max_retries=1), run=BURST).wait()
+    assert (engine.job(job)["status"], engine.job(job)["retries"]) == ("pending", 1)
+
+
+GRANDCHILD = "import subprocess; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+
+
+def alive(pid):
+    """Whether a process is there and no zombie (Linux)."""
+    try:
+        return Path("/proc/%s/stat" % pid).read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", ["timeout", "cancel", "shutdown"])
+def test_an_isolated_handler_is_killed_with_its_children(engine, work, q, end):
+    job = engine.enqueue(q)
+    body = GRANDCHILD + "say(os.getpid(), child.pid)\nwhile True:\n    try: time.sleep(60)\n    except BaseException: pass"
+    source = SHORT_LEASE + isolated(q, body, timeout=1 if end == "timeout" else 60)
+    worker = work(source, run="rw.run(grace=0.3)")
+    pids = until(worker.said)[0].split()
+    if end == "cancel":
+        engine.post("/cancel", id=job["id"])
+    elif end == "shutdown":
+        assert worker.stop() == 0
+    until(lambda: not any(alive(pid) for pid in pids))
+    assert engine.job(job)["status"] == {"timeout": "failed", "cancel": "cancelled", "shutdown": "pending"}[end]
+
+
+@pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
+def test_the_children_of_a_worker_that_was_killed_end_too(engine, work, q):
+    engine.enqueue(q)
+    worker = work(isolated(q, "say(os.getpid())"))
+    pid = until(worker.said)[0]
+    worker.kill()
+    until(lambda: not alive(pid))
+
+
+# -- SDK: command line, testing aid, demo ---------------------------------------------------------
+
+
+def rundown(engine, *arguments, code=0, env=None, **settings):
+    """What `python rundown_workers.py ...` wrote, as JSON where it is; it has to exit with `code`."""
+    ended = subprocess.run([sys.executable, str(HERE / "rundown_workers.py"), *arguments], stdin=subprocess.DEVNULL,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+                           env=environment({"RUNDOWN_URL": engine.url, **(env or {})}), **settings)
+    assert ended.returncode == code, (ended.returncode, ended.stdout, ended.stderr)
+    assert b"Traceback" not in ended.stderr
+    text = (ended.stdout or ended.stderr).decode()
+    return json.loads(text) if text[:1] in ("{", "[") else text
+
+
+def test_the_command_line_enqueues_shows_and_steers(engine, q):
+    job = rundown(engine, "enqueue", q, '{"a": 1}', "--delay", "100")
+    assert engine.job(job)["payload"] == {"a": 1} and engine.job(job)["next_run_at"] > job["created_at"]
+    assert rundown(engine, "status", job["id"])["status"] == "pending"
+    rundown(engine, "cancel", job["id"])
+    assert engine.job(job)["status"] == "cancelled"
+    rundown(engine, "retry", job["id"])
+    assert engine.job(job)["status"] == "pending"
+    rundown(engine, "pause", q)
+    assert engine.poll(q) is None
+    rundown(engine, "resume", q)
+    assert engine.poll(q) is None or True
+    assert job["id"] in str(rundown(engine, "jobs")) and q in str(rundown(engine, "queues"))
+
+
+def test_the_command_line_waits_for_a_job(engine, q):
+    job = job_in(engine, "running", q)
+    with meanwhile(rundown, engine, "status", job["id"], "--wait") as waited:
+        time.sleep(0.6)
+        assert not waited.done()
+        engine.tell("complete", job, result=5)
+        assert waited.result(10)["result"] == 5
+
+
+@pytest.mark.parametrize("arguments", [["status", "nobody"], ["enqueue", "q", "{no json"], ["surprise"],
+                                       ["run", "/no/such/file.py"]])
+def test_errors_of_the_command_line_are_a_sentence_and_a_code(engine, arguments):
+    ended = subprocess.run([sys.executable, str(HERE / "rundown_workers.py"), *arguments], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, env=environment({"RUNDOWN_URL": engine.url}), timeout=30)
+    assert ended.returncode != 0 and ended.stderr.strip() and b"Traceback" not in ended.stderr
+
+
+def test_the_command_line_runs_a_task_file_that_imports_the_sdk(engine, tmp_path, q):
+    job, other = engine.enqueue(q, 3), engine.enqueue(q + "i", 4)
+    file = tmp_path / "mytasks.py"
+    file.write_text("import rundown_workers as rw\n" + handler(q, "return payload + 1")
+                    + handler(q + "i", "return payload + 2", isolate=True))
+    rundown(engine, "run", str(file), "--burst", cwd=str(tmp_path))
+    assert (engine.job(job)["result"], engine.job(other)["result"]) == (4, 6)
+
+
+def test_the_manual_of_the_sdk_is_its_help(engine):
+    shown = rundown(engine, "--help")
+    assert rw.__doc__.strip().splitlines()[0] in shown
+
+
+USERS_TEST = """
+import rundown_workers as rw
+
+@rw.queue(name="thumbnails", max_retries=0)
+def thumbnail(path):
+    return path + ".thumb"
+
+def test_thumbnail():
+    with rw.testing() as testing:
+        job = thumbnail.enqueue("a.jpg")
+        testing.run()
+        assert rw.wait(job, 5)["result"] == "a.jpg.thumb"
+
+if __name__ == "__main__":
+    import time
+    test_thumbnail()
+    began = time.perf_counter()
+    test_thumbnail()
+    print(time.perf_counter() - began)
+"""
+
+
+def test_a_user_s_own_test_runs_a_task_in_milliseconds(tmp_path):
+    (tmp_path / "test_tasks.py").write_text(USERS_TEST)
+    ended = subprocess.run([sys.executable, "test_tasks.py"], cwd=str(tmp_path), stdout=subprocess.PIPE, check=True,
+                           env=environment(), timeout=30)
+    assert float(ended.stdout) < 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test_tasks.py"]
+
+
+def test_the_demo_works_on_a_folder_and_checks_its_digests(tmp_path):
+    for number in range(30):
+        (tmp_path / ("file%d.txt" % number)).write_bytes(os.urandom(1000 * number))
+    ended = subprocess.run([sys.executable, str(HERE / "rundown_workers.py"), "demo", str(tmp_path)], env=environment(),
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    text = ended.stdout.decode()
+    assert ended.returncode == 0, text
+    assert re.search(r"\b30\b", text) and re.search("retries", text)
+
+
+# -- README: every block of it runs ----------------------------------------------------------------
+
+README = HERE / "README.md"
+BLOCK = re.compile(r"^```(python|sh|js)\b[^\n]*\n(.*?)^```", re.M | re.S)
+BLOCKS = BLOCK.findall(README.read_text(encoding="utf-8")) if README.exists() else []
+RUNNERS = {"python": [sys.executable], "sh": ["sh", "-e"], "js": ["node"]}
+
+
+@pytest.mark.parametrize("language, code", BLOCKS, ids=[code.strip().splitlines()[0][:50] for _, code in BLOCKS])
+def test_every_block_of_the_readme_runs(own, tmp_path, language, code):
+    if not shutil.which(RUNNERS[language][0]):
+        pytest.skip("needs " + RUNNERS[language][0])
+    for name in ("rundown_engine.py", "rundown_workers.py"):
+        shutil.copy(str(HERE / name), str(tmp_path))
+    (tmp_path / "engine").mkdir()
+    engine = own(folder=tmp_path / "engine")
+    (tmp_path / "block").write_text(code.replace("http://localhost:8181", engine.url), encoding="utf-8")
+    block = subprocess.Popen(RUNNERS[language] + ["block"], cwd=str(tmp_path), stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, start_new_session=True,
+                             env=environment({"RUNDOWN_URL": engine.url, "RUNDOWN_PORT": "0"}))
+    try:
+        said = block.communicate(timeout=5)[0].decode()
+        assert block.returncode == 0, said
+    except subprocess.TimeoutExpired:
+        os.killpg(block.pid, signal.SIGKILL)
+        assert "Traceback" not in block.communicate()[0].decode()
