@@ -1774,12 +1774,12 @@ def test_the_claim_is_served_by_one_index_in_its_order(clocked, q):
 
 
 @pytest.mark.parametrize("crowd", ["pending", "scheduled ahead at a higher priority", "done", "of another queue"])
-def test_a_poll_costs_the_same_beside_50000_jobs(own, q, crowd):
+def test_a_poll_costs_the_same_beside_20000_jobs(own, q, crowd):
     engine = own("--sync", "normal")
     fields = {"scheduled ahead at a higher priority": {"priority": 9, "delay": 9999},
               "of another queue": {"queue": "x"}}
     alone = pace(engine, q)
-    for _ in range(5):
+    for _ in range(2):
         engine.post("/enqueue", jobs=[{"queue": q, **fields.get(crowd, {})}] * 10000)
         while crowd == "done":
             claims = engine.poll(q, limit=1000)
@@ -1811,46 +1811,42 @@ def refusal(folder, *options, env=None, name="jobs.db"):
     return ended.returncode, ended.stderr.decode().splitlines()
 
 
-def database(folder, change=None):
-    """A database of the engine with 500 jobs in it, at rest, and changed by the SQL `change`."""
-    engine = Engine(folder)
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The bytes of a database of the engine with 500 jobs in it, at rest."""
+    engine = Engine(tmp_path_factory.mktemp("kept"))
     engine.post("/enqueue", jobs=[{"queue": "q", "payload": "x" * 500}] * 500)
     assert engine.stop() == 0
-    if change:
-        with contextlib.closing(sqlite3.connect(str(folder / "jobs.db"))) as db:
-            db.executescript(change)
-    return folder / "jobs.db"
+    return engine.database.read_bytes()
 
 
-def spoil(path, start, data):
-    with open(str(path), "r+b") as file:
-        file.seek(start)
-        file.write(data)
-
-
-def foreign(folder):
-    with contextlib.closing(sqlite3.connect(str(folder / "jobs.db"))) as db:
-        db.executescript("CREATE TABLE customers (name); INSERT INTO customers VALUES ('Ada')")
+def sqlite_file(path, script, data=b""):
+    """What is in a SQLite file of `data` after `script`."""
+    path.write_bytes(data)
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        db.executescript(script)
+    return path.read_bytes()
 
 
 NOT_OURS = {
-    "text": lambda folder: (folder / "jobs.db").write_text("Dear diary, today\n" * 300),
-    "a short text": lambda folder: (folder / "jobs.db").write_text("hello"),
-    "another program's database": foreign,
-    "a newer version": lambda folder: database(folder, "PRAGMA user_version = 99"),
-    "corrupt pages": lambda folder: spoil(database(folder), 4096, b"\x5a" * 100000),
-    "a corrupt header": lambda folder: spoil(database(folder), 0, b"SQLite format 4"),
-    "cut in the middle": lambda folder: os.truncate(str(database(folder)), 20000),
+    # what the file is                what is in it, of a file that can be used for the making and the bytes of a good one
+    "a text":                         lambda path, kept: b"Dear diary, today\n" * 300,
+    "a short text":                   lambda path, kept: b"hello",
+    "another program's database":     lambda path, kept: sqlite_file(path, "CREATE TABLE customers (name)"),
+    "of a newer version":             lambda path, kept: sqlite_file(path, "PRAGMA user_version = 99", kept),
+    "with corrupt pages":             lambda path, kept: kept[:4096] + b"Z" * 100000 + kept[104096:],
+    "with a corrupt header":          lambda path, kept: b"SQLite format 4" + kept[15:],
+    "cut in the middle":              lambda path, kept: kept[:20000],
 }
 
 
-@pytest.mark.parametrize("make", NOT_OURS.values(), ids=NOT_OURS)
-def test_a_database_that_is_not_ours_or_not_whole_is_refused_in_a_line_and_left_as_it_was(tmp_path, make):
-    make(tmp_path)
-    before = (tmp_path / "jobs.db").read_bytes()
+@pytest.mark.parametrize("what", NOT_OURS)
+def test_a_database_that_is_not_ours_or_not_whole_is_refused_in_a_line_and_left_as_it_was(tmp_path, kept, what):
+    path, data = tmp_path / "jobs.db", NOT_OURS[what](tmp_path / "made", kept)
+    path.write_bytes(data)
     code, lines = refusal(tmp_path)
     assert code == 2 and len(lines) == 1 and lines[0].startswith("rundown_engine: ")
-    assert "jobs.db" in lines[0] and (tmp_path / "jobs.db").read_bytes() == before
+    assert "jobs.db" in lines[0] and path.read_bytes() == data
 
 
 def test_a_database_that_cannot_be_made_is_refused_in_a_line(tmp_path):
@@ -1860,8 +1856,9 @@ def test_a_database_that_cannot_be_made_is_refused_in_a_line(tmp_path):
 
 
 @pytest.mark.skipif(not POSIX or os.geteuid() == 0, reason="needs a user whom file permissions bind")
-def test_a_read_only_database_is_refused_in_a_line(tmp_path):
-    database(tmp_path).chmod(0o400)
+def test_a_read_only_database_is_refused_in_a_line(tmp_path, kept):
+    (tmp_path / "jobs.db").write_bytes(kept)
+    (tmp_path / "jobs.db").chmod(0o400)
     code, lines = refusal(tmp_path)
     assert code == 2 and len(lines) == 1 and "jobs.db" in lines[0]
 
