@@ -866,6 +866,15 @@ def test_heartbeats_never_push_the_lease_past_the_timeout_and_5_seconds(clocked,
     assert clocked.job(claim)["error"] == "worker lost"
 
 
+def test_heartbeats_without_a_lease_move_nothing(clocked, q):
+    clocked.enqueue(q, timeout=10)
+    claim = clocked.poll(q)
+    clocked.advance(14)
+    assert clocked.tell("heartbeat", claim)[0] == 200
+    clocked.advance(1.1)
+    assert clocked.job(claim)["status"] == "pending"
+
+
 def test_a_lease_longer_than_the_timeout_is_cut_to_it(clocked, q):
     clocked.enqueue(q, timeout=10)
     claim = clocked.poll(q, lease=3600)
@@ -1666,6 +1675,13 @@ def test_nesting_has_one_limit_on_every_python(engine, q, shape):
     assert engine.call("GET", "/jobs?queue=" + q)[0] == 200 and len(engine.poll(q, limit=9)) == 2
 
 
+def test_integers_have_one_limit_on_every_python(engine, q):
+    for digits, expected in [(4300, 200), (4301, 400), (100000, 400)]:
+        body = b'{"queue": "%s", "payload": %s}' % (q.encode(), b"7" * digits)
+        assert engine.call("POST", "/enqueue", body)[0] == expected, digits
+    assert engine.poll(q)["payload"] == int("7" * 4300)
+
+
 def test_the_bad_item_of_a_batch_is_refused_alone_and_says_which_field(engine, q):
     claim = job_in(engine, "running", q)
     good = {"id": claim["id"], "attempt": 1}
@@ -2108,12 +2124,12 @@ def test_a_port_that_is_taken_is_refused_in_a_line(own, tmp_path):
 
 @pytest.mark.skipif(not POSIX, reason="Windows has no signals of this kind")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_answers_waiting_polls_and_ends_the_engine_with_0_in_5_seconds(own, q, number):
+def test_a_signal_answers_waiting_polls_and_ends_the_engine_with_0_at_once(own, q, number):
     engine = own()
     with waiting(engine, q, 5, wait=60) as polls:
         began = time.monotonic()
         assert engine.stop(number) == 0
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 3
         assert [poll.result(5) for poll in polls] == [None] * 5
 
 
