@@ -1,0 +1,1784 @@
+"""Rundown workers: functions as background jobs, and the client of a Rundown engine.
+
+    import rundown_workers as rw
+
+    @rw.queue(name="images", max_retries=5)
+    def make_thumbnail(payload):
+        ...
+
+    if __name__ == "__main__":
+        rw.enqueue("images", "path/to/image.jpg")       # or make_thumbnail.enqueue("path/to/image.jpg")
+        rw.run()                                        # works until SIGTERM or SIGINT
+
+One file, standard library alone: copy it and import it. The engine (rundown_engine.py) keeps the jobs; RUNDOWN_URL says
+where it is (http://localhost:8181), RUNDOWN_TOKEN its token, RUNDOWN_CA the certificates to trust where they are private.
+
+A JOB'S WAY THROUGH A WORKER
+
+    poll --> claimed --> slot: handler --> outcome --> report
+               |                 |                       |
+               | 1 s not begun   | timeout: fail         | no answer: kept and sent again
+               +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
+
+Per queue there is one long poll and `concurrency` slots, each a thread. When jobs are short the worker claims ahead,
+never more than its slots start within 100 ms at their recent pace. Outcomes pile into one request while another is
+in flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
+
+PRODUCING
+
+    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key) -> the job, a dict
+    enqueue_many(queue, payloads, ...)    many in few requests; each request is all or nothing
+    wait(job, timeout)                    the finished job
+    Client(host, token, timeout, ca)      one method per call of the engine
+
+An enqueue chooses its id, so it is sent again for `timeout` seconds (30) when the engine does not answer and still makes
+one job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_at without a zone is local time.
+
+WORKING
+
+    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate)
+    job(), progress(value)                inside a handler: the job; any JSON value, shown while it runs
+    raise Retry(delay=60), Abort("why")   fail and come back in 60 s; fail for good
+    @on("start" | "success" | "failure" | "lost")    hook(job, None | result | exception | exception)
+    run(burst, grace, max_hung), stop()   burst: work off what is due, and return
+    testing()                             with rw.testing() as t: make_thumbnail.enqueue(1); t.run()
+
+A handler's return value is the result. Any exception fails the job with its traceback; what is not JSON fails it for good.
+At its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
+cancellation); the slot is free again whatever the thread does. Threads that never come back are hung: after max_hung (10)
+the worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which is killed with its
+children. It is imported there by its name, so a script needs `if __name__ == "__main__":` around its run().
+
+SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), the rest is released, exit with 0. The second
+signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up.
+
+COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or failed, 2 misused, 3 no engine
+"""
+
+import argparse
+import asyncio
+import atexit
+import collections
+import contextlib
+import contextvars
+import ctypes
+import datetime
+import functools
+import hashlib
+import http.client
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import logging
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+import urllib.request
+from queue import Empty, SimpleQueue
+
+# -- Settings ---------------------------------------------------------------------------------------------------------
+
+URL = 'http://localhost:8181'   # of the engine, where neither `host` nor RUNDOWN_URL says
+TIMEOUT = 30                # seconds that a client keeps trying
+LEASE = 30                  # seconds the engine waits for a sign of life of this worker
+WAIT = 30                   # seconds of a long poll
+PATIENCE = 10               # seconds beyond that until a poll counts as unanswered
+GRACE = 30                  # seconds that running handlers get when the worker stops
+FAREWELL = 2                # seconds that the last outcomes get at least, when the grace is over
+HANGUP = 0.5                # seconds for jobs that were on their way when the worker stopped, to be released
+MAX_HUNG = 10               # threads that never came back, until the worker gives up
+AHEAD = 0.1                 # seconds of work that are claimed ahead
+STALE = 1                   # seconds a claimed job waits for a slot, until it is released
+HUNG = 1                    # seconds after its interruption that a thread counts as hung
+TICK = 0.1                  # seconds between two looks at what runs
+PROGRESS = 0.5              # seconds between two reports of a job's progress
+MAX_CLAIM = 1000            # jobs in a poll
+MAX_BATCH = 1000            # jobs in a report or an enqueue, and
+MAX_BYTES = 1 << 20         # characters of it, unless one alone has more
+MAX_BACKLOG = 5000          # outcomes under way, above which no jobs are taken
+MAX_RESULT = 8000000        # characters of a result as JSON
+MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
+MAX_DEPTH = 200             # levels of a JSON value
+BACKOFF = 0.1               # seconds until the second try; doubled from try to try
+MAX_BACKOFF = 3             # seconds
+MAX_RETRY_AFTER = 60        # seconds that an engine may ask for
+REFUSED = 10                # seconds until a worker that is refused (token, queue) asks again
+RECENT = 0.25               # weight of the last job in the pace of a slot
+
+log = logging.getLogger('rundown')
+
+# -- Errors -----------------------------------------------------------------------------------------------------------
+
+
+class Error(Exception):
+    """Whatever this module raises."""
+
+
+class EngineUnavailable(Error):
+    """No engine answers under the URL, or it cannot answer now."""
+    retry_after = 0
+
+
+class Refused(Error):
+    """The engine says no: `status` is the HTTP status, the text its sentence."""
+
+    def __init__(self, sentence, status, retry_after=0):
+        super().__init__(sentence, status)
+        self.sentence, self.status, self.retry_after = sentence, status, retry_after
+
+    def __str__(self):
+        return self.sentence
+
+
+class NotJSON(Error):
+    """A value that JSON cannot hold."""
+
+
+class Unfinished(Error, TimeoutError):
+    """The job did not end in the time that wait() had."""
+
+
+class Hung(Error):
+    """Too many handlers never came back: the worker has ended, to be started afresh."""
+
+
+class Crashed(Error):
+    """An isolated handler failed; the text is its traceback or how its process ended."""
+
+
+class Retry(Error):
+    """Raised by a handler: fail this attempt, and try again after `delay` seconds (None: the engine's backoff)."""
+
+    def __init__(self, reason='the handler asked for a retry', delay=None):
+        super().__init__(reason)
+        if delay is not None and not 0 <= delay < float('inf'):
+            raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
+        self.delay = delay
+
+
+class Abort(Error):
+    """Raised by a handler: fail the job, and do not try again."""
+
+
+class Interruption(BaseException):
+    """Raised inside a handler from outside. No Exception, so that `except Exception` does not keep a handler alive."""
+
+
+class Timeout(Interruption):
+    """The handler has had its time; its job has failed."""
+
+
+class Lost(Interruption):
+    """The job is not this worker's any more: cancelled, given to another, or released."""
+
+# -- Values -----------------------------------------------------------------------------------------------------------
+
+UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
+encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
+chance = random.Random()        # not the module's, which a handler may seed
+
+
+def as_json(value, name):
+    """JSON text. NotJSON names what is in the way and where in the value it is."""
+    try:
+        return encode(value)
+    except RecursionError:
+        raise NotJSON(f'{name} holds itself or is nested deeper than {MAX_DEPTH} levels') from None
+    except (TypeError, ValueError) as error:
+        raise NotJSON(culprit(value, name) or f'{name} is not JSON: {error}') from None
+
+
+def culprit(value, name):
+    """What in the value is no JSON, in a sentence."""
+    pending = [(value, name, 0)]
+    while pending:
+        value, path, level = pending.pop()
+        if level > MAX_DEPTH:
+            return f'{name} holds itself or is nested deeper than {MAX_DEPTH} levels, at {shorten(path, 100)}'
+        if isinstance(value, float) and not abs(value) < float('inf'):
+            return f'{path} is {value}, which JSON cannot hold'
+        if not isinstance(value, (dict, list, tuple, str, int, float, type(None))):
+            return f'{path} is a {type(value).__name__}, which JSON cannot hold'
+        if isinstance(value, dict):
+            key = next((key for key in value if not isinstance(key, (str, int, float, type(None)))), None)
+            if key is not None:
+                return f'{path} has a key that is a {type(key).__name__}, which JSON cannot hold'
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+        pending.extend((one, f'{path}[{shorten(repr(key), 100)}]', level + 1) for key, one in inner)
+    return None
+
+
+def shorten(text, longest):
+    half = longest // 2
+    return text if len(text) <= longest else f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
+
+
+def printable(text):
+    return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
+
+
+def new_id():
+    """A UUID of version 7 (RFC 9562): ordered by time, so that the engine's index grows at its end alone."""
+    digits = '%012x7%s' % (time.time_ns() // 1000000, os.urandom(10).hex()[1:])
+    digits = digits[:16] + '89ab'[int(digits[16], 16) % 4] + digits[17:]
+    return f'{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:32]}'
+
+
+def moment(when):
+    """A datetime as RFC 3339; text as it is."""
+    return when.astimezone(datetime.timezone.utc).isoformat() if isinstance(when, datetime.datetime) else when
+
+
+def backoff(tries):
+    return min(MAX_BACKOFF, BACKOFF * 2 ** min(tries, 10)) * chance.uniform(0.5, 1)
+
+# -- HTTP -------------------------------------------------------------------------------------------------------------
+
+
+class Timed(io.RawIOBase):
+    """What a socket receives until a deadline, however slowly it trickles. HTTPResponse takes it for the socket."""
+
+    def __init__(self, sock, deadline):
+        self.sock, self.deadline, self.received = sock, deadline, False
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.sock.settimeout(left(self.deadline))
+        count = self.sock.recv_into(buffer)
+        self.received = True
+        return count
+
+    def makefile(self, mode):
+        return io.BufferedReader(self)
+
+
+def left(deadline):
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise socket.timeout('timed out')
+    return seconds
+
+
+class KeepAlive(urllib.request.BaseHandler):
+    """An urllib handler that keeps connections open between requests. Nothing but its connections: no proxy, no redirect."""
+
+    def __init__(self, context=None):
+        self.context = context              # constant: of TLS
+        self.idle = collections.deque()     # safe by itself: connections, the last used one first
+        self.active = set()                 # safe by itself: connections with a request under way
+        self.process = os.getpid()          # whose the connections are; a fork must not share them
+        self.closed = False
+
+    def http_open(self, request):
+        deadline = time.monotonic() + request.timeout
+        if self.process != os.getpid():
+            self.process, self.idle, self.active = os.getpid(), collections.deque(), set()
+        with contextlib.suppress(IndexError):
+            connection = self.idle.pop()
+            answer = Timed(connection.sock, deadline)
+            try:
+                return self._exchange(connection, request, answer)
+            except ConnectionError:         # closed while it was idle, so not answered: that is no reason to give up
+                if answer.received:
+                    raise
+        connection = self._connect(request, deadline)
+        return self._exchange(connection, request, Timed(connection.sock, deadline))
+
+    https_open = http_open
+
+    def _connect(self, request, deadline):
+        if request.type == 'https':
+            connection = http.client.HTTPSConnection(request.host, timeout=left(deadline), context=self.context)
+        else:
+            connection = http.client.HTTPConnection(request.host, timeout=left(deadline))
+        connection.connect()
+        return connection
+
+    def _exchange(self, connection, request, answer):
+        self.active.add(connection)
+        try:
+            if self.closed:
+                raise ConnectionAbortedError('the connection was hung up')
+            answer.sock.settimeout(left(answer.deadline))
+            with contextlib.suppress(ConnectionError):      # a refusal that came before all was sent can still be read
+                answer.sock.sendall(head(request) + (request.data or b''))
+            response = http.client.HTTPResponse(answer, method=request.get_method())
+            response.begin()
+            response.content = response.read()
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            self.active.discard(connection)
+        if response.will_close:
+            connection.close()
+        else:
+            self.idle.append(connection)
+        return response
+
+    def hang_up(self, how=socket.SHUT_WR):
+        """Send nothing more. An engine gives no job to who hung up; an answer that is on its way still comes in."""
+        self.closed = True
+        for connection in self.active.copy():
+            with contextlib.suppress(OSError, AttributeError):
+                socket.socket.shutdown(connection.sock, how)    # not SSLSocket's, which forgets its keys
+
+    def close(self):
+        self.hang_up(socket.SHUT_RDWR)
+        while self.idle:
+            self.idle.pop().close()
+
+
+def head(request):
+    """The request line and headers; they go with the body in one send."""
+    lines = [f'{request.get_method()} {request.selector} HTTP/1.1', f'Host: {request.host}', 'Accept-Encoding: identity']
+    lines += [f'{name}: {value}' for name, value in request.header_items()]
+    if request.data is not None:
+        lines.append(f'Content-Length: {len(request.data)}')
+    return '\r\n'.join(lines + ['', '']).encode('latin-1')
+
+
+class Client:
+    """An engine's calls, one method each; every method takes the fields of its call by name, and returns the answer.
+
+    `timeout` is how long a call is tried again (seconds) while no engine answers or it cannot answer now; then
+    EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads and after a fork.
+    """
+
+    def __init__(self, host=None, token=None, timeout=TIMEOUT, ca=None):
+        self.host = (host or os.environ.get('RUNDOWN_URL') or URL).rstrip('/')
+        self.timeout = timeout
+        token, ca = token or os.environ.get('RUNDOWN_TOKEN'), ca or os.environ.get('RUNDOWN_CA')
+        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', self.host):
+            raise Error(f'{self.host!r} is not the URL of an engine, such as {URL}')
+        if token and not re.fullmatch('[!-~]+', token):
+            raise Error('the token must be of visible ASCII characters')
+        self.headers = {'Content-Type': 'application/json', **({'Authorization': 'Bearer ' + token} if token else {})}
+        self.wire = KeepAlive(trust(ca) if self.host.startswith('https:') else None)
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(self.wire)
+
+    def send(self, path, body=None, seconds=TIMEOUT):
+        """One try: the value that is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
+        data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
+        try:
+            answer = self.opener.open(urllib.request.Request(self.host + path, data, self.headers), timeout=seconds)
+            if answer.status == 204:
+                return None
+            if answer.status != 200:
+                raise Refused(sentence(answer), answer.status, retry_after(answer))
+            return json.loads(answer.content)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise EngineUnavailable(f'no engine answers at {self.host}: {reason(error)}') from error
+
+    def call(self, path, body=None, wait=0):
+        """send(), tried again until the client's timeout (after `wait` seconds, that the engine was asked to take) is over."""
+        deadline = time.monotonic() + self.timeout + wait
+        for tries in range(sys.maxsize):
+            try:
+                return self.send(path, body, max(0.001, deadline - time.monotonic()))
+            except (EngineUnavailable, Refused) as error:
+                if is_final(error):
+                    raise
+                pause = max(backoff(tries), min(error.retry_after, MAX_RETRY_AFTER))
+                if time.monotonic() + pause >= deadline:
+                    raise EngineUnavailable(f'{self.host} was tried for {self.timeout:g} s: {error}') from error
+            time.sleep(pause)
+
+    def _post(self, path, patience=0, /, **fields):
+        return self.call(path, {field: value for field, value in fields.items() if value is not None}, patience)
+
+    def _get(self, path, patience=0, /, **fields):
+        query = urllib.parse.urlencode({field: value for field, value in fields.items() if value is not None})
+        return self.call(path + ('?' + query if query else ''), wait=patience)
+
+    def enqueue(self, queue, payload=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None, priority=None,
+                key=None, id=None):
+        """Add a job, once however often it is sent; returns it, with `created`: False when its id or key was there before."""
+        return self.call('/enqueue', job_text(payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay,
+                                              run_at=moment(run_at), priority=priority, key=key, id=id or new_id()))
+
+    def enqueue_many(self, queue, payloads, timeout=None, max_retries=None, tag=None, delay=None, run_at=None, priority=None):
+        """Add a job per payload, in requests of up to 1,000, each of which is all or nothing; returns the jobs in order."""
+        texts = (job_text(payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay, run_at=moment(run_at),
+                          priority=priority, id=new_id()) for payload in payloads)
+        return [job for batch in batches(texts, len) for job in self.call('/enqueue', jobs_text(batch))['jobs']]
+
+    def poll(self, queue, limit=None, wait=None, worker=None, lease=None, max_retries=None, timeout=None, hung=None):
+        """Claim jobs: one (or None) without `limit`, a list (or None) with it. The claim is named by the job's `attempt`."""
+        return self._post('/poll', wait or 0, queue=queue, limit=limit, wait=wait, worker=worker, lease=lease, max_retries=max_retries,
+                          timeout=timeout, hung=hung)
+
+    def complete(self, id, attempt=None, result=None):
+        return self._post('/complete', id=id, attempt=attempt, result=result)
+
+    def fail(self, id, attempt=None, error=None, retry=None, delay=None):
+        return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
+
+    def heartbeat(self, id, attempt=None, progress=None):
+        return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
+
+    def release(self, id, attempt=None):
+        return self._post('/release', id=id, attempt=attempt)
+
+    def cancel(self, id=None, queue=None, status=None):
+        return self._post('/cancel', id=id, queue=queue, status=status)
+
+    def retry(self, id=None, queue=None, status=None):
+        return self._post('/retry', id=id, queue=queue, status=status)
+
+    def purge(self, queue=None, status=None):
+        return self._post('/purge', queue=queue, status=status)
+
+    def pause(self, queue):
+        return self._post('/pause', queue=queue)
+
+    def resume(self, queue):
+        return self._post('/resume', queue=queue)
+
+    def job(self, id, wait=None):
+        """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
+        return self._get('/jobs/' + quote(id), wait or 0, wait=wait)
+
+    def jobs(self, queue=None, status=None, tag=None, limit=None, after=None):
+        return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after)
+
+    def details(self, tag):
+        """The newest job with that tag."""
+        return self._get('/details/' + quote(tag))
+
+    def queues(self):
+        return self._get('/queues')
+
+    def health(self):
+        return self._get('/health')
+
+    def wait(self, job, timeout=None):
+        """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds."""
+        id = job if isinstance(job, str) else job['id']
+        deadline = float('inf') if timeout is None else time.monotonic() + timeout
+        while True:
+            job = self.job(id, wait=round(max(0, min(WAIT, deadline - time.monotonic())), 3))
+            if job['status'] in ENDED:
+                return job
+            if time.monotonic() >= deadline:
+                raise Unfinished(f'job {id} is still {job["status"]} after {timeout:g} s')
+
+    def close(self):
+        """Close the connections, those in use too. Nothing can be sent after that."""
+        self.wire.close()
+
+
+ENDED = ('done', 'failed', 'cancelled')
+
+
+def trust(ca):
+    """The TLS settings: certificates are checked, against the file `ca` where it is given."""
+    context = ssl.create_default_context(cafile=ca)
+    if ca:
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT     # which home-made certificates rarely pass, and Python 3.13 asks for
+    return context
+
+
+def sentence(answer):
+    """What an answer that is no success says."""
+    try:
+        return printable(str(json.loads(answer.content)['error']))
+    except (ValueError, TypeError, LookupError):
+        where = f', which points to {answer.headers["Location"]}' if answer.headers['Location'] else ''
+        return printable(f'HTTP status {answer.status} {answer.reason}{where}')
+
+
+def retry_after(answer):
+    told = answer.headers['Retry-After'] or ''
+    return int(told) if re.fullmatch('[0-9]{1,9}', told) else 0
+
+
+def reason(error):
+    return printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
+
+
+def is_final(error):
+    """Is there no use in sending it again?"""
+    return isinstance(error, Refused) and error.status < 500 and error.status != 429
+
+
+def quote(text):
+    return urllib.parse.quote(text, safe='', errors='surrogatepass')
+
+
+def job_text(payload, **fields):
+    fields = {field: value for field, value in fields.items() if value is not None}
+    return '{"payload":' + as_json(payload, 'payload') + ',' + as_json(fields, 'the job')[1:]
+
+
+def jobs_text(texts):
+    return '{"jobs":[' + ','.join(texts) + ']}'
+
+
+def batches(items, size):
+    """Lists of the items, each short enough for a request."""
+    batch, total = [], 0
+    for item in items:
+        if batch and (total + size(item) > MAX_BYTES or len(batch) == MAX_BATCH):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size(item)
+    if batch:
+        yield batch
+
+# -- Running a handler ------------------------------------------------------------------------------------------------
+
+current = contextvars.ContextVar('rundown_task', default=None)      # what the handler of this context works at
+
+
+def job():
+    """The job that the handler at hand works at, a dict; None outside of handlers."""
+    return current.get() and current.get().job
+
+
+def progress(value):
+    """Show any JSON value as the job's progress, within a second or so. Does nothing outside of handlers."""
+    text = as_json(value, 'progress')
+    if current.get():
+        current.get().show(text)
+
+
+class Outcome:
+    """How a run ended: the call that reports it, the JSON text of that call's fields, and what hooks get to see."""
+    __slots__ = ('call', 'fields', 'value')
+
+    def __init__(self, call, value=None, **fields):
+        self.call, self.value = call, value
+        self.fields = ''.join(f',"{field}":{text}' for field, text in fields.items())
+
+
+def done(result):
+    text = as_json(result, 'result')
+    if len(text) > MAX_RESULT:
+        raise NotJSON(f'result has {len(text)} characters of JSON; at most {MAX_RESULT} are taken')
+    return Outcome('complete', result, result=text)
+
+
+def failed(error, text=None, retry=True, delay=None):
+    return Outcome('fail', error, error=encode(shorten(text or trace(error), MAX_ERROR)), retry=encode(retry), delay=encode(delay))
+
+
+def perform(handler, payload):
+    """One run of a handler, as its outcome. It knows no network, and raises nothing, whatever the handler does."""
+    try:
+        result = handler(payload)
+    except Retry as error:
+        return failed(error, delay=error.delay)
+    except BaseException as error:
+        return failed(error, retry=not isinstance(error, Abort))
+    try:
+        return done(result)
+    except BaseException as error:      # a result that is not JSON now will not be JSON the next time
+        return failed(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
+
+
+def trace(error):
+    """The traceback, from the handler on; of Retry and Abort what they say."""
+    try:
+        if isinstance(error, (Retry, Abort)) and not error.__cause__:
+            return str(error) or type(error).__name__
+        below = error.__traceback__ and error.__traceback__.tb_next
+        return ''.join(traceback.format_exception(type(error), error, below))
+    except BaseException:               # what an exception says of itself may fail in any way
+        return f'{type(error).__name__}, of which there is no traceback'
+
+
+def in_loop(function):
+    """An async function as a handler: on an event loop of its own, that is closed with all it holds when it ends."""
+    @functools.wraps(function)
+    def handler(payload):
+        return asyncio.run(main(payload))
+
+    async def main(payload):
+        loop, running = asyncio.get_running_loop(), asyncio.current_task()
+        current.get().reach_loop(lambda: loop.call_soon_threadsafe(running.cancel), running.get_coro())
+        return await function(payload)
+
+    return handler
+
+
+def stack_of(frame):
+    return ''.join(traceback.format_list(traceback.extract_stack(frame)[-50:]))
+
+
+def stack_of_coroutine(coroutine):
+    frames = []
+    while getattr(coroutine, 'cr_frame', None):
+        frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
+        coroutine = coroutine.cr_await
+    return ''.join(traceback.format_list(traceback.StackSummary.extract(frames)))
+
+
+def raise_in(thread, exception):
+    """Raise an exception inside a thread: as soon as it runs Python code again, so not while it sleeps in C."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(exception))
+
+
+class Task:
+    """A claimed job on its way through the worker. Who settles it first says how it ends; what comes later is dropped."""
+    __slots__ = ('job', 'consumer', 'lock', 'claimed', 'begun', 'slot', 'outcome', 'item', 'progress', 'shown', 'cancel', 'coroutine')
+
+    def __init__(self, job, consumer, now):
+        self.job, self.consumer, self.claimed = job, consumer, now      # constant
+        self.lock = threading.Lock()        # guards the next three
+        self.outcome = None                 # how it ended; the rest is over then
+        self.slot = self.begun = None       # who runs it, since when
+        self.item = None                    # of the report: JSON text
+        self.progress = collections.deque(maxlen=1)     # safe by itself: JSON text that the engine does not have yet
+        self.shown = now                    # when it was given the last one
+        self.cancel = self.coroutine = None  # of an async handler: how to reach it
+
+    def begin(self, slot, now):
+        """True when the slot may run it: it was neither released nor lost meanwhile."""
+        with self.lock:
+            if self.outcome is not None:
+                return False
+            self.slot, self.begun = slot, now
+            return True
+
+    def settle(self, outcome, interruption=None, unless_begun=False):
+        """True when this outcome counts. With an interruption the handler is stopped, if it runs."""
+        with self.lock:
+            if self.outcome is not None or unless_begun and self.slot:
+                return False
+            self.outcome = outcome
+            if self.slot and interruption:
+                self.slot.interrupt(self, interruption)     # the lock keeps the slot from going on with another task
+            return True
+
+    def report(self, outcome):
+        """What the engine is told, as an item of a batch."""
+        self.item = self.address() + outcome.fields + '}'
+
+    def address(self):
+        return '{"id":' + encode(self.job['id']) + ',"attempt":' + encode(self.job['attempt'])
+
+    def show(self, text):
+        self.progress.append(text)
+
+    def reach_loop(self, cancel, coroutine):
+        self.cancel, self.coroutine = cancel, coroutine
+
+    def __str__(self):
+        return f'{self.job["queue"]} {self.job["id"]} attempt {self.job["attempt"]}'
+
+
+class Slot:
+    """A thread that runs the tasks of a queue, one after the other, until a handler does not come back in time."""
+
+    def __init__(self, consumer):
+        self.consumer = consumer
+        self.abandoned = False
+        self.thread = threading.Thread(target=self._run, name=f'rundown-{consumer.name}', daemon=True)
+        self.thread.start()
+
+    def _run(self):
+        try:
+            while not self.abandoned:
+                self.prepare()
+                task = self.consumer.inbox.get()
+                if task is None:
+                    break
+                if task.begin(self, time.monotonic()):
+                    self._work(task)
+        except Interruption:        # it came too late for the handler: this thread is abandoned anyway
+            pass
+        finally:
+            self.close()
+
+    def _work(self, task):
+        process = os.getpid()
+        current.set(task)
+        self.consumer.hook('start', task, None)
+        outcome = self.perform(task)
+        if os.getpid() != process:
+            os._exit(1)             # a process that the handler forked, and that came back here
+        if task.settle(outcome):
+            self.consumer.ended(task, outcome)
+
+    def prepare(self):
+        pass
+
+    def perform(self, task):
+        return perform(self.consumer.handler, task.job['payload'])
+
+    def interrupt(self, task, interruption):
+        """Stop the handler, and do without this thread."""
+        self.abandoned = True
+        if task.cancel:
+            with contextlib.suppress(RuntimeError):     # the loop is closed: it was about to end
+                task.cancel()
+        else:
+            raise_in(self.thread, interruption)
+        self.consumer.replace(self)
+
+    def where(self, task):
+        """The stack at which the handler is, as text."""
+        if task.coroutine:
+            return stack_of_coroutine(task.coroutine)
+        frame = sys._current_frames().get(self.thread.ident)
+        return stack_of(frame) if frame else ''
+
+    def kill(self):
+        pass
+
+    def close(self):
+        pass
+
+# -- Handlers in processes of their own -------------------------------------------------------------------------------
+
+CHILD = 'rundown-'                  # how the names of the processes begin
+spawning = threading.Lock()         # multiprocessing may reap a child from any thread that starts or joins one
+
+
+class IsolatedSlot(Slot):
+    """A slot whose handler runs in a process of its own, which waits for the next task as long as it lives."""
+    process = pipe = None
+
+    def prepare(self):
+        if self.process is None and not self.consumer.worker.stopping.is_set():
+            self._start()
+
+    def _start(self):
+        context = multiprocessing.get_context('spawn')
+        self.pipe, theirs = context.Pipe()
+        handler = self.consumer.function
+        where = handler.__module__, inspect.getfile(handler), handler.__qualname__
+        with spawning:
+            self.process = context.Process(target=child, args=(theirs, *where), name=CHILD + self.consumer.name)
+            self.process.start()
+        theirs.close()
+        atexit.register(self.kill)
+        self.greeting = self._receive()
+
+    def _receive(self):
+        """The next word of the child; how it ended when there comes none."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            return 'fail', self._ending()
+
+    def perform(self, task):
+        with spawning:
+            alive = self.process is not None and self.process.is_alive()
+        if not alive:               # the last task ended it, or it was killed while it had nothing to do
+            self.close()
+            self._start()
+        kind, text = self.greeting
+        if kind == 'ready':
+            with contextlib.suppress(OSError):
+                self.pipe.send(task.job)
+            kind, text = self._receive()
+        while kind == 'progress':
+            task.show(text)
+            kind, text = self._receive()
+        if kind == 'outcome':
+            return self._outcome(*text)
+        self.close()
+        return failed(Crashed(text), text)
+
+    def _outcome(self, call, fields, error):
+        outcome = Outcome(call, Crashed(error))
+        outcome.fields = fields
+        if call == 'complete':
+            outcome.value = json.loads('{' + fields[1:] + '}')['result']
+        return outcome
+
+    def _ending(self):
+        with spawning:
+            self.process.join(1)
+        code = self.process.exitcode
+        if code is None:
+            return "the handler's process closed its pipe"
+        name = next((one.name for one in signal.Signals if one == -code), None)
+        return f"the handler's process was killed by {name}" if name else f"the handler's process ended with exit code {code}"
+
+    def interrupt(self, task, interruption):
+        self.kill()                 # the thread hears of it at once, and goes on with a fresh process
+
+    def where(self, task):
+        return 'its process was killed\n'
+
+    def kill(self):
+        """End the process, and the processes that it started."""
+        process = self.process
+        if process is None:
+            return
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if os.name == 'nt':
+                subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            process.kill()          # it may not lead its group yet
+
+    def close(self):
+        if self.process is not None:
+            self.kill()
+            atexit.unregister(self.kill)
+            self.pipe.close()
+            with spawning:
+                self.process.join(1)
+            self.process = None
+
+
+def child(pipe, module, file, name):
+    """The process of an isolated slot: works what comes through the pipe. When the worker is gone it ends, with its children."""
+    if hasattr(os, 'setsid'):
+        os.setsid()                                     # to be killed with its children
+        os.set_inheritable(pipe.fileno(), False)        # else its death goes unnoticed while a grandchild holds the pipe
+    for number in stop_signals():
+        signal.signal(number, lambda *_: None)          # the worker decides; not SIG_IGN, which grandchildren would inherit
+    jobs, lock = SimpleQueue(), threading.Lock()
+
+    def say(kind, text):
+        with lock:
+            pipe.send((kind, text))
+
+    try:
+        handler = as_handler(locate(module, file, name))
+    except BaseException as error:
+        return say('fail', shorten(trace(error), MAX_ERROR))
+    say('ready', None)
+    threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
+    while True:
+        job = jobs.get()
+        current.set(ChildTask(job, say))
+        outcome = perform(handler, job['payload'])
+        say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
+
+
+class ChildTask:
+    """What Task is to job() and progress(), in the process of an isolated slot."""
+
+    def __init__(self, job, say):
+        self.job, self.say = job, say
+
+    def show(self, text):
+        self.say('progress', text)
+
+    def reach_loop(self, cancel, coroutine):
+        pass
+
+
+def listen(pipe, jobs):
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            jobs.put(pipe.recv())
+    if hasattr(os, 'killpg'):
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def locate(module, file, name):
+    """The function of that name in a module, which is imported by its name or else from its file."""
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError:
+        found = load(file, module)
+    return functools.reduce(getattr, name.split('.'), found)
+
+
+def load(file, name):
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def as_handler(function):
+    return in_loop(function) if inspect.iscoroutinefunction(function) else function
+
+
+def stop_signals():
+    return [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK') if hasattr(signal, name)]
+
+# -- Worker -----------------------------------------------------------------------------------------------------------
+
+RELEASED = Outcome('release')
+LOST = Outcome(None)                # nothing is reported
+REFUSALS = (400, 413)               # statuses that blame what was sent
+GONE = (404, 409)                   # statuses that blame the claim
+
+
+def note(level, text, *values):
+    """A line in the log, whatever is in the values, and whatever a handler did to the log's streams."""
+    with contextlib.suppress(Exception):
+        if log.isEnabledFor(level):
+            log.log(level, '%s', printable(text % values))
+
+
+class Stderr(logging.Handler):
+    """The log where nobody set up logging."""
+
+    def emit(self, record):
+        with contextlib.suppress(Exception):
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+def until(condition, deadline):
+    """Wait for the condition. Signals are handled meanwhile."""
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+class Consumer:
+    """A queue at work: a thread that fetches its jobs, and the slots that run them."""
+
+    def __init__(self, worker, link, registered, concurrency):
+        self.worker, self.link = worker, link               # constant:
+        self.name, self.function = registered.name, registered.function
+        self.handler = as_handler(self.function)
+        self.concurrency, self.registered = concurrency, registered
+        self.client = Client(link.client.host, link.token, ca=link.ca)  # of its own, to be hung up
+        self.inbox = SimpleQueue()                          # safe by themselves: tasks for the slots
+        self.open = {}                                      # tasks that are claimed and not settled
+        self.hungry = threading.Event()                     # there may be room for more
+        self.abandoned = collections.deque()                # slots that were interrupted, and when
+        self.enough = 0                                     # the fetcher's: open tasks above which it sleeps
+        self.dry = None                                     # the fetcher's: the worker's count when there was nothing to fetch
+        self.pace = None                                    # seconds a slot takes for a task lately; losing one in a race is fine
+        self.slots = []
+        self.thread = None
+
+    def start(self):
+        self.slots = [self.new_slot() for _ in range(self.concurrency)]
+        self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
+
+    def new_slot(self):
+        return (IsolatedSlot if self.registered.isolate else Slot)(self)
+
+    # the fetcher
+
+    def _fetch(self):
+        """Poll, hand to the slots, rest; until the worker stops."""
+        tries = 0
+        while not self.worker.stopping.is_set():
+            self.hungry.clear()
+            limit = 0 if self.link.is_behind() else self.room()
+            if not limit:
+                self.hungry.wait(TICK)
+                continue
+            count, began = self.worker.reported, time.monotonic()
+            try:
+                jobs = self._poll(limit)
+            except Error as error:
+                self._unanswered(error, tries)
+                tries += 1
+                continue
+            tries = 0
+            self.link.back()
+            for job in jobs:
+                self.take(job)
+            if not jobs:
+                self._rest(count, began)
+
+    def room(self):
+        """How many jobs to claim now: as many as the free slots take, and as the slots will start within AHEAD seconds."""
+        ahead = min(MAX_CLAIM, int(self.concurrency * AHEAD / max(self.pace, 1e-5))) if self.pace else 0
+        target, held = self.concurrency + ahead, len(self.open)
+        self.enough = max(self.concurrency - 1, target // 2)
+        return min(target - held, MAX_CLAIM) if held <= self.enough else 0
+
+    def _poll(self, limit):
+        registered, burst = self.registered, self.worker.burst
+        ask = {'queue': self.name, 'limit': limit, 'wait': 0 if burst else WAIT, 'worker': self.worker.name, 'lease': LEASE,
+               'max_retries': registered.max_retries, 'timeout': registered.timeout, 'hung': self.worker.hung()}
+        jobs = (self.client.call('/poll', ask) if burst else self.client.send('/poll', ask, WAIT + PATIENCE)) or []
+        if not isinstance(jobs, list):
+            raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
+        return jobs
+
+    def _unanswered(self, error, tries):
+        if not self.worker.stopping.is_set():
+            if self.worker.burst:
+                self.worker.stop(error)
+            self.worker.stopping.wait(self.link.away(error, tries))
+
+    def _rest(self, count, began):
+        """There was nothing. In a burst that may be the end: when nothing anywhere has been reported since before the poll."""
+        worker = self.worker
+        if not worker.burst:
+            if time.monotonic() - began < min(1, WAIT / 2):         # an engine that does not wait: do not press it
+                worker.stopping.wait(self.registered.poll_interval)
+            return
+        self.dry = count
+        while self.dry == worker.reported and not worker.stopping.is_set():
+            if not worker.busy() and all(consumer.dry == worker.reported for consumer in worker.consumers):
+                worker.stop()
+            worker.stopping.wait(0.005)
+
+    def take(self, job):
+        task = Task(job, self, time.monotonic())
+        self.link.tasks[task] = self.open[task] = None
+        if self.worker.stopping.is_set():
+            self.settle(task, RELEASED)
+        else:
+            self.inbox.put(task)
+
+    # the end of a task
+
+    def ended(self, task, outcome):
+        """A slot has run the task to its end."""
+        took = time.monotonic() - task.begun
+        self.pace = took if self.pace is None else self.pace + RECENT * (took - self.pace)
+        self.dismiss(task, outcome)
+        if outcome.call == 'complete':
+            note(logging.INFO, '%s done in %.3f s', task, took)
+            self.hook('success', task, outcome.value)
+        else:
+            note(logging.WARNING, '%s failed after %.3f s: %s', task, took, summary(outcome.value))
+            self.hook('failure', task, outcome.value)
+        outcome.value = None
+
+    def settle(self, task, outcome, interruption=None, unless_begun=False):
+        """End a task from outside of its slot. True when that is how it ends."""
+        settled = task.settle(outcome, interruption, unless_begun)
+        if settled:
+            self.dismiss(task, outcome)
+        return settled
+
+    def dismiss(self, task, outcome):
+        if outcome.call:
+            task.report(outcome)
+            self.link.pile.put(task)
+        else:
+            self.link.forget(task)
+        self.open.pop(task, None)
+        if len(self.open) <= self.enough:
+            self.hungry.set()
+
+    def watch(self, now):
+        """Look at the tasks: what waits too long for a slot, what has had its time, what has progress to show."""
+        for task in self.open.copy():
+            if task.begun is None:
+                if now - task.claimed > STALE and self.settle(task, RELEASED, unless_begun=True):
+                    self.pace = None        # it was wrong
+            elif now - task.begun > (task.job['timeout'] or float('inf')):
+                self._time_out(task)
+            elif task.progress and now - task.shown > PROGRESS:
+                task.shown = now
+                self.link.pile.put(task)
+
+    def _time_out(self, task):
+        text = f'timed out after {task.job["timeout"]:g} s\n{task.slot.where(task)}'
+        error = Timeout(text)
+        if self.settle(task, failed(error, text), Timeout):
+            note(logging.WARNING, '%s timed out after %g s; hung threads: %d', task, task.job['timeout'], self.worker.hung())
+            self.hook_aside('failure', task, error)
+
+    def lose(self, task, sentence):
+        """The engine says that the claim is gone."""
+        if self.settle(task, LOST, Lost):
+            note(logging.WARNING, '%s lost: %s', task, sentence)
+            self.hook_aside('lost', task, Lost(sentence))
+
+    def replace(self, slot):
+        """Go on with a fresh thread. The lock of the slot's task is held, so no other does it too."""
+        self.abandoned.append((slot.thread, time.monotonic()))
+        self.slots[self.slots.index(slot)] = self.new_slot()
+
+    def hook(self, event, task, value):
+        for function in self.worker.app.hooks[event]:
+            try:
+                function(task.job, value)
+            except Interruption:
+                raise
+            except BaseException as error:
+                note(logging.ERROR, '%s: the hook %r failed: %s', task, event, summary(error))
+
+    def hook_aside(self, event, task, value):
+        """For the threads that must not wait for a hook."""
+        if self.worker.app.hooks[event]:
+            threading.Thread(target=self.hook, args=(event, task, value), daemon=True).start()
+
+
+def summary(error):
+    """The last line of what an exception says."""
+    return shorten((trace(error).strip().splitlines() or [''])[-1], 300)
+
+
+class Link:
+    """What the consumers of one engine share: the tasks under way, the reporter, the heartbeat, whether the engine is there."""
+
+    def __init__(self, worker, host, token, ca):
+        self.worker, self.token, self.ca = worker, token, ca        # constant
+        self.client = Client(host, token, ca=ca)
+        self.tasks = {}                     # safe by themselves: tasks that are claimed, until their outcome is acknowledged
+        self.pile = SimpleQueue()           # tasks that have something to report; None: no more
+        self.stuck = False                  # the reporter's: it has something that the engine did not take yet
+        self.since = None                   # when the engine went away
+
+    def start(self):
+        self.worker.thread(self._report, 'report')
+        self.worker.thread(self._heartbeat, 'heartbeat')
+
+    def is_behind(self):
+        """Is there so much to report that no more jobs should be taken?"""
+        return self.stuck or self.pile.qsize() > MAX_BACKLOG
+
+    def away(self, error, tries=0):
+        """Say once that the engine is away. How long to wait until the next try."""
+        if self.since is None:
+            self.since = time.monotonic()
+            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
+        return max(backoff(tries), REFUSED if is_final(error) else min(error.retry_after, MAX_RETRY_AFTER))
+
+    def back(self):
+        since, self.since = self.since, None
+        if since is not None:
+            note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, time.monotonic() - since)
+
+    def forget(self, task):
+        """The task is over, and the engine knows or does not care."""
+        if self.tasks.pop(task, self) is None:
+            with self.worker.lock:
+                self.worker.reported += 1
+
+    # the reporter
+
+    def _report(self):
+        """Send what piles up while the last request is in flight."""
+        while True:
+            tasks = [self.pile.get()]
+            with contextlib.suppress(Empty):
+                while len(tasks) < MAX_BATCH:
+                    tasks.append(self.pile.get_nowait())
+            tasks = list(dict.fromkeys(tasks))
+            self._send('heartbeat', [(task, task.address() + ',"progress":' + task.progress.pop() + '}')
+                                     for task in tasks if task and task.progress])
+            for call in ('complete', 'fail', 'release'):
+                self._send(call, [(task, task.item) for task in tasks if task and task.item and task.outcome.call == call])
+            if None in tasks:
+                return
+
+    def _send(self, call, items):
+        for batch in batches(items, lambda item: len(item[1])):
+            self._deliver(call, batch)
+
+    def _deliver(self, call, batch):
+        """Send until the engine gives a definite answer for each item."""
+        for tries in range(sys.maxsize):
+            try:
+                answers = self.client.send('/' + call, jobs_text(text for _, text in batch))['jobs']
+            except Error as error:
+                if getattr(error, 'status', None) in REFUSALS:
+                    return self._divide(call, batch, error)
+                self.stuck = True
+                if self.worker.closed.wait(self.away(error, tries)):
+                    return None
+            else:
+                self.stuck = False
+                self.back()
+                for (task, _), answer in zip(batch, answers):
+                    self._answered(call, task, answer)
+                return None
+
+    def _divide(self, call, batch, error):
+        """The engine refused a request as a whole: find out for which of its items."""
+        if len(batch) == 1:
+            return self._refused(call, batch[0][0], error)
+        for item in batch:
+            self._deliver(call, [item])
+
+    def _answered(self, call, task, answer):
+        code = answer.get('code')
+        if code in GONE and call == 'heartbeat':
+            task.consumer.lose(task, answer['error'])
+        elif code in GONE:
+            self.forget(task)
+            note(logging.WARNING, '%s lost before its outcome (%s) was known: %s', task, call, answer['error'])
+            task.consumer.hook_aside('lost', task, Lost(answer['error']))
+        elif code:
+            self._refused(call, task, answer['error'])
+        elif call != 'heartbeat':
+            self.forget(task)
+
+    def _refused(self, call, task, sentence):
+        """The engine does not take what the handler gave: that fails the job, once."""
+        note(logging.ERROR, '%s: the engine refused its %s: %s', task, call, sentence)
+        if call == 'complete':
+            task.outcome = failed(Error(sentence), f'the engine refused the result: {sentence}', retry=False)
+            task.report(task.outcome)
+            self.pile.put(task)
+        elif call != 'heartbeat':
+            self.forget(task)       # its lease will end it
+
+    # the heartbeat
+
+    def _heartbeat(self):
+        """One sign of life for all tasks, also for those whose outcome is waiting."""
+        while not self.worker.closed.wait(LEASE / 3):
+            for batch in batches(self.tasks.copy(), lambda task: 100):
+                try:
+                    text = jobs_text(task.address() + '}' for task in batch)
+                    answers = self.client.send('/heartbeat', text, LEASE / 3)['jobs']
+                except Error as error:
+                    self.away(error)
+                    break
+                for task, answer in zip(batch, answers):
+                    if answer.get('code') in GONE:
+                        task.consumer.lose(task, answer['error'])
+
+
+class Worker:
+    """One run(): the consumers of all registered queues, what they share, and their orderly end."""
+
+    def __init__(self, app, burst, grace, max_hung, concurrency):
+        self.app, self.burst, self.grace, self.max_hung = app, burst, grace, max_hung       # constant
+        self.name = f'{socket.gethostname()[:150]}:{os.getpid()}'
+        self.events = SimpleQueue()         # safe by themselves: what ends the run, None or an exception; put() is safe in signal handlers
+        self.stopping = threading.Event()   # no more jobs
+        self.closed = threading.Event()     # no more reports
+        self.signalled = False
+        self.lock = threading.Lock()        # guards the next one
+        self.reported = 0                   # tasks that are over and acknowledged
+        self.links, self.consumers = {}, []
+        for registered in app.registered.values():
+            self.consumers.append(Consumer(self, self._link(registered.host), registered, concurrency or registered.concurrency))
+            note(logging.INFO, 'working on %s (concurrency %d) from %s as %s', registered.name, self.consumers[-1].concurrency,
+                 self.consumers[-1].client.host, self.name)
+
+    def _link(self, host):
+        client = self.app.client(host)
+        if client.host not in self.links:
+            self.links[client.host] = Link(self, client.host, self.app.token, self.app.ca)
+        return self.links[client.host]
+
+    def thread(self, loop, name):
+        """Start a thread of the worker's own. A fault in it ends the worker: better started afresh than half alive."""
+        def guarded():
+            try:
+                loop()
+            except BaseException as error:
+                note(logging.CRITICAL, 'the thread %s failed: %s', name, trace(error))
+                self.stop(error)
+        thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self, error=None):
+        self.events.put(error)
+
+    def busy(self):
+        return any(link.tasks for link in self.links.values())
+
+    def hung(self, seconds=None):
+        """How many threads did not come back within HUNG seconds (or so many) of their interruption."""
+        now = time.monotonic()
+        for consumer in self.consumers:
+            while consumer.abandoned and not consumer.abandoned[0][0].is_alive():
+                consumer.abandoned.popleft()
+        return sum(thread.is_alive() and now - at >= (HUNG if seconds is None else seconds) for consumer in self.consumers for thread, at in consumer.abandoned.copy())
+
+    def _watch(self):
+        while not self.closed.wait(TICK):
+            now = time.monotonic()
+            for consumer in self.consumers:
+                consumer.watch(now)
+            if not self.stopping.is_set() and self.hung() >= self.max_hung:
+                self.stop(Hung(f'{self.hung()} handlers hang: the worker ends, to be started afresh'))
+
+    def run(self):
+        """Work until told to stop, then end in good order. Raises what it was stopped by."""
+        with self._signals():
+            for one in (*self.links.values(), *self.consumers):
+                one.start()
+            self.thread(self._watch, 'watch')
+            error = self._wait()
+            self._drain()
+        if error is not None:
+            raise error
+
+    def _wait(self):
+        while True:
+            with contextlib.suppress(Empty):
+                return self.events.get(timeout=1)       # on Windows signals are seen between two waits
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGTERM and SIGINT stop the worker, where this is the thread that may say so."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._signalled) for number in stop_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _signalled(self, number, frame):
+        if self.signalled:
+            self._kill()
+            os._exit(128 + number)
+        self.signalled = True
+        self.stop()
+
+    def _drain(self):
+        ends = time.monotonic() + self.grace
+        self.stopping.set()
+        self._release(unless_begun=True)
+        self._hang_up()
+        until(lambda: not any(consumer.open for consumer in self.consumers), ends)
+        self._release(Lost)
+        until(lambda: not self.busy(), max(ends, time.monotonic() + FAREWELL))
+        left = sum(len(link.tasks) for link in self.links.values())
+        if left:
+            note(logging.ERROR, 'the outcomes of %d jobs could not be reported; the engine will hand them out again', left)
+        self._close()
+
+    def _release(self, interruption=None, unless_begun=False):
+        for consumer in self.consumers:
+            for task in consumer.open.copy():
+                if consumer.settle(task, RELEASED, interruption, unless_begun):
+                    note(logging.INFO, '%s released', task)
+
+    def _hang_up(self):
+        """End the polls. For a moment jobs that are on their way still come in, and are released."""
+        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+            ends = time.monotonic() + HANGUP
+            while time.monotonic() < ends and any(consumer.thread.is_alive() for consumer in self.consumers):
+                for consumer in self.consumers:
+                    consumer.client.wire.hang_up(how)
+                time.sleep(0.01)
+
+    def _close(self):
+        self.closed.set()
+        for consumer in self.consumers:
+            for slot in consumer.slots:
+                consumer.inbox.put(None)
+            consumer.client.close()
+        for link in self.links.values():
+            link.pile.put(None)
+            link.client.close()
+        self._kill()
+
+    def _kill(self):
+        for consumer in self.consumers:
+            for slot in consumer.slots:
+                slot.kill()
+
+# -- The module's API: one column over a default App ------------------------------------------------------------------
+
+EVENTS = ('start', 'success', 'failure', 'lost')
+Registered = collections.namedtuple('Registered', 'name function host poll_interval max_retries timeout concurrency isolate')
+
+
+class App:
+    """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
+
+    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call.
+    """
+
+    def __init__(self, host=None, token=None, timeout=TIMEOUT, ca=None):
+        self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
+        self.registered = {}                            # (queue, host) -> Registered
+        self.hooks = {event: [] for event in EVENTS}
+        self.clients = {}                               # safe by itself: (host, token, ca) -> Client
+        self.workers = []                               # safe by itself: those that run
+
+    def client(self, host=None):
+        """The client for an engine; its connections are kept."""
+        env = os.environ.get
+        settings = (host or self.host or env('RUNDOWN_URL'), self.token or env('RUNDOWN_TOKEN'), self.timeout, self.ca or env('RUNDOWN_CA'))
+        if settings not in self.clients:
+            self.clients[settings] = Client(*settings)
+        return self.clients[settings]
+
+    def queue(self, name, host=None, poll_interval=1.0, max_retries=3, timeout=None, concurrency=1, isolate=False):
+        """Make the decorated function the handler of a queue. It stays as it is, and gets `.enqueue(payload, **options)`.
+
+        `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers run
+        at a time; with `isolate` each in a process of its own. `poll_interval` (seconds) only counts with an engine that
+        does not wait in a poll.
+        """
+        def register(function):
+            if isolate and not re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')):
+                raise Error(f'{function!r} cannot be isolated: its process has to find it by a name at the top of a module')
+            self.registered[name, host] = Registered(name, function, host, poll_interval, max_retries, timeout, concurrency, isolate)
+            function.enqueue = functools.partial(self.enqueue, name, **({'host': host} if host else {}))
+            return function
+        if type(concurrency) is not int or concurrency < 1:
+            raise Error(f'concurrency must be a whole number from 1, not {concurrency!r}')
+        return register
+
+    def on(self, event):
+        """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result), "failure"
+        (the exception) and "lost" (the exception) of a run. What it raises is logged and changes nothing."""
+        if event not in EVENTS:
+            raise Error(f'there is no event {event!r}; there are {", ".join(EVENTS)}')
+
+        def register(function):
+            self.hooks[event].append(function)
+            return function
+        return register
+
+    def enqueue(self, queue, payload=None, host=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None, priority=None,
+                key=None, id=None):
+        """Add a job, and return it, a dict: see Client.enqueue. `delay` in seconds or `run_at`, a datetime or RFC 3339."""
+        return self.client(host).enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id)
+
+    def enqueue_many(self, queue, payloads, host=None, **options):
+        """Add a job per payload: see Client.enqueue_many."""
+        return self.client(host).enqueue_many(queue, payloads, **options)
+
+    def wait(self, job, timeout=None, host=None):
+        """The finished job: see Client.wait."""
+        return self.client(host).wait(job, timeout)
+
+    def run(self, burst=False, grace=GRACE, max_hung=MAX_HUNG, concurrency=None):
+        """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
+
+        Returns after an orderly end. In the main thread, and with handlers that do not come back, it ends the process
+        instead, for nobody can end their threads; SystemExit(1) when those were `max_hung`.
+        """
+        if multiprocessing.current_process().name.startswith(CHILD):
+            raise Error("run() is reached by the import of this script for isolate=True: put it under if __name__ == '__main__':")
+        if not self.registered:
+            raise Error('there is no handler: decorate a function with @queue("name")')
+        set_up_log()
+        worker, code = Worker(self, burst, grace, max_hung, concurrency), 0
+        self.workers.append(worker)
+        try:
+            worker.run()
+        except Hung as error:
+            note(logging.CRITICAL, '%s', error)
+            code = 1
+        finally:
+            self.workers.remove(worker)
+        if worker.hung(0) and not burst and threading.current_thread() is threading.main_thread():
+            leave(code)
+        if code:
+            raise SystemExit(code)
+
+    def stop(self):
+        """Have run() end as after SIGTERM, from any thread."""
+        for worker in list(self.workers):
+            worker.stop()
+
+    @contextlib.contextmanager
+    def testing(self):
+        """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
+
+        It needs rundown_engine.py to be importable. `t.client` is its client. Queues with a `host` of their own stay there.
+        """
+        import rundown_engine
+        with tempfile.TemporaryDirectory() as folder:
+            server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal')
+            threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
+            before, self.host = self.host, server.url
+            outside = os.environ.get('RUNDOWN_URL')
+            os.environ['RUNDOWN_URL'] = server.url          # for isolated handlers
+            try:
+                yield Testing(self)
+            finally:
+                self.host = before
+                os.environ.pop('RUNDOWN_URL')
+                os.environ.update({'RUNDOWN_URL': outside} if outside is not None else {})
+                for settings in [settings for settings in self.clients if settings[0] == server.url]:
+                    self.clients.pop(settings).close()
+                server.shutdown()
+                server.server_close()
+
+
+class Testing:
+    """What rw.testing() gives."""
+
+    def __init__(self, app):
+        self.app, self.client, self.url = app, app.client(), app.host
+
+    def run(self, **options):
+        """Work off what is due, in this process."""
+        self.app.run(burst=True, **options)
+
+
+def set_up_log():
+    if not log.hasHandlers():
+        handler = Stderr()
+        handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        log.addHandler(handler)
+        log.setLevel(log.level or logging.INFO)
+
+
+def leave(code):
+    """End the process whatever its threads do."""
+    with contextlib.suppress(Exception):
+        logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+default = App()
+queue, on = default.queue, default.on
+enqueue, enqueue_many, wait = default.enqueue, default.enqueue_many, default.wait
+run, stop, testing = default.run, default.stop, default.testing
+
+# -- Command line -----------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    'jobs':   'id queue status attempt retries priority tag next_run_at worker'.split(),
+    'queues': 'queue pending scheduled running done failed cancelled oldest_age paused'.split(),
+}
+
+
+class Misuse(Error):
+    """What was asked for on the command line makes no sense."""
+
+
+def show(answer):
+    """JSON on a pipe, an aligned table on a terminal."""
+    if not sys.stdout.isatty():
+        print(json.dumps(answer))
+        return
+    kind = next((kind for kind in COLUMNS if kind in answer), None)
+    if kind:
+        rows = [COLUMNS[kind]] + [[plain(row[column]) for column in COLUMNS[kind]] for row in answer[kind]]
+    else:
+        rows = [[field, plain(value)] for field, value in answer.items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def plain(value):
+    return '' if value is None else printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def command_enqueue(client, options):
+    try:
+        payload = json.loads(sys.stdin.read() if options.payload == '-' else options.payload)
+    except ValueError as error:
+        raise Misuse(f'PAYLOAD is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
+    fields = 'timeout max_retries tag delay run_at priority key id'.split()
+    job = client.enqueue(options.queue, payload, **{field: getattr(options, field) for field in fields})
+    if 'warning' in job:
+        print(job['warning'], file=sys.stderr)
+    show(job)
+
+
+def command_status(client, options):
+    job = client.job(options.id) if options.wait is None else client.wait(options.id, options.wait)
+    show(job)
+    return options.wait is not None and job['status'] != 'done'
+
+
+def command_jobs(client, options):
+    show(client.jobs(options.queue, options.status, options.tag, options.limit, options.after))
+
+
+def command_queues(client, options):
+    show(client.queues())
+
+
+def command_change(client, options):
+    """cancel, retry, purge: one job by its id, or those of a queue and status."""
+    aim = {field: value for field, value in vars(options).items() if field in ('id', 'queue', 'status') and value is not None}
+    if not aim:
+        raise Misuse(f'{options.command} needs {"" if options.command == "purge" else "an ID, or "}--queue and --status')
+    show(getattr(client, options.command)(**aim))
+
+
+def command_pause(client, options):
+    show(getattr(client, options.command)(options.queue))
+
+
+def command_run(client, options):
+    """Import a person's tasks, and work on them."""
+    target = options.tasks
+    sys.path.insert(0, os.path.dirname(os.path.abspath(target)) if os.path.isfile(target) else os.getcwd())
+    if os.path.isfile(target):
+        name = os.path.splitext(os.path.basename(target))[0]
+        load(os.path.abspath(target), name if name.isidentifier() and name not in sys.modules else 'tasks_' + re.sub(r'\W', '_', name))
+    elif importlib.util.find_spec(target.partition('.')[0]) if re.fullmatch(r'\w+(\.\w+)*', target) else None:
+        importlib.import_module(target)
+    else:
+        raise Misuse(f'there is neither a file nor a module {target}')
+    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {URL})')
+    parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try when no engine answers (10)')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+
+    def command(name, function, help, *positional, **optional):
+        one = commands.add_parser(name, help=help, description=help)
+        one.set_defaults(function=function)
+        for argument, settings in positional:
+            one.add_argument(argument, **settings)
+        for option, settings in optional.items():
+            one.add_argument('--' + option.replace('_', '-'), **settings)
+
+    seconds, whole, text, flag = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(metavar='X'), dict(action='store_true')
+    aim = dict(queue=text, status=text)
+    command('enqueue', command_enqueue, 'add a job', ('queue', {}), ('payload', dict(nargs='?', default='null', help='JSON; - reads it')),
+            delay=seconds, run_at=text, priority=whole, key=text, tag=text, timeout=seconds, max_retries=whole, id=text)
+    command('status', command_status, 'show a job', ('id', {}),
+            wait=dict(seconds, nargs='?', const=float('inf'), help='until it has ended; exit with 1 unless it is done'))
+    command('jobs', command_jobs, 'list jobs, newest first', **aim, tag=text, limit=whole, after=text)
+    command('queues', command_queues, 'count jobs by queue and status')
+    command('cancel', command_change, 'cancel a job, or all of a queue and status', ('id', dict(nargs='?')), **aim)
+    command('retry', command_change, 'make a failed or cancelled job pending again, or all of them', ('id', dict(nargs='?')), **aim)
+    command('purge', command_change, 'delete jobs of a queue and/or status', **aim)
+    command('pause', command_pause, 'hand out no jobs of a queue', ('queue', {}))
+    command('resume', command_pause, 'hand out jobs again', ('queue', {}))
+    command('run', command_run, 'import tasks, and work on them', ('tasks', dict(metavar='FILE_OR_MODULE')), concurrency=whole,
+            grace=dict(seconds, default=GRACE), burst=dict(flag, help='work off what is due, and end'))
+    command('demo', command_demo, 'hash the files under a folder as jobs of an engine of its own', ('folder', dict(metavar='DIR', nargs='?')))
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """The command line; the exit code."""
+    options = arguments(argv)
+    try:
+        if options.host:
+            os.environ['RUNDOWN_URL'] = options.host        # for tasks that are imported, and for isolated ones
+        client = Client(timeout=options.give_up)
+        return int(options.function(client, options) or 0)
+    except (Error, BrokenPipeError, KeyboardInterrupt) as error:
+        print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
+        return 3 if isinstance(error, EngineUnavailable) else 2 if isinstance(error, Misuse) else 1
+
+
+# the demo
+
+def hash_file(path):
+    """The demo's handler. One file in 20 fails once, to show a retry."""
+    if job()['attempt'] == 1 and hashlib.sha256(os.fsencode(path)).digest()[0] < 13:
+        raise Retry('failing once, for the show', delay=0.5)
+    return digest(path)
+
+
+def digest(path):
+    total, sha256 = 0, hashlib.sha256()
+    with open(path, 'rb') as file:
+        for chunk in iter(lambda: file.read(1 << 20), b''):
+            sha256.update(chunk)
+            total += len(chunk)
+    return {'bytes': total, 'sha256': sha256.hexdigest()}
+
+
+def files_under(folder):
+    """All readable files of a folder; of the standard library's those that are its own."""
+    folder, skipped = (folder, ()) if folder else (os.path.dirname(os.__file__), ('site-packages', 'test', '__pycache__'))
+    if not os.path.isdir(folder):
+        raise Misuse(f'there is no folder {folder}')
+    for parent, folders, names in os.walk(os.path.abspath(folder)):
+        folders[:] = [name for name in folders if name not in skipped]
+        paths = [os.path.join(parent, name) for name in names]
+        yield from (path for path in paths if os.path.isfile(path) and os.access(path, os.R_OK))
+
+
+@contextlib.contextmanager
+def throwaway_engine():
+    """The URL of an engine in a process of its own, with a database in a temporary folder."""
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'rundown_engine.py')
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, program, '--port', '0', '--db', os.path.join(folder, 'demo.db')]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, universal_newlines=True)
+        try:
+            url = re.search(r'http://\S+:\d+', process.stdout.readline())
+            if not url:
+                raise Error(f'{program} does not start')
+            yield url[0]
+        finally:
+            process.terminate()
+            process.wait()
+            process.stdout.close()
+
+
+def command_demo(client, options):
+    """An engine, workers, and every file under a folder as a job; then a look whether all digests are right."""
+    paths = list(files_under(options.folder))
+    set_up_log()
+    log.setLevel(logging.ERROR)
+    with throwaway_engine() as url:
+        app = App(url)
+        app.queue('demo', concurrency=4)(hash_file)
+        began = time.monotonic()
+        worker = threading.Thread(target=app.run, daemon=True)
+        worker.start()
+        app.enqueue_many('demo', paths)
+        watch_progress(app, len(paths))
+        seconds = time.monotonic() - began
+        jobs = list(all_jobs(app.client()))
+        app.stop()
+        worker.join()
+    return report(jobs, paths, seconds)
+
+
+def watch_progress(app, total):
+    """A bar until all jobs have ended."""
+    ended = 0
+    while ended < total:
+        counts = next((row for row in app.client().queues()['queues'] if row['queue'] == 'demo'), {})
+        ended = sum(counts.get(status, 0) for status in ENDED)
+        bar = '#' * (40 * ended // total)
+        if sys.stderr.isatty():
+            print(f'\r[{bar:40}] {ended:,} of {total:,} files', end='' if ended < total else '\n', file=sys.stderr, flush=True)
+        time.sleep(0.05)
+
+
+def all_jobs(client):
+    page = {'after': None}
+    while True:
+        page = client.jobs(limit=1000, after=page['after'])
+        yield from page['jobs']
+        if not page['after'] or not page['jobs']:
+            return
+
+
+def report(jobs, paths, seconds):
+    """Print the table. 1 when a digest is not what a direct computation says."""
+    results = {job['payload']: job['result'] for job in jobs if job['status'] == 'done'}
+    right = sum(results.get(path) == digest(path) for path in paths)
+    slowest = max(jobs, key=took, default=None)
+    for label, value in (
+        ('files',   f'{len(paths):,}'),
+        ('bytes',   f'{sum(result["bytes"] for result in results.values()):,}'),
+        ('retries', f'{sum(job["retries"] for job in jobs):,}'),
+        ('jobs/s',  f'{len(jobs) / seconds:,.0f} in {seconds:.2f} s'),
+        ('slowest', f'{took(slowest) * 1000:,.0f} ms, {printable(slowest["payload"])}' if slowest else '-'),
+        ('digests', f'{right:,} of {len(paths):,} agree with a direct computation'),
+    ):
+        print(f'{label:10}{value}')
+    return int(right != len(paths) or not paths)
+
+
+def took(job):
+    """Seconds of the last attempt."""
+    started, finished = (datetime.datetime.strptime(job[field], '%Y-%m-%dT%H:%M:%S.%fZ') for field in ('started_at', 'finished_at'))
+    return (finished - started).total_seconds()
+
+
+if __name__ in ('__main__', '__mp_main__'):
+    sys.modules.setdefault('rundown_workers', sys.modules[__name__])    # task files that import it must meet this one
+if __name__ == '__main__':
+    sys.exit(main())
