@@ -382,6 +382,8 @@ def checked(path, body):
     needed = CALLS[path][0] if path in CALLS else ''
     if needed and needed not in ask:
         raise BadRequest(f'{needed} is missing: {path} needs it')
+    if 'run_at' in ask and 'delay' in ask:
+        raise BadRequest('run_at and delay exclude each other')
     return ask
 
 
@@ -439,7 +441,7 @@ def parsed(body):
     try:
         return _decode(body.decode('utf-8'))
     except RecursionError:
-        raise BadRequest(f'the body must not be nested deeper than {MAX_DEPTH} levels') from None
+        raise BadRequest(f'the body must be JSON that is nested at most {MAX_DEPTH} levels') from None
     except ValueError as error:
         raise BadRequest(f'the body must be JSON in UTF-8: {shorten(str(error), 200)}') from None
 
@@ -573,7 +575,8 @@ class GroupCommit:
         self.tickets = []                   # for the next transaction
         self.leading = False                # a thread is the leader
         self.parked = {}                    # topic -> deque of tickets
-        self.closed = False                 # nobody sleeps any more
+        self.closed = False                 # nobody sleeps any more,
+        self.ended = False                  # and nothing is taken any more
         self.woken = set()                  # topics; the leader's alone
 
     def run(self, operation, topic=None, wait=0, alive=lambda: True):
@@ -598,7 +601,7 @@ class GroupCommit:
         if topic in self.parked:
             self.woken.add(topic)
 
-    def close(self):
+    def rouse_all(self):
         """Answer all sleepers with their empty results, now and from now on."""
         with self.lock:
             self.closed = True
@@ -608,8 +611,20 @@ class GroupCommit:
             ticket.answered = True
             ticket.gate.release()
 
+    def end(self, patience):
+        """Take nothing more and wait for the last commit. False when that takes longer than `patience` seconds."""
+        self.rouse_all()
+        with self.lock:
+            self.ended = True
+        ends = time.monotonic() + patience
+        while self.leading and time.monotonic() < ends:
+            time.sleep(.005)
+        return not self.leading
+
     def _join(self, ticket):
         with self.lock:
+            if self.ended:
+                raise Unavailable('the engine is stopping')
             self.tickets.append(ticket)
             lead, self.leading = not self.leading, True
         return lead
@@ -720,7 +735,7 @@ COMPLETE = """
     WHERE seq = ?"""
 HEARTBEAT = """
     UPDATE jobs
-    SET lease_until = MAX(lease_until, MIN(:now + lease, :last)), progress = COALESCE(:progress, progress), updated_at = :now
+    SET lease_until = MAX(lease_until, MIN(:now + COALESCE(lease, 0), :last)), progress = COALESCE(:progress, progress), updated_at = :now
     WHERE seq = :seq"""
 MOVE = """
     UPDATE jobs
@@ -746,8 +761,10 @@ NEXT = """
           SELECT MIN(lease_until) FROM jobs WHERE status = 'running')"""
 RENEW = """
     UPDATE jobs
-    SET lease_until = MIN(MAX(lease_until, :now + MAX(:grace, COALESCE(lease, 0))),
-                          :now + MAX(:grace, COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace))),
+    SET lease_until = CASE
+            WHEN lease_until <= :now THEN :now + MAX(:grace, COALESCE(lease, 0))
+            ELSE MIN(MAX(lease_until, :now + :grace),
+                     :now + MAX(:grace, COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace))) END,
         started_at = MIN(started_at, :now)
     WHERE status = 'running'"""
 SHIFT = """
@@ -947,8 +964,8 @@ class Store:
         self.stopped = False
         self.lock_file = lock(self.path)
         self.db = None
-        self._open()
         self.timekeeper = threading.Thread(target=self._keep_time, name='timekeeper', daemon=True)
+        self._open()
         self.timekeeper.start()
 
     # the database
@@ -957,9 +974,14 @@ class Store:
         try:
             examine(self.path)
             self.inode = os.stat(self.path).st_ino
+            self.db, self.files = self._connect(), None
+            if os.path.getsize(self.path) <= CHECKED and self.db.execute('PRAGMA quick_check(1)').fetchone()[0] != 'ok':
+                raise Unusable(f'{self.path} is damaged; restore a backup')
+            self.polled = dict(self.db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL').fetchall())
             self.commits.run(self._resume)
-            with self.reading() as db:
-                self.polled = dict(db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL').fetchall())
+        except (sqlite3.Error, Unavailable) as error:
+            self.close()
+            raise Unusable(f'{self.path} cannot be used: {error.__cause__ or error}') from None
         except BaseException:
             self.close()
             raise
@@ -1028,7 +1050,7 @@ class Store:
             if not busy and self.db is not None:        # after an I/O error only a fresh connection knows what is on disk
                 self.db.close()
                 self.db = None
-            if self.trouble is None:
+            if self.trouble is None and self.timekeeper.is_alive():
                 log(f'storage trouble: {error}')
             self.trouble = str(error)
             raise Unavailable(f'the database could not be written ({error}); nothing was changed, try again') from error
@@ -1057,13 +1079,13 @@ class Store:
         return db
 
     def close(self):
-        """Answer the sleepers, finish the last commit, leave the file in order."""
+        """Finish the last commit, leave the file in order."""
         self.stopped = True
         self.alarm.set()
-        self.commits.close()
-        for db in [self.db, *self.readers]:
-            if db is not None:
+        if self.commits.end(BUSY + 1):          # else leave it as a crash would: SQLite is at home with that
+            for db in filter(None, [self.db, *self.readers]):
                 db.close()
+            self.db = None
         self.lock_file.close()
 
     # calls: producers
@@ -1206,7 +1228,8 @@ class Store:
     def _release(self, ask):
         job = self._claimed('release', ask)
         self.noted.append(('released', job['queue'], None))
-        return self._move(job, 'pending', 'released')
+        self._move(job, 'pending', 'released')
+        return {'id': job['id'], 'status': 'pending'}
 
     def _heartbeat(self, ask):
         job = self._claimed('heartbeat', ask)
@@ -1392,7 +1415,9 @@ class Store:
                     self.commits.run(self._resume)
                 woke = time.monotonic()
                 self.tick()
-            except Unavailable:
+            except Exception as error:      # a thread that has to outlive whatever happens
+                if not isinstance(error, Unavailable):
+                    log(f'fault in the timekeeper: {type(error).__name__}: {error}')
                 time.sleep(TICK)
             self.alarm.wait(max(0, min(TICK, (self.next_due - self.clock.now()) / 1000000)))
             self.alarm.clear()
@@ -1617,8 +1642,11 @@ class Connection(socketserver.BaseRequestHandler):
         if self.asked.method == 'POST':
             return parsed(body)
         query = self.asked.target.partition('?')[2]
-        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors='surrogateescape', max_num_fields=20)
-        return {field: numeral(value) if field in ('limit', 'wait') else value for field, value in pairs}
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors='surrogateescape')
+        fields = {field: numeral(value) if field in ('limit', 'wait') else value for field, value in pairs}
+        if len(fields) < len(pairs):
+            raise BadRequest(f'{shown(max(fields, key=[field for field, _ in pairs].count))} is there twice')
+        return fields
 
     def _refuse(self, error, keep):
         """Answer with the refusal. A request whose body was not read takes the connection with it."""
@@ -1635,7 +1663,7 @@ class Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError, EOFError, TooSlow):
             self.deadline = time.monotonic() + LINGER
             self.request.shutdown(socket.SHUT_WR)
-            for _ in range(4 * MAX_BODY // 65536):
+            while time.monotonic() < self.deadline:
                 self._receive()
 
     def alive(self):
@@ -1684,10 +1712,9 @@ def numeral(text):
 
 def split_path(path):
     """'/jobs/17' is the route '/jobs/' and the rest '17'."""
-    cut = path.find('/', 1) + 1
-    if path in ROUTES or not cut:
-        return path if path in ROUTES else 'other', ''
-    return path[:cut] if path[:cut] in ROUTES else 'other', urllib.parse.unquote(path[cut:], errors='surrogateescape')
+    cut = path.find('/', 1) + 1 or len(path)
+    route, rest = path[:cut], urllib.parse.unquote(path[cut:], errors='surrogateescape')
+    return (route, rest) if route in ROUTES and bool(rest) == (route != '/' and route.endswith('/')) else ('other', '')
 
 
 def enqueue(client, body, _):
@@ -1847,7 +1874,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def own_host(self, host):
         """Is the Host header one of ours? A page whose name was bound to this address anew (DNS rebinding) is not."""
-        name = re.sub(r':\d*$', '', host or 'localhost').lower()
+        name = re.sub(r':\d*$', '', 'localhost' if host is None else host).lower()
         return name in self.names or is_loopback(name.strip('[]')) or not self.local and is_address(name.strip('[]'))
 
     def count(self, client, status):
@@ -1855,11 +1882,11 @@ class Server(http.server.ThreadingHTTPServer):
         if self.verbose:
             log(f'{client.client_address[0]} {client.asked.method if client.asked else "-"} {client.route} {status}')
 
-    def stop(self):
-        """Answer what is asked, refuse what comes, close the store. To be called when serve_forever() has returned."""
+    def server_close(self):
+        """Once serve_forever() has returned: let nobody in, answer what was asked, close the store."""
+        super().server_close()
         self.draining = True
-        self.server_close()
-        self.store.commits.close()
+        self.store.commits.rouse_all()
         ends = time.monotonic() + DRAIN
         while self.busy and time.monotonic() < ends:
             time.sleep(.01)
@@ -1884,7 +1911,275 @@ def log(sentence):
 
 # -- Dashboard --------------------------------------------------------------------------------------------------------
 
-DASHBOARD = """DASHBOARD_HERE"""
+DASHBOARD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Rundown-Workers</title><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --back: light-dark(#f5f5f2, #121518); --card: light-dark(#fff, #1a1e22); --text: light-dark(#1d2328, #e2e6e9);
+  --soft: light-dark(#59636d, #9ba6b0); --line: light-dark(#dcdcd6, #30363c); --accent: light-dark(#0a5fb8, #74b6ff);
+  --bad: light-dark(#b3261e, #ff8f85); }
+* { box-sizing: border-box; }  [hidden] { display: none !important; }
+body { margin: 0 auto; max-width: 90rem; padding: 0 1rem 4rem; background: var(--back); color: var(--text); overflow-wrap: anywhere;
+  font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+header, form { display: flex; flex-wrap: wrap; gap: .5rem .8rem; align-items: center; margin: .75rem 0; }
+h1, h2 { font-size: 1rem; margin: 1.4rem 0 .4rem; }  h2:has(+ table[hidden]) { display: none; }  h1, td, #notice { unicode-bidi: isolate; }
+a { color: var(--accent); }  td a, #home { text-decoration: none; }  #home { font-weight: 650; margin-right: auto; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+button, input, select, table, pre, .box { font: inherit; color: var(--text); background: var(--card); border: 1px solid var(--line); }
+button, input, select { border-color: var(--soft); border-radius: 5px; padding: .1rem .5rem; max-width: 100%; }
+button[aria-disabled=true] { color: var(--soft); border-color: var(--line); }  button[data-armed] { background: var(--bad); color: var(--card); }
+td button { margin-right: .3rem; min-width: 4.3rem; font-size: .85rem; }  button[data-action=purge] { min-width: 6rem; margin: 0; }  #title { outline: none; }
+pre, .box { padding: .6rem .8rem; margin: .5rem 0; }  pre { max-height: 30rem; overflow: auto; white-space: pre-wrap; }
+pre, [data-attempt] td:last-child { font: 12.5px/1.45 ui-monospace, monospace; }  td { white-space: nowrap; }  [data-attempt] { vertical-align: top; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; margin: .5rem 0; }
+th, td { text-align: left; padding: .3rem .45rem; border-bottom: 1px solid var(--line); overflow: hidden; text-overflow: ellipsis; }
+th, label, .soft, [data-field] td:first-child { color: var(--soft); font-weight: 400; font-size: .85rem; }
+.number { text-align: right; }  .gone { font-style: italic; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
+th[data-count=actions] { width: 18rem; }  th[data-count=last_hour] { width: 8.6rem; }  th[data-count=state] { width: 8.4rem; }
+th[data-count=queue] { width: 13%; }  th[data-count=detail] { width: 28%; }  th[data-count=error] { width: 50%; }  th[data-count=field] { width: 10rem; }
+[data-count=error], [data-field] td { white-space: pre-wrap; }  svg { display: block; }
+svg { width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
+#offline { position: sticky; top: 0; z-index: 1; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
+@media (max-width: 78rem) {  /* each row becomes a card, its cells carry their headings */
+  thead { position: absolute; display: block; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  table, tbody, td { display: block; padding: 0; }  td, .number { border: 0; text-align: left; }
+  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)); gap: .4rem .8rem; padding: .6rem .8rem;
+    border-bottom: 1px solid var(--line); }
+  td:before { content: attr(data-label); display: block; color: var(--soft); font: .85rem system-ui, sans-serif; }
+  td:first-child, td[data-count=actions], td[data-count=detail], td[data-count=error] { grid-column: 1 / -1; white-space: normal; }
+  td[data-count=last_hour], td[data-count=worker], td[data-count=queue], td[data-count=last_sign_of_life] { grid-column: span 2; }
+  tr[data-field] { grid-template-columns: 6rem 1fr; padding: .2rem .8rem; }  tr[data-field] td { grid-column: auto; }
+  [data-field] td:before { content: none; } }
+</style>
+<header><a id="home" href="#">Rundown-Workers</a> <span id="updated" class="soft"></span> <a id="manual" href="/docs">manual</a></header>
+<noscript><p class="box">This page needs JavaScript, the engine does not. How to enqueue a job: <code>curl -H 'Content-Type: application/json'
+-d '{"queue": "hello", "payload": "world"}' http://localhost:8181/enqueue</code>; the rest is in the <a href="/docs">manual</a>.</p></noscript>
+<p id="offline" class="box bad" role="alert" hidden></p> <p id="notice" class="box" role="status" hidden></p>
+<form id="login" class="box" hidden><label for="token">this engine asks for its token</label>
+  <input id="token" type="password" autocomplete="current-password" required pattern="[!-~]+" title="visible ASCII characters">
+  <button>open</button> <span id="refused" class="bad" role="alert"></span></form>
+<main id="list" hidden>
+  <h2>Queues</h2> <table id="queues" role="table" aria-label="queues"></table>
+  <h2>Workers seen</h2> <table id="workers" role="table" aria-label="workers"></table>
+  <h2>Newest jobs</h2>
+  <form id="filter" role="search"><label>queue <input name="queue" autocomplete="off"></label>
+    <label>status <select name="status"><option value="">any<option>pending<option>running<option>done<option>failed<option>cancelled
+    </select></label> <label>tag <input name="tag" autocomplete="off"></label> <button>filter</button> <a href="#">all jobs</a></form>
+  <table id="jobs" role="table" aria-label="jobs"></table> <p id="nothing" class="box" hidden>no job here</p>
+  <div id="empty" hidden><p>no jobs yet: here is how to enqueue one</p><pre id="example" tabindex="0"></pre></div>
+  <a id="first">newest</a> <a id="older">older</a>
+</main>
+<main id="page" hidden>
+  <h1 id="title" tabindex="-1"></h1> <p id="missing" class="box" hidden>There is no job with this id. It may have been purged.</p>
+  <div id="job" hidden>
+    <div><p id="why" class="box"></p></div> <button data-action="retry">retry</button> <button data-action="cancel">cancel</button>
+    <div><h2>Error</h2><pre id="error" tabindex="0"></pre></div> <div><h2>Payload</h2><pre id="payload" tabindex="0"></pre></div>
+    <div><h2>Result</h2><pre id="result" tabindex="0"></pre></div> <h2>Attempts</h2> <table id="attempts" role="table" aria-label="attempts"></table>
+    <h2>Fields</h2> <table id="fields" role="table" aria-label="fields"></table></div>
+</main>
+<script>
+"use strict";
+const EVERY = 2000, PATIENCE = 10000, SHOWN = 200000, NEWLINE = String.fromCharCode(10);  // ms, ms, characters
+let turn = 0, timer = 0, skew = 0, place = {};  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
+const $ = id => document.getElementById(id);
+const show = flags => { for (const id in flags) $(id).hidden = !flags[id]; };
+const at = time => time ? Date.parse(time.replace(/([.][0-9]{3})[0-9]*/, "$1")) : NaN;
+const age = time => (Date.now() + skew - at(time)) / 1000;
+const span = s => s < 10 ? Math.max(0, s).toFixed(1) + " s" : s < 120 ? Math.round(s) + " s" : s < 7200 ? Math.round(s / 60) + " min"
+  : s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " d";
+const ago = time => !time ? "never" : age(time) < 0 ? "in " + span(-age(time)) : span(age(time)) + " ago";
+const took = item => item.started_at && item.finished_at ? span((at(item.finished_at) - at(item.started_at)) / 1000) : "";
+const hash = filter => "#" + new URLSearchParams(Object.entries(filter).filter(pair => pair[1]));
+const exact = (key, value, source) =>  // where the browser can, 1.0 stays 1.0 and 2^63 keeps its digits
+  typeof value === "number" && source && JSON.rawJSON ? JSON.rawJSON(source.source) : value;
+
+// tables: a row's first column is its data-NAME; a cell shows the field of its name unless TEXT has a rule; * is a number
+const TABLES = {queues: "queue pending* scheduled* running* done* failed* oldest* rate* last_hour state actions", fields: "field value",
+  workers: "worker queue last_sign_of_life* running* hung_threads*", jobs: "job queue tag status attempt* worker created* detail",
+  attempts: "attempt worker started* took* outcome error"};
+const TEXT = {job: job => job.id, created: job => ago(job.created_at), started: attempt => ago(attempt.started_at), took,
+  last_sign_of_life: worker => ago(worker.seen_at), hung_threads: worker => worker.hung,
+  error: attempt => String(attempt.error || "").slice(-4000), oldest: queue => queue.oldest_age === null ? "–" : span(queue.oldest_age),
+  rate: ({minutes: {done, failed}}) =>  // of the last 60 s: this minute, and the part of the one before that this one lacks
+    Math.round(done[59] + failed[59] + (done[58] + failed[58]) * (1 - (Date.now() + skew) % 60000 / 60000)),
+  state: queue => queue.paused ? "paused" : !queue.polled_at ? "no worker yet"
+    : age(queue.polled_at) < 120 || queue.running ? "open" : "no worker " + span(age(queue.polled_at)),
+  detail: job => job.status === "done" ? "took " + took(job) : job.status === "running" && job.progress !== null
+    ? "progress " + JSON.stringify(job.progress) : (job.status === "pending" && age(job.next_run_at) < 0 ? "due " + ago(job.next_run_at) + " " : "")
+    + String(job.error || "").trim().split(NEWLINE).pop()};
+const BAD = {state: text => text !== "open", status: text => text === "failed", failed: n => n > 0, hung_threads: n => n > 0};
+const LINK = {job: job => "#job/" + encodeURIComponent(job.id), queue: ({queue}) => hash({queue}), tag: ({tag}) => hash({tag})};
+for (const status of ["pending", "running", "done", "failed"]) LINK[status] = ({queue}) => hash({queue, status});
+const columns = id => TABLES[id].replace(/[*]/g, "").split(" ");
+const value = (key, item) => key in TEXT ? TEXT[key](item) : item[key];
+const enable = (button, yes) => button.setAttribute("aria-disabled", !yes);  // "disabled" would drop the focus
+
+function el(tag, attributes, ...children) {  // data enters as text and attributes, never as markup
+  const node = document.createElementNS("http://www.w3.org/" + (/svg|path/.test(tag) ? "2000/svg" : "1999/xhtml"), tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+function text(node, value) {  // in place: a selection across it survives
+  if (!node.firstChild) node.append("");
+  if (node.firstChild.data !== String(value)) node.firstChild.data = value;
+}
+function row(id, tag, role, item) {  // a row of headings, or of cells with a <span> or <a> for the text
+  return el("tr", {role: "row"}, ...columns(id).map(key => {
+    const label = key.replace(/_/g, " ").replace("rate", "jobs/min"), href = item && key in LINK ? LINK[key](item) : "#";
+    const inside = !item ? label : href === "#" ? el("span", {}) : el("a", {href});
+    return el(tag, {role, "data-count": key, "data-label": label, class: TABLES[id].includes(key + "*") ? "number" : ""}, inside);
+  }));
+}
+function make(id, item) {
+  const tr = row(id, "td", "cell", item);
+  tr.dataset[columns(id)[0]] = value(columns(id)[0], item);
+  if (id !== "queues") return tr;
+  tr.plot = el("svg", {role: "img", viewBox: "0 0 120 28"}, el("path", {}), el("path", {class: "bad"}));
+  tr.buttons = [["pause", "pause"], ["retry-failed", "retry failed"], ["purge", "purge done"]].map(([action, label]) =>
+    el("button", {"data-action": action}, label));
+  tr.querySelector("[data-count=last_hour]").replaceChildren(tr.plot);
+  tr.lastChild.replaceChildren(...tr.buttons);
+  return tr;
+}
+function fill(tr, item) {
+  for (const td of tr.children) {
+    const key = td.dataset.count, shown = value(key, item);
+    if (shown === undefined) continue;
+    text(td.firstChild, shown === null ? "" : typeof shown === "number" ? shown.toLocaleString("en") : shown);
+    if (td.title !== td.textContent) td.title = td.textContent;
+    td.classList.toggle("bad", key in BAD && BAD[key](shown));
+  }
+  if (!tr.plot) return;
+  plot(tr.plot, item.minutes);
+  text(tr.buttons[0], tr.buttons[0].dataset.action = item.paused ? "resume" : "pause");
+  tr.buttons.forEach((button, i) => enable(button, [true, item.failed, item.done][i]));
+}
+function draw(id, items) {  // the same item keeps its row, and so focus, scroll and selection stay
+  const body = $(id).tBodies[0], key = item => JSON.stringify([value(columns(id)[0], item), item.queue]), chosen = getSelection();
+  const rows = new Map(Array.from(body.children, tr => [tr.key, tr])), wanted = new Set(items.map(key));
+  const used = tr => tr.contains(document.activeElement) || !chosen.isCollapsed && chosen.containsNode(tr, true);
+  for (const tr of rows.values())  // a row no longer listed stays, in italics, while somebody is on it
+    if (tr.classList.toggle("gone", !wanted.has(tr.key)) && !used(tr)) tr.remove();
+  let next = body.firstChild;
+  for (const item of items) {
+    const tr = rows.get(key(item)) || Object.assign(make(id, item), {key: key(item)});
+    fill(tr, item);
+    while (next && !wanted.has(next.key)) next = next.nextSibling;
+    if (tr === next) next = next.nextSibling; else body.insertBefore(tr, next);
+  }
+  $(id).hidden = !body.firstChild;
+}
+function plot(svg, {done, failed}) {  // done rises from the base line, failed hangs below it, in one scale
+  const high = Math.max(...done), low = Math.max(...failed), unit = 25 / Math.max(1, high + low), base = 1.5 + (low ? high * unit : 25);
+  const bars = (values, up) => values.map((n, i) => n ? `M${2 * i + 1} ${base}v${up * Math.max(1, n * unit)}` : "").join("");
+  const [all, bad] = [done, failed].map(values => values.reduce((a, b) => a + b, 0).toLocaleString("en"));
+  [bars(done, -1) + `M0 ${base}H120`, bars(failed, 1)].forEach((d, i) => svg.children[i].setAttribute("d", d));
+  svg.setAttribute("aria-label", `last hour: ${all} done, ${bad} failed, at most ${high} done in a minute`);
+}
+function list({queues, workers}, {jobs, after}) {
+  const filtered = Object.values(place).some(Boolean);
+  workers.sort((a, b) => a.queue.localeCompare(b.queue) || a.worker.localeCompare(b.worker));  // rows that stay where they are
+  for (const [id, items] of Object.entries({queues, workers, jobs})) draw(id, items);
+  show({nothing: !jobs.length && filtered, empty: !jobs.length && !filtered, first: place.after, older: after});
+  for (const [id, start] of [["first", ""], ["older", after]]) $(id).href = hash({...place, after: start});
+}
+function page(body) {
+  const {why, error, attempts, payload, result, progress, ...fields} = JSON.parse(body), raw = JSON.parse(body, exact);
+  const boxes = {why, error, payload: JSON.stringify(raw.payload, null, 2), result: result === null ? "" : JSON.stringify(raw.result, null, 2)};
+  for (const [id, whole] of Object.entries(boxes)) {
+    text($(id), (whole || "").slice(0, SHOWN) + ((whole || "").length > SHOWN ? " ... (cut here; GET /jobs/ID has the rest)" : ""));
+    $(id).parentNode.hidden = !whole;
+  }
+  draw("attempts", attempts);
+  draw("fields", Object.entries({...fields, progress: JSON.stringify(raw.progress)}).map(([field, value]) => ({field, value: value === null ? "–"
+    : field.endsWith("_at") ? new Date(at(value)).toLocaleString("sv") + ", " + ago(value) : String(value)})));  // sv: 2026-11-23 13:41:30
+  $("job").querySelectorAll("button").forEach((button, i) => enable(button, ["failed cancelled", "pending running"][i].includes(fields.status)));
+}
+
+// talking to the engine
+async function call(path, body) {
+  const token = sessionStorage.getItem("token"), signal = AbortSignal.timeout(PATIENCE * (body ? 6 : 1));
+  const headers = {"Content-Type": "application/json", ...token && {Authorization: "Bearer " + token}};
+  const failure = {status: 0, message: "engine does not answer, trying again"};
+  try {
+    const answer = await fetch(path, {method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal});
+    const content = await answer.text();
+    if (answer.ok) return content;
+    Object.assign(failure, {status: answer.status, message: "the engine says: " + JSON.parse(content).error});
+  } catch (error) { /* no answer, or none in JSON: failure says so */ }
+  throw failure;
+}
+async function refresh() {
+  const mine = ++turn, began = Date.now(), one = place.id !== undefined;
+  clearTimeout(timer);
+  if (document.hidden || !$("login").hidden) return;
+  try {
+    const queues = JSON.parse(await call("/queues"));
+    const path = one ? "/jobs/" + encodeURIComponent(place.id) : "/jobs?" + hash({...place, limit: 50}).slice(1);
+    const body = await call(path).catch(failure => { if (!one || failure.status !== 404) throw failure; });
+    if (mine !== turn) return;
+    skew = at(queues.now) - Date.now();
+    if (!one) list(queues, JSON.parse(body)); else if (body) page(body);
+    show({list: !one, page: one, job: body, missing: !body, offline: false, manual: !sessionStorage.getItem("token")});
+    text($("updated"), "at " + new Date().toLocaleTimeString("sv"));
+  } catch (failure) { if (mine === turn) trouble(failure); }
+  if (mine === turn) timer = setTimeout(refresh, Math.max(EVERY, 4 * (Date.now() - began)));
+}
+function trouble({status, message}) {
+  show({offline: status !== 401});
+  text($("offline"), message);
+  if (status !== 401) return;
+  text($("refused"), sessionStorage.getItem("token") ? "the engine refused this token" : "");
+  show({list: false, page: false, login: true});
+  $("token").focus();
+}
+function arm(button, yes) { text(button, yes ? "sure?" : "purge done"); button.toggleAttribute("data-armed", yes); }
+async function press(button) {
+  const action = button.dataset.action, tr = button.closest("tr"), status = {purge: "done", "retry-failed": "failed"}[action];
+  const about = {...tr ? {queue: tr.dataset.queue} : {id: place.id}, ...status && {status}};
+  if (button.getAttribute("aria-disabled") === "true") return;
+  if (action === "purge" && !button.hasAttribute("data-armed"))  // wants a second press, and a double click is not one
+    return [setTimeout(arm, 300, button, true), setTimeout(arm, 5000, button, false)];
+  if (action === "purge") arm(button, false);
+  enable(button, false);
+  const said = await call("/" + action.replace("-failed", ""), about).then(body =>
+    "count" in JSON.parse(body) ? JSON.parse(body).count + " job(s)" : "ok", failure => failure.message);
+  enable(button, true);
+  text($("notice"), `${action} ${about.id || about.queue}: ${said}`);
+  show({notice: true});
+  setTimeout(show, 3 * EVERY, {notice: false});
+  refresh();
+}
+function route() {
+  const here = location.hash.slice(1), query = new URLSearchParams(here), one = here.startsWith("job/");
+  place = one ? {id: here.slice(4)} : Object.fromEntries(["queue", "status", "tag", "after"].map(key => [key, query.get(key)]));
+  try { if (one) place.id = decodeURIComponent(place.id); } catch (error) { /* not one of our links: taken as it is */ }
+  for (const name of ["queue", "status", "tag"]) $("filter").elements[name].value = place[name] || "";
+  document.title = one ? `job ${place.id} - Rundown-Workers` : "Rundown-Workers";
+  text($("title"), "job " + place.id);
+  show({list: !one && $("login").hidden, page: one && $("login").hidden, job: false, missing: false});
+  if (one) { $("title").focus(); scrollTo(0, 0); }  // back in the history, the browser restores the scroll
+  else if (document.activeElement.closest("#queues, #workers")) $("filter").scrollIntoView({block: "nearest"});
+  refresh();
+}
+for (const id in TABLES) $(id).append(el("thead", {role: "rowgroup"}, row(id, "th", "columnheader")), el("tbody", {role: "rowgroup"}));
+text($("example"), `curl -H 'Content-Type: application/json' -d '{"queue": "hello", "payload": "world"}' ${location.origin}/enqueue`);
+const filter = event => { event.preventDefault(); location.hash = hash(Object.fromEntries(new FormData($("filter")))); };
+for (const kind of ["submit", "change"]) $("filter").addEventListener(kind, filter);
+$("login").addEventListener("submit", event => {
+  event.preventDefault();
+  sessionStorage.setItem("token", $("token").value);
+  $("token").value = "";
+  show({login: false});
+  refresh();
+});
+addEventListener("click", event => { const button = event.target.closest("button[data-action]"); if (button) press(button); });
+addEventListener("hashchange", route);
+document.addEventListener("visibilitychange", refresh);
+route();
+</script>
+"""
 
 
 def policy(page):
@@ -1943,7 +2238,7 @@ def labels(marks):
 
 def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None, key=None, keep='7d',
                 keep_failed='30d', allow_host=(), verbose=False, clock=time):
-    """An engine that listens, ready for serve_forever(); stop() it when that has returned.
+    """An engine that listens, ready for serve_forever(), and for server_close() when that has returned.
 
     Port 0 takes a free one (see `url`). `keep` and `keep_failed` are ages like '7d', '12h', 0 for ever. `clock` has
     time() and monotonic(). Raises Unusable with a sentence when it cannot start like this.
@@ -1952,9 +2247,10 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
         raise Unusable(f'to listen on {host or "all addresses"} a token is needed: write a secret into a file and give --token-file FILE')
     if token and not re.fullmatch('[!-~]+', token):
         raise Unusable('the token must be of visible ASCII characters, without spaces')
+    tls = tls_context(cert, key)
     store = Store(db, sync, clock, age(keep), age(keep_failed))
     try:
-        return Server((host, port), store, token, tls_context(cert, key), allow_host, verbose)
+        return Server((host, port), store, token, tls, allow_host, verbose)
     except (OSError, OverflowError) as error:
         store.close()
         raise Unusable(f'{host}:{port} cannot be listened on: {error}') from None
@@ -1965,7 +2261,10 @@ def tls_context(cert, key):
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(cert, key)
+    try:
+        context.load_cert_chain(cert, key)
+    except OSError as error:        # SSLError is one
+        raise Unusable(f'--cert {cert} or --key {key} cannot be used: {error.strerror or error}') from None
     return context
 
 
@@ -2023,7 +2322,7 @@ def main(argv=None):
             signal.signal(getattr(signal, name), lambda *_: threading.Thread(target=server.shutdown).start())
     greet(server)
     server.serve_forever()
-    server.stop()
+    server.server_close()
     return 0
 
 
