@@ -70,6 +70,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -353,6 +354,23 @@ def head(request):
     return '\r\n'.join(lines + ['', '']).encode('latin-1')
 
 
+def calls(path, fields, get=False):
+    """A method of Client that makes a call with these fields, in this order or by name, and returns the answer."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter('self', kind), *(inspect.Parameter(field, kind, default=None) for field in fields.split())]
+    signature = inspect.Signature(parameters)
+
+    def method(self, *values, **named):
+        given = signature.bind(self, *values, **named).arguments
+        given = {field: value for field, value in given.items() if field != 'self' and value is not None}
+        if get:
+            return self.call(path + '?' + urllib.parse.urlencode(given))
+        return self.call(path, given, given.get('wait', 0))
+
+    method.__name__, method.__signature__ = path[1:], signature
+    return method
+
+
 class Client:
     """An engine's calls, one method each; every method takes the fields of its call by name, and returns the answer.
 
@@ -400,13 +418,6 @@ class Client:
                     raise EngineUnavailable(f'{self.host} was tried for {self.timeout:g} s: {error}') from error
             time.sleep(pause)
 
-    def _post(self, path, patience=0, /, **fields):
-        return self.call(path, {field: value for field, value in fields.items() if value is not None}, patience)
-
-    def _get(self, path, patience=0, /, **fields):
-        query = urllib.parse.urlencode({field: value for field, value in fields.items() if value is not None})
-        return self.call(path + ('?' + query if query else ''), wait=patience)
-
     def enqueue(self, queue, payload=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None, priority=None,
                 key=None, id=None):
         """Add a job, once however often it is sent; returns it, with `created`: False when its id or key was there before."""
@@ -419,54 +430,27 @@ class Client:
                           priority=priority, id=new_id()) for payload in payloads)
         return [job for batch in batches(texts, len) for job in self.call('/enqueue', jobs_text(batch))['jobs']]
 
-    def poll(self, queue, limit=None, wait=None, worker=None, lease=None, max_retries=None, timeout=None, hung=None):
-        """Claim jobs: one (or None) without `limit`, a list (or None) with it. The claim is named by the job's `attempt`."""
-        return self._post('/poll', wait or 0, queue=queue, limit=limit, wait=wait, worker=worker, lease=lease, max_retries=max_retries,
-                          timeout=timeout, hung=hung)
-
-    def complete(self, id, attempt=None, result=None):
-        return self._post('/complete', id=id, attempt=attempt, result=result)
-
-    def fail(self, id, attempt=None, error=None, retry=None, delay=None):
-        return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
-
-    def heartbeat(self, id, attempt=None, progress=None):
-        return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
-
-    def release(self, id, attempt=None):
-        return self._post('/release', id=id, attempt=attempt)
-
-    def cancel(self, id=None, queue=None, status=None):
-        return self._post('/cancel', id=id, queue=queue, status=status)
-
-    def retry(self, id=None, queue=None, status=None):
-        return self._post('/retry', id=id, queue=queue, status=status)
-
-    def purge(self, queue=None, status=None):
-        return self._post('/purge', queue=queue, status=status)
-
-    def pause(self, queue):
-        return self._post('/pause', queue=queue)
-
-    def resume(self, queue):
-        return self._post('/resume', queue=queue)
+    poll      = calls('/poll',      'queue limit wait worker lease max_retries timeout hung')    # one job or None; with limit a list or None
+    complete  = calls('/complete',  'id attempt result')
+    fail      = calls('/fail',      'id attempt error retry delay')
+    heartbeat = calls('/heartbeat', 'id attempt progress')
+    release   = calls('/release',   'id attempt')
+    cancel    = calls('/cancel',    'id queue status')
+    retry     = calls('/retry',     'id queue status')
+    purge     = calls('/purge',     'queue status')
+    pause     = calls('/pause',     'queue')
+    resume    = calls('/resume',    'queue')
+    jobs      = calls('/jobs',       'queue status tag limit after', get=True)
+    queues    = calls('/queues',     '', get=True)
+    health    = calls('/health',     '', get=True)
 
     def job(self, id, wait=None):
         """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
-        return self._get('/jobs/' + quote(id), wait or 0, wait=wait)
-
-    def jobs(self, queue=None, status=None, tag=None, limit=None, after=None):
-        return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after)
+        return self.call('/jobs/' + quote(id) + ('' if wait is None else f'?wait={wait}'), wait=wait or 0)
 
     def details(self, tag):
         """The newest job with that tag."""
-        return self._get('/details/' + quote(tag))
-
-    def queues(self):
-        return self._get('/queues')
-
-    def health(self):
-        return self._get('/health')
+        return self.call('/details/' + quote(tag))
 
     def wait(self, job, timeout=None):
         """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds."""
@@ -620,7 +604,10 @@ def in_loop(function):
 
 
 def stack_of(frame):
-    return ''.join(traceback.format_list(traceback.extract_stack(frame)[-50:]))
+    """The stack of a thread, from the handler on."""
+    ours = (__file__, threading.__file__)
+    frames = itertools.dropwhile(lambda one: one.filename in ours, traceback.extract_stack(frame))
+    return ''.join(traceback.format_list(list(frames)[-50:]))
 
 
 def stack_of_coroutine(coroutine):
@@ -691,22 +678,17 @@ class Slot:
     def __init__(self, consumer):
         self.consumer = consumer
         self.abandoned = False
-        self.thread = threading.Thread(target=self._run, name=f'rundown-{consumer.name}', daemon=True)
-        self.thread.start()
+        self.thread = consumer.worker.thread(self._run, consumer.name)
 
     def _run(self):
-        try:
-            while not self.abandoned:
-                self.prepare()
-                task = self.consumer.inbox.get()
-                if task is None:
-                    break
-                if task.begin(self, time.monotonic()):
-                    self._work(task)
-        except Interruption:        # it came too late for the handler: this thread is abandoned anyway
-            pass
-        finally:
-            self.close()
+        while not self.abandoned:
+            self.prepare()
+            task = self.consumer.inbox.get()
+            if task is None:
+                break
+            if task.begin(self, time.monotonic()):
+                self._work(task)
+        self.close()
 
     def _work(self, task):
         process = os.getpid()
@@ -807,6 +789,7 @@ class IsolatedSlot(Slot):
         return outcome
 
     def _ending(self):
+        self.kill()                 # what it started; its own end, and how it came, is settled
         with spawning:
             self.process.join(1)
         code = self.process.exitcode
@@ -1248,7 +1231,7 @@ class Worker:
 
     def __init__(self, app, burst, grace, max_hung, concurrency):
         self.app, self.burst, self.grace, self.max_hung = app, burst, grace, max_hung       # constant
-        self.name = f'{socket.gethostname()[:150]}:{os.getpid()}'
+        self.name = f'{printable(socket.gethostname())[:150]}:{os.getpid()}'
         self.events = SimpleQueue()         # safe by themselves: what ends the run, None or an exception; put() is safe in signal handlers
         self.stopping = threading.Event()   # no more jobs
         self.closed = threading.Event()     # no more reports
@@ -1272,6 +1255,8 @@ class Worker:
         def guarded():
             try:
                 loop()
+            except Interruption:        # it came too late for the handler: the thread is abandoned anyway
+                pass
             except BaseException as error:
                 note(logging.CRITICAL, 'the thread %s failed: %s', name, trace(error))
                 self.stop(error)
@@ -1701,7 +1686,7 @@ def throwaway_engine():
     """The URL of an engine in a process of its own, with a database in a temporary folder."""
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'rundown_engine.py')
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, program, '--port', '0', '--db', os.path.join(folder, 'demo.db')]
+        command = [sys.executable, program, '--host', '127.0.0.1', '--port', '0', '--db', os.path.join(folder, 'demo.db')]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, universal_newlines=True)
         try:
             url = re.search(r'http://\S+:\d+', process.stdout.readline())
@@ -1721,7 +1706,7 @@ def command_demo(client, options):
     log.setLevel(logging.ERROR)
     with throwaway_engine() as url:
         app = App(url)
-        app.queue('demo', concurrency=4)(hash_file)
+        app.queue('demo', concurrency=4, max_retries=1)(hash_file)
         began = time.monotonic()
         worker = threading.Thread(target=app.run, daemon=True)
         worker.start()
