@@ -236,6 +236,7 @@ UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')
 SURROGATE = re.compile('[\x00\ud800-\udfff]')
 RFC3339 = re.compile(r'(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-])(\d\d):(\d\d))', re.ASCII)
 encode = json.JSONEncoder(separators=(',', ':')).encode
+escape = json.encoder.encode_basestring_ascii
 
 
 def name(value):
@@ -696,11 +697,6 @@ class GroupCommit:
 
 # -- Store ------------------------------------------------------------------------------------------------------------
 
-JOB = """id queue tag payload status priority attempt retries max_retries timeout key worker
-    progress result error created_at updated_at next_run_at started_at finished_at""".split()
-TIMES = ('created_at', 'updated_at', 'next_run_at', 'started_at', 'finished_at')
-VALUES = ('payload', 'progress', 'result')
-
 CLAIM = """
     SELECT *
     FROM jobs
@@ -710,9 +706,9 @@ CLAIM = """
     LIMIT :limit"""
 START = """
     UPDATE jobs
-    SET status = 'running', attempt = attempt + 1, worker = ?, lease = ?, lease_until = ?,
-        worker_timeout = ?, worker_max_retries = ?, started_at = ?, updated_at = ?
-    WHERE seq = ?"""
+    SET status = 'running', attempt = :attempt, worker = :worker, lease = :lease, lease_until = :lease_until,
+        worker_timeout = :worker_timeout, worker_max_retries = :worker_max_retries, started_at = :started_at, updated_at = :updated_at
+    WHERE seq = :seq"""
 INSERT = """
     INSERT INTO jobs (id, queue, tag, payload, scheduled, priority, max_retries, timeout, key, created_at, updated_at, next_run_at)
     VALUES (:id, :queue, :tag, :payload, :scheduled, :priority, :max_retries, :timeout, :key, :created_at, :updated_at, :next_run_at)"""
@@ -727,6 +723,10 @@ BY_KEY = """
 CLAIMED = """
     SELECT seq, id, queue, status, attempt, retries, losses, max_retries, worker_max_retries, timeout, worker_timeout,
         lease, worker, error, attempts, next_run_at, started_at
+    FROM jobs
+    WHERE id = ?"""
+RUNNING = """
+    SELECT seq, id, queue, status, attempt, started_at
     FROM jobs
     WHERE id = ?"""
 COMPLETE = """
@@ -808,30 +808,53 @@ FILTERS = {
     'last':   'seq > :last',
 }
 SOURCES = {call: sources(call) for call, _, _ in TRANSITIONS}
-STARTED = 'worker lease lease_until worker_timeout worker_max_retries started_at updated_at seq'.split()
-BLANK = dict.fromkeys(JOB + ['worker_timeout', 'worker_max_retries'])
+COLUMNS = re.findall(r'^    (\w+)  ', SCHEMA.split('CREATE')[1], re.MULTILINE)       # of jobs, in their order
+BLANK = dict.fromkeys(COLUMNS)
 BLANK.update(status='pending', attempt=0, retries=0)
 
 
-def as_job(row):
-    """The job of a row, as clients see it."""
-    job = {field: row[field] for field in JOB}
-    for field in VALUES:
-        job[field] = None if job[field] is None else json.loads(job[field])
-    for field in TIMES:
-        job[field] = rfc3339(job[field])
-    job['timeout'] = seconds(timeout_of(row))
-    job['max_retries'] = max_retries_of(row)
-    return job
+def quoted(text):
+    return 'null' if text is None else escape(text)
 
 
-def timeout_of(row, worker=None):
+@functools.lru_cache(maxsize=1024)
+def stamp(moment):
+    return 'null' if moment is None else f'"{rfc3339(moment)}"'
+
+
+def as_json(row, more=''):
+    """The job of a row as clients see it, as JSON text, with `more` at its end. Its values are JSON text already."""
+    return (
+        f'{{"id":{quoted(row["id"])},"queue":{quoted(row["queue"])},"tag":{quoted(row["tag"])},"payload":{row["payload"] or "null"},'
+        f'"status":"{row["status"]}","priority":{row["priority"]},"attempt":{row["attempt"]},"retries":{row["retries"]},'
+        f'"max_retries":{max_retries_of(row)},"timeout":{seconds(timeout_of(row))},"key":{quoted(row["key"])},'
+        f'"worker":{quoted(row["worker"])},"progress":{row["progress"] or "null"},"result":{row["result"] or "null"},'
+        f'"error":{quoted(row["error"])},"created_at":{stamp(row["created_at"])},"updated_at":{stamp(row["updated_at"])},'
+        f'"next_run_at":{stamp(row["next_run_at"])},"started_at":{stamp(row["started_at"])},"finished_at":{stamp(row["finished_at"])}'
+        f'{more}}}')
+
+
+def as_list(texts):
+    return '[' + ','.join(texts) + ']'
+
+
+def timeout_of(row):
     """Microseconds; 0 and null are no say. The job's own, that of the worker, the default."""
-    return row['timeout'] or worker or row['worker_timeout'] or micros(DEFAULT_TIMEOUT)
+    return row['timeout'] or row['worker_timeout'] or DEFAULT_TIMEOUT * 1000000
 
 
 def max_retries_of(row):
-    return next((n for n in (row['max_retries'], row['worker_max_retries']) if n is not None), 0)
+    own = row['max_retries']
+    return own if own is not None else row['worker_max_retries'] or 0
+
+
+def allowed(call, job, ask):
+    """The job, which is in a state that `call` starts from, and whose current claim is the one that `ask` names, if any."""
+    if job['status'] not in SOURCES[call]:
+        raise Stale(f'id: the job is {job["status"]}, so {call} is not possible')
+    if ask.get('attempt', job['attempt']) != job['attempt']:
+        raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
+    return job
 
 
 def attempt_of(row, outcome, finished_at, error):
@@ -1045,7 +1068,7 @@ class Store:
                 self.db.execute('ROLLBACK')
         except sqlite3.Error:
             pass
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, sqlite3.Error) and not isinstance(error, (sqlite3.ProgrammingError, sqlite3.IntegrityError)):
             busy = 'locked' in str(error)
             if not busy and self.db is not None:        # after an I/O error only a fresh connection knows what is on disk
                 self.db.close()
@@ -1103,13 +1126,12 @@ class Store:
             self.db.execute(INSERT, row)
         except sqlite3.IntegrityError:
             twin = self.db.execute(BY_ID, row).fetchone() or self.db.execute(BY_KEY, row).fetchone()
-            return {**as_job(twin), 'created': False}
+            return as_json(twin, ',"created":false')
         self._pending(row['queue'], due)
         self.noted.append(('enqueued', row['queue'], None))
-        job = {**as_job(row), 'created': True}
-        if row['queue'] not in self.polled:
-            job['warning'] = self._nobody(row['queue'])
-        return job
+        if row['queue'] in self.polled:
+            return as_json(row, ',"created":true')
+        return as_json(row, f',"created":true,"warning":{quoted(self._nobody(row["queue"]))}')
 
     def _pending(self, queue, due):
         """A job of the queue is pending: wake a poll for it, now or when it is due."""
@@ -1140,21 +1162,21 @@ class Store:
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
         rows = self.db.execute(CLAIM, {'queue': queue, 'limit': ask.get('limit', 1)}).fetchall()
-        claims = [self._claim(row, ask) for row in rows]
-        self.db.executemany(START, [[claim[column] for column in STARTED] for claim in claims])
-        return [as_job(claim) for claim in claims]
+        changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now, 'updated_at': self.now,
+                   'worker_timeout': ask.get('timeout'), 'worker_max_retries': ask.get('max_retries')}
+        claims = [self._claim(dict(zip(COLUMNS, row)), changes) for row in rows]
+        self.db.executemany(START, claims)
+        return [as_json(claim) for claim in claims]
 
-    def _claim(self, row, ask):
+    def _claim(self, row, changes):
         """The row as it is once claimed."""
-        now, lease = self.now, ask.get('lease')
-        until = now + timeout_of(row, ask.get('timeout')) + micros(GRACE)
-        if lease:
-            until = min(until, now + lease)
-        self._due(until)
-        self.noted.append(('started', row['queue'], now - row['next_run_at']))
-        return {**dict(row), 'status': 'running', 'attempt': row['attempt'] + 1, 'worker': ask.get('worker'),
-                'lease': lease, 'lease_until': until, 'worker_timeout': ask.get('timeout'),
-                'worker_max_retries': ask.get('max_retries'), 'started_at': now, 'updated_at': now}
+        row.update(changes)
+        row['attempt'] += 1
+        last = self.now + timeout_of(row) + GRACE * 1000000
+        row['lease_until'] = min(last, self.now + row['lease']) if row['lease'] else last
+        self._due(row['lease_until'])
+        self.noted.append(('started', row['queue'], self.now - row['next_run_at']))
+        return row
 
     def _seen(self, worker, queue, hung=None):
         if hung is None:
@@ -1181,28 +1203,22 @@ class Store:
         except Refused as error:
             return {'id': getattr(ask, 'get', {}.get)('id'), 'error': str(error), 'code': error.status}
 
-    def _claimed(self, call, ask):
-        """The job whose current claim is `ask`'s."""
-        job = self.db.execute(CLAIMED, (ask['id'],)).fetchone()
+    def _job(self, ask, statement=CLAIMED):
+        job = self.db.execute(statement, (ask['id'],)).fetchone()
         if job is None:
             raise NotFound(f'id: there is no job {shown(ask["id"])}')
-        if job['status'] not in SOURCES[call]:
-            raise Stale(f'id: the job is {job["status"]}, so {call} is not possible')
-        if ask.get('attempt', job['attempt']) != job['attempt']:
-            raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
         return job
 
+    def _claimed(self, call, ask):
+        return allowed(call, self._job(ask), ask)
+
     def _complete(self, ask):
-        try:
-            job = self._claimed('complete', ask)
-        except Stale:
-            job = self.db.execute(CLAIMED, (ask['id'],)).fetchone()
-            if job['status'] != 'done' or ask.get('attempt') != job['attempt']:
-                raise
-            return {'id': ask['id'], 'status': 'done'}      # a replay: the answer was lost
-        self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
-        self.commits.wake(('job', job['id']))
-        self.noted.append(('completed', job['queue'], self.now - job['started_at']))
+        job = self._job(ask, RUNNING)
+        if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
+            allowed('complete', job, ask)
+            self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
+            self.commits.wake(('job', job['id']))
+            self.noted.append(('completed', job['queue'], self.now - job['started_at']))
         return {'id': job['id'], 'status': 'done'}
 
     def _fail(self, ask):
@@ -1318,7 +1334,7 @@ class Store:
             row = db.execute(BY_ID, {'id': id}).fetchone()
             if row is None:
                 raise NotFound(f'id: there is no job {shown(id)}')
-            return {**as_job(row), 'attempts': history(row), 'why': self._why(db, row)}
+            return as_json(row, f',"attempts":{encode(history(row))},"why":{quoted(self._why(db, row))}')
 
     def _ended(self, id):
         job = self.db.execute(CLAIMED, (id,)).fetchone()
@@ -1329,7 +1345,7 @@ class Store:
             row = db.execute('SELECT * FROM jobs WHERE tag = ? ORDER BY seq DESC LIMIT 1', (tag,)).fetchone()
         if row is None:
             raise NotFound(f'tag: there is no job tagged {shown(tag)}')
-        return as_job(row)
+        return as_json(row)
 
     def jobs(self, ask):
         where, values = filters(ask)
@@ -1338,7 +1354,7 @@ class Store:
             if 'after' in ask and not db.execute(BY_ID, {'id': ask['after']}).fetchone():
                 raise BadRequest(f'after: there is no job {shown(ask["after"])}')
             rows = db.execute(f'SELECT * FROM jobs {where} ORDER BY seq DESC LIMIT :limit', {**values, 'limit': limit}).fetchall()
-        return {'jobs': [as_job(row) for row in rows], 'after': rows[-1]['id'] if len(rows) == limit else None}
+        return f'{{"jobs":{as_list(map(as_json, rows))},"after":{quoted(rows[-1]["id"] if len(rows) == limit else None)}}}'
 
     def queues(self):
         with self.reading() as db:
@@ -1676,9 +1692,9 @@ class Connection(socketserver.BaseRequestHandler):
     def send(self, status, body=b'', kind=JSON, headers=(), keep=True):
         """The whole answer in one go. `body` is bytes, text, an open file, or a value that becomes JSON."""
         if isinstance(body, (dict, list)):
-            body = encode(body) + '\n'
+            body = encode(body)
         if isinstance(body, str):
-            body = body.encode()
+            body = (body if body.endswith('\n') else body + '\n').encode()
         self.server.count(self, status)
         file = body if hasattr(body, 'read') else None
         lines = ['HTTP/1.1 %d %s' % (status, http.HTTPStatus(status).phrase)]
@@ -1723,7 +1739,7 @@ def enqueue(client, body, _):
         for ask in asks:
             if isinstance(ask, Refused):
                 raise ask
-        return 200, {'jobs': client.server.store.enqueue(asks)}
+        return 200, f'{{"jobs":{as_list(client.server.store.enqueue(asks))}}}'
     return 200, client.server.store.enqueue([checked('/enqueue', body)])[0]
 
 
@@ -1736,7 +1752,7 @@ def poll(client, body, _):
     jobs = client.server.store.poll(ask, client.alive)
     if not jobs:
         return (204,)
-    return 200, jobs if 'limit' in ask else jobs[0]
+    return 200, as_list(jobs) if 'limit' in ask else jobs[0]
 
 
 def report(client, body, _):
