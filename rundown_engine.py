@@ -771,6 +771,10 @@ SHIFT = """
     UPDATE jobs
     SET lease_until = lease_until + :by, started_at = started_at + :by
     WHERE status = 'running'"""
+SHIFT_RETRIES = """
+    UPDATE jobs
+    SET next_run_at = next_run_at + :by
+    WHERE status = 'pending' AND scheduled = 1 AND attempt > 0"""
 PRUNED = """
     DELETE FROM jobs
     WHERE seq IN (SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? ORDER BY finished_at LIMIT ?)"""
@@ -1444,8 +1448,9 @@ class Store:
         self.next_due = 0
 
     def _jump(self, by):
-        """The wall clock went ahead. Leases and starts move with it: what runs has not run longer for it."""
+        """The wall clock went ahead. What is counted in seconds moves with it: leases, starts, the backoff of retries."""
         self.db.execute(SHIFT, {'by': by})
+        self.db.execute(SHIFT_RETRIES, {'by': by})
         self.clock.offset += by / 1000000
         log(f'the system clock went ahead by {by / 1000000:.0f} s')
 
