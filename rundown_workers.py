@@ -88,6 +88,7 @@ import time
 import traceback
 import urllib.parse
 import urllib.request
+import weakref
 from queue import Empty, SimpleQueue
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
@@ -415,7 +416,7 @@ class Client:
                     raise
                 pause = max(backoff(tries), min(error.retry_after, MAX_RETRY_AFTER))
                 if time.monotonic() + pause >= deadline:
-                    raise EngineUnavailable(f'{self.host} was tried for {self.timeout:g} s: {error}') from error
+                    raise EngineUnavailable(f'{self.host} was tried for {self.timeout:g} s: {error}') from None
             time.sleep(pause)
 
     def enqueue(self, queue, payload=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None, priority=None,
@@ -615,7 +616,7 @@ def stack_of_coroutine(coroutine):
     while getattr(coroutine, 'cr_frame', None):
         frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
         coroutine = coroutine.cr_await
-    return ''.join(traceback.format_list(traceback.StackSummary.extract(frames)))
+    return ''.join(traceback.format_list(traceback.StackSummary.extract(frames[1:])))      # but for the first, which is ours
 
 
 def raise_in(thread, exception):
@@ -731,7 +732,7 @@ class Slot:
 
 # -- Handlers in processes of their own -------------------------------------------------------------------------------
 
-CHILD = 'rundown-'                  # how the names of the processes begin
+CHILD = 'rundown-child-'            # how the names of the processes begin
 spawning = threading.Lock()         # multiprocessing may reap a child from any thread that starts or joins one
 
 
@@ -980,7 +981,7 @@ class Consumer:
 
     def room(self):
         """How many jobs to claim now: as many as the free slots take, and as the slots will start within AHEAD seconds."""
-        ahead = min(MAX_CLAIM, int(self.concurrency * AHEAD / max(self.pace, 1e-5))) if self.pace else 0
+        ahead = min(MAX_CLAIM, int(self.concurrency * AHEAD / max(self.pace, 1e-5))) if self.pace is not None else 0
         target, held = self.concurrency + ahead, len(self.open)
         self.enough = max(self.concurrency - 1, target // 2)
         return min(target - held, MAX_CLAIM) if held <= self.enough else 0
@@ -1093,8 +1094,8 @@ class Consumer:
                 note(logging.ERROR, '%s: the hook %r failed: %s', task, event, summary(error))
 
     def hook_aside(self, event, task, value):
-        """For the threads that must not wait for a hook."""
-        if self.worker.app.hooks[event]:
+        """The same, for the threads that must not wait for a hook, and only of tasks that have begun."""
+        if self.worker.app.hooks[event] and task.begun is not None:
             threading.Thread(target=self.hook, args=(event, task, value), daemon=True).start()
 
 
@@ -1236,6 +1237,7 @@ class Worker:
         self.stopping = threading.Event()   # no more jobs
         self.closed = threading.Event()     # no more reports
         self.signalled = False
+        self.threads = weakref.WeakSet()    # all that were started and are not over
         self.lock = threading.Lock()        # guards the next one
         self.reported = 0                   # tasks that are over and acknowledged
         self.links, self.consumers = {}, []
@@ -1261,6 +1263,7 @@ class Worker:
                 note(logging.CRITICAL, 'the thread %s failed: %s', name, trace(error))
                 self.stop(error)
         thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
+        self.threads.add(thread)
         thread.start()
         return thread
 
@@ -1360,6 +1363,7 @@ class Worker:
             link.pile.put(None)
             link.client.close()
         self._kill()
+        until(lambda: sum(thread.is_alive() for thread in self.threads) <= self.hung(0), time.monotonic() + FAREWELL)
 
     def _kill(self):
         for consumer in self.consumers:
@@ -1584,7 +1588,7 @@ def command_change(client, options):
     """cancel, retry, purge: one job by its id, or those of a queue and status."""
     aim = {field: value for field, value in vars(options).items() if field in ('id', 'queue', 'status') and value is not None}
     if not aim:
-        raise Misuse(f'{options.command} needs {"" if options.command == "purge" else "an ID, or "}--queue and --status')
+        raise Misuse(options.command + ' needs ' + ('--queue or --status' if options.command == 'purge' else 'an ID, or --queue and --status'))
     show(getattr(client, options.command)(**aim))
 
 
@@ -1716,7 +1720,7 @@ def command_demo(client, options):
         jobs = list(all_jobs(app.client()))
         app.stop()
         worker.join()
-    return report(jobs, paths, seconds)
+    return print_table(jobs, paths, seconds)
 
 
 def watch_progress(app, total):
@@ -1740,24 +1744,24 @@ def all_jobs(client):
             return
 
 
-def report(jobs, paths, seconds):
+def print_table(jobs, paths, seconds):
     """Print the table. 1 when a digest is not what a direct computation says."""
     results = {job['payload']: job['result'] for job in jobs if job['status'] == 'done'}
     right = sum(results.get(path) == digest(path) for path in paths)
-    slowest = max(jobs, key=took, default=None)
+    slowest = max(jobs, key=duration, default=None)
     for label, value in (
         ('files',   f'{len(paths):,}'),
         ('bytes',   f'{sum(result["bytes"] for result in results.values()):,}'),
         ('retries', f'{sum(job["retries"] for job in jobs):,}'),
         ('jobs/s',  f'{len(jobs) / seconds:,.0f} in {seconds:.2f} s'),
-        ('slowest', f'{took(slowest) * 1000:,.0f} ms, {printable(slowest["payload"])}' if slowest else '-'),
+        ('slowest', f'{duration(slowest) * 1000:,.0f} ms, {printable(slowest["payload"])}' if slowest else '-'),
         ('digests', f'{right:,} of {len(paths):,} agree with a direct computation'),
     ):
         print(f'{label:10}{value}')
     return int(right != len(paths) or not paths)
 
 
-def took(job):
+def duration(job):
     """Seconds of the last attempt."""
     started, finished = (datetime.datetime.strptime(job[field], '%Y-%m-%dT%H:%M:%S.%fZ') for field in ('started_at', 'finished_at'))
     return (finished - started).total_seconds()
