@@ -915,11 +915,12 @@ def note(level, text, *values):
 
 
 class Stderr(logging.Handler):
-    """The log where nobody set up logging."""
+    """The log where nobody set up logging: a line in one piece, also beside other processes."""
 
     def emit(self, record):
         with contextlib.suppress(Exception):
-            print(self.format(record), file=sys.stderr, flush=True)
+            sys.stderr.write(self.format(record) + '\n')
+            sys.stderr.flush()
 
 
 def until(condition, deadline):
@@ -987,8 +988,8 @@ class Consumer:
         return min(target - held, MAX_CLAIM) if held <= self.enough else 0
 
     def _poll(self, limit):
-        registered, burst = self.registered, self.worker.burst
-        ask = {'queue': self.name, 'limit': limit, 'wait': 0 if burst else WAIT, 'worker': self.worker.name, 'lease': LEASE,
+        registered, burst = self.registered, self.worker.burst      # an engine that was away shows at once that it is back
+        ask = {'queue': self.name, 'limit': limit, 'wait': 0 if burst or self.link.since else WAIT, 'worker': self.worker.name, 'lease': LEASE,
                'max_retries': registered.max_retries, 'timeout': registered.timeout, 'hung': self.worker.hung()}
         jobs = (self.client.call('/poll', ask) if burst else self.client.send('/poll', ask, WAIT + PATIENCE)) or []
         if not isinstance(jobs, list):
@@ -1504,11 +1505,13 @@ class Testing:
         self.app.run(burst=True, **options)
 
 
+console = Stderr()
+console.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+
+
 def set_up_log():
     if not log.hasHandlers():
-        handler = Stderr()
-        handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-        log.addHandler(handler)
+        log.addHandler(console)
         log.setLevel(log.level or logging.INFO)
 
 
