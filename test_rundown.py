@@ -976,9 +976,9 @@ def test_a_restart_gives_overdue_leases_one_grace_period(clocked, q, lease, grac
 
 
 def test_a_sweep_and_a_complete_at_the_same_instant_have_one_winner(clocked, q):
-    for number in range(100):
-        clocked.enqueue(q, number)
-        claim = clocked.poll(q, lease=1)
+    for number in range(200):
+        clocked.enqueue(q + str(number))
+        claim = clocked.poll(q + str(number), lease=1)
         clocked.clock.move(1)
         with meanwhile(clocked.server.store.tick) as sweep:
             code, _ = clocked.tell("complete", claim)
@@ -1201,7 +1201,7 @@ def test_purge_deletes_by_status_and_never_what_runs(engine, q):
 
 def test_a_large_purge_goes_in_steps_that_hold_nobody_up(own, q):
     engine = own()
-    for _ in range(3):
+    for _ in range(2):
         engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 100}] * 10000)
     slowest = 0
     with meanwhile(engine.post, "/purge", queue=q) as purge:
@@ -1209,7 +1209,7 @@ def test_a_large_purge_goes_in_steps_that_hold_nobody_up(own, q):
             began = time.monotonic()
             engine.enqueue("other")
             slowest = max(slowest, time.monotonic() - began)
-        assert purge.result() == {"count": 30000}
+        assert purge.result() == {"count": 20000}
     assert slowest < 1
 
 
@@ -1426,7 +1426,7 @@ def test_a_client_too_slow_is_cut_off(hasty, q, cut, trickle):
     with socket.create_connection((hasty.host, hasty.port), timeout=5) as connection:
         connection.sendall(data[:cut])
         with contextlib.suppress(OSError):
-            while trickle and time.monotonic() < began + 0.9:
+            while trickle and time.monotonic() < began + 0.6:
                 connection.sendall(b"a")
                 time.sleep(0.05)
         answer = exchange(connection, b"")
@@ -1762,7 +1762,7 @@ SYNCED = re.compile(r"(fdatasync|fsync)\(.*= 0$|<\.\.\. (fdatasync|fsync) resume
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
-@pytest.mark.parametrize("path", ["/enqueue", "/poll", "/complete", "/fail", "/release", "/cancel"])
+@pytest.mark.parametrize("path", ["/enqueue", "/poll", "/complete", "/fail"])
 def test_the_disk_is_synced_between_a_request_and_its_answer(own, tmp_path, q, path):
     trace = str(tmp_path / "trace")
     engine = own(prefix=("strace", "-f", "-o", trace, "-s", "60", "-e", "trace=network,read,write,fsync,fdatasync"))
@@ -1790,19 +1790,17 @@ def test_the_claim_is_served_by_one_index_in_its_order(clocked, q):
     assert "USING INDEX jobs_claim (queue=?)" in plan and "SCAN" not in plan and "TEMP B-TREE" not in plan
 
 
-@pytest.mark.parametrize("crowd", ["pending", "scheduled ahead at a higher priority", "done", "of another queue"])
-def test_a_poll_costs_the_same_beside_20000_jobs(own, q, crowd):
+CROWD = [{"priority": 5, "delay": 9999}, {"queue": "other"}, {}]
+
+
+def test_a_poll_costs_the_same_beside_10000_jobs_of_every_kind(own, q):
     engine = own("--sync", "normal")
-    fields = {"scheduled ahead at a higher priority": {"priority": 9, "delay": 9999},
-              "of another queue": {"queue": "x"}}
     alone = pace(engine, q)
-    for _ in range(2):
-        engine.post("/enqueue", jobs=[{"queue": q, **fields.get(crowd, {})}] * 10000)
-        while crowd == "done":
-            claims = engine.poll(q, limit=1000)
-            if not claims:
-                break
-            engine.post("/complete", jobs=[{"id": job["id"]} for job in claims])
+    engine.post("/enqueue", jobs=[{"queue": q}] * 10000)
+    for _ in range(10):
+        engine.post("/complete", jobs=[{"id": job["id"]} for job in engine.poll(q, limit=1000)])
+    for fields in CROWD:
+        engine.post("/enqueue", jobs=[{"queue": q, **fields}] * 10000)
     assert pace(engine, q) < 3 * alone + 0.0005
 
 
@@ -1949,13 +1947,38 @@ def test_a_full_disk_gets_503_acknowledges_nothing_and_recovers(own, q):
 def test_a_suspended_engine_gives_its_workers_a_grace_pass(own, q):
     engine = own(constants={"TICK": 0.1, "GRACE": 0.5})
     engine.enqueue(q, timeout=100)
-    claim = engine.poll(q, lease=1)
+    claim = engine.poll(q, lease=0.7)
     engine.process.send_signal(signal.SIGSTOP)
-    time.sleep(1.5)
+    time.sleep(1.2)
     engine.process.send_signal(signal.SIGCONT)
     time.sleep(0.3)
     assert engine.tell("heartbeat", claim)[0] == 200
     until(lambda: engine.job(claim)["status"] == "pending")
+
+
+@pytest.mark.skipif(not POSIX, reason="Windows does not let go of an open file")
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+def test_a_database_that_is_deleted_or_replaced_under_the_engine_is_noticed(own, kept, q, replaced):
+    engine = own()
+    claim = job_in(engine, "running", q)
+    os.unlink(str(engine.database))
+    if replaced:
+        engine.database.write_bytes(kept)
+    for verb, body in [("enqueue", {"queue": q}), ("complete", {"id": claim["id"]}), ("poll", {"queue": q})]:
+        code, answer = engine.call("POST", "/" + verb, body)
+        assert code == 503 and "database" in answer["error"]
+    assert not replaced or engine.database.read_bytes() == kept
+
+
+def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
+    jobs = {status: job_in(clocked, status, q) for status in STATUSES[1:]}
+    there = lambda: [status for status, job in jobs.items() if clocked.call("GET", "/jobs/" + job["id"])[0] == 200]
+    clocked.advance(6.9 * 86400)
+    assert there() == STATUSES[1:]
+    clocked.advance(0.2 * 86400)
+    assert there() == ["running", "failed"]
+    clocked.advance(23 * 86400)
+    assert there() == ["running"]
 
 
 # -- security: foreign pages, foreign names, strangers without a token ---------------------------
@@ -2336,6 +2359,13 @@ def test_an_answer_that_is_none_is_an_error_of_the_sdk(answer):
             rw.Client(url, timeout=0.5).enqueue("q", 1)
 
 
+def test_retry_after_is_honoured():
+    with canned(ANSWERS["503"]) as (url, heard):
+        with pytest.raises(rw.EngineUnavailable):
+            rw.Client(url, timeout=1.5).enqueue("q", 1)
+        assert 1 <= len(heard) <= 3
+
+
 def test_an_answer_that_trickles_ends_at_the_deadline():
     with canned(OK + b"Content-Length: 5000\r\n\r\n" + b" " * 5000, pause=0.05) as (url, _):
         began = time.monotonic()
@@ -2647,19 +2677,25 @@ def test_too_many_hung_threads_end_the_worker_with_an_error(engine, work, q):
     assert engine.get("/jobs?status=running&queue=" + q)["jobs"] == []
 
 
+def test_the_number_of_hung_threads_is_seen_by_the_engine(engine, work, q):
+    engine.enqueue(q, timeout=0.5)
+    work("rw.WAIT = 0.3\n" + handler(q, "time.sleep(60)", max_retries=0))
+    until(lambda: [row for row in polled(engine, q) if row["hung"] == 1])
+
+
 SHORT_LEASE = "rw.LEASE = 1.5\n"
 
 
 def test_heartbeats_keep_a_long_job_alive(engine, work, q):
     job = engine.enqueue(q)
-    work(SHORT_LEASE + handler(q, "time.sleep(3.5); return 'kept'"))
+    work(SHORT_LEASE + handler(q, "time.sleep(2.5); return 'kept'"))
     job = ended(engine, job)
     assert (job["result"], job["attempt"]) == ("kept", 1)
 
 
 def test_a_handler_whose_job_was_cancelled_gets_lost_raised_inside_it(engine, work, q):
     job = engine.enqueue(q)
-    worker = work(SHORT_LEASE + handler(q, """
+    worker = work(SHORT_LEASE + "@rw.on('lost')\ndef hook(job, *rest):\n    say('hook')\n" + handler(q, """
         try:
             say('begun')
             while True: time.sleep(0.01)
@@ -2669,7 +2705,7 @@ def test_a_handler_whose_job_was_cancelled_gets_lost_raised_inside_it(engine, wo
         """))
     until(worker.said)
     engine.post("/cancel", id=job["id"])
-    assert until(lambda: worker.said()[1:]) == ["lost"]
+    until(lambda: sorted(worker.said()) == ["begun", "hook", "lost"])
     assert worker.stop() == 0 and engine.job(job)["status"] == "cancelled"
 
 
@@ -2727,7 +2763,7 @@ posix_signals = pytest.mark.skipif(not POSIX, reason="Windows has no signals of 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_runs_finish_and_exits_0(engine, work, q, number):
     job = engine.enqueue(q)
-    worker = work(handler(q, "say('begun'); time.sleep(1); return 'finished'"))
+    worker = work(handler(q, "say('begun'); time.sleep(0.5); return 'finished'"))
     until(worker.said)
     behind = engine.enqueue(q)
     assert worker.stop(number) == 0
@@ -2796,7 +2832,7 @@ def test_a_second_signal_exits_at_once(engine, work, q):
 
 def test_run_works_off_the_main_thread(engine, work, q):
     job = engine.enqueue(q)
-    run = "t = threading.Thread(target=rw.run); t.start(); time.sleep(1); rw.stop(); t.join(10); say(t.is_alive())"
+    run = "t = threading.Thread(target=rw.run); t.start(); time.sleep(0.5); rw.stop(); t.join(10); say(t.is_alive())"
     worker = work(handler(q, "return 1"), run=run)
     assert worker.wait() == 0 and worker.said() == ["False"] and engine.job(job)["result"] == 1
 
@@ -2830,17 +2866,16 @@ def test_a_job_that_finishes_while_the_engine_is_away_is_not_run_again(own, work
     assert (job["result"], job["attempt"], worker.said()) == ("kept", 1, ["begun", "over"])
 
 
-def test_a_worker_is_back_within_5_seconds_and_logs_a_line_for_going_and_one_for_coming(own, work, q):
+def test_50_waiting_polls_are_back_within_5_seconds_and_a_line_is_logged_for_going_and_one_for_coming(own, work, q):
     engine = own()
-    worker = work(handler(q, "return 1"), engine)
-    until(lambda: polled(engine, q))
+    worker = work("for n in range(50): rw.queue('%s-%%d' %% n)(lambda payload: 1)" % q, engine)
+    until(lambda: len(engine.get("/queues")["workers"]) == 50)
     before = worker.log().count("\n")
     engine.kill()
-    time.sleep(2.5)
+    time.sleep(1.5)
     engine.start("--port", str(engine.port))
-    began, job = time.monotonic(), engine.enqueue(q)
-    ended(engine, job)
-    assert time.monotonic() - began < 6
+    until(lambda: len(engine.get("/queues")["workers"]) == 50, 7)
+    job = ended(engine, engine.enqueue(q + "-7"), 2)
     lines = worker.log().splitlines()[before:]
     assert len([line for line in lines if job["id"] not in line]) == 2, lines
 
@@ -2913,12 +2948,13 @@ def test_payload_result_progress_and_job_cross_over(engine, work, q):
     assert row["result"] == [{"a": [1, 2.5, None]}, job["id"]] and row["progress"] == 7
 
 
-def test_isolated_handlers_run_in_one_warm_child_per_slot(engine, work, q):
-    jobs = [engine.enqueue(q) for _ in range(20)]
+def test_isolated_handlers_run_in_one_warm_child_per_slot_and_cost_little(engine, work, q):
+    jobs = [engine.enqueue(q) for _ in range(100)]
     worker = work(isolated(q, "return os.getpid()"), run=BURST)
     worker.wait()
-    children = {engine.job(job)["result"] for job in jobs}
-    assert len(children) == 1 and worker.process.pid not in children
+    jobs = [engine.job(job) for job in jobs]
+    assert len({job["result"] for job in jobs} - {worker.process.pid}) == 1
+    assert when(jobs[-1]["finished_at"]) - when(jobs[10]["started_at"]) < 90 * 0.02
 
 
 @pytest.mark.parametrize("body, part", [
@@ -2928,7 +2964,7 @@ def test_isolated_handlers_run_in_one_warm_child_per_slot(engine, work, q):
 ])
 def test_whatever_an_isolated_handler_dies_of_is_in_the_error_and_the_worker_goes_on(engine, work, q, body, part):
     job, after = engine.enqueue(q, 1), engine.enqueue(q, 0)
-    work(isolated(q, "if not payload: return 'sane'\n" + body, timeout=1.5), run=BURST).wait()
+    work(isolated(q, "if not payload: return 'sane'\n" + body, timeout=1), run=BURST).wait()
     assert engine.job(job)["status"] == "failed" and part in engine.job(job)["error"]
     assert engine.job(after)["result"] == "sane"
 
