@@ -230,7 +230,6 @@ Unavailable    = refusal('Unavailable',    503, 'The storage is in trouble: noth
 Unusable       = refusal('Unusable',       503, 'The engine cannot start like this.')
 
 # -- Fields -----------------------------------------------------------------------------------------------------------
-# A check takes a JSON value and returns what the store takes, or raises ValueError with what is allowed.
 
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')
 SURROGATE = re.compile('[\x00\ud800-\udfff]')
@@ -239,31 +238,18 @@ encode = json.JSONEncoder(separators=(',', ':')).encode
 escape = json.encoder.encode_basestring_ascii
 
 
-def name(value):
-    if type(value) is str and 0 < len(value) <= 200 and not UNPRINTABLE.search(value):
-        return value
-    raise ValueError('must be a string of 1 to 200 characters without control characters')
+def as_is(value):
+    return value
 
 
-def prose(value):
-    if type(value) is not str:
-        raise ValueError('must be a string')
-    return shorten(SURROGATE.sub('\ufffd', value), MAX_ERROR)
-
-
-def shorten(value, longest):
-    half = longest // 2
-    return value if len(value) <= longest else f'{value[:half]}\n[... {len(value) - 2 * half} characters ...]\n{value[-half:]}'
-
-
-def anything(value):
-    """Any JSON value, as JSON text."""
+def json_text(value):
+    """A JSON value as text, ValueError when it is too deep for some Python to read it back."""
     try:
         text = encode(value)
     except RecursionError:
-        raise ValueError(f'must not be nested deeper than {MAX_DEPTH} levels') from None
+        raise ValueError from None
     if text.count('[') + text.count('{') > MAX_DEPTH and depth(value) > MAX_DEPTH:
-        raise ValueError(f'must not be nested deeper than {MAX_DEPTH} levels')
+        raise ValueError
     return text
 
 
@@ -276,64 +262,52 @@ def depth(value):
     return levels
 
 
-def flag(value):
-    if type(value) is bool:
-        return value
-    raise ValueError('must be true or false')
+def moment(text):
+    """RFC 3339 as microseconds since 1970, ValueError when it is none."""
+    match = RFC3339.fullmatch(text)
+    if not match:
+        raise ValueError
+    day, clock, fraction, sign, hours, minutes = match.groups()
+    at = datetime.datetime.fromisoformat(f'{day}T{clock}') - datetime.datetime(1970, 1, 1)
+    east = datetime.timedelta(hours=int(hours or 0), minutes=int(minutes or 0)) * (-1 if sign == '-' else 1)
+    at = (at - east) // datetime.timedelta(microseconds=1) + int((fraction or '0').ljust(6, '0')[:6])
+    with contextlib.suppress(OverflowError):
+        rfc3339(at)
+        return at
+    raise ValueError
+
+
+def shorten(text, longest):
+    half = longest // 2
+    return text if len(text) <= longest else f'{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}'
 
 
 def whole(low, high):
-    def check(value):
-        if type(value) is int and low <= value <= high:
-            return value
-        raise ValueError(f'must be a whole number from {low} to {high}')
-    return check
+    return f'a whole number from {low} to {high}', lambda v: type(v) is int and low <= v <= high, as_is
 
 
 def duration(low, high):
-    """Seconds, as microseconds."""
-    def check(value):
-        if type(value) in (int, float) and low <= value <= high:
-            return micros(value)
-        raise ValueError(f'must be a number of seconds from {low} to {high}')
-    return check
+    return f'a number of seconds from {low} to {high}', lambda v: type(v) in (int, float) and low <= v <= high, micros
 
 
-def moment(value):
-    """RFC 3339, as microseconds since 1970."""
-    match = RFC3339.fullmatch(value) if type(value) is str else None
-    try:
-        day, clock, fraction, sign, hours, minutes = match.groups()
-        at = datetime.datetime.fromisoformat(f'{day}T{clock}') - datetime.datetime(1970, 1, 1)
-        east = datetime.timedelta(hours=int(hours or 0), minutes=int(minutes or 0)) * (-1 if sign == '-' else 1)
-        at = (at - east) // datetime.timedelta(microseconds=1) + int((fraction or '0').ljust(6, '0')[:6])
-        rfc3339(at)
-    except (AttributeError, ValueError, OverflowError):
-        raise ValueError('must be a time like 2030-01-31T12:00:00Z') from None
-    return at
-
-
-def one_of(*words):
-    def check(value):
-        if value in words and type(value) is str:
-            return value
-        raise ValueError('must be one of ' + ', '.join(words))
-    return check
-
-
+NAME = ('a string of 1 to 200 characters without control characters',
+        lambda v: type(v) is str and 0 < len(v) <= 200 and not UNPRINTABLE.search(v), as_is)
+ERROR = 'a string', lambda v: type(v) is str, lambda v: shorten(SURROGATE.sub('\ufffd', v), MAX_ERROR)
+VALUE = f'JSON that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text
 FIELDS = {
-    'id':          name,
-    'queue':       name,
-    'tag':         name,
-    'key':         name,
-    'worker':      name,
-    'after':       name,
-    'payload':     anything,
-    'result':      anything,
-    'progress':    anything,
-    'error':       prose,
-    'status':      one_of(*STATUSES),
-    'retry':       flag,
+    # name: what is allowed, whether a value is, and what the store takes for it
+    'id':          NAME,
+    'queue':       NAME,
+    'tag':         NAME,
+    'key':         NAME,
+    'worker':      NAME,
+    'after':       NAME,
+    'payload':     VALUE,
+    'result':      VALUE,
+    'progress':    VALUE,
+    'error':       ERROR,
+    'status':      ('one of ' + ', '.join(STATUSES), lambda v: type(v) is str and v in STATUSES, as_is),
+    'retry':       ('true or false', lambda v: type(v) is bool, as_is),
     'attempt':     whole(0, 2**53),
     'priority':    whole(-2**31, 2**31 - 1),
     'max_retries': whole(0, 1000),
@@ -343,44 +317,21 @@ FIELDS = {
     'delay':       duration(0, 3650 * 86400),
     'lease':       duration(0.1, 86400),
     'wait':        duration(0, MAX_WAIT),
-    'run_at':      moment,
+    'run_at':      ('a time like 2030-01-31T12:00:00Z', lambda v: type(v) is str, moment),
 }
-
-CALLS = {
-    # path        needed    taken
-    '/enqueue':   ('queue', 'payload timeout max_retries tag priority delay run_at key id'),
-    '/poll':      ('queue', 'limit wait worker lease max_retries timeout hung'),
-    '/complete':  ('id',    'attempt result'),
-    '/fail':      ('id',    'attempt error retry delay'),
-    '/heartbeat': ('id',    'attempt progress'),
-    '/release':   ('id',    'attempt'),
-    '/cancel':    ('',      'id queue status'),
-    '/retry':     ('',      'id queue status'),
-    '/purge':     ('',      'queue status'),
-    '/pause':     ('queue', ''),
-    '/resume':    ('queue', ''),
-    '/jobs':      ('',      'queue status tag limit after'),
-    '/jobs/':     ('id',    'wait'),
-    '/status/':   ('id',    ''),
-    '/details/':  ('tag',   ''),
-}
-TAKEN = {path: frozenset((needed + ' ' + taken).split()) for path, (needed, taken) in CALLS.items()}
 
 
 def checked(path, body):
     """The fields of `body` as the store takes them. Null is as good as missing. BadRequest names the field."""
     if type(body) is not dict:
         raise BadRequest('the body must be a JSON object, such as {"queue": "images"}')
-    taken, ask = TAKEN.get(path, ()), {}
+    needed, taken = ROUTES[path][2:]
+    ask = {}
     for field, value in body.items():
-        if field not in taken:
-            raise BadRequest(unknown(field, taken))
+        if field != needed and field not in taken:
+            raise BadRequest(unknown(field, [*taken, needed]))
         if value is not None:
-            try:
-                ask[field] = FIELDS[field](value)
-            except ValueError as error:
-                raise BadRequest(f'{field} {error}, not {shown(value)}') from None
-    needed = CALLS[path][0] if path in CALLS else ''
+            ask[field] = fit(field, value)
     if needed and needed not in ask:
         raise BadRequest(f'{needed} is missing: {path} needs it')
     if 'run_at' in ask and 'delay' in ask:
@@ -388,9 +339,19 @@ def checked(path, body):
     return ask
 
 
+def fit(field, value):
+    allowed, holds, store = FIELDS[field]
+    try:
+        if holds(value):
+            return store(value)
+    except ValueError:
+        pass
+    raise BadRequest(f'{field} must be {allowed}, not {shown(value)}')
+
+
 def unknown(field, taken):
     near = difflib.get_close_matches(field[:200], taken, 1)
-    hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(sorted(taken)) or "no fields"}'
+    hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(filter(None, taken)) or "no fields"}'
     return f'{shown(field)} is not a field of this call: {hint}'
 
 
@@ -1045,7 +1006,7 @@ class Store:
     def transaction(self, group):
         """The one place where the database is changed: all of the group is on disk, or nothing and Unavailable."""
         try:
-            self._still_ours(os.path.exists(self.path) and os.stat(self.path).st_ino == self.inode)
+            self._still_ours(self.db is not None or os.path.exists(self.path) and os.stat(self.path).st_ino == self.inode)
             if self.db is None:
                 self.db, self.files = self._connect(), None
             self.db.execute('BEGIN IMMEDIATE')
@@ -1623,7 +1584,7 @@ class Connection(socketserver.BaseRequestHandler):
             raise Unauthorized('the token is missing or wrong: send Authorization: Bearer TOKEN')
         if self.route not in ROUTES:
             raise NotFound(f'there is no {shown(path)}; GET /docs lists what there is')
-        method, handler = ROUTES[self.route]
+        method, handler = ROUTES[self.route][:2]
         if asked.method not in (('POST',) if method == 'POST' else ('GET', 'HEAD')):
             raise NotAllowed(f'{self.route} takes {method}', Allow='POST' if method == 'POST' else 'GET, HEAD')
         if method == 'POST':
@@ -1667,6 +1628,8 @@ class Connection(socketserver.BaseRequestHandler):
         fields = {field: numeral(value) if field in ('limit', 'wait') else value for field, value in pairs}
         if len(fields) < len(pairs):
             raise BadRequest(f'{shown(max(fields, key=[field for field, _ in pairs].count))} is there twice')
+        for field in fields.keys() - ROUTES[self.route][3]:
+            raise BadRequest(unknown(field, ROUTES[self.route][3]))
         return fields
 
     def _refuse(self, error, keep):
@@ -1786,16 +1749,12 @@ def pause(client, body, _):
 
 
 def job(client, query, id):
-    ask = checked('/jobs/', {**query, 'id': id})
+    ask = checked(client.route, {**query, 'id': id})
     return 200, client.server.store.job(ask['id'], ask.get('wait', 0), client.alive)
 
 
-def status(client, query, id):
-    return 200, client.server.store.job(checked('/status/', {**query, 'id': id})['id'])
-
-
 def details(client, query, tag):
-    return 200, client.server.store.newest(checked('/details/', {**query, 'tag': tag})['tag'])
+    return 200, client.server.store.newest(checked(client.route, {**query, 'tag': tag})['tag'])
 
 
 def jobs(client, query, _):
@@ -1803,29 +1762,25 @@ def jobs(client, query, _):
 
 
 def queues(client, query, _):
-    checked(client.route, query)
     return 200, client.server.store.queues()
 
 
 def health(client, query, _):
-    checked(client.route, query)
     store = client.server.store
     return 200, {'status': 'ok' if store.trouble is None else 'trouble', 'storage': store.trouble or 'ok', 'version': VERSION}
 
 
 def metrics(client, query, _):
-    checked(client.route, query)
     return 200, exposition(client.server.store), 'text/plain; version=0.0.4; charset=utf-8'
 
 
 def backup(client, query, _):
-    checked(client.route, query)
     name = os.path.basename(client.server.store.path)
     return 200, client.server.store.backup(), 'application/vnd.sqlite3', [
         ('Content-Disposition', "attachment; filename*=UTF-8''" + urllib.parse.quote(name))]
 
 
-def docs(client, query, _):
+def docs(*_):
     return 200, __doc__, TEXT
 
 
@@ -1833,28 +1788,33 @@ def page(*_):
     return 200, DASHBOARD, HTML, [('Content-Security-Policy', POLICY)]
 
 
+def route(method, handler, needed='', taken=''):
+    return method, handler, needed, frozenset(taken.split())
+
+
 ROUTES = {
-    '/enqueue':   ('POST', enqueue),
-    '/poll':      ('POST', poll),
-    '/complete':  ('POST', report),
-    '/fail':      ('POST', report),
-    '/heartbeat': ('POST', report),
-    '/release':   ('POST', report),
-    '/cancel':    ('POST', change),
-    '/retry':     ('POST', change),
-    '/purge':     ('POST', change),
-    '/pause':     ('POST', pause),
-    '/resume':    ('POST', pause),
-    '/jobs/':     ('GET',  job),
-    '/status/':   ('GET',  status),
-    '/details/':  ('GET',  details),
-    '/jobs':      ('GET',  jobs),
-    '/queues':    ('GET',  queues),
-    '/metrics':   ('GET',  metrics),
-    '/health':    ('GET',  health),
-    '/backup':    ('GET',  backup),
-    '/docs':      ('GET',  docs),
-    '/':          ('GET',  page),
+    # path              method  handler  field it needs, and fields it takes
+    '/enqueue':   route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id'),
+    '/poll':      route('POST', poll,    'queue', 'limit wait worker lease max_retries timeout hung'),
+    '/complete':  route('POST', report,  'id',    'attempt result'),
+    '/fail':      route('POST', report,  'id',    'attempt error retry delay'),
+    '/heartbeat': route('POST', report,  'id',    'attempt progress'),
+    '/release':   route('POST', report,  'id',    'attempt'),
+    '/cancel':    route('POST', change,  '',      'id queue status'),
+    '/retry':     route('POST', change,  '',      'id queue status'),
+    '/purge':     route('POST', change,  '',      'queue status'),
+    '/pause':     route('POST', pause,   'queue'),
+    '/resume':    route('POST', pause,   'queue'),
+    '/jobs/':     route('GET',  job,     'id',    'wait'),
+    '/status/':   route('GET',  job,     'id',    'wait'),
+    '/details/':  route('GET',  details, 'tag'),
+    '/jobs':      route('GET',  jobs,    '',      'queue status tag limit after'),
+    '/queues':    route('GET',  queues),
+    '/metrics':   route('GET',  metrics),
+    '/health':    route('GET',  health),
+    '/backup':    route('GET',  backup),
+    '/docs':      route('GET',  docs),
+    '/':          route('GET',  page),
 }
 
 
