@@ -567,12 +567,16 @@ def failed(error, text=None, retry=True, delay=None):
 
 def perform(handler, payload):
     """One run of a handler, as its outcome. It knows no network, and raises nothing, whatever the handler does."""
+    process = os.getpid()
     try:
         result = handler(payload)
     except Retry as error:
         return failed(error, delay=error.delay)
     except BaseException as error:
         return failed(error, retry=not isinstance(error, Abort))
+    finally:
+        if os.getpid() != process:
+            os._exit(1)                 # a process that the handler forked, and that came back here
     try:
         return done(result)
     except BaseException as error:      # a result that is not JSON now will not be JSON the next time
@@ -626,10 +630,14 @@ def raise_in(thread, exception):
 
 class Task:
     """A claimed job on its way through the worker. Who settles it first says how it ends; what comes later is dropped."""
-    __slots__ = ('job', 'consumer', 'lock', 'claimed', 'begun', 'slot', 'outcome', 'item', 'progress', 'shown', 'cancel', 'coroutine')
+    __slots__ = ('job', 'consumer', 'claimed', 'timeout', 'address', 'lock', 'outcome', 'slot', 'begun', 'item', 'progress', 'shown',
+                 'cancel', 'coroutine')
 
     def __init__(self, job, consumer, now):
-        self.job, self.consumer, self.claimed = job, consumer, now      # constant
+        self.job = job                      # the handler may change it, so the rest does not rely on it
+        self.consumer, self.claimed = consumer, now     # constant
+        self.timeout = job['timeout']
+        self.address = f'{{"id":{encode(job["id"])},"attempt":{job["attempt"]}'     # the beginning of an item of a batch
         self.lock = threading.Lock()        # guards the next three
         self.outcome = None                 # how it ended; the rest is over then
         self.slot = self.begun = None       # who runs it, since when
@@ -658,10 +666,7 @@ class Task:
 
     def report(self, outcome):
         """What the engine is told, as an item of a batch."""
-        self.item = self.address() + outcome.fields + '}'
-
-    def address(self):
-        return '{"id":' + encode(self.job['id']) + ',"attempt":' + encode(self.job['attempt'])
+        self.item = self.address + outcome.fields + '}'
 
     def show(self, text):
         self.progress.append(text)
@@ -670,11 +675,13 @@ class Task:
         self.cancel, self.coroutine = cancel, coroutine
 
     def __str__(self):
-        return f'{self.job["queue"]} {self.job["id"]} attempt {self.job["attempt"]}'
+        claim = json.loads(self.address + '}')
+        return f'{self.consumer.name} {claim["id"]} attempt {claim["attempt"]}'
 
 
 class Slot:
     """A thread that runs the tasks of a queue, one after the other, until a handler does not come back in time."""
+    ready = True        # for a task
 
     def __init__(self, consumer):
         self.consumer = consumer
@@ -692,12 +699,9 @@ class Slot:
         self.close()
 
     def _work(self, task):
-        process = os.getpid()
         current.set(task)
         self.consumer.hook('start', task, None)
         outcome = self.perform(task)
-        if os.getpid() != process:
-            os._exit(1)             # a process that the handler forked, and that came back here
         if task.settle(outcome):
             self.consumer.ended(task, outcome)
 
@@ -739,10 +743,12 @@ spawning = threading.Lock()         # multiprocessing may reap a child from any 
 class IsolatedSlot(Slot):
     """A slot whose handler runs in a process of its own, which waits for the next task as long as it lives."""
     process = pipe = None
+    ready = False
 
     def prepare(self):
         if self.process is None and not self.consumer.worker.stopping.is_set():
             self._start()
+            self.ready = True       # not earlier: the imports of the handler's module may take long
 
     def _start(self):
         context = multiprocessing.get_context('spawn')
@@ -825,7 +831,7 @@ class IsolatedSlot(Slot):
             self.pipe.close()
             with spawning:
                 self.process.join(1)
-            self.process = None
+            self.process, self.ready = None, False
 
 
 def child(pipe, module, file, name):
@@ -982,15 +988,17 @@ class Consumer:
 
     def room(self):
         """How many jobs to claim now: as many as the free slots take, and as the slots will start within AHEAD seconds."""
-        ahead = min(MAX_CLAIM, int(self.concurrency * AHEAD / max(self.pace, 1e-5))) if self.pace is not None else 0
-        target, held = self.concurrency + ahead, len(self.open)
-        self.enough = max(self.concurrency - 1, target // 2)
-        return min(target - held, MAX_CLAIM) if held <= self.enough else 0
+        slots = sum(slot.ready for slot in self.slots)
+        ahead = min(MAX_CLAIM, int(slots * AHEAD / max(self.pace, 1e-5))) if self.pace is not None else 0
+        target, held = slots + ahead, len(self.open)
+        self.enough = max(slots - 1, target // 2)
+        return max(0, min(target - held, MAX_CLAIM)) if held <= self.enough else 0
 
     def _poll(self, limit):
-        registered, burst = self.registered, self.worker.burst      # an engine that was away shows at once that it is back
-        ask = {'queue': self.name, 'limit': limit, 'wait': 0 if burst or self.link.since else WAIT, 'worker': self.worker.name, 'lease': LEASE,
-               'max_retries': registered.max_retries, 'timeout': registered.timeout, 'hung': self.worker.hung()}
+        burst = self.worker.burst
+        ask = {'queue': self.name, 'limit': limit, 'lease': LEASE, 'worker': self.worker.name, 'hung': self.worker.hung(),
+               'wait': 0 if burst or self.link.since else WAIT,     # an engine that was away has to show that it is back
+               'max_retries': self.registered.max_retries, 'timeout': self.registered.timeout}
         jobs = (self.client.call('/poll', ask) if burst else self.client.send('/poll', ask, WAIT + PATIENCE)) or []
         if not isinstance(jobs, list):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
@@ -1026,10 +1034,9 @@ class Consumer:
     # the end of a task
 
     def ended(self, task, outcome):
-        """A slot has run the task to its end."""
+        """A slot has run the task to its end. Its hooks are part of the slot's work, but nobody waits for them to report it."""
         took = time.monotonic() - task.begun
-        self.pace = took if self.pace is None else self.pace + RECENT * (took - self.pace)
-        self.dismiss(task, outcome)
+        self.report(task, outcome)
         if outcome.call == 'complete':
             note(logging.INFO, '%s done in %.3f s', task, took)
             self.hook('success', task, outcome.value)
@@ -1037,20 +1044,26 @@ class Consumer:
             note(logging.WARNING, '%s failed after %.3f s: %s', task, took, summary(outcome.value))
             self.hook('failure', task, outcome.value)
         outcome.value = None
+        took = time.monotonic() - task.begun
+        self.pace = took if self.pace is None else self.pace + RECENT * (took - self.pace)
+        self.dismiss(task)
 
     def settle(self, task, outcome, interruption=None, unless_begun=False):
         """End a task from outside of its slot. True when that is how it ends."""
         settled = task.settle(outcome, interruption, unless_begun)
         if settled:
-            self.dismiss(task, outcome)
+            self.report(task, outcome)
+            self.dismiss(task)
         return settled
 
-    def dismiss(self, task, outcome):
+    def report(self, task, outcome):
         if outcome.call:
             task.report(outcome)
             self.link.pile.put(task)
         else:
             self.link.forget(task)
+
+    def dismiss(self, task):
         self.open.pop(task, None)
         if len(self.open) <= self.enough:
             self.hungry.set()
@@ -1061,17 +1074,17 @@ class Consumer:
             if task.begun is None:
                 if now - task.claimed > STALE and self.settle(task, RELEASED, unless_begun=True):
                     self.pace = None        # it was wrong
-            elif now - task.begun > (task.job['timeout'] or float('inf')):
+            elif now - task.begun > task.timeout and task.outcome is None:
                 self._time_out(task)
             elif task.progress and now - task.shown > PROGRESS:
                 task.shown = now
                 self.link.pile.put(task)
 
     def _time_out(self, task):
-        text = f'timed out after {task.job["timeout"]:g} s\n{task.slot.where(task)}'
+        text = f'timed out after {task.timeout:g} s\n{task.slot.where(task)}'
         error = Timeout(text)
         if self.settle(task, failed(error, text), Timeout):
-            note(logging.WARNING, '%s timed out after %g s; hung threads: %d', task, task.job['timeout'], self.worker.hung())
+            note(logging.WARNING, '%s timed out after %g s; hung threads: %d', task, task.timeout, self.worker.hung())
             self.hook_aside('failure', task, error)
 
     def lose(self, task, sentence):
@@ -1142,6 +1155,13 @@ class Link:
             with self.worker.lock:
                 self.worker.reported += 1
 
+    def _ask(self, call, texts, seconds):
+        """The answers to the items of a batch, in order."""
+        answer = self.client.send('/' + call, jobs_text(texts), seconds)
+        if not isinstance(answer, dict) or len(answer.get('jobs', ())) != len(texts):
+            raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
+        return answer['jobs']
+
     # the reporter
 
     def _report(self):
@@ -1151,11 +1171,10 @@ class Link:
             with contextlib.suppress(Empty):
                 while len(tasks) < MAX_BATCH:
                     tasks.append(self.pile.get_nowait())
-            tasks = list(dict.fromkeys(tasks))
-            self._send('heartbeat', [(task, task.address() + ',"progress":' + task.progress.pop() + '}')
-                                     for task in tasks if task and task.progress])
+            known = [task for task in dict.fromkeys(tasks) if task in self.tasks]
+            self._send('heartbeat', [(task, task.address + ',"progress":' + task.progress.pop() + '}') for task in known if task.progress])
             for call in ('complete', 'fail', 'release'):
-                self._send(call, [(task, task.item) for task in tasks if task and task.item and task.outcome.call == call])
+                self._send(call, [(task, task.item) for task in known if task.item and task.outcome.call == call])
             if None in tasks:
                 return
 
@@ -1167,7 +1186,7 @@ class Link:
         """Send until the engine gives a definite answer for each item."""
         for tries in range(sys.maxsize):
             try:
-                answers = self.client.send('/' + call, jobs_text(text for _, text in batch))['jobs']
+                answers = self._ask(call, [text for _, text in batch], TIMEOUT)
             except Error as error:
                 if getattr(error, 'status', None) in REFUSALS:
                     return self._divide(call, batch, error)
@@ -1196,8 +1215,10 @@ class Link:
             self.forget(task)
             note(logging.WARNING, '%s lost before its outcome (%s) was known: %s', task, call, answer['error'])
             task.consumer.hook_aside('lost', task, Lost(answer['error']))
-        elif code:
+        elif code and is_final(Refused(answer['error'], code)):
             self._refused(call, task, answer['error'])
+        elif code:
+            self.pile.put(task)
         elif call != 'heartbeat':
             self.forget(task)
 
@@ -1218,8 +1239,7 @@ class Link:
         while not self.worker.closed.wait(LEASE / 3):
             for batch in batches(self.tasks.copy(), lambda task: 100):
                 try:
-                    text = jobs_text(task.address() + '}' for task in batch)
-                    answers = self.client.send('/heartbeat', text, LEASE / 3)['jobs']
+                    answers = self._ask('heartbeat', [task.address + '}' for task in batch], LEASE / 3)
                 except Error as error:
                     self.away(error)
                     break
@@ -1287,8 +1307,18 @@ class Worker:
             now = time.monotonic()
             for consumer in self.consumers:
                 consumer.watch(now)
-            if not self.stopping.is_set() and self.hung() >= self.max_hung:
-                self.stop(Hung(f'{self.hung()} handlers hang: the worker ends, to be started afresh'))
+            error = None if self.stopping.is_set() else self._trouble(now)
+            if error:
+                self.stop(error)
+
+    def _trouble(self, now):
+        """Why it makes no sense to go on."""
+        if self.hung() >= self.max_hung:
+            return Hung(f'{self.hung()} handlers hang: the worker ends, to be started afresh')
+        for link in self.links.values() if self.burst else ():
+            if link.since and now - link.since > TIMEOUT:
+                return EngineUnavailable(f'{link.client.host} was away for {TIMEOUT} s')
+        return None
 
     def run(self):
         """Work until told to stop, then end in good order. Raises what it was stopped by."""
