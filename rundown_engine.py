@@ -951,7 +951,7 @@ class Store:
         self.alarm = threading.Event()                          # next_due came nearer
         self.stopped = False
         self.lock_file = lock(self.path)
-        self.db = None
+        self.db = self.files = None                             # the leader's: the connection that writes, and what it writes to
         self.timekeeper = threading.Thread(target=self._keep_time, name='timekeeper', daemon=True)
         self._open()
         self.timekeeper.start()
@@ -962,7 +962,9 @@ class Store:
         try:
             examine(self.path)
             self.inode = os.stat(self.path).st_ino
-            self.db, self.files = self._connect(), None
+            self.db = self._connect()
+            self.commits.run(self._create)
+            self.db.execute('PRAGMA journal_mode = WAL')
             if os.path.getsize(self.path) <= CHECKED and self.db.execute('PRAGMA quick_check(1)').fetchone()[0] != 'ok':
                 raise Unusable(f'{self.path} is damaged; restore a backup')
             self.polled = dict(self.db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL').fetchall())
@@ -974,26 +976,21 @@ class Store:
             self.close()
             raise
 
-    def _connect(self):
-        """The connection that writes."""
-        db = sqlite3.connect(self._uri(), uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
-        try:
-            db.row_factory = sqlite3.Row
-            if not db.execute('PRAGMA user_version').fetchone()[0]:
-                db.executescript(f'BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION_ID};'
-                                 f'PRAGMA user_version = {SCHEMA_VERSION}; COMMIT')
-            db.execute('PRAGMA journal_mode = WAL')
-            db.execute(f'PRAGMA synchronous = {self.sync}')
-            db.execute(f'PRAGMA wal_autocheckpoint = {CHECKPOINT}')
-            db.execute('PRAGMA cache_size = -16384')
-            db.execute('SELECT COUNT(*) FROM queues').fetchone()
-        except BaseException:
-            db.close()
-            raise
-        return db
+    def _create(self):
+        if not self.db.execute('PRAGMA user_version').fetchone()[0]:
+            for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
+                self.db.execute(statement)
+            self.db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
+            self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
-    def _uri(self):
-        return pathlib.Path(self.path).as_uri() + '?mode=rw'
+    def _connect(self, pragmas=('synchronous = {sync}', f'wal_autocheckpoint = {CHECKPOINT}', 'cache_size = -16384')):
+        """A connection to the file: the one that writes, unless `pragmas` says otherwise."""
+        uri = pathlib.Path(self.path).as_uri() + '?mode=rw'
+        db = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        for pragma in pragmas:
+            db.execute('PRAGMA ' + pragma.format(sync=self.sync))
+        return db
 
     def _files(self):
         """What tells that the files under the path are still those that we write to."""
@@ -1047,7 +1044,7 @@ class Store:
     def reading(self):
         """A connection that reads what is committed and never waits for the writer."""
         try:
-            db = self.readers.pop() if self.readers else self._reader()
+            db = self.readers.pop() if self.readers else self._connect(['query_only = ON'])
         except (IndexError, sqlite3.Error) as error:
             raise Unavailable(f'the database could not be opened ({error}); try again') from error
         try:
@@ -1059,12 +1056,6 @@ class Store:
                 self.readers.append(db)
             else:
                 db.close()
-
-    def _reader(self):
-        db = sqlite3.connect(self._uri(), uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        db.execute('PRAGMA query_only = ON')
-        return db
 
     def close(self):
         """Finish the last commit, leave the file in order."""
@@ -2224,6 +2215,8 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
     Port 0 takes a free one (see `url`). `keep` and `keep_failed` are ages like '7d', '12h', 0 for ever. `clock` has
     time() and monotonic(). Raises Unusable with a sentence when it cannot start like this.
     """
+    if sqlite3.sqlite_version_info < (3, 24):
+        raise Unusable(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
     if not is_loopback(host) and not token:
         raise Unusable(f'to listen on {host or "all addresses"} a token is needed: write a secret into a file and give --token-file FILE')
     if token and not re.fullmatch('[!-~]+', token):
