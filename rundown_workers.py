@@ -423,15 +423,15 @@ class Client:
                 key=None, id=None):
         """Add a job, once however often it is sent; returns it, with `created`: False when its id or key was there before."""
         return self.call('/enqueue', job_text(payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay,
-                                              run_at=moment(run_at), priority=priority, key=key, id=id or new_id()))
+                                              run_at=run_at, priority=priority, key=key, id=id))
 
-    def enqueue_many(self, queue, payloads, timeout=None, max_retries=None, tag=None, delay=None, run_at=None, priority=None):
+    def enqueue_many(self, queue, payloads, **options):
         """Add a job per payload, in requests of up to 1,000, each of which is all or nothing; returns the jobs in order."""
-        texts = (job_text(payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay, run_at=moment(run_at),
-                          priority=priority, id=new_id()) for payload in payloads)
+        texts = (job_text(payload, queue=queue, **options) for payload in payloads)
         return [job for batch in batches(texts, len) for job in self.call('/enqueue', jobs_text(batch))['jobs']]
 
-    poll      = calls('/poll',      'queue limit wait worker lease max_retries timeout hung')    # one job or None; with limit a list or None
+    # poll returns a job or None; with `limit` a list or None
+    poll      = calls('/poll',      'queue limit wait worker lease max_retries timeout hung')
     complete  = calls('/complete',  'id attempt result')
     fail      = calls('/fail',      'id attempt error retry delay')
     heartbeat = calls('/heartbeat', 'id attempt progress')
@@ -507,7 +507,9 @@ def quote(text):
     return urllib.parse.quote(text, safe='', errors='surrogatepass')
 
 
-def job_text(payload, **fields):
+def job_text(payload, id=None, run_at=None, **fields):
+    """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
+    fields = {'id': id or new_id(), 'run_at': moment(run_at), **fields}
     fields = {field: value for field, value in fields.items() if value is not None}
     return '{"payload":' + as_json(payload, 'payload') + ',' + as_json(fields, 'the job')[1:]
 
@@ -630,8 +632,7 @@ def raise_in(thread, exception):
 
 class Task:
     """A claimed job on its way through the worker. Who settles it first says how it ends; what comes later is dropped."""
-    __slots__ = ('job', 'consumer', 'claimed', 'timeout', 'address', 'lock', 'outcome', 'slot', 'begun', 'item', 'progress', 'shown',
-                 'cancel', 'coroutine')
+    __slots__ = 'job consumer claimed timeout address lock outcome slot begun item progress shown cancel coroutine'.split()
 
     def __init__(self, job, consumer, now):
         self.job = job                      # the handler may change it, so the rest does not rely on it
@@ -818,7 +819,7 @@ class IsolatedSlot(Slot):
             return
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if os.name == 'nt':
-                subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             else:
                 os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -947,7 +948,7 @@ class Consumer:
         self.inbox = SimpleQueue()                          # safe by themselves: tasks for the slots
         self.open = {}                                      # tasks that are claimed and not settled
         self.hungry = threading.Event()                     # there may be room for more
-        self.abandoned = collections.deque()                # slots that were interrupted, and when
+        self.abandoned = {}                                 # threads that were interrupted, and when
         self.enough = 0                                     # the fetcher's: open tasks above which it sleeps
         self.dry = None                                     # the fetcher's: the worker's count when there was nothing to fetch
         self.pace = None                                    # seconds a slot takes for a task lately; losing one in a race is fine
@@ -1069,7 +1070,7 @@ class Consumer:
             self.hungry.set()
 
     def watch(self, now):
-        """Look at the tasks: what waits too long for a slot, what has had its time, what has progress to show."""
+        """Look for what waits too long for a slot, has had its time, has progress to show; and who came back after all."""
         for task in self.open.copy():
             if task.begun is None:
                 if now - task.claimed > STALE and self.settle(task, RELEASED, unless_begun=True):
@@ -1079,6 +1080,9 @@ class Consumer:
             elif task.progress and now - task.shown > PROGRESS:
                 task.shown = now
                 self.link.pile.put(task)
+        for thread in self.abandoned.copy():
+            if not thread.is_alive():
+                self.abandoned.pop(thread, None)
 
     def _time_out(self, task):
         text = f'timed out after {task.timeout:g} s\n{task.slot.where(task)}'
@@ -1095,7 +1099,7 @@ class Consumer:
 
     def replace(self, slot):
         """Go on with a fresh thread. The lock of the slot's task is held, so no other does it too."""
-        self.abandoned.append((slot.thread, time.monotonic()))
+        self.abandoned[slot.thread] = time.monotonic()
         self.slots[self.slots.index(slot)] = self.new_slot()
 
     def hook(self, event, task, value):
@@ -1172,7 +1176,8 @@ class Link:
                 while len(tasks) < MAX_BATCH:
                     tasks.append(self.pile.get_nowait())
             known = [task for task in dict.fromkeys(tasks) if task in self.tasks]
-            self._send('heartbeat', [(task, task.address + ',"progress":' + task.progress.pop() + '}') for task in known if task.progress])
+            shown = [task for task in known if task.progress]
+            self._send('heartbeat', [(task, task.address + ',"progress":' + task.progress.pop() + '}') for task in shown])
             for call in ('complete', 'fail', 'release'):
                 self._send(call, [(task, task.item) for task in known if task.item and task.outcome.call == call])
             if None in tasks:
@@ -1254,7 +1259,7 @@ class Worker:
     def __init__(self, app, burst, grace, max_hung, concurrency):
         self.app, self.burst, self.grace, self.max_hung = app, burst, grace, max_hung       # constant
         self.name = f'{printable(socket.gethostname())[:150]}:{os.getpid()}'
-        self.events = SimpleQueue()         # safe by themselves: what ends the run, None or an exception; put() is safe in signal handlers
+        self.events = SimpleQueue()         # safe by themselves, also in signal handlers: what ends the run, None or an exception
         self.stopping = threading.Event()   # no more jobs
         self.closed = threading.Event()     # no more reports
         self.signalled = False
@@ -1296,11 +1301,9 @@ class Worker:
 
     def hung(self, seconds=None):
         """How many threads did not come back within HUNG seconds (or so many) of their interruption."""
-        now = time.monotonic()
-        for consumer in self.consumers:
-            while consumer.abandoned and not consumer.abandoned[0][0].is_alive():
-                consumer.abandoned.popleft()
-        return sum(thread.is_alive() and now - at >= (HUNG if seconds is None else seconds) for consumer in self.consumers for thread, at in consumer.abandoned.copy())
+        latest = time.monotonic() - (HUNG if seconds is None else seconds)
+        abandoned = [one for consumer in self.consumers for one in consumer.abandoned.copy().items()]
+        return sum(thread.is_alive() and at <= latest for thread, at in abandoned)
 
     def _watch(self):
         while not self.closed.wait(TICK):
@@ -1423,7 +1426,8 @@ class App:
     def client(self, host=None):
         """The client for an engine; its connections are kept."""
         env = os.environ.get
-        settings = (host or self.host or env('RUNDOWN_URL'), self.token or env('RUNDOWN_TOKEN'), self.timeout, self.ca or env('RUNDOWN_CA'))
+        host = host or self.host or env('RUNDOWN_URL')
+        settings = host, self.token or env('RUNDOWN_TOKEN'), self.timeout, self.ca or env('RUNDOWN_CA')
         if settings not in self.clients:
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
@@ -1438,7 +1442,8 @@ class App:
         def register(function):
             if isolate and not re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')):
                 raise Error(f'{function!r} cannot be isolated: its process has to find it by a name at the top of a module')
-            self.registered[name, host] = Registered(name, function, host, poll_interval, max_retries, timeout, concurrency, isolate)
+            self.registered[name, host] = Registered(
+                name, function, host, poll_interval, max_retries, timeout, concurrency, isolate)
             function.enqueue = functools.partial(self.enqueue, name, **({'host': host} if host else {}))
             return function
         if type(concurrency) is not int or concurrency < 1:
@@ -1456,8 +1461,8 @@ class App:
             return function
         return register
 
-    def enqueue(self, queue, payload=None, host=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None, priority=None,
-                key=None, id=None):
+    def enqueue(self, queue, payload=None, host=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None,
+                priority=None, key=None, id=None):
         """Add a job, and return it, a dict: see Client.enqueue. `delay` in seconds or `run_at`, a datetime or RFC 3339."""
         return self.client(host).enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id)
 
@@ -1621,7 +1626,8 @@ def command_change(client, options):
     """cancel, retry, purge: one job by its id, or those of a queue and status."""
     aim = {field: value for field, value in vars(options).items() if field in ('id', 'queue', 'status') and value is not None}
     if not aim:
-        raise Misuse(options.command + ' needs ' + ('--queue or --status' if options.command == 'purge' else 'an ID, or --queue and --status'))
+        needed = '--queue or --status' if options.command == 'purge' else 'an ID, or --queue and --status'
+        raise Misuse(f'{options.command} needs {needed}')
     show(getattr(client, options.command)(**aim))
 
 
@@ -1635,7 +1641,8 @@ def command_run(client, options):
     sys.path.insert(0, os.path.dirname(os.path.abspath(target)) if os.path.isfile(target) else os.getcwd())
     if os.path.isfile(target):
         name = os.path.splitext(os.path.basename(target))[0]
-        load(os.path.abspath(target), name if name.isidentifier() and name not in sys.modules else 'tasks_' + re.sub(r'\W', '_', name))
+        name = name if name.isidentifier() and name not in sys.modules else 'tasks_' + re.sub(r'\W', '_', name)
+        load(os.path.abspath(target), name)
     elif importlib.util.find_spec(target.partition('.')[0]) if re.fullmatch(r'\w+(\.\w+)*', target) else None:
         importlib.import_module(target)
     else:
@@ -1644,7 +1651,8 @@ def command_run(client, options):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
     parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {URL})')
     parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try when no engine answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
@@ -1657,9 +1665,10 @@ def arguments(argv):
         for option, settings in optional.items():
             one.add_argument('--' + option.replace('_', '-'), **settings)
 
-    seconds, whole, text, flag = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(metavar='X'), dict(action='store_true')
+    seconds, whole, text = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(metavar='X')
     aim = dict(queue=text, status=text)
-    command('enqueue', command_enqueue, 'add a job', ('queue', {}), ('payload', dict(nargs='?', default='null', help='JSON; - reads it')),
+    command('enqueue', command_enqueue, 'add a job',
+            ('queue', {}), ('payload', dict(nargs='?', default='null', help='JSON; - reads it from stdin')),
             delay=seconds, run_at=text, priority=whole, key=text, tag=text, timeout=seconds, max_retries=whole, id=text)
     command('status', command_status, 'show a job', ('id', {}),
             wait=dict(seconds, nargs='?', const=float('inf'), help='until it has ended; exit with 1 unless it is done'))
@@ -1671,8 +1680,9 @@ def arguments(argv):
     command('pause', command_pause, 'hand out no jobs of a queue', ('queue', {}))
     command('resume', command_pause, 'hand out jobs again', ('queue', {}))
     command('run', command_run, 'import tasks, and work on them', ('tasks', dict(metavar='FILE_OR_MODULE')), concurrency=whole,
-            grace=dict(seconds, default=GRACE), burst=dict(flag, help='work off what is due, and end'))
-    command('demo', command_demo, 'hash the files under a folder as jobs of an engine of its own', ('folder', dict(metavar='DIR', nargs='?')))
+            grace=dict(seconds, default=GRACE), burst=dict(action='store_true', help='work off what is due, and end'))
+    command('demo', command_demo, 'hash the files under a folder as jobs of an engine of its own',
+            ('folder', dict(metavar='DIR', nargs='?')))
     return parser.parse_args(argv)
 
 
