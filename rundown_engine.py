@@ -73,7 +73,7 @@ import difflib
 import functools
 import hashlib
 import hmac
-import http
+import http.client
 import http.server
 import ipaddress
 import itertools
@@ -1656,7 +1656,7 @@ class Connection(socketserver.BaseRequestHandler):
             body = (body if body.endswith('\n') else body + '\n').encode()
         self.server.count(self, status)
         file = body if hasattr(body, 'read') else None
-        lines = ['HTTP/1.1 %d %s' % (status, http.HTTPStatus(status).phrase)]
+        lines = ['HTTP/1.1 %d %s' % (status, http.client.responses[status])]
         if status != 204:
             lines += ['Content-Type: ' + kind, 'Content-Length: %d' % (os.path.getsize(file.name) if file else len(body))]
         lines += ['%s: %s' % header for header in headers]

@@ -1568,7 +1568,7 @@ SYNTAX = {"1e400", "NaN", "Infinity", "-Infinity", "5,000 digits", "bad UTF-8", 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     """An engine with one queue, `v`, on which the table of values is tried."""
-    engine = Engine(tmp_path_factory.mktemp("values"))
+    engine = Engine(tmp_path_factory.mktemp("values"), "--sync", "normal")
     yield engine
     assert engine.stop() == 0
     engine.check()
