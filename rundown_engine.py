@@ -170,14 +170,21 @@ class Clock:
     def __init__(self, source=time):
         self.monotonic = source.monotonic
         self.wall = source.time
-        self.offset = self.wall() - self.monotonic()
+        self.looked = self.monotonic()
+        self.offset = self.wall() - self.looked
 
     def now(self):
         return int((self.monotonic() + self.offset) * 1000000)
 
-    def drift(self):
-        """Seconds by which the wall clock is ahead."""
-        return self.wall() - self.monotonic() - self.offset
+    def follow(self):
+        """Draw near to the wall clock. Seconds that it is ahead by, where that is a leap and not a drift; else 0."""
+        now = self.monotonic()
+        step, self.looked = (now - self.looked) / 1000, now
+        drift = self.wall() - now - self.offset
+        if drift > 1:
+            return drift
+        self.offset += max(-step, min(step, drift))
+        return 0
 
 
 def micros(seconds):
@@ -375,6 +382,7 @@ def batch(path, body):
             asks.append(checked(path, item))
         except BadRequest as error:
             asks.append(BadRequest(f'jobs[{number}]: {error}'))
+            asks[-1].id = item.get('id') if type(item) is dict else None
     return asks
 
 
@@ -761,8 +769,11 @@ OLDEST = """
 AHEAD = """
     SELECT COUNT(*)
     FROM (SELECT 1 FROM jobs
-          WHERE queue = :queue AND status = 'pending' AND scheduled = 0
-              AND (priority > :priority OR priority = :priority AND (next_run_at, seq) < (:next_run_at, :seq))
+          WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority > :priority
+          UNION ALL
+          SELECT 1 FROM jobs
+          WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = :priority
+              AND next_run_at <= :next_run_at AND (next_run_at, seq) < (:next_run_at, :seq)
           LIMIT 1000)"""
 
 FILTERS = {
@@ -944,6 +955,7 @@ class Store:
         self.replaced = False                                   # the file under the path is not ours any more
         self.workers = collections.OrderedDict()                # the leader's: (worker, queue) -> (seen at, hung)
         self.polled = {}                                        # the leader's: queue -> polled at
+        self.hints = {}                                         # queue -> what to say while nobody polls it
         self.now = 0                                            # the leader's: engine time of the transaction
         self.noted = []                                         # the leader's: what the meter gets after the commit
         self.next_due = 0                                       # engine time at which tick() has something to do
@@ -1102,8 +1114,12 @@ class Store:
             self.alarm.set()
 
     def _nobody(self, queue):
-        near = difflib.get_close_matches(queue, list(self.polled)[:200], 1)
-        return f'no worker has ever polled the queue {shown(queue)}' + (f'; did you mean {near[0]}?' if near else '')
+        if queue not in self.hints:
+            near = difflib.get_close_matches(queue, list(self.polled)[:200], 1)
+            if len(self.hints) > MAX_WORKERS:
+                self.hints = {}
+            self.hints[queue] = f'no worker has ever polled the queue {shown(queue)}' + (f'; did you mean {shown(near[0])}?' if near else '')
+        return self.hints[queue]
 
     # calls: workers
 
@@ -1114,6 +1130,7 @@ class Store:
         queue, worker = ask['queue'], ask.get('worker')
         if queue not in self.polled:
             self.db.execute(POLLED, (queue, self.now))
+            self.hints = {}
         self.polled[queue] = self.now
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
@@ -1152,12 +1169,12 @@ class Store:
         return self.commits.run(lambda: method(ask))
 
     def _outcome(self, method, ask):
+        if isinstance(ask, Refused):
+            return {'id': ask.id, 'error': str(ask), 'code': ask.status}
         try:
-            if isinstance(ask, Refused):
-                raise ask
             return method(ask)
         except Refused as error:
-            return {'id': getattr(ask, 'get', {}.get)('id'), 'error': str(error), 'code': error.status}
+            return {'id': ask['id'], 'error': str(error), 'code': error.status}
 
     def _job(self, ask, statement=CLAIMED):
         job = self.db.execute(statement, (ask['id'],)).fetchone()
@@ -1352,30 +1369,33 @@ class Store:
         return '; '.join(reasons) or 'next in line'
 
     def backup(self):
-        """A consistent copy of the database in an open temporary file, made beside the load."""
-        copy = tempfile.NamedTemporaryFile(prefix=os.path.basename(self.path) + '.backup-', dir=os.path.dirname(self.path))
-        with self.reading() as db:
-            target = sqlite3.connect(copy.name)
+        """An open file, gone when it is closed: a consistent copy of the database, made beside the load."""
+        try:
+            handle, name = tempfile.mkstemp(prefix=os.path.basename(self.path) + '.backup-', dir=os.path.dirname(self.path))
+            os.close(handle)
             try:
-                db.backup(target)
+                with self.reading() as db, contextlib.closing(sqlite3.connect(name)) as copy:
+                    db.backup(copy)
+                return open(name, 'rb', opener=lambda path, flags: os.open(path, flags | getattr(os, 'O_TEMPORARY', 0)))
             finally:
-                target.close()
-        return copy
+                with contextlib.suppress(PermissionError):      # Windows, which removes it when it is closed
+                    os.unlink(name)
+        except OSError as error:
+            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
 
     # time
 
     def tick(self):
         """What time demands: follow the wall clock, hand due jobs out, give the jobs of lost workers back, forget old jobs."""
-        drift = self.clock.drift()
-        if drift > 1:
-            self.commits.run(lambda: self._jump(micros(drift)))
-        else:
-            self.clock.offset += max(-.001, min(.001, drift))
+        leap = self.clock.follow()
+        if leap:
+            self._leap(leap)
         now = self.clock.now()
         while self.next_due <= now:
             self.commits.run(self._overdue)
         if self.next_prune <= now:
             self.next_prune = now + micros(PRUNE)
+            self.commits.run(self._remember)
             while self.commits.run(self._prune):
                 pass
 
@@ -1399,12 +1419,19 @@ class Store:
         self.db.execute(RENEW, {'now': self.now, 'grace': micros(GRACE), 'timeout': micros(DEFAULT_TIMEOUT)})
         self.next_due = 0
 
-    def _jump(self, by):
+    def _leap(self, ahead):
         """The wall clock went ahead. What is counted in seconds moves with it: leases, starts, the backoff of retries."""
-        self.db.execute(SHIFT, {'by': by})
-        self.db.execute(SHIFT_RETRIES, {'by': by})
-        self.clock.offset += by / 1000000
-        log(f'the system clock went ahead by {by / 1000000:.0f} s')
+        def shift():
+            self.clock.offset += ahead      # at once: the next transaction tells the new time
+            self.db.execute(SHIFT, {'by': micros(ahead)})
+            self.db.execute(SHIFT_RETRIES, {'by': micros(ahead)})
+        offset = self.clock.offset
+        try:
+            self.commits.run(shift)
+        except Unavailable:
+            self.clock.offset = offset
+            raise
+        log(f'the system clock went ahead by {ahead:.0f} s')
 
     def _overdue(self):
         due = self.db.execute(DUE, (self.now, STEP)).fetchall()
@@ -1416,13 +1443,16 @@ class Store:
             log(f'job {shown(row["id"])}: worker lost')
         self.next_due = self.db.execute(NEXT).fetchone()[0] or self.now + micros(86400)
 
+    def _remember(self):
+        """Which queues were polled; those that nobody uses are forgotten after a week."""
+        week_ago = self.now - 7 * 86400 * 1000000
+        self.polled = {queue: at for queue, at in self.polled.items() if at > week_ago}
+        self.db.executemany(POLLED, self.polled.items())
+        self.db.execute(FORGET, (week_ago,))
+
     def _prune(self):
         """A step of retention. True while there is more to do."""
-        for queue, at in self.polled.items():
-            self.db.execute(POLLED, (queue, at))
-        self.db.execute(FORGET, (self.now - micros(7 * 86400),))
-        gone = [self.db.execute(PRUNED, (status, self.now - keep, STEP)).rowcount for status, keep in self.keep.items() if keep]
-        return STEP in gone
+        return STEP in [self.db.execute(PRUNED, (status, self.now - keep, STEP)).rowcount for status, keep in self.keep.items() if keep]
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
@@ -1658,15 +1688,16 @@ class Connection(socketserver.BaseRequestHandler):
         file = body if hasattr(body, 'read') else None
         lines = ['HTTP/1.1 %d %s' % (status, http.client.responses[status])]
         if status != 204:
-            lines += ['Content-Type: ' + kind, 'Content-Length: %d' % (os.path.getsize(file.name) if file else len(body))]
+            lines += ['Content-Type: ' + kind, 'Content-Length: %d' % (os.fstat(file.fileno()).st_size if file else len(body))]
         lines += ['%s: %s' % header for header in headers]
         lines.append(COMMON if keep else COMMON_LAST)
         bare = file or self.asked and self.asked.method == 'HEAD'
         self.request.settimeout(DEADLINE)
         self.request.sendall('\r\n'.join(lines).encode('latin-1') + (b'' if bare else body))
-        if file and self.asked.method != 'HEAD':
-            for chunk in iter(lambda: file.read(1 << 20), b''):
-                self.request.sendall(chunk)
+        if file:
+            with file:
+                for chunk in iter(lambda: b'' if self.asked.method == 'HEAD' else file.read(1 << 20), b''):
+                    self.request.sendall(chunk)
 
 
 def readable(sock):
