@@ -1510,7 +1510,10 @@ class App:
 
         It needs rundown_engine.py to be importable. `t.client` is its client. Queues with a `host` of their own stay there.
         """
-        import rundown_engine
+        try:
+            import rundown_engine
+        except ModuleNotFoundError:
+            raise Error('testing() needs rundown_engine.py where it can be imported, such as beside this module') from None
         with tempfile.TemporaryDirectory() as folder:
             server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal')
             threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
@@ -1732,6 +1735,8 @@ def files_under(folder):
 def throwaway_engine():
     """The URL of an engine in a process of its own, with a database in a temporary folder."""
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'rundown_engine.py')
+    if not os.path.isfile(program):
+        raise Error(f'the demo needs {program}, which is not there')
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, program, '--host', '127.0.0.1', '--port', '0', '--db', os.path.join(folder, 'demo.db')]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, universal_newlines=True)
