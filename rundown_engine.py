@@ -952,6 +952,7 @@ class Store:
         self.meter = Meter()
         self.readers = collections.deque()                      # safe by itself: idle connections
         self.trouble = None                                     # what the last commit failed of
+        self.unsynced = False                                   # the log may hold a commit that did not reach the disk
         self.replaced = False                                   # the file under the path is not ours any more
         self.workers = collections.OrderedDict()                # the leader's: (worker, queue) -> (seen at, hung)
         self.polled = {}                                        # the leader's: queue -> polled at
@@ -979,7 +980,8 @@ class Store:
             self.db.execute('PRAGMA journal_mode = WAL')
             if os.path.getsize(self.path) <= CHECKED and self.db.execute('PRAGMA quick_check(1)').fetchone()[0] != 'ok':
                 raise Unusable(f'{self.path} is damaged; restore a backup')
-            self.polled = dict(self.db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL').fetchall())
+            with self.reading() as db:      # opens the first reader; one stays open, so that the log outlives the writer's mishaps
+                self.polled = dict(db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL').fetchall())
             self.commits.run(self._resume)
         except (sqlite3.Error, Unavailable) as error:
             self.close()
@@ -1017,7 +1019,7 @@ class Store:
         try:
             self._still_ours(self.db is not None or os.path.exists(self.path) and os.stat(self.path).st_ino == self.inode)
             if self.db is None:
-                self.db, self.files = self._connect(), None
+                self._reconnect()
             self.db.execute('BEGIN IMMEDIATE')
             self.files = self.files or self._files()
             self.now, self.noted = self.clock.now(), []
@@ -1047,10 +1049,20 @@ class Store:
             if not busy and self.db is not None:        # after an I/O error only a fresh connection knows what is on disk
                 self.db.close()
                 self.db = None
+            self.unsynced = self.unsynced or 'I/O' in str(error)
             if self.trouble is None and self.timekeeper.is_alive():
                 log(f'storage trouble: {error}')
             self.trouble = str(error)
-            raise Unavailable(f'the database could not be written ({error}); nothing was changed, try again') from error
+            done = 'nothing was changed, try again' if busy else 'whether it was done is not known, send it again'
+            raise Unavailable(f'the database could not be written ({error}); {done}') from error
+
+    def _reconnect(self):
+        """After an I/O error the log may hold a commit that was never synced; it is, before a replay of it is acknowledged."""
+        db = self._connect()
+        if self.unsynced and db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
+            db.close()
+            raise sqlite3.OperationalError('the write-ahead log is locked')
+        self.db, self.files, self.unsynced = db, None, False
 
     @contextlib.contextmanager
     def reading(self):
