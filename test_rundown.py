@@ -2630,6 +2630,15 @@ def test_a_worker_at_rest_picks_a_job_up_at_once(engine, work, q):
     worker.stop()
 
 
+def test_no_more_is_claimed_ahead_than_starts_within_100_ms(engine, work, q):
+    engine.post("/enqueue", jobs=[{"queue": q}] * 50)
+    worker, claimed = work(handler(q, "say('run'); time.sleep(0.03)")), []
+    while len(worker.said()) < 45:
+        claimed.append(len(engine.get("/jobs?limit=100&status=running&queue=" + q)["jobs"]))
+        time.sleep(0.02)
+    assert 1 <= max(claimed) <= 10
+
+
 @beside
 def test_jobs_behind_a_long_one_are_left_to_others(own, work, q):
     engine = own()
