@@ -80,6 +80,7 @@ import itertools
 import json
 import os
 import pathlib
+import random
 import re
 import select
 import signal
@@ -854,7 +855,7 @@ def filters(ask):
 
 def new_id(now):
     """A UUID of version 7 (RFC 9562): ordered by time, so that the index on it grows at its end alone."""
-    stamp, chance = '%012x' % (now // 1000), os.urandom(10).hex()
+    stamp, chance = '%012x' % (now // 1000), '%020x' % random.getrandbits(80)     # seeded by the system; os.urandom is a system call
     return f'{stamp[:8]}-{stamp[8:]}-7{chance[:3]}-{"89ab"[int(chance[3], 16) % 4]}{chance[4:7]}-{chance[7:19]}'
 
 
