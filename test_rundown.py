@@ -1807,7 +1807,8 @@ SYNCED = re.compile(r"(fdatasync|fsync)\(.*= 0$|<\.\.\. (fdatasync|fsync) resume
 @pytest.mark.parametrize("path", ["/enqueue", "/poll", "/complete", "/fail"])
 def test_the_disk_is_synced_between_a_request_and_its_answer(own, tmp_path, q, path):
     trace = str(tmp_path / "trace")
-    engine = own(prefix=("strace", "-D", "-f", "-o", trace, "-s", "60", "-e", "trace=network,read,write,fsync,fdatasync"))
+    calls = "trace=network,read,write,fsync,fdatasync"
+    engine = own(prefix=("strace", "-D", "-f", "-o", trace, "-s", "60", "-e", calls))
     job = job_in(engine, "pending" if path in ("/enqueue", "/poll") else "running", q)
     body = {"queue": q} if path in ("/enqueue", "/poll") else {"id": job["id"]}
     Path(trace).write_text("")
