@@ -86,6 +86,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 import urllib.request
 import weakref
@@ -1510,6 +1511,7 @@ class App:
 
         It needs rundown_engine.py to be importable. `t.client` is its client. Queues with a `host` of their own stay there.
         """
+        from unittest import mock       # here, for it takes long to import
         try:
             import rundown_engine
         except ModuleNotFoundError:
@@ -1517,30 +1519,16 @@ class App:
         with tempfile.TemporaryDirectory() as folder:
             server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal')
             threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
-            before, self.host = self.host, server.url
-            outside = os.environ.get('RUNDOWN_URL')
-            os.environ['RUNDOWN_URL'] = server.url          # for isolated handlers
-            try:
-                yield Testing(self)
-            finally:
-                self.host = before
-                os.environ.pop('RUNDOWN_URL')
-                os.environ.update({'RUNDOWN_URL': outside} if outside is not None else {})
-                for settings in [settings for settings in self.clients if settings[0] == server.url]:
-                    self.clients.pop(settings).close()
-                server.shutdown()
-                server.server_close()
-
-
-class Testing:
-    """What rw.testing() gives."""
-
-    def __init__(self, app):
-        self.app, self.client, self.url = app, app.client(), app.host
-
-    def run(self, **options):
-        """Work off what is due, in this process."""
-        self.app.run(burst=True, **options)
+            ours = mock.patch.object(self, 'host', server.url)
+            with ours, mock.patch.dict(os.environ, RUNDOWN_URL=server.url):     # the latter for isolated handlers
+                try:
+                    run = functools.partial(self.run, burst=True)
+                    yield types.SimpleNamespace(app=self, client=self.client(), url=server.url, run=run)
+                finally:
+                    for settings in [settings for settings in self.clients if settings[0] == server.url]:
+                        self.clients.pop(settings).close()
+                    server.shutdown()
+                    server.server_close()
 
 
 console = Stderr()
@@ -1587,9 +1575,12 @@ def show(answer):
         return
     kind = next((kind for kind in COLUMNS if kind in answer), None)
     if kind:
-        rows = [COLUMNS[kind]] + [[plain(row[column]) for column in COLUMNS[kind]] for row in answer[kind]]
+        print_rows([COLUMNS[kind]] + [[plain(row[column]) for column in COLUMNS[kind]] for row in answer[kind]])
     else:
-        rows = [[field, plain(value)] for field, value in answer.items()]
+        print_rows([[field, plain(value)] for field, value in answer.items()])
+
+
+def print_rows(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -1599,43 +1590,30 @@ def plain(value):
     return '' if value is None else printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def command_enqueue(client, options):
+def json_value(text):
     try:
-        payload = json.loads(sys.stdin.read() if options.payload == '-' else options.payload)
+        return json.loads(sys.stdin.read() if text == '-' else text)
     except ValueError as error:
-        raise Misuse(f'PAYLOAD is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
-    fields = 'timeout max_retries tag delay run_at priority key id'.split()
-    job = client.enqueue(options.queue, payload, **{field: getattr(options, field) for field in fields})
-    if 'warning' in job:
-        print(job['warning'], file=sys.stderr)
-    show(job)
+        raise argparse.ArgumentTypeError(f'is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
+
+
+def command_call(client, options):
+    """The client's method of that name, with what the command line says of its fields."""
+    call = getattr(client, options.command)
+    given = {field: getattr(options, field, None) for field in inspect.signature(call).parameters}
+    given = {field: value for field, value in given.items() if value is not None}
+    if options.command in ('cancel', 'retry', 'purge') and not given:
+        raise Misuse(f'{options.command} needs {"--queue or" if options.command == "purge" else "an ID, or --queue and"} --status')
+    answer = call(**given)
+    if 'warning' in answer:
+        print(answer['warning'], file=sys.stderr)
+    show(answer)
 
 
 def command_status(client, options):
     job = client.job(options.id) if options.wait is None else client.wait(options.id, options.wait)
     show(job)
     return options.wait is not None and job['status'] != 'done'
-
-
-def command_jobs(client, options):
-    show(client.jobs(options.queue, options.status, options.tag, options.limit, options.after))
-
-
-def command_queues(client, options):
-    show(client.queues())
-
-
-def command_change(client, options):
-    """cancel, retry, purge: one job by its id, or those of a queue and status."""
-    aim = {field: value for field, value in vars(options).items() if field in ('id', 'queue', 'status') and value is not None}
-    if not aim:
-        needed = '--queue or --status' if options.command == 'purge' else 'an ID, or --queue and --status'
-        raise Misuse(f'{options.command} needs {needed}')
-    show(getattr(client, options.command)(**aim))
-
-
-def command_pause(client, options):
-    show(getattr(client, options.command)(options.queue))
 
 
 def command_run(client, options):
@@ -1660,7 +1638,7 @@ def arguments(argv):
     parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try when no engine answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
 
-    def command(name, function, help, *positional, **optional):
+    def command(name, help, *positional, function=command_call, **optional):
         one = commands.add_parser(name, help=help, description=help)
         one.set_defaults(function=function)
         for argument, settings in positional:
@@ -1669,23 +1647,24 @@ def arguments(argv):
             one.add_argument('--' + option.replace('_', '-'), **settings)
 
     seconds, whole, text = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(metavar='X')
-    aim = dict(queue=text, status=text)
-    command('enqueue', command_enqueue, 'add a job',
-            ('queue', {}), ('payload', dict(nargs='?', default='null', help='JSON; - reads it from stdin')),
+    queue, aim = ('queue', {}), dict(queue=text, status=text)
+    command('enqueue', 'add a job', queue,
+            ('payload', dict(nargs='?', default='null', type=json_value, help='JSON; - reads it from stdin')),
             delay=seconds, run_at=text, priority=whole, key=text, tag=text, timeout=seconds, max_retries=whole, id=text)
-    command('status', command_status, 'show a job', ('id', {}),
+    command('status', 'show a job', ('id', {}), function=command_status,
             wait=dict(seconds, nargs='?', const=float('inf'), help='until it has ended; exit with 1 unless it is done'))
-    command('jobs', command_jobs, 'list jobs, newest first', **aim, tag=text, limit=whole, after=text)
-    command('queues', command_queues, 'count jobs by queue and status')
-    command('cancel', command_change, 'cancel a job, or all of a queue and status', ('id', dict(nargs='?')), **aim)
-    command('retry', command_change, 'make a failed or cancelled job pending again, or all of them', ('id', dict(nargs='?')), **aim)
-    command('purge', command_change, 'delete jobs of a queue and/or status', **aim)
-    command('pause', command_pause, 'hand out no jobs of a queue', ('queue', {}))
-    command('resume', command_pause, 'hand out jobs again', ('queue', {}))
-    command('run', command_run, 'import tasks, and work on them', ('tasks', dict(metavar='FILE_OR_MODULE')), concurrency=whole,
-            grace=dict(seconds, default=GRACE), burst=dict(action='store_true', help='work off what is due, and end'))
-    command('demo', command_demo, 'hash the files under a folder as jobs of an engine of its own',
-            ('folder', dict(metavar='DIR', nargs='?')))
+    command('jobs', 'list jobs, newest first', **aim, tag=text, limit=whole, after=text)
+    command('queues', 'count jobs by queue and status')
+    command('cancel', 'cancel a job, or all of a queue and status', ('id', dict(nargs='?')), **aim)
+    command('retry', 'make a failed or cancelled job pending again, or all of them', ('id', dict(nargs='?')), **aim)
+    command('purge', 'delete jobs of a queue and/or status', **aim)
+    command('pause', 'hand out no jobs of a queue', queue)
+    command('resume', 'hand out jobs again', queue)
+    command('run', 'import tasks, and work on them', ('tasks', dict(metavar='FILE_OR_MODULE')), function=command_run,
+            concurrency=whole, grace=dict(seconds, default=GRACE),
+            burst=dict(action='store_true', help='work off what is due, and end'))
+    command('demo', 'hash the files under a folder as jobs of an engine of its own',
+            ('folder', dict(metavar='DIR', nargs='?')), function=command_demo)
     return parser.parse_args(argv)
 
 
@@ -1704,20 +1683,60 @@ def main(argv=None):
 
 # the demo
 
+def command_demo(client, options):
+    """An engine, a worker, and every file under a folder as a job; then a look whether all digests are right."""
+    paths, app, ended = list(files_under(options.folder)), App(), itertools.count(1)
+    log.setLevel(logging.ERROR)
+    app.queue('demo', concurrency=4, max_retries=1)(hash_file)
+
+    @app.on('success')
+    def advance(job, result):
+        if sys.stderr.isatty():
+            count = next(ended)
+            bar = '#' * (40 * count // len(paths))
+            print(f'\r[{bar:40}] {count:,} of {len(paths):,} files', end='', file=sys.stderr, flush=True)
+
+    with app.testing() as engine:
+        began = time.monotonic()
+        app.enqueue_many('demo', paths)
+        engine.run()
+        seconds = time.monotonic() - began
+        jobs = list(all_jobs(engine.client))
+    print('\n' if sys.stderr.isatty() else '', end='', file=sys.stderr)
+    return report_demo(paths, jobs, seconds)
+
+
+def report_demo(paths, jobs, seconds):
+    """Print the table. 1 when a digest is not what a direct computation says."""
+    results = {job['payload']: job['result'] for job in jobs if job['status'] == 'done'}
+    right = sum(digest(path) == result['sha256'] for path, result in results.items())
+    slowest = max(results, key=lambda path: results[path]['seconds'], default=None)
+    print_rows([
+        ('files',   f'{len(paths):,}'),
+        ('bytes',   f'{sum(result["bytes"] for result in results.values()):,}'),
+        ('retries', f'{sum(job["retries"] for job in jobs):,}'),
+        ('jobs/s',  f'{len(results) / seconds:,.0f} in {seconds:.2f} s'),
+        ('slowest', f'{results[slowest]["seconds"] * 1000:,.0f} ms, {printable(slowest)}' if slowest else '-'),
+        ('digests', f'{right:,} of {len(paths):,} agree with a direct computation'),
+    ])
+    return int(right != len(paths) or not paths)
+
+
 def hash_file(path):
     """The demo's handler. One file in 20 fails once, to show a retry."""
     if job()['attempt'] == 1 and hashlib.sha256(os.fsencode(path)).digest()[0] < 13:
-        raise Retry('failing once, for the show', delay=0.5)
-    return digest(path)
+        raise Retry('failing once, for the show', delay=0)
+    began = time.monotonic()
+    sha256 = digest(path)
+    return {'bytes': os.path.getsize(path), 'sha256': sha256, 'seconds': time.monotonic() - began}
 
 
 def digest(path):
-    total, sha256 = 0, hashlib.sha256()
+    sha256 = hashlib.sha256()
     with open(path, 'rb') as file:
         for chunk in iter(lambda: file.read(1 << 20), b''):
             sha256.update(chunk)
-            total += len(chunk)
-    return {'bytes': total, 'sha256': sha256.hexdigest()}
+    return sha256.hexdigest()
 
 
 def files_under(folder):
@@ -1731,88 +1750,12 @@ def files_under(folder):
         yield from (path for path in paths if os.path.isfile(path) and os.access(path, os.R_OK))
 
 
-@contextlib.contextmanager
-def throwaway_engine():
-    """The URL of an engine in a process of its own, with a database in a temporary folder."""
-    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'rundown_engine.py')
-    if not os.path.isfile(program):
-        raise Error(f'the demo needs {program}, which is not there')
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, program, '--host', '127.0.0.1', '--port', '0', '--db', os.path.join(folder, 'demo.db')]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, universal_newlines=True)
-        try:
-            url = re.search(r'http://\S+:\d+', process.stdout.readline())
-            if not url:
-                raise Error(f'{program} does not start')
-            yield url[0]
-        finally:
-            process.terminate()
-            process.wait()
-            process.stdout.close()
-
-
-def command_demo(client, options):
-    """An engine, workers, and every file under a folder as a job; then a look whether all digests are right."""
-    paths = list(files_under(options.folder))
-    set_up_log()
-    log.setLevel(logging.ERROR)
-    with throwaway_engine() as url:
-        app = App(url)
-        app.queue('demo', concurrency=4, max_retries=1)(hash_file)
-        began = time.monotonic()
-        worker = threading.Thread(target=app.run, daemon=True)
-        worker.start()
-        app.enqueue_many('demo', paths)
-        watch_progress(app, len(paths))
-        seconds = time.monotonic() - began
-        jobs = list(all_jobs(app.client()))
-        app.stop()
-        worker.join()
-    return print_table(jobs, paths, seconds)
-
-
-def watch_progress(app, total):
-    """A bar until all jobs have ended."""
-    ended = 0
-    while ended < total:
-        counts = next((row for row in app.client().queues()['queues'] if row['queue'] == 'demo'), {})
-        ended = sum(counts.get(status, 0) for status in ENDED)
-        bar = '#' * (40 * ended // total)
-        if sys.stderr.isatty():
-            print(f'\r[{bar:40}] {ended:,} of {total:,} files', end='' if ended < total else '\n', file=sys.stderr, flush=True)
-        time.sleep(0.05)
-
-
 def all_jobs(client):
-    page = {'after': None}
-    while True:
+    page = client.jobs(limit=1000)
+    yield from page['jobs']
+    while page['after']:
         page = client.jobs(limit=1000, after=page['after'])
         yield from page['jobs']
-        if not page['after'] or not page['jobs']:
-            return
-
-
-def print_table(jobs, paths, seconds):
-    """Print the table. 1 when a digest is not what a direct computation says."""
-    results = {job['payload']: job['result'] for job in jobs if job['status'] == 'done'}
-    right = sum(results.get(path) == digest(path) for path in paths)
-    slowest = max(jobs, key=duration, default=None)
-    for label, value in (
-        ('files',   f'{len(paths):,}'),
-        ('bytes',   f'{sum(result["bytes"] for result in results.values()):,}'),
-        ('retries', f'{sum(job["retries"] for job in jobs):,}'),
-        ('jobs/s',  f'{len(jobs) / seconds:,.0f} in {seconds:.2f} s'),
-        ('slowest', f'{duration(slowest) * 1000:,.0f} ms, {printable(slowest["payload"])}' if slowest else '-'),
-        ('digests', f'{right:,} of {len(paths):,} agree with a direct computation'),
-    ):
-        print(f'{label:10}{value}')
-    return int(right != len(paths) or not paths)
-
-
-def duration(job):
-    """Seconds of the last attempt."""
-    started, finished = (datetime.datetime.strptime(job[field], '%Y-%m-%dT%H:%M:%S.%fZ') for field in ('started_at', 'finished_at'))
-    return (finished - started).total_seconds()
 
 
 if __name__ in ('__main__', '__mp_main__'):
