@@ -132,18 +132,15 @@ class Error(Exception):
 
 class EngineUnavailable(Error):
     """No engine answers under the URL, or it cannot answer now."""
-    retry_after = 0
+    retry_after = 0             # seconds that it asks for
 
 
 class Refused(Error):
     """The engine says no: `status` is the HTTP status, the text its sentence."""
 
-    def __init__(self, sentence, status, retry_after=0):
-        super().__init__(sentence, status)
-        self.sentence, self.status, self.retry_after = sentence, status, retry_after
-
-    def __str__(self):
-        return self.sentence
+    def __init__(self, sentence, status):
+        super().__init__(sentence)
+        self.status = status
 
 
 class NotJSON(Error):
@@ -190,6 +187,7 @@ class Lost(Interruption):
 # -- Values -----------------------------------------------------------------------------------------------------------
 
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
+ENDED = ('done', 'failed', 'cancelled')
 encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 chance = random.Random()        # not the module's, which a handler may seed
 
@@ -219,8 +217,9 @@ def culprit(value, name):
             key = next((key for key in value if not isinstance(key, (str, int, float, type(None)))), None)
             if key is not None:
                 return f'{path} has a key that is a {type(key).__name__}, which JSON cannot hold'
-        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-        pending.extend((one, f'{path}[{shorten(repr(key), 100)}]', level + 1) for key, one in inner)
+        if isinstance(value, (dict, list, tuple)):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            pending.extend((one, f'{path}[{shorten(repr(key), 100)}]', level + 1) for key, one in inner)
     return None
 
 
@@ -238,11 +237,6 @@ def new_id():
     digits = '%012x7%s' % (time.time_ns() // 1000000, os.urandom(10).hex()[1:])
     digits = digits[:16] + '89ab'[int(digits[16], 16) % 4] + digits[17:]
     return f'{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:32]}'
-
-
-def moment(when):
-    """A datetime as RFC 3339; text as it is."""
-    return when.astimezone(datetime.timezone.utc).isoformat() if isinstance(when, datetime.datetime) else when
 
 
 def backoff(tries):
@@ -278,7 +272,7 @@ def left(deadline):
 
 
 class KeepAlive(urllib.request.BaseHandler):
-    """An urllib handler that keeps connections open between requests. Nothing but its connections: no proxy, no redirect."""
+    """An urllib handler that keeps connections open between requests, and knows of no proxy and no redirect."""
 
     def __init__(self, context=None):
         self.context = context              # constant: of TLS
@@ -299,18 +293,14 @@ class KeepAlive(urllib.request.BaseHandler):
             except ConnectionError:         # closed while it was idle, so not answered: that is no reason to give up
                 if answer.received:
                     raise
-        connection = self._connect(request, deadline)
-        return self._exchange(connection, request, Timed(connection.sock, deadline))
-
-    https_open = http_open
-
-    def _connect(self, request, deadline):
         if request.type == 'https':
             connection = http.client.HTTPSConnection(request.host, timeout=left(deadline), context=self.context)
         else:
             connection = http.client.HTTPConnection(request.host, timeout=left(deadline))
         connection.connect()
-        return connection
+        return self._exchange(connection, request, Timed(connection.sock, deadline))
+
+    https_open = http_open
 
     def _exchange(self, connection, request, answer):
         self.active.add(connection)
@@ -349,7 +339,7 @@ class KeepAlive(urllib.request.BaseHandler):
 
 def head(request):
     """The request line and headers; they go with the body in one send."""
-    lines = [f'{request.get_method()} {request.selector} HTTP/1.1', f'Host: {request.host}', 'Accept-Encoding: identity']
+    lines = [f'{request.get_method()} {request.selector} HTTP/1.1', f'Host: {request.host}']
     lines += [f'{name}: {value}' for name, value in request.header_items()]
     if request.data is not None:
         lines.append(f'Content-Length: {len(request.data)}')
@@ -359,8 +349,8 @@ def head(request):
 def calls(path, fields, get=False):
     """A method of Client that makes a call with these fields, in this order or by name, and returns the answer."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter('self', kind), *(inspect.Parameter(field, kind, default=None) for field in fields.split())]
-    signature = inspect.Signature(parameters)
+    options = [inspect.Parameter(field, kind, default=None) for field in fields.split()]
+    signature = inspect.Signature([inspect.Parameter('self', kind), *options])
 
     def method(self, *values, **named):
         given = signature.bind(self, *values, **named).arguments
@@ -388,48 +378,51 @@ class Client:
             raise Error(f'{self.host!r} is not the URL of an engine, such as {URL}')
         if token and not re.fullmatch('[!-~]+', token):
             raise Error('the token must be of visible ASCII characters')
-        self.headers = {'Content-Type': 'application/json', **({'Authorization': 'Bearer ' + token} if token else {})}
-        self.wire = KeepAlive(trust(ca) if self.host.startswith('https:') else None)
+        self.headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'}
+        self.headers.update({'Authorization': 'Bearer ' + token} if token else {})
+        context = ssl.create_default_context(cafile=ca) if self.host.startswith('https:') else None
+        if context and ca:      # home-made certificates rarely pass what Python 3.13 asks for
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        self.wire = KeepAlive(context)
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self.wire)
 
     def send(self, path, body=None, seconds=TIMEOUT):
-        """One try: the value that is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
+        """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
         data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
         try:
             answer = self.opener.open(urllib.request.Request(self.host + path, data, self.headers), timeout=seconds)
-            if answer.status == 204:
-                return None
-            if answer.status != 200:
-                raise Refused(sentence(answer), answer.status, retry_after(answer))
-            return json.loads(answer.content)
+            if answer.status in (200, 204):
+                return json.loads(answer.content) if answer.status == 200 else None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise EngineUnavailable(f'no engine answers at {self.host}: {reason(error)}') from error
+            reason = printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
+            raise EngineUnavailable(f'no engine answers at {self.host}: {reason}') from error
+        raise refusal(answer)
 
     def call(self, path, body=None, wait=0):
-        """send(), tried again until the client's timeout (after `wait` seconds, that the engine was asked to take) is over."""
+        """send(), tried again until the client's timeout, and `wait` seconds that the engine may take, are over."""
         deadline = time.monotonic() + self.timeout + wait
         for tries in range(sys.maxsize):
             try:
                 return self.send(path, body, max(0.001, deadline - time.monotonic()))
-            except (EngineUnavailable, Refused) as error:
-                if is_final(error):
-                    raise
-                pause = max(backoff(tries), min(error.retry_after, MAX_RETRY_AFTER))
+            except EngineUnavailable as error:
+                pause = max(backoff(tries), error.retry_after)
                 if time.monotonic() + pause >= deadline:
                     raise EngineUnavailable(f'{self.host} was tried for {self.timeout:g} s: {error}') from None
             time.sleep(pause)
 
-    def enqueue(self, queue, payload=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None, priority=None,
-                key=None, id=None):
-        """Add a job, once however often it is sent; returns it, with `created`: False when its id or key was there before."""
-        return self.call('/enqueue', job_text(payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay,
-                                              run_at=run_at, priority=priority, key=key, id=id))
+    def enqueue(self, queue, payload=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None,
+                priority=None, key=None, id=None):
+        """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before."""
+        return self.call('/enqueue', job_text(
+            payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay, run_at=run_at,
+            priority=priority, key=key, id=id))
 
     def enqueue_many(self, queue, payloads, **options):
-        """Add a job per payload, in requests of up to 1,000, each of which is all or nothing; returns the jobs in order."""
+        """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order."""
         texts = (job_text(payload, queue=queue, **options) for payload in payloads)
-        return [job for batch in batches(texts, len) for job in self.call('/enqueue', jobs_text(batch))['jobs']]
+        bodies = ('{"jobs":[' + ','.join(batch) + ']}' for batch in batches(texts, len))
+        return [job for body in bodies for job in self.call('/enqueue', body)['jobs']]
 
     # poll returns a job or None; with `limit` a list or None
     poll      = calls('/poll',      'queue limit wait worker lease max_retries timeout hung')
@@ -470,38 +463,24 @@ class Client:
         self.wire.close()
 
 
-ENDED = ('done', 'failed', 'cancelled')
-
-
-def trust(ca):
-    """The TLS settings: certificates are checked, against the file `ca` where it is given."""
-    context = ssl.create_default_context(cafile=ca)
-    if ca:
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT     # which home-made certificates rarely pass, and Python 3.13 asks for
-    return context
-
-
-def sentence(answer):
-    """What an answer that is no success says."""
+def refusal(answer):
+    """The exception for an answer that is no success."""
     try:
-        return printable(str(json.loads(answer.content)['error']))
+        sentence = str(json.loads(answer.content)['error'])
     except (ValueError, TypeError, LookupError):
         where = f', which points to {answer.headers["Location"]}' if answer.headers['Location'] else ''
-        return printable(f'HTTP status {answer.status} {answer.reason}{where}')
+        sentence = f'HTTP status {answer.status} {answer.reason}{where}'
+    if is_final(answer.status):
+        return Refused(printable(sentence), answer.status)
+    error, seconds = EngineUnavailable(printable(sentence)), answer.headers['Retry-After'] or ''
+    if re.fullmatch('[0-9]{1,9}', seconds):
+        error.retry_after = min(int(seconds), MAX_RETRY_AFTER)
+    return error
 
 
-def retry_after(answer):
-    told = answer.headers['Retry-After'] or ''
-    return int(told) if re.fullmatch('[0-9]{1,9}', told) else 0
-
-
-def reason(error):
-    return printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
-
-
-def is_final(error):
+def is_final(status):
     """Is there no use in sending it again?"""
-    return isinstance(error, Refused) and error.status < 500 and error.status != 429
+    return status < 500 and status != 429
 
 
 def quote(text):
@@ -510,13 +489,11 @@ def quote(text):
 
 def job_text(payload, id=None, run_at=None, **fields):
     """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
-    fields = {'id': id or new_id(), 'run_at': moment(run_at), **fields}
+    if isinstance(run_at, datetime.datetime):
+        run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
+    fields = {'id': id or new_id(), 'run_at': run_at, **fields}
     fields = {field: value for field, value in fields.items() if value is not None}
     return '{"payload":' + as_json(payload, 'payload') + ',' + as_json(fields, 'the job')[1:]
-
-
-def jobs_text(texts):
-    return '{"jobs":[' + ','.join(texts) + ']}'
 
 
 def batches(items, size):
@@ -1147,7 +1124,7 @@ class Link:
         if self.since is None:
             self.since = time.monotonic()
             note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
-        return max(backoff(tries), REFUSED if is_final(error) else min(error.retry_after, MAX_RETRY_AFTER))
+        return max(backoff(tries), REFUSED if isinstance(error, Refused) else error.retry_after)
 
     def back(self):
         since, self.since = self.since, None
@@ -1162,7 +1139,7 @@ class Link:
 
     def _ask(self, call, texts, seconds):
         """The answers to the items of a batch, in order."""
-        answer = self.client.send('/' + call, jobs_text(texts), seconds)
+        answer = self.client.send('/' + call, f'{{"jobs":[{",".join(texts)}]}}', seconds)
         if not isinstance(answer, dict) or len(answer.get('jobs', ())) != len(texts):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
         return answer['jobs']
@@ -1221,7 +1198,7 @@ class Link:
             self.forget(task)
             note(logging.WARNING, '%s lost before its outcome (%s) was known: %s', task, call, answer['error'])
             task.consumer.hook_aside('lost', task, Lost(answer['error']))
-        elif code and is_final(Refused(answer['error'], code)):
+        elif code and is_final(code):
             self._refused(call, task, answer['error'])
         elif code:
             self.pile.put(task)
