@@ -526,12 +526,11 @@ def progress(value):
 
 
 class Outcome:
-    """How a run ended: the call that reports it, the JSON text of that call's fields, and what hooks get to see."""
+    """How a run ended: the call that reports it, the fields of that call, each as JSON text, and what hooks get to see."""
     __slots__ = ('call', 'fields', 'value')
 
     def __init__(self, call, value=None, **fields):
-        self.call, self.value = call, value
-        self.fields = ''.join(f',"{field}":{text}' for field, text in fields.items())
+        self.call, self.value, self.fields = call, value, fields
 
 
 def done(result):
@@ -542,7 +541,8 @@ def done(result):
 
 
 def failed(error, text=None, retry=True, delay=None):
-    return Outcome('fail', error, error=encode(shorten(text or trace(error), MAX_ERROR)), retry=encode(retry), delay=encode(delay))
+    text = shorten(text or trace(error), MAX_ERROR)
+    return Outcome('fail', error, error=encode(text), retry=encode(retry), delay=encode(delay))
 
 
 def perform(handler, payload):
@@ -581,31 +581,26 @@ def in_loop(function):
         return asyncio.run(main(payload))
 
     async def main(payload):
-        loop, running = asyncio.get_running_loop(), asyncio.current_task()
-        current.get().reach_loop(lambda: loop.call_soon_threadsafe(running.cancel), running.get_coro())
+        task, running = current.get(), asyncio.current_task()
+        task.coroutine = running.get_coro()
+        task.cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, running.cancel)
         return await function(payload)
 
     return handler
 
 
-def stack_of(frame):
-    """The stack of a thread, from the handler on."""
+def stack_of(thread, coroutine):
+    """The stack of a thread, or of the coroutine on its loop, from the handler on."""
+    frame, frames = sys._current_frames().get(thread.ident), []
+    if frame and not coroutine:
+        frames = list(traceback.walk_stack(frame))[::-1]
+    with contextlib.suppress(AttributeError):       # where it waits for no coroutine, or has ended meanwhile
+        while coroutine:
+            frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
+            coroutine = coroutine.cr_await
+    summary = traceback.StackSummary.extract(frames[-50:])
     ours = (__file__, threading.__file__)
-    frames = itertools.dropwhile(lambda one: one.filename in ours, traceback.extract_stack(frame))
-    return ''.join(traceback.format_list(list(frames)[-50:]))
-
-
-def stack_of_coroutine(coroutine):
-    frames = []
-    while getattr(coroutine, 'cr_frame', None):
-        frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
-        coroutine = coroutine.cr_await
-    return ''.join(traceback.format_list(traceback.StackSummary.extract(frames[1:])))      # but for the first, which is ours
-
-
-def raise_in(thread, exception):
-    """Raise an exception inside a thread: as soon as it runs Python code again, so not while it sleeps in C."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(exception))
+    return ''.join(traceback.format_list(itertools.dropwhile(lambda one: one.filename in ours, summary)))
 
 
 class Task:
@@ -643,15 +638,8 @@ class Task:
                 self.slot.interrupt(self, interruption)     # the lock keeps the slot from going on with another task
             return True
 
-    def report(self, outcome):
-        """What the engine is told, as an item of a batch."""
-        self.item = self.address + outcome.fields + '}'
-
     def show(self, text):
         self.progress.append(text)
-
-    def reach_loop(self, cancel, coroutine):
-        self.cancel, self.coroutine = cancel, coroutine
 
     def __str__(self):
         claim = json.loads(self.address + '}')
@@ -684,9 +672,6 @@ class Slot:
         if task.settle(outcome):
             self.consumer.ended(task, outcome)
 
-    def prepare(self):
-        pass
-
     def perform(self, task):
         return perform(self.consumer.handler, task.job['payload'])
 
@@ -697,21 +682,18 @@ class Slot:
             with contextlib.suppress(RuntimeError):     # the loop is closed: it was about to end
                 task.cancel()
         else:
-            raise_in(self.thread, interruption)
+            # as soon as the thread runs Python code again, so not while it sleeps in C
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(interruption))
         self.consumer.replace(self)
 
     def where(self, task):
         """The stack at which the handler is, as text."""
-        if task.coroutine:
-            return stack_of_coroutine(task.coroutine)
-        frame = sys._current_frames().get(self.thread.ident)
-        return stack_of(frame) if frame else ''
-
-    def kill(self):
-        pass
+        return stack_of(self.thread, task.coroutine)
 
     def close(self):
-        pass
+        """End what the slot has started: nothing. IsolatedSlot has more to do in all three."""
+
+    prepare = kill = close
 
 # -- Handlers in processes of their own -------------------------------------------------------------------------------
 
@@ -763,16 +745,10 @@ class IsolatedSlot(Slot):
             task.show(text)
             kind, text = self._receive()
         if kind == 'outcome':
-            return self._outcome(*text)
+            call, fields, error = text
+            return Outcome(call, Crashed(error) if error else json.loads(fields['result']), **fields)
         self.close()
         return failed(Crashed(text), text)
-
-    def _outcome(self, call, fields, error):
-        outcome = Outcome(call, Crashed(error))
-        outcome.fields = fields
-        if call == 'complete':
-            outcome.value = json.loads('{' + fields[1:] + '}')['result']
-        return outcome
 
     def _ending(self):
         self.kill()                 # what it started; its own end, and how it came, is settled
@@ -834,22 +810,9 @@ def child(pipe, module, file, name):
     threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
     while True:
         job = jobs.get()
-        current.set(ChildTask(job, say))
+        current.set(types.SimpleNamespace(job=job, show=functools.partial(say, 'progress')))   # what Task is elsewhere
         outcome = perform(handler, job['payload'])
         say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
-
-
-class ChildTask:
-    """What Task is to job() and progress(), in the process of an isolated slot."""
-
-    def __init__(self, job, say):
-        self.job, self.say = job, say
-
-    def show(self, text):
-        self.say('progress', text)
-
-    def reach_loop(self, cancel, coroutine):
-        pass
 
 
 def listen(pipe, jobs):
@@ -1037,7 +1000,8 @@ class Consumer:
 
     def report(self, task, outcome):
         if outcome.call:
-            task.report(outcome)
+            fields = ''.join(f',"{field}":{text}' for field, text in outcome.fields.items())
+            task.item = f'{task.address}{fields}}}'
             self.link.pile.put(task)
         else:
             self.link.forget(task)
@@ -1210,8 +1174,7 @@ class Link:
         note(logging.ERROR, '%s: the engine refused its %s: %s', task, call, sentence)
         if call == 'complete':
             task.outcome = failed(Error(sentence), f'the engine refused the result: {sentence}', retry=False)
-            task.report(task.outcome)
-            self.pile.put(task)
+            task.consumer.report(task, task.outcome)
         elif call != 'heartbeat':
             self.forget(task)       # its lease will end it
 
