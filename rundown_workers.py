@@ -862,15 +862,6 @@ def note(level, text, *values):
             log.log(level, '%s', printable(text % values))
 
 
-class Stderr(logging.Handler):
-    """The log where nobody set up logging: a line in one piece, also beside other processes."""
-
-    def emit(self, record):
-        with contextlib.suppress(Exception):
-            sys.stderr.write(self.format(record) + '\n')
-            sys.stderr.flush()
-
-
 def until(condition, deadline):
     """Wait for the condition. Signals are handled meanwhile."""
     while not condition() and time.monotonic() < deadline:
@@ -910,7 +901,7 @@ class Consumer:
         tries = 0
         while not self.worker.stopping.is_set():
             self.hungry.clear()
-            limit = 0 if self.link.is_behind() else self.room()
+            limit = self.room()
             if not limit:
                 self.hungry.wait(TICK)
                 continue
@@ -929,7 +920,9 @@ class Consumer:
                 self._rest(count, began)
 
     def room(self):
-        """How many jobs to claim now: as many as the free slots take, and as the slots will start within AHEAD seconds."""
+        """How many jobs to claim now: for the free slots, and as many as the slots will start within AHEAD seconds."""
+        if self.link.stuck or self.link.pile.qsize() > MAX_BACKLOG:
+            return 0
         slots = sum(slot.ready for slot in self.slots)
         ahead = min(MAX_CLAIM, int(slots * AHEAD / max(self.pace, 1e-5))) if self.pace is not None else 0
         target, held = slots + ahead, len(self.open)
@@ -1079,10 +1072,6 @@ class Link:
         self.worker.thread(self._report, 'report')
         self.worker.thread(self._heartbeat, 'heartbeat')
 
-    def is_behind(self):
-        """Is there so much to report that no more jobs should be taken?"""
-        return self.stuck or self.pile.qsize() > MAX_BACKLOG
-
     def away(self, error, tries=0):
         """Say once that the engine is away. How long to wait until the next try."""
         if self.since is None:
@@ -1117,17 +1106,17 @@ class Link:
             with contextlib.suppress(Empty):
                 while len(tasks) < MAX_BATCH:
                     tasks.append(self.pile.get_nowait())
-            known = [task for task in dict.fromkeys(tasks) if task in self.tasks]
-            shown = [task for task in known if task.progress]
-            self._send('heartbeat', [(task, task.address + ',"progress":' + task.progress.pop() + '}') for task in shown])
-            for call in ('complete', 'fail', 'release'):
-                self._send(call, [(task, task.item) for task in known if task.item and task.outcome.call == call])
+            requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
+            for task in dict.fromkeys(tasks):
+                if task in self.tasks and task.progress:
+                    requests['heartbeat'].append((task, f'{task.address},"progress":{task.progress.pop()}}}'))
+                if task in self.tasks and task.item:
+                    requests[task.outcome.call].append((task, task.item))
+            for call, items in requests.items():
+                for batch in batches(items, lambda item: len(item[1])):
+                    self._deliver(call, batch)
             if None in tasks:
                 return
-
-    def _send(self, call, items):
-        for batch in batches(items, lambda item: len(item[1])):
-            self._deliver(call, batch)
 
     def _deliver(self, call, batch):
         """Send until the engine gives a definite answer for each item."""
@@ -1136,7 +1125,11 @@ class Link:
                 answers = self._ask(call, [text for _, text in batch], TIMEOUT)
             except Error as error:
                 if getattr(error, 'status', None) in REFUSALS:
-                    return self._divide(call, batch, error)
+                    if len(batch) == 1:
+                        return self._refused(call, batch[0][0], error)
+                    for item in batch:          # which of them was it?
+                        self._deliver(call, [item])
+                    return None
                 self.stuck = True
                 if self.worker.closed.wait(self.away(error, tries)):
                     return None
@@ -1146,13 +1139,6 @@ class Link:
                 for (task, _), answer in zip(batch, answers):
                     self._answered(call, task, answer)
                 return None
-
-    def _divide(self, call, batch, error):
-        """The engine refused a request as a whole: find out for which of its items."""
-        if len(batch) == 1:
-            return self._refused(call, batch[0][0], error)
-        for item in batch:
-            self._deliver(call, [item])
 
     def _answered(self, call, task, answer):
         code = answer.get('code')
@@ -1209,15 +1195,11 @@ class Worker:
         self.reported = 0                   # tasks that are over and acknowledged
         self.links, self.consumers = {}, []
         for registered in app.registered.values():
-            self.consumers.append(Consumer(self, self._link(registered.host), registered, concurrency or registered.concurrency))
-            note(logging.INFO, 'working on %s (concurrency %d) from %s as %s', registered.name, self.consumers[-1].concurrency,
-                 self.consumers[-1].client.host, self.name)
-
-    def _link(self, host):
-        client = self.app.client(host)
-        if client.host not in self.links:
-            self.links[client.host] = Link(self, client.host, self.app.token, self.app.ca)
-        return self.links[client.host]
+            host, slots = app.client(registered.host).host, concurrency or registered.concurrency
+            if host not in self.links:
+                self.links[host] = Link(self, host, app.token, app.ca)
+            self.consumers.append(Consumer(self, self.links[host], registered, slots))
+            note(logging.INFO, 'working on %s (concurrency %d) from %s as %s', registered.name, slots, host, self.name)
 
     def thread(self, loop, name):
         """Start a thread of the worker's own. A fault in it ends the worker: better started afresh than half alive."""
@@ -1240,9 +1222,9 @@ class Worker:
     def busy(self):
         return any(link.tasks for link in self.links.values())
 
-    def hung(self, seconds=None):
-        """How many threads did not come back within HUNG seconds (or so many) of their interruption."""
-        latest = time.monotonic() - (HUNG if seconds is None else seconds)
+    def hung(self, seconds=HUNG):
+        """How many threads did not come back within so many seconds of their interruption."""
+        latest = time.monotonic() - seconds
         abandoned = [one for consumer in self.consumers for one in consumer.abandoned.copy().items()]
         return sum(thread.is_alive() and at <= latest for thread, at in abandoned)
 
@@ -1251,18 +1233,13 @@ class Worker:
             now = time.monotonic()
             for consumer in self.consumers:
                 consumer.watch(now)
-            error = None if self.stopping.is_set() else self._trouble(now)
-            if error:
-                self.stop(error)
-
-    def _trouble(self, now):
-        """Why it makes no sense to go on."""
-        if self.hung() >= self.max_hung:
-            return Hung(f'{self.hung()} handlers hang: the worker ends, to be started afresh')
-        for link in self.links.values() if self.burst else ():
-            if link.since and now - link.since > TIMEOUT:
-                return EngineUnavailable(f'{link.client.host} was away for {TIMEOUT} s')
-        return None
+            if self.stopping.is_set():
+                continue
+            if self.hung() >= self.max_hung:
+                self.stop(Hung(f'{self.hung()} handlers hang: the worker ends, to be started afresh'))
+            for link in self.links.values() if self.burst else ():
+                if link.since and now - link.since > TIMEOUT:
+                    self.stop(EngineUnavailable(f'{link.client.host} was away for {TIMEOUT} s'))
 
     def run(self):
         """Work until told to stop, then end in good order. Raises what it was stopped by."""
@@ -1471,13 +1448,11 @@ class App:
                     server.server_close()
 
 
-console = Stderr()
-console.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-
-
 def set_up_log():
+    """Log to stderr, where nobody set up logging."""
     if not log.hasHandlers():
-        log.addHandler(console)
+        log.addHandler(logging.StreamHandler())
+        log.handlers[0].setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
         log.setLevel(log.level or logging.INFO)
 
 
