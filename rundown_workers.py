@@ -11,7 +11,7 @@
         rw.run()                                        # works until SIGTERM or SIGINT
 
 One file, standard library alone: copy it and import it. The engine (rundown_engine.py) keeps the jobs; RUNDOWN_URL says
-where it is (http://localhost:8181), RUNDOWN_TOKEN its token, RUNDOWN_CA the certificates to trust where they are private.
+where it is (http://localhost:8181), RUNDOWN_TOKEN its token, RUNDOWN_CA the file of a private certificate.
 
 A JOB'S WAY THROUGH A WORKER
 
@@ -31,8 +31,8 @@ PRODUCING
     wait(job, timeout)                    the finished job
     Client(host, token, timeout, ca)      one method per call of the engine
 
-An enqueue chooses its id, so it is sent again for `timeout` seconds (30) when the engine does not answer and still makes
-one job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_at without a zone is local time.
+An enqueue chooses its id, so it is sent again for `timeout` seconds (30) while no engine answers, and still makes one
+job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_at without a zone is local time.
 
 WORKING
 
@@ -43,14 +43,14 @@ WORKING
     run(burst, grace, max_hung), stop()   burst: work off what is due, and return
     testing()                             with rw.testing() as t: make_thumbnail.enqueue(1); t.run()
 
-A handler's return value is the result. Any exception fails the job with its traceback; what is not JSON fails it for good.
-At its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
-cancellation); the slot is free again whatever the thread does. Threads that never come back are hung: after max_hung (10)
-the worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which is killed with its
-children. It is imported there by its name, so a script needs `if __name__ == "__main__":` around its run().
+A handler's return value is the result. Any exception fails the job with its traceback, what is not JSON for good. At
+its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
+cancellation); the slot is free again whatever the thread does. Threads that never come back are hung: after max_hung
+(10) the worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which is killed
+with its children. It is imported there by its name, so a script needs `if __name__ == "__main__":` around its run().
 
-SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), the rest is released, exit with 0. The second
-signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up.
+SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), the rest is released, exit with 0. The
+second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up.
 
 COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or failed, 2 misused, 3 no engine
 """
@@ -66,7 +66,6 @@ import datetime
 import functools
 import hashlib
 import http.client
-import importlib
 import importlib.util
 import inspect
 import io
@@ -108,9 +107,8 @@ STALE = 1                   # seconds a claimed job waits for a slot, until it i
 HUNG = 1                    # seconds after its interruption that a thread counts as hung
 TICK = 0.1                  # seconds between two looks at what runs
 PROGRESS = 0.5              # seconds between two reports of a job's progress
-MAX_CLAIM = 1000            # jobs in a poll
-MAX_BATCH = 1000            # jobs in a report or an enqueue, and
-MAX_BYTES = 1 << 20         # characters of it, unless one alone has more
+MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue, and
+MAX_BYTES = 1 << 20         # characters of the latter two, unless one job alone has more
 MAX_BACKLOG = 5000          # outcomes under way, above which no jobs are taken
 MAX_RESULT = 8000000        # characters of a result as JSON
 MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
@@ -187,7 +185,6 @@ class Lost(Interruption):
 # -- Values -----------------------------------------------------------------------------------------------------------
 
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
-ENDED = ('done', 'failed', 'cancelled')
 encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 chance = random.Random()        # not the module's, which a handler may seed
 
@@ -196,9 +193,7 @@ def as_json(value, name):
     """JSON text. NotJSON names what is in the way and where in the value it is."""
     try:
         return encode(value)
-    except RecursionError:
-        raise NotJSON(f'{name} holds itself or is nested deeper than {MAX_DEPTH} levels') from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise NotJSON(culprit(value, name) or f'{name} is not JSON: {error}') from None
 
 
@@ -453,7 +448,7 @@ class Client:
         deadline = float('inf') if timeout is None else time.monotonic() + timeout
         while True:
             job = self.job(id, wait=round(max(0, min(WAIT, deadline - time.monotonic())), 3))
-            if job['status'] in ENDED:
+            if job['status'] in ('done', 'failed', 'cancelled'):
                 return job
             if time.monotonic() >= deadline:
                 raise Unfinished(f'job {id} is still {job["status"]} after {timeout:g} s')
@@ -526,18 +521,11 @@ def progress(value):
 
 
 class Outcome:
-    """How a run ended: the call that reports it, the fields of that call, each as JSON text, and what hooks get to see."""
+    """How a run ended: the call that reports it, its fields, each as JSON text, and what hooks get to see."""
     __slots__ = ('call', 'fields', 'value')
 
     def __init__(self, call, value=None, **fields):
         self.call, self.value, self.fields = call, value, fields
-
-
-def done(result):
-    text = as_json(result, 'result')
-    if len(text) > MAX_RESULT:
-        raise NotJSON(f'result has {len(text)} characters of JSON; at most {MAX_RESULT} are taken')
-    return Outcome('complete', result, result=text)
 
 
 def failed(error, text=None, retry=True, delay=None):
@@ -558,7 +546,10 @@ def perform(handler, payload):
         if os.getpid() != process:
             os._exit(1)                 # a process that the handler forked, and that came back here
     try:
-        return done(result)
+        text = as_json(result, 'result')
+        if len(text) > MAX_RESULT:
+            raise NotJSON(f'result has {len(text)} characters of JSON; at most {MAX_RESULT} are taken')
+        return Outcome('complete', result, result=text)
     except BaseException as error:      # a result that is not JSON now will not be JSON the next time
         return failed(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
@@ -574,44 +565,27 @@ def trace(error):
         return f'{type(error).__name__}, of which there is no traceback'
 
 
-def in_loop(function):
-    """An async function as a handler: on an event loop of its own, that is closed with all it holds when it ends."""
-    @functools.wraps(function)
-    def handler(payload):
-        return asyncio.run(main(payload))
-
+def as_handler(function):
+    """The function; an async one on an event loop of its own, that is closed with all it holds when it ends."""
     async def main(payload):
         task, running = current.get(), asyncio.current_task()
         task.coroutine = running.get_coro()
         task.cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, running.cancel)
         return await function(payload)
 
-    return handler
-
-
-def stack_of(thread, coroutine):
-    """The stack of a thread, or of the coroutine on its loop, from the handler on."""
-    frame, frames = sys._current_frames().get(thread.ident), []
-    if frame and not coroutine:
-        frames = list(traceback.walk_stack(frame))[::-1]
-    with contextlib.suppress(AttributeError):       # where it waits for no coroutine, or has ended meanwhile
-        while coroutine:
-            frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
-            coroutine = coroutine.cr_await
-    summary = traceback.StackSummary.extract(frames[-50:])
-    ours = (__file__, threading.__file__)
-    return ''.join(traceback.format_list(itertools.dropwhile(lambda one: one.filename in ours, summary)))
+    return (lambda payload: asyncio.run(main(payload))) if inspect.iscoroutinefunction(function) else function
 
 
 class Task:
-    """A claimed job on its way through the worker. Who settles it first says how it ends; what comes later is dropped."""
-    __slots__ = 'job consumer claimed timeout address lock outcome slot begun item progress shown cancel coroutine'.split()
+    """A claimed job on its way through the worker. Who settles it first says how it ends; the rest is dropped."""
+    __slots__ = ('job', 'consumer', 'claimed', 'timeout', 'address', 'lock', 'outcome', 'slot', 'begun', 'item',
+                 'progress', 'shown', 'cancel', 'coroutine')
 
     def __init__(self, job, consumer, now):
         self.job = job                      # the handler may change it, so the rest does not rely on it
         self.consumer, self.claimed = consumer, now     # constant
         self.timeout = job['timeout']
-        self.address = f'{{"id":{encode(job["id"])},"attempt":{job["attempt"]}'     # the beginning of an item of a batch
+        self.address = f'{{"id":{encode(job["id"])},"attempt":{job["attempt"]}'     # how an item of a batch begins
         self.lock = threading.Lock()        # guards the next three
         self.outcome = None                 # how it ended; the rest is over then
         self.slot = self.begun = None       # who runs it, since when
@@ -662,15 +636,12 @@ class Slot:
             if task is None:
                 break
             if task.begin(self, time.monotonic()):
-                self._work(task)
+                current.set(task)
+                self.consumer.hook('start', task, None)
+                outcome = self.perform(task)
+                if task.settle(outcome):
+                    self.consumer.ended(task, outcome)
         self.close()
-
-    def _work(self, task):
-        current.set(task)
-        self.consumer.hook('start', task, None)
-        outcome = self.perform(task)
-        if task.settle(outcome):
-            self.consumer.ended(task, outcome)
 
     def perform(self, task):
         return perform(self.consumer.handler, task.job['payload'])
@@ -682,13 +653,21 @@ class Slot:
             with contextlib.suppress(RuntimeError):     # the loop is closed: it was about to end
                 task.cancel()
         else:
-            # as soon as the thread runs Python code again, so not while it sleeps in C
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(interruption))
+            thread = ctypes.c_ulong(self.thread.ident)      # raises it in Python code, so not while it sleeps in C
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(interruption))
         self.consumer.replace(self)
 
     def where(self, task):
         """The stack at which the handler is, as text."""
-        return stack_of(self.thread, task.coroutine)
+        frame, frames, coroutine = sys._current_frames().get(self.thread.ident), [], task.coroutine
+        if frame and not coroutine:
+            frames = list(traceback.walk_stack(frame))[::-1]
+        with contextlib.suppress(AttributeError):       # it waits for no coroutine, or has ended meanwhile
+            while coroutine:
+                frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
+                coroutine = coroutine.cr_await
+        stack, ours = traceback.StackSummary.extract(frames[-50:]), (__file__, threading.__file__)
+        return ''.join(traceback.format_list(itertools.dropwhile(lambda one: one.filename in ours, stack)))
 
     def close(self):
         """End what the slot has started: nothing. IsolatedSlot has more to do in all three."""
@@ -698,6 +677,7 @@ class Slot:
 # -- Handlers in processes of their own -------------------------------------------------------------------------------
 
 CHILD = 'rundown-child-'            # how the names of the processes begin
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK') if hasattr(signal, name)]
 spawning = threading.Lock()         # multiprocessing may reap a child from any thread that starts or joins one
 
 
@@ -714,7 +694,7 @@ class IsolatedSlot(Slot):
     def _start(self):
         context = multiprocessing.get_context('spawn')
         self.pipe, theirs = context.Pipe()
-        handler = self.consumer.function
+        handler = self.consumer.registered.function
         where = handler.__module__, inspect.getfile(handler), handler.__qualname__
         with spawning:
             self.process = context.Process(target=child, args=(theirs, *where), name=CHILD + self.consumer.name)
@@ -758,7 +738,7 @@ class IsolatedSlot(Slot):
         if code is None:
             return "the handler's process closed its pipe"
         name = next((one.name for one in signal.Signals if one == -code), None)
-        return f"the handler's process was killed by {name}" if name else f"the handler's process ended with exit code {code}"
+        return "the handler's process " + (f'was killed by {name}' if name else f'ended with exit code {code}')
 
     def interrupt(self, task, interruption):
         self.kill()                 # the thread hears of it at once, and goes on with a fresh process
@@ -773,7 +753,7 @@ class IsolatedSlot(Slot):
             return
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if os.name == 'nt':
-                subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], capture_output=True)
             else:
                 os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -790,12 +770,12 @@ class IsolatedSlot(Slot):
 
 
 def child(pipe, module, file, name):
-    """The process of an isolated slot: works what comes through the pipe. When the worker is gone it ends, with its children."""
+    """The process of an isolated slot: works what comes through the pipe. It and its children end with the worker."""
     if hasattr(os, 'setsid'):
         os.setsid()                                     # to be killed with its children
-        os.set_inheritable(pipe.fileno(), False)        # else its death goes unnoticed while a grandchild holds the pipe
-    for number in stop_signals():
-        signal.signal(number, lambda *_: None)          # the worker decides; not SIG_IGN, which grandchildren would inherit
+        os.set_inheritable(pipe.fileno(), False)        # its death would go unnoticed while a child of it has the pipe
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)          # the worker decides; not SIG_IGN, which children would inherit
     jobs, lock = SimpleQueue(), threading.Lock()
 
     def say(kind, text):
@@ -840,13 +820,6 @@ def load(file, name):
     return module
 
 
-def as_handler(function):
-    return in_loop(function) if inspect.iscoroutinefunction(function) else function
-
-
-def stop_signals():
-    return [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK') if hasattr(signal, name)]
-
 # -- Worker -----------------------------------------------------------------------------------------------------------
 
 RELEASED = Outcome('release')
@@ -872,18 +845,17 @@ class Consumer:
     """A queue at work: a thread that fetches its jobs, and the slots that run them."""
 
     def __init__(self, worker, link, registered, concurrency):
-        self.worker, self.link = worker, link               # constant:
-        self.name, self.function = registered.name, registered.function
-        self.handler = as_handler(self.function)
-        self.concurrency, self.registered = concurrency, registered
-        self.client = Client(link.client.host, link.token, ca=link.ca)  # of its own, to be hung up
-        self.inbox = SimpleQueue()                          # safe by themselves: tasks for the slots
-        self.open = {}                                      # tasks that are claimed and not settled
-        self.hungry = threading.Event()                     # there may be room for more
-        self.abandoned = {}                                 # threads that were interrupted, and when
-        self.enough = 0                                     # the fetcher's: open tasks above which it sleeps
-        self.dry = None                                     # the fetcher's: the worker's count when there was nothing to fetch
-        self.pace = None                                    # seconds a slot takes for a task lately; losing one in a race is fine
+        self.worker, self.link, self.registered = worker, link, registered      # constant, like the next three
+        self.name, self.concurrency = registered.name, concurrency
+        self.handler = as_handler(registered.function)
+        self.client = Client(link.client.host, worker.app.token, ca=worker.app.ca)      # of its own, to be hung up
+        self.inbox = SimpleQueue()          # safe by themselves: tasks for the slots
+        self.open = {}                      # tasks that are claimed and not settled
+        self.hungry = threading.Event()     # there may be room for more
+        self.abandoned = {}                 # threads that were interrupted, and when
+        self.enough = 0                     # the fetcher's: open tasks above which it sleeps
+        self.dry = None                     # the fetcher's: worker.reported when there was nothing to fetch
+        self.pace = None                    # seconds a slot takes for a task lately; losing one in a race is fine
         self.slots = []
         self.thread = None
 
@@ -893,8 +865,6 @@ class Consumer:
 
     def new_slot(self):
         return (IsolatedSlot if self.registered.isolate else Slot)(self)
-
-    # the fetcher
 
     def _fetch(self):
         """Poll, hand to the slots, rest; until the worker stops."""
@@ -924,16 +894,17 @@ class Consumer:
         if self.link.stuck or self.link.pile.qsize() > MAX_BACKLOG:
             return 0
         slots = sum(slot.ready for slot in self.slots)
-        ahead = min(MAX_CLAIM, int(slots * AHEAD / max(self.pace, 1e-5))) if self.pace is not None else 0
+        ahead = min(MAX_BATCH, int(slots * AHEAD / max(self.pace, 1e-5))) if self.pace is not None else 0
         target, held = slots + ahead, len(self.open)
         self.enough = max(slots - 1, target // 2)
-        return max(0, min(target - held, MAX_CLAIM)) if held <= self.enough else 0
+        return max(0, min(target - held, MAX_BATCH)) if held <= self.enough else 0
 
     def _poll(self, limit):
         burst = self.worker.burst
-        ask = {'queue': self.name, 'limit': limit, 'lease': LEASE, 'worker': self.worker.name, 'hung': self.worker.hung(),
-               'wait': 0 if burst or self.link.since else WAIT,     # an engine that was away has to show that it is back
-               'max_retries': self.registered.max_retries, 'timeout': self.registered.timeout}
+        ask = {'queue': self.name, 'limit': limit, 'lease': LEASE, 'worker': self.worker.name,
+               'wait': 0 if burst or self.link.since else WAIT,     # an engine that was away has to show it is back
+               'max_retries': self.registered.max_retries, 'timeout': self.registered.timeout,
+               'hung': self.worker.hung()}
         jobs = (self.client.call('/poll', ask) if burst else self.client.send('/poll', ask, WAIT + PATIENCE)) or []
         if not isinstance(jobs, list):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
@@ -946,7 +917,7 @@ class Consumer:
             self.worker.stopping.wait(self.link.away(error, tries))
 
     def _rest(self, count, began):
-        """There was nothing. In a burst that may be the end: when nothing anywhere has been reported since before the poll."""
+        """There was nothing. In a burst that may be the end: when nothing has been reported since before the poll."""
         worker = self.worker
         if not worker.burst:
             if time.monotonic() - began < min(1, WAIT / 2):         # an engine that does not wait: do not press it
@@ -966,10 +937,8 @@ class Consumer:
         else:
             self.inbox.put(task)
 
-    # the end of a task
-
     def ended(self, task, outcome):
-        """A slot has run the task to its end. Its hooks are part of the slot's work, but nobody waits for them to report it."""
+        """A slot has run the task to its end. It goes on after the hooks; the report does not wait for them."""
         took = time.monotonic() - task.begun
         self.report(task, outcome)
         if outcome.call == 'complete':
@@ -1005,7 +974,7 @@ class Consumer:
             self.hungry.set()
 
     def watch(self, now):
-        """Look for what waits too long for a slot, has had its time, has progress to show; and who came back after all."""
+        """Look for what waits too long for a slot, has had its time, has progress to show; and who came back."""
         for task in self.open.copy():
             if task.begun is None:
                 if now - task.claimed > STALE and self.settle(task, RELEASED, unless_begun=True):
@@ -1058,12 +1027,12 @@ def summary(error):
 
 
 class Link:
-    """What the consumers of one engine share: the tasks under way, the reporter, the heartbeat, whether the engine is there."""
+    """What the consumers of one engine share: the tasks under way, reporter, heartbeat, whether the engine is there."""
 
-    def __init__(self, worker, host, token, ca):
-        self.worker, self.token, self.ca = worker, token, ca        # constant
-        self.client = Client(host, token, ca=ca)
-        self.tasks = {}                     # safe by themselves: tasks that are claimed, until their outcome is acknowledged
+    def __init__(self, worker, host):
+        self.worker = worker                # constant
+        self.client = Client(host, worker.app.token, ca=worker.app.ca)
+        self.tasks = {}                     # safe by themselves: tasks, until their outcome is acknowledged
         self.pile = SimpleQueue()           # tasks that have something to report; None: no more
         self.stuck = False                  # the reporter's: it has something that the engine did not take yet
         self.since = None                   # when the engine went away
@@ -1096,8 +1065,6 @@ class Link:
         if not isinstance(answer, dict) or len(answer.get('jobs', ())) != len(texts):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
         return answer['jobs']
-
-    # the reporter
 
     def _report(self):
         """Send what piles up while the last request is in flight."""
@@ -1164,8 +1131,6 @@ class Link:
         elif call != 'heartbeat':
             self.forget(task)       # its lease will end it
 
-    # the heartbeat
-
     def _heartbeat(self):
         """One sign of life for all tasks, also for those whose outcome is waiting."""
         while not self.worker.closed.wait(LEASE / 3):
@@ -1186,7 +1151,7 @@ class Worker:
     def __init__(self, app, burst, grace, max_hung, concurrency):
         self.app, self.burst, self.grace, self.max_hung = app, burst, grace, max_hung       # constant
         self.name = f'{printable(socket.gethostname())[:150]}:{os.getpid()}'
-        self.events = SimpleQueue()         # safe by themselves, also in signal handlers: what ends the run, None or an exception
+        self.events = SimpleQueue()         # safe by themselves, in signal handlers too: None or an exception
         self.stopping = threading.Event()   # no more jobs
         self.closed = threading.Event()     # no more reports
         self.signalled = False
@@ -1197,7 +1162,7 @@ class Worker:
         for registered in app.registered.values():
             host, slots = app.client(registered.host).host, concurrency or registered.concurrency
             if host not in self.links:
-                self.links[host] = Link(self, host, app.token, app.ca)
+                self.links[host] = Link(self, host)
             self.consumers.append(Consumer(self, self.links[host], registered, slots))
             note(logging.INFO, 'working on %s (concurrency %d) from %s as %s', registered.name, slots, host, self.name)
 
@@ -1263,7 +1228,7 @@ class Worker:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._signalled) for number in stop_signals()}
+        before = {number: signal.signal(number, self._signalled) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -1287,7 +1252,7 @@ class Worker:
         until(lambda: not self.busy(), max(ends, time.monotonic() + FAREWELL))
         left = sum(len(link.tasks) for link in self.links.values())
         if left:
-            note(logging.ERROR, 'the outcomes of %d jobs could not be reported; the engine will hand them out again', left)
+            note(logging.ERROR, 'the outcomes of %d jobs were not reported; the engine will hand them out again', left)
         self._close()
 
     def _release(self, interruption=None, unless_begun=False):
@@ -1325,7 +1290,8 @@ class Worker:
 # -- The module's API: one column over a default App ------------------------------------------------------------------
 
 EVENTS = ('start', 'success', 'failure', 'lost')
-Registered = collections.namedtuple('Registered', 'name function host poll_interval max_retries timeout concurrency isolate')
+Registered = collections.namedtuple(
+    'Registered', 'name function host poll_interval max_retries timeout concurrency isolate')
 
 
 class App:
@@ -1351,15 +1317,15 @@ class App:
         return self.clients[settings]
 
     def queue(self, name, host=None, poll_interval=1.0, max_retries=3, timeout=None, concurrency=1, isolate=False):
-        """Make the decorated function the handler of a queue. It stays as it is, and gets `.enqueue(payload, **options)`.
+        """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
 
-        `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers run
-        at a time; with `isolate` each in a process of its own. `poll_interval` (seconds) only counts with an engine that
-        does not wait in a poll.
+        `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
+        run at a time; with `isolate` each in a process of its own. `poll_interval` (seconds) only counts with an engine
+        that does not wait in a poll.
         """
         def register(function):
             if isolate and not re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')):
-                raise Error(f'{function!r} cannot be isolated: its process has to find it by a name at the top of a module')
+                raise Error(f'{function!r} cannot be isolated: its process has to find it by its name in a module')
             self.registered[name, host] = Registered(
                 name, function, host, poll_interval, max_retries, timeout, concurrency, isolate)
             function.enqueue = functools.partial(self.enqueue, name, **({'host': host} if host else {}))
@@ -1369,8 +1335,8 @@ class App:
         return register
 
     def on(self, event):
-        """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result), "failure"
-        (the exception) and "lost" (the exception) of a run. What it raises is logged and changes nothing."""
+        """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result),
+        "failure" or "lost" (the exception) of a run. What it raises is logged and changes nothing."""
         if event not in EVENTS:
             raise Error(f'there is no event {event!r}; there are {", ".join(EVENTS)}')
 
@@ -1381,7 +1347,7 @@ class App:
 
     def enqueue(self, queue, payload=None, host=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None,
                 priority=None, key=None, id=None):
-        """Add a job, and return it, a dict: see Client.enqueue. `delay` in seconds or `run_at`, a datetime or RFC 3339."""
+        """Add a job, and return it, a dict: see Client.enqueue. `delay` in seconds; `run_at` a datetime or RFC 3339."""
         return self.client(host).enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id)
 
     def enqueue_many(self, queue, payloads, host=None, **options):
@@ -1399,7 +1365,7 @@ class App:
         instead, for nobody can end their threads; SystemExit(1) when those were `max_hung`.
         """
         if multiprocessing.current_process().name.startswith(CHILD):
-            raise Error("run() is reached by the import of this script for isolate=True: put it under if __name__ == '__main__':")
+            raise Error("run() runs where isolate=True imports the script: put it behind if __name__ == '__main__':")
         if not self.registered:
             raise Error('there is no handler: decorate a function with @queue("name")')
         set_up_log()
@@ -1426,13 +1392,13 @@ class App:
     def testing(self):
         """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
 
-        It needs rundown_engine.py to be importable. `t.client` is its client. Queues with a `host` of their own stay there.
+        It needs rundown_engine.py to be importable. `t.client` is its client. Queues with their own `host` stay there.
         """
         from unittest import mock       # here, for it takes long to import
         try:
             import rundown_engine
         except ModuleNotFoundError:
-            raise Error('testing() needs rundown_engine.py where it can be imported, such as beside this module') from None
+            raise Error('testing() needs rundown_engine.py to be importable, such as beside this module') from None
         with tempfile.TemporaryDirectory() as folder:
             server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal')
             threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
@@ -1502,7 +1468,9 @@ def print_rows(rows):
 
 
 def plain(value):
-    return '' if value is None else printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if value is None:
+        return ''
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def json_value(text):
@@ -1518,7 +1486,8 @@ def command_call(client, options):
     given = {field: getattr(options, field, None) for field in inspect.signature(call).parameters}
     given = {field: value for field, value in given.items() if value is not None}
     if options.command in ('cancel', 'retry', 'purge') and not given:
-        raise Misuse(f'{options.command} needs {"--queue or" if options.command == "purge" else "an ID, or --queue and"} --status')
+        needed = '--queue or --status' if options.command == 'purge' else 'an ID, or --queue and --status'
+        raise Misuse(f'{options.command} needs {needed}')
     answer = call(**given)
     if 'warning' in answer:
         print(answer['warning'], file=sys.stderr)
@@ -1550,7 +1519,7 @@ def arguments(argv):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
     parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {URL})')
-    parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try when no engine answers (10)')
+    parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try while none answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
 
     def command(name, help, *positional, function=command_call, **optional):
@@ -1595,8 +1564,6 @@ def main(argv=None):
         print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
         return 3 if isinstance(error, EngineUnavailable) else 2 if isinstance(error, Misuse) else 1
 
-
-# the demo
 
 def command_demo(client, options):
     """An engine, a worker, and every file under a folder as a job; then a look whether all digests are right."""
@@ -1656,7 +1623,8 @@ def digest(path):
 
 def files_under(folder):
     """All readable files of a folder; of the standard library's those that are its own."""
-    folder, skipped = (folder, ()) if folder else (os.path.dirname(os.__file__), ('site-packages', 'test', '__pycache__'))
+    skipped = () if folder else ('site-packages', 'test', '__pycache__')
+    folder = folder or os.path.dirname(os.__file__)
     if not os.path.isdir(folder):
         raise Misuse(f'there is no folder {folder}')
     for parent, folders, names in os.walk(os.path.abspath(folder)):
