@@ -153,11 +153,8 @@ TRANSITIONS = (
 )
 STATUSES = ('pending', 'running', 'done', 'failed', 'cancelled')
 ENDED = ('done', 'failed', 'cancelled')
-
-
-def sources(call):
-    """The statuses from which `call` is drawn."""
-    return tuple(dict.fromkeys(source for name, source, _ in TRANSITIONS if name == call))
+SOURCES = {call: tuple(dict.fromkeys(source for name, source, _ in TRANSITIONS if name == call)) for call, *_ in TRANSITIONS}
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 
 class Clock:
@@ -198,7 +195,7 @@ def seconds(interval):
 
 @functools.lru_cache(maxsize=4096)
 def _date(second):
-    return (datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=second)).isoformat()
+    return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
 
 
 def rfc3339(moment):
@@ -241,7 +238,7 @@ Unusable       = refusal('Unusable',       503, 'The engine cannot start like th
 
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')
 SURROGATE = re.compile('[\x00\ud800-\udfff]')
-RFC3339 = re.compile(r'(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-])(\d\d):(\d\d))', re.ASCII)
+RFC3339 = re.compile(r'(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))', re.ASCII)
 encode = json.JSONEncoder(separators=(',', ':')).encode
 escape = json.encoder.encode_basestring_ascii
 
@@ -275,10 +272,9 @@ def moment(text):
     match = RFC3339.fullmatch(text)
     if not match:
         raise ValueError
-    day, clock, fraction, sign, hours, minutes = match.groups()
-    at = datetime.datetime.fromisoformat(f'{day}T{clock}') - datetime.datetime(1970, 1, 1)
-    east = datetime.timedelta(hours=int(hours or 0), minutes=int(minutes or 0)) * (-1 if sign == '-' else 1)
-    at = (at - east) // datetime.timedelta(microseconds=1) + int((fraction or '0').ljust(6, '0')[:6])
+    day, clock, fraction, zone = match.groups()
+    at = datetime.datetime.fromisoformat(f'{day}T{clock}.{(fraction or "").ljust(6, "0")[:6]}{zone or "+00:00"}')
+    at = (at - EPOCH) // datetime.timedelta(microseconds=1)
     with contextlib.suppress(OverflowError):
         rfc3339(at)
         return at
@@ -300,20 +296,13 @@ def duration(low, high):
 
 NAME = ('a string of 1 to 200 characters without control characters',
         lambda v: type(v) is str and 0 < len(v) <= 200 and not UNPRINTABLE.search(v), as_is)
-ERROR = 'a string', lambda v: type(v) is str, lambda v: shorten(SURROGATE.sub('\ufffd', v), MAX_ERROR)
 VALUE = f'JSON that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text
 FIELDS = {
     # name: what is allowed, whether a value is, and what the store takes for it
-    'id':          NAME,
-    'queue':       NAME,
-    'tag':         NAME,
-    'key':         NAME,
-    'worker':      NAME,
-    'after':       NAME,
-    'payload':     VALUE,
-    'result':      VALUE,
-    'progress':    VALUE,
-    'error':       ERROR,
+    **dict.fromkeys(('id', 'queue', 'tag', 'key', 'worker', 'after'), NAME),
+    **dict.fromkeys(('payload', 'result', 'progress'), VALUE),
+    'jobs':        ('at the top of the body', lambda v: False, as_is),
+    'error':       ('a string', lambda v: type(v) is str, lambda v: shorten(SURROGATE.sub('\ufffd', v), MAX_ERROR)),
     'status':      ('one of ' + ', '.join(STATUSES), lambda v: type(v) is str and v in STATUSES, as_is),
     'retry':       ('true or false', lambda v: type(v) is bool, as_is),
     'attempt':     whole(0, 2**53),
@@ -333,7 +322,7 @@ def checked(path, body):
     """The fields of `body` as the store takes them. Null is as good as missing. BadRequest names the field."""
     if type(body) is not dict:
         raise BadRequest('the body must be a JSON object, such as {"queue": "images"}')
-    needed, taken = ROUTES[path][2:]
+    _, _, needed, taken = ROUTES[path]
     ask = {}
     for field, value in body.items():
         if field != needed and field not in taken:
@@ -371,7 +360,9 @@ def shown(value):
 
 
 def batch(path, body):
-    """The checked items of {"jobs": [...]}; an item that is refused is its refusal."""
+    """The checked fields of `body`, or of each item of {"jobs": [...]}; an item that is refused is its refusal."""
+    if type(body) is not dict or 'jobs' not in body or 'jobs' not in ROUTES[path][3]:
+        return checked(path, body)
     items = body['jobs']
     if len(body) > 1:
         raise BadRequest('jobs stands alone: the other fields belong into its items')
@@ -784,7 +775,6 @@ FILTERS = {
     'after':  'seq < (SELECT seq FROM jobs WHERE id = :after)',
     'last':   'seq > :last',
 }
-SOURCES = {call: sources(call) for call, _, _ in TRANSITIONS}
 COLUMNS = re.findall(r'^    (\w+)  ', SCHEMA.split('CREATE')[1], re.MULTILINE)       # of jobs, in their order
 BLANK = dict.fromkeys(COLUMNS)
 BLANK.update(status='pending', attempt=0, retries=0)
@@ -847,10 +837,10 @@ def history(row):
     return attempts[-MAX_ATTEMPTS:]
 
 
-def filters(ask):
-    """The WHERE clause for the fields that are there, and its values."""
+def where(ask):
+    """The WHERE clause for the fields that are there."""
     found = [clause for field, clause in FILTERS.items() if field in ask]
-    return 'WHERE ' + ' AND '.join(found) if found else '', ask
+    return 'WHERE ' + ' AND '.join(found) if found else ''
 
 
 def new_id(now):
@@ -983,7 +973,7 @@ class Store:
                 raise Unusable(f'{self.path} is damaged; restore a backup')
             with self.reading() as db:      # opens the first reader; one stays open, so that the log outlives the writer's mishaps
                 self.polled = dict(db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL').fetchall())
-            self.commits.run(self._resume)
+            self.commits.run(self._renew)
         except (sqlite3.Error, Unavailable) as error:
             self.close()
             raise Unusable(f'{self.path} cannot be used: {error.__cause__ or error}') from None
@@ -1172,14 +1162,12 @@ class Store:
         if len(self.workers) > MAX_WORKERS:
             self.workers.popitem(last=False)
 
-    def each(self, call, asks):
-        """Outcomes of complete, fail, heartbeat or release in order; one that is refused does not undo its neighbours."""
+    def report(self, call, ask):
+        """The outcome of complete, fail, heartbeat, release, pause or resume; of a list one each, refused or not."""
         method = getattr(self, '_' + call)
-        return self.commits.run(lambda: [self._outcome(method, ask) for ask in asks])
-
-    def one(self, call, ask):
-        method = getattr(self, '_' + call)
-        return self.commits.run(lambda: method(ask))
+        if type(ask) is dict:
+            return self.commits.run(lambda: method(ask))
+        return {'jobs': self.commits.run(lambda: [self._outcome(method, item) for item in ask])}
 
     def _outcome(self, method, ask):
         if isinstance(ask, Refused):
@@ -1268,14 +1256,13 @@ class Store:
 
     def _steps(self, ask):
         """The ids that a large change is about, some at a time, found by a reader so that the writer is not held up."""
-        last = 0
+        ask = {**ask, 'last': 0, 'step': STEP}
         while True:
-            where, values = filters({**ask, 'last': last})
             with self.reading() as db:
-                rows = db.execute(f'SELECT seq, id FROM jobs {where} ORDER BY seq LIMIT :step', {**values, 'step': STEP}).fetchall()
+                rows = db.execute(f'SELECT seq, id FROM jobs {where(ask)} ORDER BY seq LIMIT :step', ask).fetchall()
             if not rows:
                 return
-            last = rows[-1]['seq']
+            ask['last'] = rows[-1]['seq']
             yield [row['id'] for row in rows]
 
     def _step(self, method, ids, statuses):
@@ -1302,13 +1289,13 @@ class Store:
         self.db.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
         self.commits.wake(('job', job['id']))
 
-    def pause(self, queue, paused):
-        return self.commits.run(lambda: self._pause(queue, paused))
+    def _pause(self, ask, paused=True):
+        self.db.execute(PAUSE, {'queue': ask['queue'], 'paused': paused})
+        self.commits.wake(('queue', ask['queue']))
+        return {'queue': ask['queue'], 'paused': paused}
 
-    def _pause(self, queue, paused):
-        self.db.execute(PAUSE, {'queue': queue, 'paused': paused})
-        self.commits.wake(('queue', queue))
-        return {'queue': queue, 'paused': paused}
+    def _resume(self, ask):
+        return self._pause(ask, paused=False)
 
     # calls: readers
 
@@ -1333,14 +1320,16 @@ class Store:
             raise NotFound(f'tag: there is no job tagged {shown(tag)}')
         return as_json(row)
 
-    def jobs(self, ask):
-        where, values = filters(ask)
-        limit = ask.get('limit', 50)
+    def jobs(self, limit=50, **ask):
         with self.reading() as db:
             if 'after' in ask and not db.execute(BY_ID, {'id': ask['after']}).fetchone():
                 raise BadRequest(f'after: there is no job {shown(ask["after"])}')
-            rows = db.execute(f'SELECT * FROM jobs {where} ORDER BY seq DESC LIMIT :limit', {**values, 'limit': limit}).fetchall()
-        return f'{{"jobs":{as_list(map(as_json, rows))},"after":{quoted(rows[-1]["id"] if len(rows) == limit else None)}}}'
+            rows = db.execute(f'SELECT * FROM jobs {where(ask)} ORDER BY seq DESC LIMIT :limit', {**ask, 'limit': limit}).fetchall()
+        after = rows[-1]['id'] if len(rows) == limit else None
+        return f'{{"jobs":{as_list(map(as_json, rows))},"after":{quoted(after)}}}'
+
+    def health(self):
+        return {'status': 'trouble' if self.trouble else 'ok', 'storage': self.trouble or 'ok', 'version': VERSION}
 
     def queues(self):
         with self.reading() as db:
@@ -1417,7 +1406,7 @@ class Store:
         while not self.stopped:
             try:
                 if time.monotonic() - woke > TICK + GRACE:      # the engine slept, or could not write: nobody could be heard
-                    self.commits.run(self._resume)
+                    self.commits.run(self._renew)
                 woke = time.monotonic()
                 self.tick()
             except Exception as error:      # a thread that has to outlive whatever happens
@@ -1427,7 +1416,7 @@ class Store:
             self.alarm.wait(max(0, min(TICK, (self.next_due - self.clock.now()) / 1000000)))
             self.alarm.clear()
 
-    def _resume(self):
+    def _renew(self):
         """After a restart or a sleep: leases that are overdue, or nearly so, get one more period."""
         self.db.execute(RENEW, {'now': self.now, 'grace': micros(GRACE), 'timeout': micros(DEFAULT_TIMEOUT)})
         self.next_due = 0
@@ -1580,7 +1569,8 @@ class Connection(socketserver.BaseRequestHandler):
             handler, rest = self._admit()
             body = self._body()
             keep = self.asked.keep_alive
-            self.send(*handler(self, self._fields(body), rest), keep=keep)
+            ask = batch(self.route, parsed(body)) if self.asked.method == 'POST' else self._query(rest)
+            self.send(*handler(self, ask), keep=keep)
         except Refused as error:
             keep = self._refuse(error, keep)
         except sqlite3.Error as error:
@@ -1618,7 +1608,7 @@ class Connection(socketserver.BaseRequestHandler):
             raise Unauthorized('the token is missing or wrong: send Authorization: Bearer TOKEN')
         if self.route not in ROUTES:
             raise NotFound(f'there is no {shown(path)}; GET /docs lists what there is')
-        method, handler = ROUTES[self.route][:2]
+        method, handler, _, _ = ROUTES[self.route]
         if asked.method not in (('POST',) if method == 'POST' else ('GET', 'HEAD')):
             raise NotAllowed(f'{self.route} takes {method}', Allow='POST' if method == 'POST' else 'GET, HEAD')
         if method == 'POST':
@@ -1654,17 +1644,16 @@ class Connection(socketserver.BaseRequestHandler):
         self.pending = received[length:]
         return received[:length]
 
-    def _fields(self, body):
-        if self.asked.method == 'POST':
-            return parsed(body)
+    def _query(self, rest):
+        """The checked fields of the query; the rest of the path is the field that the call needs."""
         query = self.asked.target.partition('?')[2]
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors='surrogateescape')
+        if rest:
+            pairs.append((ROUTES[self.route][2], rest))
         fields = {field: numeral(value) if field in ('limit', 'wait') else value for field, value in pairs}
         if len(fields) < len(pairs):
             raise BadRequest(f'{shown(max(fields, key=[field for field, _ in pairs].count))} is there twice')
-        for field in fields.keys() - ROUTES[self.route][3]:
-            raise BadRequest(unknown(field, ROUTES[self.route][3]))
-        return fields
+        return checked(self.route, fields)
 
     def _refuse(self, error, keep):
         """Answer with the refusal. A request whose body was not read takes the connection with it."""
@@ -1736,40 +1725,29 @@ def split_path(path):
     return (route, rest) if route in ROUTES and bool(rest) == (route != '/' and route.endswith('/')) else ('other', '')
 
 
-def enqueue(client, body, _):
-    if many(body):
-        asks = batch('/enqueue', body)
-        for ask in asks:
-            if isinstance(ask, Refused):
-                raise ask
-        return 200, f'{{"jobs":{as_list(client.server.store.enqueue(asks))}}}'
-    return 200, client.server.store.enqueue([checked('/enqueue', body)])[0]
+def enqueue(client, ask):
+    if type(ask) is dict:
+        return 200, client.server.store.enqueue([ask])[0]
+    for refused in (item for item in ask if isinstance(item, Refused)):
+        raise refused
+    return 200, f'{{"jobs":{as_list(client.server.store.enqueue(ask))}}}'
 
 
-def many(body):
-    return type(body) is dict and 'jobs' in body
-
-
-def poll(client, body, _):
-    ask = checked('/poll', body)
+def poll(client, ask):
     jobs = client.server.store.poll(ask, client.alive)
     if not jobs:
         return (204,)
     return 200, as_list(jobs) if 'limit' in ask else jobs[0]
 
 
-def report(client, body, _):
-    """Complete, fail, heartbeat, release."""
-    path = client.route
-    if many(body):
-        return 200, {'jobs': client.server.store.each(path[1:], batch(path, body))}
-    return 200, client.server.store.one(path[1:], checked(path, body))
+def report(client, ask):
+    """Complete, fail, heartbeat, release, pause, resume."""
+    return 200, client.server.store.report(client.route[1:], ask)
 
 
-def change(client, body, _):
+def change(client, ask):
     """Cancel, retry, purge."""
     call = client.route[1:]
-    ask = checked(client.route, body)
     if 'status' in ask and ask['status'] not in SOURCES[call]:
         raise BadRequest(f'status must be one of {", ".join(SOURCES[call])} for {call}, not {ask["status"]}')
     if call == 'purge' and not ask:
@@ -1779,37 +1757,20 @@ def change(client, body, _):
     return 200, {'count': client.server.store.change(call, ask)}
 
 
-def pause(client, body, _):
-    return 200, client.server.store.pause(checked(client.route, body)['queue'], client.route == '/pause')
-
-
-def job(client, query, id):
-    ask = checked(client.route, {**query, 'id': id})
+def job(client, ask):
     return 200, client.server.store.job(ask['id'], ask.get('wait', 0), client.alive)
 
 
-def details(client, query, tag):
-    return 200, client.server.store.newest(checked(client.route, {**query, 'tag': tag})['tag'])
+def read(method):
+    """The handler that answers with what the method of the store makes of the fields."""
+    return lambda client, ask: (200, getattr(client.server.store, method)(**ask))
 
 
-def jobs(client, query, _):
-    return 200, client.server.store.jobs(checked('/jobs', query))
-
-
-def queues(client, query, _):
-    return 200, client.server.store.queues()
-
-
-def health(client, query, _):
-    store = client.server.store
-    return 200, {'status': 'ok' if store.trouble is None else 'trouble', 'storage': store.trouble or 'ok', 'version': VERSION}
-
-
-def metrics(client, query, _):
+def metrics(client, ask):
     return 200, exposition(client.server.store), 'text/plain; version=0.0.4; charset=utf-8'
 
 
-def backup(client, query, _):
+def backup(client, ask):
     name = os.path.basename(client.server.store.path)
     return 200, client.server.store.backup(), 'application/vnd.sqlite3', [
         ('Content-Disposition', "attachment; filename*=UTF-8''" + urllib.parse.quote(name))]
@@ -1828,25 +1789,25 @@ def route(method, handler, needed='', taken=''):
 
 
 ROUTES = {
-    # path              method  handler  field it needs, and fields it takes
-    '/enqueue':   route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id'),
-    '/poll':      route('POST', poll,    'queue', 'limit wait worker lease max_retries timeout hung'),
-    '/complete':  route('POST', report,  'id',    'attempt result'),
-    '/fail':      route('POST', report,  'id',    'attempt error retry delay'),
-    '/heartbeat': route('POST', report,  'id',    'attempt progress'),
-    '/release':   route('POST', report,  'id',    'attempt'),
-    '/cancel':    route('POST', change,  '',      'id queue status'),
-    '/retry':     route('POST', change,  '',      'id queue status'),
-    '/purge':     route('POST', change,  '',      'queue status'),
-    '/pause':     route('POST', pause,   'queue'),
-    '/resume':    route('POST', pause,   'queue'),
-    '/jobs/':     route('GET',  job,     'id',    'wait'),
-    '/status/':   route('GET',  job,     'id',    'wait'),
-    '/details/':  route('GET',  details, 'tag'),
-    '/jobs':      route('GET',  jobs,    '',      'queue status tag limit after'),
-    '/queues':    route('GET',  queues),
+    # path              method  handler          field it needs, and fields it takes; jobs: a list of such
+    '/enqueue':   route('POST', enqueue,         'queue', 'payload timeout max_retries tag priority delay run_at key id jobs'),
+    '/poll':      route('POST', poll,            'queue', 'limit wait worker lease max_retries timeout hung'),
+    '/complete':  route('POST', report,          'id',    'attempt result jobs'),
+    '/fail':      route('POST', report,          'id',    'attempt error retry delay jobs'),
+    '/heartbeat': route('POST', report,          'id',    'attempt progress jobs'),
+    '/release':   route('POST', report,          'id',    'attempt jobs'),
+    '/cancel':    route('POST', change,          '',      'id queue status'),
+    '/retry':     route('POST', change,          '',      'id queue status'),
+    '/purge':     route('POST', change,          '',      'queue status'),
+    '/pause':     route('POST', report,          'queue'),
+    '/resume':    route('POST', report,          'queue'),
+    '/jobs/':     route('GET',  job,             'id',    'wait'),
+    '/status/':   route('GET',  job,             'id',    'wait'),
+    '/details/':  route('GET',  read('newest'),  'tag'),
+    '/jobs':      route('GET',  read('jobs'),    '',      'queue status tag limit after'),
+    '/queues':    route('GET',  read('queues')),
     '/metrics':   route('GET',  metrics),
-    '/health':    route('GET',  health),
+    '/health':    route('GET',  read('health')),
     '/backup':    route('GET',  backup),
     '/docs':      route('GET',  docs),
     '/':          route('GET',  page),
