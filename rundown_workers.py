@@ -374,7 +374,8 @@ class Client:
         if token and not re.fullmatch('[!-~]+', token):
             raise Error('the token must be of visible ASCII characters')
         self.headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'}
-        self.headers.update({'Authorization': 'Bearer ' + token} if token else {})
+        if token:
+            self.headers['Authorization'] = 'Bearer ' + token
         context = ssl.create_default_context(cafile=ca) if self.host.startswith('https:') else None
         if context and ca:      # home-made certificates rarely pass what Python 3.13 asks for
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT
@@ -819,7 +820,6 @@ def load(file, name):
     spec.loader.exec_module(module)
     return module
 
-
 # -- Worker -----------------------------------------------------------------------------------------------------------
 
 RELEASED = Outcome('release')
@@ -860,11 +860,9 @@ class Consumer:
         self.thread = None
 
     def start(self):
-        self.slots = [self.new_slot() for _ in range(self.concurrency)]
+        kind = IsolatedSlot if self.registered.isolate else Slot
+        self.slots = [kind(self) for _ in range(self.concurrency)]
         self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
-
-    def new_slot(self):
-        return (IsolatedSlot if self.registered.isolate else Slot)(self)
 
     def _fetch(self):
         """Poll, hand to the slots, rest; until the worker stops."""
@@ -1004,7 +1002,7 @@ class Consumer:
     def replace(self, slot):
         """Go on with a fresh thread. The lock of the slot's task is held, so no other does it too."""
         self.abandoned[slot.thread] = time.monotonic()
-        self.slots[self.slots.index(slot)] = self.new_slot()
+        self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def hook(self, event, task, value):
         for function in self.worker.app.hooks[event]:
@@ -1141,8 +1139,7 @@ class Link:
                     self.away(error)
                     break
                 for task, answer in zip(batch, answers):
-                    if answer.get('code') in GONE:
-                        task.consumer.lose(task, answer['error'])
+                    self._answered('heartbeat', task, answer)
 
 
 class Worker:
@@ -1576,7 +1573,8 @@ def command_demo(client, options):
         if sys.stderr.isatty():
             count = next(ended)
             bar = '#' * (40 * count // len(paths))
-            print(f'\r[{bar:40}] {count:,} of {len(paths):,} files', end='', file=sys.stderr, flush=True)
+            end = '' if count < len(paths) else '\n'
+            print(f'\r[{bar:40}] {count:,} of {len(paths):,} files', end=end, file=sys.stderr, flush=True)
 
     with app.testing() as engine:
         began = time.monotonic()
@@ -1584,7 +1582,6 @@ def command_demo(client, options):
         engine.run()
         seconds = time.monotonic() - began
         jobs = list(all_jobs(engine.client))
-    print('\n' if sys.stderr.isatty() else '', end='', file=sys.stderr)
     return report_demo(paths, jobs, seconds)
 
 
