@@ -252,7 +252,7 @@ class Timed(io.RawIOBase):
     def readinto(self, buffer):
         self.sock.settimeout(left(self.deadline))
         count = self.sock.recv_into(buffer)
-        self.received = True
+        self.received |= count > 0
         return count
 
     def makefile(self, mode):
@@ -285,7 +285,7 @@ class KeepAlive(urllib.request.BaseHandler):
             answer = Timed(connection.sock, deadline)
             try:
                 return self._exchange(connection, request, answer)
-            except ConnectionError:         # closed while it was idle, so not answered: that is no reason to give up
+            except ConnectionError:         # closed while it was idle: that is no reason to give up
                 if answer.received:
                     raise
         if request.type == 'https':
@@ -1391,7 +1391,6 @@ class App:
 
         It needs rundown_engine.py to be importable. `t.client` is its client. Queues with their own `host` stay there.
         """
-        from unittest import mock       # here, for it takes long to import
         try:
             import rundown_engine
         except ModuleNotFoundError:
@@ -1399,16 +1398,19 @@ class App:
         with tempfile.TemporaryDirectory() as folder:
             server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal')
             threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
-            ours = mock.patch.object(self, 'host', server.url)
-            with ours, mock.patch.dict(os.environ, RUNDOWN_URL=server.url):     # the latter for isolated handlers
-                try:
-                    run = functools.partial(self.run, burst=True)
-                    yield types.SimpleNamespace(app=self, client=self.client(), url=server.url, run=run)
-                finally:
-                    for settings in [settings for settings in self.clients if settings[0] == server.url]:
-                        self.clients.pop(settings).close()
-                    server.shutdown()
-                    server.server_close()
+            host, outside = self.host, os.environ.get('RUNDOWN_URL', '')
+            self.host = os.environ['RUNDOWN_URL'] = server.url      # the latter for isolated handlers
+            try:
+                run = functools.partial(self.run, burst=True)
+                yield types.SimpleNamespace(app=self, client=self.client(), url=server.url, run=run)
+            finally:
+                self.host, os.environ['RUNDOWN_URL'] = host, outside
+                if not outside:         # which counts as none
+                    del os.environ['RUNDOWN_URL']
+                for settings in [settings for settings in self.clients if settings[0] == server.url]:
+                    self.clients.pop(settings).close()
+                server.shutdown()
+                server.server_close()
 
 
 def set_up_log():
