@@ -30,7 +30,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /fail       id, attempt, error, retry (false: never again), delay (instead of the backoff)
     POST /heartbeat  id, attempt, progress -> 409 when the claim is gone
     POST /release    id, attempt -> pending again, nothing counted
-                     these four also take {"jobs": [...]}; each item is answered in order, with `error` and `code` if refused
+                     these four also take {"jobs": [...]}: each item is answered, with `error` and `code` if refused
     POST /cancel     id, or queue with status (pending, running)   -> {"count": n}
     POST /retry      id, or queue with status (failed, cancelled)  -> {"count": n}
     POST /purge      queue and/or status (never running)           -> {"count": n}
@@ -42,25 +42,25 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /, /docs    the dashboard; this text
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
 
-Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign page, 404, 405, 409 not
-(or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 503 storage trouble (with Retry-After).
+Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign page, 404, 405, 409
+not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 503 storage trouble (with Retry-After).
 
 GUARANTEES
 
 - Acknowledged means on disk: the answer is sent after the commit (synchronous=FULL unless --sync normal).
 - At least once, fenced: a job has one claim at a time; whoever names an older `attempt` gets 409 and changes nothing.
-- Within a queue: higher priority first, then the earliest due, then the oldest. Whatever their number, a poll costs the same.
+- Within a queue: higher priority first, then the earliest due, then the oldest. A poll costs the same with any number.
 - The n-th retry is due 5 * n^2 seconds after the failure. A lost worker (no sign of life within its lease) counts as
   a failure, but a job whose retries are used up still survives 3 losses. So a job that kills its worker ends, always.
-- The lease is `timeout` + 5 s from the claim; a poll that names a `lease` must heartbeat within it. It runs on a clock that
-  setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more.
-- Enqueuing an `id` that exists, or a `key` that is pending or running in the queue, returns that job with "created": false.
+- The lease is `timeout` + 5 s from the claim; a poll that names a `lease` must heartbeat within it. It runs on a clock
+  that setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more.
+- Enqueuing an `id` that exists, or a `key` pending or running in the queue, returns that job with "created": false.
 
 LIMITS
 
-One engine per database, on a local disk. A body has at most 8 MiB, a JSON value at most 200 levels, an integer 4,300 digits.
-Done and cancelled jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A system clock that is set back is
-followed only slowly (1 ms a second) until the engine is restarted: run_at is early by what is left of the difference.
+One engine per database, on a local disk. A body has at most 8 MiB, JSON at most 200 levels, an integer 4,300 digits.
+Done and cancelled jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A system clock that is set back
+is followed slowly (1 ms a second) until the engine is restarted: run_at is early by what is left of the difference.
 """
 
 import argparse
@@ -82,7 +82,6 @@ import os
 import pathlib
 import random
 import re
-import select
 import signal
 import socket
 import socketserver
@@ -109,7 +108,7 @@ MAX_BODY = 8 << 20          # bytes of a request's body
 MAX_HEAD = 32 << 10         # bytes of a request's line and headers
 MAX_HEADERS = 100           # header lines of a request
 MAX_DEPTH = 200             # levels of a JSON value
-MAX_DIGITS = 4300           # digits of a JSON integer; beyond it newer Pythons refuse and older ones take quadratic time
+MAX_DIGITS = 4300           # digits of a JSON integer; beyond it newer Pythons refuse, older ones take quadratic time
 MAX_ERROR = 64 << 10        # characters of an error; the middle is cut out
 MAX_ATTEMPTS = 10           # ended attempts that a job remembers, with errors of
 MAX_ATTEMPT_ERROR = 4 << 10  # characters
@@ -153,12 +152,12 @@ TRANSITIONS = (
 )
 STATUSES = ('pending', 'running', 'done', 'failed', 'cancelled')
 ENDED = ('done', 'failed', 'cancelled')
-SOURCES = {call: tuple(dict.fromkeys(source for name, source, _ in TRANSITIONS if name == call)) for call, *_ in TRANSITIONS}
+SOURCES = {call: tuple(dict.fromkeys(row[1] for row in TRANSITIONS if row[0] == call)) for call, _, _ in TRANSITIONS}
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 
 class Clock:
-    """Engine time, in microseconds since 1970: the wall clock as long as that behaves, never standing still or going back.
+    """Engine time, in microseconds since 1970: the wall clock while that behaves, never standing still or going back.
 
     It runs on the monotonic clock from where the wall clock stood at the start, is drawn towards the wall clock by a
     millisecond a second, and follows it at once only forward (a machine that slept, a clock that was set).
@@ -205,7 +204,7 @@ def rfc3339(moment):
 
 
 class Refused(Exception):
-    """A refusal, raised anywhere and answered in one place: a status, a sentence that names the field, extra headers."""
+    """A refusal, raised anywhere and answered in one place: a status, a sentence that names the field, headers."""
     headers = ()
 
     def __init__(self, sentence, **headers):
@@ -214,8 +213,8 @@ class Refused(Exception):
 
 
 def refusal(name, status, meaning, **headers):
-    return type(name, (Refused,), {'__doc__': meaning, 'status': status,
-                                   'headers': [(header.replace('_', '-'), value) for header, value in headers.items()]})
+    headers = [(header.replace('_', '-'), value) for header, value in headers.items()]
+    return type(name, (Refused,), {'__doc__': meaning, 'status': status, 'headers': headers})
 
 
 BadRequest     = refusal('BadRequest',     400, 'The input is not what the call takes.')
@@ -231,7 +230,7 @@ NotJSON        = refusal('NotJSON',        415, 'The body does not claim to be J
 Misdirected    = refusal('Misdirected',    421, "The Host is none of this engine's names.")
 HeadTooLarge   = refusal('HeadTooLarge',   431, 'The header section is larger than the engine takes.')
 Fault          = refusal('Fault',          500, "A mistake of the engine's own.")
-Unavailable    = refusal('Unavailable',    503, 'The storage is in trouble: nothing was acknowledged, try again.', Retry_After='1')
+Unavailable    = refusal('Unavailable',    503, 'The storage is in trouble: nothing was acknowledged.', Retry_After='1')
 Unusable       = refusal('Unusable',       503, 'The engine cannot start like this.')
 
 # -- Fields -----------------------------------------------------------------------------------------------------------
@@ -282,8 +281,8 @@ def moment(text):
 
 
 def shorten(text, longest):
-    half = longest // 2
-    return text if len(text) <= longest else f'{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}'
+    half, cut = longest // 2, len(text) - longest // 2 * 2
+    return text if len(text) <= longest else f'{text[:half]}\n[... {cut} characters ...]\n{text[-half:]}'
 
 
 def whole(low, high):
@@ -522,13 +521,13 @@ class Ticket:
 class GroupCommit:
     """Operations of many threads in shared transactions, after LevelDB's DBImpl::Write.
 
-    The first thread that comes is the leader: it runs all operations that wait in one transaction. Those who come meanwhile
-    wait as followers; when the leader is done it hands the lead to the first of them, then wakes its own followers with
-    their results. An operation that is refused has written nothing, so it does not undo its neighbours.
+    The first thread that comes is the leader: it runs all operations that wait in one transaction. Those who come
+    meanwhile wait as followers; when the leader is done it hands the lead to the first of them, then wakes its own
+    followers with their results. An operation that is refused has written nothing, so it does not undo its neighbours.
 
-    An operation with a topic that comes back empty is parked and its thread sleeps on. An operation that calls wake(topic)
-    makes the parked ones join its own group, one by one until one comes back empty: what arrives and the poll that takes
-    it are one commit, and no more sleepers are woken than there are jobs.
+    An operation with a topic that comes back empty is parked and its thread sleeps on. One that calls wake(topic) makes
+    the parked ones join its own group, one by one until one comes back empty: what arrives and the poll that takes it
+    are one commit, and no more sleepers are woken than there are jobs.
     """
 
     def __init__(self, transaction):
@@ -668,11 +667,14 @@ CLAIM = """
 START = """
     UPDATE jobs
     SET status = 'running', attempt = :attempt, worker = :worker, lease = :lease, lease_until = :lease_until,
-        worker_timeout = :worker_timeout, worker_max_retries = :worker_max_retries, started_at = :started_at, updated_at = :updated_at
+        worker_timeout = :worker_timeout, worker_max_retries = :worker_max_retries,
+        started_at = :started_at, updated_at = :updated_at
     WHERE seq = :seq"""
 INSERT = """
-    INSERT INTO jobs (id, queue, tag, payload, scheduled, priority, max_retries, timeout, key, created_at, updated_at, next_run_at)
-    VALUES (:id, :queue, :tag, :payload, :scheduled, :priority, :max_retries, :timeout, :key, :created_at, :updated_at, :next_run_at)"""
+    INSERT INTO jobs (id, queue, tag, payload, scheduled, priority, max_retries, timeout, key,
+        created_at, updated_at, next_run_at)
+    VALUES (:id, :queue, :tag, :payload, :scheduled, :priority, :max_retries, :timeout, :key,
+        :created_at, :updated_at, :next_run_at)"""
 BY_ID = """
     SELECT *
     FROM jobs
@@ -690,18 +692,24 @@ RUNNING = """
     SELECT seq, id, queue, status, attempt, started_at
     FROM jobs
     WHERE id = ?"""
+RUNNING_BY_WORKER = """
+    SELECT worker, COUNT(*)
+    FROM jobs
+    WHERE status = 'running'
+    GROUP BY worker"""
 COMPLETE = """
     UPDATE jobs
     SET status = 'done', result = ?, error = NULL, updated_at = ?, finished_at = ?
     WHERE seq = ?"""
 HEARTBEAT = """
     UPDATE jobs
-    SET lease_until = MAX(lease_until, MIN(:now + COALESCE(lease, 0), :last)), progress = COALESCE(:progress, progress), updated_at = :now
+    SET lease_until = MAX(lease_until, MIN(:now + COALESCE(lease, 0), :last)), updated_at = :now,
+        progress = COALESCE(:progress, progress)
     WHERE seq = :seq"""
 MOVE = """
     UPDATE jobs
-    SET status = :status, scheduled = :scheduled, retries = :retries, losses = :losses, error = :error, attempts = :attempts,
-        next_run_at = :next_run_at, updated_at = :now, finished_at = :finished_at
+    SET status = :status, scheduled = :scheduled, retries = :retries, losses = :losses, error = :error,
+        attempts = :attempts, next_run_at = :next_run_at, updated_at = :now, finished_at = :finished_at
     WHERE seq = :seq"""
 DUE = """
     SELECT seq, queue
@@ -724,8 +732,8 @@ RENEW = """
     UPDATE jobs
     SET lease_until = CASE
             WHEN lease_until <= :now THEN :now + MAX(:grace, COALESCE(lease, 0))
-            ELSE MIN(MAX(lease_until, :now + :grace),
-                     :now + MAX(:grace, COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace))) END,
+            ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, COALESCE(
+                lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace))) END,
         started_at = MIN(started_at, :now)
     WHERE status = 'running'"""
 SHIFT = """
@@ -792,13 +800,14 @@ def stamp(moment):
 def as_json(row, more=''):
     """The job of a row as clients see it, as JSON text, with `more` at its end. Its values are JSON text already."""
     return (
-        f'{{"id":{quoted(row["id"])},"queue":{quoted(row["queue"])},"tag":{quoted(row["tag"])},"payload":{row["payload"] or "null"},'
-        f'"status":"{row["status"]}","priority":{row["priority"]},"attempt":{row["attempt"]},"retries":{row["retries"]},'
-        f'"max_retries":{max_retries_of(row)},"timeout":{seconds(timeout_of(row))},"key":{quoted(row["key"])},'
-        f'"worker":{quoted(row["worker"])},"progress":{row["progress"] or "null"},"result":{row["result"] or "null"},'
-        f'"error":{quoted(row["error"])},"created_at":{stamp(row["created_at"])},"updated_at":{stamp(row["updated_at"])},'
-        f'"next_run_at":{stamp(row["next_run_at"])},"started_at":{stamp(row["started_at"])},"finished_at":{stamp(row["finished_at"])}'
-        f'{more}}}')
+        f'{{"id":{quoted(row["id"])},"queue":{quoted(row["queue"])},"tag":{quoted(row["tag"])},'
+        f'"payload":{row["payload"] or "null"},"status":"{row["status"]}","priority":{row["priority"]},'
+        f'"attempt":{row["attempt"]},"retries":{row["retries"]},"max_retries":{max_retries_of(row)},'
+        f'"timeout":{seconds(timeout_of(row))},"key":{quoted(row["key"])},"worker":{quoted(row["worker"])},'
+        f'"progress":{row["progress"] or "null"},"result":{row["result"] or "null"},"error":{quoted(row["error"])},'
+        f'"created_at":{stamp(row["created_at"])},"updated_at":{stamp(row["updated_at"])},'
+        f'"next_run_at":{stamp(row["next_run_at"])},"started_at":{stamp(row["started_at"])},'
+        f'"finished_at":{stamp(row["finished_at"])}{more}}}')
 
 
 def as_list(texts):
@@ -815,8 +824,14 @@ def max_retries_of(row):
     return own if own is not None else row['worker_max_retries'] or 0
 
 
+def found(row, otherwise, name):
+    if row is None:
+        raise NotFound(f'{otherwise} {shown(name)}')
+    return row
+
+
 def allowed(call, job, ask):
-    """The job, which is in a state that `call` starts from, and whose current claim is the one that `ask` names, if any."""
+    """The job, which is in a state that `call` starts from, and whose claim is the one that `ask` names, if any."""
     if job['status'] not in SOURCES[call]:
         raise Stale(f'id: the job is {job["status"]}, so {call} is not possible')
     if ask.get('attempt', job['attempt']) != job['attempt']:
@@ -825,8 +840,9 @@ def allowed(call, job, ask):
 
 
 def attempt_of(row, outcome, finished_at, error):
-    return {'attempt': row['attempt'], 'worker': row['worker'], 'outcome': outcome, 'started_at': rfc3339(row['started_at']),
-            'finished_at': rfc3339(finished_at), 'error': error and shorten(error, MAX_ATTEMPT_ERROR)}
+    return {'attempt': row['attempt'], 'worker': row['worker'], 'outcome': outcome,
+            'started_at': rfc3339(row['started_at']), 'finished_at': rfc3339(finished_at),
+            'error': error and shorten(error, MAX_ATTEMPT_ERROR)}
 
 
 def history(row):
@@ -845,16 +861,13 @@ def where(ask):
 
 def new_id(now):
     """A UUID of version 7 (RFC 9562): ordered by time, so that the index on it grows at its end alone."""
-    stamp, chance = '%012x' % (now // 1000), '%020x' % random.getrandbits(80)     # seeded by the system; os.urandom is a system call
+    stamp, chance = '%012x' % (now // 1000), '%020x' % random.getrandbits(80)   # os.urandom would be a system call
     return f'{stamp[:8]}-{stamp[8:]}-7{chance[:3]}-{"89ab"[int(chance[3], 16) % 4]}{chance[4:7]}-{chance[7:19]}'
 
 
 def lock(path):
-    """An open file that says that this engine has the database; a file of its own, for closing the database drops SQLite's locks."""
-    try:
-        file = os.fdopen(os.open(path + '.lock', os.O_RDWR | os.O_CREAT, 0o600), 'r+b')
-    except OSError as error:
-        raise Unusable(f'{path} cannot be used: {error.strerror}') from None
+    """An open file that says whose the database is: one of its own, as closing the other one drops SQLite's locks."""
+    file = os.fdopen(os.open(path + '.lock', os.O_RDWR | os.O_CREAT, 0o600), 'r+b')
     try:
         if os.name == 'nt':
             import msvcrt
@@ -869,50 +882,45 @@ def lock(path):
 
 
 def examine(path):
-    """Refuse a file that is no database of ours, by its header alone so that it is not touched; create one that is missing."""
-    try:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o600), 'rb') as file:
-            header = file.read(100)
-    except OSError as error:
-        raise Unusable(f'{path} cannot be used: {error.strerror}') from None
+    """Refuse a file that is no database of ours, by its header so that it is not touched; create a missing one."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o600), 'rb') as file:
+        header = file.read(100)
     journal = path + '-journal'
-    if header and not (os.path.exists(journal) and os.path.getsize(journal)):       # else SQLite finishes a creation that broke off
+    if header and not (os.path.exists(journal) and os.path.getsize(journal)):   # else SQLite ends what broke off
         version, application = (int.from_bytes(header[at:at + 4], 'big') for at in (60, 68))
         if header[:16] != b'SQLite format 3\0' or application != APPLICATION_ID:
             raise Unusable(f'{path} is not a Rundown database; it was left as it is')
         if version > SCHEMA_VERSION:
-            raise Unusable(f'{path} was written by a newer engine (schema {version}, this one knows {SCHEMA_VERSION}); it was left as it is')
+            known = f'schema {version}, this one knows {SCHEMA_VERSION}'
+            raise Unusable(f'{path} was written by a newer engine ({known}); it was left as it is')
     with contextlib.suppress(PermissionError):
         os.chmod(path, 0o600)
 
 
 class Meter:
-    """Counts since the start: totals, histograms, and the last hour by the minute. Written by the leader after each commit."""
+    """Counts since the start: totals, histograms, the last hour by the minute. Written after each commit."""
 
     def __init__(self):
-        self.lock = threading.Lock()                                        # guards all of it
-        self.totals = collections.Counter()                                 # (event, queue) -> n
-        self.seconds = {}                                                   # (event, queue) -> [n per bucket ..., beyond, sum]
-        self.groups = [0] * (len(GROUPS) + 2)                               # the same of operations in a commit
-        self.minutes = collections.deque(maxlen=60)                         # (minute, {(event, queue): n})
-        self.requests = collections.Counter()                               # (route, status) -> n
+        self.lock = threading.Lock()                    # guards all of it
+        self.totals = collections.Counter()             # (event, queue) -> n
+        self.seconds = {}                               # (event, queue) -> [n per bucket ..., beyond, sum]
+        self.groups = [0] * (len(GROUPS) + 2)           # the same of operations in a commit
+        self.minutes = collections.deque(maxlen=60)     # (minute, {(event, queue): n})
+        self.requests = collections.Counter()           # (route, status) -> n
 
     def record(self, now, noted, group):
         with self.lock:
             observe(self.groups, GROUPS, group)
             if noted:
-                minute = self._minute(now)
+                if not self.minutes or self.minutes[-1][0] != now // 60000000:
+                    self.minutes.append((now // 60000000, collections.Counter()))
+                minute = self.minutes[-1][1]
                 for event, queue, took in noted:
                     self.totals[event, queue] += 1
                     minute[event, queue] += 1
                     if took is not None:
                         histogram = self.seconds.setdefault((event, queue), [0] * (len(BUCKETS) + 2))
                         observe(histogram, BUCKETS, max(0, took) / 1000000)
-
-    def _minute(self, now):
-        if not self.minutes or self.minutes[-1][0] != now // 60000000:
-            self.minutes.append((now // 60000000, collections.Counter()))
-        return self.minutes[-1][1]
 
     def request(self, route, status):
         with self.lock:
@@ -921,9 +929,10 @@ class Meter:
     def last_hour(self, now, queue):
         """Per event 60 counts, the last one of the current minute."""
         with self.lock:
-            minutes = {at: (m['enqueued', queue], m['completed', queue], m['failed', queue] + m['lost', queue]) for at, m in self.minutes}
-        columns = zip(*(minutes.get(now // 60000000 - ago, (0, 0, 0)) for ago in range(59, -1, -1)))
-        return {event: list(column) for event, column in zip(('enqueued', 'done', 'failed'), columns)}
+            minutes = dict(self.minutes)
+            hour = [minutes.get(now // 60000000 - ago, {}) for ago in range(59, -1, -1)]
+            return {name: [sum(minute.get((event, queue), 0) for event in events) for minute in hour]
+                    for name, *events in (('enqueued',) * 2, ('done', 'completed'), ('failed', 'failed', 'lost'))}
 
 
 def observe(histogram, buckets, value):
@@ -932,7 +941,7 @@ def observe(histogram, buckets, value):
 
 
 class Store:
-    """The jobs of one database: one method a call. Writers go through the group commit, readers have connections of their own."""
+    """The jobs of one database: a method a call. Writers go through the group commit, readers have own connections."""
 
     def __init__(self, path, sync='full', clock=time, keep=0, keep_failed=0):
         self.path = os.path.realpath(path)                      # constant after start:
@@ -954,8 +963,8 @@ class Store:
         self.next_prune = 0
         self.alarm = threading.Event()                          # next_due came nearer
         self.stopped = False
-        self.lock_file = lock(self.path)
-        self.db = self.files = None                             # the leader's: the connection that writes, and what it writes to
+        self.lock_file = None
+        self.db = self.files = None                             # the leader's: what writes, and what it writes to
         self.timekeeper = threading.Thread(target=self._keep_time, name='timekeeper', daemon=True)
         self._open()
         self.timekeeper.start()
@@ -964,6 +973,7 @@ class Store:
 
     def _open(self):
         try:
+            self.lock_file = lock(self.path)
             examine(self.path)
             self.inode = os.stat(self.path).st_ino
             self.db = self._connect()
@@ -971,12 +981,14 @@ class Store:
             self.db.execute('PRAGMA journal_mode = WAL')
             if os.path.getsize(self.path) <= CHECKED and self.db.execute('PRAGMA quick_check(1)').fetchone()[0] != 'ok':
                 raise Unusable(f'{self.path} is damaged; restore a backup')
-            with self.reading() as db:      # opens the first reader; one stays open, so that the log outlives the writer's mishaps
-                self.polled = dict(db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL').fetchall())
+            with self.reading() as db:      # opens the first reader; one stays, so that the log outlives the writer
+                polled = db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL')
+                self.polled = dict(polled.fetchall())
             self.commits.run(self._renew)
-        except (sqlite3.Error, Unavailable) as error:
+        except (sqlite3.Error, OSError, Unavailable) as error:
             self.close()
-            raise Unusable(f'{self.path} cannot be used: {error.__cause__ or error}') from None
+            reason = getattr(error, 'strerror', None) or error.__cause__ or error
+            raise Unusable(f'{self.path} cannot be used: {reason}') from None
         except BaseException:
             self.close()
             raise
@@ -1008,7 +1020,7 @@ class Store:
     def transaction(self, group):
         """The one place where the database is changed: all of the group is on disk, or nothing and Unavailable."""
         try:
-            self._still_ours(self.db is not None or os.path.exists(self.path) and os.stat(self.path).st_ino == self.inode)
+            self._still_ours(self.db or os.path.exists(self.path) and os.stat(self.path).st_ino == self.inode)
             if self.db is None:
                 self._reconnect()
             self.db.execute('BEGIN IMMEDIATE')
@@ -1035,9 +1047,10 @@ class Store:
                 self.db.execute('ROLLBACK')
         except sqlite3.Error:
             pass
-        if isinstance(error, sqlite3.Error) and not isinstance(error, (sqlite3.ProgrammingError, sqlite3.IntegrityError)):
+        mistake = sqlite3.ProgrammingError, sqlite3.IntegrityError
+        if isinstance(error, sqlite3.Error) and not isinstance(error, mistake):
             busy = 'locked' in str(error)
-            if not busy and self.db is not None:        # after an I/O error only a fresh connection knows what is on disk
+            if not busy and self.db is not None:    # after an I/O error only a fresh connection knows what is on disk
                 self.db.close()
                 self.db = None
             self.unsynced = self.unsynced or 'I/O' in str(error)
@@ -1048,7 +1061,7 @@ class Store:
             raise Unavailable(f'the database could not be written ({error}); {done}') from error
 
     def _reconnect(self):
-        """After an I/O error the log may hold a commit that was never synced; it is, before a replay of it is acknowledged."""
+        """The log may hold a commit that was never synced; it is, before a replay of it is acknowledged."""
         db = self._connect()
         if self.unsynced and db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
             db.close()
@@ -1080,7 +1093,8 @@ class Store:
             for db in filter(None, [self.db, *self.readers]):
                 db.close()
             self.db = None
-        self.lock_file.close()
+        if self.lock_file:
+            self.lock_file.close()
 
     # calls: producers
 
@@ -1121,7 +1135,8 @@ class Store:
             near = difflib.get_close_matches(queue, list(self.polled)[:200], 1)
             if len(self.hints) > MAX_WORKERS:
                 self.hints = {}
-            self.hints[queue] = f'no worker has ever polled the queue {shown(queue)}' + (f'; did you mean {shown(near[0])}?' if near else '')
+            hint = f'; did you mean {shown(near[0])}?' if near else ''
+            self.hints[queue] = f'no worker has ever polled the queue {shown(queue)}{hint}'
         return self.hints[queue]
 
     # calls: workers
@@ -1138,8 +1153,9 @@ class Store:
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
         rows = self.db.execute(CLAIM, {'queue': queue, 'limit': ask.get('limit', 1)}).fetchall()
-        changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now, 'updated_at': self.now,
-                   'worker_timeout': ask.get('timeout'), 'worker_max_retries': ask.get('max_retries')}
+        changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now,
+                   'updated_at': self.now, 'worker_timeout': ask.get('timeout'),
+                   'worker_max_retries': ask.get('max_retries')}
         claims = [self._claim(dict(zip(COLUMNS, row)), changes) for row in rows]
         self.db.executemany(START, claims)
         return [as_json(claim) for claim in claims]
@@ -1177,17 +1193,12 @@ class Store:
         except Refused as error:
             return {'id': ask['id'], 'error': str(error), 'code': error.status}
 
-    def _job(self, ask, statement=CLAIMED):
-        job = self.db.execute(statement, (ask['id'],)).fetchone()
-        if job is None:
-            raise NotFound(f'id: there is no job {shown(ask["id"])}')
-        return job
-
     def _claimed(self, call, ask):
-        return allowed(call, self._job(ask), ask)
+        job = found(self.db.execute(CLAIMED, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
+        return allowed(call, job, ask)
 
     def _complete(self, ask):
-        job = self._job(ask, RUNNING)
+        job = found(self.db.execute(RUNNING, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
         if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
             allowed('complete', job, ask)
             self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
@@ -1198,13 +1209,11 @@ class Store:
     def _fail(self, ask):
         job = self._claimed('fail', ask)
         again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
-        self.noted.append(('failed', job['queue'], self.now - job['started_at']))
         return self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
 
     def _lose(self, ask):
         job = self._claimed('lose', ask)
         again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
-        self.noted.append(('lost', job['queue'], None))
         return self._give_back(job, 'lost', again, 'worker lost', losses=job['losses'] + 1)
 
     def _give_back(self, job, outcome, again, error, delay=None, **changes):
@@ -1216,10 +1225,8 @@ class Store:
         return self._move(job, 'pending' if again else 'failed', outcome, error=error, **changes)
 
     def _release(self, ask):
-        job = self._claimed('release', ask)
-        self.noted.append(('released', job['queue'], None))
-        self._move(job, 'pending', 'released')
-        return {'id': job['id'], 'status': 'pending'}
+        self._move(self._claimed('release', ask), 'pending', 'released')
+        return {'id': ask['id'], 'status': 'pending'}
 
     def _heartbeat(self, ask):
         job = self._claimed('heartbeat', ask)
@@ -1229,19 +1236,22 @@ class Store:
             self._seen(job['worker'], job['queue'])
         return {'id': job['id'], 'status': 'running'}
 
-    def _move(self, job, status, outcome=None, **changes):
-        """Change the status of a job other than by poll and complete; `outcome` is how its running attempt ended."""
-        row = {**dict(job), **changes, 'status': status, 'now': self.now, 'finished_at': self.now if status in ENDED else None}
+    def _move(self, job, status, event, **changes):
+        """Change the status of a job other than by poll and complete. `event`: how the attempt ended, if it ran."""
+        ended = self.now if status in ENDED else None
+        row = {**dict(job), **changes, 'status': status, 'now': self.now, 'finished_at': ended}
         row['scheduled'] = status == 'pending' and row['next_run_at'] > self.now
-        if outcome:
-            ended = attempt_of(job, outcome, self.now, changes.get('error'))
-            row['attempts'] = encode((json.loads(job['attempts'] or '[]') + [ended])[-MAX_ATTEMPTS:])
+        if job['status'] == 'running':
+            attempt = attempt_of(job, event, self.now, changes.get('error'))
+            row['attempts'] = encode((json.loads(job['attempts'] or '[]') + [attempt])[-MAX_ATTEMPTS:])
         self.db.execute(MOVE, row)
+        self.noted.append((event, job['queue'], None))
         if status == 'pending':
             self._pending(job['queue'], row['next_run_at'])
         else:
             self.commits.wake(('job', job['id']))
-        return {'id': job['id'], 'status': status, 'retries': row['retries'], 'next_run_at': rfc3339(row['next_run_at'])}
+        due = rfc3339(row['next_run_at'])
+        return {'id': job['id'], 'status': status, 'retries': row['retries'], 'next_run_at': due}
 
     # calls: operators
 
@@ -1276,12 +1286,11 @@ class Store:
         return count
 
     def _cancel(self, job):
-        self.noted.append(('cancelled', job['queue'], None))
-        return self._move(job, 'cancelled', 'cancelled' if job['status'] == 'running' else None)
+        return self._move(job, 'cancelled', 'cancelled')
 
     def _retry(self, job):
         try:
-            return self._move(job, 'pending', retries=0, losses=0, next_run_at=self.now)
+            return self._move(job, 'pending', 'retried', retries=0, losses=0, next_run_at=self.now)
         except sqlite3.IntegrityError:
             raise Stale('key: another job with the same key is pending or running in the queue') from None
 
@@ -1304,9 +1313,7 @@ class Store:
         if wait:
             self.commits.run(lambda: self._ended(id), ('job', id), wait / 1000000, alive)
         with self.reading() as db:
-            row = db.execute(BY_ID, {'id': id}).fetchone()
-            if row is None:
-                raise NotFound(f'id: there is no job {shown(id)}')
+            row = found(db.execute(BY_ID, {'id': id}).fetchone(), 'id: there is no job', id)
             return as_json(row, f',"attempts":{encode(history(row))},"why":{quoted(self._why(db, row))}')
 
     def _ended(self, id):
@@ -1316,15 +1323,14 @@ class Store:
     def newest(self, tag):
         with self.reading() as db:
             row = db.execute('SELECT * FROM jobs WHERE tag = ? ORDER BY seq DESC LIMIT 1', (tag,)).fetchone()
-        if row is None:
-            raise NotFound(f'tag: there is no job tagged {shown(tag)}')
-        return as_json(row)
+        return as_json(found(row, 'tag: there is no job tagged', tag))
 
     def jobs(self, limit=50, **ask):
         with self.reading() as db:
             if 'after' in ask and not db.execute(BY_ID, {'id': ask['after']}).fetchone():
                 raise BadRequest(f'after: there is no job {shown(ask["after"])}')
-            rows = db.execute(f'SELECT * FROM jobs {where(ask)} ORDER BY seq DESC LIMIT :limit', {**ask, 'limit': limit}).fetchall()
+            statement = f'SELECT * FROM jobs {where(ask)} ORDER BY seq DESC LIMIT :limit'
+            rows = db.execute(statement, {**ask, 'limit': limit}).fetchall()
         after = rows[-1]['id'] if len(rows) == limit else None
         return f'{{"jobs":{as_list(map(as_json, rows))},"after":{quoted(after)}}}'
 
@@ -1334,11 +1340,11 @@ class Store:
     def queues(self):
         with self.reading() as db:
             rows = [dict(row) for row in db.execute('SELECT * FROM queues ORDER BY queue')]
-            running = dict(db.execute('SELECT worker, COUNT(*) FROM jobs WHERE status = \'running\' GROUP BY worker').fetchall())
-            for row in rows:
-                row['oldest_age'] = self._oldest(db, row['queue'])
+            running = dict(db.execute(RUNNING_BY_WORKER).fetchall())
+            oldest = [db.execute(OLDEST, row).fetchone()[0] for row in rows]
         now, workers = self.clock.now(), list(self.workers.items())
-        for row in rows:
+        for row, due in zip(rows, oldest):
+            row['oldest_age'] = None if due is None else max(0, now - due) / 1000000
             row['paused'] = bool(row['paused'])
             row['polled_at'] = rfc3339(self.polled.get(row['queue']))
             row['workers'] = [worker for (worker, queue), _ in workers if queue == row['queue']]
@@ -1347,25 +1353,24 @@ class Store:
             {'worker': worker, 'queue': queue, 'seen_at': rfc3339(at), 'hung': hung, 'running': running.get(worker, 0)}
             for (worker, queue), (at, hung) in reversed(workers)]}
 
-    def _oldest(self, db, queue):
-        due = db.execute(OLDEST, {'queue': queue}).fetchone()[0]
-        return None if due is None else max(0, self.clock.now() - due) / 1000000
-
     def _why(self, db, row):
         """Why the job is where it is, in a sentence; None once it ended."""
         if row['status'] == 'running':
-            return (f'attempt {row["attempt"]} runs on {row["worker"] or "a worker without a name"} since {rfc3339(row["started_at"])}, '
-                    f'last sign of life {rfc3339(row["updated_at"])}, lost if there is none by {rfc3339(row["lease_until"])}')
+            started, seen, lost = map(rfc3339, (row['started_at'], row['updated_at'], row['lease_until']))
+            return (f'attempt {row["attempt"]} runs on {row["worker"] or "a worker without a name"} since {started}, '
+                    f'last sign of life {seen}, lost if there is none by {lost}')
         if row['status'] in ENDED:
             return None
         queue = db.execute('SELECT * FROM queues WHERE queue = ?', (row['queue'],)).fetchone()
         ahead = db.execute(AHEAD, dict(row)).fetchone()[0]
-        polled, now = self.polled.get(row['queue']), self.clock.now()
+        polled = self.polled.get(row['queue'])
+        silent = (self.clock.now() - (polled or 0)) // 60000000
+        retry = f' (retry {row["retries"]})' if row['retries'] else ''
         reasons = [sentence for holds, sentence in (
             (queue['paused'], 'the queue is paused'),
-            (row['scheduled'], f'scheduled for {rfc3339(row["next_run_at"])}' + (f' (retry {row["retries"]})' if row['retries'] else '')),
+            (row['scheduled'], f'scheduled for {rfc3339(row["next_run_at"])}{retry}'),
             (polled is None, self._nobody(row['queue'])),
-            (polled and now - polled > 60000000, f'no worker has polled the queue for {(now - (polled or 0)) // 60000000} minutes'),
+            (polled and silent, f'no worker has polled the queue for {silent} minutes'),
             (ahead and not row['scheduled'], f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs'),
         ) if holds]
         return '; '.join(reasons) or 'next in line'
@@ -1373,7 +1378,8 @@ class Store:
     def backup(self):
         """An open file, gone when it is closed: a consistent copy of the database, made beside the load."""
         try:
-            handle, name = tempfile.mkstemp(prefix=os.path.basename(self.path) + '.backup-', dir=os.path.dirname(self.path))
+            folder, name = os.path.split(self.path)
+            handle, name = tempfile.mkstemp(prefix=name + '.backup-', dir=folder)
             os.close(handle)
             try:
                 with self.reading() as db, contextlib.closing(sqlite3.connect(name)) as copy:
@@ -1388,7 +1394,7 @@ class Store:
     # time
 
     def tick(self):
-        """What time demands: follow the wall clock, hand due jobs out, give the jobs of lost workers back, forget old jobs."""
+        """Follow the wall clock, hand due jobs out, give the jobs of lost workers back, forget old jobs."""
         leap = self.clock.follow()
         if leap:
             self._leap(leap)
@@ -1405,7 +1411,7 @@ class Store:
         woke = time.monotonic()
         while not self.stopped:
             try:
-                if time.monotonic() - woke > TICK + GRACE:      # the engine slept, or could not write: nobody could be heard
+                if time.monotonic() - woke > TICK + GRACE:      # it slept, or could not write: nobody could be heard
                     self.commits.run(self._renew)
                 woke = time.monotonic()
                 self.tick()
@@ -1422,7 +1428,7 @@ class Store:
         self.next_due = 0
 
     def _leap(self, ahead):
-        """The wall clock went ahead. What is counted in seconds moves with it: leases, starts, the backoff of retries."""
+        """The wall clock went ahead. What is counted in seconds moves with it: leases, starts, backoff."""
         def shift():
             self.clock.offset += ahead      # at once: the next transaction tells the new time
             self.db.execute(SHIFT, {'by': micros(ahead)})
@@ -1454,7 +1460,8 @@ class Store:
 
     def _prune(self):
         """A step of retention. True while there is more to do."""
-        return STEP in [self.db.execute(PRUNED, (status, self.now - keep, STEP)).rowcount for status, keep in self.keep.items() if keep]
+        return STEP in [self.db.execute(PRUNED, (status, self.now - keep, STEP)).rowcount
+                        for status, keep in self.keep.items() if keep]
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
@@ -1482,20 +1489,17 @@ class Head:
         self.method, self.target = line[1].decode(), line[2].decode()
         self.headers = {}
         for header in lines[1:]:
-            self._add(header)
+            match = HEADER.fullmatch(header)
+            if not match:
+                raise BadRequest(f'{shown(header.decode("latin-1"))} is not a header line')
+            field = match[1].decode().lower()
+            if field in ONCE and field in self.headers:
+                raise BadRequest(f'the header {field} is there twice')
+            self.headers[field] = match[2].decode('latin-1')
         connection = self.headers.get('connection', '').lower()
         self.keep_alive = 'close' not in connection and (line[3] == b'1' or 'keep-alive' in connection)
         if line[3] == b'1' and 'host' not in self.headers:
             raise BadRequest('the header Host is missing')
-
-    def _add(self, header):
-        match = HEADER.fullmatch(header)
-        if not match:
-            raise BadRequest(f'{shown(header.decode("latin-1"))} is not a header line')
-        field, value = match[1].decode().lower(), match[2].decode('latin-1')
-        if field in ONCE and field in self.headers:
-            raise BadRequest(f'the header {field} is there twice')
-        self.headers[field] = value
 
     def length(self):
         """Bytes of the body, LengthRequired where they are not told."""
@@ -1513,7 +1517,7 @@ class Head:
         return int(told)
 
 
-known_head = functools.lru_cache(maxsize=1024)(Head)      # clients that keep a connection send the same head again and again
+known_head = functools.lru_cache(maxsize=1024)(Head)      # clients send the same head again and again
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -1676,9 +1680,10 @@ class Connection(socketserver.BaseRequestHandler):
     def alive(self):
         """False when the client has gone. Bytes that came are its next request (over TLS they may be a farewell)."""
         try:
-            return not readable(self.request) or (not self.server.tls and self.request.recv(1, socket.MSG_PEEK) != b'')
-        except OSError:
-            return False
+            self.request.settimeout(0)      # its own thread sleeps meanwhile, and sets it anew before it goes on
+            return socket.socket.recv(self.request, 1, socket.MSG_PEEK) != b'' and not self.server.tls
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
 
     def send(self, status, body=b'', kind=JSON, headers=(), keep=True):
         """The whole answer in one go. `body` is bytes, text, an open file, or a value that becomes JSON."""
@@ -1690,7 +1695,8 @@ class Connection(socketserver.BaseRequestHandler):
         file = body if hasattr(body, 'read') else None
         lines = ['HTTP/1.1 %d %s' % (status, http.client.responses[status])]
         if status != 204:
-            lines += ['Content-Type: ' + kind, 'Content-Length: %d' % (os.fstat(file.fileno()).st_size if file else len(body))]
+            length = os.fstat(file.fileno()).st_size if file else len(body)
+            lines += ['Content-Type: ' + kind, 'Content-Length: %d' % length]
         lines += ['%s: %s' % header for header in headers]
         lines.append(COMMON if keep else COMMON_LAST)
         bare = file or self.asked and self.asked.method == 'HEAD'
@@ -1700,14 +1706,6 @@ class Connection(socketserver.BaseRequestHandler):
             with file:
                 for chunk in iter(lambda: b'' if self.asked.method == 'HEAD' else file.read(1 << 20), b''):
                     self.request.sendall(chunk)
-
-
-def readable(sock):
-    if hasattr(select, 'poll'):
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(0))
-    return bool(select.select([sock], [], [], 0)[0])
 
 
 def numeral(text):
@@ -1766,6 +1764,9 @@ def read(method):
     return lambda client, ask: (200, getattr(client.server.store, method)(**ask))
 
 
+newest, jobs, queues, health = map(read, ('newest', 'jobs', 'queues', 'health'))
+
+
 def metrics(client, ask):
     return 200, exposition(client.server.store), 'text/plain; version=0.0.4; charset=utf-8'
 
@@ -1789,25 +1790,25 @@ def route(method, handler, needed='', taken=''):
 
 
 ROUTES = {
-    # path              method  handler          field it needs, and fields it takes; jobs: a list of such
-    '/enqueue':   route('POST', enqueue,         'queue', 'payload timeout max_retries tag priority delay run_at key id jobs'),
-    '/poll':      route('POST', poll,            'queue', 'limit wait worker lease max_retries timeout hung'),
-    '/complete':  route('POST', report,          'id',    'attempt result jobs'),
-    '/fail':      route('POST', report,          'id',    'attempt error retry delay jobs'),
-    '/heartbeat': route('POST', report,          'id',    'attempt progress jobs'),
-    '/release':   route('POST', report,          'id',    'attempt jobs'),
-    '/cancel':    route('POST', change,          '',      'id queue status'),
-    '/retry':     route('POST', change,          '',      'id queue status'),
-    '/purge':     route('POST', change,          '',      'queue status'),
-    '/pause':     route('POST', report,          'queue'),
-    '/resume':    route('POST', report,          'queue'),
-    '/jobs/':     route('GET',  job,             'id',    'wait'),
-    '/status/':   route('GET',  job,             'id',    'wait'),
-    '/details/':  route('GET',  read('newest'),  'tag'),
-    '/jobs':      route('GET',  read('jobs'),    '',      'queue status tag limit after'),
-    '/queues':    route('GET',  read('queues')),
+    # path              method  handler  field it needs, and fields it takes (jobs: a list of the like)
+    '/enqueue':   route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id jobs'),
+    '/poll':      route('POST', poll,    'queue', 'limit wait worker lease max_retries timeout hung'),
+    '/complete':  route('POST', report,  'id',    'attempt result jobs'),
+    '/fail':      route('POST', report,  'id',    'attempt error retry delay jobs'),
+    '/heartbeat': route('POST', report,  'id',    'attempt progress jobs'),
+    '/release':   route('POST', report,  'id',    'attempt jobs'),
+    '/cancel':    route('POST', change,  '',      'id queue status'),
+    '/retry':     route('POST', change,  '',      'id queue status'),
+    '/purge':     route('POST', change,  '',      'queue status'),
+    '/pause':     route('POST', report,  'queue'),
+    '/resume':    route('POST', report,  'queue'),
+    '/jobs/':     route('GET',  job,     'id',    'wait'),
+    '/status/':   route('GET',  job,     'id',    'wait'),
+    '/details/':  route('GET',  newest,  'tag'),
+    '/jobs':      route('GET',  jobs,    '',      'queue status tag limit after'),
+    '/queues':    route('GET',  queues),
     '/metrics':   route('GET',  metrics),
-    '/health':    route('GET',  read('health')),
+    '/health':    route('GET',  health),
     '/backup':    route('GET',  backup),
     '/docs':      route('GET',  docs),
     '/':          route('GET',  page),
@@ -2160,11 +2161,11 @@ route();
 
 
 def policy(page):
-    """The Content-Security-Policy of the page: its own style and script by their digests, its own engine, nothing else."""
-    digests = {tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-               for tag, text in re.findall('<(style|script)>(.*?)</', page, re.DOTALL)}
-    return "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" + ''.join(
-        f"; {tag}-src 'sha256-{digest}'" for tag, digest in digests.items())
+    """The Content-Security-Policy of the page: its own style and script by their digests, its own engine, no more."""
+    own = ((tag, base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
+           for tag, text in re.findall('<(style|script)>(.*?)</', page, re.DOTALL))
+    return ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'" + ''.join(f"; {tag}-src 'sha256-{digest}'" for tag, digest in own))
 
 
 POLICY = policy(DASHBOARD)
@@ -2183,15 +2184,16 @@ def exposition(store):
         lines.extend(f'{name}{suffix}{labels(marks)} {value}' for suffix, marks, value in samples)
 
     family('rundown_jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', [
-        ('', {'queue': q['queue'], 'status': status}, q[status]) for q in queues for status in (*STATUSES, 'scheduled')])
+        ('', {'queue': q['queue'], 'status': name}, q[name]) for q in queues for name in (*STATUSES, 'scheduled')])
     family('rundown_oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', [
         ('', {'queue': q['queue']}, q['oldest_age'] or 0) for q in queues])
     for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
         family(f'rundown_{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', [
             ('', {'queue': queue}, n) for (name, queue), n in totals.items() if name == event])
-    for event, name, meaning in (('started', 'wait', 'from due to claimed'), ('completed', 'job', 'from claimed to completed')):
-        family(f'rundown_{name}_seconds', 'histogram', f'Seconds {meaning}.', [sample for (kind, queue), histogram in histograms.items()
-               if kind == event for sample in buckets_of(histogram, BUCKETS, {'queue': queue})])
+    for event, name, span in (('started', 'wait', 'due to claimed'), ('completed', 'job', 'claimed to completed')):
+        family(f'rundown_{name}_seconds', 'histogram', f'Seconds from {span}.', [
+            sample for (kind, queue), histogram in histograms.items() if kind == event
+            for sample in buckets_of(histogram, BUCKETS, {'queue': queue})])
     family('rundown_commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS, {}))
     family('rundown_requests_total', 'counter', 'Requests by route and status.', [
         ('', {'route': route, 'status': status}, n) for (route, status), n in requests.items()])
@@ -2223,7 +2225,8 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
     if sqlite3.sqlite_version_info < (3, 24):
         raise Unusable(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
     if not is_loopback(host) and not token:
-        raise Unusable(f'to listen on {host or "all addresses"} a token is needed: write a secret into a file and give --token-file FILE')
+        raise Unusable(f'to listen on {host or "all addresses"} a token is needed: '
+                       'write a secret into a file and give --token-file FILE')
     if token and not re.fullmatch('[!-~]+', token):
         raise Unusable('the token must be of visible ASCII characters, without spaces')
     tls = tls_context(cert, key)
@@ -2261,26 +2264,28 @@ def read_token(path):
     try:
         token = pathlib.Path(path).read_text('ascii').strip()
     except (OSError, ValueError) as error:
-        raise Unusable(f'the token file {path} cannot be read: {getattr(error, "strerror", None) or "it is not ASCII"}') from None
+        reason = getattr(error, 'strerror', None) or 'it is not ASCII'
+        raise Unusable(f'the token file {path} cannot be read: {reason}') from None
     if not token:
         raise Unusable(f'the token file {path} is empty')
     return token
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog='rundown_engine.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    env = os.environ.get
-    parser.add_argument('--db', default=env('RUNDOWN_DB', 'rundown.db'), help='the database file (rundown.db)')
-    parser.add_argument('--host', default=env('RUNDOWN_HOST', '127.0.0.1'), help='the address to listen on (127.0.0.1)')
-    parser.add_argument('--port', default=env('RUNDOWN_PORT', str(PORT)), help=f'0 takes a free one ({PORT})')
-    parser.add_argument('--sync', default='full', choices=('full', 'normal'), help='normal: a power cut may cost the last commits')
-    parser.add_argument('--token-file', metavar='FILE', help='who calls must send the secret in it; else RUNDOWN_TOKEN, else nobody must')
-    parser.add_argument('--cert', metavar='FILE', help='TLS: the certificate chain, PEM')
-    parser.add_argument('--key', metavar='FILE', help='TLS: its key, where that is not in the same file')
-    parser.add_argument('--keep', default='7d', metavar='AGE', help='how long done and cancelled jobs are kept (7d; 0: for ever)')
-    parser.add_argument('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
-    parser.add_argument('--allow-host', action='append', default=[], metavar='NAME', help='another name that clients call the engine by')
-    parser.add_argument('--verbose', action='store_true', help='a line per request')
+    parser = argparse.ArgumentParser('rundown_engine.py', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, env = parser.add_argument, os.environ.get
+    add('--db', default=env('RUNDOWN_DB', 'rundown.db'), help='the database file (rundown.db)')
+    add('--host', default=env('RUNDOWN_HOST', '127.0.0.1'), help='the address to listen on (127.0.0.1)')
+    add('--port', default=env('RUNDOWN_PORT', str(PORT)), help=f'0 takes a free one ({PORT})')
+    add('--sync', default='full', choices=('full', 'normal'), help='normal: a power cut may cost the last commits')
+    add('--token-file', metavar='FILE', help='callers must send the secret in it; else RUNDOWN_TOKEN, else none')
+    add('--cert', metavar='FILE', help='TLS: the certificate chain, PEM')
+    add('--key', metavar='FILE', help='TLS: its key, where that is not in the same file')
+    add('--keep', default='7d', metavar='AGE', help='how long done and cancelled jobs are kept (7d; 0: for ever)')
+    add('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
+    add('--allow-host', action='append', default=[], metavar='NAME', help='another name clients call the engine by')
+    add('--verbose', action='store_true', help='a line per request')
     return parser.parse_args(argv)
 
 
@@ -2308,8 +2313,9 @@ def main(argv=None):
 def greet(server):
     token = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f'Rundown engine on {server.url}, jobs in {server.store.path}; a first one: curl -H "Content-Type: application/json"{token} '
-              f'{server.url}/enqueue -d \'{{"queue": "images", "payload": "a.jpg"}}\'', flush=True)
+        print(f'Rundown engine on {server.url}, jobs in {server.store.path}; a first one: '
+              f'curl -H "Content-Type: application/json"{token} {server.url}/enqueue '
+              '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
 
 
 def raise_file_limit():
