@@ -186,6 +186,7 @@ class Lost(Interruption):
 
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
+quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
 chance = random.Random()        # not the module's, which a handler may seed
 
 
@@ -477,10 +478,6 @@ def refusal(answer):
 def is_final(status):
     """Is there no use in sending it again?"""
     return status < 500 and status != 429
-
-
-def quote(text):
-    return urllib.parse.quote(text, safe='', errors='surrogatepass')
 
 
 def job_text(payload, id=None, run_at=None, **fields):
