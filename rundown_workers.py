@@ -687,7 +687,6 @@ class IsolatedSlot(Slot):
     def prepare(self):
         if self.process is None and not self.consumer.worker.stopping.is_set():
             self._start()
-            self.ready = True       # not earlier: the imports of the handler's module may take long
 
     def _start(self):
         context = multiprocessing.get_context('spawn')
@@ -700,6 +699,7 @@ class IsolatedSlot(Slot):
         theirs.close()
         atexit.register(self.kill)
         self.greeting = self._receive()
+        self.ready = True           # not earlier: the imports of the handler's module may take long
 
     def _receive(self):
         """The next word of the child; how it ended when there comes none."""
