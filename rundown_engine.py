@@ -385,16 +385,12 @@ def _integer(digits):
 
 def _finite(digits):
     value = float(digits)
-    if value in (float('inf'), float('-inf')):
-        raise ValueError(f'{digits[:30]} is larger than a number can be')
+    if not abs(value) < float('inf'):
+        raise ValueError(f'{digits[:30]} is not a finite number')
     return value
 
 
-def _constant(word):
-    raise ValueError(f'{word} is not JSON')
-
-
-_decode = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_constant).decode
+_decode = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite).decode
 
 
 def parsed(body):
@@ -675,10 +671,7 @@ INSERT = """
         created_at, updated_at, next_run_at)
     VALUES (:id, :queue, :tag, :payload, :scheduled, :priority, :max_retries, :timeout, :key,
         :created_at, :updated_at, :next_run_at)"""
-BY_ID = """
-    SELECT *
-    FROM jobs
-    WHERE id = :id"""
+BY_ID = 'SELECT * FROM jobs WHERE id = :id'
 BY_KEY = """
     SELECT *
     FROM jobs
@@ -688,15 +681,8 @@ CLAIMED = """
         lease, worker, error, attempts, next_run_at, started_at
     FROM jobs
     WHERE id = ?"""
-RUNNING = """
-    SELECT seq, id, queue, status, attempt, started_at
-    FROM jobs
-    WHERE id = ?"""
-RUNNING_BY_WORKER = """
-    SELECT worker, COUNT(*)
-    FROM jobs
-    WHERE status = 'running'
-    GROUP BY worker"""
+RUNNING = 'SELECT seq, id, queue, status, attempt, started_at FROM jobs WHERE id = ?'
+RUNNING_BY_WORKER = "SELECT worker, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY worker"
 COMPLETE = """
     UPDATE jobs
     SET status = 'done', result = ?, error = NULL, updated_at = ?, finished_at = ?
@@ -839,18 +825,12 @@ def allowed(call, job, ask):
     return job
 
 
-def attempt_of(row, outcome, finished_at, error):
-    return {'attempt': row['attempt'], 'worker': row['worker'], 'outcome': outcome,
-            'started_at': rfc3339(row['started_at']), 'finished_at': rfc3339(finished_at),
-            'error': error and shorten(error, MAX_ATTEMPT_ERROR)}
-
-
-def history(row):
-    """The last attempts of a job: those that were recorded when they ended, and the one that runs or got it done."""
-    attempts = json.loads(row['attempts'] or '[]')
-    if row['status'] in ('running', 'done'):
-        attempts.append(attempt_of(row, row['status'], row['finished_at'], None))
-    return attempts[-MAX_ATTEMPTS:]
+def history(row, outcome, finished_at, error=None):
+    """The last attempts of a job as JSON: those that were recorded when they ended, and the one with this outcome."""
+    attempt = {'attempt': row['attempt'], 'worker': row['worker'], 'outcome': outcome,
+               'started_at': rfc3339(row['started_at']), 'finished_at': rfc3339(finished_at),
+               'error': error and shorten(error, MAX_ATTEMPT_ERROR)}
+    return encode((json.loads(row['attempts'] or '[]') + [attempt])[-MAX_ATTEMPTS:])
 
 
 def where(ask):
@@ -1122,7 +1102,7 @@ class Store:
         """A job of the queue is pending: wake a poll for it, now or when it is due."""
         if due <= self.now:
             self.commits.wake(('queue', queue))
-        elif due < self.next_due:
+        else:
             self._due(due)
 
     def _due(self, at):
@@ -1242,8 +1222,7 @@ class Store:
         row = {**dict(job), **changes, 'status': status, 'now': self.now, 'finished_at': ended}
         row['scheduled'] = status == 'pending' and row['next_run_at'] > self.now
         if job['status'] == 'running':
-            attempt = attempt_of(job, event, self.now, changes.get('error'))
-            row['attempts'] = encode((json.loads(job['attempts'] or '[]') + [attempt])[-MAX_ATTEMPTS:])
+            row['attempts'] = history(job, event, self.now, changes.get('error'))
         self.db.execute(MOVE, row)
         self.noted.append((event, job['queue'], None))
         if status == 'pending':
@@ -1314,7 +1293,10 @@ class Store:
             self.commits.run(lambda: self._ended(id), ('job', id), wait / 1000000, alive)
         with self.reading() as db:
             row = found(db.execute(BY_ID, {'id': id}).fetchone(), 'id: there is no job', id)
-            return as_json(row, f',"attempts":{encode(history(row))},"why":{quoted(self._why(db, row))}')
+            attempts = row['attempts'] or '[]'      # of those that ended otherwise than in done
+            if row['status'] in ('running', 'done'):
+                attempts = history(row, row['status'], row['finished_at'])
+            return as_json(row, f',"attempts":{attempts},"why":{quoted(self._why(db, row))}')
 
     def _ended(self, id):
         job = self.db.execute(CLAIMED, (id,)).fetchone()
@@ -1577,9 +1559,7 @@ class Connection(socketserver.BaseRequestHandler):
             self.send(*handler(self, ask), keep=keep)
         except Refused as error:
             keep = self._refuse(error, keep)
-        except sqlite3.Error as error:
-            keep = self._refuse(Unavailable(f'the database is in trouble: {error}'), keep)
-        except (RecursionError, MemoryError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (sqlite3.Error, RuntimeError, MemoryError, ValueError, TypeError, LookupError, AttributeError) as error:
             log(f'fault in {self.route}: {type(error).__name__}: {error}')
             keep = self._refuse(Fault('the engine made a mistake; its log says which'), keep)
         finally:
@@ -2160,15 +2140,11 @@ route();
 """
 
 
-def policy(page):
-    """The Content-Security-Policy of the page: its own style and script by their digests, its own engine, no more."""
-    own = ((tag, base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
-           for tag, text in re.findall('<(style|script)>(.*?)</', page, re.DOTALL))
-    return ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'" + ''.join(f"; {tag}-src 'sha256-{digest}'" for tag, digest in own))
-
-
-POLICY = policy(DASHBOARD)
+# The Content-Security-Policy of the page: its own style and script by their digests, its own engine, nothing else.
+POLICY = '; '.join([
+    "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    *(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+      for tag, text in re.findall('<(style|script)>(.*?)</', DASHBOARD, re.DOTALL))])
 
 
 def exposition(store):
@@ -2208,9 +2184,9 @@ def buckets_of(histogram, buckets, marks):
 
 
 def labels(marks):
-    def escaped(value):
-        return str(value).replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
-    return '{' + ','.join(f'{name}="{escaped(value)}"' for name, value in marks.items()) + '}' if marks else ''
+    special = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
+    texts = [f'{name}="{str(value).translate(special)}"' for name, value in marks.items()]
+    return '{' + ','.join(texts) + '}' if texts else ''
 
 # -- Command line -----------------------------------------------------------------------------------------------------
 
