@@ -1079,6 +1079,7 @@ class Store:
     # calls: producers
 
     def enqueue(self, asks):
+        """Add the jobs, all or none. Their JSON texts, or those of the jobs that have the `id` or the `key` already."""
         return self.commits.run(lambda: [self._enqueue(ask) for ask in asks])
 
     def _enqueue(self, ask):
@@ -1122,6 +1123,7 @@ class Store:
     # calls: workers
 
     def poll(self, ask, alive):
+        """Claim jobs, a list of JSON texts. Sleeps for the first one while alive() says that the client is there."""
         return self.commits.run(lambda: self._poll(ask), ('queue', ask['queue']), ask.get('wait', 0) / 1000000, alive)
 
     def _poll(self, ask):
@@ -1303,11 +1305,13 @@ class Store:
         return job is None or job['status'] in ENDED
 
     def newest(self, tag):
+        """The JSON text of the newest job with the tag."""
         with self.reading() as db:
             row = db.execute('SELECT * FROM jobs WHERE tag = ? ORDER BY seq DESC LIMIT 1', (tag,)).fetchone()
         return as_json(found(row, 'tag: there is no job tagged', tag))
 
     def jobs(self, limit=50, **ask):
+        """A page of jobs, newest first, as JSON text; `after` is null on the last one."""
         with self.reading() as db:
             if 'after' in ask and not db.execute(BY_ID, {'id': ask['after']}).fetchone():
                 raise BadRequest(f'after: there is no job {shown(ask["after"])}')
@@ -1320,6 +1324,7 @@ class Store:
         return {'status': 'trouble' if self.trouble else 'ok', 'storage': self.trouble or 'ok', 'version': VERSION}
 
     def queues(self):
+        """The queues and the workers seen, with their counts; ages in seconds."""
         with self.reading() as db:
             rows = [dict(row) for row in db.execute('SELECT * FROM queues ORDER BY queue')]
             running = dict(db.execute(RUNNING_BY_WORKER).fetchall())
@@ -1517,8 +1522,9 @@ class Connection(socketserver.BaseRequestHandler):
             self.request = self.server.tls.wrap_socket(self.request, server_side=True)
 
     def handle(self):
-        with contextlib.suppress(OSError, EOFError):        # the client went away
-            while self._wait():
+        with contextlib.suppress(OSError, EOFError, TooSlow):       # the client went away, or has nothing to ask
+            while True:
+                self._wait()
                 self.server.busy.add(self)
                 try:
                     if not self._serve() or self.server.draining:
@@ -1527,15 +1533,11 @@ class Connection(socketserver.BaseRequestHandler):
                     self.server.busy.discard(self)
 
     def _wait(self):
-        """Wait for the first byte of a request. False when nothing comes for too long."""
+        """Wait for the first byte of a request."""
         self.deadline = time.monotonic() + IDLE
-        try:
-            while not self.pending.lstrip(b'\r\n'):
-                self.pending = self._receive()
-        except TooSlow:
-            return False
+        while not self.pending.lstrip(b'\r\n'):
+            self.pending = self._receive()
         self.deadline = time.monotonic() + DEADLINE
-        return True
 
     def _receive(self):
         self.request.settimeout(max(.001, self.deadline - time.monotonic()))
@@ -1672,6 +1674,7 @@ class Connection(socketserver.BaseRequestHandler):
         if isinstance(body, str):
             body = (body if body.endswith('\n') else body + '\n').encode()
         self.server.count(self, status)
+        head = self.asked and self.asked.method == 'HEAD'
         file = body if hasattr(body, 'read') else None
         lines = ['HTTP/1.1 %d %s' % (status, http.client.responses[status])]
         if status != 204:
@@ -1679,13 +1682,12 @@ class Connection(socketserver.BaseRequestHandler):
             lines += ['Content-Type: ' + kind, 'Content-Length: %d' % length]
         lines += ['%s: %s' % header for header in headers]
         lines.append(COMMON if keep else COMMON_LAST)
-        bare = file or self.asked and self.asked.method == 'HEAD'
         self.request.settimeout(DEADLINE)
-        self.request.sendall('\r\n'.join(lines).encode('latin-1') + (b'' if bare else body))
+        self.request.sendall('\r\n'.join(lines).encode('latin-1') + (b'' if head or file else body))
         if file:
             with file:
-                for chunk in iter(lambda: b'' if self.asked.method == 'HEAD' else file.read(1 << 20), b''):
-                    self.request.sendall(chunk)
+                if not head:
+                    self.request.sendfile(file)
 
 
 def numeral(text):
@@ -1867,7 +1869,7 @@ def log(sentence):
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(time.strftime('%Y-%m-%d %H:%M:%S'), line, file=sys.stderr, flush=True)
 
-# -- Dashboard --------------------------------------------------------------------------------------------------------
+# -- Dashboard and metrics --------------------------------------------------------------------------------------------
 
 DASHBOARD = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
