@@ -957,7 +957,7 @@ class Consumer:
 
     def report(self, task, outcome):
         if outcome.call:
-            fields = ''.join(f',"{field}":{text}' for field, text in outcome.fields.items())
+            fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
             task.item = f'{task.address}{fields}}}'
             self.link.pile.put(task)
         else:
@@ -1069,10 +1069,10 @@ class Link:
                 while len(tasks) < MAX_BATCH:
                     tasks.append(self.pile.get_nowait())
             requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
-            for task in dict.fromkeys(tasks):
-                if task in self.tasks and task.progress:
+            for task in [task for task in dict.fromkeys(tasks) if task in self.tasks]:
+                if task.progress:
                     requests['heartbeat'].append((task, f'{task.address},"progress":{task.progress.pop()}}}'))
-                if task in self.tasks and task.item:
+                if task.item:
                     requests[task.outcome.call].append((task, task.item))
             for call, items in requests.items():
                 for batch in batches(items, lambda item: len(item[1])):
