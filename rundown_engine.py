@@ -247,11 +247,8 @@ def as_is(value):
 
 
 def json_text(value):
-    """A JSON value as text, ValueError when it is too deep for some Python to read it back."""
-    try:
-        text = encode(value)
-    except RecursionError:
-        raise ValueError from None
+    """A JSON value as text; ValueError or RecursionError when it is too deep for some Python to read it back."""
+    text = encode(value)
     if text.count('[') + text.count('{') > MAX_DEPTH and depth(value) > MAX_DEPTH:
         raise ValueError
     return text
@@ -267,17 +264,15 @@ def depth(value):
 
 
 def moment(text):
-    """RFC 3339 as microseconds since 1970, ValueError when it is none."""
+    """RFC 3339 as microseconds since 1970; ValueError when it is none, OverflowError when it is beyond the years."""
     match = RFC3339.fullmatch(text)
     if not match:
         raise ValueError
     day, clock, fraction, zone = match.groups()
     at = datetime.datetime.fromisoformat(f'{day}T{clock}.{(fraction or "").ljust(6, "0")[:6]}{zone or "+00:00"}')
     at = (at - EPOCH) // datetime.timedelta(microseconds=1)
-    with contextlib.suppress(OverflowError):
-        rfc3339(at)
-        return at
-    raise ValueError
+    rfc3339(at)     # the offset may have led out of the years 1 to 9999
+    return at
 
 
 def shorten(text, longest):
@@ -340,7 +335,7 @@ def fit(field, value):
     try:
         if holds(value):
             return store(value)
-    except ValueError:
+    except (ValueError, OverflowError, RecursionError):
         pass
     raise BadRequest(f'{field} must be {allowed}, not {shown(value)}')
 
