@@ -50,7 +50,8 @@ cancellation); the slot is free again whatever the thread does. Threads that nev
 with its children. It is imported there by its name, so a script needs `if __name__ == "__main__":` around its run().
 
 SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), the rest is released, exit with 0. The
-second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up.
+second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up: a line for each
+job, but where more than 100 a second are done the rest are counted.
 
 COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or failed, 2 misused, 3 no engine
 """
@@ -106,6 +107,7 @@ AHEAD = 0.1                 # seconds of work that are claimed ahead
 STALE = 1                   # seconds a claimed job waits for a slot, until it is released
 HUNG = 1                    # seconds after its interruption that a thread counts as hung
 TICK = 0.1                  # seconds between two looks at what runs
+LINES = 10                  # of the log in a tick for jobs of a queue that are done; the others are counted
 PROGRESS = 0.5              # seconds between two reports of a job's progress
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue, and
 MAX_BYTES = 1 << 20         # characters of the latter two, unless one job alone has more
@@ -853,6 +855,7 @@ class Consumer:
         self.enough = 0                     # the fetcher's: open tasks above which it sleeps
         self.dry = None                     # the fetcher's: worker.reported when there was nothing to fetch
         self.pace = None                    # seconds a slot takes for a task lately; losing one in a race is fine
+        self.lines = 0                      # of the log in this tick, for jobs that are done
         self.slots = []
         self.thread = None
 
@@ -937,7 +940,9 @@ class Consumer:
         took = time.monotonic() - task.begun
         self.report(task, outcome)
         if outcome.call == 'complete':
-            note(logging.INFO, '%s done in %.3f s', task, took)
+            self.lines += 1                 # losing one in a race is fine
+            if self.lines <= LINES:
+                note(logging.INFO, '%s done in %.3f s', task, took)
             self.hook('success', task, outcome.value)
         else:
             note(logging.WARNING, '%s failed after %.3f s: %s', task, took, summary(outcome.value))
@@ -982,6 +987,13 @@ class Consumer:
         for thread in self.abandoned.copy():
             if not thread.is_alive():
                 self.abandoned.pop(thread, None)
+        self.tell_rest()
+
+    def tell_rest(self):
+        """One line for the jobs that came too fast for a line each: it would take longer than they do."""
+        rest, self.lines = self.lines - LINES, 0
+        if rest > 0:
+            note(logging.INFO, '%s: %d more done', self.name, rest)
 
     def _time_out(self, task):
         text = f'timed out after {task.timeout:g} s\n{task.slot.where(task)}'
@@ -1199,6 +1211,8 @@ class Worker:
             for link in self.links.values() if self.burst else ():
                 if link.since and now - link.since > TIMEOUT:
                     self.stop(EngineUnavailable(f'{link.client.host} was away for {TIMEOUT} s'))
+        for consumer in self.consumers:
+            consumer.tell_rest()
 
     def run(self):
         """Work until told to stop, then end in good order. Raises what it was stopped by."""

@@ -2566,6 +2566,14 @@ def test_enqueue_returns_the_job_and_wait_the_finished_one(engine, q):
         assert waited.result(10)["result"] == {"ok": True}
 
 
+def test_a_connection_that_was_closed_while_it_was_idle_is_no_outage():
+    with canned(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as (url, heard):
+        client = rw.Client(url)
+        for number in range(5):
+            assert client.send("/health") == {} and len(heard) == number + 1
+            time.sleep(0.02)        # the server closes after each answer
+
+
 def test_the_default_host_is_read_from_the_environment(engine, q, monkeypatch):
     monkeypatch.setenv("RUNDOWN_URL", engine.url)
     assert rw.enqueue(q, 1)["payload"] == 1
@@ -3071,6 +3079,15 @@ def test_the_log_names_queue_job_and_attempt_and_no_payload(engine, work, q):
     assert q in worker.log() and job["id"] in worker.log() and "a secret payload" not in worker.log()
 
 
+def test_the_log_counts_the_jobs_that_come_too_fast_for_a_line_each(engine, work, q):
+    engine.post("/enqueue", jobs=[{"queue": q} for _ in range(500)])
+    worker = work(handler(q, "pass"), run=BURST)
+    worker.wait()
+    lines = re.findall(r"INFO %s \S+ attempt 1 done in" % q, worker.log())
+    counts = re.findall(r"INFO %s: (\d+) more done" % q, worker.log())
+    assert 0 < len(lines) < 500 and len(lines) + sum(map(int, counts)) == 500
+
+
 # -- SDK: shutdown --------------------------------------------------------------------------------
 
 posix_signals = pytest.mark.skipif(not POSIX, reason="Windows has no signals of this kind")
@@ -3271,6 +3288,18 @@ def test_whatever_an_isolated_handler_dies_of_is_in_the_error_and_the_worker_goe
     job, after = [engine.job(job) for job in deaths[body]]
     assert job["status"] == "failed" and DEATHS[body] in job["error"]
     assert (after["status"], after["result"]) == ("done", "sane")
+
+
+@pytest.mark.skipif(not POSIX, reason="kills by signal")
+def test_a_child_that_is_killed_between_two_jobs_is_replaced_for_the_next(engine, work, q):
+    work(isolated(q, "return os.getpid()"))
+    children = []
+    for _ in range(3):
+        children.append(ended(engine, engine.enqueue(q))["result"])
+        time.sleep(0.2)             # the child is idle
+        os.kill(children[-1], signal.SIGKILL)
+        time.sleep(0.2)             # its slot has seen it
+    assert len(set(children)) == 3
 
 
 def test_an_isolated_handler_may_ask_for_a_retry(engine, work, q):
