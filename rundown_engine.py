@@ -1870,9 +1870,9 @@ DASHBOARD = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Rundown-Workers</title><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --back: light-dark(#f5f5f2, #121518); --card: light-dark(#fff, #1a1e22); --text: light-dark(#1d2328, #e2e6e9);
-  --soft: light-dark(#59636d, #9ba6b0); --line: light-dark(#dcdcd6, #30363c); --accent: light-dark(#0a5fb8, #74b6ff);
-  --bad: light-dark(#b3261e, #ff8f85); }
+:root { color-scheme: light dark; --back: light-dark(#f5f5f2, #121518); --card: light-dark(#fff, #1a1e22);
+  --text: light-dark(#1d2328, #e2e6e9); --soft: light-dark(#59636d, #9ba6b0); --line: light-dark(#dcdcd6, #30363c);
+  --accent: light-dark(#0a5fb8, #74b6ff); --bad: light-dark(#b3261e, #ff8f85); }
 * { box-sizing: border-box; }  [hidden] { display: none !important; }
 body { margin: 0 auto; max-width: 90rem; padding: 0 1rem 4rem; background: var(--back); color: var(--text); overflow-wrap: anywhere;
   font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
@@ -1882,18 +1882,19 @@ a { color: var(--accent); }  td a, #home { text-decoration: none; }  #home { fon
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 button, input, select, table, pre, .box { font: inherit; color: var(--text); background: var(--card); border: 1px solid var(--line); }
 button, input, select { border-color: var(--soft); border-radius: 5px; padding: .1rem .5rem; max-width: 100%; }
-button[aria-disabled=true] { color: var(--soft); border-color: var(--line); }  button[data-armed] { background: var(--bad); color: var(--card); }
-td button { margin-right: .3rem; min-width: 4.3rem; font-size: .85rem; }  button[data-action=purge] { min-width: 6rem; margin: 0; }  #title { outline: none; }
+button[aria-disabled=true] { color: var(--soft); border-color: var(--line); }  #title { outline: none; }
+button[data-armed] { background: var(--bad); color: var(--card); }
+td button { margin-right: .3rem; min-width: 4.3rem; font-size: .85rem; }  button[data-action=purge] { min-width: 6rem; margin: 0; }
 pre, .box { padding: .6rem .8rem; margin: .5rem 0; }  pre { max-height: 30rem; overflow: auto; white-space: pre-wrap; }
-pre, [data-attempt] td:last-child { font: 12.5px/1.45 ui-monospace, monospace; }  td { white-space: nowrap; }  [data-attempt] { vertical-align: top; }
-table { width: 100%; border-collapse: collapse; table-layout: fixed; margin: .5rem 0; }
+pre, [data-attempt] td:last-child { font: 12.5px/1.45 ui-monospace, monospace; }  [data-attempt] { vertical-align: top; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; margin: .5rem 0; }  td { white-space: nowrap; }
 th, td { text-align: left; padding: .3rem .45rem; border-bottom: 1px solid var(--line); overflow: hidden; text-overflow: ellipsis; }
 th, label, .soft, [data-field] td:first-child { color: var(--soft); font-weight: 400; font-size: .85rem; }
 .number { text-align: right; }  .gone { font-style: italic; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
 th[data-count=actions] { width: 18rem; }  th[data-count=last_hour] { width: 8.6rem; }  th[data-count=state] { width: 8.4rem; }
-th[data-count=queue] { width: 13%; }  th[data-count=detail] { width: 28%; }  th[data-count=error] { width: 50%; }  th[data-count=field] { width: 10rem; }
-[data-count=error], [data-field] td { white-space: pre-wrap; }  svg { display: block; }
-svg { width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
+th[data-count=queue] { width: 13%; }  th[data-count=detail] { width: 28%; }  th[data-count=error] { width: 50%; }
+[data-count=error], [data-field] td { white-space: pre-wrap; }  th[data-count=field] { width: 10rem; }
+svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
 #offline { position: sticky; top: 0; z-index: 1; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
 @media (max-width: 78rem) {  /* each row becomes a card, its cells carry their headings */
   thead { position: absolute; display: block; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -1907,8 +1908,8 @@ svg { width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  s
   [data-field] td:before { content: none; } }
 </style>
 <header><a id="home" href="#">Rundown-Workers</a> <span id="updated" class="soft"></span> <a id="manual" href="/docs">manual</a></header>
-<noscript><p class="box">This page needs JavaScript, the engine does not. How to enqueue a job: <code>curl -H 'Content-Type: application/json'
--d '{"queue": "hello", "payload": "world"}' http://localhost:8181/enqueue</code>; the rest is in the <a href="/docs">manual</a>.</p></noscript>
+<noscript><p class="box">This page needs JavaScript, the engine does not. To enqueue a job: <code>curl -H 'Content-Type: application/json'
+-d '{"queue": "hello", "payload": "world"}' http://localhost:8181/enqueue</code>; more in the <a href="/docs">manual</a>.</p></noscript>
 <p id="offline" class="box bad" role="alert" hidden></p> <p id="notice" class="box" role="status" hidden></p>
 <form id="login" class="box" hidden><label for="token">this engine asks for its token</label>
   <input id="token" type="password" autocomplete="current-password" required pattern="[!-~]+" title="visible ASCII characters">
@@ -1929,8 +1930,9 @@ svg { width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  s
   <div id="job" hidden>
     <div><p id="why" class="box"></p></div> <button data-action="retry">retry</button> <button data-action="cancel">cancel</button>
     <div><h2>Error</h2><pre id="error" tabindex="0"></pre></div> <div><h2>Payload</h2><pre id="payload" tabindex="0"></pre></div>
-    <div><h2>Result</h2><pre id="result" tabindex="0"></pre></div> <h2>Attempts</h2> <table id="attempts" role="table" aria-label="attempts"></table>
-    <h2>Fields</h2> <table id="fields" role="table" aria-label="fields"></table></div>
+    <div><h2>Result</h2><pre id="result" tabindex="0"></pre></div> <h2>Attempts</h2>
+    <table id="attempts" role="table" aria-label="attempts"></table> <h2>Fields</h2>
+    <table id="fields" role="table" aria-label="fields"></table></div>
 </main>
 <script>
 "use strict";
@@ -1960,7 +1962,8 @@ const TEXT = {job: job => job.id, created: job => ago(job.created_at), started: 
   state: queue => queue.paused ? "paused" : !queue.polled_at ? "no worker yet"
     : age(queue.polled_at) < 120 || queue.running ? "open" : "no worker " + span(age(queue.polled_at)),
   detail: job => job.status === "done" ? "took " + took(job) : job.status === "running" && job.progress !== null
-    ? "progress " + JSON.stringify(job.progress) : (job.status === "pending" && age(job.next_run_at) < 0 ? "due " + ago(job.next_run_at) + " " : "")
+    ? "progress " + JSON.stringify(job.progress)
+    : (job.status === "pending" && age(job.next_run_at) < 0 ? "due " + ago(job.next_run_at) + " " : "")
     + String(job.error || "").trim().split(NEWLINE).pop()};
 const BAD = {state: text => text !== "open", status: text => text === "failed", failed: n => n > 0, hung_threads: n => n > 0};
 const LINK = {job: job => "#job/" + encodeURIComponent(job.id), queue: ({queue}) => hash({queue}), tag: ({tag}) => hash({tag})};
@@ -2041,15 +2044,18 @@ function list({queues, workers}, {jobs, after}) {
 }
 function page(body) {
   const {why, error, attempts, payload, result, progress, ...fields} = JSON.parse(body), raw = JSON.parse(body, exact);
-  const boxes = {why, error, payload: JSON.stringify(raw.payload, null, 2), result: result === null ? "" : JSON.stringify(raw.result, null, 2)};
+  const boxes = {why, error, payload: JSON.stringify(raw.payload, null, 2), result: result !== null && JSON.stringify(raw.result, null, 2)};
   for (const [id, whole] of Object.entries(boxes)) {
     text($(id), (whole || "").slice(0, SHOWN) + ((whole || "").length > SHOWN ? " ... (cut here; GET /jobs/ID has the rest)" : ""));
     $(id).parentNode.hidden = !whole;
   }
   draw("attempts", attempts);
-  draw("fields", Object.entries({...fields, progress: JSON.stringify(raw.progress)}).map(([field, value]) => ({field, value: value === null ? "–"
-    : field.endsWith("_at") ? new Date(at(value)).toLocaleString("sv") + ", " + ago(value) : String(value)})));  // sv: 2026-11-23 13:41:30
-  $("job").querySelectorAll("button").forEach((button, i) => enable(button, ["failed cancelled", "pending running"][i].includes(fields.status)));
+  // the locale sv writes 2026-11-23 13:41:30
+  draw("fields", Object.entries({...fields, progress: JSON.stringify(raw.progress)}).map(([field, value]) => ({field,
+    value: value === null ? "–" : field.endsWith("_at") ? new Date(at(value)).toLocaleString("sv") + ", " + ago(value) : String(value)})));
+  const [retry, cancel] = $("job").querySelectorAll("button");
+  enable(retry, ["failed", "cancelled"].includes(fields.status));
+  enable(cancel, ["pending", "running"].includes(fields.status));
 }
 
 // talking to the engine
@@ -2139,7 +2145,8 @@ route();
 
 # The Content-Security-Policy of the page: its own style and script by their digests, its own engine, nothing else.
 POLICY = '; '.join([
-    "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "default-src 'none'", "connect-src 'self'", 'img-src data:', "base-uri 'none'", "form-action 'none'",
+    "frame-ancestors 'none'",
     *(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
       for tag, text in re.findall('<(style|script)>(.*?)</', DASHBOARD, re.DOTALL))])
 
