@@ -57,7 +57,6 @@ COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or 
 """
 
 import argparse
-import asyncio
 import atexit
 import collections
 import contextlib
@@ -567,13 +566,17 @@ def trace(error):
 
 def as_handler(function):
     """The function; an async one on an event loop of its own, that is closed with all it holds when it ends."""
+    if not inspect.iscoroutinefunction(function):
+        return function
+    import asyncio      # here, since it takes megabytes that most workers have no use for
+
     async def main(payload):
         task, running = current.get(), asyncio.current_task()
         task.coroutine = running.get_coro()
         task.cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, running.cancel)
         return await function(payload)
 
-    return (lambda payload: asyncio.run(main(payload))) if inspect.iscoroutinefunction(function) else function
+    return lambda payload: asyncio.run(main(payload))
 
 
 class Task:
