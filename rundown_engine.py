@@ -1889,7 +1889,7 @@ pre, .box { padding: .6rem .8rem; margin: .5rem 0; }  pre { max-height: 30rem; o
 pre, [data-attempt] td:last-child { font: 12.5px/1.45 ui-monospace, monospace; }  [data-attempt] { vertical-align: top; }
 table { width: 100%; border-collapse: collapse; table-layout: fixed; margin: .5rem 0; }  td { white-space: nowrap; }
 th, td { text-align: left; padding: .3rem .45rem; border-bottom: 1px solid var(--line); overflow: hidden; text-overflow: ellipsis; }
-th, label, .soft, [data-field] td:first-child { color: var(--soft); font-weight: 400; font-size: .85rem; }
+th { overflow-wrap: normal; }  th, label, .soft, [data-field] td:first-child { color: var(--soft); font-weight: 400; font-size: .85rem; }
 .number { text-align: right; }  .gone { font-style: italic; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
 th[data-count=actions] { width: 18rem; }  th[data-count=last_hour] { width: 8.6rem; }  th[data-count=state] { width: 8.4rem; }
 th[data-count=queue] { width: 13%; }  th[data-count=detail] { width: 28%; }  th[data-count=error] { width: 50%; }
