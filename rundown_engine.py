@@ -1891,7 +1891,7 @@ table { width: 100%; border-collapse: collapse; table-layout: fixed; margin: .5r
 th, td { text-align: left; padding: .3rem .45rem; border-bottom: 1px solid var(--line); overflow: hidden; text-overflow: ellipsis; }
 th { overflow-wrap: normal; }  th, label, .soft, [data-field] td:first-child { color: var(--soft); font-weight: 400; font-size: .85rem; }
 .number { text-align: right; }  .gone { font-style: italic; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
-th[data-count=actions] { width: 18rem; }  th[data-count=last_hour] { width: 8.6rem; }  th[data-count=state] { width: 8.4rem; }
+th[data-count=actions] { width: 18rem; }  th[data-count=last_hour] { width: 8.6rem; }  th[data-count=state] { width: 8.4rem; }  th[data-count=scheduled] { width: 5.6rem; }
 th[data-count=queue] { width: 13%; }  th[data-count=detail] { width: 28%; }  th[data-count=error] { width: 50%; }
 [data-count=error], [data-field] td { white-space: pre-wrap; }  th[data-count=field] { width: 10rem; }
 svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }

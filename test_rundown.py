@@ -4338,6 +4338,7 @@ def on_a_small_disk(own, folder):
 # -- faults: other programs, other workers, crowds -------------------------------------------------
 
 
+@beside
 def test_a_write_lock_of_two_seconds_is_waited_for_by_every_call(own, q):
     engine = own()
     engine.post("/enqueue", jobs=[{"queue": q}] * 10)
