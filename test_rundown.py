@@ -327,9 +327,13 @@ def background(request, tmp_path_factory):
 
 
 def run_beside(test, folder):
-    with engines(folder) as own, workers(folder) as work:
-        fixtures = {"own": own, "work": work, "tmp_path": folder, "q": "beside%d" % next(NUMBERS)}
-        test(*[fixtures[name] for name in inspect.signature(test).parameters])
+    """With an engine of its own, where the test wants `engine`."""
+    wanted = inspect.signature(test).parameters
+    with engines(folder) as own:
+        engine = own() if "engine" in wanted else None
+        with workers(folder, engine) as work:
+            fixtures = {"own": own, "engine": engine, "work": work, "tmp_path": folder, "q": "beside%d" % next(NUMBERS)}
+            test(*[fixtures[name] for name in wanted])
 
 
 @contextlib.contextmanager
@@ -1485,6 +1489,7 @@ def test_clients_that_stop_or_trickle_in_line_headers_or_body_are_cut_off(own, q
     assert max(took) < 4 and engine.count(q) == 0
 
 
+@beside
 def test_a_client_that_never_reads_is_cut_off(own, q):
     engine = own(constants={"DEADLINE": 0.3})
     job = engine.enqueue(q, "x" * 7000000)
@@ -2615,6 +2620,7 @@ def test_connections_are_kept_alive(proxy, q):
     assert proxy.connections == 1
 
 
+@beside
 def test_an_engine_that_is_away_is_waited_for(own, q):
     engine = own()
     engine.kill()
@@ -2657,6 +2663,7 @@ def test_an_answer_that_is_none_is_an_error_of_the_sdk(answer):
             rw.Client(url, timeout=0.5).enqueue("q", 1)
 
 
+@beside
 def test_retry_after_is_honoured():
     with canned(ANSWERS["503"]) as (url, heard):
         with pytest.raises(rw.EngineUnavailable):
@@ -2664,6 +2671,7 @@ def test_retry_after_is_honoured():
         assert 1 <= len(heard) <= 3
 
 
+@beside
 def test_an_answer_that_trickles_ends_at_the_deadline():
     with canned(OK + b"Content-Length: 5000\r\n\r\n" + b" " * 5000, pause=0.05) as (url, _):
         began = time.monotonic()
@@ -2970,6 +2978,7 @@ def test_a_handler_may_do_anything_and_its_worker_goes_on(engine, hostile, body)
         assert job["result"] == part and job["payload"]["list"] == []
 
 
+@beside
 def test_a_hung_handler_fails_on_time_its_slot_is_free_again_and_the_engine_knows(engine, work, q):
     hung, other = engine.enqueue(q, 30, timeout=1), engine.enqueue(q, 0)
     work("rw.WAIT = 0.3\n" + handler(q, "time.sleep(payload)", max_retries=0))
@@ -2979,6 +2988,7 @@ def test_a_hung_handler_fails_on_time_its_slot_is_free_again_and_the_engine_know
     until(lambda: [row for row in polled(engine, q) if row["hung"] == 1])
 
 
+@beside
 def test_an_exception_is_raised_inside_a_handler_at_its_timeout(engine, work, q):
     engine.enqueue(q, timeout=1)
     worker = work(handler(q, """
@@ -3014,6 +3024,7 @@ def test_heartbeats_keep_a_long_job_alive(own, work, q):
     assert (job["result"], job["attempt"]) == ("kept", 1)
 
 
+@beside
 def test_a_handler_whose_job_was_cancelled_gets_lost_raised_inside_it(engine, work, q):
     job = engine.enqueue(q)
     worker = work(SHORT_LEASE + "@rw.on('lost')\ndef hook(job, *rest):\n    say('hook')\n" + handler(q, """
@@ -3062,6 +3073,7 @@ def test_a_killed_worker_s_job_runs_again_after_the_lease_and_the_backoff(own, w
     assert 1.4 < when(lost["updated_at"]) - when(lost["started_at"]) < 4
 
 
+@beside
 def test_hooks_see_starts_and_ends_and_cannot_break_anything(engine, work, q):
     engine.enqueue(q, "good"), engine.enqueue(q, "bad")
     hooks = "".join("@rw.on(%r)\ndef hook(job, *rest):\n    say(%r, job['payload'])\n    1 / 0\n" % (one, one)
@@ -3291,6 +3303,7 @@ def test_whatever_an_isolated_handler_dies_of_is_in_the_error_and_the_worker_goe
 
 
 @pytest.mark.skipif(not POSIX, reason="kills by signal")
+@beside
 def test_a_child_that_is_killed_between_two_jobs_is_replaced_for_the_next(engine, work, q):
     work(isolated(q, "return os.getpid()"))
     children = []
@@ -4361,6 +4374,7 @@ def brief(engine, path):
     return code
 
 
+@beside
 def test_a_write_lock_beyond_patience_is_503_for_every_call_and_reads_go_on(own, q):
     engine = own(constants={"BUSY": 0.1})
     engine.post("/enqueue", jobs=[{"queue": q}] * 10)
@@ -4388,6 +4402,7 @@ def test_a_file_of_the_database_that_is_moved_away_is_noticed_and_nothing_more_i
 
 
 @pytest.mark.skipif(not POSIX, reason="stops and continues a process")
+@beside
 def test_whatever_a_worker_that_was_stopped_past_its_lease_says_gets_409_though_the_next_has_its_name(own, tmp_path, q):
     engine = own(constants={"BACKOFF": 0, "GRACE": 0.2, "TICK": 0.05})
     engine.enqueue(q, max_retries=5)
