@@ -4264,7 +4264,7 @@ def test_killed_at_any_write_of_a_commit_the_database_is_whole_and_what_was_ackn
     engine, acknowledged = own(), []
     over = engine.connect()         # one connection is one thread of the engine, and strace counts a thread's calls
     engine.call("GET", "/health", over=over)
-    with injected(engine, "pwrite64,fdatasync,fsync,sendto:signal=KILL:when=%d" % number), contextlib.closing(over):
+    with injected(engine, "pwrite64,write,fdatasync,fsync,sendto:signal=KILL:when=%d" % number), contextlib.closing(over):
         with contextlib.suppress(OSError, http.client.HTTPException):
             for count in range(9):
                 assert engine.call("POST", "/enqueue", {"queue": q, "id": "%s-%d" % (q, count)}, over=over)[0] == 200
@@ -4277,7 +4277,7 @@ def test_killed_at_any_write_of_a_commit_the_database_is_whole_and_what_was_ackn
     assert there[:len(acknowledged)] == acknowledged and len(there) - len(acknowledged) in (0, 1)
 
 
-@pytest.mark.parametrize("fault", ["fdatasync,fsync:error=EIO", "pwrite64:error=ENOSPC", "pwrite64:error=EIO"])
+@pytest.mark.parametrize("fault", ["fdatasync,fsync:error=EIO", "pwrite64,write:error=ENOSPC", "pwrite64,write:error=EIO"])
 def test_a_disk_that_fails_gets_503_acknowledges_nothing_and_recovers_by_itself(own, q, fault):
     engine = own()
     engine.post("/enqueue", jobs=[{"queue": q, "max_retries": 1}] * 10)
