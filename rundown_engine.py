@@ -1400,6 +1400,7 @@ class Store:
             except Exception as error:      # a thread that has to outlive whatever happens
                 if not isinstance(error, Unavailable):
                     log(f'fault in the timekeeper: {type(error).__name__}: {error}')
+                self.next_due = 0           # what it had told was not done
                 time.sleep(TICK)
             self.alarm.wait(max(0, min(TICK, (self.next_due - self.clock.now()) / 1000000)))
             self.alarm.clear()
@@ -1412,7 +1413,8 @@ class Store:
     def _leap(self, ahead):
         """The wall clock went ahead. What is counted in seconds moves with it: leases, starts, backoff."""
         def shift():
-            self.clock.offset += ahead      # at once: the next transaction tells the new time
+            self.clock.offset = offset + ahead
+            self.now = self.clock.now()     # at once: what else is in this transaction, and the next, tells the new time
             self.db.execute(SHIFT, {'by': micros(ahead)})
             self.db.execute(SHIFT_RETRIES, {'by': micros(ahead)})
         offset = self.clock.offset

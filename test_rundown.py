@@ -4295,6 +4295,14 @@ def test_a_disk_that_fails_gets_503_acknowledges_nothing_and_recovers_by_itself(
     assert engine.start().job(calls[0][1]["id"])["status"] == "done" and engine.job(q)
 
 
+def test_what_fell_due_while_the_disk_failed_is_handed_out_when_it_works_again(own, q):
+    engine = own()
+    engine.enqueue(q, delay=1)
+    with injected(engine, "pwrite64,write:error=ENOSPC"):
+        time.sleep(1.5)
+    assert engine.poll(q, wait=10)
+
+
 def troublesome(q, claims):
     """One of each call that writes, each about a claim of its own."""
     named = [{"id": claim["id"], "attempt": claim["attempt"]} for claim in claims]
