@@ -72,6 +72,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import heapq
 import hmac
 import http.client
 import http.server
@@ -82,6 +83,7 @@ import os
 import pathlib
 import random
 import re
+import selectors
 import signal
 import socket
 import socketserver
@@ -115,11 +117,19 @@ MAX_ATTEMPT_ERROR = 4 << 10  # characters
 MAX_WORKERS = 1000          # workers that are remembered
 IDLE = 120                  # seconds until an idle connection is closed
 DEADLINE = 30               # seconds for a request to arrive, and for its answer to be taken
-BIG_BODY = 256 << 10        # bytes; of bodies above it
-BIG_BODIES = 4              # are in memory at a time
+BIG_BODY = 256 << 10        # bytes of a body that a thread parses
+LONG = 256                  # jobs in an answer that a thread renders
+THREADS = 8                 # that serve requests at a time
+CHUNK = 64 << 10            # bytes that are received or read at a time
+SMALL = 64 << 10            # bytes of a request or an answer for which there is always room
+MAX_HELD = 64 << 20         # bytes of requests that are not done with, of all connections
+MAX_UNSENT = 64 << 20       # bytes of answers that are not taken, of all connections
+MAX_ANSWER = 16 << 20       # characters of the jobs that polls claim in a pass, and of a page
 DRAIN = 4                   # seconds that requests in flight get when the engine stops
 READERS = 4                 # idle connections that read
 BUSY = 5                    # seconds to wait for another program's write lock
+RETRY = 0.005               # seconds until it is tried again
+DEAF = 0.05                 # seconds in which clients could not be heard, from which on leases are looked at
 TICK = 1                    # seconds between two looks at the clock
 STEP = 500                  # rows that the engine changes on its own account in one transaction
 LINGER = 5                  # seconds to read on after a refusal, so that the client gets to see it
@@ -127,6 +137,7 @@ PRUNE = 60                  # seconds between two rounds of retention
 CHECKPOINT = 4000           # pages in the write-ahead log that start a checkpoint
 CHECKED = 64 << 20          # bytes up to which a database is checked in full at the start
 BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800)   # seconds, of histograms
+COPY = '.backup-'           # in the names of copies that are being made
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)                                               # operations in a commit
 
 # -- Lifecycle --------------------------------------------------------------------------------------------------------
@@ -316,7 +327,7 @@ def checked(path, body):
     """The fields of `body` as the store takes them. Null is as good as missing. BadRequest names the field."""
     if type(body) is not dict:
         raise BadRequest('the body must be a JSON object, such as {"queue": "images"}')
-    _, _, needed, taken = ROUTES[path]
+    needed, taken = ROUTES[path].needed, ROUTES[path].taken
     ask = {}
     for field, value in body.items():
         if field != needed and field not in taken:
@@ -355,7 +366,7 @@ def shown(value):
 
 def batch(path, body):
     """The checked fields of `body`, or of each item of {"jobs": [...]}; an item that is refused is its refusal."""
-    if type(body) is not dict or 'jobs' not in body or 'jobs' not in ROUTES[path][3]:
+    if type(body) is not dict or 'jobs' not in body or 'jobs' not in ROUTES[path].taken:
         return checked(path, body)
     items = body['jobs']
     if len(body) > 1:
@@ -397,7 +408,7 @@ def parsed(body):
     except ValueError as error:
         raise BadRequest(f'the body must be JSON in UTF-8: {shorten(str(error), 200)}') from None
 
-# -- Schema -----------------------------------------------------------------------------------------------------------
+# -- Database ---------------------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x52554e44     # "RUND", in the header of the file
 SCHEMA_VERSION = 1
@@ -482,169 +493,234 @@ CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
 END;
 '''
 
-# -- Group commit -----------------------------------------------------------------------------------------------------
+
+MISTAKES = sqlite3.ProgrammingError, sqlite3.IntegrityError       # not the storage's
 
 
-class Ticket:
-    """One operation on its way through a commit group, and the thread that waits for it."""
-    __slots__ = ('operation', 'topic', 'alive', 'gate', 'result', 'error', 'answered')
+class Busy(Exception):
+    """Another program holds the write lock: nothing was begun."""
 
-    def __init__(self, operation, topic, alive):
-        self.operation = operation      # () -> result; runs in a transaction, perhaps more than once
-        self.topic = topic              # what it sleeps on while its result is empty; None: it does not
-        self.alive = alive              # () -> is the client still there?
-        self.gate = threading.Lock()    # opened once it is answered, and once it has to lead
-        self.gate.acquire()
-        self.result = self.error = None
-        self.answered = False
 
-    def run(self):
-        self.result = self.error = None
+def lock(path):
+    """An open file that says whose the database is: one of its own, as closing the other one drops SQLite's locks."""
+    file = os.fdopen(os.open(path + '.lock', os.O_RDWR | os.O_CREAT, 0o600), 'r+b')
+    try:
+        if os.name == 'nt':
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise Unusable(f'{path} is in use by another engine') from None
+    return file
+
+
+def examine(path):
+    """Refuse a file that is no database of ours, by its header so that it is not touched; create a missing one."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o600), 'rb') as file:
+        header, names = file.read(100), os.fstat(file.fileno()).st_nlink
+    if names > 1:       # each name would have a lock and a write-ahead log of its own
+        raise Unusable(f'{path} has {names} names (hard links); an engine takes a database that has one')
+    journal = path + '-journal'
+    if header and not (os.path.exists(journal) and os.path.getsize(journal)):   # else SQLite ends what broke off
+        version, application = (int.from_bytes(header[at:at + 4], 'big') for at in (60, 68))
+        if header[:16] != b'SQLite format 3\0' or application != APPLICATION_ID:
+            raise Unusable(f'{path} is not a Rundown database; it was left as it is')
+        if version > SCHEMA_VERSION:
+            known = f'schema {version}, this one knows {SCHEMA_VERSION}'
+            raise Unusable(f'{path} was written by a newer engine ({known}); it was left as it is')
+    with contextlib.suppress(PermissionError):
+        os.chmod(path, 0o600)
+
+
+class Database:
+    """The file: whose it is, the connection that writes, those that read, what is wrong with it, copies of it."""
+
+    def __init__(self, path, sync):
+        self.path, self.sync = os.path.realpath(path), sync     # constant after start
+        self.readers = collections.deque()      # safe by itself: idle connections
+        self.copying = threading.Lock()         # held while a copy is made: one at a time
+        self.trouble = None                     # the writer's, as is the rest: what the last commit failed of
+        self.unsynced = False                   # the log may hold a commit that did not reach the disk
+        self.replaced = False                   # the file under the path is not ours any more
+        self.lock_file = self.db = None
+        self.files = self.inode = None          # what tells that the files under the path are ours: see _files()
+        self.opened = False
+
+    def open(self):
+        """Take the file and make or check what is in it; Unusable with a sentence where that cannot be."""
         try:
-            self.result = self.operation()
-        except Refused as error:
-            self.error = error
+            self.lock_file = lock(self.path)
+            examine(self.path)
+            self._remove_copies()
+            self.db = self._connect(BUSY)
+            with self.transaction():
+                self._create()
+            self.db.execute('PRAGMA journal_mode = WAL')
+            if os.path.getsize(self.path) <= CHECKED and self.db.execute('PRAGMA quick_check(1)').fetchone()[0] != 'ok':
+                raise Unusable(f'{self.path} is damaged; restore a backup')
+            self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite
+            with self.reading() as db:  # one reader stays, so that the log outlives the writer
+                db.execute('SELECT 1 FROM jobs').fetchone()
+            self.inode, _, locked = self._files()
+            self.opened = locked == os.fstat(self.lock_file.fileno()).st_ino
+            if not self.opened:
+                raise Unusable(f'{self.path} is in use by another engine')
+        except (sqlite3.Error, OSError, Unavailable, Busy) as error:
+            self.close()
+            reason = getattr(error, 'strerror', None) or error.__cause__ or error
+            raise Unusable(f'{self.path} cannot be used: {reason}') from None
+        except BaseException:
+            self.close()
+            raise
 
-    def sleeps(self):
-        return not self.result and self.error is None and self.topic is not None
+    def _create(self):
+        if not self.db.execute('PRAGMA user_version').fetchone()[0]:
+            for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
+                self.db.execute(statement)
+            self.db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
+            self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
+    def _connect(self, patience, pragmas=('synchronous = {sync}', f'wal_autocheckpoint = {CHECKPOINT}',
+                                          'cache_size = -16384')):
+        """A connection to the file: the one that writes, unless `pragmas` says otherwise."""
+        uri = pathlib.Path(self.path).as_uri() + '?mode=rw'
+        db = sqlite3.connect(uri, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        for pragma in pragmas:
+            db.execute('PRAGMA ' + pragma.format(sync=self.sync))
+        return db
 
-class GroupCommit:
-    """Operations of many threads in shared transactions, after LevelDB's DBImpl::Write.
+    def _files(self, suffixes=('', '-wal', '.lock')):
+        """What tells whether the files under the path are still those that we write to and lock; None: one is gone."""
+        try:
+            return [os.stat(self.path + suffix).st_ino for suffix in suffixes]
+        except FileNotFoundError:
+            return None
 
-    The first thread that comes is the leader: it runs all operations that wait in one transaction. Those who come
-    meanwhile wait as followers; when the leader is done it hands the lead to the first of them, then wakes its own
-    followers with their results. An operation that is refused has written nothing, so it does not undo its neighbours.
+    @contextlib.contextmanager
+    def transaction(self):
+        """The one place where the database is changed: all of it is on disk, or nothing and Unavailable, or Busy."""
+        try:
+            self._still_ours(True)
+            if self.db is None:
+                self._reconnect()
+            self._begin()
+            self.files = self.files or self._files()
+            yield self.db
+            self.db.execute('COMMIT')
+            self._still_ours(not self.opened or self.files and self._files() == self.files)
+        except BaseException as error:
+            self._roll_back(error)
+            raise
+        self.trouble = None
 
-    An operation with a topic that comes back empty is parked and its thread sleeps on. One that calls wake(topic) makes
-    the parked ones join its own group, one by one until one comes back empty: what arrives and the poll that takes it
-    are one commit, and no more sleepers are woken than there are jobs.
-    """
+    def _begin(self):
+        try:
+            self.db.execute('BEGIN IMMEDIATE')
+        except sqlite3.OperationalError as error:
+            if 'locked' in str(error):
+                raise Busy('the database is locked') from error
+            raise
 
-    def __init__(self, transaction):
-        self.transaction = transaction      # constant: a context manager
-        self.lock = threading.Lock()        # guards the next four
-        self.tickets = []                   # for the next transaction
-        self.leading = False                # a thread is the leader
-        self.parked = {}                    # topic -> deque of tickets
-        self.closed = False                 # nobody sleeps any more,
-        self.ended = False                  # and nothing is taken any more
-        self.woken = set()                  # topics; the leader's alone
+    def _still_ours(self, holds):
+        self.replaced = self.replaced or not holds
+        if self.replaced:
+            self.trouble = (f'the database {self.path} or its lock file was deleted or replaced while in use; '
+                            'restart the engine')
+            raise Unavailable(self.trouble)
 
-    def run(self, operation, topic=None, wait=0, alive=lambda: True):
-        """The result of operation(), once it is on disk. With a topic: sleep up to `wait` seconds while it is empty."""
-        ticket = Ticket(operation, topic if wait else None, alive)
-        ends = time.monotonic() + wait
-        lead = self._join(ticket)
-        while not ticket.answered:
-            if lead:
-                self._lead()
-                lead = False
-            elif ticket.gate.acquire(timeout=max(0, ends - time.monotonic()) if ticket.topic else -1):
-                lead = not ticket.answered
+    def _roll_back(self, error):
+        try:
+            if self.db is not None and self.db.in_transaction:
+                self.db.execute('ROLLBACK')
+        except sqlite3.Error:
+            pass
+        if isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, MISTAKES):
+            if self.db is not None:     # after an I/O error only a fresh connection knows what is on disk
+                self.db.close()
+                self.db = None
+            self.unsynced = self.unsynced or 'I/O' in str(error)
+            self.in_trouble(error)
+            raise Unavailable(f'the database could not be written ({error}); '
+                              'whether it was done is not known, send it again') from error
+
+    def in_trouble(self, error):
+        if self.trouble is None and self.opened:
+            log(f'storage trouble: {error}')
+        self.trouble = str(error)
+
+    def _reconnect(self):
+        """The log may hold a commit that was never synced; it is, before a replay of it is acknowledged."""
+        self._still_ours(self._files(['']) == [self.inode])
+        db = self._connect(0)
+        if self.unsynced and db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
+            db.close()
+            raise sqlite3.OperationalError('the write-ahead log is locked')
+        self.db, self.files, self.unsynced = db, None, False
+
+    @contextlib.contextmanager
+    def reading(self):
+        """A connection that reads what is committed and never waits for the writer."""
+        try:
+            db = self._reader()
+        except sqlite3.Error as error:
+            raise Unavailable(f'the database could not be opened ({error}); try again') from error
+        try:
+            yield db
+        except sqlite3.Error as error:
+            raise Unavailable(f'the database could not be read ({error}); try again') from error
+        finally:
+            if len(self.readers) < READERS:
+                self.readers.append(db)
             else:
-                self._withdraw(ticket)
-        if ticket.error is not None:
-            raise ticket.error
-        return ticket.result
+                db.close()
 
-    def wake(self, topic):
-        """Let what is parked on the topic run in this transaction. Called by operations."""
-        if topic in self.parked:
-            self.woken.add(topic)
-
-    def rouse_all(self):
-        """Answer all sleepers with their empty results, now and from now on."""
-        with self.lock:
-            self.closed = True
-            sleepers = [ticket for tickets in self.parked.values() for ticket in tickets]
-            self.parked.clear()
-        for ticket in sleepers:
-            ticket.answered = True
-            ticket.gate.release()
-
-    def end(self, patience):
-        """Take nothing more and wait for the last commit. False when that takes longer than `patience` seconds."""
-        self.rouse_all()
-        with self.lock:
-            self.ended = True
-        ends = time.monotonic() + patience
-        while self.leading and time.monotonic() < ends:
-            time.sleep(.005)
-        return not self.leading
-
-    def _join(self, ticket):
-        with self.lock:
-            if self.ended:
-                raise Unavailable('the engine is stopping')
-            self.tickets.append(ticket)
-            lead, self.leading = not self.leading, True
-        return lead
-
-    def _withdraw(self, ticket):
-        """Its time is up: wake up if parked; if it is being run just now its answer will come."""
-        with self.lock:
-            if ticket in self.parked.get(ticket.topic, ()):
-                ticket.answered = True
-                self.parked[ticket.topic].remove(ticket)
-                self._tidy(ticket.topic)
-            ticket.topic = None
-
-    def _tidy(self, topic):
-        if not self.parked[topic]:      # the lock is held
-            del self.parked[topic]
-
-    def _lead(self):
-        with self.lock:
-            group, self.tickets = self.tickets, []
-        answered = self._commit(group)
-        with self.lock:
-            heir = self.tickets[0] if self.tickets else None
-            self.leading = heir is not None
-        if heir:
-            heir.gate.release()
-        for ticket in answered:
-            ticket.gate.release()
-
-    def _commit(self, group):
-        """Run the group in one transaction, and say who is answered by it."""
-        self.woken.clear()
+    def _reader(self):
         try:
-            with self.transaction(group):
-                for ticket in group:
-                    ticket.run()
-                while self.woken:
-                    self._rouse(self.woken.pop(), group)
-        except Exception as error:
-            if len(group) > 1 and not isinstance(error, Refused):   # a fault of one operation: find out whose
-                return [answered for ticket in group for answered in self._commit([ticket])]
-            for ticket in group:
-                ticket.error = error
-        with self.lock:
-            for ticket in group:
-                ticket.answered = self.closed or not ticket.sleeps()
-                if not ticket.answered:
-                    self.parked.setdefault(ticket.topic, collections.deque()).append(ticket)
-        return [ticket for ticket in group if ticket.answered]
+            return self.readers.pop()
+        except IndexError:
+            return self._connect(BUSY, ['query_only = ON'])
 
-    def _rouse(self, topic, group):
-        """Run what is parked on the topic again, until one finds nothing: that one stays first in line."""
-        while True:
-            with self.lock:
-                sleepers = self.parked.get(topic)
-                if not sleepers:
-                    return
-                ticket = sleepers.popleft()
-                self._tidy(topic)
-                group.append(ticket)
-            if not ticket.alive():
-                ticket.topic = None
-                continue
-            ticket.run()
-            with self.lock:
-                if ticket.sleeps():
-                    self.parked.setdefault(topic, collections.deque()).appendleft(group.pop())
-                    return
+    def backup(self):
+        """An open file, gone when it is closed: a consistent copy of the database, made beside the load."""
+        if not self.copying.acquire(blocking=False):
+            raise Unavailable('another copy is being made; try again when it is done')
+        try:
+            folder, name = os.path.split(self.path)
+            handle, name = tempfile.mkstemp(prefix=name + COPY, dir=folder)
+            os.close(handle)
+            try:
+                with self.reading() as db, contextlib.closing(sqlite3.connect(name)) as copy:
+                    db.backup(copy)
+                return open(name, 'rb', opener=lambda path, flags: os.open(path, flags | getattr(os, 'O_TEMPORARY', 0)))
+            finally:
+                with contextlib.suppress(PermissionError, FileNotFoundError):   # Windows removes it when it is closed
+                    os.unlink(name)
+        except OSError as error:
+            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
+        finally:
+            self.copying.release()
+
+    def _remove_copies(self):
+        """What a copy that was cut off has left behind."""
+        folder, name = os.path.split(self.path)
+        for left in os.listdir(folder):
+            if left.startswith(name + COPY):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, left))
+
+    def close(self):
+        """Leave the file in order. Nobody writes any more."""
+        for db in filter(None, [self.db, *self.readers]):
+            db.close()
+        self.db = None
+        if self.lock_file:
+            if self.opened:
+                self._remove_copies()
+            self.lock_file.close()
 
 # -- Store ------------------------------------------------------------------------------------------------------------
 
@@ -716,7 +792,8 @@ RENEW = """
             ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, COALESCE(
                 lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace))) END,
         started_at = MIN(started_at, :now)
-    WHERE status = 'running'"""
+    WHERE status = 'running'
+        AND COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace) < 2 * :pause"""
 SHIFT = """
     UPDATE jobs
     SET lease_until = lease_until + :by, started_at = started_at + :by
@@ -840,38 +917,6 @@ def new_id(now):
     return f'{stamp[:8]}-{stamp[8:]}-7{chance[:3]}-{"89ab"[int(chance[3], 16) % 4]}{chance[4:7]}-{chance[7:19]}'
 
 
-def lock(path):
-    """An open file that says whose the database is: one of its own, as closing the other one drops SQLite's locks."""
-    file = os.fdopen(os.open(path + '.lock', os.O_RDWR | os.O_CREAT, 0o600), 'r+b')
-    try:
-        if os.name == 'nt':
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise Unusable(f'{path} is in use by another engine') from None
-    return file
-
-
-def examine(path):
-    """Refuse a file that is no database of ours, by its header so that it is not touched; create a missing one."""
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o600), 'rb') as file:
-        header = file.read(100)
-    journal = path + '-journal'
-    if header and not (os.path.exists(journal) and os.path.getsize(journal)):   # else SQLite ends what broke off
-        version, application = (int.from_bytes(header[at:at + 4], 'big') for at in (60, 68))
-        if header[:16] != b'SQLite format 3\0' or application != APPLICATION_ID:
-            raise Unusable(f'{path} is not a Rundown database; it was left as it is')
-        if version > SCHEMA_VERSION:
-            known = f'schema {version}, this one knows {SCHEMA_VERSION}'
-            raise Unusable(f'{path} was written by a newer engine ({known}); it was left as it is')
-    with contextlib.suppress(PermissionError):
-        os.chmod(path, 0o600)
-
-
 class Meter:
     """Counts since the start: totals, histograms, the last hour by the minute. Written after each commit."""
 
@@ -916,166 +961,51 @@ def observe(histogram, buckets, value):
 
 
 class Store:
-    """The jobs of one database: a method a call. Writers go through the group commit, readers have own connections."""
+    """The jobs of one database: a method a call. Those that change something run in a transaction of the loop's."""
 
-    def __init__(self, path, sync='full', clock=time, keep=0, keep_failed=0):
-        self.path = os.path.realpath(path)                      # constant after start:
-        self.sync = sync
-        self.clock = Clock(clock)
+    def __init__(self, database, clock=time, keep=0, keep_failed=0):
+        self.database, self.clock = database, Clock(clock)      # constant after start:
         self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # microseconds; 0: for ever
-        self.commits = GroupCommit(self.transaction)
         self.meter = Meter()
-        self.readers = collections.deque()                      # safe by itself: idle connections
-        self.trouble = None                                     # what the last commit failed of
-        self.unsynced = False                                   # the log may hold a commit that did not reach the disk
-        self.replaced = False                                   # the file under the path is not ours any more
-        self.workers = collections.OrderedDict()                # the leader's: (worker, queue) -> (seen at, hung)
-        self.polled = {}                                        # the leader's: queue -> polled at
-        self.hints = {}                                         # queue -> what to say while nobody polls it
-        self.now = 0                                            # the leader's: engine time of the transaction
-        self.noted = []                                         # the leader's: what the meter gets after the commit
-        self.next_due = 0                                       # engine time at which tick() has something to do
-        self.next_prune = 0
-        self.alarm = threading.Event()                          # next_due came nearer
-        self.stopped = False
-        self.lock_file = None
-        self.db = self.files = None                             # the leader's: what writes, and what it writes to
-        self.timekeeper = threading.Thread(target=self._keep_time, name='timekeeper', daemon=True)
-        self._open()
-        self.timekeeper.start()
+        self.workers = collections.OrderedDict()                # the loop's, as is the rest: (worker, queue) -> (seen at, hung)
+        with database.reading() as db:
+            polled = db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL')
+            self.polled = dict(polled.fetchall())               # queue -> polled at
+        self.next_due = 0                                       # engine time at which overdue() has something to do
+        self.next_prune = 0                                     # the same of prune()
+        self.db = None                                          # of the transaction at hand: the connection,
+        self.now = 0                                            # engine time,
+        self.noted = []                                         # what the meter gets after the commit,
+        self.said = []                                          # what the log gets,
+        self.woken = set()                                      # topics whose sleepers may find something now,
+        self.room = 0                                           # bytes that polls may still claim
 
-    # the database
+    def begin(self, db):
+        """A transaction begins."""
+        self.db, self.now, self.room = db, self.clock.now(), MAX_ANSWER
+        self.noted, self.said, self.woken = [], [], set()
 
-    def _open(self):
-        try:
-            self.lock_file = lock(self.path)
-            examine(self.path)
-            self.inode = os.stat(self.path).st_ino
-            self.db = self._connect()
-            self.commits.run(self._create)
-            self.db.execute('PRAGMA journal_mode = WAL')
-            if os.path.getsize(self.path) <= CHECKED and self.db.execute('PRAGMA quick_check(1)').fetchone()[0] != 'ok':
-                raise Unusable(f'{self.path} is damaged; restore a backup')
-            with self.reading() as db:      # opens the first reader; one stays, so that the log outlives the writer
-                polled = db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL')
-                self.polled = dict(polled.fetchall())
-            self.commits.run(self._renew)
-        except (sqlite3.Error, OSError, Unavailable) as error:
-            self.close()
-            reason = getattr(error, 'strerror', None) or error.__cause__ or error
-            raise Unusable(f'{self.path} cannot be used: {reason}') from None
-        except BaseException:
-            self.close()
-            raise
+    def committed(self, group):
+        """It is on disk, with so many operations."""
+        self.meter.record(self.now, self.noted, group)
+        for sentence in self.said:
+            log(sentence)
 
-    def _create(self):
-        if not self.db.execute('PRAGMA user_version').fetchone()[0]:
-            for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
-                self.db.execute(statement)
-            self.db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
-            self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
-
-    def _connect(self, pragmas=('synchronous = {sync}', f'wal_autocheckpoint = {CHECKPOINT}', 'cache_size = -16384')):
-        """A connection to the file: the one that writes, unless `pragmas` says otherwise."""
-        uri = pathlib.Path(self.path).as_uri() + '?mode=rw'
-        db = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        for pragma in pragmas:
-            db.execute('PRAGMA ' + pragma.format(sync=self.sync))
-        return db
-
-    def _files(self):
-        """What tells that the files under the path are still those that we write to."""
-        try:
-            return [os.stat(path).st_ino for path in (self.path, self.path + '-wal')]
-        except FileNotFoundError:
-            return None
-
-    @contextlib.contextmanager
-    def transaction(self, group):
-        """The one place where the database is changed: all of the group is on disk, or nothing and Unavailable."""
-        try:
-            self._still_ours(self.db or os.path.exists(self.path) and os.stat(self.path).st_ino == self.inode)
-            if self.db is None:
-                self._reconnect()
-            self.db.execute('BEGIN IMMEDIATE')
-            self.files = self.files or self._files()
-            self.now, self.noted = self.clock.now(), []
-            yield
-            self.db.execute('COMMIT')
-        except BaseException as error:
-            self._roll_back(error)
-            raise
-        self._still_ours(self._files() == self.files)
-        self.trouble = None
-        self.meter.record(self.now, self.noted, len(group))
-
-    def _still_ours(self, holds):
-        self.replaced = self.replaced or not holds
-        if self.replaced:
-            self.trouble = f'the database {self.path} was deleted or replaced while in use; restart the engine'
-            raise Unavailable(self.trouble)
-
-    def _roll_back(self, error):
-        try:
-            if self.db is not None and self.db.in_transaction:
-                self.db.execute('ROLLBACK')
-        except sqlite3.Error:
-            pass
-        mistake = sqlite3.ProgrammingError, sqlite3.IntegrityError
-        if isinstance(error, sqlite3.Error) and not isinstance(error, mistake):
-            busy = 'locked' in str(error)
-            if not busy and self.db is not None:    # after an I/O error only a fresh connection knows what is on disk
-                self.db.close()
-                self.db = None
-            self.unsynced = self.unsynced or 'I/O' in str(error)
-            if self.trouble is None and self.timekeeper.is_alive():
-                log(f'storage trouble: {error}')
-            self.trouble = str(error)
-            done = 'nothing was changed, try again' if busy else 'whether it was done is not known, send it again'
-            raise Unavailable(f'the database could not be written ({error}); {done}') from error
-
-    def _reconnect(self):
-        """The log may hold a commit that was never synced; it is, before a replay of it is acknowledged."""
-        db = self._connect()
-        if self.unsynced and db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
-            db.close()
-            raise sqlite3.OperationalError('the write-ahead log is locked')
-        self.db, self.files, self.unsynced = db, None, False
-
-    @contextlib.contextmanager
-    def reading(self):
-        """A connection that reads what is committed and never waits for the writer."""
-        try:
-            db = self.readers.pop() if self.readers else self._connect(['query_only = ON'])
-        except (IndexError, sqlite3.Error) as error:
-            raise Unavailable(f'the database could not be opened ({error}); try again') from error
-        try:
-            yield db
-        except sqlite3.Error as error:
-            raise Unavailable(f'the database could not be read ({error}); try again') from error
-        finally:
-            if len(self.readers) < READERS:
-                self.readers.append(db)
-            else:
-                db.close()
-
-    def close(self):
-        """Finish the last commit, leave the file in order."""
-        self.stopped = True
-        self.alarm.set()
-        if self.commits.end(BUSY + 1):          # else leave it as a crash would: SQLite is at home with that
-            for db in filter(None, [self.db, *self.readers]):
-                db.close()
-            self.db = None
-        if self.lock_file:
-            self.lock_file.close()
+    def wake(self, topic):
+        """What is parked on the topic may find something in this transaction, or after it."""
+        self.woken.add(topic)
 
     # calls: producers
 
     def enqueue(self, asks):
-        """Add the jobs, all or none. Their JSON texts, or those of the jobs that have the `id` or the `key` already."""
-        return self.commits.run(lambda: [self._enqueue(ask) for ask in asks])
+        """Add the jobs, all or none: (row, created) each, of those that have the `id` or the `key` already if so."""
+        jobs, size = [], 0
+        for ask in asks:
+            jobs.append(self._enqueue(ask))
+            size += not jobs[-1][1] and size_of(jobs[-1][0])
+            if size > MAX_UNSENT:
+                raise TooLarge('jobs: those that exist already are too large for one answer; send fewer at a time')
+        return jobs
 
     def _enqueue(self, ask):
         now = self.now
@@ -1086,56 +1016,60 @@ class Store:
         try:
             self.db.execute(INSERT, row)
         except sqlite3.IntegrityError:
-            twin = self.db.execute(BY_ID, row).fetchone() or self.db.execute(BY_KEY, row).fetchone()
-            return as_json(twin, ',"created":false')
+            return self.db.execute(BY_ID, row).fetchone() or self.db.execute(BY_KEY, row).fetchone(), False
         self._pending(row['queue'], due)
         self.noted.append(('enqueued', row['queue'], None))
-        if row['queue'] in self.polled:
-            return as_json(row, ',"created":true')
-        return as_json(row, f',"created":true,"warning":{quoted(self._nobody(row["queue"]))}')
+        return row, True
+
+    def announced(self, jobs):
+        """The JSON texts of jobs that enqueue() gave, with a warning where nobody polls their queue."""
+        texts, warnings = [], {}
+        for row, created in jobs:
+            queue, more = row['queue'], ',"created":true' if created else ',"created":false'
+            if created and queue not in self.polled:
+                if queue not in warnings:
+                    warnings[queue] = quoted(nobody(queue, self.polled if not warnings else ()))   # it takes time: once
+                more += ',"warning":' + warnings[queue]
+            texts.append(as_json(row, more))
+        return texts
 
     def _pending(self, queue, due):
         """A job of the queue is pending: wake a poll for it, now or when it is due."""
         if due <= self.now:
-            self.commits.wake(('queue', queue))
+            self.wake(('queue', queue))
         else:
             self._due(due)
 
     def _due(self, at):
-        if at < self.next_due:
-            self.next_due = at
-            self.alarm.set()
-
-    def _nobody(self, queue):
-        if queue not in self.hints:
-            near = difflib.get_close_matches(queue, list(self.polled)[:200], 1)
-            if len(self.hints) > MAX_WORKERS:
-                self.hints = {}
-            hint = f'; did you mean {shown(near[0])}?' if near else ''
-            self.hints[queue] = f'no worker has ever polled the queue {shown(queue)}{hint}'
-        return self.hints[queue]
+        self.next_due = min(self.next_due, at)
 
     # calls: workers
 
-    def poll(self, ask, alive):
-        """Claim jobs, a list of JSON texts. Sleeps for the first one while alive() says that the client is there."""
-        return self.commits.run(lambda: self._poll(ask), ('queue', ask['queue']), ask.get('wait', 0) / 1000000, alive)
-
-    def _poll(self, ask):
+    def poll(self, ask):
+        """Claim jobs: the rows as they are then, no more than may be answered in this pass but one at least."""
         queue, worker = ask['queue'], ask.get('worker')
         if queue not in self.polled:
             self.db.execute(POLLED, (queue, self.now))
-            self.hints = {}
         self.polled[queue] = self.now
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
-        rows = self.db.execute(CLAIM, {'queue': queue, 'limit': ask.get('limit', 1)}).fetchall()
+        rows = self._fitting(self.db.execute(CLAIM, {'queue': queue, 'limit': ask.get('limit', 1)}))
         changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now,
                    'updated_at': self.now, 'worker_timeout': ask.get('timeout'),
                    'worker_max_retries': ask.get('max_retries')}
         claims = [self._claim(dict(zip(COLUMNS, row)), changes) for row in rows]
         self.db.executemany(START, claims)
-        return [as_json(claim) for claim in claims]
+        return claims
+
+    def _fitting(self, rows):
+        fitting = []
+        for row in rows:
+            size = size_of(row)
+            if fitting and size > self.room:
+                break
+            self.room -= size
+            fitting.append(row)
+        return fitting
 
     def _claim(self, row, changes):
         """The row as it is once claimed."""
@@ -1155,41 +1089,36 @@ class Store:
         if len(self.workers) > MAX_WORKERS:
             self.workers.popitem(last=False)
 
-    def report(self, call, ask):
-        """The outcome of complete, fail, heartbeat, release, pause or resume; of a list one each, refused or not."""
-        method = getattr(self, '_' + call)
-        if type(ask) is dict:
-            return self.commits.run(lambda: method(ask))
-        return {'jobs': self.commits.run(lambda: [self._outcome(method, item) for item in ask])}
-
-    def _outcome(self, method, ask):
+    def outcome(self, method, ask):
+        """What the method makes of an item of a batch; its refusal is an outcome like others."""
         if isinstance(ask, Refused):
             return {'id': ask.id, 'error': str(ask), 'code': ask.status}
         try:
-            return method(ask)
+            return method(self, ask)
         except Refused as error:
             return {'id': ask['id'], 'error': str(error), 'code': error.status}
 
-    def _claimed(self, call, ask):
+    def claimed(self, call, ask):
+        """The job `id`, which may be changed like that."""
         job = found(self.db.execute(CLAIMED, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
         return allowed(call, job, ask)
 
-    def _complete(self, ask):
+    def complete(self, ask):
         job = found(self.db.execute(RUNNING, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
         if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
             allowed('complete', job, ask)
             self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
-            self.commits.wake(('job', job['id']))
+            self.wake(('job', job['id']))
             self.noted.append(('completed', job['queue'], self.now - job['started_at']))
         return {'id': job['id'], 'status': 'done'}
 
-    def _fail(self, ask):
-        job = self._claimed('fail', ask)
+    def fail(self, ask):
+        job = self.claimed('fail', ask)
         again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
         return self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
 
     def _lose(self, ask):
-        job = self._claimed('lose', ask)
+        job = self.claimed('lose', ask)
         again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
         return self._give_back(job, 'lost', again, 'worker lost', losses=job['losses'] + 1)
 
@@ -1201,12 +1130,12 @@ class Store:
             changes.update(retries=retries, next_run_at=due)
         return self._move(job, 'pending' if again else 'failed', outcome, error=error, **changes)
 
-    def _release(self, ask):
-        self._move(self._claimed('release', ask), 'pending', 'released')
+    def release(self, ask):
+        self._move(self.claimed('release', ask), 'pending', 'released')
         return {'id': ask['id'], 'status': 'pending'}
 
-    def _heartbeat(self, ask):
-        job = self._claimed('heartbeat', ask)
+    def heartbeat(self, ask):
+        job = self.claimed('heartbeat', ask)
         last = job['started_at'] + timeout_of(job) + micros(GRACE)
         self.db.execute(HEARTBEAT, {'now': self.now, 'last': last, 'progress': ask.get('progress'), 'seq': job['seq']})
         if job['worker']:
@@ -1225,89 +1154,81 @@ class Store:
         if status == 'pending':
             self._pending(job['queue'], row['next_run_at'])
         else:
-            self.commits.wake(('job', job['id']))
+            self.wake(('job', job['id']))
         due = rfc3339(row['next_run_at'])
         return {'id': job['id'], 'status': status, 'retries': row['retries'], 'next_run_at': due}
 
     # calls: operators
 
-    def change(self, call, ask):
-        """Cancel, retry or purge: the job `id`, or all of a queue and status. How many were changed."""
-        method = getattr(self, '_' + call)
-        if 'id' in ask:
-            self.commits.run(lambda: method(self._claimed(call, ask)))
-            return 1
-        statuses = [ask['status']] if 'status' in ask else SOURCES[call]
-        return sum(self.commits.run(lambda: self._step(method, ids, statuses)) for ids in self._steps(ask))
-
-    def _steps(self, ask):
+    def steps(self, ask):
         """The ids that a large change is about, some at a time, found by a reader so that the writer is not held up."""
         ask = {**ask, 'last': 0, 'step': STEP}
         while True:
-            with self.reading() as db:
+            with self.database.reading() as db:
                 rows = db.execute(f'SELECT seq, id FROM jobs {where(ask)} ORDER BY seq LIMIT :step', ask).fetchall()
             if not rows:
                 return
             ask['last'] = rows[-1]['seq']
             yield [row['id'] for row in rows]
 
-    def _step(self, method, ids, statuses):
+    def step(self, method, ids, statuses):
+        """Call the method with those of the jobs that have such a status still; how many those are."""
         count = 0
         for id in ids:
             job = self.db.execute(CLAIMED, (id,)).fetchone()
             with contextlib.suppress(Stale):
                 if job and job['status'] in statuses:
-                    method(job)
+                    method(self, job)
                     count += 1
         return count
 
-    def _cancel(self, job):
+    def cancel(self, job):
         return self._move(job, 'cancelled', 'cancelled')
 
-    def _retry(self, job):
+    def retry(self, job):
         try:
             return self._move(job, 'pending', 'retried', retries=0, losses=0, next_run_at=self.now)
         except sqlite3.IntegrityError:
             raise Stale('key: another job with the same key is pending or running in the queue') from None
 
-    def _purge(self, job):
+    def purge(self, job):
         self.db.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
-        self.commits.wake(('job', job['id']))
+        self.wake(('job', job['id']))
 
-    def _pause(self, ask, paused=True):
+    def pause(self, ask, paused=True):
         self.db.execute(PAUSE, {'queue': ask['queue'], 'paused': paused})
-        self.commits.wake(('queue', ask['queue']))
+        self.wake(('queue', ask['queue']))
         return {'queue': ask['queue'], 'paused': paused}
 
-    def _resume(self, ask):
-        return self._pause(ask, paused=False)
+    def resume(self, ask):
+        return self.pause(ask, paused=False)
 
     # calls: readers
 
-    def job(self, id, wait=0, alive=None):
-        """The job with its attempts and why it does not run; waits up to `wait` microseconds for its end."""
-        if wait:
-            self.commits.run(lambda: self._ended(id), ('job', id), wait / 1000000, alive)
-        with self.reading() as db:
+    def job(self, id):
+        """The job with its attempts and why it does not run."""
+        with self.database.reading() as db:
             row = found(db.execute(BY_ID, {'id': id}).fetchone(), 'id: there is no job', id)
             attempts = row['attempts'] or '[]'      # of those that ended otherwise than in done
             if row['status'] in ('running', 'done'):
                 attempts = history(row, row['status'], row['finished_at'])
             return as_json(row, f',"attempts":{attempts},"why":{quoted(self._why(db, row))}')
 
-    def _ended(self, id):
-        job = self.db.execute(CLAIMED, (id,)).fetchone()
+    def ended(self, id):
+        """Is there nothing to wait for?"""
+        with self.database.reading() as db:
+            job = db.execute(CLAIMED, (id,)).fetchone()
         return job is None or job['status'] in ENDED
 
     def newest(self, tag):
         """The JSON text of the newest job with the tag."""
-        with self.reading() as db:
+        with self.database.reading() as db:
             row = db.execute('SELECT * FROM jobs WHERE tag = ? ORDER BY seq DESC LIMIT 1', (tag,)).fetchone()
         return as_json(found(row, 'tag: there is no job tagged', tag))
 
     def jobs(self, limit=50, **ask):
         """A page of jobs, newest first, as JSON text; `after` is null on the last one."""
-        with self.reading() as db:
+        with self.database.reading() as db:
             if 'after' in ask and not db.execute(BY_ID, {'id': ask['after']}).fetchone():
                 raise BadRequest(f'after: there is no job {shown(ask["after"])}')
             statement = f'SELECT * FROM jobs {where(ask)} ORDER BY seq DESC LIMIT :limit'
@@ -1316,11 +1237,12 @@ class Store:
         return f'{{"jobs":{as_list(map(as_json, rows))},"after":{quoted(after)}}}'
 
     def health(self):
-        return {'status': 'trouble' if self.trouble else 'ok', 'storage': self.trouble or 'ok', 'version': VERSION}
+        trouble = self.database.trouble
+        return {'status': 'trouble' if trouble else 'ok', 'storage': trouble or 'ok', 'version': VERSION}
 
     def queues(self):
         """The queues and the workers seen, with their counts; ages in seconds."""
-        with self.reading() as db:
+        with self.database.reading() as db:
             rows = [dict(row) for row in db.execute('SELECT * FROM queues ORDER BY queue')]
             running = dict(db.execute(RUNNING_BY_WORKER).fetchall())
             oldest = [db.execute(OLDEST, row).fetchone()[0] for row in rows]
@@ -1351,117 +1273,462 @@ class Store:
         reasons = [sentence for holds, sentence in (
             (queue['paused'], 'the queue is paused'),
             (row['scheduled'], f'scheduled for {rfc3339(row["next_run_at"])}{retry}'),
-            (polled is None, self._nobody(row['queue'])),
+            (polled is None, nobody(row['queue'], self.polled)),
             (polled and silent, f'no worker has polled the queue for {silent} minutes'),
             (ahead and not row['scheduled'], f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs'),
         ) if holds]
         return '; '.join(reasons) or 'next in line'
 
-    def backup(self):
-        """An open file, gone when it is closed: a consistent copy of the database, made beside the load."""
-        try:
-            folder, name = os.path.split(self.path)
-            handle, name = tempfile.mkstemp(prefix=name + '.backup-', dir=folder)
-            os.close(handle)
-            try:
-                with self.reading() as db, contextlib.closing(sqlite3.connect(name)) as copy:
-                    db.backup(copy)
-                return open(name, 'rb', opener=lambda path, flags: os.open(path, flags | getattr(os, 'O_TEMPORARY', 0)))
-            finally:
-                with contextlib.suppress(PermissionError):      # Windows, which removes it when it is closed
-                    os.unlink(name)
-        except OSError as error:
-            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
-
     # time
 
-    def tick(self):
-        """Follow the wall clock, hand due jobs out, give the jobs of lost workers back, forget old jobs."""
-        leap = self.clock.follow()
-        if leap:
-            self._leap(leap)
-        now = self.clock.now()
-        while self.next_due <= now:
-            self.commits.run(self._overdue)
-        if self.next_prune <= now:
-            self.next_prune = now + micros(PRUNE)
-            self.commits.run(self._remember)
-            while self.commits.run(self._prune):
-                pass
-
-    def _keep_time(self):
-        woke = time.monotonic()
-        while not self.stopped:
-            try:
-                if time.monotonic() - woke > TICK + GRACE:      # it slept, or could not write: nobody could be heard
-                    self.commits.run(self._renew)
-                woke = time.monotonic()
-                self.tick()
-            except Exception as error:      # a thread that has to outlive whatever happens
-                if not isinstance(error, Unavailable):
-                    log(f'fault in the timekeeper: {type(error).__name__}: {error}')
-                self.next_due = 0           # what it had told was not done
-                time.sleep(TICK)
-            self.alarm.wait(max(0, min(TICK, (self.next_due - self.clock.now()) / 1000000)))
-            self.alarm.clear()
-
-    def _renew(self):
-        """After a restart or a sleep: leases that are overdue, or nearly so, get one more period."""
-        self.db.execute(RENEW, {'now': self.now, 'grace': micros(GRACE), 'timeout': micros(DEFAULT_TIMEOUT)})
+    def renew(self, pause):
+        """Nobody could be heard for so many seconds: leases that are not much longer get one more period."""
+        self.db.execute(RENEW, {'now': self.now, 'grace': micros(GRACE), 'timeout': micros(DEFAULT_TIMEOUT),
+                                'pause': micros(min(pause, 1e9))})
         self.next_due = 0
 
-    def _leap(self, ahead):
+    def leap(self, offset, ahead):
         """The wall clock went ahead. What is counted in seconds moves with it: leases, starts, backoff."""
-        def shift():
-            self.clock.offset = offset + ahead
-            self.now = self.clock.now()     # at once: what else is in this transaction, and the next, tells the new time
-            self.db.execute(SHIFT, {'by': micros(ahead)})
-            self.db.execute(SHIFT_RETRIES, {'by': micros(ahead)})
-        offset = self.clock.offset
-        try:
-            self.commits.run(shift)
-        except Unavailable:
-            self.clock.offset = offset
-            raise
-        log(f'the system clock went ahead by {ahead:.0f} s')
+        self.clock.offset = offset
+        self.now = self.clock.now()     # at once: what else is in this transaction, and the next, tells the new time
+        self.db.execute(SHIFT, {'by': micros(ahead)})
+        self.db.execute(SHIFT_RETRIES, {'by': micros(ahead)})
+        self.next_due = 0
+        self.said.append(f'the system clock went ahead by {ahead:.0f} s')
 
-    def _overdue(self):
+    def overdue(self):
+        """A step of what is due: hand scheduled jobs out, give the jobs of lost workers back."""
         due = self.db.execute(DUE, (self.now, STEP)).fetchall()
         self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(row['seq'],) for row in due])
         for queue in {row['queue'] for row in due}:
-            self.commits.wake(('queue', queue))
+            self.wake(('queue', queue))
         for row in self.db.execute(LOST, (self.now, STEP)).fetchall():
             self._lose({'id': row['id']})
-            log(f'job {shown(row["id"])}: worker lost')
+            self.said.append(f'job {shown(row["id"])}: worker lost')
         self.next_due = self.db.execute(NEXT).fetchone()[0] or self.now + micros(86400)
 
-    def _remember(self):
-        """Which queues were polled; those that nobody uses are forgotten after a week."""
+    def prune(self):
+        """A step of retention, and which queues were polled; those that nobody uses are forgotten after a week."""
+        counts = [self.db.execute(PRUNED, (status, self.now - keep, STEP)).rowcount
+                  for status, keep in self.keep.items() if keep]
+        if STEP in counts:
+            return
         week_ago = self.now - 7 * 86400 * 1000000
         self.polled = {queue: at for queue, at in self.polled.items() if at > week_ago}
         self.db.executemany(POLLED, self.polled.items())
         self.db.execute(FORGET, (week_ago,))
+        self.next_prune = self.now + micros(PRUNE)
 
-    def _prune(self):
-        """A step of retention. True while there is more to do."""
-        return STEP in [self.db.execute(PRUNED, (status, self.now - keep, STEP)).rowcount
-                        for status, keep in self.keep.items() if keep]
+    def behind(self):
+        """Is something due that has not been done?"""
+        return min(self.next_due, self.next_prune) <= self.clock.now()
+
+
+def size_of(row):
+    """Characters of a job that may be many."""
+    return sum(len(row[field] or '') for field in ('payload', 'result', 'error', 'progress')) + 500
+
+
+def nobody(queue, polled):
+    """That no worker polls the queue, with the name that is meant perhaps. Short names alone: it takes time."""
+    names = [name for name in list(polled)[-20:] if abs(len(name) - len(queue)) < 4 and len(name) <= 40]
+    near = difflib.get_close_matches(queue, names, 1)
+    hint = f'; did you mean {shown(near[0])}?' if near else ''
+    return f'no worker has ever polled the queue {shown(queue)}{hint}'
+
+# -- Loop -------------------------------------------------------------------------------------------------------------
+
+
+LATER = object()        # the result of a poll that is put off to the next pass
+
+
+class Spoilt(Exception):
+    """An operation has broken the transaction: it is taken out, and the others run again."""
+
+
+class Operation:
+    """Something to be done in a transaction, and whom to tell what came of it."""
+    __slots__ = ('work', 'render', 'topic', 'wait', 'writes', 'client', 'since', 'result', 'error')
+
+    def __init__(self, work, render=None, topic=None, wait=0, writes=True):
+        self.work = work            # () -> result; may run more than once
+        self.render = render        # result -> the answer; after the commit
+        self.topic = topic          # what it sleeps on while its result is empty, up to
+        self.wait = wait            # seconds
+        self.writes = writes        # False: it only looks, at what is committed
+        self.client = None          # has alive(), and done(operation)
+        self.since = time.monotonic()
+        self.result = self.error = None
+
+    def run(self, db):
+        """Do it. Spoilt when it left a mark on the transaction and yet was refused."""
+        before, self.result, self.error = db.total_changes, None, None
+        try:
+            self.result = self.work()
+        except Refused as error:
+            self.error = error
+            if db.total_changes != before:
+                raise Spoilt(self) from error
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, MISTAKES):
+                raise
+            self.error = fault('an operation', error)
+            raise Spoilt(self) from error
+
+    def sleeps(self):
+        return not self.result and self.error is None
+
+
+class Caller:
+    """A thread that waits for an operation of its own."""
+
+    def __init__(self):
+        self.told = threading.Event()
+
+    def alive(self):
+        return True
+
+    def done(self, operation):
+        self.told.set()
+
+
+class Loop:
+    """One thread that does all that is quick, in passes: receive, run what has arrived in one transaction, answer.
+
+    It owns the connections, the connection that writes the database, the memory of the store, the polls and waits that
+    are parked, and the time at which something falls due. None of that has a lock: no other thread touches it. Others
+    hand something in with post() and run(), and read what is committed.
+
+    In a pass all that writes comes first, then what is due, then the polls: those that are parked, in the order in
+    which they came, as many as there are jobs, then the new ones. So what arrives and the poll that takes it meet in
+    one commit, whichever came first. A wait for a job's end is looked at before it is parked, and after each commit.
+    """
+
+    def __init__(self, server, store):
+        self.server, self.store, self.database = server, store, store.database      # constant after start
+        self.posted = collections.deque()           # safe by itself: functions of other threads for this one to call
+        self.ended = False                          # written by the loop, read by all: nobody answers any more
+        self.waker, self.alarm = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
+        self.most = 500 if isinstance(self.selector, selectors.SelectSelector) else float('inf')    # connections
+        self.selector.register(self.waker, selectors.EVENT_READ, self._woken)
+        self.connections = set()
+        self.ready = []             # operations for the next transaction
+        self.parked = {}            # topic -> {operation: None}, in the order in which they came
+        self.again = set()          # topics to be woken in the next transaction, too
+        self.resumed = []           # connections that have received more than the request that was answered
+        self.timers = []            # a heap: (deadline, number, connection), at least one for each connection
+        self.numbers = itertools.count()
+        self.held = self.unsent = 0     # bytes: of requests that are not done with; of answers that are not taken
+        self.line = collections.deque()     # what waits for a thread
+        self.threads = 0            # that are at work
+        self.ticked = 0             # on the monotonic clock, as the next three: the last look at the wall clock
+        self.heard = float('-inf')      # until then clients could be heard; before the start nobody was
+        self.blocked = None         # since when another program has held the write lock
+        self.retry_at = 0           # no transaction until then: another program has the lock
+        self.resting = 0            # no work on the engine's own account until then: the storage is in trouble
+        self.draining = None        # when the engine ends, whoever is still there
+        self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
+        self.waker.setblocking(False)
+        self.alarm.setblocking(False)
+
+    # from other threads
+
+    def post(self, function):
+        """Have the loop call it."""
+        self.posted.append(function)
+        with contextlib.suppress(OSError):      # full: it has been woken often enough
+            self.alarm.send(b'.')
+
+    def run(self, work):
+        """The result of work() in a transaction, once it is on disk."""
+        operation = Operation(work)
+        operation.client = Caller()
+        self.post(lambda: self.ready.append(operation))
+        while not operation.client.told.wait(1):
+            if self.ended:
+                raise Unavailable('the engine is stopping')
+        if operation.error is not None:
+            raise operation.error
+        return operation.result
+
+    def stop(self):
+        """Answer what has been received, end the polls, close the database. False when that does not come to an end."""
+        if self.thread.is_alive():
+            self.post(self._drain)
+            self.thread.join(DRAIN + BUSY)
+        return not self.thread.is_alive()
+
+    # the thread
+
+    def _run(self):
+        try:
+            while self.draining is None or self.connections and time.monotonic() < self.draining:
+                self._pass()
+        except BaseException as error:      # a deaf engine that lives helps nobody: supervisors start it again
+            log(f'fault of the loop, the engine ends: {type(error).__name__}: {error}')
+            self.server.failed = True
+            self.ended = True
+            self.server.shutdown()
+            return
+        self.ended = True
+        for connection in list(self.connections):
+            connection.close()
+
+    def _pass(self):
+        asked = time.monotonic()
+        rest = self._rest(asked)
+        events = self.selector.select(rest)
+        now = time.monotonic()
+        if asked - self.heard < DEAF and self.blocked is None and self.database.trouble is None:
+            self.heard = min(now, asked + rest)
+        for key, mask in events:
+            key.data(mask)
+        while self.posted:
+            self.posted.popleft()()
+        resumed, self.resumed = self.resumed, []
+        for connection in resumed:
+            connection.advance()
+        self._expire(now)
+        if now >= self.retry_at:
+            self._transact(now)
+
+    def _woken(self, mask):
+        with contextlib.suppress(BlockingIOError):
+            self.waker.recv(4096)
+
+    def _rest(self, now):
+        """Seconds until there is something to do."""
+        if self.posted or self.resumed or self.again and self.has_room(SMALL + 1):
+            return 0
+        due = (min(self.store.next_due, self.store.next_prune) - self.store.clock.now()) / 1000000
+        ends = min(now + TICK, max(self.resting, now if now - self.heard > DEAF else now + due))
+        if self.ready:
+            ends = min(ends, self.retry_at)
+        if self.timers:
+            ends = min(ends, self.timers[0][0])
+        return max(0, ends - now)
+
+    def _drain(self):
+        self.draining = time.monotonic() + DRAIN
+        for connection in list(self.connections):
+            connection.drain()
+
+    # connections and their deadlines
+
+    def adopt(self, sock, address):
+        """A new connection. Called by other threads."""
+        self.post(lambda: Connection(self, sock, address))
+
+    def remind(self, connection, deadline):
+        """Have its expire() called when its deadline is over. It has one timer, which is moved on when it goes off."""
+        connection.deadline = deadline
+        if deadline < connection.timer:
+            connection.timer = deadline
+            heapq.heappush(self.timers, (deadline, next(self.numbers), connection))
+
+    def _expire(self, now):
+        while self.timers and self.timers[0][0] <= now:
+            timer, _, connection = heapq.heappop(self.timers)
+            if timer != connection.timer or connection not in self.connections:
+                continue            # a nearer one was set meanwhile
+            connection.timer = float('inf')
+            if connection.deadline > now:
+                self.remind(connection, connection.deadline)
+            else:
+                connection.expire()
+
+    def hold(self, size):
+        """Count bytes that were received. Above MAX_HELD the newest of the large requests is refused."""
+        self.held += size
+        if size > 0 and self.held > MAX_HELD:
+            large = [one for one in self.connections if one.receiving() and len(one.received) > SMALL]
+            if large:
+                max(large, key=lambda one: one.began).refuse(Unavailable('too much is being sent; try again'))
+
+    def has_room(self, size):
+        """May an answer of so many bytes be given now? Small ones always."""
+        return size <= SMALL or self.unsent + size <= MAX_UNSENT
+
+    # threads for what may take long
+
+    def aside(self, work, then):
+        """Have a thread of the server's do work(), then call then(its result) here."""
+        self.line.append((work, then))
+        self._staff()
+
+    def _staff(self):
+        while self.line and self.threads < THREADS:
+            self.threads += 1
+            self.server.start(functools.partial(self._serve, *self.line.popleft()))
+
+    def _serve(self, work, then):
+        result = work()
+        self.post(lambda: self._served(then, result))
+
+    def _served(self, then, result):
+        self.threads -= 1
+        self._staff()
+        then(result)
+
+    # operations
+
+    def submit(self, operation):
+        """Run it in this pass, or look at once, and park it while it finds nothing."""
+        if operation.writes:
+            self.ready.append(operation)
+            return
+        operation.result = attempt('a wait', operation.work)
+        if operation.result or not operation.wait:
+            operation.client.done(operation)
+        else:
+            self._park(operation)
+
+    def _park(self, operation):
+        if self.draining is not None:
+            operation.client.done(operation)
+        else:
+            self.parked.setdefault(operation.topic, {})[operation] = None
+            operation.client.park(operation)
+
+    def withdraw(self, operation):
+        """It sleeps no more."""
+        sleepers = self.parked.get(operation.topic, {})
+        sleepers.pop(operation, None)
+        if not sleepers:
+            self.parked.pop(operation.topic, None)
+
+    def _transact(self, now):
+        """All that has arrived, in one transaction, and the answers to it."""
+        first, last = self._own_work(now)
+        if not (first or last or self.ready or self.again):
+            return
+        ready, self.ready = self.ready, []
+        polls = [operation for operation in ready if operation.topic and operation.client.alive()]
+        theirs = [operation for operation in ready if not operation.topic]
+        roused, offset = [], self.store.clock.offset
+        try:
+            roused = self._commit([*first, *theirs, *last], polls)
+        except Busy as error:
+            self.store.clock.offset = offset
+            return self._wait_for_lock(error, now, theirs + polls)
+        except Unavailable as error:
+            self.store.clock.offset = offset
+            self.store.next_due, self.resting = 0, now + TICK       # what it has told was not done
+            for operation in (*theirs, *polls):
+                operation.result, operation.error = None, error
+        else:
+            self.blocked = None
+            self.heard = now if first else self.heard
+            self.resting = now + TICK if any(operation.error for operation in first + last) else 0
+        self._tell(theirs, polls, roused)
+
+    def _own_work(self, now):
+        """What the engine has to do on its own account: before what has arrived, and after it."""
+        first, last = [], []
+        if now < self.resting:
+            return first, last
+        clock = self.store.clock
+        if now - self.ticked >= TICK:
+            self.ticked, leap = now, clock.follow()
+            if leap:
+                first.append(Operation(functools.partial(self.store.leap, clock.offset + leap, leap)))
+        if now - self.heard > DEAF:
+            first.append(Operation(functools.partial(self.store.renew, now - self.heard)))
+        if self.store.next_due <= clock.now():
+            last.append(Operation(self.store.overdue))
+        if self.store.next_prune <= clock.now():
+            last.append(Operation(self.store.prune))
+        return first, last
+
+    def _commit(self, writes, polls):
+        """Run all that is not spoilt in one transaction. The parked polls that got something."""
+        spoilt = set()
+        while True:
+            try:
+                with self.database.transaction() as db:
+                    self.store.begin(db)
+                    for operation in writes:
+                        if operation not in spoilt:
+                            operation.run(db)
+                    roused = self._rouse(db, spoilt)
+                    self._run_polls(db, [poll for poll in polls if poll not in spoilt])
+                self.store.committed(len(writes) + len(polls) + len(roused))
+                return roused
+            except Spoilt as error:
+                spoilt.add(error.args[0])
+
+    def _rouse(self, db, spoilt):
+        """Run the parked polls whose queue has something for them, until one finds nothing: it stays first in line."""
+        roused, self.again, waking = [], set(), self.again | self.store.woken
+        for topic in waking:
+            for operation in self.parked.get(topic, ()):
+                if not operation.writes:
+                    break
+                if operation not in spoilt:
+                    if self.store.room <= 0 or not self.has_room(SMALL + 1):
+                        self.again.add(topic)       # there is more than may be answered at a time
+                        break
+                    operation.run(db)
+                    if operation.sleeps():
+                        break
+                roused.append(operation)
+        return roused
+
+    def _run_polls(self, db, polls):
+        for operation in polls:
+            if self.store.room > 0:
+                operation.run(db)
+            else:
+                operation.result = LATER
+
+    def _wait_for_lock(self, error, now, operations):
+        """Try again soon; those that have waited for too long are told."""
+        self.blocked = self.blocked or now
+        self.ready = [operation for operation in operations if now - operation.since < BUSY]
+        self.retry_at = now + RETRY
+        self.resting = now + (RETRY if self.ready else TICK)
+        for operation in operations:
+            if now - operation.since >= BUSY:
+                self.database.in_trouble(error)
+                operation.error = Unavailable(f'the database could not be written ({error}); nothing was changed, try again')
+                operation.client.done(operation)
+
+    def _tell(self, writes, polls, roused):
+        """Answer, and park the polls that found nothing."""
+        for topic in self.store.woken:
+            for operation in [one for one in self.parked.get(topic, ()) if not one.writes]:
+                self.withdraw(operation)
+                operation.client.done(operation)
+        for operation in roused:
+            self.withdraw(operation)
+            operation.client.done(operation)
+        for operation in writes:
+            operation.client.done(operation)
+        for operation in polls:
+            if operation.result is LATER:
+                self.ready.append(operation)
+            elif operation.sleeps() and operation.wait:
+                self._park(operation)
+            else:
+                operation.client.done(operation)
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
 BARE_LINE_FEED = re.compile(rb'(?<!\r)\n')
-HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):[ \t]*((?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*')
+HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
 ONCE = {'host', 'content-length', 'content-type', 'authorization', 'origin'}
 COMMON = 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
 COMMON_LAST = 'Connection: close\r\n' + COMMON
 JSON, TEXT, HTML = 'application/json', 'text/plain; charset=utf-8', 'text/html; charset=utf-8'
+OPEN_TO_PAGES = ('/', '/docs', '/health')       # a link on any page may lead there
 
 
 class Head:
     """The line and headers of a request, strictly read: what two programs could read in two ways is refused."""
-    __slots__ = ('method', 'target', 'headers', 'keep_alive')
+    __slots__ = ('method', 'target', 'headers', 'keep_alive', 'route', 'rest', 'length', 'handler', 'slow')
 
     def __init__(self, raw):
         lines = raw.split(b'\r\n')
@@ -1471,6 +1738,8 @@ class Head:
         if len(lines) > MAX_HEADERS + 1:
             raise HeadTooLarge(f'a request has at most {MAX_HEADERS} headers')
         self.method, self.target = line[1].decode(), line[2].decode()
+        self.route, self.rest = split_path(self.target.partition('?')[0])
+        self.handler = None         # until the request is admitted
         self.headers = {}
         for header in lines[1:]:
             match = HEADER.fullmatch(header)
@@ -1479,13 +1748,13 @@ class Head:
             field = match[1].decode().lower()
             if field in ONCE and field in self.headers:
                 raise BadRequest(f'the header {field} is there twice')
-            self.headers[field] = match[2].decode('latin-1')
+            self.headers[field] = match[2].strip(b' \t').decode('latin-1')
         connection = self.headers.get('connection', '').lower()
         self.keep_alive = 'close' not in connection and (line[3] == b'1' or 'keep-alive' in connection)
         if line[3] == b'1' and 'host' not in self.headers:
             raise BadRequest('the header Host is missing')
 
-    def length(self):
+    def body_length(self):
         """Bytes of the body, LengthRequired where they are not told."""
         if 'transfer-encoding' in self.headers:
             raise LengthRequired('Transfer-Encoding is not supported: send Content-Length')
@@ -1501,197 +1770,341 @@ class Head:
         return int(told)
 
 
-known_head = functools.lru_cache(maxsize=1024)(Head)      # clients send the same head again and again
+class Connection:
+    """One client's connection, the loop's own. Requests are received, served and answered one after the other."""
+    __slots__ = ('loop', 'server', 'sock', 'address', 'received', 'scanned', 'asked', 'taken', 'began', 'stage',
+                 'watched', 'deadline', 'timer', 'operation', 'unsent', 'file', 'keep', 'lingers', 'gone')
 
+    def __init__(self, loop, sock, address):
+        self.loop, self.server, self.sock, self.address = loop, loop.server, sock, address      # constant after start
+        self.received = bytearray()     # bytes that are not used yet
+        self.scanned = 0                # of them, in which no end of a head was found
+        self.asked = None               # the head of the request at hand
+        self.taken = 0                  # bytes of it that count as held
+        self.began = None               # when its first byte came
+        self.stage = 'head'             # handshake, head, body, served, sending, lingering
+        self.watched = 0                # events for which the selector looks
+        self.deadline = self.timer = float('inf')       # see Loop.remind
+        self.operation = None           # that is under way or parked
+        self.unsent = b''               # of the answer
+        self.file = None                # the rest of the answer
+        self.keep = self.lingers = False        # what follows the answer: the next request, or a farewell
+        self.gone = False               # the client sends nothing more
+        loop.connections.add(self)
+        self._open()
 
-class Connection(socketserver.BaseRequestHandler):
-    """One client's connection: requests are read, answered in their order, and cut off when they dawdle."""
+    def _open(self):
+        try:
+            self.sock.setblocking(False)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.server.tls:
+                self.stage = 'handshake'
+                self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+            self._watch(selectors.EVENT_READ)
+            self.loop.remind(self, time.monotonic() + (DEADLINE if self.server.tls else IDLE))
+        except (OSError, ValueError):
+            self.close()
 
-    def setup(self):
-        self.pending = b''              # bytes received and not used yet
-        self.deadline = 0               # on the monotonic clock: until then bytes have to come
-        self.route = 'other'            # of the request at hand
-        self.asked = None               # its head
-        self.big = False                # it holds one of the places for big bodies
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.server.tls:
-            self.request.settimeout(DEADLINE)
-            self.request = self.server.tls.wrap_socket(self.request, server_side=True)
+    def _watch(self, events):
+        if events == self.watched:
+            return
+        if not self.watched:
+            self.loop.selector.register(self.sock, events, self._ready)
+        elif not events:
+            self.loop.selector.unregister(self.sock)
+        else:
+            self.loop.selector.modify(self.sock, events, self._ready)
+        self.watched = events
 
-    def handle(self):
-        with contextlib.suppress(OSError, EOFError, TooSlow):       # the client went away, or has nothing to ask
-            while True:
-                self._wait()
-                self.server.busy.add(self)
-                try:
-                    if not self._serve() or self.server.draining:
-                        break
-                finally:
-                    self.server.busy.discard(self)
-
-    def _wait(self):
-        """Wait for the first byte of a request."""
-        self.deadline = time.monotonic() + IDLE
-        while not self.pending.lstrip(b'\r\n'):
-            self.pending = self._receive()
-        self.deadline = time.monotonic() + DEADLINE
+    def _ready(self, mask):
+        """The socket can be read, or written where that is waited for."""
+        if self not in self.loop.connections:
+            return
+        try:
+            if self.stage == 'handshake':
+                self.sock.do_handshake()
+                self.stage = 'head'
+            if self.stage == 'sending':
+                self._send()
+            else:
+                self._receive()
+        except BlockingIOError:
+            self._watch(selectors.EVENT_WRITE if self.stage == 'sending' else selectors.EVENT_READ)
+        except ssl.SSLWantReadError:
+            self._watch(selectors.EVENT_READ)
+        except ssl.SSLWantWriteError:
+            self._watch(selectors.EVENT_WRITE)
+        except OSError:
+            self.close()
 
     def _receive(self):
-        self.request.settimeout(max(.001, self.deadline - time.monotonic()))
-        try:
-            received = self.request.recv(65536)
-        except socket.timeout:
-            raise TooSlow(f'the request did not arrive within {DEADLINE} seconds') from None
-        if not received:
-            raise EOFError
-        return received
+        data = self.sock.recv(CHUNK)
+        if not data:
+            self._hung_up()
+        elif self.stage != 'lingering':
+            self.received += data
+            self.loop.hold(len(data))
+            if self.stage != 'served':
+                self.advance()
+            elif len(self.received) > MAX_HEAD:     # its next requests; it is heard again when this one is answered
+                self._watch(0)
 
-    def _serve(self):
-        """Answer one request. True when another one may follow on this connection."""
-        self.asked, self.route, self.big, keep = None, 'other', False, False
+    def _hung_up(self):
+        """The client sends nothing more. It may still read the answer to what it has sent in full."""
+        self.gone = True
+        if self.stage == 'served' and not (self.operation and self.operation.topic):
+            self._watch(0)
+        else:
+            self.close()        # a poll too: its job is for somebody who is there
+
+    def advance(self):
+        """Go on with what was received: a whole request may be there."""
+        if self not in self.loop.connections or not self.receiving():
+            return
         try:
-            self.asked = self._head()
-            handler, rest = self._admit()
-            body = self._body()
-            keep = self.asked.keep_alive
-            ask = batch(self.route, parsed(body)) if self.asked.method == 'POST' else self._query(rest)
-            self.send(*handler(self, ask), keep=keep)
+            if self.stage == 'head' and not self._head() or len(self.received) < self.asked.length:
+                return self.close() if self.gone else None
         except Refused as error:
-            keep = self._refuse(error, keep)
-        except (sqlite3.Error, RuntimeError, MemoryError, ValueError, TypeError, LookupError, AttributeError) as error:
-            log(f'fault in {self.route}: {type(error).__name__}: {error}')
-            keep = self._refuse(Fault('the engine made a mistake; its log says which'), keep)
-        finally:
-            if self.big:
-                self.server.big_bodies.release()
-        return keep
+            return self.refuse(error)
+        body = bytes(self.received[:self.asked.length])
+        del self.received[:self.asked.length]
+        self.taken += len(body)
+        self.stage, self.deadline, self.keep = 'served', float('inf'), self.asked.keep_alive
+        work = functools.partial(self.server.handle, self.asked, body)
+        if self.asked.slow or len(body) >= BIG_BODY:
+            self.loop.aside(work, self._proceed)
+        else:
+            self._proceed(work())
+
+    def receiving(self):
+        return self.stage in ('head', 'body')
 
     def _head(self):
-        self.pending = self.pending.lstrip(b'\r\n')
-        while True:
-            raw, end, rest = self.pending.partition(b'\r\n\r\n')
-            if len(raw) > MAX_HEAD:
-                raise HeadTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
-            if not raw[:1].isalpha() or BARE_LINE_FEED.search(raw):
-                raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
-            if end:
-                self.pending = rest
-                return known_head(raw) if len(raw) < 1000 else Head(raw)
-            self.pending += self._receive()
+        """True when the head of a request is there, and the request is admitted."""
+        if self.received[:1] in (b'\r', b'\n'):
+            self._take(len(self.received) - len(self.received.lstrip(b'\r\n')), 0)
+        if not self.received:
+            return False
+        if self.began is None:
+            self.began = time.monotonic()
+            self.loop.remind(self, self.began + DEADLINE)
+        end = self.received.find(b'\r\n\r\n', max(0, self.scanned - 3))
+        known = end if end >= 0 else len(self.received)
+        if known > MAX_HEAD:
+            raise HeadTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
+        if not self.received[:1].isalpha() or BARE_LINE_FEED.search(self.received, self.scanned, known):
+            raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
+        self.scanned = known
+        if end < 0:
+            return False
+        self.asked = self.server.head_of(self._take(end, 4))
+        self.server.admit(self.asked)
+        self.stage = 'body'
+        if self.asked.length > SMALL and not self.loop.has_room(self.asked.length):
+            raise Unavailable('too many answers wait to be taken; try again')
+        if self.asked.length > len(self.received) and 'expect' in self.asked.headers:
+            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+        return True
 
-    def _admit(self):
-        """The handler of the request, if this client may call it like this."""
-        asked, server = self.asked, self.server
-        path, _, query = asked.target.partition('?')
-        self.route, rest = split_path(path)
-        if not server.own_host(asked.headers.get('host')):
-            raise Misdirected(f'Host {shown(asked.headers["host"])} is not a name of this engine; see --allow-host')
-        if server.token and self.route != '/health' and not hmac.compare_digest(
-                asked.headers.get('authorization', '').encode('latin-1'), b'Bearer ' + server.token):
-            raise Unauthorized('the token is missing or wrong: send Authorization: Bearer TOKEN')
-        if self.route not in ROUTES:
-            raise NotFound(f'there is no {shown(path)}; GET /docs lists what there is')
-        method, handler, _, _ = ROUTES[self.route]
-        if asked.method not in (('POST',) if method == 'POST' else ('GET', 'HEAD')):
-            raise NotAllowed(f'{self.route} takes {method}', Allow='POST' if method == 'POST' else 'GET, HEAD')
-        if method == 'POST':
-            self._admit_post(query)
-        return handler, rest
+    def _take(self, count, more):
+        """The first bytes of what was received, which it holds no more; nor `more` after them."""
+        raw = bytes(self.received[:count])
+        del self.received[:count + more]
+        self.taken += count + more
+        self.scanned = 0
+        return raw
 
-    def _admit_post(self, query):
-        headers = self.asked.headers
-        origin = headers.get('origin')
-        if origin is not None and origin.partition('://')[2] != headers.get('host'):
-            raise Forbidden(f'Origin {shown(origin)}: pages of other origins may not call this engine')
-        if headers.get('sec-fetch-site', 'none') not in ('none', 'same-origin'):
-            raise Forbidden('Sec-Fetch-Site: pages of other origins may not call this engine')
-        if not JSON_TYPE.fullmatch(headers.get('content-type', '')):
-            raise NotJSON('Content-Type must be application/json')
-        if query:
-            raise BadRequest(f'{self.route} takes its fields in the body, not in the query')
-
-    def _body(self):
-        length = self.asked.length()
-        missing = length - len(self.pending)
-        if missing > 0 and 'expect' in self.asked.headers:
-            self.request.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
-        if length > BIG_BODY:
-            self.big = self.server.big_bodies.acquire(timeout=DEADLINE)
-            if not self.big:
-                raise Unavailable('too many big bodies at a time; try again')
-        parts = [self.pending]
-        while missing > 0:
-            parts.append(self._receive())
-            missing -= len(parts[-1])
-        received = b''.join(parts)
-        self.pending = received[length:]
-        return received[:length]
-
-    def _query(self, rest):
-        """The checked fields of the query; the rest of the path is the field that the call needs."""
-        query = self.asked.target.partition('?')[2]
-        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors='surrogateescape')
-        if rest:
-            pairs.append((ROUTES[self.route][2], rest))
-        fields = {field: numeral(value) if field in ('limit', 'wait') else value for field, value in pairs}
-        if len(fields) < len(pairs):
-            raise BadRequest(f'{shown(max(fields, key=[field for field, _ in pairs].count))} is there twice')
-        return checked(self.route, fields)
-
-    def _refuse(self, error, keep):
-        """Answer with the refusal. A request whose body was not read takes the connection with it."""
-        if self.route == '/' and error.status == 401:       # the page is no secret, and asks for the token
-            self.send(401, *page()[1:], keep=keep)
+    def _proceed(self, outcome):
+        """Answer, or have the loop do what the answer waits for."""
+        if isinstance(outcome, Operation):
+            self.operation, outcome.client = outcome, self
+            self.loop.submit(outcome)
         else:
-            self.send(error.status, {'error': str(error)}, headers=error.headers, keep=keep)
-        if not keep:
-            self._linger()
-        return keep
+            self.answer(outcome)
 
-    def _linger(self):
-        """Let the client finish what it sends: closing at once would reset the connection and lose the answer."""
-        with contextlib.suppress(OSError, EOFError, TooSlow):
-            self.deadline = time.monotonic() + LINGER
-            self.request.shutdown(socket.SHUT_WR)
-            while time.monotonic() < self.deadline:
-                self._receive()
+    # what the loop says of the operation
 
     def alive(self):
-        """False when the client has gone. Bytes that came are its next request (over TLS they may be a farewell)."""
-        try:
-            self.request.settimeout(0)      # its own thread sleeps meanwhile, and sets it anew before it goes on
-            return socket.socket.recv(self.request, 1, socket.MSG_PEEK) != b'' and not self.server.tls
-        except OSError as error:
-            return isinstance(error, BlockingIOError)
+        return not self.gone and self in self.loop.connections
 
-    def send(self, status, body=b'', kind=JSON, headers=(), keep=True):
-        """The whole answer in one go. `body` is bytes, text, an open file, or a value that becomes JSON."""
+    def park(self, operation):
+        self._done_with_request()
+        self.loop.remind(self, time.monotonic() + operation.wait)
+
+    def _parked(self):
+        return self.operation in self.loop.parked.get(self.operation and self.operation.topic, ())
+
+    def done(self, operation):
+        if operation.error is not None:
+            self.answer(operation.error)
+            return
+        render = functools.partial(attempt, self.asked.route, functools.partial(operation.render, operation.result))
+        if type(operation.result) is list and len(operation.result) > LONG:
+            self.loop.aside(render, self.answer)
+        else:
+            self.answer(render())
+
+    def _done_with_request(self):
+        self.loop.hold(-self.taken)
+        self.taken = 0
+
+    # the answer
+
+    def refuse(self, error):
+        """Answer a request that was not received in full. What follows on the connection cannot be told apart."""
+        self.keep, self.stage = False, 'served'
+        self.taken += len(self.received)
+        self.received = bytearray()
+        self.answer(error)
+
+    def answer(self, outcome):
+        """Send a refusal, or what a handler has returned: see _send_answer."""
+        self.operation = None
+        self._done_with_request()
+        if isinstance(outcome, Refused):
+            self.lingers = not self.keep
+            outcome = self._refusal(outcome)
+        if self in self.loop.connections:
+            self._send_answer(*outcome)
+        elif len(outcome) > 1 and hasattr(outcome[1], 'close'):
+            outcome[1].close()
+
+    def _refusal(self, error):
+        if self.asked and self.asked.route == '/' and error.status == 401:  # the page is no secret, and asks for the token
+            return (401, *page()[1:])
+        return error.status, {'error': str(error)}, JSON, error.headers
+
+    def _send_answer(self, status, body=b'', kind=JSON, headers=()):
+        """`body` is bytes, text, an open file, or a value that becomes JSON."""
         if isinstance(body, (dict, list)):
             body = encode(body)
         if isinstance(body, str):
             body = (body if body.endswith('\n') else body + '\n').encode()
-        self.server.count(self, status)
-        head = self.asked and self.asked.method == 'HEAD'
         file = body if hasattr(body, 'read') else None
+        length = os.fstat(file.fileno()).st_size if file else len(body)
+        if self.asked and self.asked.method != 'POST' and not file and not self.loop.has_room(length):
+            return self.answer(Unavailable('too many answers wait to be taken; try again'))
+        self.server.count(self, status)
         lines = ['HTTP/1.1 %d %s' % (status, http.client.responses[status])]
         if status != 204:
-            length = os.fstat(file.fileno()).st_size if file else len(body)
             lines += ['Content-Type: ' + kind, 'Content-Length: %d' % length]
         lines += ['%s: %s' % header for header in headers]
-        lines.append(COMMON if keep else COMMON_LAST)
-        self.request.settimeout(DEADLINE)
-        self.request.sendall('\r\n'.join(lines).encode('latin-1') + (b'' if head or file else body))
-        if file:
-            with file:
-                if not head:
-                    self.request.sendfile(file)
+        lines.append(COMMON if self.keep else COMMON_LAST)
+        self.unsent = '\r\n'.join(lines).encode('latin-1')
+        if self.asked and self.asked.method == 'HEAD':
+            file = file and file.close()
+        elif not file:
+            self.unsent += body
+        self.file, self.stage = file, 'sending'
+        self.loop.unsent += len(self.unsent)
+        self._ready(0)
+        if self.stage == 'sending':
+            self.loop.remind(self, time.monotonic() + DEADLINE)
+
+    def _send(self):
+        """As much as the client takes, of a file one piece at a time."""
+        while self.unsent:
+            sent = self.sock.send(self.unsent)
+            self.loop.unsent -= sent
+            self.unsent = b'' if sent == len(self.unsent) else memoryview(self.unsent)[sent:]
+        if self.file:
+            self.unsent = self.file.read(CHUNK)
+            if self.unsent:
+                self.loop.unsent += len(self.unsent)
+                self.deadline = time.monotonic() + DEADLINE
+                return self._watch(selectors.EVENT_WRITE)
+            self.file = self.file.close()
+        self._sent()
+
+    def _sent(self):
+        """The next request, a farewell, or the end."""
+        self.asked = self.began = None
+        if self.keep and self.loop.draining is None and (self.received or not self.gone):
+            self.stage = 'head'
+            self._watch(selectors.EVENT_READ)
+            self.loop.remind(self, time.monotonic() + IDLE)
+            if self.received:
+                self.loop.resumed.append(self)
+        elif self.lingers and not self.gone:    # closing at once would reset the connection and lose the answer
+            self.stage = 'lingering'
+            self.sock.shutdown(socket.SHUT_WR)
+            self._watch(selectors.EVENT_READ)
+            self.loop.remind(self, time.monotonic() + LINGER)
+        else:
+            self.close()
+
+    # its end
+
+    def expire(self):
+        """The deadline is over."""
+        if self.stage == 'served':
+            self._wake_up()
+        elif self.receiving() and self.began is not None:
+            self.refuse(TooSlow(f'the request did not arrive within {DEADLINE} seconds'))
+        else:
+            self.close()
+
+    def _wake_up(self):
+        if self._parked():
+            self.loop.withdraw(self.operation)
+            self.done(self.operation)
+
+    def drain(self):
+        """The engine ends: answer what is parked, and let go who asks for nothing."""
+        self._wake_up()
+        if self.stage == 'handshake' or self.stage == 'head' and not self.received:
+            self.close()
+
+    def close(self):
+        if self not in self.loop.connections:
+            return
+        self._watch(0)
+        self.loop.connections.discard(self)
+        if self._parked():
+            self.loop.withdraw(self.operation)
+        self.loop.unsent -= len(self.unsent)
+        self.loop.hold(-self.taken - len(self.received))
+        self.taken, self.received, self.unsent = 0, b'', b''
+        if self.file:
+            self.file.close()
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+def attempt(route, work):
+    """What work() returns, or the refusal that it raises: of a mistake of the engine's own, a line in the log, too."""
+    try:
+        return work()
+    except Refused as error:
+        return error
+    except Exception as error:
+        return fault(route, error)
+
+
+def fault(where, error):
+    log(f'fault in {where}: {type(error).__name__}: {error}')
+    return Fault('the engine made a mistake; its log says which')
+
+
+def query(asked):
+    """The checked fields of a query; the rest of the path is the field that the call needs."""
+    text = asked.target.partition('?')[2]
+    pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors='surrogateescape')
+    if asked.rest:
+        pairs.append((ROUTES[asked.route].needed, asked.rest))
+    fields = {}
+    for field, value in pairs:
+        if field in fields:
+            raise BadRequest(f'{shown(field)} is there twice')
+        fields[field] = numeral(value) if field in ('limit', 'wait') else value
+    return checked(asked.route, fields)
 
 
 def numeral(text):
     """A number of a query as JSON would have it; other text stays as it is, for the check to refuse."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
-            return kind(text)
+            return kind(text[:30])
     return text
 
 
@@ -1702,57 +2115,79 @@ def split_path(path):
     return (route, rest) if route in ROUTES and bool(rest) == (route != '/' and route.endswith('/')) else ('other', '')
 
 
-def enqueue(client, ask):
-    if type(ask) is dict:
-        return 200, client.server.store.enqueue([ask])[0]
-    for refused in (item for item in ask if isinstance(item, Refused)):
+def enqueue(server, ask):
+    asks = [ask] if type(ask) is dict else ask
+    for refused in (item for item in asks if isinstance(item, Refused)):
         raise refused
-    return 200, f'{{"jobs":{as_list(client.server.store.enqueue(ask))}}}'
+
+    def render(jobs):
+        texts = server.store.announced(jobs)
+        return 200, texts[0] if asks[0] is ask else f'{{"jobs":{as_list(texts)}}}'
+    return Operation(functools.partial(server.store.enqueue, asks), render)
 
 
-def poll(client, ask):
-    jobs = client.server.store.poll(ask, client.alive)
-    if not jobs:
-        return (204,)
-    return 200, as_list(jobs) if 'limit' in ask else jobs[0]
+def poll(server, ask):
+    if not server.loop.has_room(SMALL + 1):
+        raise Unavailable('too many answers wait to be taken; try again')
+
+    def render(jobs):
+        texts = [as_json(job) for job in jobs]
+        return (200, as_list(texts) if 'limit' in ask else texts[0]) if texts else (204,)
+    return Operation(functools.partial(server.store.poll, ask), render, ('queue', ask['queue']), ask.get('wait', 0) / 1000000)
 
 
-def report(client, ask):
-    """Complete, fail, heartbeat, release, pause, resume."""
-    return 200, client.server.store.report(client.route[1:], ask)
+def answered(result):
+    return 200, result
 
 
-def change(client, ask):
-    """Cancel, retry, purge."""
-    call = client.route[1:]
-    if 'status' in ask and ask['status'] not in SOURCES[call]:
-        raise BadRequest(f'status must be one of {", ".join(SOURCES[call])} for {call}, not {ask["status"]}')
-    if call == 'purge' and not ask:
-        raise BadRequest('queue or status is missing: purge needs one of them')
-    if call != 'purge' and sorted(ask) not in (['id'], ['queue', 'status']):
-        raise BadRequest(f'id is missing: {call} needs it, or queue with status')
-    return 200, {'count': client.server.store.change(call, ask)}
+def report(method):
+    """The handler of complete, fail, heartbeat and release, of one job or of many, and of the like."""
+    def handler(server, ask):
+        if type(ask) is dict:
+            return Operation(lambda: method(server.store, ask), answered)
+        return Operation(lambda: {'jobs': [server.store.outcome(method, item) for item in ask]}, answered)
+    return handler
 
 
-def job(client, ask):
-    return 200, client.server.store.job(ask['id'], ask.get('wait', 0), client.alive)
+def change(call, method):
+    """The handler of cancel, retry and purge: of the job `id`, or of all of a queue and status, step by step."""
+    def handler(server, ask):
+        if 'status' in ask and ask['status'] not in SOURCES[call]:
+            raise BadRequest(f'status must be one of {", ".join(SOURCES[call])} for {call}, not {ask["status"]}')
+        if call == 'purge' and not ask:
+            raise BadRequest('queue or status is missing: purge needs one of them')
+        if call != 'purge' and sorted(ask) not in (['id'], ['queue', 'status']):
+            raise BadRequest(f'id is missing: {call} needs it, or queue with status')
+        store = server.store
+        if 'id' in ask:
+            return Operation(lambda: method(store, store.claimed(call, ask)), lambda _: (200, {'count': 1}))
+        statuses = [ask['status']] if 'status' in ask else SOURCES[call]
+        steps = (functools.partial(store.step, method, ids, statuses) for ids in store.steps(ask))
+        return 200, {'count': sum(map(server.loop.run, steps))}
+    return handler
+
+
+def job(server, ask):
+    def render(_=None):
+        return 200, server.store.job(ask['id'])
+    if 'wait' not in ask:
+        return render()
+    ended = functools.partial(server.store.ended, ask['id'])
+    return Operation(ended, render, ('job', ask['id']), ask['wait'] / 1000000, writes=False)
 
 
 def read(method):
     """The handler that answers with what the method of the store makes of the fields."""
-    return lambda client, ask: (200, getattr(client.server.store, method)(**ask))
+    return lambda server, ask: (200, method(server.store, **ask))
 
 
-newest, jobs, queues, health = map(read, ('newest', 'jobs', 'queues', 'health'))
+def metrics(server, ask):
+    return 200, exposition(server.store), 'text/plain; version=0.0.4; charset=utf-8'
 
 
-def metrics(client, ask):
-    return 200, exposition(client.server.store), 'text/plain; version=0.0.4; charset=utf-8'
-
-
-def backup(client, ask):
-    name = os.path.basename(client.server.store.path)
-    return 200, client.server.store.backup(), 'application/vnd.sqlite3', [
+def backup(server, ask):
+    name = os.path.basename(server.store.database.path)
+    return 200, server.store.database.backup(), 'application/vnd.sqlite3', [
         ('Content-Disposition', "attachment; filename*=UTF-8''" + urllib.parse.quote(name))]
 
 
@@ -1764,70 +2199,116 @@ def page(*_):
     return 200, DASHBOARD, HTML, [('Content-Security-Policy', POLICY)]
 
 
-def route(method, handler, needed='', taken=''):
-    return method, handler, needed, frozenset(taken.split())
+Route = collections.namedtuple('Route', 'method handler needed taken slow')
+
+
+def route(method, handler, needed='', taken='', slow=False):
+    return Route(method, handler, needed, frozenset(taken.split()), slow)
 
 
 ROUTES = {
     # path              method  handler  field it needs, and fields it takes (jobs: a list of the like)
     '/enqueue':   route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id jobs'),
     '/poll':      route('POST', poll,    'queue', 'limit wait worker lease max_retries timeout hung'),
-    '/complete':  route('POST', report,  'id',    'attempt result jobs'),
-    '/fail':      route('POST', report,  'id',    'attempt error retry delay jobs'),
-    '/heartbeat': route('POST', report,  'id',    'attempt progress jobs'),
-    '/release':   route('POST', report,  'id',    'attempt jobs'),
-    '/cancel':    route('POST', change,  '',      'id queue status'),
-    '/retry':     route('POST', change,  '',      'id queue status'),
-    '/purge':     route('POST', change,  '',      'queue status'),
-    '/pause':     route('POST', report,  'queue'),
-    '/resume':    route('POST', report,  'queue'),
+    '/complete':  route('POST', report(Store.complete),  'id', 'attempt result jobs'),
+    '/fail':      route('POST', report(Store.fail),      'id', 'attempt error retry delay jobs'),
+    '/heartbeat': route('POST', report(Store.heartbeat), 'id', 'attempt progress jobs'),
+    '/release':   route('POST', report(Store.release),   'id', 'attempt jobs'),
+    '/cancel':    route('POST', change('cancel', Store.cancel), '', 'id queue status', slow=True),
+    '/retry':     route('POST', change('retry', Store.retry),   '', 'id queue status', slow=True),
+    '/purge':     route('POST', change('purge', Store.purge),   '', 'queue status', slow=True),
+    '/pause':     route('POST', report(Store.pause),  'queue'),
+    '/resume':    route('POST', report(Store.resume), 'queue'),
     '/jobs/':     route('GET',  job,     'id',    'wait'),
     '/status/':   route('GET',  job,     'id',    'wait'),
-    '/details/':  route('GET',  newest,  'tag'),
-    '/jobs':      route('GET',  jobs,    '',      'queue status tag limit after'),
-    '/queues':    route('GET',  queues),
-    '/metrics':   route('GET',  metrics),
-    '/health':    route('GET',  health),
-    '/backup':    route('GET',  backup),
+    '/details/':  route('GET',  read(Store.newest), 'tag', slow=True),
+    '/jobs':      route('GET',  read(Store.jobs),   '',    'queue status tag limit after', slow=True),
+    '/queues':    route('GET',  read(Store.queues), slow=True),
+    '/metrics':   route('GET',  metrics, slow=True),
+    '/health':    route('GET',  read(Store.health)),
+    '/backup':    route('GET',  backup, slow=True),
     '/docs':      route('GET',  docs),
     '/':          route('GET',  page),
 }
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Listens, and knows who may come in; the store is its `store`."""
+    """Listens, and knows who may come in. The loop serves what is quick, a thread of its own what may take long."""
     daemon_threads = True
     block_on_close = False
     request_queue_size = 1024
     allow_reuse_address = os.name != 'nt'
 
-    def __init__(self, address, store, token=None, tls=None, names=(), verbose=False):
+    def __init__(self, address, token=None, tls=None, names=(), verbose=False):
         self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
-        self.store, self.tls, self.verbose = store, tls, verbose        # constant after start
+        self.tls, self.verbose = tls, verbose               # constant after start
         self.token = token.encode() if token else None
         self.local = is_loopback(address[0])
         self.names = {'localhost', address[0].lower(), *(name.lower() for name in names)}
-        self.busy = set()                                               # safe by themselves: connections that answer
-        self.big_bodies = threading.BoundedSemaphore(BIG_BODIES)
-        self.draining = False
-        super().__init__(address, Connection)
+        self.head_of = functools.lru_cache(maxsize=1024)(Head)      # clients send the same head again and again
+        self.failed = False                                 # the loop has come to a bad end
+        super().__init__(address, None)
         host = f'[{address[0]}]' if ':' in address[0] else address[0]
         self.url = f'{"https" if tls else "http"}://{host}:{self.server_address[1]}'
+
+    def serve(self, store):
+        """Begin to answer."""
+        self.store, self.loop = store, Loop(self, store)
+        self.loop.thread.start()
 
     def server_bind(self):
         socketserver.TCPServer.server_bind(self)        # HTTPServer's asks the resolver for a name that nobody needs
 
     def get_request(self):
         try:
+            if len(self.loop.connections) > self.loop.most:
+                raise OSError
             return super().get_request()
         except OSError:
             time.sleep(.1)      # out of file descriptors: the connection stays in the backlog
             raise
 
-    def handle_error(self, request, client_address):
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            log(f'fault on a connection: {type(error).__name__}: {error}')
+    def process_request(self, request, client_address):
+        """A new connection is the loop's."""
+        self.loop.adopt(request, client_address)
+
+    def start(self, work):
+        """Have a thread of one's own do it."""
+        super().process_request(work, None)
+
+    def process_request_thread(self, request, client_address):
+        request()
+
+    def admit(self, asked):
+        """Let the request in if this client may call it like this. What was let in once is known by its head."""
+        if asked.handler is not None:
+            return
+        path, _, text = asked.target.partition('?')
+        if not self.own_host(asked.headers.get('host')):
+            raise Misdirected(f'Host {shown(asked.headers["host"])} is not a name of this engine; see --allow-host')
+        if self.token and asked.route != '/health' and not hmac.compare_digest(
+                asked.headers.get('authorization', '').encode('latin-1'), b'Bearer ' + self.token):
+            raise Unauthorized('the token is missing or wrong: send Authorization: Bearer TOKEN')
+        if asked.route not in ROUTES:
+            raise NotFound(f'there is no {shown(path)}; GET /docs lists what there is')
+        method = ROUTES[asked.route].method
+        if asked.method not in (('POST',) if method == 'POST' else ('GET', 'HEAD')):
+            raise NotAllowed(f'{asked.route} takes {method}', Allow='POST' if method == 'POST' else 'GET, HEAD')
+        if asked.route not in OPEN_TO_PAGES:
+            refuse_foreign_page(asked.headers)
+        if method == 'POST' and not JSON_TYPE.fullmatch(asked.headers.get('content-type', '')):
+            raise NotJSON('Content-Type must be application/json')
+        if method == 'POST' and text:
+            raise BadRequest(f'{asked.route} takes its fields in the body, not in the query')
+        asked.length, asked.slow = asked.body_length(), ROUTES[asked.route].slow
+        asked.handler = ROUTES[asked.route].handler
+
+    def handle(self, asked, body):
+        """What the handler makes of the request, or its refusal."""
+        def handled():
+            ask = batch(asked.route, parsed(body)) if asked.method == 'POST' else query(asked)
+            return asked.handler(self, ask)
+        return attempt(asked.route, handled)
 
     def own_host(self, host):
         """Is the Host header one of ours? A page whose name was bound to this address anew (DNS rebinding) is not."""
@@ -1835,19 +2316,31 @@ class Server(http.server.ThreadingHTTPServer):
         return name in self.names or is_loopback(name.strip('[]')) or not self.local and is_address(name.strip('[]'))
 
     def count(self, client, status):
-        self.store.meter.request(client.route, status)
+        asked = client.asked
+        self.store.meter.request(asked.route if asked else 'other', status)
         if self.verbose:
-            log(f'{client.client_address[0]} {client.asked.method if client.asked else "-"} {client.route} {status}')
+            log(f'{client.address[0]} {asked.method if asked else "-"} {asked.route if asked else "other"} {status}')
+
+    def tick(self):
+        """Have all that is due by now done before this returns: for clocks that are moved by hand."""
+        self.loop.ticked = 0
+        self.loop.run(lambda: None)
+        while self.store.behind():
+            self.loop.run(lambda: None)
 
     def server_close(self):
-        """Once serve_forever() has returned: let nobody in, answer what was asked, close the store."""
+        """Once serve_forever() has returned: let nobody in, answer what was asked, close the database."""
         super().server_close()
-        self.draining = True
-        self.store.commits.rouse_all()
-        ends = time.monotonic() + DRAIN
-        while self.busy and time.monotonic() < ends:
-            time.sleep(.01)
-        self.store.close()
+        if self.loop.stop():
+            self.store.database.close()     # else leave it as a crash would: SQLite is at home with that
+
+
+def refuse_foreign_page(headers):
+    origin = headers.get('origin')
+    if origin is not None and origin.partition('://')[2] != headers.get('host'):
+        raise Forbidden(f'Origin {shown(origin)}: pages of other origins may not call this engine')
+    if headers.get('sec-fetch-site', 'none') not in ('none', 'same-origin'):
+        raise Forbidden('Sec-Fetch-Site: pages of other origins may not call this engine')
 
 
 def is_address(name):
@@ -2212,12 +2705,19 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
     if token and not re.fullmatch('[!-~]+', token):
         raise Unusable('the token must be of visible ASCII characters, without spaces')
     tls = tls_context(cert, key)
-    store = Store(db, sync, clock, age(keep), age(keep_failed))
+    keep, keep_failed = age(keep), age(keep_failed)
     try:
-        return Server((host, port), store, token, tls, allow_host, verbose)
+        server = Server((host, port), token, tls, allow_host, verbose)     # first: a port that is taken leaves no file
     except (OSError, OverflowError) as error:
-        store.close()
         raise Unusable(f'{host}:{port} cannot be listened on: {error}') from None
+    database = Database(db, sync)
+    try:
+        database.open()
+        server.serve(Store(database, clock, keep, keep_failed))
+    except BaseException:
+        server.socket.close()
+        raise
+    return server
 
 
 def tls_context(cert, key):
@@ -2289,13 +2789,13 @@ def main(argv=None):
     greet(server)
     server.serve_forever()
     server.server_close()
-    return 0
+    return int(server.failed)
 
 
 def greet(server):
     token = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f'Rundown engine on {server.url}, jobs in {server.store.path}; a first one: '
+        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
               f'curl -H "Content-Type: application/json"{token} {server.url}/enqueue '
               '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
 

@@ -244,7 +244,7 @@ class ClockedEngine(Api):
     def advance(self, seconds):
         """Lets time pass, and the engine see that it has."""
         self.clock.move(seconds)
-        self.server.store.tick()
+        self.server.tick()
 
     def stop(self):
         self.server.shutdown()
@@ -985,7 +985,7 @@ def test_a_jump_of_the_wall_clock_neither_expires_nor_freezes_a_lease(clocked, q
     clocked.enqueue(q)
     claim = clocked.poll(q, lease=10)
     clocked.clock.wall += leap
-    clocked.server.store.tick()
+    clocked.server.tick()
     assert clocked.tell("heartbeat", claim)[0] == 200
     clocked.advance(9.9)
     assert clocked.job(claim)["status"] == "running"
@@ -996,7 +996,7 @@ def test_a_jump_of_the_wall_clock_neither_expires_nor_freezes_a_lease(clocked, q
 def test_a_wall_clock_set_back_freezes_no_pending_job(clocked, q):
     job = clocked.enqueue(q)
     clocked.clock.wall -= 3600
-    clocked.server.store.tick()
+    clocked.server.tick()
     assert clocked.poll(q)["id"] == job["id"]
 
 
@@ -1038,7 +1038,7 @@ def test_a_sweep_and_a_complete_at_the_same_instant_have_one_winner(clocked, q):
         clocked.enqueue(q + str(number))
         claim = clocked.poll(q + str(number), lease=1)
         clocked.clock.move(1)
-        with meanwhile(clocked.server.store.tick) as sweep:
+        with meanwhile(clocked.server.tick) as sweep:
             code, _ = clocked.tell("complete", claim)
             sweep.result(10)
         assert (code, clocked.job(claim)["status"]) in [(200, "done"), (409, "pending")]
