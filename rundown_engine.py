@@ -497,7 +497,7 @@ END;
 MISTAKES = sqlite3.ProgrammingError, sqlite3.IntegrityError       # not the storage's
 
 
-class Busy(Exception):
+class Busy(Unavailable):
     """Another program holds the write lock: nothing was begun."""
 
 
@@ -1423,7 +1423,7 @@ class Loop:
         self.line = collections.deque()     # what waits for a thread
         self.threads = 0            # that are at work
         self.ticked = 0             # on the monotonic clock, as the next three: the last look at the wall clock
-        self.heard = float('-inf')      # until then clients could be heard; before the start nobody was
+        self.heard = time.monotonic()       # until then clients could be heard
         self.blocked = None         # since when another program has held the write lock
         self.retry_at = 0           # no transaction until then: another program has the lock
         self.resting = 0            # no work on the engine's own account until then: the storage is in trouble
@@ -1431,6 +1431,7 @@ class Loop:
         self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
         self.waker.setblocking(False)
         self.alarm.setblocking(False)
+        self.wake = self.alarm.send if os.name == 'nt' else functools.partial(os.write, self.alarm.fileno())
 
     # from other threads
 
@@ -1438,7 +1439,7 @@ class Loop:
         """Have the loop call it."""
         self.posted.append(function)
         with contextlib.suppress(OSError):      # full: it has been woken often enough
-            self.alarm.send(b'.')
+            self.wake(b'.')
 
     def run(self, work):
         """The result of work() in a transaction, once it is on disk."""
@@ -2237,6 +2238,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 1024
+    loop = None
     allow_reuse_address = os.name != 'nt'
 
     def __init__(self, address, token=None, tls=None, names=(), verbose=False):
@@ -2254,6 +2256,9 @@ class Server(http.server.ThreadingHTTPServer):
     def serve(self, store):
         """Begin to answer."""
         self.store, self.loop = store, Loop(self, store)
+        with store.database.transaction() as db:        # nobody was heard until now
+            store.begin(db)
+            store.renew(float('inf'))
         self.loop.thread.start()
 
     def server_bind(self):
@@ -2331,7 +2336,7 @@ class Server(http.server.ThreadingHTTPServer):
     def server_close(self):
         """Once serve_forever() has returned: let nobody in, answer what was asked, close the database."""
         super().server_close()
-        if self.loop.stop():
+        if self.loop and self.loop.stop():
             self.store.database.close()     # else leave it as a crash would: SQLite is at home with that
 
 
@@ -2715,7 +2720,7 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
         database.open()
         server.serve(Store(database, clock, keep, keep_failed))
     except BaseException:
-        server.socket.close()
+        server.server_close()
         raise
     return server
 

@@ -4463,9 +4463,9 @@ def test_a_thousand_idle_polls_take_no_processor_time_little_memory_and_slow_nob
 
 def idle(engine):
     """Whether a thousand polls wait, and the engine has used no processor time for a while."""
-    before, threads = cpu(engine.process), os.listdir("/proc/%d/task" % engine.process.pid)
+    before, files = cpu(engine.process), os.listdir("/proc/%d/fd" % engine.process.pid)
     time.sleep(0.3)
-    return len(threads) > 1000 and cpu(engine.process) == before
+    return len(files) > 1000 and cpu(engine.process) == before
 
 
 def pace_of(engine, queue, number):
