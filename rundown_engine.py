@@ -397,12 +397,13 @@ def _finite(digits):
 
 
 _decode = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite).decode
+_decode_short = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode     # has no room for long integers
 
 
 def parsed(body):
     """The JSON value of a request's body."""
     try:
-        return _decode(body.decode('utf-8'))
+        return (_decode_short if len(body) < MAX_DIGITS else _decode)(body.decode('utf-8'))
     except RecursionError:
         raise BadRequest(f'the body must be JSON that is nested at most {MAX_DEPTH} levels') from None
     except ValueError as error:
@@ -1028,7 +1029,7 @@ class Store:
             queue, more = row['queue'], ',"created":true' if created else ',"created":false'
             if created and queue not in self.polled:
                 if queue not in warnings:
-                    warnings[queue] = quoted(nobody(queue, self.polled if not warnings else ()))   # it takes time: once
+                    warnings[queue] = quoted(nobody(queue, () if warnings else tuple(self.polled)[-20:]))   # it takes time: once
                 more += ',"warning":' + warnings[queue]
             texts.append(as_json(row, more))
         return texts
@@ -1273,7 +1274,7 @@ class Store:
         reasons = [sentence for holds, sentence in (
             (queue['paused'], 'the queue is paused'),
             (row['scheduled'], f'scheduled for {rfc3339(row["next_run_at"])}{retry}'),
-            (polled is None, nobody(row['queue'], self.polled)),
+            (polled is None, nobody(row['queue'], tuple(self.polled)[-20:])),
             (polled and silent, f'no worker has polled the queue for {silent} minutes'),
             (ahead and not row['scheduled'], f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs'),
         ) if holds]
@@ -1329,9 +1330,10 @@ def size_of(row):
     return sum(len(row[field] or '') for field in ('payload', 'result', 'error', 'progress')) + 500
 
 
+@functools.lru_cache(maxsize=1024)
 def nobody(queue, polled):
     """That no worker polls the queue, with the name that is meant perhaps. Short names alone: it takes time."""
-    names = [name for name in list(polled)[-20:] if abs(len(name) - len(queue)) < 4 and len(name) <= 40]
+    names = [name for name in polled if abs(len(name) - len(queue)) < 4 and len(name) <= 40]
     near = difflib.get_close_matches(queue, names, 1)
     hint = f'; did you mean {shown(near[0])}?' if near else ''
     return f'no worker has ever polled the queue {shown(queue)}{hint}'
@@ -1723,6 +1725,7 @@ JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.I
 ONCE = {'host', 'content-length', 'content-type', 'authorization', 'origin'}
 COMMON = 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
 COMMON_LAST = 'Connection: close\r\n' + COMMON
+STATUS_LINES = {status: f'HTTP/1.1 {status:d} {meaning}\r\n' for status, meaning in http.client.responses.items()}
 JSON, TEXT, HTML = 'application/json', 'text/plain; charset=utf-8', 'text/html; charset=utf-8'
 OPEN_TO_PAGES = ('/', '/docs', '/health')       # a link on any page may lead there
 
@@ -1986,12 +1989,9 @@ class Connection:
         if self.asked and self.asked.method != 'POST' and not file and not self.loop.has_room(length):
             return self.answer(Unavailable('too many answers wait to be taken; try again'))
         self.server.count(self, status)
-        lines = ['HTTP/1.1 %d %s' % (status, http.client.responses[status])]
-        if status != 204:
-            lines += ['Content-Type: ' + kind, 'Content-Length: %d' % length]
-        lines += ['%s: %s' % header for header in headers]
-        lines.append(COMMON if self.keep else COMMON_LAST)
-        self.unsent = '\r\n'.join(lines).encode('latin-1')
+        told = '' if status == 204 else f'Content-Type: {kind}\r\nContent-Length: {length}\r\n'
+        told += ''.join(['%s: %s\r\n' % header for header in headers])
+        self.unsent = f'{STATUS_LINES[status]}{told}{COMMON if self.keep else COMMON_LAST}'.encode('latin-1')
         if self.asked and self.asked.method == 'HEAD':
             file = file and file.close()
         elif not file:
