@@ -616,7 +616,6 @@ class Database:
         except BaseException as error:
             self._roll_back(error)
             raise
-        self.trouble = None
 
     def _begin(self):
         try:
@@ -980,10 +979,11 @@ class Store:
         self.said = []                                          # what the log gets,
         self.woken = set()                                      # topics whose sleepers may find something now,
         self.room = 0                                           # bytes that polls may still claim
+        self.hungry = set()                                     # queues with polls for which there was no room
 
-    def begin(self, db):
-        """A transaction begins."""
-        self.db, self.now, self.room = db, self.clock.now(), MAX_ANSWER
+    def begin(self, db, room=MAX_ANSWER):
+        """A transaction begins, in which polls may claim so many bytes."""
+        self.db, self.now, self.room = db, self.clock.now(), room
         self.noted, self.said, self.woken = [], [], set()
 
     def committed(self, group):
@@ -1054,6 +1054,12 @@ class Store:
         self.polled[queue] = self.now
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
+        if self.room <= 0:      # enough is being handed out; those that sleep are woken when there is room
+            self.hungry.add(queue)
+            self._due(self.now + micros(RETRY))
+            if not ask.get('wait'):
+                raise Unavailable('too much is being handed out at a time; try again')
+            return []
         rows = self._fitting(self.db.execute(CLAIM, {'queue': queue, 'limit': ask.get('limit', 1)}))
         changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now,
                    'updated_at': self.now, 'worker_timeout': ask.get('timeout'),
@@ -1284,6 +1290,7 @@ class Store:
 
     def renew(self, pause):
         """Nobody could be heard for so many seconds: leases that are not much longer get one more period."""
+        self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')     # writes, where a full disk lets the rest pass
         self.db.execute(RENEW, {'now': self.now, 'grace': micros(GRACE), 'timeout': micros(DEFAULT_TIMEOUT),
                                 'pause': micros(min(pause, 1e9))})
         self.next_due = 0
@@ -1301,8 +1308,9 @@ class Store:
         """A step of what is due: hand scheduled jobs out, give the jobs of lost workers back."""
         due = self.db.execute(DUE, (self.now, STEP)).fetchall()
         self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(row['seq'],) for row in due])
-        for queue in {row['queue'] for row in due}:
+        for queue in self.hungry.union(row['queue'] for row in due):
             self.wake(('queue', queue))
+        self.hungry = set()
         for row in self.db.execute(LOST, (self.now, STEP)).fetchall():
             self._lose({'id': row['id']})
             self.said.append(f'job {shown(row["id"])}: worker lost')
@@ -1341,7 +1349,8 @@ def nobody(queue, polled):
 # -- Loop -------------------------------------------------------------------------------------------------------------
 
 
-LATER = object()        # the result of a poll that is put off to the next pass
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+READY, LATE, FULL, DONE = 'ready', 'late', 'full', 'done'       # news for a connection
 
 
 class Spoilt(Exception):
@@ -1349,7 +1358,7 @@ class Spoilt(Exception):
 
 
 class Operation:
-    """Something to be done in a transaction, and whom to tell what came of it."""
+    """Something to be done in a transaction, and whom to tell that it was."""
     __slots__ = ('work', 'render', 'topic', 'wait', 'writes', 'client', 'since', 'result', 'error')
 
     def __init__(self, work, render=None, topic=None, wait=0, writes=True):
@@ -1358,12 +1367,12 @@ class Operation:
         self.topic = topic          # what it sleeps on while its result is empty, up to
         self.wait = wait            # seconds
         self.writes = writes        # False: it only looks, at what is committed
-        self.client = None          # has alive(), and done(operation)
+        self.client = None          # has go_on(news)
         self.since = time.monotonic()
         self.result = self.error = None
 
     def run(self, db):
-        """Do it. Spoilt when it left a mark on the transaction and yet was refused."""
+        """Do it. Spoilt when it left a mark on the transaction and yet did not come to its end."""
         before, self.result, self.error = db.total_changes, None, None
         try:
             self.result = self.work()
@@ -1382,15 +1391,12 @@ class Operation:
 
 
 class Caller:
-    """A thread that waits for an operation of its own."""
+    """A thread that waits for an operation."""
 
     def __init__(self):
         self.told = threading.Event()
 
-    def alive(self):
-        return True
-
-    def done(self, operation):
+    def go_on(self, news):
         self.told.set()
 
 
@@ -1410,30 +1416,28 @@ class Loop:
         self.server, self.store, self.database = server, store, store.database      # constant after start
         self.posted = collections.deque()           # safe by itself: functions of other threads for this one to call
         self.ended = False                          # written by the loop, read by all: nobody answers any more
-        self.waker, self.alarm = socket.socketpair()
         self.selector = selectors.DefaultSelector()
         self.most = 500 if isinstance(self.selector, selectors.SelectSelector) else float('inf')    # connections
-        self.selector.register(self.waker, selectors.EVENT_READ, self._woken)
+        self.waker, self.alarm = socket.socketpair()
+        self.waker.setblocking(False)
+        self.alarm.setblocking(False)
+        self.ring = self.alarm.send if os.name == 'nt' else functools.partial(os.write, self.alarm.fileno())
+        self.selector.register(self.waker, READ, self)
         self.connections = set()
+        self.timers = []            # a heap: (deadline, number, connection), at least one for each that has a deadline
+        self.numbers = itertools.count()
         self.ready = []             # operations for the next transaction
         self.parked = {}            # topic -> {operation: None}, in the order in which they came
-        self.again = set()          # topics to be woken in the next transaction, too
-        self.resumed = []           # connections that have received more than the request that was answered
-        self.timers = []            # a heap: (deadline, number, connection), at least one for each connection
-        self.numbers = itertools.count()
-        self.held = self.unsent = 0     # bytes: of requests that are not done with; of answers that are not taken
-        self.line = collections.deque()     # what waits for a thread
+        self.held = self.unsent = 0         # bytes: of requests that are not done with; of answers that are not taken
+        self.line = collections.deque()     # (work, connection) that waits for a thread
         self.threads = 0            # that are at work
-        self.ticked = 0             # on the monotonic clock, as the next three: the last look at the wall clock
+        self.ticked = 0             # on the monotonic clock, as is the rest: the last look at the wall clock
         self.heard = time.monotonic()       # until then clients could be heard
-        self.blocked = None         # since when another program has held the write lock
-        self.retry_at = 0           # no transaction until then: another program has the lock
+        self.blocked = False        # another program has the write lock,
+        self.retry_at = 0           # and is looked at again then
         self.resting = 0            # no work on the engine's own account until then: the storage is in trouble
         self.draining = None        # when the engine ends, whoever is still there
         self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
-        self.waker.setblocking(False)
-        self.alarm.setblocking(False)
-        self.wake = self.alarm.send if os.name == 'nt' else functools.partial(os.write, self.alarm.fileno())
 
     # from other threads
 
@@ -1441,7 +1445,7 @@ class Loop:
         """Have the loop call it."""
         self.posted.append(function)
         with contextlib.suppress(OSError):      # full: it has been woken often enough
-            self.wake(b'.')
+            self.ring(b'.')
 
     def run(self, work):
         """The result of work() in a transaction, once it is on disk."""
@@ -1456,192 +1460,183 @@ class Loop:
         return operation.result
 
     def stop(self):
-        """Answer what has been received, end the polls, close the database. False when that does not come to an end."""
+        """Answer what has been received, end what is parked. False when that does not come to an end."""
         if self.thread.is_alive():
             self.post(self._drain)
             self.thread.join(DRAIN + BUSY)
         return not self.thread.is_alive()
 
-    # the thread
+    # passes
 
     def _run(self):
         try:
             while self.draining is None or self.connections and time.monotonic() < self.draining:
                 self._pass()
+            for connection in list(self.connections):
+                connection.close()
         except BaseException as error:      # a deaf engine that lives helps nobody: supervisors start it again
             log(f'fault of the loop, the engine ends: {type(error).__name__}: {error}')
             self.server.failed = True
-            self.ended = True
-            self.server.shutdown()
-            return
         self.ended = True
-        for connection in list(self.connections):
-            connection.close()
+        if self.server.failed:
+            self.server.shutdown()
 
     def _pass(self):
         asked = time.monotonic()
         rest = self._rest(asked)
         events = self.selector.select(rest)
         now = time.monotonic()
-        if asked - self.heard < DEAF and self.blocked is None and self.database.trouble is None:
+        if asked - self.heard < DEAF and not self.blocked and self.database.trouble is None:
             self.heard = min(now, asked + rest)
-        for key, mask in events:
-            key.data(mask)
+        for key, _ in events:
+            key.data.go_on(READY)
         while self.posted:
             self.posted.popleft()()
-        resumed, self.resumed = self.resumed, []
-        for connection in resumed:
-            connection.advance()
-        self._expire(now)
+        while self.timers and self.timers[0][0] <= now:
+            self._ring_out(*heapq.heappop(self.timers))
         if now >= self.retry_at:
             self._transact(now)
 
-    def _woken(self, mask):
+    def go_on(self, news):
+        """Other threads have posted something."""
         with contextlib.suppress(BlockingIOError):
             self.waker.recv(4096)
 
     def _rest(self, now):
         """Seconds until there is something to do."""
-        if self.posted or self.resumed or self.again and self.has_room(SMALL + 1):
+        if self.posted:
             return 0
-        due = (min(self.store.next_due, self.store.next_prune) - self.store.clock.now()) / 1000000
-        ends = min(now + TICK, max(self.resting, now if now - self.heard > DEAF else now + due))
-        if self.ready:
-            ends = min(ends, self.retry_at)
-        if self.timers:
-            ends = min(ends, self.timers[0][0])
-        return max(0, ends - now)
+        due = now + (min(self.store.next_due, self.store.next_prune) - self.store.clock.now()) / 1000000
+        ends = [now + TICK, max(self.resting, now if now - self.heard > DEAF else due)]
+        ends += [self.retry_at] if self.ready else []
+        ends += [self.timers[0][0]] if self.timers else []
+        return max(0, min(ends) - now)
 
     def _drain(self):
         self.draining = time.monotonic() + DRAIN
         for connection in list(self.connections):
-            connection.drain()
+            if connection.operation in self.parked.get(connection.operation and connection.operation.topic, ()):
+                connection.go_on(LATE)
+            elif connection.began is None and not connection.received:
+                connection.close()
 
-    # connections and their deadlines
-
-    def adopt(self, sock, address):
-        """A new connection. Called by other threads."""
-        self.post(lambda: Connection(self, sock, address))
+    # connections
 
     def remind(self, connection, deadline):
-        """Have its expire() called when its deadline is over. It has one timer, which is moved on when it goes off."""
+        """Tell it when its deadline is over. It has one timer, which is set anew when it goes off too early."""
         connection.deadline = deadline
         if deadline < connection.timer:
             connection.timer = deadline
             heapq.heappush(self.timers, (deadline, next(self.numbers), connection))
 
-    def _expire(self, now):
-        while self.timers and self.timers[0][0] <= now:
-            timer, _, connection = heapq.heappop(self.timers)
-            if timer != connection.timer or connection not in self.connections:
-                continue            # a nearer one was set meanwhile
+    def _ring_out(self, timer, _, connection):
+        if timer == connection.timer and connection in self.connections:    # else a nearer one was set
             connection.timer = float('inf')
-            if connection.deadline > now:
-                self.remind(connection, connection.deadline)
+            if connection.deadline <= timer:
+                connection.go_on(LATE)
             else:
-                connection.expire()
+                self.remind(connection, connection.deadline)
 
-    def hold(self, size):
-        """Count bytes that were received. Above MAX_HELD the newest of the large requests is refused."""
+    def hold(self, connection, size):
+        """Count what it has received. Above MAX_HELD the newest of the large requests is one too many."""
         self.held += size
-        if size > 0 and self.held > MAX_HELD:
-            large = [one for one in self.connections if one.receiving() and len(one.received) > SMALL]
-            if large:
-                max(large, key=lambda one: one.began).refuse(Unavailable('too much is being sent; try again'))
+        if self.held > MAX_HELD:
+            large = [one for one in self.connections if one.began and len(one.received) > SMALL and not one.unsent]
+            newest = max(large, key=lambda one: one.began, default=connection)
+            if newest is connection:
+                return FULL
+            newest.go_on(FULL)
+        return READY
 
     def has_room(self, size):
-        """May an answer of so many bytes be given now? Small ones always."""
+        """May an answer of so many bytes be given now? A small one always."""
         return size <= SMALL or self.unsent + size <= MAX_UNSENT
 
-    # threads for what may take long
-
-    def aside(self, work, then):
-        """Have a thread of the server's do work(), then call then(its result) here."""
-        self.line.append((work, then))
+    def aside(self, work, connection):
+        """Have a thread of the server's do work(), and tell the connection of its result."""
+        self.line.append((work, connection))
         self._staff()
 
     def _staff(self):
         while self.line and self.threads < THREADS:
             self.threads += 1
-            self.server.start(functools.partial(self._serve, *self.line.popleft()))
+            self.server.start(functools.partial(self._work, *self.line.popleft()))
 
-    def _serve(self, work, then):
+    def _work(self, work, connection):
         result = work()
-        self.post(lambda: self._served(then, result))
+        self.post(lambda: self._worked(connection, result))
 
-    def _served(self, then, result):
+    def _worked(self, connection, result):
         self.threads -= 1
         self._staff()
-        then(result)
+        connection.result = result
+        connection.go_on(DONE)
 
     # operations
 
     def submit(self, operation):
-        """Run it in this pass, or look at once, and park it while it finds nothing."""
+        """Put it into the next transaction, or look at once. True when its client has to wait."""
         if operation.writes:
             self.ready.append(operation)
-            return
-        operation.result = attempt('a wait', operation.work)
-        if operation.result or not operation.wait:
-            operation.client.done(operation)
-        else:
-            self._park(operation)
+            return True
+        operation.result = operation.work()
+        return self._parks(operation)
 
-    def _park(self, operation):
-        if self.draining is not None:
-            operation.client.done(operation)
-        else:
+    def _parks(self, operation):
+        """Park it if it has found nothing, and has a mind to wait."""
+        parks = operation.sleeps() and operation.wait and self.draining is None
+        if parks:
             self.parked.setdefault(operation.topic, {})[operation] = None
-            operation.client.park(operation)
+            operation.client.park(operation.wait)
+        return parks
 
     def withdraw(self, operation):
-        """It sleeps no more."""
-        sleepers = self.parked.get(operation.topic, {})
-        sleepers.pop(operation, None)
-        if not sleepers:
-            self.parked.pop(operation.topic, None)
+        """Nobody waits for it any more; what writes is done all the same."""
+        if operation.topic:
+            line = self.parked.get(operation.topic, {})
+            line.pop(operation, None)
+            if not line:
+                self.parked.pop(operation.topic, None)
+            if operation in self.ready:
+                self.ready.remove(operation)
 
     def _transact(self, now):
         """All that has arrived, in one transaction, and the answers to it."""
         first, last = self._own_work(now)
-        if not (first or last or self.ready or self.again):
+        if not (first or last or self.ready):
             return
         ready, self.ready = self.ready, []
-        polls = [operation for operation in ready if operation.topic and operation.client.alive()]
-        theirs = [operation for operation in ready if not operation.topic]
+        polls = [operation for operation in ready if operation.topic]
+        writes = [operation for operation in ready if not operation.topic]
         roused, offset = [], self.store.clock.offset
         try:
-            roused = self._commit([*first, *theirs, *last], polls)
-        except Busy as error:
-            self.store.clock.offset = offset
-            return self._wait_for_lock(error, now, theirs + polls)
+            roused = self._commit([*first, *writes, *last], polls)
         except Unavailable as error:
-            self.store.clock.offset = offset
-            self.store.next_due, self.resting = 0, now + TICK       # what it has told was not done
-            for operation in (*theirs, *polls):
-                operation.result, operation.error = None, error
+            self.store.clock.offset, self.store.next_due = offset, 0        # what was told is not so
+            self.resting = now + TICK
+            self._not_done(now, ready, error)
         else:
-            self.blocked = None
-            self.heard = now if first else self.heard
+            self.blocked = False
+            if first:
+                self.heard, self.database.trouble = now, None
             self.resting = now + TICK if any(operation.error for operation in first + last) else 0
-        self._tell(theirs, polls, roused)
+            self._tell([*roused, *self._ended_waits(), *writes, *polls])
 
     def _own_work(self, now):
         """What the engine has to do on its own account: before what has arrived, and after it."""
         first, last = [], []
-        if now < self.resting:
-            return first, last
         clock = self.store.clock
-        if now - self.ticked >= TICK:
-            self.ticked, leap = now, clock.follow()
-            if leap:
-                first.append(Operation(functools.partial(self.store.leap, clock.offset + leap, leap)))
-        if now - self.heard > DEAF:
-            first.append(Operation(functools.partial(self.store.renew, now - self.heard)))
-        if self.store.next_due <= clock.now():
-            last.append(Operation(self.store.overdue))
-        if self.store.next_prune <= clock.now():
-            last.append(Operation(self.store.prune))
+        if now >= self.resting or self.ready:
+            if now - self.ticked >= TICK:
+                self.ticked, leap = now, clock.follow()
+                if leap:
+                    first.append(Operation(functools.partial(self.store.leap, clock.offset + leap, leap)))
+            if now - self.heard > DEAF or self.database.trouble:
+                first.append(Operation(functools.partial(self.store.renew, now - self.heard)))
+            if self.store.next_due <= clock.now():
+                last.append(Operation(self.store.overdue))
+            if self.store.next_prune <= clock.now():
+                last.append(Operation(self.store.prune))
         return first, last
 
     def _commit(self, writes, polls):
@@ -1650,12 +1645,14 @@ class Loop:
         while True:
             try:
                 with self.database.transaction() as db:
-                    self.store.begin(db)
+                    self.store.begin(db, min(MAX_ANSWER, MAX_UNSENT - self.unsent))
                     for operation in writes:
                         if operation not in spoilt:
                             operation.run(db)
                     roused = self._rouse(db, spoilt)
-                    self._run_polls(db, [poll for poll in polls if poll not in spoilt])
+                    for operation in polls:
+                        if operation not in spoilt:
+                            operation.run(db)
                 self.store.committed(len(writes) + len(polls) + len(roused))
                 return roused
             except Spoilt as error:
@@ -1663,58 +1660,43 @@ class Loop:
 
     def _rouse(self, db, spoilt):
         """Run the parked polls whose queue has something for them, until one finds nothing: it stays first in line."""
-        roused, self.again, waking = [], set(), self.again | self.store.woken
-        for topic in waking:
-            for operation in self.parked.get(topic, ()):
-                if not operation.writes:
-                    break
+        roused = []
+        for topic in self.store.woken:
+            for operation in self.parked.get(topic, ()) if topic[0] == 'queue' else ():
                 if operation not in spoilt:
-                    if self.store.room <= 0 or not self.has_room(SMALL + 1):
-                        self.again.add(topic)       # there is more than may be answered at a time
-                        break
                     operation.run(db)
                     if operation.sleeps():
                         break
                 roused.append(operation)
         return roused
 
-    def _run_polls(self, db, polls):
-        for operation in polls:
-            if self.store.room > 0:
-                operation.run(db)
-            else:
-                operation.result = LATER
-
-    def _wait_for_lock(self, error, now, operations):
-        """Try again soon; those that have waited for too long are told."""
-        self.blocked = self.blocked or now
-        self.ready = [operation for operation in operations if now - operation.since < BUSY]
-        self.retry_at = now + RETRY
-        self.resting = now + (RETRY if self.ready else TICK)
-        for operation in operations:
-            if now - operation.since >= BUSY:
-                self.database.in_trouble(error)
-                operation.error = Unavailable(f'the database could not be written ({error}); nothing was changed, try again')
-                operation.client.done(operation)
-
-    def _tell(self, writes, polls, roused):
-        """Answer, and park the polls that found nothing."""
+    def _ended_waits(self):
         for topic in self.store.woken:
-            for operation in [one for one in self.parked.get(topic, ()) if not one.writes]:
+            if topic[0] == 'job':
+                for operation in list(self.parked.get(topic, ())):
+                    operation.result = True
+                    yield operation
+
+    def _not_done(self, now, ready, error):
+        """Whoever waits for another program's lock tries again; whoever has waited for too long is told, as all else."""
+        self.blocked = isinstance(error, Busy)
+        if self.blocked:
+            self.ready = [operation for operation in ready if now - operation.since < BUSY]
+            self.retry_at = now + RETRY
+            self.resting = self.retry_at if self.ready else self.resting
+            ready = [operation for operation in ready if now - operation.since >= BUSY]
+            if ready:
+                self.database.in_trouble(error.__cause__)
+        for operation in ready:
+            operation.result, operation.error = None, error
+        self._tell(ready)
+
+    def _tell(self, operations):
+        """Answer them, and park the polls that found nothing."""
+        for operation in operations:
+            if not (operation.topic and self._parks(operation)):
                 self.withdraw(operation)
-                operation.client.done(operation)
-        for operation in roused:
-            self.withdraw(operation)
-            operation.client.done(operation)
-        for operation in writes:
-            operation.client.done(operation)
-        for operation in polls:
-            if operation.result is LATER:
-                self.ready.append(operation)
-            elif operation.sleeps() and operation.wait:
-                self._park(operation)
-            else:
-                operation.client.done(operation)
+                operation.client.go_on(DONE)
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
@@ -1775,301 +1757,275 @@ class Head:
 
 
 class Connection:
-    """One client's connection, the loop's own. Requests are received, served and answered one after the other."""
-    __slots__ = ('loop', 'server', 'sock', 'address', 'received', 'scanned', 'asked', 'taken', 'began', 'stage',
-                 'watched', 'deadline', 'timer', 'operation', 'unsent', 'file', 'keep', 'lingers', 'gone')
+    """One client's connection, the loop's own: requests are received, served and answered one after the other.
+
+    Its life is a generator that yields the events to wait for, and is sent the news: READY (one of them came), LATE (its
+    deadline is over), FULL (its request is one too many) or DONE (what it has the loop do is done).
+    """
+    __slots__ = ('loop', 'server', 'sock', 'address', 'life', 'received', 'scanned', 'taken', 'asked', 'began', 'operation',
+                 'result', 'unsent', 'watched', 'deadline', 'timer')
 
     def __init__(self, loop, sock, address):
         self.loop, self.server, self.sock, self.address = loop, loop.server, sock, address      # constant after start
-        self.received = bytearray()     # bytes that are not used yet
-        self.scanned = 0                # of them, in which no end of a head was found
-        self.asked = None               # the head of the request at hand
-        self.taken = 0                  # bytes of it that count as held
-        self.began = None               # when its first byte came
-        self.stage = 'head'             # handshake, head, body, served, sending, lingering
+        self.life = self._live()
+        self.received = bytearray()     # that is not used yet,
+        self.scanned = 0                # and how much of it holds no end of a head
+        self.taken = 0                  # bytes of the request at hand, used and still held
+        self.asked = None               # its head
+        self.began = None               # when its first byte came; None: there is no request
+        self.operation = None           # that the loop runs, or that is parked
+        self.result = None              # of what a thread did
+        self.unsent = 0                 # bytes of the answer
         self.watched = 0                # events for which the selector looks
         self.deadline = self.timer = float('inf')       # see Loop.remind
-        self.operation = None           # that is under way or parked
-        self.unsent = b''               # of the answer
-        self.file = None                # the rest of the answer
-        self.keep = self.lingers = False        # what follows the answer: the next request, or a farewell
-        self.gone = False               # the client sends nothing more
         loop.connections.add(self)
-        self._open()
+        self.go_on(None)
 
-    def _open(self):
-        try:
+    def go_on(self, news):
+        """Live on, until it has to wait again."""
+        if self in self.loop.connections:
+            try:
+                self._watch(self.life.send(news))
+            except (OSError, EOFError, StopIteration):      # the client is gone, or nothing is left to do
+                self.close()
+            except Exception as error:
+                fault('a connection', error)
+                self.close()
+
+    def _watch(self, events):
+        if events != self.watched:
+            selector, watched, self.watched = self.loop.selector, self.watched, events
+            if not watched:
+                selector.register(self.sock, events, self)
+            elif not events:
+                selector.unregister(self.sock)
+            else:
+                selector.modify(self.sock, events, self)
+
+    def _until(self, seconds):
+        self.loop.remind(self, time.monotonic() + seconds)
+
+    def close(self):
+        if self in self.loop.connections:
+            self.loop.connections.discard(self)
+            self._watch(0)
+            if self.operation:
+                self.loop.withdraw(self.operation)
+            self.loop.unsent -= self.unsent
+            self.loop.held -= self.taken + len(self.received)
+            self.life = None
+            self.sock.close()
+
+    # its life
+
+    def _live(self):
+        with contextlib.suppress(Refused):      # it has nothing to ask, or does not take its answer
             self.sock.setblocking(False)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.server.tls:
-                self.stage = 'handshake'
-                self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-            self._watch(selectors.EVENT_READ)
-            self.loop.remind(self, time.monotonic() + (DEADLINE if self.server.tls else IDLE))
-        except (OSError, ValueError):
-            self.close()
+                yield from self._shake_hands()
+            keep = True
+            while keep and (self.loop.draining is None or self.received):
+                yield from self._first_byte()
+                keep = yield from self._serve()
 
-    def _watch(self, events):
-        if events == self.watched:
-            return
-        if not self.watched:
-            self.loop.selector.register(self.sock, events, self._ready)
-        elif not events:
-            self.loop.selector.unregister(self.sock)
-        else:
-            self.loop.selector.modify(self.sock, events, self._ready)
-        self.watched = events
+    def _shake_hands(self):
+        self._until(DEADLINE)
+        self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        yield from self._tried(self.sock.do_handshake, READ)
 
-    def _ready(self, mask):
-        """The socket can be read, or written where that is waited for."""
-        if self not in self.loop.connections:
-            return
-        try:
-            if self.stage == 'handshake':
-                self.sock.do_handshake()
-                self.stage = 'head'
-            if self.stage == 'sending':
-                self._send()
-            else:
-                self._receive()
-        except BlockingIOError:
-            self._watch(selectors.EVENT_WRITE if self.stage == 'sending' else selectors.EVENT_READ)
-        except ssl.SSLWantReadError:
-            self._watch(selectors.EVENT_READ)
-        except ssl.SSLWantWriteError:
-            self._watch(selectors.EVENT_WRITE)
-        except OSError:
-            self.close()
+    def _tried(self, act, event):
+        """What act() returns, once the socket is ready for it."""
+        while True:
+            try:
+                return act()
+            except BlockingIOError:
+                wanted = event
+            except ssl.SSLWantReadError:
+                wanted = READ
+            except ssl.SSLWantWriteError:
+                wanted = WRITE
+            self._heed((yield wanted))
+
+    def _heed(self, news):
+        if news is LATE:
+            raise TooSlow(f'the request did not arrive within {DEADLINE} seconds')
+        if news is FULL:
+            raise Unavailable('too much is being sent; try again')
 
     def _receive(self):
-        data = self.sock.recv(CHUNK)
-        if not data:
-            self._hung_up()
-        elif self.stage != 'lingering':
-            self.received += data
-            self.loop.hold(len(data))
-            if self.stage != 'served':
-                self.advance()
-            elif len(self.received) > MAX_HEAD:     # its next requests; it is heard again when this one is answered
-                self._watch(0)
-
-    def _hung_up(self):
-        """The client sends nothing more. It may still read the answer to what it has sent in full."""
-        self.gone = True
-        if self.stage == 'served' and not (self.operation and self.operation.topic):
-            self._watch(0)
-        else:
-            self.close()        # a poll too: its job is for somebody who is there
-
-    def advance(self):
-        """Go on with what was received: a whole request may be there."""
-        if self not in self.loop.connections or not self.receiving():
-            return
+        self._heed((yield READ))
         try:
-            if self.stage == 'head' and not self._head() or len(self.received) < self.asked.length:
-                return self.close() if self.gone else None
-        except Refused as error:
-            return self.refuse(error)
-        body = bytes(self.received[:self.asked.length])
-        del self.received[:self.asked.length]
-        self.taken += len(body)
-        self.stage, self.deadline, self.keep = 'served', float('inf'), self.asked.keep_alive
-        work = functools.partial(self.server.handle, self.asked, body)
-        if self.asked.slow or len(body) >= BIG_BODY:
-            self.loop.aside(work, self._proceed)
-        else:
-            self._proceed(work())
+            data = self.sock.recv(CHUNK)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return
+        if not data:
+            raise EOFError
+        self.received += data
+        self._heed(self.loop.hold(self, len(data)))
 
-    def receiving(self):
-        return self.stage in ('head', 'body')
+    def _first_byte(self):
+        """Wait for the first byte of a request."""
+        self.asked = self.began = None
+        self._until(IDLE)
+        while True:
+            if self.received[:1] in (b'\r', b'\n'):
+                self._take(0, len(self.received) - len(self.received.lstrip(b'\r\n')))
+            if self.received:
+                break
+            yield from self._receive()
+        self.began = time.monotonic()
+        self._until(DEADLINE)
+
+    def _serve(self):
+        """Answer one request. True when another one may follow on this connection."""
+        keep = False
+        try:
+            yield from self._head()
+            body = yield from self._body()
+            keep = self.asked.keep_alive
+            outcome = yield from self._outcome(body)
+        except Refused as error:
+            outcome = error
+        self._let_go(0 if keep else len(self.received))
+        yield from self._send(*self._answer(outcome, keep))
+        if isinstance(outcome, Refused) and not keep:
+            yield from self._linger()
+        return keep
 
     def _head(self):
-        """True when the head of a request is there, and the request is admitted."""
-        if self.received[:1] in (b'\r', b'\n'):
-            self._take(len(self.received) - len(self.received.lstrip(b'\r\n')), 0)
-        if not self.received:
-            return False
-        if self.began is None:
-            self.began = time.monotonic()
-            self.loop.remind(self, self.began + DEADLINE)
-        end = self.received.find(b'\r\n\r\n', max(0, self.scanned - 3))
-        known = end if end >= 0 else len(self.received)
-        if known > MAX_HEAD:
-            raise HeadTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
-        if not self.received[:1].isalpha() or BARE_LINE_FEED.search(self.received, self.scanned, known):
-            raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
-        self.scanned = known
-        if end < 0:
-            return False
+        """The head of the request, which this client may send like this."""
+        while True:
+            end = self.received.find(b'\r\n\r\n', max(0, self.scanned - 3))
+            known = end if end >= 0 else len(self.received)
+            if known > MAX_HEAD:
+                raise HeadTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
+            if not self.received[:1].isalpha() or BARE_LINE_FEED.search(self.received, self.scanned, known):
+                raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
+            if end >= 0:
+                break
+            self.scanned = known
+            yield from self._receive()
         self.asked = self.server.head_of(self._take(end, 4))
         self.server.admit(self.asked)
-        self.stage = 'body'
-        if self.asked.length > SMALL and not self.loop.has_room(self.asked.length):
-            raise Unavailable('too many answers wait to be taken; try again')
-        if self.asked.length > len(self.received) and 'expect' in self.asked.headers:
-            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
-        return True
 
-    def _take(self, count, more):
-        """The first bytes of what was received, which it holds no more; nor `more` after them."""
-        raw = bytes(self.received[:count])
+    def _body(self):
+        length = self.asked.length
+        if length > SMALL and not self.loop.has_room(length):
+            raise Unavailable('too many answers wait to be taken; try again')
+        if length > len(self.received) and 'expect' in self.asked.headers:
+            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+        while len(self.received) < length:
+            yield from self._receive()
+        return self._take(length)
+
+    def _take(self, count, more=0):
+        """The first bytes that were received, and forget as many `more` after them."""
+        data = bytes(self.received[:count])
         del self.received[:count + more]
         self.taken += count + more
         self.scanned = 0
-        return raw
+        return data
 
-    def _proceed(self, outcome):
-        """Answer, or have the loop do what the answer waits for."""
-        if isinstance(outcome, Operation):
-            self.operation, outcome.client = outcome, self
-            self.loop.submit(outcome)
-        else:
-            self.answer(outcome)
-
-    # what the loop says of the operation
-
-    def alive(self):
-        return not self.gone and self in self.loop.connections
-
-    def park(self, operation):
-        self._done_with_request()
-        self.loop.remind(self, time.monotonic() + operation.wait)
-
-    def _parked(self):
-        return self.operation in self.loop.parked.get(self.operation and self.operation.topic, ())
-
-    def done(self, operation):
-        if operation.error is not None:
-            self.answer(operation.error)
-            return
-        render = functools.partial(attempt, self.asked.route, functools.partial(operation.render, operation.result))
-        if type(operation.result) is list and len(operation.result) > LONG:
-            self.loop.aside(render, self.answer)
-        else:
-            self.answer(render())
-
-    def _done_with_request(self):
-        self.loop.hold(-self.taken)
+    def _let_go(self, more=0):
+        """The request needs no memory any more, nor do so many bytes that follow it."""
+        del self.received[:more]
+        self.loop.held -= self.taken + more
         self.taken = 0
 
-    # the answer
-
-    def refuse(self, error):
-        """Answer a request that was not received in full. What follows on the connection cannot be told apart."""
-        self.keep, self.stage = False, 'served'
-        self.taken += len(self.received)
-        self.received = bytearray()
-        self.answer(error)
-
-    def answer(self, outcome):
-        """Send a refusal, or what a handler has returned: see _send_answer."""
+    def _outcome(self, body):
+        """What the handler makes of the request, and the loop of the operation that it asks for."""
+        self.deadline = float('inf')
+        work = functools.partial(self.server.handle, self.asked, body)
+        outcome = (yield from self._aside(work)) if self.asked.slow or len(body) >= BIG_BODY else work()
+        if not isinstance(outcome, Operation):
+            return outcome
+        self.operation, outcome.client = outcome, self
+        if self.loop.submit(outcome):
+            yield from self._done()
         self.operation = None
-        self._done_with_request()
+        if outcome.error is not None:
+            raise outcome.error
+        render = functools.partial(attempt, self.asked.route, functools.partial(outcome.render, outcome.result))
+        long = type(outcome.result) is list and len(outcome.result) > LONG
+        return (yield from self._aside(render)) if long else render()
+
+    def _aside(self, work):
+        self.loop.aside(work, self)
+        yield from self._done()
+        return self.result
+
+    def _done(self):
+        """Wait until it is done, or its time is over. Bytes that come are the next request; who leaves may yet read."""
+        events = READ
+        while True:
+            news = yield events
+            if news is LATE:
+                self.loop.withdraw(self.operation)
+            if news in (LATE, DONE):
+                return
+            try:
+                data = self.sock.recv(CHUNK)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                continue
+            if not data and self.operation and self.operation.topic:
+                raise EOFError      # what a poll would get is for somebody who is there
+            self.received += data
+            self.loop.held += len(data)
+            if not data or len(self.received) > MAX_HEAD:
+                events = 0
+
+    def park(self, seconds):
+        """Its operation sleeps so long."""
+        self._let_go()
+        self._until(seconds)
+
+    def _answer(self, outcome, keep):
+        """The bytes of the answer, and the file that follows them if one does."""
         if isinstance(outcome, Refused):
-            self.lingers = not self.keep
-            outcome = self._refusal(outcome)
-        if self in self.loop.connections:
-            self._send_answer(*outcome)
-        elif len(outcome) > 1 and hasattr(outcome[1], 'close'):
-            outcome[1].close()
-
-    def _refusal(self, error):
-        if self.asked and self.asked.route == '/' and error.status == 401:  # the page is no secret, and asks for the token
-            return (401, *page()[1:])
-        return error.status, {'error': str(error)}, JSON, error.headers
-
-    def _send_answer(self, status, body=b'', kind=JSON, headers=()):
-        """`body` is bytes, text, an open file, or a value that becomes JSON."""
-        if isinstance(body, (dict, list)):
-            body = encode(body)
+            outcome = outcome.status, {'error': str(outcome)}, JSON, outcome.headers
+            if outcome[0] == 401 and self.asked.route == '/':       # the page is no secret, and asks for the token
+                outcome = 401, *page()[1:]
+        status, body, kind, headers = (*outcome, *(b'', JSON, ())[len(outcome) - 1:])
+        body = encode(body) if isinstance(body, (dict, list)) else body
         if isinstance(body, str):
             body = (body if body.endswith('\n') else body + '\n').encode()
         file = body if hasattr(body, 'read') else None
         length = os.fstat(file.fileno()).st_size if file else len(body)
-        if self.asked and self.asked.method != 'POST' and not file and not self.loop.has_room(length):
-            return self.answer(Unavailable('too many answers wait to be taken; try again'))
+        method = self.asked and self.asked.method
+        if method in ('GET', 'HEAD') and not file and not self.loop.has_room(length):
+            return self._answer(Unavailable('too many answers wait to be taken; try again'), keep)
         self.server.count(self, status)
         told = '' if status == 204 else f'Content-Type: {kind}\r\nContent-Length: {length}\r\n'
         told += ''.join(['%s: %s\r\n' % header for header in headers])
-        self.unsent = f'{STATUS_LINES[status]}{told}{COMMON if self.keep else COMMON_LAST}'.encode('latin-1')
-        if self.asked and self.asked.method == 'HEAD':
-            file = file and file.close()
-        elif not file:
-            self.unsent += body
-        self.file, self.stage = file, 'sending'
-        self.loop.unsent += len(self.unsent)
-        self._ready(0)
-        if self.stage == 'sending':
-            self.loop.remind(self, time.monotonic() + DEADLINE)
+        head = f'{STATUS_LINES[status]}{told}{COMMON if keep else COMMON_LAST}'.encode('latin-1')
+        return (head, None) if method == 'HEAD' else (head, file) if file else (head + body, None)
 
-    def _send(self):
-        """As much as the client takes, of a file one piece at a time."""
+    def _send(self, data, file):
+        with contextlib.closing(file) if file else contextlib.nullcontext():
+            while data:
+                self._until(DEADLINE)
+                yield from self._push(data)
+                data = file and file.read(CHUNK)
+                if data:
+                    yield WRITE     # others have their turn between two pieces
+
+    def _push(self, data):
+        self.unsent = len(data)
+        self.loop.unsent += self.unsent
         while self.unsent:
-            sent = self.sock.send(self.unsent)
+            sent = yield from self._tried(functools.partial(self.sock.send, data), WRITE)
+            self.unsent -= sent
             self.loop.unsent -= sent
-            self.unsent = b'' if sent == len(self.unsent) else memoryview(self.unsent)[sent:]
-        if self.file:
-            self.unsent = self.file.read(CHUNK)
-            if self.unsent:
-                self.loop.unsent += len(self.unsent)
-                self.deadline = time.monotonic() + DEADLINE
-                return self._watch(selectors.EVENT_WRITE)
-            self.file = self.file.close()
-        self._sent()
+            data = memoryview(data)[sent:]
 
-    def _sent(self):
-        """The next request, a farewell, or the end."""
-        self.asked = self.began = None
-        if self.keep and self.loop.draining is None and (self.received or not self.gone):
-            self.stage = 'head'
-            self._watch(selectors.EVENT_READ)
-            self.loop.remind(self, time.monotonic() + IDLE)
-            if self.received:
-                self.loop.resumed.append(self)
-        elif self.lingers and not self.gone:    # closing at once would reset the connection and lose the answer
-            self.stage = 'lingering'
-            self.sock.shutdown(socket.SHUT_WR)
-            self._watch(selectors.EVENT_READ)
-            self.loop.remind(self, time.monotonic() + LINGER)
-        else:
-            self.close()
-
-    # its end
-
-    def expire(self):
-        """The deadline is over."""
-        if self.stage == 'served':
-            self._wake_up()
-        elif self.receiving() and self.began is not None:
-            self.refuse(TooSlow(f'the request did not arrive within {DEADLINE} seconds'))
-        else:
-            self.close()
-
-    def _wake_up(self):
-        if self._parked():
-            self.loop.withdraw(self.operation)
-            self.done(self.operation)
-
-    def drain(self):
-        """The engine ends: answer what is parked, and let go who asks for nothing."""
-        self._wake_up()
-        if self.stage == 'handshake' or self.stage == 'head' and not self.received:
-            self.close()
-
-    def close(self):
-        if self not in self.loop.connections:
-            return
-        self._watch(0)
-        self.loop.connections.discard(self)
-        if self._parked():
-            self.loop.withdraw(self.operation)
-        self.loop.unsent -= len(self.unsent)
-        self.loop.hold(-self.taken - len(self.received))
-        self.taken, self.received, self.unsent = 0, b'', b''
-        if self.file:
-            self.file.close()
-        with contextlib.suppress(OSError):
-            self.sock.close()
+    def _linger(self):
+        """Let the client finish what it sends: closing at once would reset the connection and lose the answer."""
+        self._until(LINGER)
+        self.sock.shutdown(socket.SHUT_WR)
+        while True:
+            yield from self._receive()
+            self._let_go(len(self.received))
 
 
 def attempt(route, work):
@@ -2128,25 +2084,20 @@ def enqueue(server, ask):
 
 
 def poll(server, ask):
-    if not server.loop.has_room(SMALL + 1):
-        raise Unavailable('too many answers wait to be taken; try again')
-
     def render(jobs):
         texts = [as_json(job) for job in jobs]
         return (200, as_list(texts) if 'limit' in ask else texts[0]) if texts else (204,)
-    return Operation(functools.partial(server.store.poll, ask), render, ('queue', ask['queue']), ask.get('wait', 0) / 1000000)
-
-
-def answered(result):
-    return 200, result
+    wait = ask.get('wait', 0) / 1000000
+    return Operation(functools.partial(server.store.poll, ask), render, ('queue', ask['queue']), wait)
 
 
 def report(method):
     """The handler of complete, fail, heartbeat and release, of one job or of many, and of the like."""
     def handler(server, ask):
         if type(ask) is dict:
-            return Operation(lambda: method(server.store, ask), answered)
-        return Operation(lambda: {'jobs': [server.store.outcome(method, item) for item in ask]}, answered)
+            return Operation(lambda: method(server.store, ask), lambda outcome: (200, outcome))
+        return Operation(lambda: [server.store.outcome(method, item) for item in ask],
+                         lambda outcomes: (200, encode({'jobs': outcomes})))
     return handler
 
 
@@ -2275,7 +2226,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """A new connection is the loop's."""
-        self.loop.adopt(request, client_address)
+        self.loop.post(functools.partial(Connection, self.loop, request, client_address))
 
     def start(self, work):
         """Have a thread of one's own do it."""
