@@ -1602,42 +1602,38 @@ class Loop:
 
     def _transact(self, now):
         """All that has arrived, in one transaction, and the answers to it."""
-        first, last = self._own_work(now)
-        if not (first or last or self.ready):
+        leap, due = self._own_work(now)
+        deaf = now >= self.resting and (now - self.heard > DEAF or self.database.trouble)
+        if not (leap or due or deaf or self.ready):
             return
         ready, self.ready = self.ready, []
         polls = [operation for operation in ready if operation.topic]
         writes = [operation for operation in ready if not operation.topic]
         roused, offset = [], self.store.clock.offset
         try:
-            roused = self._commit([*first, *writes, *last], polls)
+            roused = self._commit([*leap, *writes, *due], polls)
         except Unavailable as error:
             self.store.clock.offset, self.store.next_due = offset, 0        # what was told is not so
             self.resting = now + TICK
             self._not_done(now, ready, error)
         else:
             self.blocked = False
-            if first:
-                self.heard, self.database.trouble = now, None
-            self.resting = now + TICK if any(operation.error for operation in first + last) else 0
+            self.resting = now + TICK if any(operation.error for operation in leap + due) else 0
             self._tell([*roused, *self._ended_waits(), *writes, *polls])
 
     def _own_work(self, now):
         """What the engine has to do on its own account: before what has arrived, and after it."""
-        first, last = [], []
-        clock = self.store.clock
-        if now >= self.resting or self.ready:
+        leap, due, clock = [], [], self.store.clock
+        if now >= self.resting:
             if now - self.ticked >= TICK:
-                self.ticked, leap = now, clock.follow()
-                if leap:
-                    first.append(Operation(functools.partial(self.store.leap, clock.offset + leap, leap)))
-            if now - self.heard > DEAF or self.database.trouble:
-                first.append(Operation(functools.partial(self.store.renew, now - self.heard)))
+                self.ticked, ahead = now, clock.follow()
+                if ahead:
+                    leap.append(Operation(functools.partial(self.store.leap, clock.offset + ahead, ahead)))
             if self.store.next_due <= clock.now():
-                last.append(Operation(self.store.overdue))
+                due.append(Operation(self.store.overdue))
             if self.store.next_prune <= clock.now():
-                last.append(Operation(self.store.prune))
-        return first, last
+                due.append(Operation(self.store.prune))
+        return leap, due
 
     def _commit(self, writes, polls):
         """Run all that is not spoilt in one transaction. The parked polls that got something."""
@@ -1646,6 +1642,9 @@ class Loop:
             try:
                 with self.database.transaction() as db:
                     self.store.begin(db, min(MAX_ANSWER, MAX_UNSENT - self.unsent))
+                    begun = time.monotonic()
+                    if begun - self.heard > DEAF or self.database.trouble:
+                        self.store.renew(begun - self.heard)
                     for operation in writes:
                         if operation not in spoilt:
                             operation.run(db)
@@ -1654,6 +1653,8 @@ class Loop:
                         if operation not in spoilt:
                             operation.run(db)
                 self.store.committed(len(writes) + len(polls) + len(roused))
+                if begun - self.heard > DEAF or self.database.trouble:
+                    self.heard, self.database.trouble = begun, None
                 return roused
             except Spoilt as error:
                 spoilt.add(error.args[0])
