@@ -134,6 +134,7 @@ TICK = 1                    # seconds between two looks at the clock
 STEP = 500                  # rows that the engine changes on its own account in one transaction
 LINGER = 5                  # seconds to read on after a refusal, so that the client gets to see it
 PRUNE = 60                  # seconds between two rounds of retention
+RECENT = 600                # seconds after its last poll until a queue without jobs is forgotten
 CHECKPOINT = 4000           # pages in the write-ahead log that start a checkpoint
 CHECKED = 64 << 20          # bytes up to which a database is checked in full at the start
 BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800)   # seconds, of histograms
@@ -309,7 +310,7 @@ FIELDS = {
     'jobs':        ('at the top of the body', lambda v: False, as_is),
     'error':       ('a string', lambda v: type(v) is str, lambda v: shorten(SURROGATE.sub('\ufffd', v), MAX_ERROR)),
     'status':      ('one of ' + ', '.join(STATUSES), lambda v: type(v) is str and v in STATUSES, as_is),
-    'retry':       ('true or false', lambda v: type(v) is bool, as_is),
+    **dict.fromkeys(('retry', 'brief', 'busy'), ('true or false', lambda v: type(v) is bool, as_is)),
     'attempt':     whole(0, 2**53),
     'priority':    whole(-2**31, 2**31 - 1),
     'max_retries': whole(0, 1000),
@@ -753,7 +754,19 @@ CLAIMED = """
     FROM jobs
     WHERE id = ?"""
 RUNNING = 'SELECT seq, id, queue, status, attempt, started_at FROM jobs WHERE id = ?'
-RUNNING_BY_WORKER = "SELECT worker, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY worker"
+RUNNING_BY_WORKER = "SELECT worker, queue, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY worker, queue"
+QUEUES = 'SELECT * FROM queues WHERE queue > ? ORDER BY queue LIMIT ?'
+BUSIEST = """
+    SELECT *
+    FROM queues
+    WHERE queue > ?
+    ORDER BY pending + running > 0 DESC, failed > 0 DESC, queue
+    LIMIT ?"""
+OTHERS = """
+    SELECT TOTAL(pending) AS pending, TOTAL(scheduled) AS scheduled, TOTAL(running) AS running, TOTAL(done) AS done,
+        TOTAL(failed) AS failed, TOTAL(cancelled) AS cancelled
+    FROM queues
+    WHERE queue > ?"""
 COMPLETE = """
     UPDATE jobs
     SET status = 'done', result = ?, error = NULL, updated_at = ?, finished_at = ?
@@ -811,9 +824,11 @@ POLLED = """
 PAUSE = """
     INSERT INTO queues (queue, paused) VALUES (:queue, :paused)
     ON CONFLICT (queue) DO UPDATE SET paused = :paused"""
-FORGET = """
-    DELETE FROM queues
-    WHERE pending + running + done + failed + cancelled = 0 AND NOT paused AND COALESCE(polled_at, 0) < ?"""
+UNUSED = """
+    SELECT queue
+    FROM queues
+    WHERE pending + running + done + failed + cancelled = 0 AND NOT paused AND COALESCE(polled_at, 0) < ?
+    LIMIT ?"""
 OLDEST = """
     WITH RECURSIVE levels (priority) AS (
         SELECT MAX(priority) FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0
@@ -842,6 +857,7 @@ FILTERS = {
     'last':   'seq > :last',
 }
 COLUMNS = re.findall(r'^    (\w+)  ', SCHEMA.split('CREATE')[1], re.MULTILINE)       # of jobs, in their order
+BRIEF = [column for column in COLUMNS if column not in ('payload', 'result', 'attempts')]
 BLANK = dict.fromkeys(COLUMNS)
 BLANK.update(status='pending', attempt=0, retries=0)
 
@@ -855,14 +871,19 @@ def stamp(moment):
     return 'null' if moment is None else f'"{rfc3339(moment)}"'
 
 
-def as_json(row, more=''):
+def as_json(row, more='', brief=False):
     """The job of a row as clients see it, as JSON text, with `more` at its end. Its values are JSON text already."""
+    payload, result, error = '', '', row['error']
+    if brief:
+        error = error and error.strip().rpartition('\n')[2]
+    else:
+        payload, result = f'"payload":{row["payload"] or "null"},', f'"result":{row["result"] or "null"},'
     return (
         f'{{"id":{quoted(row["id"])},"queue":{quoted(row["queue"])},"tag":{quoted(row["tag"])},'
-        f'"payload":{row["payload"] or "null"},"status":"{row["status"]}","priority":{row["priority"]},'
-        f'"attempt":{row["attempt"]},"retries":{row["retries"]},"max_retries":{max_retries_of(row)},'
+        f'{payload}"status":"{row["status"]}","priority":{row["priority"]},'
+        f'"attempt":{row["attempt"]},"retries":{row["retries"]},"max_retries":{known_retries(row)},'
         f'"timeout":{seconds(timeout_of(row))},"key":{quoted(row["key"])},"worker":{quoted(row["worker"])},'
-        f'"progress":{row["progress"] or "null"},"result":{row["result"] or "null"},"error":{quoted(row["error"])},'
+        f'"progress":{row["progress"] or "null"},{result}"error":{quoted(error)},'
         f'"created_at":{stamp(row["created_at"])},"updated_at":{stamp(row["updated_at"])},'
         f'"next_run_at":{stamp(row["next_run_at"])},"started_at":{stamp(row["started_at"])},'
         f'"finished_at":{stamp(row["finished_at"])}{more}}}')
@@ -882,6 +903,11 @@ def max_retries_of(row):
     return own if own is not None else row['worker_max_retries'] or 0
 
 
+def known_retries(row):
+    """JSON: null while neither the job nor a worker that claimed it has said."""
+    return max_retries_of(row) if row['max_retries'] is not None or row['attempt'] else 'null'
+
+
 def found(row, otherwise, name):
     if row is None:
         raise NotFound(f'{otherwise} {shown(name)}')
@@ -895,6 +921,18 @@ def allowed(call, job, ask):
     if ask.get('attempt', job['attempt']) != job['attempt']:
         raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
     return job
+
+
+def replayed(job, ask, outcome):
+    """Has the attempt that `ask` names ended like that already? Then the answer was lost, and the call comes again."""
+    past = json.loads(job['attempts'] or '[]') if 'attempt' in ask else ()
+    return any(attempt['attempt'] == ask['attempt'] and attempt['outcome'] == outcome for attempt in past)
+
+
+def as_told(job):
+    """What the answer to an outcome says of a job."""
+    due = rfc3339(job['next_run_at'])
+    return {'id': job['id'], 'status': job['status'], 'retries': job['retries'], 'next_run_at': due}
 
 
 def history(row, outcome, finished_at, error=None):
@@ -946,6 +984,13 @@ class Meter:
         with self.lock:
             self.requests[route, status] += 1
 
+    def forget(self, queue):
+        """Count what is known of the queue to that of all others, so that the sums stay."""
+        with self.lock:
+            for event in {event for event, _ in self.totals}:
+                self.totals[event, '(others)'] += self.totals.pop((event, queue), 0)
+                self.seconds.pop((event, queue), None)
+
     def last_hour(self, now, queue):
         """Per event 60 counts, the last one of the current minute."""
         with self.lock:
@@ -973,6 +1018,7 @@ class Store:
             self.polled = dict(polled.fetchall())               # queue -> polled at
         self.next_due = 0                                       # engine time at which overdue() has something to do
         self.next_prune = 0                                     # the same of prune()
+        self.remembered = 0                                     # until then `polled` is in the database
         self.db = None                                          # of the transaction at hand: the connection,
         self.now = 0                                            # engine time,
         self.noted = []                                         # what the meter gets after the commit,
@@ -1105,13 +1151,15 @@ class Store:
         except Refused as error:
             return {'id': ask['id'], 'error': str(error), 'code': error.status}
 
+    def _job(self, ask, columns=CLAIMED):
+        return found(self.db.execute(columns, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
+
     def claimed(self, call, ask):
         """The job `id`, which may be changed like that."""
-        job = found(self.db.execute(CLAIMED, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
-        return allowed(call, job, ask)
+        return allowed(call, self._job(ask), ask)
 
     def complete(self, ask):
-        job = found(self.db.execute(RUNNING, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
+        job = self._job(ask, RUNNING)
         if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
             allowed('complete', job, ask)
             self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
@@ -1120,7 +1168,10 @@ class Store:
         return {'id': job['id'], 'status': 'done'}
 
     def fail(self, ask):
-        job = self.claimed('fail', ask)
+        job = self._job(ask)
+        if replayed(job, ask, 'failed'):
+            return as_told(job)
+        allowed('fail', job, ask)
         again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
         return self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
 
@@ -1138,7 +1189,9 @@ class Store:
         return self._move(job, 'pending' if again else 'failed', outcome, error=error, **changes)
 
     def release(self, ask):
-        self._move(self.claimed('release', ask), 'pending', 'released')
+        job = self._job(ask)
+        if not replayed(job, ask, 'released'):
+            self._move(allowed('release', job, ask), 'pending', 'released')
         return {'id': ask['id'], 'status': 'pending'}
 
     def heartbeat(self, ask):
@@ -1162,8 +1215,7 @@ class Store:
             self._pending(job['queue'], row['next_run_at'])
         else:
             self.wake(('job', job['id']))
-        due = rfc3339(row['next_run_at'])
-        return {'id': job['id'], 'status': status, 'retries': row['retries'], 'next_run_at': due}
+        return as_told(row)
 
     # calls: operators
 
@@ -1233,36 +1285,55 @@ class Store:
             row = db.execute('SELECT * FROM jobs WHERE tag = ? ORDER BY seq DESC LIMIT 1', (tag,)).fetchone()
         return as_json(found(row, 'tag: there is no job tagged', tag))
 
-    def jobs(self, limit=50, **ask):
-        """A page of jobs, newest first, as JSON text; `after` is null on the last one."""
+    def jobs(self, limit=50, brief=False, **ask):
+        """A page of jobs, newest first, as JSON text; `after` is null on the last one. It ends early when it is large."""
+        texts, room, last = [], MAX_ANSWER, None
         with self.database.reading() as db:
-            if 'after' in ask and not db.execute(BY_ID, {'id': ask['after']}).fetchone():
+            if 'after' in ask and not db.execute(RUNNING, (ask['after'],)).fetchone():
                 raise BadRequest(f'after: there is no job {shown(ask["after"])}')
-            statement = f'SELECT * FROM jobs {where(ask)} ORDER BY seq DESC LIMIT :limit'
-            rows = db.execute(statement, {**ask, 'limit': limit}).fetchall()
-        after = rows[-1]['id'] if len(rows) == limit else None
-        return f'{{"jobs":{as_list(map(as_json, rows))},"after":{quoted(after)}}}'
+            columns = ', '.join(BRIEF) if brief else '*'
+            statement = f'SELECT {columns} FROM jobs {where(ask)} ORDER BY seq DESC LIMIT :limit'
+            for row in db.execute(statement, {**ask, 'limit': limit}):
+                texts.append(as_json(row, brief=brief))
+                last, room = row['id'], room - len(texts[-1])
+                if room < 0:
+                    break
+        after = last if room < 0 or len(texts) == limit else None
+        return f'{{"jobs":{as_list(texts)},"after":{quoted(after)}}}'
 
     def health(self):
         trouble = self.database.trouble
         return {'status': 'trouble' if trouble else 'ok', 'storage': trouble or 'ok', 'version': VERSION}
 
-    def queues(self):
-        """The queues and the workers seen, with their counts; ages in seconds."""
+    def queues(self, limit=MAX_LIMIT, after='', busy=False):
+        """A page of the queues, by name or the busy ones first, and the workers seen, with counts; ages in seconds."""
         with self.database.reading() as db:
-            rows = [dict(row) for row in db.execute('SELECT * FROM queues ORDER BY queue')]
-            running = dict(db.execute(RUNNING_BY_WORKER).fetchall())
+            rows = [dict(row) for row in db.execute(BUSIEST if busy else QUEUES, (after, limit))]
+            running = {(row[0], row[1]): row[2] for row in db.execute(RUNNING_BY_WORKER)}
             oldest = [db.execute(OLDEST, row).fetchone()[0] for row in rows]
-        now, workers = self.clock.now(), list(self.workers.items())
+        now, workers, names = self.clock.now(), list(self.workers.items()), collections.defaultdict(list)
+        for (worker, queue), _ in workers:
+            names[queue].append(worker)
         for row, due in zip(rows, oldest):
             row['oldest_age'] = None if due is None else max(0, now - due) / 1000000
             row['paused'] = bool(row['paused'])
             row['polled_at'] = rfc3339(self.polled.get(row['queue']))
-            row['workers'] = [worker for (worker, queue), _ in workers if queue == row['queue']]
+            row['workers'] = names[row['queue']]
             row['minutes'] = self.meter.last_hour(now, row['queue'])
-        return {'queues': rows, 'now': rfc3339(now), 'workers': [
-            {'worker': worker, 'queue': queue, 'seen_at': rfc3339(at), 'hung': hung, 'running': running.get(worker, 0)}
-            for (worker, queue), (at, hung) in reversed(workers)]}
+        after = rows[-1]['queue'] if len(rows) == limit and not busy else None
+        return {'queues': rows, 'after': after, 'now': rfc3339(now), 'workers': [
+            {'worker': worker, 'queue': queue, 'seen_at': rfc3339(at), 'hung': hung,
+             'running': running.get((worker, queue), 0)} for (worker, queue), (at, hung) in reversed(workers)]}
+
+    def counts(self):
+        """The counts of the first queues, and of all others together."""
+        with self.database.reading() as db:
+            rows = [dict(row) for row in db.execute(QUEUES, ('', MAX_LIMIT))]
+            if len(rows) == MAX_LIMIT:
+                rows.append({**db.execute(OTHERS, (rows[-1]['queue'],)).fetchone(), 'queue': '(others)', 'oldest': None})
+            for row in rows:
+                row['oldest'] = db.execute(OLDEST, row).fetchone()[0]
+        return rows
 
     def _why(self, db, row):
         """Why the job is where it is, in a sentence; None once it ended."""
@@ -1317,16 +1388,19 @@ class Store:
         self.next_due = self.db.execute(NEXT).fetchone()[0] or self.now + micros(86400)
 
     def prune(self):
-        """A step of retention, and which queues were polled; those that nobody uses are forgotten after a week."""
+        """A step of retention; of forgetting queues that nobody uses; and of remembering which were polled."""
         counts = [self.db.execute(PRUNED, (status, self.now - keep, STEP)).rowcount
                   for status, keep in self.keep.items() if keep]
-        if STEP in counts:
-            return
-        week_ago = self.now - 7 * 86400 * 1000000
-        self.polled = {queue: at for queue, at in self.polled.items() if at > week_ago}
-        self.db.executemany(POLLED, self.polled.items())
-        self.db.execute(FORGET, (week_ago,))
-        self.next_prune = self.now + micros(PRUNE)
+        polled = [(queue, at) for queue, at in self.polled.items() if at > self.remembered]
+        self.db.executemany(POLLED, polled)
+        unused = self.db.execute(UNUSED, (self.now - micros(RECENT), STEP)).fetchall()
+        for row in unused:
+            self.db.execute('DELETE FROM queues WHERE queue = ?', (row['queue'],))
+            self.polled.pop(row['queue'], None)
+            self.meter.forget(row['queue'])
+        self.remembered = self.now
+        if STEP not in [*counts, len(unused)]:
+            self.next_prune = self.now + micros(PRUNE)
 
     def behind(self):
         """Is something due that has not been done?"""
@@ -2054,7 +2128,7 @@ def query(asked):
     for field, value in pairs:
         if field in fields:
             raise BadRequest(f'{shown(field)} is there twice')
-        fields[field] = numeral(value) if field in ('limit', 'wait') else value
+        fields[field] = IN_QUERIES.get(field, as_is)(value)
     return checked(asked.route, fields)
 
 
@@ -2064,6 +2138,13 @@ def numeral(text):
         with contextlib.suppress(ValueError):
             return kind(text[:30])
     return text
+
+
+def flag(text):
+    return {'true': True, 'false': False}.get(text, text)
+
+
+IN_QUERIES = {'limit': numeral, 'wait': numeral, 'brief': flag, 'busy': flag}      # what the text there stands for
 
 
 def split_path(path):
@@ -2129,6 +2210,11 @@ def job(server, ask):
     return Operation(ended, render, ('job', ask['id']), ask['wait'] / 1000000, writes=False)
 
 
+def jobs(server, ask):
+    """A page of jobs, or the one `id`, which may be one that a path cannot hold, like `..`."""
+    return 200, server.store.job(ask['id']) if 'id' in ask else server.store.jobs(**ask)
+
+
 def read(method):
     """The handler that answers with what the method of the store makes of the fields."""
     return lambda server, ask: (200, method(server.store, **ask))
@@ -2175,8 +2261,8 @@ ROUTES = {
     '/jobs/':     route('GET',  job,     'id',    'wait'),
     '/status/':   route('GET',  job,     'id',    'wait'),
     '/details/':  route('GET',  read(Store.newest), 'tag', slow=True),
-    '/jobs':      route('GET',  read(Store.jobs),   '',    'queue status tag limit after', slow=True),
-    '/queues':    route('GET',  read(Store.queues), slow=True),
+    '/jobs':      route('GET',  jobs,    '',      'id queue status tag limit after brief', slow=True),
+    '/queues':    route('GET',  read(Store.queues), '',    'limit after busy', slow=True),
     '/metrics':   route('GET',  metrics, slow=True),
     '/health':    route('GET',  read(Store.health)),
     '/backup':    route('GET',  backup, slow=True),
@@ -2605,10 +2691,15 @@ POLICY = '; '.join([
 
 def exposition(store):
     """The metrics in the text format of Prometheus, version 0.0.4."""
-    queues, meter = store.queues()['queues'], store.meter
+    queues, meter, now = store.counts(), store.meter, store.clock.now()
+    named, totals, histograms = {q['queue'] for q in queues}, collections.Counter(), {}
     with meter.lock:
-        totals, requests, groups = dict(meter.totals), dict(meter.requests), list(meter.groups)
-        histograms = {key: list(histogram) for key, histogram in meter.seconds.items()}
+        requests, groups = dict(meter.requests), list(meter.groups)
+        for (event, queue), n in meter.totals.items():
+            totals[event, queue if queue in named else '(others)'] += n
+        for (event, queue), histogram in meter.seconds.items():
+            if queue in named:
+                histograms[event, queue] = list(histogram)
     lines = []
 
     def family(name, kind, meaning, samples):
@@ -2618,7 +2709,7 @@ def exposition(store):
     family('rundown_jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', [
         ('', {'queue': q['queue'], 'status': name}, q[name]) for q in queues for name in (*STATUSES, 'scheduled')])
     family('rundown_oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', [
-        ('', {'queue': q['queue']}, q['oldest_age'] or 0) for q in queues])
+        ('', {'queue': q['queue']}, max(0, now - (q['oldest'] or now)) / 1000000) for q in queues])
     for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
         family(f'rundown_{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', [
             ('', {'queue': queue}, n) for (name, queue), n in totals.items() if name == event])
