@@ -924,9 +924,9 @@ def allowed(call, job, ask):
 
 
 def replayed(job, ask, outcome):
-    """Has the attempt that `ask` names ended like that already? Then the answer was lost, and the call comes again."""
-    past = json.loads(job['attempts'] or '[]') if 'attempt' in ask else ()
-    return any(attempt['attempt'] == ask['attempt'] and attempt['outcome'] == outcome for attempt in past)
+    """Has the attempt that `ask` names, the last one, ended like that? Then the answer was lost, and the call comes again."""
+    past = json.loads(job['attempts'] or '[]') if ask.get('attempt') == job['attempt'] else ()
+    return any(attempt['attempt'] == job['attempt'] and attempt['outcome'] == outcome for attempt in past)
 
 
 def as_told(job):
