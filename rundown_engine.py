@@ -119,7 +119,7 @@ IDLE = 120                  # seconds until an idle connection is closed
 DEADLINE = 30               # seconds for a request to arrive, and for its answer to be taken
 BIG_BODY = 256 << 10        # bytes of a body that a thread parses
 LONG = 256                  # jobs in an answer that a thread renders
-THREADS = 8                 # that serve requests at a time
+THREADS = 4                 # that serve requests at a time
 CHUNK = 64 << 10            # bytes that are received or read at a time
 SMALL = 64 << 10            # bytes of a request or an answer for which there is always room
 MAX_HELD = 64 << 20         # bytes of requests that are not done with, of all connections
@@ -1837,7 +1837,7 @@ class Connection:
     Its life is a generator that yields the events to wait for, and is sent the news: READY (one of them came), LATE (its
     deadline is over), FULL (its request is one too many) or DONE (what it has the loop do is done).
     """
-    __slots__ = ('loop', 'server', 'sock', 'address', 'life', 'received', 'scanned', 'taken', 'asked', 'began', 'operation',
+    __slots__ = ('loop', 'server', 'sock', 'address', 'life', 'received', 'scanned', 'taken', 'asked', 'body', 'began', 'operation',
                  'result', 'unsent', 'watched', 'deadline', 'timer')
 
     def __init__(self, loop, sock, address):
@@ -1846,7 +1846,7 @@ class Connection:
         self.received = bytearray()     # that is not used yet,
         self.scanned = 0                # and how much of it holds no end of a head
         self.taken = 0                  # bytes of the request at hand, used and still held
-        self.asked = None               # its head
+        self.asked = self.body = None   # its head and its body
         self.began = None               # when its first byte came; None: there is no request
         self.operation = None           # that the loop runs, or that is parked
         self.result = None              # of what a thread did
@@ -1957,14 +1957,17 @@ class Connection:
         keep = False
         try:
             yield from self._head()
-            body = yield from self._body()
+            yield from self._body()
             keep = self.asked.keep_alive
-            outcome = yield from self._outcome(body)
+            outcome = yield from self._outcome()
         except Refused as error:
             outcome = error
         self._let_go(0 if keep else len(self.received))
-        yield from self._send(*self._answer(outcome, keep))
-        if isinstance(outcome, Refused) and not keep:
+        farewell = isinstance(outcome, Refused) and not keep
+        sending = self._send(*self._answer(outcome, keep))
+        del outcome         # its text and the bytes of it are too much at a time
+        yield from sending
+        if farewell:
             yield from self._linger()
         return keep
 
@@ -1992,7 +1995,7 @@ class Connection:
             self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
         while len(self.received) < length:
             yield from self._receive()
-        return self._take(length)
+        self.body = self._take(length)
 
     def _take(self, count, more=0):
         """The first bytes that were received, and forget as many `more` after them."""
@@ -2008,11 +2011,13 @@ class Connection:
         self.loop.held -= self.taken + more
         self.taken = 0
 
-    def _outcome(self, body):
+    def _outcome(self):
         """What the handler makes of the request, and the loop of the operation that it asks for."""
         self.deadline = float('inf')
-        work = functools.partial(self.server.handle, self.asked, body)
-        outcome = (yield from self._aside(work)) if self.asked.slow or len(body) >= BIG_BODY else work()
+        long = self.asked.slow or len(self.body) >= BIG_BODY
+        work = functools.partial(self.server.handle, self.asked, self.body)
+        outcome = (yield from self._aside(work)) if long else work()
+        self.body = work = None
         if not isinstance(outcome, Operation):
             return outcome
         self.operation, outcome.client = outcome, self
@@ -2022,13 +2027,14 @@ class Connection:
         if outcome.error is not None:
             raise outcome.error
         render = functools.partial(attempt, self.asked.route, functools.partial(outcome.render, outcome.result))
-        long = type(outcome.result) is list and len(outcome.result) > LONG
+        long = not outcome.writes or type(outcome.result) is list and len(outcome.result) > LONG
         return (yield from self._aside(render)) if long else render()
 
     def _aside(self, work):
         self.loop.aside(work, self)
         yield from self._done()
-        return self.result
+        result, self.result = self.result, None
+        return result
 
     def _done(self):
         """Wait until it is done, or its time is over. Bytes that come are the next request; who leaves may yet read."""
@@ -2121,6 +2127,8 @@ def fault(where, error):
 def query(asked):
     """The checked fields of a query; the rest of the path is the field that the call needs."""
     text = asked.target.partition('?')[2]
+    if text.count('&') > len(FIELDS):
+        raise BadRequest('the query has more fields than there are')
     pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors='surrogateescape')
     if asked.rest:
         pairs.append((ROUTES[asked.route].needed, asked.rest))
@@ -2258,8 +2266,8 @@ ROUTES = {
     '/purge':     route('POST', change('purge', Store.purge),   '', 'queue status', slow=True),
     '/pause':     route('POST', report(Store.pause),  'queue'),
     '/resume':    route('POST', report(Store.resume), 'queue'),
-    '/jobs/':     route('GET',  job,     'id',    'wait'),
-    '/status/':   route('GET',  job,     'id',    'wait'),
+    '/jobs/':     route('GET',  job,     'id',    'wait', slow=True),
+    '/status/':   route('GET',  job,     'id',    'wait', slow=True),
     '/details/':  route('GET',  read(Store.newest), 'tag', slow=True),
     '/jobs':      route('GET',  jobs,    '',      'id queue status tag limit after brief', slow=True),
     '/queues':    route('GET',  read(Store.queues), '',    'limit after busy', slow=True),

@@ -1532,6 +1532,480 @@ def test_an_engine_whose_stderr_is_closed_serves(own, q):
     assert engine.poll(q)
 
 
+# -- loop: what meets in one commit, many and slow clients, bounds ---------------------------------
+
+
+@contextlib.contextmanager
+def write_lock(engine):
+    """Another program holds the write lock of the database during the block."""
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None, timeout=5)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            db.execute("ROLLBACK")
+
+
+def claimed(engine, q, **fields):
+    engine.enqueue(q, **fields)
+    return engine.poll(q)
+
+
+def paused(engine, q):
+    engine.enqueue(q)
+    engine.post("/pause", queue=q)
+
+
+def failed_job(engine, q):
+    claim = claimed(engine, q)
+    engine.tell("fail", claim)
+    return claim
+
+
+POLL_PAIRS = {      # what a poll waits for: how it is prepared, and the call that brings it about
+    "enqueue": (lambda engine, q: None, lambda engine, q, job: engine.enqueue(q)),
+    "release": (claimed, lambda engine, q, job: engine.tell("release", job)),
+    "fail": (lambda engine, q: claimed(engine, q, max_retries=1),
+             lambda engine, q, job: engine.tell("fail", job, delay=0)),
+    "resume": (paused, lambda engine, q, job: engine.post("/resume", queue=q)),
+    "retry": (failed_job, lambda engine, q, job: engine.post("/retry", id=job["id"])),
+    "lost": (lambda engine, q: (engine.enqueue(q), engine.poll(q, lease=0.1)), lambda engine, q, job: None),
+    "due": (lambda engine, q: engine.enqueue(q, delay=0.3), lambda engine, q, job: None),
+}
+WAIT_PAIRS = {
+    "complete": lambda engine, q, job: engine.tell("complete", job),
+    "fail": lambda engine, q, job: engine.tell("fail", job),
+    "cancel": lambda engine, q, job: engine.post("/cancel", id=job["id"]),
+    "cancel all": lambda engine, q, job: engine.post("/cancel", queue=q, status="running"),
+}
+
+
+@pytest.mark.parametrize("first", ["the one that waits", "what it waits for"])
+def test_whoever_waits_meets_what_it_waits_for_in_one_commit(own, q, first):
+    engine = own(constants={"BACKOFF": 0, "GRACE": 0.3})
+    pairs = {name: prepare(engine, q + name) for name, (prepare, _) in POLL_PAIRS.items()}
+    pairs.update({name: claimed(engine, q + name) for name in map("wait {}".format, WAIT_PAIRS)})
+
+    def wait(name):
+        if name in POLL_PAIRS:
+            return engine.poll(q + name, wait=20)
+        return engine.get("/jobs/%s?wait=20" % pairs[name]["id"])["status"] in ("done", "failed", "cancelled")
+
+    def bring_about(name):
+        act = POLL_PAIRS[name][1] if name in POLL_PAIRS else WAIT_PAIRS[name[5:]]
+        return act(engine, q + name, pairs[name])
+
+    with ThreadPoolExecutor(2 * len(pairs)) as pool:
+        with write_lock(engine):
+            steps = [wait, bring_about] if first == "the one that waits" else [bring_about, wait]
+            futures = {}
+            for step in steps:
+                futures[step] = {name: pool.submit(step, name) for name in pairs}
+                time.sleep(0.3)
+        began = time.monotonic()
+        missed = [name for name, future in futures[wait].items() if not future.result(25)]
+        assert not missed and time.monotonic() - began < 5
+
+
+def test_a_wait_for_a_quick_job_never_sleeps_to_its_end(own, q):
+    engine, app = own(), rw.App()
+    app.host = engine.url
+    app.queue(q, concurrency=4)(lambda number: number)
+    with meanwhile(app.run), ThreadPoolExecutor(8) as pool:
+        try:
+            ended = list(pool.map(lambda number: app.wait(app.enqueue(q, number), timeout=5)["result"], range(400)))
+        finally:
+            app.stop()
+    assert ended == list(range(400))
+
+
+HOSTILE = {
+    "blanks and a NUL": ["GET /health HTTP/1.1", "X: " + " " * 30000 + "\0"],
+    "blanks": ["GET /health HTTP/1.1", "X:" + "\t " * 15000 + "\x7f"],
+    "no colon": ["GET /health HTTP/1.1", "X" * 32000],
+    "colons": ["GET /health HTTP/1.1", ":" * 32000],
+    "a host": ["GET /health HTTP/1.1", "Host: " + "1:" * 15000],
+    "a host of digits": ["GET /health HTTP/1.1", "Host: h:" + "1" * 30000 + "x"],
+    "a type": ["POST /poll HTTP/1.1", "Content-Type: application/json" + " " * 30000 + ";x", "Content-Length: 2"],
+    "a path": ["GET /" + "jobs/" * 6000 + " HTTP/1.1"],
+    "percents": ["GET /jobs/" + "%41" * 10000 + " HTTP/1.1"],
+    "a query": ["GET /jobs?" + "a=1&" * 8000 + " HTTP/1.1"],
+    "a limit": ["GET /jobs?limit=" + "9" * 30000 + " HTTP/1.1"],
+    "twice": ["GET /jobs?" + "&".join("f%d=" % (n % 6399) for n in range(4600)) + " HTTP/1.1"],
+    "line feeds": ["GET /health HTTP/1.1", "X: " + "a\n" * 15000],
+    "a length": ["POST /poll HTTP/1.1", "Content-Type: application/json", "Content-Length: " + "1" * 30000],
+    "an origin": ["GET /jobs HTTP/1.1", "Origin: " + ":/" * 15000],
+}
+
+
+@pytest.mark.skipif(not LINUX, reason="reads processor time from /proc")
+@pytest.mark.parametrize("lines", HOSTILE.values(), ids=HOSTILE)
+def test_a_head_of_32_kb_is_refused_at_once(own, lines):
+    engine = own()
+    host = [] if any(line.startswith("Host:") for line in lines) else ["Host: 127.0.0.1"]
+    data = "\r\n".join([lines[0], *host, *lines[1:], "", ""]).encode("latin-1")
+    engine.raw(data, 0.2)
+    before = cpu(engine.process)
+    for _ in range(10):
+        with socket.create_connection((engine.host, engine.port), timeout=5) as connection:
+            connection.sendall(data)
+            assert re.match(rb"HTTP/1.1 4\d\d ", connection.recv(65536))
+    assert cpu(engine.process) - before <= 10 * 0.005 + 0.05
+
+
+@pytest.mark.parametrize("field, value", [
+    ("run_at", "2030-01-01T00:00:00." + "1" * 32000), ("run_at", "2" * 32000), ("queue", "\x7f" * 32000),
+    ("priority", "1" * 32000), ("delay", "1e" * 16000), ("x" * 32000, 1), ("id", "\ud800" * 5000)])
+def test_a_value_of_32_kb_is_refused_at_once(engine, q, field, value):
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        code, answer = engine.call("POST", "/enqueue", {"queue": q, field: value})
+        took.append(time.perf_counter() - began)
+        assert code == 400 and len(answer["error"]) < 500
+    assert min(took) < 0.03
+
+
+@pytest.mark.skipif(not LINUX, reason="reads processor time from /proc")
+def test_a_head_that_comes_byte_by_byte_is_not_scanned_anew_for_each(own):
+    engine = own()
+    data = request(engine, "GET /health HTTP/1.1", "X: " + "a" * 6000)
+    before = cpu(engine.process)
+    with socket.create_connection((engine.host, engine.port), timeout=5) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in data:
+            connection.send(bytes([byte]))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    assert cpu(engine.process) - before < 1
+
+
+@beside
+def test_trouble_that_outlasts_a_lease_costs_no_job(own, q):
+    engine = own(constants={"BUSY": 0.3})
+    engine.enqueue(q, timeout=100, max_retries=5)
+    claim, codes = engine.poll(q, lease=1), []
+    with write_lock(engine):
+        ends = time.monotonic() + 4
+        while time.monotonic() < ends:
+            codes.append(engine.tell("heartbeat", claim)[0])
+            time.sleep(0.1)
+    assert set(codes) == {503}
+    until(lambda: engine.tell("heartbeat", claim)[0] != 503, 5)
+    assert engine.job(claim)["status"] == "running" and "worker lost" not in engine.log()
+    assert engine.tell("complete", claim)[0] == 200
+
+
+@pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
+@beside
+def test_a_pause_that_is_longer_than_half_a_lease_renews_it(own, q):
+    engine = own()
+    engine.enqueue(q, timeout=100)
+    claim = engine.poll(q, lease=2)
+    engine.process.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)
+    engine.process.send_signal(signal.SIGCONT)
+    time.sleep(1)
+    assert engine.tell("heartbeat", claim)[0] == 200
+
+
+def test_a_poll_claims_what_fits_into_an_answer_and_one_at_least(own, q):
+    engine = own()
+    for number in range(4):
+        engine.enqueue(q, "%d" % number + "x" * (6 << 20))
+    sizes = [len(engine.poll(q, limit=1000) or ()) for _ in range(3)]
+    assert sizes == [2, 2, 0]
+    page = engine.get("/jobs?limit=1000&queue=" + q)
+    assert 2 <= len(page["jobs"]) < 4 and page["after"] == page["jobs"][-1]["id"]
+    rest = engine.get("/jobs?limit=1000&queue=%s&after=%s" % (q, page["after"]))
+    assert len(page["jobs"]) + len(rest["jobs"]) == 4 and rest["after"] is None
+    brief = engine.get("/jobs?brief=true&limit=1000&queue=" + q)
+    assert len(brief["jobs"]) == 4 and not {"payload", "result"} & set(brief["jobs"][0])
+
+
+def test_parked_polls_for_which_there_was_no_room_get_their_jobs_after_all(own, q):
+    engine = own(constants={"MAX_ANSWER": 10000})
+    with waiting(engine, q, 5) as polls:
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 8000} for _ in range(5)])
+        assert len({poll.result(5)["id"] for poll in polls}) == 5
+
+
+def test_a_brief_job_keeps_the_last_line_of_its_error(engine, q):
+    engine.enqueue(q, max_retries=0)
+    engine.tell("fail", engine.poll(q), error="Traceback\n  here\nValueError: no\n")
+    assert engine.get("/jobs?brief=true&queue=" + q)["jobs"][0]["error"] == "ValueError: no"
+
+
+def test_what_falls_due_is_handed_out_while_old_jobs_are_deleted(own, q):
+    engine = own()
+    engine.enqueue(q + "-first")
+    engine.stop()
+    with contextlib.closing(sqlite3.connect(str(engine.database))) as db, db:
+        db.execute("""
+            WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 60000)
+            INSERT INTO jobs (id, queue, payload, status, created_at, updated_at, next_run_at, finished_at)
+            SELECT 'old-' || i, 'old', '1', 'done', 1, 1, 1, 1 FROM n""")
+    engine.start()
+    late = []
+    for _ in range(5):
+        job = engine.enqueue(q, delay=0.1)
+        claim = engine.poll(q, wait=10)
+        late.append(when(claim["started_at"]) - when(job["next_run_at"]))
+    assert min(late) < 0.05
+    until(lambda: not engine.get("/jobs?queue=old&limit=1")["jobs"], 60)
+
+
+def test_many_readers_at_a_time_never_run_out(own, q):
+    engine = own()
+    jobs = [engine.enqueue(q) for _ in range(20)]
+    with ThreadPoolExecutor(12) as pool:
+        paths = ["/jobs?queue=" + q, "/queues", "/jobs/" + jobs[3]["id"], "/details/none"] * 60
+        assert {status for status, _ in pool.map(lambda path: engine.call("GET", path), paths)} == {200, 404}
+
+
+def test_a_file_that_cannot_be_looked_at_is_a_503_and_no_dropped_connection(own, q):
+    engine = own()
+    engine.enqueue(q)
+    with injected(engine, "stat,lstat,newfstatat,statx:error=EACCES"):
+        refused(engine, "/enqueue", {"queue": q})
+    until(lambda: engine.call("POST", "/enqueue", {"queue": q})[0] == 200)
+
+
+def test_a_wait_for_a_job_does_not_mind_another_programs_lock(own, q):
+    engine = own()
+    job = engine.enqueue(q)
+    with write_lock(engine):
+        began = time.monotonic()
+        assert engine.call("GET", "/jobs/%s?wait=0.3" % job["id"])[0] == 200
+        assert 0.25 < time.monotonic() - began < 2
+
+
+def test_hints_about_names_hold_nobody_up(own, q):
+    engine = own()
+    for number in range(100):
+        engine.poll("customer-%05d" % number)
+        engine.poll("ab" * 20 + "%02d" % number)
+    batches = [[{"queue": "ab" * 90 + str(number)} for number in range(40)],
+               [{"queue": "customer-%d" % (50000 + number)} for number in range(2000)]]
+    for jobs in batches:
+        before = cpu(engine.process)
+        with meanwhile(engine.post, "/enqueue", jobs=jobs) as batch:
+            began = time.monotonic()
+            engine.enqueue(q)
+            assert time.monotonic() - began < 0.5
+            assert "warning" in batch.result(10)["jobs"][0]
+        assert cpu(engine.process) - before < 0.5
+
+
+def test_a_foreign_page_may_not_make_the_engine_work(engine):
+    for path in ("/backup", "/metrics", "/jobs", "/queues"):
+        assert engine.call("GET", path, headers={"Sec-Fetch-Site": "cross-site"})[0] == 403
+        assert engine.call("GET", path, headers={"Origin": "http://evil.example"})[0] == 403
+    for path in ("/", "/docs", "/health"):      # a link may lead there
+        assert engine.call("GET", path, headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"})[0] == 200
+
+
+def test_one_copy_is_made_at_a_time_and_none_is_left_behind(own, q):
+    engine = own()
+    engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 70000} for _ in range(100)])
+    for _ in range(4):
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 70000} for _ in range(100)])
+    with ThreadPoolExecutor(8) as pool:
+        codes = [status for status, _ in pool.map(lambda _: engine.call("GET", "/backup"), range(8))]
+    assert set(codes) == {200, 503} and engine.call("GET", "/backup")[0] == 200
+    engine.kill()
+    (engine.folder / "jobs.db.backup-left").write_bytes(b"half a copy")
+    engine.start()
+    assert [path.name for path in engine.folder.iterdir() if "backup" in path.name] == []
+
+
+def test_a_poll_with_a_large_body_takes_no_place_while_it_waits(own, q):
+    engine = own()
+    padded = json.dumps({"queue": q, "wait": 5}).encode() + b" " * (300 << 10)
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            connection = stack.enter_context(socket.create_connection((engine.host, engine.port)))
+            connection.sendall(request(engine, "POST /poll HTTP/1.1", body=padded))
+        time.sleep(0.3)
+        began = time.monotonic()
+        engine.enqueue(q + "-other", "x" * 300000)
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.skipif(not POSIX, reason="hard links")
+def test_a_database_with_two_names_is_refused(own, tmp_path):
+    engine = own()
+    engine.stop()
+    os.link(str(tmp_path / "jobs.db"), str(tmp_path / "twin.db"))
+    for name in ("jobs.db", "twin.db"):
+        code, lines = refusal(tmp_path, name=name)
+        assert code == 2 and len(lines) == 1 and "names" in lines[0]
+
+
+@pytest.mark.skipif(not POSIX, reason="Windows does not let go of an open file")
+def test_an_engine_whose_lock_file_is_gone_acknowledges_nothing(own, q):
+    engine = own()
+    engine.enqueue(q)
+    os.unlink(str(engine.database) + ".lock")
+    refused(engine, "/enqueue", {"queue": q})
+    assert "lock file" in engine.get("/health")["storage"]
+
+
+@pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
+def test_unfinished_bodies_of_many_clients_are_bounded_in_memory(own, q):
+    with files(2000), contextlib.ExitStack() as stack:
+        engine, connections = own(), []
+        head = request(engine, "POST /enqueue HTTP/1.1", "Content-Length: 261121", "Content-Type: application/json",
+                       length=False)
+        for _ in range(700):
+            connections.append(stack.enter_context(socket.create_connection((engine.host, engine.port), timeout=10)))
+            connections[-1].sendall(head + b"x" * (250 << 10))
+        assert engine.enqueue(q) and engine.enqueue(q, "x" * 60000)
+        assert memory(engine.process) < 160
+        answered, _, _ = select.select(connections, [], [], 1)
+        assert 300 < len(answered) < 600 and {one.recv(65536)[:12] for one in answered} == {b"HTTP/1.1 503"}
+
+
+@pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs many files")
+def test_ten_thousand_waiting_polls_cost_little(own, q):
+    with files(11000), contextlib.ExitStack() as stack:
+        engine = own()
+        for number in range(10000):
+            connection = stack.enter_context(socket.create_connection((engine.host, engine.port), timeout=20))
+            body = json.dumps({"queue": "%s-%d" % (q, number % 100), "wait": 60}).encode()
+            connection.sendall(request(engine, "POST /poll HTTP/1.1", body=body))
+        until(lambda: len(os.listdir("/proc/%d/fd" % engine.process.pid)) > 10000, 30)
+        until(lambda: idle(engine), 30)
+        assert memory(engine.process) < 100
+        took = []
+        for number in range(50):
+            began = time.monotonic()
+            engine.enqueue("%s-%d" % (q, number))
+            took.append(time.monotonic() - began)
+        assert sorted(took)[-3] < 0.1
+
+
+@pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
+def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
+    with files(2500), contextlib.ExitStack() as stack:
+        engine = own(constants={"DEADLINE": 2, "IDLE": 2, "LINGER": 2})
+        job = engine.enqueue(q, "x" * (5 << 20))
+        lazy = []
+        for number in range(600):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(10)
+            connection.connect((engine.host, engine.port))
+            connection.sendall(request(engine, "GET /jobs/%s HTTP/1.1" % job["id"])[:None if number % 3 == 0 else -2])
+            lazy.append(connection)
+        began = time.monotonic()
+        assert engine.enqueue(q + "-other") and engine.poll(q + "-other")
+        assert time.monotonic() - began < 2 and memory(engine.process) < 300
+        until(lambda: len(os.listdir("/proc/%d/fd" % engine.process.pid)) < 60, 20)
+
+
+def test_requests_in_one_packet_are_answered_in_their_order_even_if_the_first_is_slow(own, q):
+    engine = own()
+    lines = ["GET /metrics HTTP/1.1", "GET /health HTTP/1.1", "GET /jobs/none?wait=1 HTTP/1.1", "GET /queues HTTP/1.1"]
+    data = b"".join(request(engine, line) for line in lines[:-1]) + request(engine, lines[-1], "Connection: close")
+    answers = engine.raw(data)
+    found = [answers.find(part) for part in (b"rundown_requests_total", b'"storage"', b"there is no job", b'"queues"')]
+    assert found == sorted(found) and found[0] > 0 and answers.count(b"HTTP/1.1 ") == 4
+
+
+FAULTY = """
+import os, sys
+import rundown_engine as e
+complete, once = e.Store.complete, e.Loop._pass
+def spoil(store, ask):
+    if ask.get("result") == '"spoil"':
+        store.db.execute("UPDATE jobs SET priority = 99 WHERE id = ?", (ask["id"],))
+        raise KeyError("a mistake")
+    return complete(store, ask)
+def one_pass(loop):
+    if os.path.exists("end"):
+        raise RuntimeError("the loop is broken")
+    once(loop)
+e.Loop._pass = one_pass
+e.ROUTES["/complete"] = e.ROUTES["/complete"]._replace(handler=e.report(spoil))
+sys.exit(e.main())
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """An engine with a mistake in an operation, and one in its loop as soon as there is a file `end`."""
+    log = open(str(tmp_path / "engine.log"), "wb")
+    process = subprocess.Popen([sys.executable, "-c", FAULTY, "--db", "jobs.db", "--port", "0"], stdout=subprocess.PIPE,
+                               stderr=log, cwd=str(tmp_path), env=environment())
+    api = Api(re.search(r"http://[\w.]+:\d+", process.stdout.readline().decode()).group())
+    api.process, api.folder, api.database = process, tmp_path, tmp_path / "jobs.db"
+    yield api
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    log.close()
+
+
+def test_a_fault_in_an_operation_is_its_own_500_and_undoes_no_neighbour(faulty, q):
+    claims = [claimed(faulty, "%s-%d" % (q, number)) for number in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        with write_lock(faulty):
+            answers = [pool.submit(faulty.tell, "complete", claim, result="spoil" if number == 3 else number)
+                       for number, claim in enumerate(claims)]
+            time.sleep(0.3)
+        codes = [answer.result(10)[0] for answer in answers]
+    assert codes == [200, 200, 200, 500, 200, 200]
+    assert (faulty.job(claims[3])["status"], faulty.job(claims[3])["priority"]) == ("running", 0)
+    lines = (faulty.folder / "engine.log").read_text().splitlines()
+    assert len(lines) == 1 and "a mistake" in lines[0]
+
+
+def test_a_fault_of_the_loop_ends_the_engine_with_a_line(faulty, q):
+    faulty.enqueue(q)
+    (faulty.folder / "end").write_text("")
+    assert faulty.process.wait(10) == 1
+    lines = (faulty.folder / "engine.log").read_text().splitlines()
+    assert len(lines) == 1 and "the loop is broken" in lines[0]
+
+
+def test_an_outcome_that_is_sent_again_is_not_counted_again(engine, q):
+    engine.enqueue(q, max_retries=3)
+    claim = engine.poll(q)
+    first = engine.tell("fail", claim, error="no", delay=60)
+    assert first[0] == 200 and engine.tell("fail", claim, error="no", delay=60) == first
+    assert engine.tell("complete", claim)[0] == 409 and engine.tell("release", claim)[0] == 409
+    assert engine.job(claim)["retries"] == 1
+
+
+def test_thirty_thousand_queues_are_paged_and_forgotten(own, q):
+    engine = own(constants={"PRUNE": 0.5, "RECENT": 0.5})
+    for start in range(0, 30000, 10000):
+        engine.post("/enqueue", jobs=[{"queue": "q%05d" % number} for number in range(start, start + 10000)])
+    page = engine.get("/queues?limit=100&after=q00099")
+    assert [queue["queue"] for queue in page["queues"]][::99] == ["q00100", "q00199"] and page["after"] == "q00199"
+    assert len(engine.get("/queues")["queues"]) == 1000
+    text = engine.get("/metrics")
+    assert text.count("rundown_jobs{") == 1001 * 6 and 'rundown_jobs{queue="(others)",status="pending"} 29000' in text
+    assert 'rundown_enqueued_total{queue="(others)"} 29000' in text
+    engine.post("/purge", status="pending")
+    until(lambda: not engine.get("/queues")["queues"], 60)
+    assert 'rundown_enqueued_total{queue="(others)"} 30000' in engine.get("/metrics")
+
+
+def test_a_worker_runs_in_each_of_its_queues_what_it_runs_there(engine, q):
+    for name, count in (("a", 2), ("b", 1)):
+        engine.post("/enqueue", jobs=[{"queue": q + name}] * count)
+        engine.poll(q + name, worker=q, limit=9)
+    assert {row["queue"]: row["running"] for row in engine.get("/queues")["workers"] if row["worker"] == q} == {
+        q + "a": 2, q + "b": 1}
+
+
+def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
+    engine.enqueue(q, id="..")
+    assert engine.get("/jobs?id=..")["queue"] == q and "why" in engine.get("/jobs?id=..")
+
+
 # -- values: every field of every call, with every kind of value ---------------------------------
 
 TAKES = {
@@ -2438,6 +2912,7 @@ def test_a_port_that_is_taken_is_refused_in_a_line(own, tmp_path):
     engine = own()
     code, lines = refusal(tmp_path / "other", "--port", str(engine.port))
     assert code == 2 and len(lines) == 1 and str(engine.port) in lines[0]
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 @pytest.mark.skipif(not POSIX, reason="Windows has no signals of this kind")
