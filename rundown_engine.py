@@ -2482,7 +2482,7 @@ svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-
 </main>
 <script>
 "use strict";
-const EVERY = 2000, PATIENCE = 10000, SHOWN = 200000, NEWLINE = String.fromCharCode(10);  // ms, ms, characters
+const EVERY = 2000, PATIENCE = 10000, SHOWN = 200000, QUEUES = 100, NEWLINE = String.fromCharCode(10);  // ms, ms, characters, rows
 let turn = 0, timer = 0, skew = 0, place = {};  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
 const $ = id => document.getElementById(id);
 const show = flags => { for (const id in flags) $(id).hidden = !flags[id]; };
@@ -2550,8 +2550,9 @@ function fill(tr, item) {
   for (const td of tr.children) {
     const key = td.dataset.count, shown = value(key, item);
     if (shown === undefined) continue;
-    text(td.firstChild, shown === null ? "" : typeof shown === "number" ? shown.toLocaleString("en") : shown);
-    if (td.title !== td.textContent) td.title = td.textContent;
+    const whole = shown === null ? "" : typeof shown === "number" ? shown.toLocaleString("en") : String(shown);
+    text(td.firstChild, key === "job" && whole.length > 16 ? "…" + whole.slice(-12) : whole);  // ids begin with the time, alike in all rows
+    if (td.title !== whole) td.title = whole;
     td.classList.toggle("bad", key in BAD && BAD[key](shown));
   }
   if (!tr.plot) return;
@@ -2622,8 +2623,8 @@ async function refresh() {
   clearTimeout(timer);
   if (document.hidden || !$("login").hidden) return;
   try {
-    const queues = JSON.parse(await call("/queues"));
-    const path = one ? "/jobs/" + encodeURIComponent(place.id) : "/jobs?" + hash({...place, limit: 50}).slice(1);
+    const queues = JSON.parse(await call("/queues?busy=true&limit=" + (one ? 1 : QUEUES)));
+    const path = "/jobs?" + hash(one ? place : {...place, limit: 50, brief: true}).slice(1);  // a path cannot hold the id ".."
     const body = await call(path).catch(failure => { if (!one || failure.status !== 404) throw failure; });
     if (mine !== turn) return;
     skew = at(queues.now) - Date.now();
