@@ -325,8 +325,10 @@ class KeepAlive(urllib.request.BaseHandler):
         """Send nothing more. An engine gives no job to who hung up; an answer that is on its way still comes in."""
         self.closed = True
         for connection in self.active.copy():
-            with contextlib.suppress(OSError, AttributeError):
-                socket.socket.shutdown(connection.sock, how)    # not SSLSocket's, which forgets its keys
+            sock = connection.sock      # None once the connection is closed, by its own thread
+            with contextlib.suppress(OSError):
+                if sock is not None:
+                    socket.socket.shutdown(sock, how)       # not SSLSocket's, which forgets its keys
 
     def close(self):
         self.hang_up(socket.SHUT_RDWR)
@@ -392,7 +394,7 @@ class Client:
             answer = self.opener.open(urllib.request.Request(self.host + path, data, self.headers), timeout=seconds)
             if answer.status in (200, 204):
                 return json.loads(answer.content) if answer.status == 200 else None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             reason = printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
             raise EngineUnavailable(f'no engine answers at {self.host}: {reason}') from error
         raise refusal(answer)
@@ -465,7 +467,7 @@ def refusal(answer):
     """The exception for an answer that is no success."""
     try:
         sentence = str(json.loads(answer.content)['error'])
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         where = f', which points to {answer.headers["Location"]}' if answer.headers['Location'] else ''
         sentence = f'HTTP status {answer.status} {answer.reason}{where}'
     if is_final(answer.status):
@@ -474,6 +476,17 @@ def refusal(answer):
     if re.fullmatch('[0-9]{1,9}', seconds):
         error.retry_after = min(int(seconds), MAX_RETRY_AFTER)
     return error
+
+
+def is_claim(job):
+    """Is it a job as /poll hands it out?"""
+    return (isinstance(job, dict) and isinstance(job.get('id'), str) and type(job.get('attempt')) is int
+            and type(job.get('timeout')) in (int, float) and 'payload' in job)
+
+
+def is_outcome(item):
+    """Is it what a batch answers of an item?"""
+    return isinstance(item, dict) and type(item.get('code', 0)) is int and isinstance(item.get('error', ''), str)
 
 
 def is_final(status):
@@ -714,24 +727,32 @@ class IsolatedSlot(Slot):
             return 'fail', self._ending()
 
     def perform(self, task):
-        with spawning:
-            alive = self.process is not None and self.process.is_alive()
-        if not alive:               # the last task ended it, or it was killed while it had nothing to do
+        kind, text = self._ask(task)
+        if kind == 'fail' and self.greeting[0] == 'ready' and task.outcome is None:     # it was gone before it began
             self.close()
-            self._start()
-        kind, text = self.greeting
-        if kind == 'ready':
-            with contextlib.suppress(OSError):
-                self.pipe.send(task.job)
-            kind, text = self._receive()
-        while kind == 'progress':
-            task.show(text)
+            kind, text = self._ask(task)
+        while kind in ('begun', 'progress'):
+            if kind == 'progress':
+                task.show(text)
             kind, text = self._receive()
         if kind == 'outcome':
             call, fields, error = text
             return Outcome(call, Crashed(error) if error else json.loads(fields['result']), **fields)
         self.close()
         return failed(Crashed(text), text)
+
+    def _ask(self, task):
+        """Give the task to the child; its first word of it, or how it ended instead."""
+        with spawning:
+            alive = self.process is not None and self.process.is_alive()
+        if not alive:               # the last task ended it, or it was killed while it had nothing to do
+            self.close()
+            self._start()
+        if self.greeting[0] != 'ready':
+            return self.greeting
+        with contextlib.suppress(OSError):
+            self.pipe.send(task.job)
+        return self._receive()
 
     def _ending(self):
         self.kill()                 # what it started; its own end, and how it came, is settled
@@ -793,6 +814,7 @@ def child(pipe, module, file, name):
     threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
     while True:
         job = jobs.get()
+        say('begun', None)
         current.set(types.SimpleNamespace(job=job, show=functools.partial(say, 'progress')))   # what Task is elsewhere
         outcome = perform(handler, job['payload'])
         say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
@@ -907,7 +929,7 @@ class Consumer:
                'max_retries': self.registered.max_retries, 'timeout': self.registered.timeout,
                'hung': self.worker.hung()}
         jobs = (self.client.call('/poll', ask) if burst else self.client.send('/poll', ask, WAIT + PATIENCE)) or []
-        if not isinstance(jobs, list):
+        if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
         return jobs
 
@@ -1072,9 +1094,11 @@ class Link:
     def _ask(self, call, texts, seconds):
         """The answers to the items of a batch, in order."""
         answer = self.client.send('/' + call, f'{{"jobs":[{",".join(texts)}]}}', seconds)
-        if not isinstance(answer, dict) or len(answer.get('jobs', ())) != len(texts):
+        answers = answer.get('jobs') if isinstance(answer, dict) else None
+        if not isinstance(answers, list) or len(answers) != len(texts) or not all(map(is_outcome, answers)):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
-        return answer['jobs']
+        self.back()
+        return answers
 
     def _report(self):
         """Send what piles up while the last request is in flight."""
@@ -1112,21 +1136,20 @@ class Link:
                     return None
             else:
                 self.stuck = False
-                self.back()
                 for (task, _), answer in zip(batch, answers):
                     self._answered(call, task, answer)
                 return None
 
     def _answered(self, call, task, answer):
-        code = answer.get('code')
+        code, sentence = answer.get('code'), answer.get('error')
         if code in GONE and call == 'heartbeat':
-            task.consumer.lose(task, answer['error'])
+            task.consumer.lose(task, sentence)
         elif code in GONE:
             self.forget(task)
-            note(logging.WARNING, '%s lost before its outcome (%s) was known: %s', task, call, answer['error'])
-            task.consumer.hook_aside('lost', task, Lost(answer['error']))
+            note(logging.WARNING, '%s lost before its outcome (%s) was known: %s', task, call, sentence)
+            task.consumer.hook_aside('lost', task, Lost(sentence))
         elif code and is_final(code):
-            self._refused(call, task, answer['error'])
+            self._refused(call, task, sentence)
         elif code:
             self.pile.put(task)
         elif call != 'heartbeat':

@@ -39,6 +39,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -1515,13 +1516,6 @@ def files(number):
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def sane(engine, q):
-    try:
-        return engine.call("POST", "/enqueue", {"queue": q})[0] == 200
-    except OSError:
-        return False
 
 
 @pytest.mark.skipif(not POSIX, reason="closes a descriptor before the engine starts")
@@ -3573,6 +3567,69 @@ def test_the_log_counts_the_jobs_that_come_too_fast_for_a_line_each(engine, work
     lines = re.findall(r"INFO %s \S+ attempt 1 done in" % q, worker.log())
     counts = re.findall(r"INFO %s: (\d+) more done" % q, worker.log())
     assert 0 < len(lines) < 500 and len(lines) + sum(map(int, counts)) == 500
+
+
+def test_one_failed_heartbeat_within_a_long_job_does_not_end_a_burst(own, work, q):
+    engine = own()
+    engine.enqueue(q)
+    constants = "rw.LEASE, rw.TIMEOUT, rw.PATIENCE = 1.5, 1, 1\n"
+    worker = work(constants + handler(q, "import time\ntime.sleep(4)\nreturn 7", timeout=60), engine, run="rw.run(burst=True)")
+    until(lambda: engine.get("/jobs?status=running")["jobs"])
+    engine.process.send_signal(signal.SIGSTOP)
+    time.sleep(0.8)
+    engine.process.send_signal(signal.SIGCONT)
+    assert worker.process.wait(15) == 0 and "EngineUnavailable" not in worker.log()
+    assert engine.get("/jobs?queue=" + q)["jobs"][0]["result"] == 7
+
+
+def test_hanging_up_does_not_mind_a_connection_that_is_closed_meanwhile():
+    wire = rw.KeepAlive()
+    wire.active = {http.client.HTTPConnection("127.0.0.1", 1)}      # not connected (any more): it has no socket
+    wire.hang_up()
+    assert wire.closed
+
+
+NONSENSE = {
+    "a job without a timeout": b'[{"id": "a", "attempt": 1, "payload": 1}]', "a number": b"[7]", "levels": b"[" * 100000,
+    "null": b"[null]", "an object": b'{"id": 7}', "text": b'["id"]', "a list of lists": b"[[]]",
+}
+
+
+@pytest.mark.parametrize("body", NONSENSE.values(), ids=NONSENSE)
+def test_a_worker_goes_on_trying_when_what_answers_is_no_engine(work, q, body):
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    with canned(answer) as (url, heard):
+        worker = work(handler(q, "pass"), types.SimpleNamespace(url=url))
+        until(lambda: len(heard) > 2)
+        assert "no engine" in worker.log() and "Traceback" not in worker.log() and worker.process.poll() is None
+
+
+def test_a_conflict_that_says_nothing_is_a_refusal_all_the_same():
+    answer = b"HTTP/1.1 409 Conflict\r\nContent-Length: 2\r\n\r\n{}"
+    with canned(answer) as (url, _), pytest.raises(rw.Refused, match="409"):
+        rw.Client(url).complete("a", 1)
+
+
+def test_a_failure_whose_answer_was_lost_is_counted_once_and_is_no_loss(proxy, engine, work, q):
+    job = engine.enqueue(q, max_retries=0)
+    proxy.swallow, proxy.path = 1, b"POST /fail"
+    worker = work(handler(q, "raise ValueError('no')"), proxy)
+    assert ended(engine, job)["status"] == "failed"
+    until(lambda: "engine back" in worker.log())
+    time.sleep(0.3)
+    assert engine.job(job)["retries"] == 0 and "lost" not in worker.log()
+
+
+@pytest.mark.skipif(not POSIX, reason="kills a process by its number")
+def test_a_child_that_is_killed_as_a_job_comes_costs_it_no_attempt(engine, work, q):
+    work(handler(q, "import os\nreturn os.getpid()", isolate=True, max_retries=0))
+    pids = set()
+    for _ in range(15):
+        row = ended(engine, engine.enqueue(q))
+        assert (row["status"], row["attempt"]) == ("done", 1), row["error"]
+        pids.add(row["result"])
+        os.kill(row["result"], signal.SIGKILL)
+    assert len(pids) == 15
 
 
 # -- SDK: shutdown --------------------------------------------------------------------------------
