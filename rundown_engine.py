@@ -118,7 +118,6 @@ MAX_WORKERS = 1000          # workers that are remembered
 IDLE = 120                  # seconds until an idle connection is closed
 DEADLINE = 30               # seconds for a request to arrive, and for its answer to be taken
 BIG_BODY = 256 << 10        # bytes of a body that a thread parses
-LONG = 256                  # jobs in an answer that a thread renders
 THREADS = 4                 # that serve requests at a time
 CHUNK = 64 << 10            # bytes that are received or read at a time
 SMALL = 64 << 10            # bytes of a request or an answer for which there is always room
@@ -860,6 +859,7 @@ COLUMNS = re.findall(r'^    (\w+)  ', SCHEMA.split('CREATE')[1], re.MULTILINE)  
 BRIEF = [column for column in COLUMNS if column not in ('payload', 'result', 'attempts')]
 BLANK = dict.fromkeys(COLUMNS)
 BLANK.update(status='pending', attempt=0, retries=0)
+OPTIONAL = {'id': None, 'payload': None, 'tag': None, 'key': None, 'max_retries': None, 'timeout': None, 'priority': 0}
 
 
 def quoted(text):
@@ -1048,8 +1048,9 @@ class Store:
         """Add the jobs, all or none: (row, created) each, of those that have the `id` or the `key` already if so."""
         jobs, size = [], 0
         for ask in asks:
-            jobs.append(self._enqueue(ask))
-            size += not jobs[-1][1] and size_of(jobs[-1][0])
+            row, created = self._enqueue(ask)
+            jobs.append((row, created))
+            size += 0 if created else size_of(row)
             if size > MAX_UNSENT:
                 raise TooLarge('jobs: those that exist already are too large for one answer; send fewer at a time')
         return jobs
@@ -1057,9 +1058,8 @@ class Store:
     def _enqueue(self, ask):
         now = self.now
         due = ask['run_at'] if 'run_at' in ask else now + ask.get('delay', 0)
-        row = {'id': ask.get('id') or new_id(now), 'created_at': now, 'updated_at': now, 'next_run_at': due,
-               'scheduled': due > now, 'priority': ask.get('priority', 0)}
-        row = {**BLANK, **ask, **row}
+        row = {**OPTIONAL, **ask, 'created_at': now, 'updated_at': now, 'next_run_at': due, 'scheduled': due > now}
+        row['id'] = row['id'] or new_id(now)
         try:
             self.db.execute(INSERT, row)
         except sqlite3.IntegrityError:
@@ -1077,7 +1077,7 @@ class Store:
                 if queue not in warnings:
                     warnings[queue] = quoted(nobody(queue, () if warnings else tuple(self.polled)[-20:]))   # it takes time: once
                 more += ',"warning":' + warnings[queue]
-            texts.append(as_json(row, more))
+            texts.append(as_json({**BLANK, **row} if created else row, more))
         return texts
 
     def _pending(self, queue, due):
@@ -2027,8 +2027,7 @@ class Connection:
         if outcome.error is not None:
             raise outcome.error
         render = functools.partial(attempt, self.asked.route, functools.partial(outcome.render, outcome.result))
-        long = not outcome.writes or type(outcome.result) is list and len(outcome.result) > LONG
-        return (yield from self._aside(render)) if long else render()
+        return render() if outcome.writes else (yield from self._aside(render))
 
     def _aside(self, work):
         self.loop.aside(work, self)
