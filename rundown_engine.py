@@ -36,8 +36,10 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /purge      queue and/or status (never running)           -> {"count": n}
     POST /pause, /resume   queue
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
-    GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`
-    GET  /queues     counts, oldest age, paused, workers seen, the last hour by the minute
+    GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true leaves out payload,
+                     result and all but the last line of the error; id=..: as /jobs/{id}, for any id
+    GET  /queues     limit, after, busy (those with work first): counts, oldest age, paused, the last hour by the minute,
+                     workers seen
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /, /docs    the dashboard; this text
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
@@ -54,11 +56,15 @@ GUARANTEES
   a failure, but a job whose retries are used up still survives 3 losses. So a job that kills its worker ends, always.
 - The lease is `timeout` + 5 s from the claim; a poll that names a `lease` must heartbeat within it. It runs on a clock
   that setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more.
+- Complete, fail and release that are sent again, since the answer was lost, get the same answer and count once.
+- Time in which nobody could be heard (a full disk, a lock, a stopped process) costs no lease: it gets one more period.
 - Enqueuing an `id` that exists, or a `key` pending or running in the queue, returns that job with "created": false.
 
 LIMITS
 
-One engine per database, on a local disk. A body has at most 8 MiB, JSON at most 200 levels, an integer 4,300 digits.
+One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at most 200 levels, an
+integer 4,300 digits. A poll claims at most 16 MiB of jobs (one at least), and a page ends there. Requests that are not
+done with hold 64 MiB in all, answers that nobody takes too: above that the newest large ones get 503.
 Done and cancelled jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A system clock that is set back
 is followed slowly (1 ms a second) until the engine is restarted: run_at is early by what is left of the difference.
 """
