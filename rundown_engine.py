@@ -336,7 +336,7 @@ def checked(path, body):
     needed, taken = ROUTES[path].needed, ROUTES[path].taken
     ask = {}
     for field, value in body.items():
-        if field != needed and field not in taken:
+        if field not in taken and field != (needed or None):
             raise BadRequest(unknown(field, [*taken, needed]))
         if value is not None:
             ask[field] = fit(field, value)
@@ -386,6 +386,8 @@ def batch(path, body):
         except BadRequest as error:
             asks.append(BadRequest(f'jobs[{number}]: {error}'))
             asks[-1].id = item.get('id') if type(item) is dict else None
+            if path == '/enqueue':      # all or nothing
+                raise asks[-1] from None
     return asks
 
 
@@ -1300,10 +1302,12 @@ class Store:
             columns = ', '.join(BRIEF) if brief else '*'
             statement = f'SELECT {columns} FROM jobs {where(ask)} ORDER BY seq DESC LIMIT :limit'
             for row in db.execute(statement, {**ask, 'limit': limit}):
-                texts.append(as_json(row, brief=brief))
-                last, room = row['id'], room - len(texts[-1])
-                if room < 0:
+                text = as_json(row, brief=brief)
+                room -= len(text)
+                if room < 0 and texts:
                     break
+                texts.append(text)
+                last = row['id']
         after = last if room < 0 or len(texts) == limit else None
         return f'{{"jobs":{as_list(texts)},"after":{quoted(after)}}}'
 
@@ -2169,8 +2173,6 @@ def split_path(path):
 
 def enqueue(server, ask):
     asks = [ask] if type(ask) is dict else ask
-    for refused in (item for item in asks if isinstance(item, Refused)):
-        raise refused
 
     def render(jobs):
         texts = server.store.announced(jobs)
