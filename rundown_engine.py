@@ -205,7 +205,7 @@ def micros(seconds):
     return round(seconds * 1000000)
 
 
-def seconds(interval):
+def as_seconds(interval):
     return interval / 1000000 if interval % 1000000 else interval // 1000000
 
 
@@ -280,7 +280,7 @@ def depth(value):
     return levels
 
 
-def moment(text):
+def parse_time(text):
     """RFC 3339 as microseconds since 1970; ValueError when it is none, OverflowError when it is beyond the years."""
     match = RFC3339.fullmatch(text)
     if not match:
@@ -325,7 +325,7 @@ FIELDS = {
     'delay':       duration(0, 3650 * 86400),
     'lease':       duration(0.1, 86400),
     'wait':        duration(0, MAX_WAIT),
-    'run_at':      ('a time like 2030-01-31T12:00:00Z', lambda v: type(v) is str, moment),
+    'run_at':      ('a time like 2030-01-31T12:00:00Z', lambda v: type(v) is str, parse_time),
 }
 
 
@@ -875,7 +875,7 @@ def quoted(text):
 
 
 @functools.lru_cache(maxsize=1024)
-def stamp(moment):
+def json_time(moment):
     return 'null' if moment is None else f'"{rfc3339(moment)}"'
 
 
@@ -890,11 +890,11 @@ def as_json(row, more='', brief=False):
         f'{{"id":{quoted(row["id"])},"queue":{quoted(row["queue"])},"tag":{quoted(row["tag"])},'
         f'{payload}"status":"{row["status"]}","priority":{row["priority"]},'
         f'"attempt":{row["attempt"]},"retries":{row["retries"]},"max_retries":{known_retries(row)},'
-        f'"timeout":{seconds(timeout_of(row))},"key":{quoted(row["key"])},"worker":{quoted(row["worker"])},'
+        f'"timeout":{as_seconds(timeout_of(row))},"key":{quoted(row["key"])},"worker":{quoted(row["worker"])},'
         f'"progress":{row["progress"] or "null"},{result}"error":{quoted(error)},'
-        f'"created_at":{stamp(row["created_at"])},"updated_at":{stamp(row["updated_at"])},'
-        f'"next_run_at":{stamp(row["next_run_at"])},"started_at":{stamp(row["started_at"])},'
-        f'"finished_at":{stamp(row["finished_at"])}{more}}}')
+        f'"created_at":{json_time(row["created_at"])},"updated_at":{json_time(row["updated_at"])},'
+        f'"next_run_at":{json_time(row["next_run_at"])},"started_at":{json_time(row["started_at"])},'
+        f'"finished_at":{json_time(row["finished_at"])}{more}}}')
 
 
 def as_list(texts):
@@ -916,13 +916,13 @@ def known_retries(row):
     return max_retries_of(row) if row['max_retries'] is not None or row['attempt'] else 'null'
 
 
-def found(row, otherwise, name):
+def existing(row, otherwise, name):
     if row is None:
         raise NotFound(f'{otherwise} {shown(name)}')
     return row
 
 
-def allowed(call, job, ask):
+def permitted(call, job, ask):
     """The job, which is in a state that `call` starts from, and whose claim is the one that `ask` names, if any."""
     if job['status'] not in SOURCES[call]:
         raise Stale(f'id: the job is {job["status"]}, so {call} is not possible')
@@ -1160,16 +1160,16 @@ class Store:
             return {'id': ask['id'], 'error': str(error), 'code': error.status}
 
     def _job(self, ask, columns=CLAIMED):
-        return found(self.db.execute(columns, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
+        return existing(self.db.execute(columns, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
 
     def claimed(self, call, ask):
         """The job `id`, which may be changed like that."""
-        return allowed(call, self._job(ask), ask)
+        return permitted(call, self._job(ask), ask)
 
     def complete(self, ask):
         job = self._job(ask, RUNNING)
         if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
-            allowed('complete', job, ask)
+            permitted('complete', job, ask)
             self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
             self.wake(('job', job['id']))
             self.noted.append(('completed', job['queue'], self.now - job['started_at']))
@@ -1179,7 +1179,7 @@ class Store:
         job = self._job(ask)
         if replayed(job, ask, 'failed'):
             return as_told(job)
-        allowed('fail', job, ask)
+        permitted('fail', job, ask)
         again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
         return self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
 
@@ -1199,7 +1199,7 @@ class Store:
     def release(self, ask):
         job = self._job(ask)
         if not replayed(job, ask, 'released'):
-            self._move(allowed('release', job, ask), 'pending', 'released')
+            self._move(permitted('release', job, ask), 'pending', 'released')
         return {'id': ask['id'], 'status': 'pending'}
 
     def heartbeat(self, ask):
@@ -1275,7 +1275,7 @@ class Store:
     def job(self, id):
         """The job with its attempts and why it does not run."""
         with self.database.reading() as db:
-            row = found(db.execute(BY_ID, {'id': id}).fetchone(), 'id: there is no job', id)
+            row = existing(db.execute(BY_ID, {'id': id}).fetchone(), 'id: there is no job', id)
             attempts = row['attempts'] or '[]'      # of those that ended otherwise than in done
             if row['status'] in ('running', 'done'):
                 attempts = history(row, row['status'], row['finished_at'])
@@ -1291,7 +1291,7 @@ class Store:
         """The JSON text of the newest job with the tag."""
         with self.database.reading() as db:
             row = db.execute('SELECT * FROM jobs WHERE tag = ? ORDER BY seq DESC LIMIT 1', (tag,)).fetchone()
-        return as_json(found(row, 'tag: there is no job tagged', tag))
+        return as_json(existing(row, 'tag: there is no job tagged', tag))
 
     def jobs(self, limit=50, brief=False, **ask):
         """A page of jobs, newest first, as JSON text; `after` is null on the last one. It ends early when it is large."""
@@ -1474,14 +1474,11 @@ class Operation:
         return not self.result and self.error is None
 
 
-class Caller:
+class Caller(threading.Event):
     """A thread that waits for an operation."""
 
-    def __init__(self):
-        self.told = threading.Event()
-
     def go_on(self, news):
-        self.told.set()
+        self.set()
 
 
 class Loop:
@@ -1536,7 +1533,7 @@ class Loop:
         operation = Operation(work)
         operation.client = Caller()
         self.post(lambda: self.ready.append(operation))
-        while not operation.client.told.wait(1):
+        while not operation.client.wait(1):
             if self.ended:
                 raise Unavailable('the engine is stopping')
         if operation.error is not None:
@@ -1612,6 +1609,9 @@ class Loop:
         if deadline < connection.timer:
             connection.timer = deadline
             heapq.heappush(self.timers, (deadline, next(self.numbers), connection))
+            if len(self.timers) > 2 * len(self.connections) + 1000:     # most are of connections that are gone
+                self.timers = [one for one in self.timers if one[0] == one[2].timer and one[2] in self.connections]
+                heapq.heapify(self.timers)
 
     def _ring_out(self, timer, _, connection):
         if timer == connection.timer and connection in self.connections:    # else a nearer one was set
