@@ -763,6 +763,11 @@ CLAIMED = """
 RUNNING = 'SELECT seq, id, queue, status, attempt, started_at FROM jobs WHERE id = ?'
 RUNNING_BY_WORKER = "SELECT worker, queue, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY worker, queue"
 QUEUES = 'SELECT * FROM queues WHERE queue > ? ORDER BY queue LIMIT ?'
+MATCHING = """
+    SELECT SUM(CASE :status WHEN 'pending' THEN pending WHEN 'running' THEN running WHEN 'done' THEN done
+        WHEN 'failed' THEN failed WHEN 'cancelled' THEN cancelled ELSE 1 END)
+    FROM queues
+    WHERE queue = COALESCE(:queue, queue)"""
 BUSIEST = """
     SELECT *
     FROM queues
@@ -1299,6 +1304,8 @@ class Store:
         with self.database.reading() as db:
             if 'after' in ask and not db.execute(RUNNING, (ask['after'],)).fetchone():
                 raise BadRequest(f'after: there is no job {shown(ask["after"])}')
+            if not any(db.execute(MATCHING, {'queue': None, 'status': None, **ask}).fetchone()):
+                limit = 0           # else nothing but a look at every job would tell
             columns = ', '.join(BRIEF) if brief else '*'
             statement = f'SELECT {columns} FROM jobs {where(ask)} ORDER BY seq DESC LIMIT :limit'
             for row in db.execute(statement, {**ask, 'limit': limit}):
