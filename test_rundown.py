@@ -1009,6 +1009,18 @@ def test_a_wall_clock_set_back_freezes_no_retry(clocked, q):
     assert clocked.poll(q)["attempt"] == 2
 
 
+def test_a_wall_clock_set_ahead_makes_due_what_has_a_time_and_moves_what_is_counted_in_seconds(clocked, q):
+    clocked.enqueue(q, delay=3600)
+    retried, held = claimed(clocked, q + "-retried", max_retries=1), claimed(clocked, q + "-held")
+    clocked.tell("fail", retried)
+    clocked.clock.wall += 4000
+    clocked.advance(0.1)
+    assert clocked.poll(q) and clocked.poll(q + "-retried") is None
+    assert clocked.job(held)["status"] == "running"
+    clocked.advance(5)
+    assert clocked.poll(q + "-retried")["attempt"] == 2
+
+
 def test_a_restart_of_the_engine_keeps_leases(clocked, q):
     clocked.enqueue(q, timeout=1000)
     claim = clocked.poll(q, lease=100)
