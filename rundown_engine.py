@@ -630,7 +630,7 @@ class Database:
             self.db.execute('BEGIN IMMEDIATE')
         except sqlite3.OperationalError as error:
             if 'locked' in str(error):
-                raise Busy('the database is locked') from error
+                raise Busy(f'the database could not be written ({error}); nothing was changed, try again') from error
             raise
 
     def _still_ours(self, holds):

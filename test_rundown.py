@@ -3205,17 +3205,39 @@ def test_the_token_is_a_parameter_or_in_the_environment(guarded, q, monkeypatch)
     assert rw.enqueue(q, 1, host=guarded.url)
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
-def test_https_with_a_private_certificate(own, tmp_path, q):
+@pytest.fixture
+def https(own, tmp_path):
+    """An engine that speaks TLS, and the file of its certificate: `https(constants)`."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate")
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert,
                     "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
                    check=True, stderr=subprocess.DEVNULL)
-    engine = own("--cert", cert, "--key", key)
+    return lambda **settings: (own("--cert", cert, "--key", key, **settings), cert)
+
+
+def test_https_with_a_private_certificate(https, q):
+    engine, cert = https()
     assert engine.url.startswith("https://")
-    assert rw.Client(engine.url, ca=cert).enqueue(q, 1)["payload"] == 1
+    client = rw.Client(engine.url, ca=cert)
+    assert client.enqueue(q, 1)["payload"] == 1
+    assert len(client.enqueue(q, "x" * 3000000)["payload"]) == 3000000      # many records, both ways
     with pytest.raises(rw.Error):
         rw.Client(engine.url, timeout=0.5).enqueue(q, 1)
+
+
+@pytest.mark.skipif(not LINUX, reason="counts open files in /proc")
+def test_handshakes_that_stop_half_way_hold_nobody_up_and_end(https, q):
+    engine, cert = https(constants={"DEADLINE": 2})
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            connection = stack.enter_context(socket.create_connection((engine.host, engine.port)))
+            connection.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03half a hello")
+        began = time.monotonic()
+        assert rw.Client(engine.url, ca=cert).enqueue(q, 1)["payload"] == 1
+        assert time.monotonic() - began < 1
+        until(lambda: len(os.listdir("/proc/%d/fd" % engine.process.pid)) < 40)
 
 
 # -- SDK: the worker ------------------------------------------------------------------------------
