@@ -1942,9 +1942,9 @@ import os, sys
 import rundown_engine as e
 complete, once = e.Store.complete, e.Loop._pass
 def spoil(store, ask):
-    if ask.get("result") == '"spoil"':
+    if ask.get("result") in ('"spoil"', '"refuse"'):
         store.db.execute("UPDATE jobs SET priority = 99 WHERE id = ?", (ask["id"],))
-        raise KeyError("a mistake")
+        raise KeyError("a mistake") if ask["result"] == '"spoil"' else e.Stale("not now")
     return complete(store, ask)
 def one_pass(loop):
     if os.path.exists("end"):
@@ -1983,6 +1983,12 @@ def test_a_fault_in_an_operation_is_its_own_500_and_undoes_no_neighbour(faulty, 
     assert (faulty.job(claims[3])["status"], faulty.job(claims[3])["priority"]) == ("running", 0)
     lines = (faulty.folder / "engine.log").read_text().splitlines()
     assert len(lines) == 1 and "a mistake" in lines[0]
+
+
+def test_an_operation_that_is_refused_leaves_no_mark(faulty, q):
+    claim = claimed(faulty, q)
+    assert faulty.tell("complete", claim, result="refuse")[0] == 409
+    assert (faulty.job(claim)["status"], faulty.job(claim)["priority"]) == ("running", 0)
 
 
 def test_a_fault_of_the_loop_ends_the_engine_with_a_line(faulty, q):
