@@ -1704,7 +1704,7 @@ class Loop:
         try:
             roused = self._commit([*leap, *writes, *due], polls)
         except Unavailable as error:
-            self.store.clock.offset, self.store.next_due = offset, 0        # what was told is not so
+            self.store.clock.offset = offset        # a leap that is not on disk; renew() looks anew at what is due
             self.resting = now + TICK
             self._not_done(now, ready, error)
         else:
