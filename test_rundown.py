@@ -2046,19 +2046,23 @@ def test_an_outcome_that_is_sent_again_is_not_counted_again(engine, q):
     assert engine.job(claim)["retries"] == 1
 
 
-def test_thirty_thousand_queues_are_paged_and_forgotten(own, q):
+def test_thousands_of_queues_are_paged_summed_up_and_forgotten(own, q):
     engine = own(constants={"PRUNE": 0.5, "RECENT": 0.5})
-    for start in range(0, 30000, 10000):
-        engine.post("/enqueue", jobs=[{"queue": "q%05d" % number} for number in range(start, start + 10000)])
+    engine.post("/enqueue", jobs=[{"queue": "q%05d" % number} for number in range(3000)])
     page = engine.get("/queues?limit=100&after=q00099")
     assert [queue["queue"] for queue in page["queues"]][::99] == ["q00100", "q00199"] and page["after"] == "q00199"
     assert len(engine.get("/queues")["queues"]) == 1000
     text = engine.get("/metrics")
-    assert text.count("rundown_jobs{") == 1001 * 6 and 'rundown_jobs{queue="(others)",status="pending"} 29000' in text
-    assert 'rundown_enqueued_total{queue="(others)"} 29000' in text
+    assert text.count("rundown_jobs{") == 1001 * 6 and 'rundown_jobs{queue="(others)",status="pending"} 2000' in text
+    assert 'rundown_enqueued_total{queue="(others)"} 2000' in text
+    engine.poll("q02999")
+    assert engine.get("/queues?busy=true&limit=1")["queues"][0]["queue"] == "q00000"
     engine.post("/purge", status="pending")
+    assert engine.get("/queues?busy=true&limit=1")["queues"][0]["queue"] == "q02999"       # its job runs
+    engine.post("/cancel", queue="q02999", status="running")
+    engine.post("/purge", queue="q02999")
     until(lambda: not engine.get("/queues")["queues"], 60)
-    assert 'rundown_enqueued_total{queue="(others)"} 30000' in engine.get("/metrics")
+    assert 'rundown_enqueued_total{queue="(others)"} 3000' in engine.get("/metrics")
 
 
 def test_a_worker_runs_in_each_of_its_queues_what_it_runs_there(engine, q):
