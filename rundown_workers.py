@@ -53,6 +53,16 @@ SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), t
 second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up: a line for each
 job, but where more than 100 a second are done the rest are counted.
 
+ANY PROGRAM AS A WORKER
+
+    python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
+
+The program runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with
+--text), RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is the
+result, JSON where it is JSON, else text. 65: failed for good. Anything else: failed, with the end of stderr. At the
+timeout, when the claim is lost and at the end of the grace the group gets SIGTERM, and SIGKILL after 5 s. What a program
+that has ended leaves behind in its group is killed.
+
 COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or failed, 2 misused, 3 no engine
 """
 
@@ -76,6 +86,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -112,6 +123,8 @@ MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue, and
 MAX_BYTES = 1 << 20         # characters of the latter two, unless one job alone has more
 MAX_BACKLOG = 5000          # outcomes under way, above which no jobs are taken
 MAX_RESULT = 8000000        # characters of a result as JSON
+MAX_STDOUT = 1 << 20         # bytes of a program's result
+TERM = 5                    # seconds between SIGTERM and SIGKILL for a program
 MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
 MAX_DEPTH = 200             # levels of a JSON value
 BACKOFF = 0.1               # seconds until the second try; doubled from try to try
@@ -639,6 +652,7 @@ class Task:
 class Slot:
     """A thread that runs the tasks of a queue, one after the other, until a handler does not come back in time."""
     ready = True        # for a task
+    ending = False      # what it runs was told to end, and is waited for
 
     def __init__(self, consumer):
         self.consumer = consumer
@@ -694,6 +708,7 @@ class Slot:
 
 CHILD = 'rundown-child-'            # how the names of the processes begin
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK') if hasattr(signal, name)]
+KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 spawning = threading.Lock()         # multiprocessing may reap a child from any thread that starts or joins one
 
 
@@ -761,8 +776,7 @@ class IsolatedSlot(Slot):
         code = self.process.exitcode
         if code is None:
             return "the handler's process closed its pipe"
-        name = next((one.name for one in signal.Signals if one == -code), None)
-        return "the handler's process " + (f'was killed by {name}' if name else f'ended with exit code {code}')
+        return "the handler's process " + ending(code)
 
     def interrupt(self, task, interruption):
         self.kill()                 # the thread hears of it at once, and goes on with a fresh process
@@ -775,11 +789,7 @@ class IsolatedSlot(Slot):
         process = self.process
         if process is None:
             return
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if os.name == 'nt':
-                subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], capture_output=True)
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
+        signal_group(process, KILL)
         with contextlib.suppress(OSError, ValueError, AttributeError):
             process.kill()          # it may not lead its group yet
 
@@ -791,6 +801,21 @@ class IsolatedSlot(Slot):
             with spawning:
                 self.process.join(1)
             self.process, self.ready = None, False
+
+
+def signal_group(process, number):
+    """Send it to a process and what it started, which Windows simply ends. True when there was somebody."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if os.name == 'nt':
+            subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], capture_output=True)
+        else:
+            os.killpg(process.pid, number)
+            return True
+
+
+def ending(code):
+    name = next((one.name for one in signal.Signals if one == -code), None)
+    return f'was killed by {name}' if name else f'ended with exit code {code}'
 
 
 def child(pipe, module, file, name):
@@ -885,7 +910,8 @@ class Consumer:
         self.thread = None
 
     def start(self):
-        kind = IsolatedSlot if self.registered.isolate else Slot
+        isolate, function = self.registered.isolate, self.registered.function
+        kind = IsolatedSlot if isolate else ProgramSlot if isinstance(function, Program) else Slot
         self.slots = [kind(self) for _ in range(self.concurrency)]
         self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
 
@@ -1313,6 +1339,7 @@ class Worker:
         for link in self.links.values():
             link.pile.put(None)
             link.client.close()
+        until(lambda: not any(slot.ending for one in self.consumers for slot in one.slots), time.monotonic() + TERM + 1)
         self._kill()
         until(lambda: sum(thread.is_alive() for thread in self.threads) <= self.hung(0), time.monotonic() + FAREWELL)
 
@@ -1473,6 +1500,94 @@ queue, on = default.queue, default.on
 enqueue, enqueue_many, wait = default.enqueue, default.enqueue_many, default.wait
 run, stop, testing = default.run, default.stop, default.testing
 
+# -- Any program as a worker ------------------------------------------------------------------------------------------
+
+FOR_GOOD = 65           # EX_DATAERR of sysexits.h: the exit code of a program that has no use for another try
+
+
+class Program(types.SimpleNamespace):
+    """What stands for a handler: `command`, and whether it gets a string payload as `text`."""
+
+
+class ProgramSlot(Slot):
+    """A slot that runs a program for each job. Its streams are files, since pipes fill up, and are kept by children."""
+    process = errors = None
+
+    def prepare(self):
+        self.ending = False             # interrupt() has been, or is not going to be, for the last task
+
+    def perform(self, task):
+        return perform(functools.partial(self._execute, task), task.job['payload'])
+
+    def _execute(self, task, payload):
+        program, file = self.consumer.registered.function, tempfile.TemporaryFile
+        text = payload if program.text and isinstance(payload, str) else as_json(payload, 'payload')
+        env = dict(os.environ, RUNDOWN_ID=task.job['id'], RUNDOWN_QUEUE=self.consumer.name,
+                   RUNDOWN_ATTEMPT=str(task.job['attempt']))
+        with file() as given, file() as out, file('a+b') as self.errors:
+            given.write(text.encode())
+            given.seek(0)
+            self.process = subprocess.Popen(
+                program.command, stdin=given, stdout=out, stderr=self.errors, env=env, start_new_session=True)
+            while not self.ending and size(out) <= MAX_STDOUT and self.process.returncode is None:
+                if size(self.errors) > MAX_STDOUT:      # only its end is wanted, and a disk is finite
+                    self.errors.truncate(0)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(TICK)
+            self._end()
+            return self._result(self.process.returncode, out)
+
+    def _end(self):
+        """SIGTERM and some time where it runs; SIGKILL to who is left of its group."""
+        if self.process.returncode is None:
+            signal_group(self.process, signal.SIGTERM)
+            over = time.monotonic() + TERM
+            until(lambda: self.process.poll() is not None and not signal_group(self.process, 0), over)
+        signal_group(self.process, KILL)
+        self.process.wait()
+
+    def _result(self, code, out):
+        out.seek(0)
+        text = out.read(MAX_STDOUT + 1)
+        if len(text) > MAX_STDOUT:
+            raise Abort(f'the program wrote more than {MAX_STDOUT:,} bytes to stdout, which is the most for a result')
+        if code:
+            raise (Abort if code == FOR_GOOD else Retry)(f'the program {ending(code)}\n{self.where(None)}'.strip())
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise Abort(f'what the program wrote to stdout is not UTF-8: {error}') from None
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text)
+            encode(value)               # NaN is no JSON
+            return value
+        return text
+
+    def interrupt(self, task, interruption):
+        self.ending = True              # its thread sees it within a tick
+
+    def where(self, task):
+        with contextlib.suppress(AttributeError, ValueError, OSError):     # not begun, or over
+            self.errors.seek(max(0, size(self.errors) - MAX_ERROR // 2))
+            return self.errors.read().decode(errors='replace')
+        return ''
+
+    def kill(self):
+        if self.process and self.process.returncode is None:
+            signal_group(self.process, KILL)
+
+
+def size(file):
+    return os.fstat(file.fileno()).st_size
+
+
+def command_exec(client, options):
+    """Work on a queue by running a program."""
+    if not shutil.which(options.program[0]):
+        raise Misuse(f'there is no program {options.program[0]}')
+    default.queue(options.queue, timeout=options.timeout)(Program(command=options.program, text=options.text))
+    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
 # -- Command line -----------------------------------------------------------------------------------------------------
 
 COLUMNS = {
@@ -1580,9 +1695,12 @@ def arguments(argv):
     command('purge', 'delete jobs of a queue and/or status', **aim)
     command('pause', 'hand out no jobs of a queue', queue)
     command('resume', 'hand out jobs again', queue)
+    flag = functools.partial(dict, action='store_true')
+    work = dict(concurrency=whole, grace=dict(seconds, default=GRACE), burst=flag(help='work off what is due, and end'))
     command('run', 'import tasks, and work on them', ('tasks', dict(metavar='FILE_OR_MODULE')), function=command_run,
-            concurrency=whole, grace=dict(seconds, default=GRACE),
-            burst=dict(action='store_true', help='work off what is due, and end'))
+            **work)
+    command('exec', 'run a program for each job of a queue', queue, ('program', dict(nargs='+', metavar='PROGRAM')),
+            function=command_exec, timeout=seconds, text=flag(help='give it a string payload as it is'), **work)
     command('demo', 'hash the files under a folder as jobs of an engine of its own',
             ('folder', dict(metavar='DIR', nargs='?')), function=command_demo)
     return parser.parse_args(argv)

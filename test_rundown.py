@@ -4091,6 +4091,157 @@ def test_the_demo_works_on_a_folder_and_checks_its_digests(tmp_path):
     assert re.search(r"\b30\b", text) and re.search("retries", text)
 
 
+# -- SDK: any program as a worker -----------------------------------------------------------------
+
+programs = pytest.mark.skipif(not POSIX, reason="runs shell scripts")
+EXEC = [sys.executable, str(HERE / "rundown_workers.py"), "exec"]
+
+
+@contextlib.contextmanager
+def executing(engine, q, script, *options, constants=None):
+    """`exec` of a shell script, as a process that works until the block ends."""
+    command = EXEC
+    if constants:
+        command = [sys.executable, "-c", "import sys, rundown_workers as rw; vars(rw).update(%r); "
+                   "sys.exit(rw.main())" % constants, "exec"]
+    worker = subprocess.Popen([*command, q, *options, "--", "sh", "-c", script], stdin=subprocess.DEVNULL,
+                              env=environment({"RUNDOWN_URL": engine.url}), stderr=subprocess.PIPE)
+    try:
+        yield worker
+    finally:
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGTERM)
+        try:
+            worker.communicate(timeout=15)
+        finally:
+            worker.kill()
+
+
+def executed(engine, q, script, *payloads, options=(), **fields):
+    """The jobs with these payloads after a burst of `exec` of a shell script."""
+    jobs = [engine.enqueue(q, payload, **fields) for payload in payloads or [None]]
+    rundown(engine, "exec", q, "--burst", *options, "--", "sh", "-c", script)
+    return [engine.job(job) for job in jobs]
+
+
+@programs
+def test_a_program_gets_the_payload_on_stdin_and_the_job_in_its_environment(engine, q):
+    script = 'echo "[$(cat), \\"$RUNDOWN_ID $RUNDOWN_QUEUE $RUNDOWN_ATTEMPT\\"]"'
+    jobs = executed(engine, q, script, {"path": "ä"}, "text", None, "x" * 500000)
+    assert [job["result"] for job in jobs] == [[job["payload"], "%s %s 1" % (job["id"], q)] for job in jobs]
+
+
+@programs
+def test_with_text_a_string_payload_is_given_as_it_is(engine, q):
+    jobs = executed(engine, q, "cat", 'line "1"\nä', ["list"], options=["--text"])
+    assert [job["result"] for job in jobs] == ['line "1"\nä', ["list"]]
+
+
+@programs
+def test_stdout_is_json_where_it_is_json_and_else_text(engine, q):
+    said = ["[1, 2.5, null]\n", "123456789012345678901", "hello\n", "", "[1] [2]", "NaN", "[1e999]", "ünï", "1\0"]
+    results = [[1, 2.5, None], 123456789012345678901, *said[2:]]
+    jobs = executed(engine, q, "cat", *said, options=["--text"])
+    assert [(job["status"], job["result"]) for job in jobs] == [("done", result) for result in results]
+
+
+ENDS = {     # what the script does, and of the job: its status, attempts that are counted, what is in its error
+    "echo oops >&2; exit 65":             ("failed", 0, "oops"),
+    "echo oops >&2; exit 1":              ("pending", 1, "ended with exit code 1\noops"),
+    "exit 64":                            ("pending", 1, "ended with exit code 64"),
+    "kill -9 $$":                         ("pending", 1, "killed by SIGKILL"),
+    "nosuchcommand":                      ("pending", 1, "exit code 127\n"),
+    "printf '\\303(' ":                   ("failed", 0, "not UTF-8"),
+    "head -c 1048577 /dev/zero | tr '\\0' x": ("failed", 0, "more than 1,048,576 bytes"),
+    "yes":                                ("failed", 0, "more than 1,048,576 bytes"),
+    "head -c 999999 /dev/zero | tr '\\0' x >&2; echo end >&2; exit 1": ("pending", 1, "xxxend"),
+}
+
+
+@programs
+def test_exit_code_and_output_say_what_becomes_of_the_job(engine, q):
+    jobs = executed(engine, q, 'eval "$(cat)"', *ENDS, options=["--text", "--concurrency", "3"], max_retries=9)
+    found = [(job["status"], job["retries"], ENDS[job["payload"]][2] in job["error"]) for job in jobs]
+    assert found == [(status, retries, True) for status, retries, _ in ENDS.values()]
+    assert max(len(job["error"]) for job in jobs) < 20000
+
+
+@programs
+def test_a_megabyte_on_stdout_is_a_result(engine, q):
+    job, = executed(engine, q, "head -c 1048576 /dev/zero | tr '\\0' '\\1'")
+    assert job["result"] == "\1" * (1 << 20)
+
+
+@pytest.mark.parametrize("program", [["/no/such/program"], ["no-such-program", "--flag"], []])
+def test_a_program_that_is_not_there_is_a_sentence_at_the_start(engine, q, program):
+    said = rundown(engine, "exec", q, "--", *program, code=2)
+    assert (program or ["PROGRAM"])[0] in said
+
+
+STUBBORN = "trap 'echo no >> %s' TERM; sh -c \"trap '' TERM; sleep 77 & echo \\$\\$ > %s; wait; sleep 78\" & wait; wait"
+
+
+@pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", ["timeout", "cancel", "grace"])
+def test_a_program_and_its_grandchildren_get_sigterm_and_then_sigkill(engine, tmp_path, q, end):
+    job, said, pid = engine.enqueue(q), tmp_path / "said", tmp_path / "pid"
+    options = ["--timeout", "1" if end == "timeout" else "60", "--grace", "0.1"]
+    with executing(engine, q, STUBBORN % (said, pid), *options, constants={"TERM": 0.4, "LEASE": 3}) as worker:
+        group = os.getpgid(int(until(lambda: pid.exists() and pid.read_text())))
+        if end == "cancel":
+            engine.post("/cancel", id=job["id"])
+        if end == "grace":
+            worker.send_signal(signal.SIGTERM)
+        until(said.exists)
+        assert members(group)                       # they do not care
+        until(lambda: not members(group))
+        assert end != "grace" or worker.wait(15) == 0
+    assert worker.returncode == 0
+    status = {"timeout": "failed", "cancel": "cancelled", "grace": "pending"}[end]
+    assert engine.job(job)["status"] == status or (end == "timeout" and engine.job(job)["retries"] == 1)
+
+
+def members(group):
+    """The living processes of a process group (Linux)."""
+    found = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and alive(path.name)]
+    return [pid for pid in found if group_of(pid) == group]
+
+
+def group_of(pid):
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
+
+
+@programs
+def test_a_program_that_obeys_sigterm_frees_its_slot_at_once(engine, q):
+    first, second = engine.enqueue(q, "exec sleep 60", timeout=0.3), engine.enqueue(q, "echo 5")
+    began = time.monotonic()
+    with executing(engine, q, 'eval "$(cat)"', "--text"):
+        assert ended(engine, second)["result"] == 5 and time.monotonic() - began < 4
+    assert "timed out after 0.3 s" in engine.job(first)["error"]
+
+
+@pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
+def test_what_a_program_leaves_behind_ends_with_it_and_holds_up_nothing(engine, q):
+    job, = executed(engine, q, "sleep 60 & echo $!")
+    assert job["status"] == "done" and when(job["finished_at"]) - when(job["started_at"]) < 2
+    assert not alive(job["result"])
+
+
+@programs
+def test_a_second_signal_ends_the_worker_and_its_program_at_once(engine, tmp_path, q):
+    engine.enqueue(q)
+    with executing(engine, q, "trap '' TERM; echo $$ > %s; while :; do sleep 0.1; done" % (tmp_path / "pid")) as worker:
+        pid = int(until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+        worker.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(5) == 128 + signal.SIGTERM
+        until(lambda: group_of(pid) is None)
+
+
 # -- faults: what clients saw, and what must hold after any run ------------------------------------
 
 
