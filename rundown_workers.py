@@ -58,10 +58,19 @@ ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
 
 The program runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with
---text), RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is the
-result, JSON where it is JSON, else text. 65: failed for good. Anything else: failed, with the end of stderr. At the
-timeout, when the claim is lost and at the end of the grace the group gets SIGTERM, and SIGKILL after 5 s. What a program
-that has ended leaves behind in its group is killed.
+--text), RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is
+the result, JSON where it is JSON, else text. 65: failed for good. Anything else: failed, with the end of stderr. At the
+timeout, when the claim is lost and at the end of the grace the group gets SIGTERM, and SIGKILL after 5 s. What a
+program that has ended leaves behind in its group is killed.
+
+PRODUCERS WITH A DATABASE OF THEIR OWN
+
+    enqueue_in(connection, queue, payload, ...)    write a job into the open transaction of a DB-API connection
+    forward(connect), forwarding(connect)          send what is committed, once; a context that does so in a thread
+
+The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which is made on first use
+(in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order, once, whoever is killed or away. One that the
+engine refuses stays, with its `error`, and holds up no other; it is sent again when somebody sets that to NULL.
 
 COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or failed, 2 misused, 3 no engine
 """
@@ -124,6 +133,7 @@ MAX_BYTES = 1 << 20         # characters of the latter two, unless one job alone
 MAX_BACKLOG = 5000          # outcomes under way, above which no jobs are taken
 MAX_RESULT = 8000000        # characters of a result as JSON
 MAX_STDOUT = 1 << 20         # bytes of a program's result
+OPEN = 60                   # seconds after a job was written into an outbox that its commit is looked out for closely
 TERM = 5                    # seconds between SIGTERM and SIGKILL for a program
 MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
 MAX_DEPTH = 200             # levels of a JSON value
@@ -1502,8 +1512,6 @@ run, stop, testing = default.run, default.stop, default.testing
 
 # -- Any program as a worker ------------------------------------------------------------------------------------------
 
-FOR_GOOD = 65           # EX_DATAERR of sysexits.h: the exit code of a program that has no use for another try
-
 
 class Program(types.SimpleNamespace):
     """What stands for a handler: `command`, and whether it gets a string payload as `text`."""
@@ -1551,8 +1559,8 @@ class ProgramSlot(Slot):
         text = out.read(MAX_STDOUT + 1)
         if len(text) > MAX_STDOUT:
             raise Abort(f'the program wrote more than {MAX_STDOUT:,} bytes to stdout, which is the most for a result')
-        if code:
-            raise (Abort if code == FOR_GOOD else Retry)(f'the program {ending(code)}\n{self.where(None)}'.strip())
+        if code:                        # 65 is EX_DATAERR of sysexits.h
+            raise (Abort if code == 65 else Retry)(f'the program {ending(code)}\n{self.where(None)}'.strip())
         try:
             text = text.decode()
         except UnicodeDecodeError as error:
@@ -1587,6 +1595,130 @@ def command_exec(client, options):
         raise Misuse(f'there is no program {options.program[0]}')
     default.queue(options.queue, timeout=options.timeout)(Program(command=options.program, text=options.text))
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
+# -- Outbox -----------------------------------------------------------------------------------------------------------
+
+OUTBOX = 'CREATE TABLE IF NOT EXISTS rundown_outbox (number %s PRIMARY KEY %s, job TEXT NOT NULL, error TEXT)'
+recent = types.SimpleNamespace(written=float('-inf'))       # when this process last wrote into an outbox
+
+
+def enqueue_in(connection, queue, payload=None, delay=None, run_at=None, id=None, **options):
+    """Write a job into the transaction that is open on a connection; it is enqueued if that commits. Returns its id.
+
+    The driver is sqlite3 or one that writes parameters as %s. The options are those of enqueue(); a delay begins now.
+    """
+    inspect.signature(Client.enqueue).bind(None, queue, **options)      # TypeError for what is none
+    if delay is not None:
+        run_at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=delay)
+    id = id or new_id()
+    job = job_text(payload, id, run_at, queue=queue, **options)
+    with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)', job)
+    recent.written = time.monotonic()
+    return id
+
+
+def with_table(connection, statement, *values):
+    """The cursor of a statement; where the table is missing, it is made first."""
+    cursor, lite, reasons = connection.cursor(), hasattr(connection, 'total_changes'), []
+    create = OUTBOX % (('INTEGER', 'AUTOINCREMENT') if lite else ('BIGSERIAL', ''))
+    if not lite:                        # not sqlite3: a statement that fails there would end the whole transaction
+        statement = statement.replace('?', '%s')
+        cursor.execute('SAVEPOINT rundown')
+    for text, given in ((statement, values), (create, ()), (statement, values)):
+        try:
+            cursor.execute(text, given)
+            if text is statement:
+                if not lite:
+                    connection.cursor().execute('RELEASE SAVEPOINT rundown')
+                return cursor
+        except Exception as error:      # each driver has its own; `create` also fails when somebody else just did it
+            if not reasons and 'rundown_outbox' not in str(error):
+                raise
+            reasons.append(str(error).partition('\n')[0])
+            if not lite:
+                cursor.execute('ROLLBACK TO SAVEPOINT rundown')
+    raise Error(f'the table rundown_outbox cannot be used, nor made: {"; ".join(reasons)}. What makes it: {create}')
+
+
+def forward(connect, host=None):
+    """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took."""
+    with contextlib.closing(connect()) as connection:
+        return drain(connection, default.client(host).call)
+
+
+def drain(connection, send):
+    """Send in order, and delete what is acknowledged. What is sent twice, after a kill or by two, has its one id."""
+    count = 0
+    while True:
+        rows = with_table(connection, 'SELECT number, job FROM rundown_outbox WHERE error IS NULL '
+                                      'ORDER BY number LIMIT 500').fetchall()
+        connection.commit()             # no transaction is open while the engine is away
+        if not rows:
+            return count
+        for batch in batches(rows, lambda row: len(row[1])):
+            refused = dict(deliver(send, batch))
+            for number, sentence in refused.items():
+                note(logging.ERROR, 'the engine refused job %d of the outbox: %s', number, sentence)
+                with_table(connection, 'UPDATE rundown_outbox SET error = ? WHERE number = ?', sentence, number)
+            numbers = ','.join([str(number) for number, _ in batch if number not in refused])
+            with_table(connection, f'DELETE FROM rundown_outbox WHERE number IN ({numbers or "NULL"})')
+            connection.commit()
+            count += len(batch) - len(refused)
+
+
+def deliver(send, rows):
+    """Have the engine take the jobs, in order; pairs of number and sentence for those that it never will."""
+    try:
+        send('/enqueue', f'{{"jobs":[{",".join([text for _, text in rows])}]}}')
+        return []
+    except Refused as error:
+        if error.status not in REFUSALS:
+            raise
+        half = len(rows) // 2           # which of them was it?
+        return deliver(send, rows[:half]) + deliver(send, rows[half:]) if half else [(rows[0][0], str(error))]
+
+
+@contextlib.contextmanager
+def forwarding(connect, host=None):
+    """forward() in a thread during the block: at once what this process commits, and every second the rest."""
+    stopping = threading.Event()
+    thread = threading.Thread(target=keep_forwarding, args=(connect, host, stopping), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join(FAREWELL)           # what is not sent by then is sent next time
+
+
+def keep_forwarding(connect, host, stopping):
+    tries, ended = 0, False
+    while not ended:
+        try:
+            with contextlib.closing(connect()) as connection:
+                while not ended:
+                    ended = stopping.is_set()           # then this look is the last
+                    drain(connection, default.client(host).send)
+                    tries, now = 0, time.monotonic()
+                    while time.monotonic() < now + 1 and not stopping.wait(TICK / 2) and now > recent.written + OPEN:
+                        pass            # until this process writes, whose transaction may commit at any time then
+        except Exception as error:      # the database's or the engine's
+            if not tries:
+                note(logging.WARNING, 'cannot forward the outbox, trying again until it works: %s', error)
+            tries += 1
+            ended = stopping.wait(backoff(tries))
+
+
+def command_forward(client, options):
+    """Forward the outbox in a SQLite file."""
+    import sqlite3      # here, since not every Python has it
+    if not os.path.isfile(options.file):
+        raise Misuse(f'there is no file {options.file}')
+    set_up_log()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), forwarding(functools.partial(sqlite3.connect, options.file)):
+        while True:
+            time.sleep(1)
 
 # -- Command line -----------------------------------------------------------------------------------------------------
 
@@ -1701,6 +1833,8 @@ def arguments(argv):
             **work)
     command('exec', 'run a program for each job of a queue', queue, ('program', dict(nargs='+', metavar='PROGRAM')),
             function=command_exec, timeout=seconds, text=flag(help='give it a string payload as it is'), **work)
+    command('forward', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT', ('file', {}),
+            function=command_forward)
     command('demo', 'hash the files under a folder as jobs of an engine of its own',
             ('folder', dict(metavar='DIR', nargs='?')), function=command_demo)
     return parser.parse_args(argv)

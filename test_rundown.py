@@ -4283,6 +4283,263 @@ def test_a_second_signal_ends_the_worker_and_its_program_at_once(engine, tmp_pat
         until(lambda: group_of(pid) is None)
 
 
+# -- SDK: outbox ----------------------------------------------------------------------------------
+
+
+class Outboxes:
+    """A database to produce in: SQLite's in a file, or PostgreSQL's in a cluster of its own."""
+
+    def __init__(self, folder, kind):
+        self.kind, self.file, self.cluster = kind, str(folder / "shop.db"), folder / "cluster"
+        self.mark = "?" if kind == "sqlite" else "%s"
+        if kind == "postgresql":
+            self.start(folder)
+        with contextlib.closing(self.connect()) as connection:
+            connection.execute("CREATE TABLE orders (id TEXT)")
+            connection.commit()
+
+    def start(self, folder):
+        os.chmod(str(folder), 0o755)
+        for parent in list(folder.parents)[:2]:           # pytest's own folders, into which another user has to come
+            os.chmod(str(parent), 0o755)
+        self.cluster.mkdir()
+        self.command("chown", "postgres", str(self.cluster), user=None)
+        self.command(self.program("initdb"), "-D", str(self.cluster), "-A", "trust", "-U", "postgres", "--no-sync")
+        self.port = unused().split(":")[2]
+        self.command(self.program("pg_ctl"), "-D", str(self.cluster), "-w", "-l", str(self.cluster / "log"), "-o",
+                     "-F -k '' -h 127.0.0.1 -p " + self.port, "start")
+
+    def command(self, *command, user="postgres"):
+        prefix = ["runuser", "-u", user, "--"] if user else []
+        subprocess.run([*prefix, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, cwd="/")
+
+    @staticmethod
+    def program(name):
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/" + name))
+        return str(found[-1]) if found else None
+
+    def connect(self):
+        if self.kind == "sqlite":
+            return sqlite3.connect(self.file)
+        return psycopg.connect("host=127.0.0.1 port=%s user=postgres dbname=postgres" % self.port)
+
+    def rows(self, columns="number"):
+        with contextlib.closing(self.connect()) as connection:
+            return connection.execute("SELECT %s FROM rundown_outbox ORDER BY number" % columns).fetchall()
+
+    def stop(self):
+        if self.kind == "postgresql":
+            self.command(self.program("pg_ctl"), "-D", str(self.cluster), "-m", "immediate", "stop")
+
+
+try:
+    import psycopg
+except ImportError:
+    psycopg = None
+no_postgresql = not (psycopg and LINUX and os.getuid() == 0 and Outboxes.program("initdb") and shutil.which("runuser"))
+POSTGRESQL = pytest.param("postgresql", marks=pytest.mark.skipif(no_postgresql, reason="wants psycopg, PostgreSQL, root"))
+
+
+@pytest.fixture(scope="module", params=["sqlite", POSTGRESQL])
+def shop(request, tmp_path_factory):
+    shop = Outboxes(tmp_path_factory.mktemp("shop"), request.param)
+    yield shop
+    shop.stop()
+
+
+@pytest.fixture
+def box(shop):
+    """A connection to an empty outbox, which is not there yet."""
+    connection = shop.connect()
+    connection.execute("DROP TABLE IF EXISTS rundown_outbox")
+    connection.commit()
+    yield connection
+    connection.close()
+
+
+def payloads(engine, q):
+    """The payloads in the queue, as they came."""
+    return [job["payload"] for job in engine.get("/jobs?limit=1000&queue=" + q)["jobs"]][::-1]
+
+
+def test_a_job_is_there_if_and_only_if_the_transaction_commits(engine, shop, box, q):
+    for number in range(6):
+        rw.enqueue_in(box, q, number)
+        box.execute("INSERT INTO orders VALUES (%s)" % shop.mark, (q,))
+        rw.enqueue_in(box, q, [number])
+        box.commit() if number % 2 else box.rollback()
+    assert (rw.forward(shop.connect, engine.url), rw.forward(shop.connect, engine.url)) == (6, 0)
+    assert payloads(engine, q) == [1, [1], 3, [3], 5, [5]] and shop.rows() == []
+    assert box.execute("SELECT count(*) FROM orders WHERE id = '%s'" % q).fetchone() == (3,)
+
+
+def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_enqueue(engine, shop, box, q):
+    id = rw.enqueue_in(box, q, {"a": "ä\0"}, delay=0.5, priority=7, tag="t")
+    own = rw.enqueue_in(box, q, id=q + "-own")
+    with pytest.raises(TypeError):
+        rw.enqueue_in(box, q, color="red")
+    with pytest.raises(rw.NotJSON):
+        rw.enqueue_in(box, q, {1})
+    box.commit()
+    time.sleep(0.6)
+    rw.forward(shop.connect, engine.url)
+    job = engine.job(id)
+    assert (job["payload"], job["priority"], job["tag"], own) == ({"a": "ä\0"}, 7, "t", q + "-own")
+    assert engine.poll(q)["id"] == id and engine.poll(q)["id"] == own
+
+
+def test_who_commits_late_is_forwarded_too(engine, shop, q, box):
+    if shop.kind == "sqlite":
+        pytest.skip("has one writer at a time")
+    rw.enqueue_in(box, q, "table")
+    box.commit()
+    with contextlib.closing(shop.connect()) as late:
+        rw.enqueue_in(late, q, "late")              # its number is lower than the next one's
+        rw.enqueue_in(box, q, "early")
+        box.commit()
+        assert rw.forward(shop.connect, engine.url) == 2
+        late.commit()
+    assert rw.forward(shop.connect, engine.url) == 1 and payloads(engine, q) == ["table", "early", "late"]
+
+
+def test_jobs_that_the_engine_refuses_stay_and_hold_up_nobody(engine, shop, box, q):
+    for number in range(20):
+        rw.enqueue_in(box, q if number not in (3, 4, 19) else "", number)
+    rw.enqueue_in(box, q, "x" * 9000000)
+    rw.enqueue_in(box, q, "last")
+    box.commit()
+    assert rw.forward(shop.connect, engine.url) == 18
+    assert payloads(engine, q) == [number for number in range(20) if number not in (3, 4, 19)] + ["last"]
+    found = shop.rows("number, error")
+    assert [row[0] for row in found] == [4, 5, 20, 21] and "queue" in found[0][1] and "8388608" in found[3][1]
+    box.execute("UPDATE rundown_outbox SET job = replace(job, '\"\"', '\"%s\"'), error = NULL WHERE number < 21" % q)
+    box.commit()
+    assert rw.forward(shop.connect, engine.url) == 3 and payloads(engine, q)[-3:] == [3, 4, 19]
+
+
+def test_a_wrong_token_is_no_fault_of_the_jobs(own, shop, box, q, monkeypatch):
+    engine = own("--token", "secret")
+    rw.enqueue_in(box, q)
+    box.commit()
+    monkeypatch.setenv("RUNDOWN_TOKEN", "wrong")
+    with pytest.raises(rw.Refused):
+        rw.forward(shop.connect, engine.url)
+    monkeypatch.setenv("RUNDOWN_TOKEN", "secret")
+    assert rw.forward(shop.connect, engine.url) == 1
+
+
+def test_a_table_that_cannot_be_made_is_a_sentence(shop, box, tmp_path):
+    if shop.kind == "sqlite":
+        other = sqlite3.connect("file:%s?mode=ro" % shop.file, uri=True)
+    else:
+        box.execute("DROP ROLE IF EXISTS guest")
+        box.execute("CREATE ROLE guest LOGIN")
+        box.commit()
+        other = psycopg.connect("host=127.0.0.1 port=%s user=guest dbname=postgres" % shop.port)
+    with contextlib.closing(other), pytest.raises(rw.Error, match="cannot be used, nor made: .* CREATE TABLE"):
+        rw.enqueue_in(other, "q")
+
+
+def test_two_producers_may_make_the_table_at_once(engine, shop, box, q):
+    def produce(number):
+        with contextlib.closing(shop.connect()) as connection:
+            rw.enqueue_in(connection, q, number)
+            connection.commit()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(produce, range(8)))
+    rw.forward(shop.connect, engine.url)
+    assert sorted(payloads(engine, q)) == list(range(8))
+
+
+def test_two_forwarders_at_once_do_no_harm(engine, shop, box, q):
+    for number in range(900):
+        rw.enqueue_in(box, q, number)
+    box.commit()
+    with ThreadPoolExecutor(3) as pool:
+        forwarders = [pool.submit(rw.forward, shop.connect, engine.url) for _ in range(3)]
+        assert sum(one.result(30) for one in forwarders) >= 900
+    assert payloads(engine, q) == list(range(900)) and shop.rows() == []
+
+
+def test_what_this_process_commits_is_forwarded_within_100_ms(engine, shop, box, q):
+    with rw.forwarding(shop.connect, engine.url):
+        rw.enqueue_in(box, q)
+        box.commit()
+        engine.poll(q, wait=10)
+        took = []
+        for _ in range(5):
+            rw.enqueue_in(box, q)
+            time.sleep(0.2)                 # an open transaction
+            box.commit()
+            began = time.monotonic()
+            assert engine.poll(q, wait=10)
+            took.append(time.monotonic() - began)
+        rw.enqueue_in(box, q, "last")
+        box.commit()
+    assert min(took) < 0.1 and "last" in payloads(engine, q)
+
+
+def test_the_engine_may_be_away_for_as_long_as_it_likes(own, shop, box, q):
+    engine = own()
+    engine.kill()
+    with rw.forwarding(shop.connect, engine.url):
+        for number in range(700):
+            rw.enqueue_in(box, q, number)
+            box.commit()
+        engine.start("--port", str(engine.port))
+        until(lambda: engine.count(q) == 700)
+    assert payloads(engine, q) == list(range(700)) and shop.rows() == []
+
+
+SHOP = """
+import sys, rundown_workers as rw, sqlite3
+try: import psycopg
+except ImportError: pass
+connect = lambda: %s
+connection = connect()
+with rw.forwarding(connect):
+    for number in range(10**9):
+        rw.enqueue_in(connection, %r, number)
+        connection.execute("INSERT INTO orders VALUES ('%s-%%d')" %% number)
+        (connection.rollback if number %% 3 == 1 else connection.commit)()
+"""
+
+
+@posix_signals
+def test_whatever_is_killed_when_each_committed_transaction_has_its_job_once(engine, shop, box, tmp_path):
+    connect = "sqlite3.connect(%r)" % shop.file if shop.kind == "sqlite" else (
+        "psycopg.connect('host=127.0.0.1 port=%s user=postgres dbname=postgres')" % shop.port)
+    for _ in range(5):
+        q = "kill%d" % next(NUMBERS)
+        shopkeeper = subprocess.Popen([sys.executable, "-c", SHOP % (connect, q, q)],
+                                      env=environment({"RUNDOWN_URL": engine.url}))
+        until(lambda: engine.count(q))
+        time.sleep(random.random() / 5)
+        shopkeeper.kill()
+        shopkeeper.wait()
+        rw.forward(shop.connect, engine.url)
+        rows = box.execute("SELECT id FROM orders WHERE id LIKE '%s-%%'" % q).fetchall()
+        box.commit()
+        orders = sorted(int(row[0].split("-")[1]) for row in rows)
+        with contextlib.closing(rw.Client(engine.url)) as client:
+            jobs = [job["payload"] for job in rw.all_jobs(client) if job["queue"] == q][::-1]
+        assert jobs == orders and jobs
+
+
+@posix_signals
+def test_the_command_line_forwards_a_sqlite_file(engine, tmp_path, q):
+    file = str(tmp_path / "shop.db")
+    assert "no file" in rundown(engine, "forward", file, code=2)
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        rw.enqueue_in(connection, q, 5)
+        connection.commit()
+    forwarder = subprocess.Popen([*EXEC[:2], "forward", file], env=environment({"RUNDOWN_URL": engine.url}))
+    assert engine.poll(q, wait=20)["payload"] == 5
+    forwarder.send_signal(signal.SIGTERM)
+    assert forwarder.wait(10) == 0
+
+
 # -- faults: what clients saw, and what must hold after any run ------------------------------------
 
 
