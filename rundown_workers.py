@@ -1162,6 +1162,8 @@ class Link:
                 answers = self._ask(call, [text for _, text in batch], TIMEOUT)
             except Error as error:
                 if getattr(error, 'status', None) in REFUSALS:
+                    self.stuck = False
+                    self.back()
                     if len(batch) == 1:
                         return self._refused(call, batch[0][0], error)
                     for item in batch:          # which of them was it?

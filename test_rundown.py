@@ -3750,6 +3750,35 @@ def test_a_conflict_that_says_nothing_is_a_refusal_all_the_same():
         rw.Client(url).complete("a", 1)
 
 
+def test_a_worker_takes_jobs_again_after_a_refusal_that_ended_an_outage(work, q):
+    asked = []
+
+    class Odd(http.server.BaseHTTPRequestHandler):
+        """An engine that hands out one job, does not answer its failure at first, and refuses it then."""
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            count = asked.count(self.path)
+            body = b'[{"id": "a", "attempt": 1, "timeout": 60, "payload": 1}]' if (self.path, count) == ("/poll", 1) else b"[]"
+            code = 200 if self.path != "/fail" else 503 if count == 1 else 413
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        work(handler(q, "raise ValueError('no')"), types.SimpleNamespace(url="http://127.0.0.1:%d" % server.server_port))
+        until(lambda: asked.count("/fail") >= 2)
+        until(lambda: "/poll" in asked[asked.index("/fail", asked.index("/fail") + 1):])
+        server.shutdown()
+
+
 def test_a_failure_whose_answer_was_lost_is_counted_once_and_is_no_loss(proxy, engine, work, q):
     job = engine.enqueue(q, max_retries=0)
     proxy.swallow, proxy.path = 1, b"POST /fail"
