@@ -1786,9 +1786,11 @@ class Loop:
     def _tell(self, operations):
         """Answer them, and park the polls that found nothing."""
         for operation in operations:
-            if not (operation.topic and self._parks(operation)):
+            if operation.topic:
+                if self._parks(operation):
+                    continue
                 self.withdraw(operation)
-                operation.client.go_on(DONE)
+            operation.client.go_on(DONE)
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
@@ -1981,9 +1983,11 @@ class Connection:
             outcome = error
         self._let_go(0 if keep else len(self.received))
         farewell = isinstance(outcome, Refused) and not keep
-        sending = self._send(*self._answer(outcome, keep))
-        del outcome         # its text and the bytes of it are too much at a time
-        yield from sending
+        data, file = self._answer(outcome, keep)
+        outcome = None      # its text and the bytes of it are too much at a time
+        data = self._push(data)
+        if data or file:
+            yield from self._send(data, file)
         if farewell:
             yield from self._linger()
         return keep
@@ -2031,10 +2035,11 @@ class Connection:
     def _outcome(self):
         """What the handler makes of the request, and the loop of the operation that it asks for."""
         self.deadline = float('inf')
-        long = self.asked.slow or len(self.body) >= BIG_BODY
-        work = functools.partial(self.server.handle, self.asked, self.body)
-        outcome = (yield from self._aside(work)) if long else work()
-        self.body = work = None
+        if self.asked.slow or len(self.body) >= BIG_BODY:
+            work, self.body = functools.partial(self.server.handle, self.asked, self.body), None
+            outcome = yield from self._aside(work)
+        else:
+            outcome, self.body = self.server.handle(self.asked, self.body), None
         if not isinstance(outcome, Operation):
             return outcome
         self.operation, outcome.client = outcome, self
@@ -2043,7 +2048,7 @@ class Connection:
         self.operation = None
         if outcome.error is not None:
             raise outcome.error
-        render = functools.partial(attempt, self.asked.route, functools.partial(outcome.render, outcome.result))
+        render = functools.partial(attempt, self.asked.route, outcome.render, outcome.result)
         return render() if outcome.writes else (yield from self._aside(render))
 
     def _aside(self, work):
@@ -2098,23 +2103,28 @@ class Connection:
         head = f'{STATUS_LINES[status]}{told}{COMMON if keep else COMMON_LAST}'.encode('latin-1')
         return (head, None) if method == 'HEAD' else (head, file) if file else (head + body, None)
 
-    def _send(self, data, file):
-        with contextlib.closing(file) if file else contextlib.nullcontext():
-            while data:
-                self._until(DEADLINE)
-                yield from self._push(data)
-                data = file and file.read(CHUNK)
-                if data:
-                    yield WRITE     # others have their turn between two pieces
-
     def _push(self, data):
-        self.unsent = len(data)
-        self.loop.unsent += self.unsent
-        while self.unsent:
-            sent = yield from self._tried(functools.partial(self.sock.send, data), WRITE)
-            self.unsent -= sent
-            self.loop.unsent -= sent
-            data = memoryview(data)[sent:]
+        """Send what the client takes now; the rest."""
+        try:
+            return memoryview(data)[self.sock.send(data):]
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return data
+
+    def _send(self, data, file):
+        """The rest of the answer, as the client takes it, of a file one piece at a time."""
+        with contextlib.closing(file) if file else contextlib.nullcontext():
+            self._until(DEADLINE)
+            while data or file:
+                self.loop.unsent += len(data) - self.unsent
+                self.unsent = len(data)
+                self._heed((yield WRITE))
+                if not data:
+                    data = file.read(CHUNK)
+                    file = file if data else None
+                    self._until(DEADLINE)
+                data = self._push(data)
+            self.loop.unsent -= self.unsent
+            self.unsent = 0
 
     def _linger(self):
         """Let the client finish what it sends: closing at once would reset the connection and lose the answer."""
@@ -2125,10 +2135,10 @@ class Connection:
             self._let_go(len(self.received))
 
 
-def attempt(route, work):
-    """What work() returns, or the refusal that it raises: of a mistake of the engine's own, a line in the log, too."""
+def attempt(route, work, *values):
+    """What work(*values) returns, or the refusal that it raises; after a mistake of the engine's own, a line in the log."""
     try:
-        return work()
+        return work(*values)
     except Refused as error:
         return error
     except Exception as error:
@@ -2370,10 +2380,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle(self, asked, body):
         """What the handler makes of the request, or its refusal."""
-        def handled():
-            ask = batch(asked.route, parsed(body)) if asked.method == 'POST' else query(asked)
-            return asked.handler(self, ask)
-        return attempt(asked.route, handled)
+        return attempt(asked.route, self._handle, asked, body)
+
+    def _handle(self, asked, body):
+        return asked.handler(self, batch(asked.route, parsed(body)) if asked.method == 'POST' else query(asked))
 
     def own_host(self, host):
         """Is the Host header one of ours? A page whose name was bound to this address anew (DNS rebinding) is not."""
