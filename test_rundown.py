@@ -4150,28 +4150,25 @@ class Outboxes:
     """A database to produce in: SQLite's in a file, or PostgreSQL's in a cluster of its own."""
 
     def __init__(self, folder, kind):
-        self.kind, self.file, self.cluster = kind, str(folder / "shop.db"), folder / "cluster"
+        self.kind, self.file = kind, str(folder / "shop.db")
         self.mark = "?" if kind == "sqlite" else "%s"
         if kind == "postgresql":
-            self.start(folder)
+            self.start()
         with contextlib.closing(self.connect()) as connection:
             connection.execute("CREATE TABLE orders (id TEXT)")
             connection.commit()
 
-    def start(self, folder):
-        os.chmod(str(folder), 0o755)
-        for parent in list(folder.parents)[:2]:           # pytest's own folders, into which another user has to come
-            os.chmod(str(parent), 0o755)
-        self.cluster.mkdir()
-        self.command("chown", "postgres", str(self.cluster), user=None)
+    def start(self):
+        self.cluster = Path(tempfile.mkdtemp())         # pytest's folders let nobody else in
+        shutil.chown(str(self.cluster), "postgres")
         self.command(self.program("initdb"), "-D", str(self.cluster), "-A", "trust", "-U", "postgres", "--no-sync")
         self.port = unused().split(":")[2]
         self.command(self.program("pg_ctl"), "-D", str(self.cluster), "-w", "-l", str(self.cluster / "log"), "-o",
                      "-F -k '' -h 127.0.0.1 -p " + self.port, "start")
 
-    def command(self, *command, user="postgres"):
-        prefix = ["runuser", "-u", user, "--"] if user else []
-        subprocess.run([*prefix, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, cwd="/")
+    def command(self, *command):
+        subprocess.run(["runuser", "-u", "postgres", "--", *command], stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, check=True, cwd="/")
 
     @staticmethod
     def program(name):
@@ -4190,6 +4187,7 @@ class Outboxes:
     def stop(self):
         if self.kind == "postgresql":
             self.command(self.program("pg_ctl"), "-D", str(self.cluster), "-m", "immediate", "stop")
+            shutil.rmtree(str(self.cluster))
 
 
 try:
