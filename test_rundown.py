@@ -4195,7 +4195,8 @@ try:
 except ImportError:
     psycopg = None
 no_postgresql = not (psycopg and LINUX and os.getuid() == 0 and Outboxes.program("initdb") and shutil.which("runuser"))
-POSTGRESQL = pytest.param("postgresql", marks=pytest.mark.skipif(no_postgresql, reason="wants psycopg, PostgreSQL, root"))
+POSTGRESQL = pytest.param(
+    "postgresql", marks=pytest.mark.skipif(no_postgresql, reason="wants psycopg, PostgreSQL and root"))
 
 
 @pytest.fixture(scope="module", params=["sqlite", POSTGRESQL])
@@ -4335,7 +4336,7 @@ def test_what_this_process_commits_is_forwarded_within_100_ms(engine, shop, box,
             took.append(time.monotonic() - began)
         rw.enqueue_in(box, q, "last")
         box.commit()
-    assert min(took) < 0.1 and "last" in payloads(engine, q)
+    assert sorted(took)[1] < 0.1 and "last" in payloads(engine, q)
 
 
 def test_the_engine_may_be_away_for_as_long_as_it_likes(own, shop, box, q):
