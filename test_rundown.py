@@ -4319,28 +4319,25 @@ class Outboxes:
     """A database to produce in: SQLite's in a file, or PostgreSQL's in a cluster of its own."""
 
     def __init__(self, folder, kind):
-        self.kind, self.file, self.cluster = kind, str(folder / "shop.db"), folder / "cluster"
+        self.kind, self.file = kind, str(folder / "shop.db")
         self.mark = "?" if kind == "sqlite" else "%s"
         if kind == "postgresql":
-            self.start(folder)
+            self.start()
         with contextlib.closing(self.connect()) as connection:
             connection.execute("CREATE TABLE orders (id TEXT)")
             connection.commit()
 
-    def start(self, folder):
-        os.chmod(str(folder), 0o755)
-        for parent in list(folder.parents)[:2]:           # pytest's own folders, into which another user has to come
-            os.chmod(str(parent), 0o755)
-        self.cluster.mkdir()
-        self.command("chown", "postgres", str(self.cluster), user=None)
+    def start(self):
+        self.cluster = Path(tempfile.mkdtemp())         # pytest's folders let nobody else in
+        shutil.chown(str(self.cluster), "postgres")
         self.command(self.program("initdb"), "-D", str(self.cluster), "-A", "trust", "-U", "postgres", "--no-sync")
         self.port = unused().split(":")[2]
         self.command(self.program("pg_ctl"), "-D", str(self.cluster), "-w", "-l", str(self.cluster / "log"), "-o",
                      "-F -k '' -h 127.0.0.1 -p " + self.port, "start")
 
-    def command(self, *command, user="postgres"):
-        prefix = ["runuser", "-u", user, "--"] if user else []
-        subprocess.run([*prefix, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, cwd="/")
+    def command(self, *command):
+        subprocess.run(["runuser", "-u", "postgres", "--", *command], stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, check=True, cwd="/")
 
     @staticmethod
     def program(name):
@@ -4359,6 +4356,7 @@ class Outboxes:
     def stop(self):
         if self.kind == "postgresql":
             self.command(self.program("pg_ctl"), "-D", str(self.cluster), "-m", "immediate", "stop")
+            shutil.rmtree(str(self.cluster))
 
 
 try:
@@ -4366,7 +4364,8 @@ try:
 except ImportError:
     psycopg = None
 no_postgresql = not (psycopg and LINUX and os.getuid() == 0 and Outboxes.program("initdb") and shutil.which("runuser"))
-POSTGRESQL = pytest.param("postgresql", marks=pytest.mark.skipif(no_postgresql, reason="wants psycopg, PostgreSQL, root"))
+POSTGRESQL = pytest.param(
+    "postgresql", marks=pytest.mark.skipif(no_postgresql, reason="wants psycopg, PostgreSQL and root"))
 
 
 @pytest.fixture(scope="module", params=["sqlite", POSTGRESQL])
@@ -4506,7 +4505,7 @@ def test_what_this_process_commits_is_forwarded_within_100_ms(engine, shop, box,
             took.append(time.monotonic() - began)
         rw.enqueue_in(box, q, "last")
         box.commit()
-    assert min(took) < 0.1 and "last" in payloads(engine, q)
+    assert sorted(took)[1] < 0.1 and "last" in payloads(engine, q)
 
 
 def test_the_engine_may_be_away_for_as_long_as_it_likes(own, shop, box, q):
