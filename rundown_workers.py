@@ -116,6 +116,7 @@ MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
 MAX_DEPTH = 200             # levels of a JSON value
 BACKOFF = 0.1               # seconds until the second try; doubled from try to try
 MAX_BACKOFF = 3             # seconds
+LAST_TRY = 1                # seconds that the last try of a call gets at least
 MAX_RETRY_AFTER = 60        # seconds that an engine may ask for
 REFUSED = 10                # seconds until a worker that is refused (token, queue) asks again
 RECENT = 0.25               # weight of the last job in the pace of a slot
@@ -144,6 +145,18 @@ class Refused(Error):
 
 class NotJSON(Error):
     """A value that JSON cannot hold."""
+
+
+class Misuse(Error, TypeError):
+    """What was asked for makes no sense, whatever the engine says."""
+
+
+class Failed(Error):
+    """The job whose result was asked for has failed or was cancelled: `job` is it, the text its error."""
+
+    def __init__(self, job):
+        super().__init__(job['error'] or f'the job was {job["status"]}')
+        self.job = job
 
 
 class Unfinished(Error, TimeoutError):
@@ -399,30 +412,41 @@ class Client:
             raise EngineUnavailable(f'no engine answers at {self.host}: {reason}') from error
         raise refusal(answer)
 
-    def call(self, path, body=None, wait=0):
-        """send(), tried again until the client's timeout, and `wait` seconds that the engine may take, are over."""
-        deadline = time.monotonic() + self.timeout + wait
+    def call(self, path, body=None, wait=0, give_up=None):
+        """send(), tried again for `give_up` seconds (None: the client's timeout), and the `wait` that the engine takes.
+
+        The last try gets a second at least, so an engine that is there but silent is noticed that much later.
+        """
+        began, give_up = time.monotonic(), self.timeout if give_up is None else give_up
         for tries in range(sys.maxsize):
+            remaining = began + give_up + wait - time.monotonic()
             try:
-                return self.send(path, body, max(0.001, deadline - time.monotonic()))
+                return self.send(path, body, max(remaining, wait + LAST_TRY))
             except EngineUnavailable as error:
                 pause = max(backoff(tries), error.retry_after)
-                if time.monotonic() + pause >= deadline:
-                    raise EngineUnavailable(f'{self.host} was tried for {self.timeout:g} s: {error}') from None
+                if time.monotonic() + pause >= began + give_up + wait:
+                    raise EngineUnavailable(f'{self.host} was tried for {give_up + wait:.3g} s: {error}') from None
             time.sleep(pause)
 
     def enqueue(self, queue, payload=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None,
-                priority=None, key=None, id=None):
+                priority=None, key=None, id=None, give_up=None):
         """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before."""
-        return self.call('/enqueue', job_text(
+        return Job(self.call('/enqueue', job_text(
             payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay, run_at=run_at,
-            priority=priority, key=key, id=id))
+            priority=priority, key=key, id=id), give_up=give_up), self)
 
-    def enqueue_many(self, queue, payloads, **options):
-        """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order."""
-        texts = (job_text(payload, queue=queue, **options) for payload in payloads)
+    def enqueue_many(self, queue, payloads, ids=None, give_up=None, **options):
+        """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
+
+        `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all.
+        """
+        payloads = check_many(payloads, options)
+        ids = [None] * len(payloads) if ids is None else list(ids)
+        if len(ids) != len(payloads):
+            raise Misuse(f'ids must be one for each payload: there are {len(ids)} and {len(payloads)}')
+        texts = (job_text(payload, queue=queue, id=id, **options) for payload, id in zip(payloads, ids))
         bodies = ('{"jobs":[' + ','.join(batch) + ']}' for batch in batches(texts, len))
-        return [job for body in bodies for job in self.call('/enqueue', body)['jobs']]
+        return [Job(job, self) for body in bodies for job in self.call('/enqueue', body, give_up=give_up)['jobs']]
 
     # poll returns a job or None; with `limit` a list or None
     poll      = calls('/poll',      'queue limit wait worker lease max_retries timeout hung')
@@ -447,12 +471,18 @@ class Client:
         """The newest job with that tag."""
         return self.call('/details/' + quote(tag))
 
-    def wait(self, job, timeout=None):
-        """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds."""
+    def wait(self, job, timeout=None, give_up=None):
+        """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds.
+
+        Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout.
+        """
         id = job if isinstance(job, str) else job['id']
         deadline = float('inf') if timeout is None else time.monotonic() + timeout
         while True:
-            job = self.job(id, wait=round(max(0, min(WAIT, deadline - time.monotonic())), 3))
+            left = max(0, deadline - time.monotonic())
+            span = round(min(WAIT, left), 3)
+            most = min(self.timeout if give_up is None else give_up, left - span)
+            job = Job(self.call(f'/jobs/{quote(id)}?wait={span}', wait=span, give_up=max(0, most)), self)
             if job['status'] in ('done', 'failed', 'cancelled'):
                 return job
             if time.monotonic() >= deadline:
@@ -461,6 +491,39 @@ class Client:
     def close(self):
         """Close the connections, those in use too. Nothing can be sent after that."""
         self.wire.close()
+
+
+class Job(dict):
+    """A job as the engine told of it, a dict that knows whom to ask for news."""
+
+    def __init__(self, fields, client):
+        super().__init__(fields)
+        self.client = client
+
+    def refresh(self):
+        """Bring it up to date, and return it."""
+        self.update(self.client.job(self['id']))
+        return self
+
+    def wait(self, timeout=None, give_up=None):
+        """Bring it up to date once it has ended, and return it; see Client.wait."""
+        self.update(self.client.wait(self, timeout, give_up))
+        return self
+
+    def result(self, timeout=None, give_up=None):
+        """What the handler returned, once it has; Failed with the job's error when it failed or was cancelled."""
+        if self.wait(timeout, give_up)['status'] != 'done':
+            raise Failed(self)
+        return self['result']
+
+    def __reduce__(self):
+        return dict, (dict(self),)      # in another process, and in a copy, it is a plain dict
+
+
+def results(jobs, timeout=None, give_up=None):
+    """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
+    deadline = float('inf') if timeout is None else time.monotonic() + timeout
+    return [job.result(None if timeout is None else max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 
 def refusal(answer):
@@ -494,11 +557,23 @@ def is_final(status):
     return status < 500 and status != 429
 
 
-def job_text(payload, id=None, run_at=None, **fields):
+def check_many(payloads, options):
+    """The payloads as a list, and Misuse where one job was meant."""
+    if isinstance(payloads, (str, bytes, dict)):
+        raise Misuse(f'payloads must be a list with one payload for each job, not a {type(payloads).__name__}')
+    for field in ('id', 'key'):
+        if field in options:
+            raise Misuse(f'{field} is for one job, and these are many' + ('; ids takes a list' * (field == 'id')))
+    return list(payloads)
+
+
+def job_text(payload, id=None, run_at=None, delay=None, **fields):
     """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
     if isinstance(run_at, datetime.datetime):
         run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
-    fields = {'id': id or new_id(), 'run_at': run_at, **fields}
+    if isinstance(delay, datetime.timedelta):
+        delay = delay.total_seconds()
+    fields = {'id': new_id() if id is None else id, 'run_at': run_at, 'delay': delay, **fields}
     fields = {field: value for field, value in fields.items() if value is not None}
     return '{"payload":' + as_json(payload, 'payload') + ',' + as_json(fields, 'the job')[1:]
 
@@ -1379,18 +1454,23 @@ class App:
             return function
         return register
 
-    def enqueue(self, queue, payload=None, host=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None,
-                priority=None, key=None, id=None):
-        """Add a job, and return it, a dict: see Client.enqueue. `delay` in seconds; `run_at` a datetime or RFC 3339."""
-        return self.client(host).enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id)
+    def enqueue(self, queue, payload=None, *, host=None, timeout=None, max_retries=None, tag=None, delay=None,
+                run_at=None, priority=None, key=None, id=None, give_up=None):
+        """Add a job, and return it, a dict that is a Job; see Client.enqueue.
 
-    def enqueue_many(self, queue, payloads, host=None, **options):
+        `delay` is in seconds or a timedelta; `run_at` a datetime or RFC 3339. It is tried for `give_up` seconds (30).
+        """
+        return self.client(host).enqueue(
+            queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up)
+
+    def enqueue_many(self, queue, payloads, *, host=None, ids=None, give_up=None, **options):
         """Add a job per payload: see Client.enqueue_many."""
-        return self.client(host).enqueue_many(queue, payloads, **options)
+        return self.client(host).enqueue_many(queue, payloads, ids, give_up, **options)
 
-    def wait(self, job, timeout=None, host=None):
+    def wait(self, job, timeout=None, host=None, give_up=None):
         """The finished job: see Client.wait."""
-        return self.client(host).wait(job, timeout)
+        client = job.client if isinstance(job, Job) and host is None else self.client(host)
+        return client.wait(job, timeout, give_up)
 
     def run(self, burst=False, grace=GRACE, max_hung=MAX_HUNG, concurrency=None):
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
@@ -1479,10 +1559,6 @@ COLUMNS = {
     'jobs':   'id queue status attempt retries priority tag next_run_at worker'.split(),
     'queues': 'queue pending scheduled running done failed cancelled oldest_age paused'.split(),
 }
-
-
-class Misuse(Error):
-    """What was asked for on the command line makes no sense."""
 
 
 def show(answer):

@@ -3891,6 +3891,44 @@ def test_the_children_of_a_worker_that_was_killed_end_too(engine, work, q):
     until(lambda: not alive(pid))
 
 
+# -- SDK: at home for people who come from other queues --------------------------------------------
+
+
+def test_what_enqueue_returns_tells_of_itself_later(engine, q):
+    client = rw.Client(engine.url)
+    good, bad, gone = client.enqueue_many(q, [1, 2, 3])
+    engine.tell("complete", engine.poll(q), result=[1])
+    engine.tell("fail", engine.poll(q), error="no luck")
+    engine.post("/cancel", id=gone["id"])
+    assert good["status"] == "pending" and good.refresh()["status"] == "done" and good.result(5) == [1]
+    assert bad.wait(5) is bad and rw.results([good, good], 5) == [[1], [1]]
+    for job, sentence in (bad, "no luck"), (gone, "the job was cancelled"):
+        with pytest.raises(rw.Failed, match=sentence) as caught:
+            job.result(5)
+        assert caught.value.job is job
+    assert type(copy.copy(bad)) is dict
+
+
+def test_producers_say_how_long_they_may_be_held_up():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = rw.Client("http://127.0.0.1:%d" % listener.getsockname()[1])
+    for call in (lambda: client.enqueue("x", give_up=0.4), lambda: client.wait("x", timeout=0.4),
+                 lambda: client.wait("x", give_up=0.4)):
+        began = time.monotonic()
+        with pytest.raises(rw.EngineUnavailable):
+            call()
+        assert time.monotonic() - began < 2
+
+
+def test_what_is_meant_for_one_job_is_refused_for_many(engine, q):
+    client = rw.Client(engine.url)
+    for payloads, options in ("text", {}), ([1], {"id": "s"}), ([1], {"key": "s"}), ([1, 2], {"ids": ["a"]}):
+        with pytest.raises(rw.Misuse):
+            client.enqueue_many(q, payloads, **options)
+    jobs = client.enqueue_many(q, [1, 2], ids=[q + "a", q + "b"], delay=datetime.timedelta(minutes=1))
+    assert [job["id"] for job in jobs] == [q + "a", q + "b"] and engine.poll(q) is None
+
+
 # -- SDK: command line, testing aid, demo ---------------------------------------------------------
 
 
