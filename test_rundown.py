@@ -3929,6 +3929,50 @@ def test_what_is_meant_for_one_job_is_refused_for_many(engine, q):
     assert [job["id"] for job in jobs] == [q + "a", q + "b"] and engine.poll(q) is None
 
 
+TASKS = """
+import rundown_workers as rw
+
+@rw.task(%s)
+def add(x, y=1):
+    return x + y
+
+@rw.task(queue="two", backoff=[0], abort_on=ValueError)
+async def risky(error):
+    raise {"v": ValueError, "o": OSError}[error]("no")
+
+@rw.queue("choosy", retry_on=(OSError,), backoff=[7, 0], max_retries=2)
+def choosy(error):
+    raise {"v": ValueError, "o": OSError}[error]("no")
+
+if __name__ == "__main__":
+    with rw.testing() as t:
+        jobs = add.delay(4, y=4), add.options(tag="x").delay(2), rw.enqueue("two", {"task": "tasks.ad"})
+        other = risky.delay("v"), risky.delay("o"), choosy.enqueue("v"), choosy.enqueue("o")
+        t.run()
+        assert rw.results(jobs[:2], 5) == [8, 3] and jobs[1]["tag"] == "x", jobs
+        assert jobs[0]["payload"] == {"task": "tasks.add", "args": [4], "kwargs": {"y": 4}}, jobs[0]
+        assert "tasks.add" in jobs[2].refresh()["error"] and jobs[2]["retries"] == 0, jobs[2]
+        assert [job.refresh()["retries"] for job in other] == [0, 3, 0, 1], other
+        assert [job["status"] for job in other] == ["failed", "failed", "failed", "pending"], other
+    for wrong in (lambda: add.delay(1, 2, 3), lambda: choosy.enqueue(4, 4), lambda: rw.queue(add),
+                  lambda: rw.queue("q")(5), lambda: rw.queue("q", timeout="3"), lambda: rw.queue("q", max_retries=-1),
+                  lambda: rw.queue("q")(lambda: 0), lambda: rw.queue("choosy")(add), lambda: rw.task(speed=3)(add)):
+        try:
+            wrong()
+        except rw.Misuse:
+            continue
+        raise SystemExit("not refused")
+"""
+
+
+@pytest.mark.parametrize("settings", ["queue='two'", "queue='two', isolate=True"])
+def test_tasks_share_a_queue_and_say_what_is_tried_again(tmp_path, settings):
+    (tmp_path / "tasks.py").write_text(TASKS % settings)
+    ended = subprocess.run([sys.executable, "tasks.py"], cwd=str(tmp_path), stdout=subprocess.PIPE, timeout=60,
+                           stderr=subprocess.STDOUT, env=environment())
+    assert ended.returncode == 0, ended.stdout.decode()
+
+
 # -- SDK: command line, testing aid, demo ---------------------------------------------------------
 
 
