@@ -1619,20 +1619,20 @@ class App:
     def testing(self):
         """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
 
-        It needs rundown_engine.py to be importable. `t.client` is its client. Queues with their own `host` stay there.
+        t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting. It needs rundown_engine.py to be importable. `t.client` is its client. Queues with their own `host` stay there.
         """
         try:
             import rundown_engine
         except ModuleNotFoundError:
             raise Error('testing() needs rundown_engine.py to be importable, such as beside this module') from None
         with tempfile.TemporaryDirectory() as folder:
-            server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal')
+            clock = Ahead()
+            server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal', clock=clock)
             threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
             host, outside = self.host, os.environ.get('RUNDOWN_URL', '')
             self.host = os.environ['RUNDOWN_URL'] = server.url      # the latter for isolated handlers
             try:
-                run = functools.partial(self.run, burst=True)
-                yield types.SimpleNamespace(app=self, client=self.client(), url=server.url, run=run)
+                yield Testing(self, server, clock)
             finally:
                 self.host, os.environ['RUNDOWN_URL'] = host, outside
                 if not outside:         # which counts as none
@@ -1716,6 +1716,42 @@ def check_call(function, *args, **kwargs):
     except TypeError as error:
         name = getattr(function, '__qualname__', function)
         raise Misuse(f'{name} cannot be called with {len(args) + len(kwargs)} argument(s): {error}') from None
+
+
+class Ahead:
+    """The clock of a throwaway engine: the machine's, and the seconds that it was moved by."""
+    seconds = 0
+
+    def time(self):
+        return time.time() + self.seconds
+
+    def monotonic(self):
+        return time.monotonic() + self.seconds
+
+
+class Testing:
+    """What testing() gives: an engine for a test, its client, and its clock."""
+
+    def __init__(self, app, server, clock):
+        self.app, self.server, self.clock, self.url, self.client = app, server, clock, server.url, app.client()
+
+    def advance(self, seconds):
+        """Move the engine's clock on; it sees at once what is due by then."""
+        self.clock.seconds += seconds
+        self.server.tick()
+
+    def run(self, delayed=False, **options):
+        """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
+        self.app.run(burst=True, **options)
+        while delayed:
+            queues, form = {queue for queue, _ in self.app.registered}, '%Y-%m-%dT%H:%M:%S.%f%z'
+            times = [datetime.datetime.strptime(job['next_run_at'].replace('Z', '+0000'), form).timestamp()
+                     for job in all_jobs(self.client) if job['status'] == 'pending' and job['queue'] in queues]
+            later = [at for at in times if at > self.clock.time()]
+            if not later:
+                return
+            self.advance(min(later) - self.clock.time() + 0.01)
+            self.app.run(burst=True, **options)
 
 
 def set_up_log():

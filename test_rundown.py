@@ -3954,6 +3954,12 @@ if __name__ == "__main__":
         assert "tasks.add" in jobs[2].refresh()["error"] and jobs[2]["retries"] == 0, jobs[2]
         assert [job.refresh()["retries"] for job in other] == [0, 3, 0, 1], other
         assert [job["status"] for job in other] == ["failed", "failed", "failed", "pending"], other
+        t.advance(8)
+        t.run()
+        assert other[3].refresh()["status"] == "failed" and other[3]["retries"] == 2, other[3]
+        late = add.options(delay=3600).delay(1)
+        t.run(delayed=True)
+        assert late.result(5) == 2
     for wrong in (lambda: add.delay(1, 2, 3), lambda: choosy.enqueue(4, 4), lambda: rw.queue(add),
                   lambda: rw.queue("q")(5), lambda: rw.queue("q", timeout="3"), lambda: rw.queue("q", max_retries=-1),
                   lambda: rw.queue("q")(lambda: 0), lambda: rw.queue("choosy")(add), lambda: rw.task(speed=3)(add)):
