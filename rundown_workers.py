@@ -26,7 +26,9 @@ in flight. One heartbeat for all claims, every third of the lease, keeps long jo
 
 PRODUCING
 
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key) -> the job, a dict
+    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, give_up) -> the job, a dict:
+                                          job.wait(timeout), job.result(timeout), job.refresh()
+    results(jobs, timeout)                what many jobs returned; Failed when one did not
     enqueue_many(queue, payloads, ...)    many in few requests; each request is all or nothing
     wait(job, timeout)                    the finished job
     Client(host, token, timeout, ca)      one method per call of the engine
@@ -36,12 +38,15 @@ job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_
 
 WORKING
 
-    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate)
+    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on)
+    @task(queue="default", ...)           any number of functions on a queue: add.delay(4, y=4),
+                                          add.options(delay=60).delay(4); payload {"task": name, "args": [], "kwargs": {}}
     job(), progress(value)                inside a handler: the job; any JSON value, shown while it runs
     raise Retry(delay=60), Abort("why")   fail and come back in 60 s; fail for good
     @on("start" | "success" | "failure" | "lost")    hook(job, None | result | exception | exception)
     run(burst, grace, max_hung), stop()   burst: work off what is due, and return
     testing()                             with rw.testing() as t: make_thumbnail.enqueue(1); t.run()
+                                          t.advance(60) moves its clock; t.run(delayed=True)
 
 A handler's return value is the result. Any exception fails the job with its traceback, what is not JSON for good. At
 its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
@@ -91,6 +96,10 @@ import urllib.parse
 import urllib.request
 import weakref
 from queue import Empty, SimpleQueue
+
+__all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON '
+           'Refused Retry Timeout '
+           'Unfinished enqueue enqueue_many job on progress queue results run stop task testing wait').split()
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -1204,7 +1213,9 @@ class Consumer:
 
 def summary(error):
     """The last line of what an exception says."""
-    return shorten((trace(error).strip().splitlines() or [''])[-1], 300)
+    text = trace(error)
+    group = re.search(r'^  \| (\S.*)', text, re.M) if text.rstrip().endswith('-----') else None
+    return shorten(group[1] if group else (text.strip().splitlines() or [''])[-1], 300)
 
 
 class Link:
@@ -1794,7 +1805,10 @@ def show(answer):
     if kind:
         print_rows([COLUMNS[kind]] + [[plain(row[column]) for column in COLUMNS[kind]] for row in answer[kind]])
     else:
-        print_rows([[field, plain(value)] for field, value in answer.items()])
+        print_rows([[field, plain(value)] for field, value in answer.items() if '\n' not in str(value)])
+        for field, value in answer.items():
+            for line in [f'{field}:', *str(value).splitlines()] if '\n' in str(value) else ():
+                print(printable(line))
 
 
 def print_rows(rows):
