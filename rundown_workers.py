@@ -26,7 +26,9 @@ in flight. One heartbeat for all claims, every third of the lease, keeps long jo
 
 PRODUCING
 
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key) -> the job, a dict
+    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, give_up) -> the job, a dict:
+                                          job.wait(timeout), job.result(timeout), job.refresh()
+    results(jobs, timeout)                what many jobs returned; Failed when one did not
     enqueue_many(queue, payloads, ...)    many in few requests; each request is all or nothing
     wait(job, timeout)                    the finished job
     Client(host, token, timeout, ca)      one method per call of the engine
@@ -36,12 +38,15 @@ job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_
 
 WORKING
 
-    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate)
+    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on)
+    @task(queue="default", ...)           any number of functions on a queue: add.delay(4, y=4),
+                                          add.options(delay=60).delay(4); payload {"task": name, "args": [], "kwargs": {}}
     job(), progress(value)                inside a handler: the job; any JSON value, shown while it runs
     raise Retry(delay=60), Abort("why")   fail and come back in 60 s; fail for good
     @on("start" | "success" | "failure" | "lost")    hook(job, None | result | exception | exception)
     run(burst, grace, max_hung), stop()   burst: work off what is due, and return
     testing()                             with rw.testing() as t: make_thumbnail.enqueue(1); t.run()
+                                          t.advance(60) moves its clock; t.run(delayed=True)
 
 A handler's return value is the result. Any exception fails the job with its traceback, what is not JSON for good. At
 its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
@@ -82,6 +87,7 @@ import contextlib
 import contextvars
 import ctypes
 import datetime
+import difflib
 import functools
 import hashlib
 import http.client
@@ -111,6 +117,10 @@ import urllib.request
 import weakref
 from queue import Empty, SimpleQueue
 
+__all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON '
+           'Refused Retry Timeout '
+           'Unfinished enqueue enqueue_many job on progress queue results run stop task testing wait').split()
+
 # -- Settings ---------------------------------------------------------------------------------------------------------
 
 URL = 'http://localhost:8181'   # of the engine, where neither `host` nor RUNDOWN_URL says
@@ -139,6 +149,7 @@ MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
 MAX_DEPTH = 200             # levels of a JSON value
 BACKOFF = 0.1               # seconds until the second try; doubled from try to try
 MAX_BACKOFF = 3             # seconds
+LAST_TRY = 1                # seconds that the last try of a call gets at least
 MAX_RETRY_AFTER = 60        # seconds that an engine may ask for
 REFUSED = 10                # seconds until a worker that is refused (token, queue) asks again
 RECENT = 0.25               # weight of the last job in the pace of a slot
@@ -167,6 +178,18 @@ class Refused(Error):
 
 class NotJSON(Error):
     """A value that JSON cannot hold."""
+
+
+class Misuse(Error, TypeError):
+    """What was asked for makes no sense, whatever the engine says."""
+
+
+class Failed(Error):
+    """The job whose result was asked for has failed or was cancelled: `job` is it, the text its error."""
+
+    def __init__(self, job):
+        super().__init__(job['error'] or f'the job was {job["status"]}')
+        self.job = job
 
 
 class Unfinished(Error, TimeoutError):
@@ -422,30 +445,42 @@ class Client:
             raise EngineUnavailable(f'no engine answers at {self.host}: {reason}') from error
         raise refusal(answer)
 
-    def call(self, path, body=None, wait=0):
-        """send(), tried again until the client's timeout, and `wait` seconds that the engine may take, are over."""
-        deadline = time.monotonic() + self.timeout + wait
+    def call(self, path, body=None, wait=0, give_up=None):
+        """send(), tried again for `give_up` seconds (None: the client's timeout), and the `wait` that the engine takes.
+
+        The last try gets a second at least, so an engine that is there but silent is noticed that much later.
+        """
+        give_up = self.timeout if give_up is None else give_up
+        deadline = time.monotonic() + give_up + wait
         for tries in range(sys.maxsize):
             try:
-                return self.send(path, body, max(0.001, deadline - time.monotonic()))
+                return self.send(path, body, max(deadline - time.monotonic(), wait + LAST_TRY))
             except EngineUnavailable as error:
-                pause = max(backoff(tries), error.retry_after)
-                if time.monotonic() + pause >= deadline:
-                    raise EngineUnavailable(f'{self.host} was tried for {self.timeout:g} s: {error}') from None
+                now, pause = time.monotonic(), max(backoff(tries), error.retry_after)
+                deadline = min(deadline, now + give_up) if tries == 0 else deadline
+                if now + pause >= deadline:
+                    raise EngineUnavailable(f'{self.host} was tried for {give_up:g} s: {error}') from None
             time.sleep(pause)
 
     def enqueue(self, queue, payload=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None,
-                priority=None, key=None, id=None):
+                priority=None, key=None, id=None, give_up=None):
         """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before."""
-        return self.call('/enqueue', job_text(
+        return Job(self.call('/enqueue', job_text(
             payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay, run_at=run_at,
-            priority=priority, key=key, id=id))
+            priority=priority, key=key, id=id), give_up=give_up), self)
 
-    def enqueue_many(self, queue, payloads, **options):
-        """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order."""
-        texts = (job_text(payload, queue=queue, **options) for payload in payloads)
+    def enqueue_many(self, queue, payloads, ids=None, give_up=None, **options):
+        """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
+
+        `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all.
+        """
+        payloads = check_many(payloads, options)
+        ids = [None] * len(payloads) if ids is None else list(ids)
+        if len(ids) != len(payloads):
+            raise Misuse(f'ids must be one for each payload: there are {len(ids)} and {len(payloads)}')
+        texts = (job_text(payload, queue=queue, id=id, **options) for payload, id in zip(payloads, ids))
         bodies = ('{"jobs":[' + ','.join(batch) + ']}' for batch in batches(texts, len))
-        return [job for body in bodies for job in self.call('/enqueue', body)['jobs']]
+        return [Job(job, self) for body in bodies for job in self.call('/enqueue', body, give_up=give_up)['jobs']]
 
     # poll returns a job or None; with `limit` a list or None
     poll      = calls('/poll',      'queue limit wait worker lease max_retries timeout hung')
@@ -470,12 +505,18 @@ class Client:
         """The newest job with that tag."""
         return self.call('/details/' + quote(tag))
 
-    def wait(self, job, timeout=None):
-        """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds."""
+    def wait(self, job, timeout=None, give_up=None):
+        """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds.
+
+        Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout.
+        """
         id = job if isinstance(job, str) else job['id']
         deadline = float('inf') if timeout is None else time.monotonic() + timeout
         while True:
-            job = self.job(id, wait=round(max(0, min(WAIT, deadline - time.monotonic())), 3))
+            left = max(0, deadline - time.monotonic())
+            span = round(min(WAIT, left), 3)
+            most = min(self.timeout if give_up is None else give_up, left)
+            job = Job(self.call(f'/jobs/{quote(id)}?wait={span}', wait=span, give_up=most), self)
             if job['status'] in ('done', 'failed', 'cancelled'):
                 return job
             if time.monotonic() >= deadline:
@@ -484,6 +525,39 @@ class Client:
     def close(self):
         """Close the connections, those in use too. Nothing can be sent after that."""
         self.wire.close()
+
+
+class Job(dict):
+    """A job as the engine told of it, a dict that knows whom to ask for news."""
+
+    def __init__(self, fields, client):
+        super().__init__(fields)
+        self.client = client
+
+    def refresh(self):
+        """Bring it up to date, and return it."""
+        self.update(self.client.job(self['id']))
+        return self
+
+    def wait(self, timeout=None, give_up=None):
+        """Bring it up to date once it has ended, and return it; see Client.wait."""
+        self.update(self.client.wait(self, timeout, give_up))
+        return self
+
+    def result(self, timeout=None, give_up=None):
+        """What the handler returned, once it has; Failed with the job's error when it failed or was cancelled."""
+        if self.wait(timeout, give_up)['status'] != 'done':
+            raise Failed(self)
+        return self['result']
+
+    def __reduce__(self):
+        return dict, (dict(self),)      # in another process, and in a copy, it is a plain dict
+
+
+def results(jobs, timeout=None, give_up=None):
+    """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
+    deadline = float('inf') if timeout is None else time.monotonic() + timeout
+    return [job.result(None if timeout is None else max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 
 def refusal(answer):
@@ -517,11 +591,23 @@ def is_final(status):
     return status < 500 and status != 429
 
 
-def job_text(payload, id=None, run_at=None, **fields):
+def check_many(payloads, options):
+    """The payloads as a list, and Misuse where one job was meant."""
+    if isinstance(payloads, (str, bytes, dict)):
+        raise Misuse(f'payloads must be a list with one payload for each job, not a {type(payloads).__name__}')
+    for field in ('id', 'key'):
+        if field in options:
+            raise Misuse(f'{field} is for one job, and these are many' + ('; ids takes a list' * (field == 'id')))
+    return list(payloads)
+
+
+def job_text(payload, id=None, run_at=None, delay=None, **fields):
     """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
     if isinstance(run_at, datetime.datetime):
         run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
-    fields = {'id': id or new_id(), 'run_at': run_at, **fields}
+    if isinstance(delay, datetime.timedelta):
+        delay = delay.total_seconds()
+    fields = {'id': new_id() if id is None else id, 'run_at': run_at, 'delay': delay, **fields}
     fields = {field: value for field, value in fields.items() if value is not None}
     return '{"payload":' + as_json(payload, 'payload') + ',' + as_json(fields, 'the job')[1:]
 
@@ -568,15 +654,84 @@ def failed(error, text=None, retry=True, delay=None):
     return Outcome('fail', error, error=encode(text), retry=encode(retry), delay=encode(delay))
 
 
-def perform(handler, payload):
+class Policy(collections.namedtuple('Policy', 'backoff retry_on abort_on')):
+    """After which failures, and after how many seconds, a job is tried again."""
+
+    def verdict(self, error, retries):
+        """The fields `retry` and `delay` of the failure. retry_on is about what the handler raised by itself."""
+        own = not isinstance(error, (Retry, Timeout, Crashed))
+        if isinstance(error, (Abort, *self.abort_on)) or self.retry_on and own and not isinstance(error, self.retry_on):
+            return {'retry': False}
+        delay = getattr(error, 'delay', None) if isinstance(error, Retry) else None
+        return {'delay': self.delay(retries + 1) if delay is None else delay}
+
+    def delay(self, number):
+        """Seconds until the retry of that number (1, 2 ...); None leaves it to the engine."""
+        if not self.backoff:
+            return None
+        try:
+            steps = self.backoff
+            delay = steps(number) if callable(steps) else steps[min(number, len(steps)) - 1]
+            if 0 <= delay < float('inf'):
+                return delay
+            raise ValueError(f'it gave {delay!r}, not a number of seconds')
+        except Exception as error:
+            return note(logging.ERROR, 'backoff of retry %d failed: %s', number, summary(error))
+
+
+def policy(backoff, retry_on, abort_on):
+    """A Policy as the decorators are given it."""
+    def classes(given, name):
+        given = given if isinstance(given, (tuple, list)) else () if given is None else (given,)
+        if not all(isinstance(one, type) and issubclass(one, BaseException) for one in given):
+            raise Misuse(f'{name} must be a class of exceptions or a tuple of them, not {given!r}')
+        return tuple(given)
+    if not callable(backoff):
+        backoff = [] if backoff is None else list(backoff) if isinstance(backoff, (list, tuple)) else [backoff]
+        for delay in backoff:
+            check('backoff', delay, 0, (int, float))
+    return Policy(backoff, classes(retry_on, 'retry_on'), classes(abort_on, 'abort_on'))
+
+
+class Handler:
+    """What works a queue's payloads: its one function, or the task that the payload names."""
+
+    def __init__(self, functions):
+        self.functions = {name: as_handler(function) for name, function in functions.items()}
+        self.policies = {name: getattr(function, 'policy', NO_POLICY) for name, function in functions.items()}
+
+    def find(self, payload):
+        """The function for the payload, and its arguments."""
+        if None in self.functions:
+            return self.functions[None], [payload], {}
+        name, args, kwargs = (payload.get(field) if isinstance(payload, dict) else None for field in TASK_FIELDS)
+        if name in self.functions and isinstance(args or [], list) and isinstance(kwargs or {}, dict):
+            return self.functions[name], args or [], kwargs or {}
+        if not isinstance(name, str) or name in self.functions:
+            raise Abort('the payload of a task must be {"task": "its name", "args": [...], "kwargs": {...}}')
+        near = difflib.get_close_matches(name, self.functions) or sorted(self.functions)[:10]
+        raise Abort(f'no worker here knows the task {name}; near it are {", ".join(near)}')
+
+    def verdict(self, error, job):
+        """What its policy says of a failure of the job."""
+        payload, retries = job.get('payload'), job.get('retries')
+        name = None if None in self.policies or not isinstance(payload, dict) else payload.get('task')
+        found = self.policies.get(name if isinstance(name, str) else None, NO_POLICY)
+        return found.verdict(error, retries if type(retries) is int else 0)
+
+
+NO_POLICY = Policy([], (), ())
+TASK_FIELDS = 'task', 'args', 'kwargs'
+
+
+def perform(handler, job):
     """One run of a handler, as its outcome. It knows no network, and raises nothing, whatever the handler does."""
     process = os.getpid()
     try:
-        result = handler(payload)
-    except Retry as error:
-        return failed(error, delay=error.delay)
+        function, args, kwargs = handler.find(job['payload'])
+        result = function(*args, **kwargs)
     except BaseException as error:
-        return failed(error, retry=not isinstance(error, Abort))
+        return failed(error, **handler.verdict(error, job))
     finally:
         if os.getpid() != process:
             os._exit(1)                 # a process that the handler forked, and that came back here
@@ -606,13 +761,13 @@ def as_handler(function):
         return function
     import asyncio      # here, since it takes megabytes that most workers have no use for
 
-    async def main(payload):
+    async def main(*args, **kwargs):
         task, running = current.get(), asyncio.current_task()
         task.coroutine = running.get_coro()
         task.cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, running.cancel)
-        return await function(payload)
+        return await function(*args, **kwargs)
 
-    return lambda payload: asyncio.run(main(payload))
+    return lambda *args, **kwargs: asyncio.run(main(*args, **kwargs))
 
 
 class Task:
@@ -684,7 +839,7 @@ class Slot:
         self.close()
 
     def perform(self, task):
-        return perform(self.consumer.handler, task.job['payload'])
+        return perform(self.consumer.handler, task.job)
 
     def interrupt(self, task, interruption):
         """Stop the handler, and do without this thread."""
@@ -734,10 +889,10 @@ class IsolatedSlot(Slot):
     def _start(self):
         context = multiprocessing.get_context('spawn')
         self.pipe, theirs = context.Pipe()
-        handler = self.consumer.registered.function
-        where = handler.__module__, inspect.getfile(handler), handler.__qualname__
+        functions = self.consumer.registered.functions.items()
+        where = {name: (one.__module__, inspect.getfile(one), one.__qualname__) for name, one in functions}
         with spawning:
-            self.process = context.Process(target=child, args=(theirs, *where), name=CHILD + self.consumer.name)
+            self.process = context.Process(target=child, args=(theirs, where), name=CHILD + self.consumer.name)
             self.process.start()
         theirs.close()
         atexit.register(self.kill)
@@ -764,7 +919,7 @@ class IsolatedSlot(Slot):
             call, fields, error = text
             return Outcome(call, Crashed(error) if error else json.loads(fields['result']), **fields)
         self.close()
-        return failed(Crashed(text), text)
+        return failed(Crashed(text), text, **self.consumer.handler.verdict(Crashed(text), task.job))
 
     def _ask(self, task):
         """Give the task to the child; its first word of it, or how it ended instead."""
@@ -828,7 +983,7 @@ def ending(code):
     return f'was killed by {name}' if name else f'ended with exit code {code}'
 
 
-def child(pipe, module, file, name):
+def child(pipe, where):
     """The process of an isolated slot: works what comes through the pipe. It and its children end with the worker."""
     if hasattr(os, 'setsid'):
         os.setsid()                                     # to be killed with its children
@@ -842,7 +997,7 @@ def child(pipe, module, file, name):
             pipe.send((kind, text))
 
     try:
-        handler = as_handler(locate(module, file, name))
+        handler = Handler({name: locate(*place) for name, place in where.items()})
     except BaseException as error:
         return say('fail', shorten(trace(error), MAX_ERROR))
     say('ready', None)
@@ -851,7 +1006,7 @@ def child(pipe, module, file, name):
         job = jobs.get()
         say('begun', None)
         current.set(types.SimpleNamespace(job=job, show=functools.partial(say, 'progress')))   # what Task is elsewhere
-        outcome = perform(handler, job['payload'])
+        outcome = perform(handler, job)
         say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
 
 
@@ -906,7 +1061,7 @@ class Consumer:
     def __init__(self, worker, link, registered, concurrency):
         self.worker, self.link, self.registered = worker, link, registered      # constant, like the next three
         self.name, self.concurrency = registered.name, concurrency
-        self.handler = as_handler(registered.function)
+        self.handler = Handler(registered.functions)
         self.client = Client(link.client.host, worker.app.token, ca=worker.app.ca)      # of its own, to be hung up
         self.inbox = SimpleQueue()          # safe by themselves: tasks for the slots
         self.open = {}                      # tasks that are claimed and not settled
@@ -920,8 +1075,8 @@ class Consumer:
         self.thread = None
 
     def start(self):
-        isolate, function = self.registered.isolate, self.registered.function
-        kind = IsolatedSlot if isolate else ProgramSlot if isinstance(function, Program) else Slot
+        program = isinstance(self.registered.functions.get(None), Program)
+        kind = ProgramSlot if program else IsolatedSlot if self.registered.isolate else Slot
         self.slots = [kind(self) for _ in range(self.concurrency)]
         self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
 
@@ -971,7 +1126,9 @@ class Consumer:
 
     def _unanswered(self, error, tries):
         if not self.worker.stopping.is_set():
-            if self.worker.burst:
+            if getattr(error, 'status', None) == 400:       # asking again does not mend it
+                note(logging.ERROR, 'the engine refuses the settings of the queue %s: %s', self.name, error)
+            if self.worker.burst or getattr(error, 'status', None) == 400:
                 self.worker.stop(error)
             self.worker.stopping.wait(self.link.away(error, tries))
 
@@ -1059,7 +1216,8 @@ class Consumer:
     def _time_out(self, task):
         text = f'timed out after {task.timeout:g} s\n{task.slot.where(task)}'
         error = Timeout(text)
-        if self.settle(task, failed(error, text), Timeout):
+        verdict = self.handler.verdict(error, task.job)
+        if self.settle(task, failed(error, text, **verdict), Timeout):
             note(logging.WARNING, '%s timed out after %g s; hung threads: %d', task, task.timeout, self.worker.hung())
             self.hook_aside('failure', task, error)
 
@@ -1091,7 +1249,9 @@ class Consumer:
 
 def summary(error):
     """The last line of what an exception says."""
-    return shorten((trace(error).strip().splitlines() or [''])[-1], 300)
+    text = trace(error)
+    group = re.search(r'^  \| (\S.*)', text, re.M) if text.rstrip().endswith('-----') else None
+    return shorten(group[1] if group else (text.strip().splitlines() or [''])[-1], 300)
 
 
 class Link:
@@ -1364,7 +1524,7 @@ class Worker:
 
 EVENTS = ('start', 'success', 'failure', 'lost')
 Registered = collections.namedtuple(
-    'Registered', 'name function host poll_interval max_retries timeout concurrency isolate')
+    'Registered', 'name functions host poll_interval max_retries timeout concurrency isolate')
 
 
 class App:
@@ -1389,23 +1549,61 @@ class App:
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
 
-    def queue(self, name, host=None, poll_interval=1.0, max_retries=3, timeout=None, concurrency=1, isolate=False):
+    def queue(self, name, host=None, poll_interval=1.0, max_retries=3, timeout=None, concurrency=1, isolate=False,
+              backoff=None, retry_on=None, abort_on=None):
         """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
 
         `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
-        run at a time; with `isolate` each in a process of its own. `poll_interval` (seconds) only counts with an engine
-        that does not wait in a poll.
+        run at a time; with `isolate` each in a process of its own. `backoff` is the seconds until each retry, the last
+        for all that follow, or a function of the retry's number; after exceptions that are not in `retry_on`, where it
+        is given, or are in `abort_on`, there is none. `poll_interval` (seconds) only counts with an engine that does
+        not wait in a poll.
         """
+        if not isinstance(name, str) or not name:
+            raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
+        registered = Registered(name, {}, host, poll_interval, max_retries, timeout, concurrency, isolate)
+        check_settings(registered)
+        rule = policy(backoff, retry_on, abort_on)
+
         def register(function):
-            if isolate and not re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')):
-                raise Error(f'{function!r} cannot be isolated: its process has to find it by its name in a module')
-            self.registered[name, host] = Registered(
-                name, function, host, poll_interval, max_retries, timeout, concurrency, isolate)
-            function.enqueue = functools.partial(self.enqueue, name, **({'host': host} if host else {}))
+            check_function(function, isolate)
+            with contextlib.suppress(ValueError):       # it has no signature to look at
+                check_call(function, None)
+            known = self.registered.get((name, host), registered).functions
+            if known and source(known.get(None)) != source(function):
+                raise Misuse(f'the queue {name} has a handler already; rw.task has many functions on a queue')
+            self.registered[name, host] = registered._replace(functions={None: function})
+            function.policy, function.enqueue = rule, enqueuer(self, name, host)
             return function
-        if type(concurrency) is not int or concurrency < 1:
-            raise Error(f'concurrency must be a whole number from 1, not {concurrency!r}')
         return register
+
+    def task(self, function=None, *, queue='default', max_retries=None, timeout=None, backoff=None, retry_on=None,
+             abort_on=None, **settings):
+        """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
+
+        `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with each
+        job. `settings` are those of the queue, as queue() has them; what was given last holds.
+        """
+        host, rule = settings.get('host'), policy(backoff, retry_on, abort_on)
+        if function is None:
+            return functools.partial(self.task, queue=queue, max_retries=max_retries, timeout=timeout, backoff=backoff,
+                                     retry_on=retry_on, abort_on=abort_on, **settings)
+        registered = self.registered.get((queue, host)) or Registered(queue, {}, host, 1.0, 3, None, 1, False)
+        unknown = sorted(set(settings) - {'host', 'poll_interval', 'concurrency', 'isolate'})
+        if unknown or None in registered.functions:
+            raise Misuse(f'a task has no setting {unknown[0]}' if unknown else
+                         f'the queue {queue} has a handler for all of its payloads; tasks need another one')
+        registered = registered._replace(**settings)
+        check_settings(registered._replace(timeout=timeout, max_retries=max_retries))
+        check_function(function, registered.isolate)
+        name = task_name(function)
+        if name in registered.functions and source(registered.functions[name]) != source(function):
+            raise Misuse(f'the queue {queue} has a task {name} already')
+        registered.functions[name] = function
+        self.registered[queue, host] = registered
+        sender = Sender(self, queue, name, function, host=host, max_retries=max_retries, timeout=timeout)
+        function.policy, function.delay, function.options = rule, sender.delay, sender.options
+        return function
 
     def on(self, event):
         """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result),
@@ -1418,18 +1616,23 @@ class App:
             return function
         return register
 
-    def enqueue(self, queue, payload=None, host=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None,
-                priority=None, key=None, id=None):
-        """Add a job, and return it, a dict: see Client.enqueue. `delay` in seconds; `run_at` a datetime or RFC 3339."""
-        return self.client(host).enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id)
+    def enqueue(self, queue, payload=None, *, host=None, timeout=None, max_retries=None, tag=None, delay=None,
+                run_at=None, priority=None, key=None, id=None, give_up=None):
+        """Add a job, and return it, a dict that is a Job; see Client.enqueue.
 
-    def enqueue_many(self, queue, payloads, host=None, **options):
+        `delay` is in seconds or a timedelta; `run_at` a datetime or RFC 3339. It is tried for `give_up` seconds (30).
+        """
+        return self.client(host).enqueue(
+            queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up)
+
+    def enqueue_many(self, queue, payloads, *, host=None, ids=None, give_up=None, **options):
         """Add a job per payload: see Client.enqueue_many."""
-        return self.client(host).enqueue_many(queue, payloads, **options)
+        return self.client(host).enqueue_many(queue, payloads, ids, give_up, **options)
 
-    def wait(self, job, timeout=None, host=None):
+    def wait(self, job, timeout=None, host=None, give_up=None):
         """The finished job: see Client.wait."""
-        return self.client(host).wait(job, timeout)
+        client = job.client if isinstance(job, Job) and host is None else self.client(host)
+        return client.wait(job, timeout, give_up)
 
     def run(self, burst=False, grace=GRACE, max_hung=MAX_HUNG, concurrency=None):
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
@@ -1465,20 +1668,20 @@ class App:
     def testing(self):
         """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
 
-        It needs rundown_engine.py to be importable. `t.client` is its client. Queues with their own `host` stay there.
+        t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting. It needs rundown_engine.py to be importable. `t.client` is its client. Queues with their own `host` stay there.
         """
         try:
             import rundown_engine
         except ModuleNotFoundError:
             raise Error('testing() needs rundown_engine.py to be importable, such as beside this module') from None
         with tempfile.TemporaryDirectory() as folder:
-            server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal')
+            clock = Ahead()
+            server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal', clock=clock)
             threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
             host, outside = self.host, os.environ.get('RUNDOWN_URL', '')
             self.host = os.environ['RUNDOWN_URL'] = server.url      # the latter for isolated handlers
             try:
-                run = functools.partial(self.run, burst=True)
-                yield types.SimpleNamespace(app=self, client=self.client(), url=server.url, run=run)
+                yield Testing(self, server, clock)
             finally:
                 self.host, os.environ['RUNDOWN_URL'] = host, outside
                 if not outside:         # which counts as none
@@ -1487,6 +1690,125 @@ class App:
                     self.clients.pop(settings).close()
                 server.shutdown()
                 server.server_close()
+
+
+class Sender:
+    """Sends jobs for a task, each with the same options of enqueue()."""
+
+    def __init__(self, app, queue, name, function, **options):
+        def delay(*args, **kwargs):
+            check_call(function, *args, **kwargs)
+            return app.enqueue(queue, dict(zip(TASK_FIELDS, (name, list(args), kwargs))), **options)
+
+        def changed(**more):
+            return Sender(app, queue, name, function, **{**options, **more})
+
+        delay.__doc__ = f'Add a job that calls {name} with these arguments, and return it; see enqueue().'
+        changed.__doc__ = f'The same with options of enqueue() for its jobs: {name}.options(delay=60).delay(...)'
+        with contextlib.suppress(ValueError):
+            delay.__signature__ = inspect.signature(function)
+        self.delay, self.options = delay, changed
+
+
+def enqueuer(app, queue, host):
+    """The `enqueue` of a queue's handler."""
+    def enqueue(payload=None, *more, **options):
+        if more:
+            raise Misuse(f'{queue} takes one payload, and options by name; @rw.task is for functions of many arguments')
+        return app.enqueue(queue, payload, **{'host': host, **options})
+    taken = list(inspect.signature(app.enqueue).parameters.values())
+    enqueue.__doc__, enqueue.__signature__ = app.enqueue.__doc__, inspect.Signature(taken[1:])
+    return enqueue
+
+
+def task_name(function):
+    """The name that producers and workers call a task by; of a script's the same as where it is imported."""
+    module = function.__module__
+    if module in ('__main__', '__mp_main__'):
+        module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
+    return f'{module}.{function.__qualname__}'
+
+
+def source(function):
+    """Where it is written: the same when the same function comes anew, as on reload."""
+    code = getattr(function, '__code__', None)
+    return getattr(code, 'co_filename', type(function)), getattr(function, '__qualname__', repr(function))
+
+
+def check(name, value, least, types=int):
+    """Misuse unless the setting is a number from `least`."""
+    if isinstance(value, bool) or not isinstance(value, types) or not least <= value < float('inf'):
+        raise Misuse(f'{name} must be a {"whole number" if types is int else "number of seconds"} from {least}, '
+                     f'not {value!r}')
+
+
+def check_settings(registered):
+    check('concurrency', registered.concurrency, 1)
+    check('poll_interval', registered.poll_interval, 0, (int, float))
+    if registered.max_retries is not None:
+        check('max_retries', registered.max_retries, 0)
+    if registered.timeout is not None:
+        check('timeout', registered.timeout, 0, (int, float))
+
+
+def check_function(function, isolate):
+    if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
+        raise Misuse(f'what is decorated must be a function, not {function!r}')
+    if isolate and not re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')):
+        raise Misuse(f'{function!r} cannot be isolated: its process has to find it by its name in a module')
+
+
+def check_call(function, *args, **kwargs):
+    """Misuse unless the function can be called like this."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(function, '__qualname__', function)
+        raise Misuse(f'{name} cannot be called with {len(args) + len(kwargs)} argument(s): {error}') from None
+
+
+class Ahead:
+    """The clock of a throwaway engine: the machine's, and the seconds that it was moved by."""
+    seconds = 0
+
+    def time(self):
+        return time.time() + self.seconds
+
+    def monotonic(self):
+        return time.monotonic() + self.seconds
+
+
+class Testing:
+    """What testing() gives: an engine for a test, its client, and its clock."""
+
+    def __init__(self, app, server, clock):
+        self.app, self.server, self.clock, self.url, self.client = app, server, clock, server.url, app.client()
+
+    def advance(self, seconds):
+        """Move the engine's clock on; it sees at once what is due by then."""
+        self.clock.seconds += seconds
+        self.server.tick()
+
+    def run(self, delayed=False, **options):
+        """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
+        self.app.run(burst=True, **options)
+        while delayed:
+            queues, form = {queue for queue, _ in self.app.registered}, '%Y-%m-%dT%H:%M:%S.%f%z'
+            times = [datetime.datetime.strptime(job['next_run_at'].replace('Z', '+0000'), form).timestamp()
+                     for job in all_jobs(self.client) if job['status'] == 'pending' and job['queue'] in queues]
+            later = [at for at in times if at > self.clock.time()]
+            if not later:
+                return
+            self.advance(min(later) - self.clock.time() + 0.01)
+            self.app.run(burst=True, **options)
+
+
+def all_jobs(client):
+    page = client.jobs(limit=1000)
+    yield from page['jobs']
+    while page['after']:
+        page = client.jobs(limit=1000, after=page['after'])
+        yield from page['jobs']
 
 
 def set_up_log():
@@ -1508,7 +1830,7 @@ def leave(code):
 
 
 default = App()
-queue, on = default.queue, default.on
+queue, task, on = default.queue, default.task, default.on
 enqueue, enqueue_many, wait = default.enqueue, default.enqueue_many, default.wait
 run, stop, testing = default.run, default.stop, default.testing
 
@@ -1517,6 +1839,9 @@ run, stop, testing = default.run, default.stop, default.testing
 
 class Program(types.SimpleNamespace):
     """What stands for a handler: `command`, and whether it gets a string payload as `text`."""
+
+    def __call__(self, payload):
+        raise NotImplementedError('a program is run by its slot')
 
 
 class ProgramSlot(Slot):
@@ -1527,10 +1852,10 @@ class ProgramSlot(Slot):
         self.ending = False             # interrupt() has been, or is not going to be, for the last task
 
     def perform(self, task):
-        return perform(functools.partial(self._execute, task), task.job['payload'])
+        return perform(Handler({None: functools.partial(self._execute, task)}), task.job)
 
     def _execute(self, task, payload):
-        program, file = self.consumer.registered.function, tempfile.TemporaryFile
+        program, file = self.consumer.registered.functions[None], tempfile.TemporaryFile
         text = payload if program.text and isinstance(payload, str) else as_json(payload, 'payload')
         env = dict(os.environ, RUNDOWN_ID=task.job['id'], RUNDOWN_QUEUE=self.consumer.name,
                    RUNDOWN_ATTEMPT=str(task.job['attempt']))
@@ -1730,10 +2055,6 @@ COLUMNS = {
 }
 
 
-class Misuse(Error):
-    """What was asked for on the command line makes no sense."""
-
-
 def show(answer):
     """JSON on a pipe, an aligned table on a terminal."""
     if not sys.stdout.isatty():
@@ -1743,7 +2064,10 @@ def show(answer):
     if kind:
         print_rows([COLUMNS[kind]] + [[plain(row[column]) for column in COLUMNS[kind]] for row in answer[kind]])
     else:
-        print_rows([[field, plain(value)] for field, value in answer.items()])
+        print_rows([[field, plain(value)] for field, value in answer.items() if '\n' not in str(value)])
+        for field, value in answer.items():
+            for line in [f'{field}:', *str(value).splitlines()] if '\n' in str(value) else ():
+                print(printable(line))
 
 
 def print_rows(rows):
@@ -1838,7 +2162,7 @@ def arguments(argv):
     command('forward', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT', ('file', {}),
             function=command_forward)
     command('demo', 'hash the files under a folder as jobs of an engine of its own',
-            ('folder', dict(metavar='DIR', nargs='?', default=os.path.dirname(os.__file__))), function=command_demo)
+            ('folder', dict(metavar='DIR', nargs='?', default=os.path.join(os.path.dirname(os.__file__), 'encodings'))), function=command_demo)
     return parser.parse_args(argv)
 
 
@@ -1860,7 +2184,7 @@ def command_demo(client, options):
     if not os.path.isdir(options.folder):
         raise Misuse(f'there is no folder {options.folder}')
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(options.folder) for name in names]
-    paths = [path for path in paths if os.path.isfile(path) and os.access(path, os.R_OK) and 'site-packages' not in path]
+    paths = [path for path in paths if os.path.isfile(path) and os.access(path, os.R_OK)]
     app = App()
     log.setLevel(logging.ERROR)
     app.queue('demo', concurrency=4, max_retries=1)(hash_file)

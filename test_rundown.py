@@ -4060,6 +4060,94 @@ def test_the_children_of_a_worker_that_was_killed_end_too(engine, work, q):
     until(lambda: not alive(pid))
 
 
+# -- SDK: at home for people who come from other queues --------------------------------------------
+
+
+def test_what_enqueue_returns_tells_of_itself_later(engine, q):
+    client = rw.Client(engine.url)
+    good, bad, gone = client.enqueue_many(q, [1, 2, 3])
+    engine.tell("complete", engine.poll(q), result=[1])
+    engine.tell("fail", engine.poll(q), error="no luck")
+    engine.post("/cancel", id=gone["id"])
+    assert good["status"] == "pending" and good.refresh()["status"] == "done" and good.result(5) == [1]
+    assert bad.wait(5) is bad and rw.results([good, good], 5) == [[1], [1]]
+    for job, sentence in (bad, "no luck"), (gone, "the job was cancelled"):
+        with pytest.raises(rw.Failed, match=sentence) as caught:
+            job.result(5)
+        assert caught.value.job is job
+    assert type(copy.copy(bad)) is dict
+
+
+def test_producers_say_how_long_they_may_be_held_up():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = rw.Client("http://127.0.0.1:%d" % listener.getsockname()[1])
+    for call in (lambda: client.enqueue("x", give_up=0.4), lambda: client.wait("x", timeout=0.4),
+                 lambda: client.wait("x", give_up=0.4)):
+        began = time.monotonic()
+        with pytest.raises(rw.EngineUnavailable):
+            call()
+        assert time.monotonic() - began < 2
+
+
+def test_what_is_meant_for_one_job_is_refused_for_many(engine, q):
+    client = rw.Client(engine.url)
+    for payloads, options in ("text", {}), ([1], {"id": "s"}), ([1], {"key": "s"}), ([1, 2], {"ids": ["a"]}):
+        with pytest.raises(rw.Misuse):
+            client.enqueue_many(q, payloads, **options)
+    jobs = client.enqueue_many(q, [1, 2], ids=[q + "a", q + "b"], delay=datetime.timedelta(minutes=1))
+    assert [job["id"] for job in jobs] == [q + "a", q + "b"] and engine.poll(q) is None
+
+
+TASKS = """
+import rundown_workers as rw
+
+@rw.task(%s)
+def add(x, y=1):
+    return x + y
+
+@rw.task(queue="two", backoff=[0], abort_on=ValueError)
+async def risky(error):
+    raise {"v": ValueError, "o": OSError}[error]("no")
+
+@rw.queue("choosy", retry_on=(OSError,), backoff=[7, 0], max_retries=2)
+def choosy(error):
+    raise {"v": ValueError, "o": OSError}[error]("no")
+
+if __name__ == "__main__":
+    with rw.testing() as t:
+        jobs = add.delay(4, y=4), add.options(tag="x").delay(2), rw.enqueue("two", {"task": "tasks.ad"})
+        other = risky.delay("v"), risky.delay("o"), choosy.enqueue("v"), choosy.enqueue("o")
+        t.run()
+        assert rw.results(jobs[:2], 5) == [8, 3] and jobs[1]["tag"] == "x", jobs
+        assert jobs[0]["payload"] == {"task": "tasks.add", "args": [4], "kwargs": {"y": 4}}, jobs[0]
+        assert "tasks.add" in jobs[2].refresh()["error"] and jobs[2]["retries"] == 0, jobs[2]
+        assert [job.refresh()["retries"] for job in other] == [0, 3, 0, 1], other
+        assert [job["status"] for job in other] == ["failed", "failed", "failed", "pending"], other
+        t.advance(8)
+        t.run()
+        assert other[3].refresh()["status"] == "failed" and other[3]["retries"] == 2, other[3]
+        late = add.options(delay=3600).delay(1)
+        t.run(delayed=True)
+        assert late.result(5) == 2
+    for wrong in (lambda: add.delay(1, 2, 3), lambda: choosy.enqueue(4, 4), lambda: rw.queue(add),
+                  lambda: rw.queue("q")(5), lambda: rw.queue("q", timeout="3"), lambda: rw.queue("q", max_retries=-1),
+                  lambda: rw.queue("q")(lambda: 0), lambda: rw.queue("choosy")(add), lambda: rw.task(speed=3)(add)):
+        try:
+            wrong()
+        except rw.Misuse:
+            continue
+        raise SystemExit("not refused")
+"""
+
+
+@pytest.mark.parametrize("settings", ["queue='two'", "queue='two', isolate=True"])
+def test_tasks_share_a_queue_and_say_what_is_tried_again(tmp_path, settings):
+    (tmp_path / "tasks.py").write_text(TASKS % settings)
+    ended = subprocess.run([sys.executable, "tasks.py"], cwd=str(tmp_path), stdout=subprocess.PIPE, timeout=60,
+                           stderr=subprocess.STDOUT, env=environment())
+    assert ended.returncode == 0, ended.stdout.decode()
+
+
 # -- SDK: command line, testing aid, demo ---------------------------------------------------------
 
 
@@ -4446,7 +4534,7 @@ def test_jobs_that_the_engine_refuses_stay_and_hold_up_nobody(engine, shop, box,
 
 
 def test_a_wrong_token_is_no_fault_of_the_jobs(own, shop, box, q, monkeypatch):
-    engine = own("--token", "secret")
+    engine = own(env={"RUNDOWN_TOKEN": "secret"})
     rw.enqueue_in(box, q)
     box.commit()
     monkeypatch.setenv("RUNDOWN_TOKEN", "wrong")
