@@ -1125,12 +1125,13 @@ class Consumer:
         return jobs
 
     def _unanswered(self, error, tries):
+        refused = getattr(error, 'status', None) == 400         # the settings: asking again does not mend it
+        if refused:
+            note(logging.ERROR, 'the engine refuses the settings of the queue %s: %s', self.name, error)
+        if not self.worker.stopping.is_set() and (refused or self.worker.burst):
+            self.worker.stop(error)
         if not self.worker.stopping.is_set():
-            if getattr(error, 'status', None) == 400:       # asking again does not mend it
-                note(logging.ERROR, 'the engine refuses the settings of the queue %s: %s', self.name, error)
-            if self.worker.burst or getattr(error, 'status', None) == 400:
-                self.worker.stop(error)
-            self.worker.stopping.wait(self.link.away(error, tries))
+            self.worker.stopping.wait(REFUSED if refused else self.link.away(error, tries))
 
     def _rest(self, count, began):
         """There was nothing. In a burst that may be the end: when nothing has been reported since before the poll."""

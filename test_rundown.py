@@ -3750,6 +3750,12 @@ def test_a_conflict_that_says_nothing_is_a_refusal_all_the_same():
         rw.Client(url).complete("a", 1)
 
 
+def test_settings_that_the_engine_refuses_are_an_error_that_ends_the_worker(engine, work, q):
+    worker = work(handler(q, "pass", timeout=10 ** 9))
+    assert worker.process.wait(15) != 0
+    assert "timeout must be a number of seconds" in worker.log() and "engine away" not in worker.log()
+
+
 def test_a_worker_takes_jobs_again_after_a_refusal_that_ended_an_outage(work, q):
     asked = []
 
