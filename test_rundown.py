@@ -3709,6 +3709,7 @@ def test_the_log_counts_the_jobs_that_come_too_fast_for_a_line_each(engine, work
     assert 0 < len(lines) < 500 and len(lines) + sum(map(int, counts)) == 500
 
 
+@beside
 def test_one_failed_heartbeat_within_a_long_job_does_not_end_a_burst(own, work, q):
     engine = own()
     engine.enqueue(q)
