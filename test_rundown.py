@@ -3786,6 +3786,15 @@ def test_a_worker_takes_jobs_again_after_a_refusal_that_ended_an_outage(work, q)
         server.shutdown()
 
 
+def test_a_burst_ends_after_an_outcome_that_came_too_late(own, work, q):
+    engine = own()
+    job = engine.enqueue(q)
+    worker = work(handler(q, "import time\ntime.sleep(1)"), engine, run="rw.run(burst=True)")
+    until(lambda: engine.job(job)["status"] == "running")
+    engine.post("/cancel", id=job["id"])
+    assert worker.process.wait(15) == 0 and "lost before its outcome" in worker.log()
+
+
 def test_a_failure_whose_answer_was_lost_is_counted_once_and_is_no_loss(proxy, engine, work, q):
     job = engine.enqueue(q, max_retries=0)
     proxy.swallow, proxy.path = 1, b"POST /fail"
