@@ -38,8 +38,8 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
     GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true leaves out payload,
                      result and all but the last line of the error; id=..: as /jobs/{id}, for any id
-    GET  /queues     limit, after, busy (those with work first): counts, oldest age, paused, the last hour by the minute,
-                     workers seen
+    GET  /queues     limit, after, busy (those with work first): counts, oldest age, paused, workers seen, the last hour
+                     by the minute
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /, /docs    the dashboard; this text
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
@@ -577,7 +577,7 @@ class Database:
             self.opened = locked == os.fstat(self.lock_file.fileno()).st_ino
             if not self.opened:
                 raise Unusable(f'{self.path} is in use by another engine')
-        except (sqlite3.Error, OSError, Unavailable, Busy) as error:
+        except (sqlite3.Error, OSError, Unavailable) as error:
             self.close()
             reason = getattr(error, 'strerror', None) or error.__cause__ or error
             raise Unusable(f'{self.path} cannot be used: {reason}') from None
@@ -937,7 +937,7 @@ def permitted(call, job, ask):
 
 
 def replayed(job, ask, outcome):
-    """Has the attempt that `ask` names, the last one, ended like that? Then the answer was lost, and the call comes again."""
+    """Has the attempt that `ask` names, the last one, ended like that? Then the answer was lost, and it comes again."""
     past = json.loads(job['attempts'] or '[]') if ask.get('attempt') == job['attempt'] else ()
     return any(attempt['attempt'] == job['attempt'] and attempt['outcome'] == outcome for attempt in past)
 
@@ -1025,7 +1025,8 @@ class Store:
         self.database, self.clock = database, Clock(clock)      # constant after start:
         self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # microseconds; 0: for ever
         self.meter = Meter()
-        self.workers = collections.OrderedDict()                # the loop's, as is the rest: (worker, queue) -> (seen at, hung)
+        # the loop's from here on
+        self.workers = collections.OrderedDict()                # (worker, queue) -> (seen at, hung)
         with database.reading() as db:
             polled = db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL')
             self.polled = dict(polled.fetchall())               # queue -> polled at
@@ -1088,7 +1089,8 @@ class Store:
             queue, more = row['queue'], ',"created":true' if created else ',"created":false'
             if created and queue not in self.polled:
                 if queue not in warnings:
-                    warnings[queue] = quoted(nobody(queue, () if warnings else tuple(self.polled)[-20:]))   # it takes time: once
+                    near = () if warnings else tuple(self.polled)[-20:]     # a look at names takes time: once
+                    warnings[queue] = quoted(nobody(queue, near))
                 more += ',"warning":' + warnings[queue]
             texts.append(as_json({**BLANK, **row} if created else row, more))
         return texts
@@ -1299,7 +1301,7 @@ class Store:
         return as_json(existing(row, 'tag: there is no job tagged', tag))
 
     def jobs(self, limit=50, brief=False, **ask):
-        """A page of jobs, newest first, as JSON text; `after` is null on the last one. It ends early when it is large."""
+        """A page of jobs, newest first, as JSON text; `after` is null on the last one. A large one ends early."""
         texts, room, last = [], MAX_ANSWER, None
         with self.database.reading() as db:
             if 'after' in ask and not db.execute(RUNNING, (ask['after'],)).fetchone():
@@ -1347,7 +1349,7 @@ class Store:
         with self.database.reading() as db:
             rows = [dict(row) for row in db.execute(QUEUES, ('', MAX_LIMIT))]
             if len(rows) == MAX_LIMIT:
-                rows.append({**db.execute(OTHERS, (rows[-1]['queue'],)).fetchone(), 'queue': '(others)', 'oldest': None})
+                rows.append({**db.execute(OTHERS, (rows[-1]['queue'],)).fetchone(), 'queue': '(others)'})
             for row in rows:
                 row['oldest'] = db.execute(OLDEST, row).fetchone()[0]
         return rows
@@ -1633,10 +1635,11 @@ class Loop:
         self.held += size
         if self.held > MAX_HELD:
             large = [one for one in self.connections if one.began and len(one.received) > SMALL and not one.unsent]
-            newest = max(large, key=lambda one: one.began, default=connection)
+            newest = max(large, key=lambda one: one.began, default=None)
             if newest is connection:
                 return FULL
-            newest.go_on(FULL)
+            if newest is not None:
+                newest.go_on(FULL)
         return READY
 
     def has_room(self, size):
@@ -1770,7 +1773,7 @@ class Loop:
                     yield operation
 
     def _not_done(self, now, ready, error):
-        """Whoever waits for another program's lock tries again; whoever has waited for too long is told, as all else."""
+        """Whoever waits for another program's lock tries again; who has waited for too long is told, as all else."""
         self.blocked = isinstance(error, Busy)
         if self.blocked:
             self.ready = [operation for operation in ready if now - operation.since < BUSY]
@@ -1853,11 +1856,11 @@ class Head:
 class Connection:
     """One client's connection, the loop's own: requests are received, served and answered one after the other.
 
-    Its life is a generator that yields the events to wait for, and is sent the news: READY (one of them came), LATE (its
-    deadline is over), FULL (its request is one too many) or DONE (what it has the loop do is done).
+    Its life is a generator that yields the events to wait for, and is sent the news: READY (one of them came), LATE
+    (its deadline is over), FULL (its request is one too many) or DONE (what it has the loop do is done).
     """
-    __slots__ = ('loop', 'server', 'sock', 'address', 'life', 'received', 'scanned', 'taken', 'asked', 'body', 'began', 'operation',
-                 'result', 'unsent', 'watched', 'deadline', 'timer')
+    __slots__ = ('loop', 'server', 'sock', 'address', 'life', 'received', 'scanned', 'taken', 'asked', 'body', 'began',
+                 'operation', 'result', 'unsent', 'watched', 'deadline', 'timer')
 
     def __init__(self, loop, sock, address):
         self.loop, self.server, self.sock, self.address = loop, loop.server, sock, address      # constant after start
@@ -2066,6 +2069,8 @@ class Connection:
                 self.loop.withdraw(self.operation)
             if news in (LATE, DONE):
                 return
+            if news is FULL:
+                raise EOFError      # what follows its request takes the room of others
             try:
                 data = self.sock.recv(CHUNK)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -2136,7 +2141,7 @@ class Connection:
 
 
 def attempt(route, work, *values):
-    """What work(*values) returns, or the refusal that it raises; after a mistake of the engine's own, a line in the log."""
+    """What work(*values) returns, or the refusal that it raises; a mistake of the engine's own is one, and logged."""
     try:
         return work(*values)
     except Refused as error:
@@ -2168,9 +2173,9 @@ def query(asked):
 
 def numeral(text):
     """A number of a query as JSON would have it; other text stays as it is, for the check to refuse."""
-    for kind in (int, float):
+    for kind in (int, float) if len(text) <= 30 else ():
         with contextlib.suppress(ValueError):
-            return kind(text[:30])
+            return kind(text)
     return text
 
 

@@ -40,7 +40,8 @@ WORKING
 
     @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on)
     @task(queue="default", ...)           any number of functions on a queue: add.delay(4, y=4),
-                                          add.options(delay=60).delay(4); payload {"task": name, "args": [], "kwargs": {}}
+                                          add.options(delay=60).delay(4); the payload is
+                                          {"task": name, "args": [], "kwargs": {}}
     job(), progress(value)                inside a handler: the job; any JSON value, shown while it runs
     raise Retry(delay=60), Abort("why")   fail and come back in 60 s; fail for good
     @on("start" | "success" | "failure" | "lost")    hook(job, None | result | exception | exception)
@@ -55,8 +56,8 @@ cancellation); the slot is free again whatever the thread does. Threads that nev
 with its children. It is imported there by its name, so a script needs `if __name__ == "__main__":` around its run().
 
 SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), the rest is released, exit with 0. The
-second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up: a line for each
-job, but where more than 100 a second are done the rest are counted.
+second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up: a line for
+each job, but where more than 100 a second are done the rest are counted.
 
 ANY PROGRAM AS A WORKER
 
@@ -88,6 +89,7 @@ import contextvars
 import ctypes
 import datetime
 import difflib
+import encodings
 import functools
 import hashlib
 import http.client
@@ -1582,8 +1584,8 @@ class App:
              abort_on=None, **settings):
         """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
 
-        `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with each
-        job. `settings` are those of the queue, as queue() has them; what was given last holds.
+        `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
+        each job. `settings` are those of the queue, as queue() has them; what was given last holds.
         """
         host, rule = settings.get('host'), policy(backoff, retry_on, abort_on)
         if function is None:
@@ -1669,7 +1671,8 @@ class App:
     def testing(self):
         """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
 
-        t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting. It needs rundown_engine.py to be importable. `t.client` is its client. Queues with their own `host` stay there.
+        t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting.
+        `t.client` is its client. It needs rundown_engine.py to be importable. Queues with their own `host` stay there.
         """
         try:
             import rundown_engine
@@ -2163,7 +2166,8 @@ def arguments(argv):
     command('forward', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT', ('file', {}),
             function=command_forward)
     command('demo', 'hash the files under a folder as jobs of an engine of its own',
-            ('folder', dict(metavar='DIR', nargs='?', default=os.path.join(os.path.dirname(os.__file__), 'encodings'))), function=command_demo)
+            ('folder', dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))),
+            function=command_demo)
     return parser.parse_args(argv)
 
 

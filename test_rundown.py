@@ -1738,6 +1738,13 @@ def test_a_head_that_comes_byte_by_byte_is_not_scanned_anew_for_each(own):
     assert cpu(engine.process) - before < 1
 
 
+def suspended(engine, seconds):
+    """The machine pauses, and goes on."""
+    engine.process.send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    engine.process.send_signal(signal.SIGCONT)
+
+
 @contextlib.contextmanager
 def no_room(engine):
     """No file of the engine's may grow during the block."""
@@ -1786,9 +1793,7 @@ def test_a_pause_that_is_longer_than_half_a_lease_renews_it(own, q):
     engine = own()
     engine.enqueue(q, timeout=100)
     claim = engine.poll(q, lease=2)
-    engine.process.send_signal(signal.SIGSTOP)
-    time.sleep(3.5)
-    engine.process.send_signal(signal.SIGCONT)
+    suspended(engine, 3.5)
     time.sleep(1)
     assert engine.tell("heartbeat", claim)[0] == 200
 
@@ -1812,6 +1817,12 @@ def test_parked_polls_for_which_there_was_no_room_get_their_jobs_after_all(own, 
     with waiting(engine, q, 5) as polls:
         engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 8000} for _ in range(5)])
         assert len({poll.result(5)["id"] for poll in polls}) == 5
+
+
+@pytest.mark.parametrize("limit", ["1" + "%20" * 40 + "x", "0" * 40 + "1x", "1" * 40, "1.0", "1e2"])
+def test_a_limit_is_read_whole_or_refused(engine, limit):
+    code, answer = engine.call("GET", "/jobs?limit=" + limit)
+    assert code == 400 and "limit" in answer["error"]
 
 
 def test_a_brief_job_keeps_the_last_line_of_its_error(engine, q):
@@ -1954,15 +1965,25 @@ def test_an_engine_whose_lock_file_is_gone_acknowledges_nothing(own, q):
 
 
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
-def test_unfinished_bodies_of_many_clients_are_bounded_in_memory(own, q):
+@pytest.mark.parametrize("newest", ["a body", "what follows a poll that waits"])
+def test_unfinished_bodies_of_many_clients_are_bounded_in_memory(own, q, newest):
     with files(2000), contextlib.ExitStack() as stack:
         engine, connections = own(), []
         head = request(engine, "POST /enqueue HTTP/1.1", "Content-Length: 261121", "Content-Type: application/json",
                        length=False)
         for _ in range(700):
             connections.append(stack.enter_context(socket.create_connection((engine.host, engine.port), timeout=10)))
-            connections[-1].sendall(head + b"x" * (250 << 10))
-        assert engine.enqueue(q) and engine.enqueue(q, "x" * 60000)
+            connections[-1].sendall(head)
+        if newest != "a body":      # no other one began later, and there is no room to be had from it at first sight
+            late = stack.enter_context(socket.create_connection((engine.host, engine.port), timeout=10))
+            late.sendall(request(engine, "POST /poll HTTP/1.1", body=json.dumps({"queue": q, "wait": 50}).encode()))
+            for size in (30000, 90000):
+                time.sleep(0.2)
+                late.sendall(b"x" * size)
+            time.sleep(0.2)
+        for connection in connections:
+            connection.sendall(b"x" * (250 << 10))
+        assert engine.enqueue(q + "-other") and engine.enqueue(q + "-other", "x" * 60000)
         assert memory(engine.process) < 160
         answered, _, _ = select.select(connections, [], [], 1)
         assert 300 < len(answered) < 600 and {one.recv(65536)[:12] for one in answered} == {b"HTTP/1.1 503"}
@@ -2512,9 +2533,7 @@ def test_a_suspended_engine_gives_its_workers_a_grace_pass(own, q):
     engine = own(constants={"TICK": 0.1, "GRACE": 0.5})
     engine.enqueue(q, timeout=100)
     claim = engine.poll(q, lease=0.7)
-    engine.process.send_signal(signal.SIGSTOP)
-    time.sleep(1.2)
-    engine.process.send_signal(signal.SIGCONT)
+    suspended(engine, 1.2)
     time.sleep(0.3)
     assert engine.tell("heartbeat", claim)[0] == 200
     until(lambda: engine.job(claim)["status"] == "pending")
@@ -3716,9 +3735,7 @@ def test_one_failed_heartbeat_within_a_long_job_does_not_end_a_burst(own, work, 
     constants = "rw.LEASE, rw.TIMEOUT, rw.PATIENCE = 1.5, 1, 1\n"
     worker = work(constants + handler(q, "import time\ntime.sleep(4)\nreturn 7", timeout=60), engine, run="rw.run(burst=True)")
     until(lambda: engine.get("/jobs?status=running")["jobs"])
-    engine.process.send_signal(signal.SIGSTOP)
-    time.sleep(0.8)
-    engine.process.send_signal(signal.SIGCONT)
+    suspended(engine, 0.8)
     assert worker.process.wait(15) == 0 and "EngineUnavailable" not in worker.log()
     assert engine.get("/jobs?queue=" + q)["jobs"][0]["result"] == 7
 
