@@ -22,8 +22,8 @@ current one; `retries` counts failures and lost workers and is what `max_retries
 
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
 
-    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id -> the job
-                     {"jobs": [...]}, at most 10,000: all or nothing
+    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id, after, after_any -> the
+                     job; {"jobs": [...]}, at most 10,000: all or nothing
     POST /poll       queue, limit, wait, worker, lease, max_retries, timeout, hung -> a job, 204 when there is none;
                      with limit a list of jobs; wait: sleep for a job that long (at most 60)
     POST /complete   id, attempt, result
@@ -35,9 +35,15 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /retry      id, or queue with status (failed, cancelled)  -> {"count": n}
     POST /purge      queue and/or status (never running)           -> {"count": n}
     POST /pause, /resume   queue
+    POST /limit      queue, max_running (jobs at a time), rate and per (claims at once, then one each per / rate seconds);
+                     null lifts one, what is not named stays
+    POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority, key -> the schedule
+    POST /unschedule name -> {"count": n}; the jobs that it made stay
+    GET  /schedules  by name, limit, after
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
     GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true leaves out payload,
-                     result and all but the last line of the error; id=..: as /jobs/{id}, for any id
+                     result and all but the last line of the error; id=..: as /jobs/{id}, for any id;
+                     needed_by=ID: what that job waits or waited for, in its order
     GET  /queues     limit, after, busy (those with work first): counts, oldest age, paused, workers seen, the last hour
                      by the minute
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
@@ -58,6 +64,13 @@ GUARANTEES
   that setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more.
 - Complete, fail and release that are sent again, since the answer was lost, get the same answer and count once.
 - Time in which nobody could be heard (a full disk, a lock, a stopped process) costs no lease: it gets one more period.
+- A job with `after` is handed out once all jobs that it names are done. It is cancelled when one fails, is cancelled or
+  purged before that; with `after_any` it is handed out once all have ended. What a pending job waits for is kept.
+- Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on; ticks that were missed
+  make one, for the last of them. While its `key` is pending or running a tick makes none and counts in `skipped`.
+- Cron has five fields (minute, hour, day of month, month, day of week: *, lists, ranges, /step, names), or @hourly,
+  @daily, @weekly, @monthly, @yearly. Two restricted days: either suffices. A time that the zone's clock leaps over
+  fires at the first minute after the leap, one that it shows twice the first time.
 - Enqueuing an `id` that exists, or a `key` pending or running in the queue, returns that job with "created": false.
 
 LIMITS
@@ -136,6 +149,9 @@ BUSY = 5                    # seconds to wait for another program's write lock
 RETRY = 0.005               # seconds until it is tried again
 DEAF = 0.05                 # seconds in which clients could not be heard, from which on leases are looked at
 TICK = 1                    # seconds between two looks at the clock
+SHOWN = 100                 # jobs that wait for a job and are named there
+MAX_AFTER = 1000            # jobs that a job waits for
+MAX_EDGES = 100000          # the same of all jobs of a body
 STEP = 500                  # rows that the engine changes on its own account in one transaction
 LINGER = 5                  # seconds to read on after a refusal, so that the client gets to see it
 PRUNE = 60                  # seconds between two rounds of retention
@@ -305,32 +321,46 @@ def duration(low, high):
     return f'a number of seconds from {low} to {high}', lambda v: type(v) in (int, float) and low <= v <= high, micros
 
 
-NAME = ('a string of 1 to 200 characters without control characters',
-        lambda v: type(v) is str and 0 < len(v) <= 200 and not UNPRINTABLE.search(v), as_is)
+def name(longest):
+    return (f'a string of 1 to {longest} characters without control characters',
+            lambda v: type(v) is str and 0 < len(v) <= longest and not UNPRINTABLE.search(v), as_is)
+
+
+NAME = name(200)
 VALUE = f'JSON that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text
 FIELDS = {
     # name: what is allowed, whether a value is, and what the store takes for it
-    **dict.fromkeys(('id', 'queue', 'tag', 'key', 'worker', 'after'), NAME),
+    **dict.fromkeys(('id', 'queue', 'tag', 'key', 'worker', 'after', 'needed_by', 'zone'), NAME),
+    '/enqueue after': (f'a list of 1 to {MAX_AFTER} ids of jobs', lambda v: type(v) is list and 0 < len(v) <= MAX_AFTER
+                       and all(map(NAME[1], v)), lambda v: list(dict.fromkeys(v))),
+    'name':        name(150),
+    'cron':        ('a string like "0 3 * * *" or "@daily"', lambda v: type(v) is str and len(v) <= 1000, as_is),
     **dict.fromkeys(('payload', 'result', 'progress'), VALUE),
     'jobs':        ('at the top of the body', lambda v: False, as_is),
     'error':       ('a string', lambda v: type(v) is str, lambda v: shorten(SURROGATE.sub('\ufffd', v), MAX_ERROR)),
     'status':      ('one of ' + ', '.join(STATUSES), lambda v: type(v) is str and v in STATUSES, as_is),
-    **dict.fromkeys(('retry', 'brief', 'busy'), ('true or false', lambda v: type(v) is bool, as_is)),
+    **dict.fromkeys(('retry', 'brief', 'busy', 'after_any'), ('true or false', lambda v: type(v) is bool, as_is)),
     'attempt':     whole(0, 2**53),
     'priority':    whole(-2**31, 2**31 - 1),
     'max_retries': whole(0, 1000),
     'limit':       whole(1, MAX_LIMIT),
     'hung':        whole(0, 1000000),
+    'max_running': whole(1, 1000000),
+    'rate':        whole(1, 1000000),
+    'per':         duration(0.001, 366 * 86400),
+    'every':       duration(1, 3650 * 86400),
     'timeout':     duration(0, 7 * 86400),
     'delay':       duration(0, 3650 * 86400),
     'lease':       duration(0.1, 86400),
     'wait':        duration(0, MAX_WAIT),
     'run_at':      ('a time like 2030-01-31T12:00:00Z', lambda v: type(v) is str, parse_time),
 }
+LIFTED = ('max_running', 'rate', 'per')     # by null; elsewhere null is as good as missing
+EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'))
 
 
 def checked(path, body):
-    """The fields of `body` as the store takes them. Null is as good as missing. BadRequest names the field."""
+    """The fields of `body` as the store takes them. BadRequest names the field."""
     if type(body) is not dict:
         raise BadRequest('the body must be a JSON object, such as {"queue": "images"}')
     needed, taken = ROUTES[path].needed, ROUTES[path].taken
@@ -339,16 +369,19 @@ def checked(path, body):
         if field not in taken and field != (needed or None):
             raise BadRequest(unknown(field, [*taken, needed]))
         if value is not None:
-            ask[field] = fit(field, value)
+            ask[field] = fit(field, value, FIELDS.get(f'{path} {field}') or FIELDS[field])
+        elif field in LIFTED:
+            ask[field] = None
     if needed and needed not in ask:
         raise BadRequest(f'{needed} is missing: {path} needs it')
-    if 'run_at' in ask and 'delay' in ask:
-        raise BadRequest('run_at and delay exclude each other')
+    for one, other in EXCLUSIVE:
+        if one in ask and other in ask:
+            raise BadRequest(f'{one} and {other} exclude each other')
     return ask
 
 
-def fit(field, value):
-    allowed, holds, store = FIELDS[field]
+def fit(field, value, rule):
+    allowed, holds, store = rule
     try:
         if holds(value):
             return store(value)
@@ -420,7 +453,7 @@ def parsed(body):
 # -- Database ---------------------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x52554e44     # "RUND", in the header of the file
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = '''
 CREATE TABLE jobs (
     seq                 INTEGER PRIMARY KEY,            -- the order of arrival
@@ -429,7 +462,7 @@ CREATE TABLE jobs (
     tag                 TEXT,
     payload             TEXT,                           -- JSON, as are progress and result
     status              TEXT    NOT NULL DEFAULT 'pending',
-    scheduled           INTEGER NOT NULL DEFAULT 0,     -- 1: pending, and not due yet
+    scheduled           INTEGER NOT NULL DEFAULT 0,     -- of pending ones: 0 due, 1 not due yet, 2 waits for other jobs
     priority            INTEGER NOT NULL DEFAULT 0,
     attempt             INTEGER NOT NULL DEFAULT 0,     -- claims
     retries             INTEGER NOT NULL DEFAULT 0,     -- failures and lost workers
@@ -450,7 +483,10 @@ CREATE TABLE jobs (
     updated_at          INTEGER NOT NULL,
     next_run_at         INTEGER NOT NULL,
     started_at          INTEGER,
-    finished_at         INTEGER
+    finished_at         INTEGER,
+    after               TEXT,                           -- JSON: the ids of the jobs that it waits for; null: none
+    after_any           INTEGER NOT NULL DEFAULT 0,     -- 1: however they end
+    waits_for           INTEGER NOT NULL DEFAULT 0      -- how many of them have not ended
 );
 CREATE TABLE queues (
     queue               TEXT    PRIMARY KEY,
@@ -461,7 +497,41 @@ CREATE TABLE queues (
     running             INTEGER NOT NULL DEFAULT 0,
     done                INTEGER NOT NULL DEFAULT 0,
     failed              INTEGER NOT NULL DEFAULT 0,
-    cancelled           INTEGER NOT NULL DEFAULT 0
+    cancelled           INTEGER NOT NULL DEFAULT 0,
+    waiting             INTEGER NOT NULL DEFAULT 0,     -- of the pending ones, for other jobs
+    max_running         INTEGER,                        -- limits; null: none
+    rate                INTEGER,                        -- claims at once, then one each
+    per                 INTEGER,                        -- / rate microseconds
+    full_at             INTEGER NOT NULL DEFAULT 0      -- when the token bucket of the rate is full again
+) WITHOUT ROWID;
+CREATE TABLE needs (
+    job                 INTEGER NOT NULL,               -- seq of a job with `after`
+    place               INTEGER NOT NULL,               -- in it
+    needed              INTEGER NOT NULL,               -- seq of the job that is named there
+    state               INTEGER NOT NULL,               -- as far as `job` was told: 0 not ended, 1 done, 2 ended otherwise
+    PRIMARY KEY (job, place)
+) WITHOUT ROWID;
+CREATE TABLE ended (                                    -- jobs that ended; not all that wait for them have been told
+    job                 INTEGER PRIMARY KEY,            -- seq
+    id                  TEXT    NOT NULL,
+    outcome             TEXT    NOT NULL                -- a status, or purged
+);
+CREATE TABLE schedules (
+    name                TEXT    PRIMARY KEY,
+    queue               TEXT    NOT NULL,               -- and what else its jobs get
+    payload             TEXT,
+    timeout             INTEGER,
+    max_retries         INTEGER,
+    tag                 TEXT,
+    priority            INTEGER,
+    key                 TEXT,
+    cron                TEXT,
+    every               INTEGER,                        -- microseconds
+    zone                TEXT,
+    next_run_at         INTEGER NOT NULL,
+    last_run_at         INTEGER,
+    last_id             TEXT,
+    skipped             INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 
 CREATE UNIQUE INDEX jobs_id     ON jobs (id);
@@ -475,15 +545,20 @@ CREATE UNIQUE INDEX jobs_key    ON jobs (queue, key)                            
 CREATE INDEX jobs_tag           ON jobs (tag) WHERE tag IS NOT NULL;                -- details, jobs
 CREATE INDEX jobs_finished      ON jobs (status, finished_at)                       -- retention, purge
     WHERE finished_at IS NOT NULL;
+CREATE INDEX needs_needed       ON needs (needed, state);                           -- the end of a job
+CREATE INDEX schedules_due      ON schedules (next_run_at);
 
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled) VALUES (NEW.queue, 1, NEW.scheduled)
-    ON CONFLICT (queue) DO UPDATE SET pending = pending + 1, scheduled = scheduled + NEW.scheduled;
+    INSERT INTO queues (queue, pending, scheduled, waiting)
+    VALUES (NEW.queue, 1, NEW.scheduled = 1, NEW.scheduled = 2)
+    ON CONFLICT (queue) DO UPDATE
+    SET pending = pending + 1, scheduled = scheduled + (NEW.scheduled = 1), waiting = waiting + (NEW.scheduled = 2);
 END;
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, scheduled ON jobs BEGIN
     UPDATE queues
     SET pending   = pending   + (NEW.status = 'pending')   - (OLD.status = 'pending'),
-        scheduled = scheduled + NEW.scheduled              - OLD.scheduled,
+        scheduled = scheduled + (NEW.scheduled = 1)        - (OLD.scheduled = 1),
+        waiting   = waiting   + (NEW.scheduled = 2)        - (OLD.scheduled = 2),
         running   = running   + (NEW.status = 'running')   - (OLD.status = 'running'),
         done      = done      + (NEW.status = 'done')      - (OLD.status = 'done'),
         failed    = failed    + (NEW.status = 'failed')    - (OLD.status = 'failed'),
@@ -493,13 +568,30 @@ END;
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
     UPDATE queues
     SET pending   = pending   - (OLD.status = 'pending'),
-        scheduled = scheduled - OLD.scheduled,
+        scheduled = scheduled - (OLD.scheduled = 1),
+        waiting   = waiting   - (OLD.scheduled = 2),
         running   = running   - (OLD.status = 'running'),
         done      = done      - (OLD.status = 'done'),
         failed    = failed    - (OLD.status = 'failed'),
         cancelled = cancelled - (OLD.status = 'cancelled')
     WHERE queue = OLD.queue;
 END;
+CREATE TRIGGER jobs_forget AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
+    DELETE FROM needs WHERE job = OLD.seq;
+END;
+'''
+UPGRADE = '''       -- from schema 1; what is missing then is created
+ALTER TABLE jobs ADD COLUMN after TEXT;
+ALTER TABLE jobs ADD COLUMN after_any INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN waits_for INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE queues ADD COLUMN waiting INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE queues ADD COLUMN max_running INTEGER;
+ALTER TABLE queues ADD COLUMN rate INTEGER;
+ALTER TABLE queues ADD COLUMN per INTEGER;
+ALTER TABLE queues ADD COLUMN full_at INTEGER NOT NULL DEFAULT 0;
+DROP TRIGGER jobs_insert;
+DROP TRIGGER jobs_update;
+DROP TRIGGER jobs_delete;
 '''
 
 
@@ -586,11 +678,15 @@ class Database:
             raise
 
     def _create(self):
-        if not self.db.execute('PRAGMA user_version').fetchone()[0]:
-            for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
+        if self.db.execute('PRAGMA user_version').fetchone()[0] == 1:
+            for statement in UPGRADE.splitlines()[1:]:
                 self.db.execute(statement)
-            self.db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
-            self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
+        there = {row['name'] for row in self.db.execute('SELECT name FROM sqlite_master')}
+        for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
+            if re.match(r'CREATE (?:UNIQUE )?\w+ (\w+)', statement)[1] not in there:
+                self.db.execute(statement)
+        self.db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
+        self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
     def _connect(self, patience, pragmas=('synchronous = {sync}', f'wal_autocheckpoint = {CHECKPOINT}',
                                           'cache_size = -16384')):
@@ -747,19 +843,35 @@ START = """
     WHERE seq = :seq"""
 INSERT = """
     INSERT INTO jobs (id, queue, tag, payload, scheduled, priority, max_retries, timeout, key,
-        created_at, updated_at, next_run_at)
+        created_at, updated_at, next_run_at, after, after_any, waits_for)
     VALUES (:id, :queue, :tag, :payload, :scheduled, :priority, :max_retries, :timeout, :key,
-        :created_at, :updated_at, :next_run_at)"""
+        :created_at, :updated_at, :next_run_at, :after, :after_any, :waits_for)"""
 BY_ID = 'SELECT * FROM jobs WHERE id = :id'
+NEEDED_BY = 'SELECT id FROM needs JOIN jobs ON seq = job WHERE needed = ? ORDER BY seq LIMIT ?'
 BY_KEY = """
     SELECT *
     FROM jobs
     WHERE queue = :queue AND key = :key AND status IN ('pending', 'running')"""
 CLAIMED = """
     SELECT seq, id, queue, status, attempt, retries, losses, max_retries, worker_max_retries, timeout, worker_timeout,
-        lease, worker, error, attempts, next_run_at, started_at
+        lease, worker, error, attempts, next_run_at, started_at, scheduled, after_any, waits_for
     FROM jobs
     WHERE id = ?"""
+WAITER = CLAIMED.replace('id = ?', 'seq = ?')
+WAITERS = 'SELECT job, place FROM needs WHERE needed = ? AND state = 0 LIMIT ?'
+NEED = 'INSERT INTO needs (job, place, needed, state) VALUES (?, ?, ?, ?)'
+NEEDED = """
+    SELECT place, state, needed, id, status
+    FROM needs LEFT JOIN jobs ON seq = needed
+    WHERE job = ?"""
+COUNT_DOWN = """
+    UPDATE jobs
+    SET waits_for = ?, scheduled = ?, next_run_at = ?, updated_at = ?
+    WHERE seq = ?"""
+REOPEN = """
+    UPDATE jobs
+    SET waits_for = waits_for + 1
+    WHERE scheduled = 2 AND seq IN (SELECT job FROM needs WHERE needed = ? AND state <> 0)"""
 RUNNING = 'SELECT seq, id, queue, status, attempt, started_at FROM jobs WHERE id = ?'
 RUNNING_BY_WORKER = "SELECT worker, queue, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY worker, queue"
 QUEUES = 'SELECT * FROM queues WHERE queue > ? ORDER BY queue LIMIT ?'
@@ -774,9 +886,11 @@ BUSIEST = """
     WHERE queue > ?
     ORDER BY pending + running > 0 DESC, failed > 0 DESC, queue
     LIMIT ?"""
+OPEN_NEEDS = 'SELECT id FROM needs JOIN jobs ON seq = needed WHERE job = ? AND state = 0 ORDER BY place LIMIT ?'
 OTHERS = """
     SELECT TOTAL(pending) AS pending, TOTAL(scheduled) AS scheduled, TOTAL(running) AS running, TOTAL(done) AS done,
-        TOTAL(failed) AS failed, TOTAL(cancelled) AS cancelled
+        TOTAL(failed) AS failed, TOTAL(cancelled) AS cancelled, TOTAL(waiting) AS waiting,
+        NULL AS max_running, NULL AS rate
     FROM queues
     WHERE queue > ?"""
 COMPLETE = """
@@ -791,7 +905,8 @@ HEARTBEAT = """
 MOVE = """
     UPDATE jobs
     SET status = :status, scheduled = :scheduled, retries = :retries, losses = :losses, error = :error,
-        attempts = :attempts, next_run_at = :next_run_at, updated_at = :now, finished_at = :finished_at
+        attempts = :attempts, next_run_at = :next_run_at, updated_at = :now, finished_at = :finished_at,
+        waits_for = :waits_for
     WHERE seq = :seq"""
 DUE = """
     SELECT seq, queue
@@ -809,7 +924,25 @@ NEXT = """
     SELECT MIN(at)
     FROM (SELECT MIN(next_run_at) AS at FROM jobs WHERE status = 'pending' AND scheduled = 1
           UNION ALL
-          SELECT MIN(lease_until) FROM jobs WHERE status = 'running')"""
+          SELECT MIN(lease_until) FROM jobs WHERE status = 'running'
+          UNION ALL
+          SELECT MIN(next_run_at) FROM schedules
+          UNION ALL
+          SELECT MIN(0) FROM ended)"""
+TICKS = 'SELECT * FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?'
+MOVE_ON = """
+    UPDATE schedules
+    SET next_run_at = ?, last_run_at = ?, last_id = ?, skipped = skipped + ?
+    WHERE name = ?"""
+SCHEDULE = """
+    REPLACE INTO schedules (name, queue, payload, timeout, max_retries, tag, priority, key, cron, every, zone,
+        next_run_at, last_run_at, last_id, skipped)
+    VALUES (:name, :queue, :payload, :timeout, :max_retries, :tag, :priority, :key, :cron, :every, :zone,
+        :next_run_at, :last_run_at, :last_id, :skipped)"""
+LIMIT = """
+    INSERT INTO queues (queue, max_running, rate, per) VALUES (:queue, :max_running, :rate, :per)
+    ON CONFLICT (queue) DO UPDATE SET max_running = :max_running, rate = :rate, per = :per"""
+SPEND = 'UPDATE queues SET full_at = ? WHERE queue = ?'
 RENEW = """
     UPDATE jobs
     SET lease_until = CASE
@@ -827,9 +960,13 @@ SHIFT_RETRIES = """
     UPDATE jobs
     SET next_run_at = next_run_at + :by
     WHERE status = 'pending' AND scheduled = 1 AND attempt > 0"""
+SHIFT_RATES = 'UPDATE queues SET full_at = full_at + :by WHERE rate'
 PRUNED = """
     DELETE FROM jobs
-    WHERE seq IN (SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? ORDER BY finished_at LIMIT ?)"""
+    WHERE seq IN (SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
+            SELECT 1 FROM needs JOIN jobs AS waiter ON waiter.seq = needs.job
+            WHERE needs.needed = jobs.seq AND waiter.status IN ('pending', 'running'))
+        ORDER BY finished_at LIMIT ?)"""
 POLLED = """
     INSERT INTO queues (queue, polled_at) VALUES (?, ?)
     ON CONFLICT (queue) DO UPDATE SET polled_at = excluded.polled_at"""
@@ -840,6 +977,7 @@ UNUSED = """
     SELECT queue
     FROM queues
     WHERE pending + running + done + failed + cancelled = 0 AND NOT paused AND COALESCE(polled_at, 0) < ?
+        AND max_running IS NULL AND rate IS NULL
     LIMIT ?"""
 OLDEST = """
     WITH RECURSIVE levels (priority) AS (
@@ -867,12 +1005,19 @@ FILTERS = {
     'tag':    'tag = :tag',
     'after':  'seq < (SELECT seq FROM jobs WHERE id = :after)',
     'last':   'seq > :last',
+    'needed_by': 'job = (SELECT seq FROM jobs WHERE id = :needed_by)',
+    'beyond': '''place > (SELECT place FROM needs WHERE job = (SELECT seq FROM jobs WHERE id = :needed_by)
+                          AND needed = (SELECT seq FROM jobs WHERE id = :beyond))''',
 }
 COLUMNS = re.findall(r'^    (\w+)  ', SCHEMA.split('CREATE')[1], re.MULTILINE)       # of jobs, in their order
-BRIEF = [column for column in COLUMNS if column not in ('payload', 'result', 'attempts')]
+BRIEF = [column for column in COLUMNS if column not in ('payload', 'result', 'attempts', 'after')]
 BLANK = dict.fromkeys(COLUMNS)
 BLANK.update(status='pending', attempt=0, retries=0)
-OPTIONAL = {'id': None, 'payload': None, 'tag': None, 'key': None, 'max_retries': None, 'timeout': None, 'priority': 0}
+OPTIONAL = {'id': None, 'payload': None, 'tag': None, 'key': None, 'max_retries': None, 'timeout': None, 'priority': 0,
+            'after': None, 'after_any': False, 'waits_for': 0}
+DEFINED = ('name', 'queue', 'payload', 'timeout', 'max_retries', 'tag', 'priority', 'key', 'cron', 'every', 'zone')
+WAITS = 2       # a job's `scheduled` while it waits for others
+STATES = {'done': 1, 'failed': 2, 'cancelled': 2}       # of what a job waits for; 0: not ended
 
 
 def quoted(text):
@@ -891,6 +1036,7 @@ def as_json(row, more='', brief=False):
         error = error and error.strip().rpartition('\n')[2]
     else:
         payload, result = f'"payload":{row["payload"] or "null"},', f'"result":{row["result"] or "null"},'
+        more = f',"after":{row["after"]},"waits_for":{row["waits_for"]}{more}' if row['after'] else more
     return (
         f'{{"id":{quoted(row["id"])},"queue":{quoted(row["queue"])},"tag":{quoted(row["tag"])},'
         f'{payload}"status":"{row["status"]}","priority":{row["priority"]},'
@@ -1030,6 +1176,8 @@ class Store:
         with database.reading() as db:
             polled = db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL')
             self.polled = dict(polled.fetchall())               # queue -> polled at
+            self.limited = {row['queue'] for row in db.execute('SELECT queue FROM queues WHERE max_running OR rate')}
+        # `limited`: the queues that may have a limit
         self.next_due = 0                                       # engine time at which overdue() has something to do
         self.next_prune = 0                                     # the same of prune()
         self.remembered = 0                                     # until then `polled` is in the database
@@ -1061,6 +1209,8 @@ class Store:
     def enqueue(self, asks):
         """Add the jobs, all or none: (row, created) each, of those that have the `id` or the `key` already if so."""
         jobs, size = [], 0
+        if sum(len(ask['after']) for ask in asks if 'after' in ask) > MAX_EDGES:
+            raise TooLarge(f'jobs: their `after` names more than {MAX_EDGES} jobs in all; send fewer at a time')
         for ask in asks:
             row, created = self._enqueue(ask)
             jobs.append((row, created))
@@ -1074,13 +1224,19 @@ class Store:
         due = ask['run_at'] if 'run_at' in ask else now + ask.get('delay', 0)
         row = {**OPTIONAL, **ask, 'created_at': now, 'updated_at': now, 'next_run_at': due, 'scheduled': due > now}
         row['id'] = row['id'] or new_id(now)
+        if 'after' in ask:
+            return self._enqueue_after(row)
         try:
             self.db.execute(INSERT, row)
         except sqlite3.IntegrityError:
-            return self.db.execute(BY_ID, row).fetchone() or self.db.execute(BY_KEY, row).fetchone(), False
+            return self._same(row), False
         self._pending(row['queue'], due)
         self.noted.append(('enqueued', row['queue'], None))
         return row, True
+
+    def _same(self, row):
+        """The job with that id, or else with that key."""
+        return self.db.execute(BY_ID, row).fetchone() or self.db.execute(BY_KEY, row).fetchone()
 
     def announced(self, jobs):
         """The JSON texts of jobs that enqueue() gave, with a warning where nobody polls their queue."""
@@ -1121,12 +1277,17 @@ class Store:
             if not ask.get('wait'):
                 raise Unavailable('too much is being handed out at a time; try again')
             return []
-        rows = self._fitting(self.db.execute(CLAIM, {'queue': queue, 'limit': ask.get('limit', 1)}))
+        most = ask.get('limit', 1)
+        if queue in self.limited:
+            most = min(most, self._allowed(queue))
+        rows = self._fitting(self.db.execute(CLAIM, {'queue': queue, 'limit': most}))
         changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now,
                    'updated_at': self.now, 'worker_timeout': ask.get('timeout'),
                    'worker_max_retries': ask.get('max_retries')}
         claims = [self._claim(dict(zip(COLUMNS, row)), changes) for row in rows]
         self.db.executemany(START, claims)
+        if queue in self.limited:
+            self._spend(queue, len(claims))
         return claims
 
     def _fitting(self, rows):
@@ -1178,7 +1339,8 @@ class Store:
         if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
             permitted('complete', job, ask)
             self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
-            self.wake(('job', job['id']))
+            self._ended(job, 'done')
+            self._freed(job)
             self.noted.append(('completed', job['queue'], self.now - job['started_at']))
         return {'id': job['id'], 'status': 'done'}
 
@@ -1221,16 +1383,180 @@ class Store:
         """Change the status of a job other than by poll and complete. `event`: how the attempt ended, if it ran."""
         ended = self.now if status in ENDED else None
         row = {**dict(job), **changes, 'status': status, 'now': self.now, 'finished_at': ended}
-        row['scheduled'] = status == 'pending' and row['next_run_at'] > self.now
+        row['scheduled'] = status == 'pending' and (WAITS if row['waits_for'] else row['next_run_at'] > self.now)
         if job['status'] == 'running':
             row['attempts'] = history(job, event, self.now, changes.get('error'))
+            self._freed(job)
         self.db.execute(MOVE, row)
         self.noted.append((event, job['queue'], None))
-        if status == 'pending':
+        if ended:
+            self._ended(job, status)
+        elif row['scheduled'] != WAITS:
             self._pending(job['queue'], row['next_run_at'])
-        else:
-            self.wake(('job', job['id']))
         return as_told(row)
+
+    # jobs after jobs
+
+    def _enqueue_after(self, row):
+        """As _enqueue(), for a job that waits for others; one that is sent again, when those may be gone, is there."""
+        same = self._same(row)
+        if same:
+            return same, False
+        needed = []
+        for id in row['after']:
+            needed.append(self.db.execute(RUNNING, (id,)).fetchone())
+            if not needed[-1]:
+                raise BadRequest(f'after: there is no job {shown(id)}')
+        states = [STATES.get(job['status'], 0) for job in needed]
+        row.update(after=encode(row['after']), waits_for=states.count(0))
+        row['scheduled'] = WAITS if row['waits_for'] else row['scheduled']
+        seq = self.db.execute(INSERT, row).lastrowid
+        self.db.executemany(NEED, [(seq, place, job['seq'], state)
+                                   for place, (job, state) in enumerate(zip(needed, states))])
+        self.noted.append(('enqueued', row['queue'], None))
+        if 2 in states and not row['after_any']:
+            bad = needed[states.index(2)]
+            self._give_up(self._job(row), bad['id'], bad['status'])
+        elif not row['waits_for']:
+            self._pending(row['queue'], row['next_run_at'])
+        return self.db.execute(BY_ID, row).fetchone(), True
+
+    def _give_up(self, job, id, outcome):
+        self._move(job, 'cancelled', 'cancelled', error=f'it waits for the job {shown(id)}, which is {outcome}')
+
+    def _ended(self, job, outcome):
+        """The job has ended, or is purged: whoever waits for it finds out, jobs by overdue() in this transaction."""
+        self.wake(('job', job['id']))
+        if self.db.execute(WAITERS, (job['seq'], 1)).fetchone():
+            self.db.execute('INSERT OR IGNORE INTO ended VALUES (?, ?, ?)', (job['seq'], job['id'], outcome))
+            self._due(self.now)
+
+    def _settle(self):
+        """A step of telling the jobs that wait for those that have ended."""
+        left = STEP
+        while left:
+            end = self.db.execute('SELECT * FROM ended LIMIT 1').fetchone()
+            if not end:
+                break
+            waiters = self.db.execute(WAITERS, (end['job'], left)).fetchall()
+            for seq, place in waiters:
+                self._tell(seq, place, end)
+            left -= len(waiters)
+            if left:
+                self.db.execute('DELETE FROM ended WHERE job = ?', (end['job'],))
+
+    def _tell(self, seq, place, end):
+        """One job less for it to wait for."""
+        self.db.execute('UPDATE needs SET state = ? WHERE job = ? AND place = ?',
+                        (STATES.get(end['outcome'], 2), seq, place))
+        job = self.db.execute(WAITER, (seq,)).fetchone()
+        if job['scheduled'] != WAITS:       # it was cancelled meanwhile
+            return
+        if end['outcome'] != 'done' and not job['after_any']:
+            return self._give_up(job, end['id'], end['outcome'])
+        left, due = job['waits_for'] - 1, job['next_run_at']
+        if not left:
+            due = max(due, self.now)
+            self._pending(job['queue'], due)
+        self.db.execute(COUNT_DOWN, (left, WAITS if left else due > self.now, due, self.now, seq))
+
+    def _wait_anew(self, job):
+        """How many jobs this one, which is retried, has to wait for; Stale where it would wait in vain."""
+        states = []
+        for need in self.db.execute(NEEDED, (job['seq'],)):
+            state = STATES.get(need['status'], 0) if need['status'] else need['state'] or 2
+            if state == 2 and not job['after_any']:
+                gone = f'{shown(need["id"])}, which is {need["status"]}; retry that' if need['id'] else 'one that is purged'
+                raise Stale(f'id: the job waits for {gone}')
+            states.append((state, job['seq'], need['place']))
+        self.db.executemany('UPDATE needs SET state = ? WHERE job = ? AND place = ?', states)
+        return sum(not state for state, _, _ in states)
+
+    # limits of queues
+
+    def limit(self, ask):
+        """Set or lift limits of a queue: what they are then."""
+        queue = ask['queue']
+        row = self.db.execute('SELECT max_running, rate, per FROM queues WHERE queue = ?', (queue,)).fetchone()
+        row = {**dict(row or dict.fromkeys(LIFTED)), **ask}
+        if row['rate'] is None and ask.get('per') is not None:
+            raise BadRequest('per needs a rate')
+        row['per'] = row['rate'] and (row['per'] or micros(1))
+        self.db.execute(LIMIT, row)
+        self.limited.add(queue)
+        self.wake(('queue', queue))
+        return {'queue': queue, **limits_of(row)}
+
+    def _allowed(self, queue):
+        """How many jobs of the queue may be claimed now; a poll that finds none is tried again when the rate allows."""
+        row = self.db.execute('SELECT * FROM queues WHERE queue = ?', (queue,)).fetchone()
+        most = MAX_LIMIT if row['max_running'] is None else max(0, row['max_running'] - row['running'])
+        if row['rate'] and most:
+            most = min(most, tokens(row, self.now))
+            if not most:
+                self.hungry.add(queue)
+                self._due(next_token(row, self.now))
+        return most
+
+    def _spend(self, queue, count):
+        row = self.db.execute('SELECT * FROM queues WHERE queue = ?', (queue,)).fetchone()
+        if row['rate'] and count:
+            self.db.execute(SPEND, (full_at(row, self.now) - -count * row['per'] // row['rate'], queue))
+
+    def _freed(self, job):
+        if job['queue'] in self.limited:
+            self.wake(('queue', job['queue']))
+
+    # schedules
+
+    def schedule(self, ask):
+        """Make or change a schedule: it, as JSON text."""
+        wanted = {**dict.fromkeys(DEFINED), 'priority': 0, **ask}
+        if ('cron' in ask) == ('every' in ask):
+            raise BadRequest('cron or every is missing: a schedule needs one of them')
+        if 'zone' in ask and 'every' in ask:
+            raise BadRequest('zone belongs to cron, not to every')
+        wanted['zone'] = wanted['zone'] or ('UTC' if 'cron' in ask else None)
+        upcoming = next_tick(wanted, self.now)
+        row = self.db.execute('SELECT * FROM schedules WHERE name = ?', (ask['name'],)).fetchone()
+        if not row or any(row[field] != wanted[field] for field in DEFINED):
+            past = dict(row) if row else {'last_run_at': None, 'last_id': None, 'skipped': 0}
+            wanted = {**past, **wanted, 'next_run_at': upcoming}
+            self.db.execute(SCHEDULE, wanted)
+            self._due(upcoming)
+        else:
+            wanted = row
+        return as_schedule(wanted, created=not row)
+
+    def unschedule(self, ask):
+        return {'count': self.db.execute('DELETE FROM schedules WHERE name = ?', (ask['name'],)).rowcount}
+
+    def schedules(self, limit=None, after=''):
+        """Those by name, as JSON text; `after` is null on the last page. A large one ends early."""
+        texts, room, last = [], MAX_ANSWER, None
+        with self.database.reading() as db:
+            for row in db.execute('SELECT * FROM schedules WHERE name > ? ORDER BY name LIMIT ?', (after, limit or -1)):
+                texts.append(as_schedule(row))
+                room -= len(texts[-1])
+                if room < 0 or len(texts) == limit:
+                    last = row['name']
+                    break
+        return f'{{"schedules":{as_list(texts)},"after":{quoted(last)}}}'
+
+    def _tick(self, row):
+        """A schedule is due: the job of its last tick, and when the next one is."""
+        at, upcoming = row['next_run_at'], None
+        try:
+            at = last_tick(row, self.now)
+            upcoming = next_tick(row, at)
+        except BadRequest as error:         # the machine has changed, and does not know the zone any more
+            self.said.append(f'schedule {shown(row["name"])}: {error}')
+            upcoming = self.now + micros(3600)
+        ask = {field: row[field] for field in DEFINED[1:8] if row[field] is not None}
+        ask['id'] = f'{row["name"]}@{rfc3339(at)[:19]}Z'
+        job, created = self._enqueue(ask)
+        skipped = not created and job['id'] != ask['id']
+        self.db.execute(MOVE_ON, (upcoming, at, row['last_id'] if skipped else ask['id'], skipped, row['name']))
 
     # calls: operators
 
@@ -1260,14 +1586,19 @@ class Store:
         return self._move(job, 'cancelled', 'cancelled')
 
     def retry(self, job):
+        waits_for = self._wait_anew(job)
         try:
-            return self._move(job, 'pending', 'retried', retries=0, losses=0, next_run_at=self.now)
+            told = self._move(job, 'pending', 'retried', retries=0, losses=0, next_run_at=self.now, waits_for=waits_for)
         except sqlite3.IntegrityError:
             raise Stale('key: another job with the same key is pending or running in the queue') from None
+        self.db.execute(REOPEN, (job['seq'],))      # whoever waits for it waits on
+        self.db.execute('UPDATE needs SET state = 0 WHERE needed = ?', (job['seq'],))
+        self.db.execute('DELETE FROM ended WHERE job = ?', (job['seq'],))
+        return told
 
     def purge(self, job):
+        self._ended(job, 'purged')
         self.db.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
-        self.wake(('job', job['id']))
 
     def pause(self, ask, paused=True):
         self.db.execute(PAUSE, {'queue': ask['queue'], 'paused': paused})
@@ -1286,7 +1617,9 @@ class Store:
             attempts = row['attempts'] or '[]'      # of those that ended otherwise than in done
             if row['status'] in ('running', 'done'):
                 attempts = history(row, row['status'], row['finished_at'])
-            return as_json(row, f',"attempts":{attempts},"why":{quoted(self._why(db, row))}')
+            waiters = [id for id, in db.execute(NEEDED_BY, (row['seq'], SHOWN))]
+            needed_by = f',"needed_by":{encode(waiters)}' if waiters else ''
+            return as_json(row, f',"attempts":{attempts},"why":{quoted(self._why(db, row))}{needed_by}')
 
     def ended(self, id):
         """Is there nothing to wait for?"""
@@ -1304,12 +1637,17 @@ class Store:
         """A page of jobs, newest first, as JSON text; `after` is null on the last one. A large one ends early."""
         texts, room, last = [], MAX_ANSWER, None
         with self.database.reading() as db:
-            if 'after' in ask and not db.execute(RUNNING, (ask['after'],)).fetchone():
-                raise BadRequest(f'after: there is no job {shown(ask["after"])}')
+            for field in {'after', 'needed_by'} & ask.keys():
+                if not db.execute(RUNNING, (ask[field],)).fetchone():
+                    raise BadRequest(f'{field}: there is no job {shown(ask[field])}')
+            source, order = 'jobs', 'seq DESC'
+            if 'needed_by' in ask:
+                source, order = 'needs JOIN jobs ON seq = needed', 'place'
+                ask.update(beyond=ask.pop('after')) if 'after' in ask else None
             if not any(db.execute(MATCHING, {'queue': None, 'status': None, **ask}).fetchone()):
                 limit = 0           # else nothing but a look at every job would tell
             columns = ', '.join(BRIEF) if brief else '*'
-            statement = f'SELECT {columns} FROM jobs {where(ask)} ORDER BY seq DESC LIMIT :limit'
+            statement = f'SELECT {columns} FROM {source} {where(ask)} ORDER BY {order} LIMIT :limit'
             for row in db.execute(statement, {**ask, 'limit': limit}):
                 text = as_json(row, brief=brief)
                 room -= len(text)
@@ -1336,6 +1674,8 @@ class Store:
         for row, due in zip(rows, oldest):
             row['oldest_age'] = None if due is None else max(0, now - due) / 1000000
             row['paused'] = bool(row['paused'])
+            row.update(limits_of(row))
+            del row['full_at']
             row['polled_at'] = rfc3339(self.polled.get(row['queue']))
             row['workers'] = names[row['queue']]
             row['minutes'] = self.meter.last_hour(now, row['queue'])
@@ -1367,9 +1707,17 @@ class Store:
         polled = self.polled.get(row['queue'])
         silent = (self.clock.now() - (polled or 0)) // 60000000
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
+        waits = row['scheduled'] == WAITS
+        needed = db.execute(OPEN_NEEDS, (row['seq'], 4)).fetchall() if waits else ()
+        named = ', '.join([shown(need['id']) for need in needed[:3]] + ['...'] * (len(needed) > 3))
+        full = queue['max_running'] is not None and queue['running'] >= queue['max_running']
+        throttled = queue['rate'] and not tokens(queue, self.clock.now())
         reasons = [sentence for holds, sentence in (
             (queue['paused'], 'the queue is paused'),
-            (row['scheduled'], f'scheduled for {rfc3339(row["next_run_at"])}{retry}'),
+            (waits, f'waits for {row["waits_for"]} job{"s" * (row["waits_for"] != 1)}: {named}'),
+            (full, f"the queue's limit of {queue['max_running']} running jobs is reached"),
+            (throttled, f"the queue's rate allows the next {rfc3339(next_token(queue, 0) if throttled else None)}"),
+            (row['scheduled'] == 1, f'scheduled for {rfc3339(row["next_run_at"])}{retry}'),
             (polled is None, nobody(row['queue'], tuple(self.polled)[-20:])),
             (polled and silent, f'no worker has polled the queue for {silent} minutes'),
             (ahead and not row['scheduled'], f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs'),
@@ -1391,11 +1739,16 @@ class Store:
         self.now = self.clock.now()     # at once: what else is in this transaction, and the next, tells the new time
         self.db.execute(SHIFT, {'by': micros(ahead)})
         self.db.execute(SHIFT_RETRIES, {'by': micros(ahead)})
+        self.db.execute(SHIFT_RATES, {'by': micros(ahead)})
         self.next_due = 0
         self.said.append(f'the system clock went ahead by {ahead:.0f} s')
 
     def overdue(self):
-        """A step of what is due: hand scheduled jobs out, give the jobs of lost workers back."""
+        """A step of what is due: ticks, scheduled jobs, jobs of lost workers, jobs that wait for others."""
+        if self.next_due > self.now:
+            return
+        for row in self.db.execute(TICKS, (self.now, STEP)).fetchall():
+            self._tick(row)
         due = self.db.execute(DUE, (self.now, STEP)).fetchall()
         self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(row['seq'],) for row in due])
         for queue in self.hungry.union(row['queue'] for row in due):
@@ -1404,6 +1757,7 @@ class Store:
         for row in self.db.execute(LOST, (self.now, STEP)).fetchall():
             self._lose({'id': row['id']})
             self.said.append(f'job {shown(row["id"])}: worker lost')
+        self._settle()
         self.next_due = self.db.execute(NEXT).fetchone()[0] or self.now + micros(86400)
 
     def prune(self):
@@ -1428,7 +1782,37 @@ class Store:
 
 def size_of(row):
     """Characters of a job that may be many."""
-    return sum(len(row[field] or '') for field in ('payload', 'result', 'error', 'progress')) + 500
+    return sum(len(row[field] or '') for field in ('payload', 'result', 'error', 'progress', 'after')) + 500
+
+
+def limits_of(row):
+    """The limits of a queue as clients see them."""
+    return {'max_running': row['max_running'], 'rate': row['rate'], 'per': row['per'] and as_seconds(row['per'])}
+
+
+def full_at(queue, now):
+    """When the bucket is full again. Each claim puts that off by per / rate (the generic cell rate algorithm, GCRA)."""
+    return min(max(queue['full_at'], now), now + queue['per'])      # no later than an empty one, though the clock was set
+
+
+def tokens(queue, now):
+    return (now + queue['per'] - full_at(queue, now)) * queue['rate'] // queue['per']
+
+
+def next_token(queue, now):
+    """When there is one in an empty bucket."""
+    return max(now, queue['full_at'] - queue['per'] - -queue['per'] // queue['rate'])
+
+
+def as_schedule(row, **more):
+    """A schedule as clients see it, as JSON text."""
+    fields = {field: row[field] for field in ('name', 'queue', 'cron', 'every', 'zone', 'timeout', 'max_retries', 'tag',
+                                              'priority', 'key', 'next_run_at', 'last_run_at', 'last_id', 'skipped')}
+    for field in ('every', 'timeout'):
+        fields[field] = fields[field] and as_seconds(fields[field])
+    for field in ('next_run_at', 'last_run_at'):
+        fields[field] = rfc3339(fields[field])
+    return f'{encode({**fields, **more})[:-1]},"payload":{row["payload"] or "null"}}}'
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1711,6 +2095,7 @@ class Loop:
             self.resting = now + TICK
             self._not_done(now, ready, error)
         else:
+            self.store.committed(len(ready) + len(roused))
             self.blocked = False
             self.resting = now + TICK if any(operation.error for operation in leap + due) else 0
             self._tell([*roused, *self._ended_waits(), *writes, *polls])
@@ -1723,7 +2108,7 @@ class Loop:
                 self.ticked, ahead = now, clock.follow()
                 if ahead:
                     leap.append(Operation(functools.partial(self.store.leap, clock.offset + ahead, ahead)))
-            if self.store.next_due <= clock.now():
+            if self.ready or self.store.next_due <= clock.now():    # what arrives may bring it about
                 due.append(Operation(self.store.overdue))
             if self.store.next_prune <= clock.now():
                 due.append(Operation(self.store.prune))
@@ -1746,12 +2131,12 @@ class Loop:
                     for operation in polls:
                         if operation not in spoilt:
                             operation.run(db)
-                self.store.committed(len(writes) + len(polls) + len(roused))
                 if begun - self.heard > DEAF or self.database.trouble:
                     self.heard, self.database.trouble = begun, None
                 return roused
             except Spoilt as error:
                 spoilt.add(error.args[0])
+                self.store.next_due = 0     # what was done of that is undone
 
     def _rouse(self, db, spoilt):
         """Run the parked polls whose queue has something for them, until one finds nothing: it stays first in line."""
@@ -2284,7 +2669,8 @@ def route(method, handler, needed='', taken='', slow=False):
 
 ROUTES = {
     # path              method  handler  field it needs, and fields it takes (jobs: a list of the like)
-    '/enqueue':   route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id jobs'),
+    '/enqueue':   route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id jobs '
+                        'after after_any'),
     '/poll':      route('POST', poll,    'queue', 'limit wait worker lease max_retries timeout hung'),
     '/complete':  route('POST', report(Store.complete),  'id', 'attempt result jobs'),
     '/fail':      route('POST', report(Store.fail),      'id', 'attempt error retry delay jobs'),
@@ -2295,10 +2681,15 @@ ROUTES = {
     '/purge':     route('POST', change('purge', Store.purge),   '', 'queue status', slow=True),
     '/pause':     route('POST', report(Store.pause),  'queue'),
     '/resume':    route('POST', report(Store.resume), 'queue'),
+    '/limit':     route('POST', report(Store.limit),  'queue', 'max_running rate per'),
+    '/schedule':  route('POST', report(Store.schedule), 'name',
+                        'queue cron every zone payload timeout max_retries tag priority key'),
+    '/unschedule': route('POST', report(Store.unschedule), 'name'),
+    '/schedules': route('GET',  read(Store.schedules), '', 'limit after', slow=True),
     '/jobs/':     route('GET',  job,     'id',    'wait', slow=True),
     '/status/':   route('GET',  job,     'id',    'wait', slow=True),
     '/details/':  route('GET',  read(Store.newest), 'tag', slow=True),
-    '/jobs':      route('GET',  jobs,    '',      'id queue status tag limit after brief', slow=True),
+    '/jobs':      route('GET',  jobs,    '',      'id queue status tag limit after brief needed_by', slow=True),
     '/queues':    route('GET',  read(Store.queues), '',    'limit after busy', slow=True),
     '/metrics':   route('GET',  metrics, slow=True),
     '/health':    route('GET',  read(Store.health)),
@@ -2745,7 +3136,17 @@ def exposition(store):
         lines.extend(f'{name}{suffix}{labels(marks)} {value}' for suffix, marks, value in samples)
 
     family('rundown_jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', [
-        ('', {'queue': q['queue'], 'status': name}, q[name]) for q in queues for name in (*STATUSES, 'scheduled')])
+        ('', {'queue': q['queue'], 'status': name}, q[name]) for q in queues for name in (*STATUSES, 'scheduled', 'waiting')])
+    family('rundown_max_running', 'gauge', 'Jobs of the queue that may run at a time.', [
+        ('', {'queue': q['queue']}, q['max_running']) for q in queues if q['max_running']])
+    family('rundown_rate', 'gauge', 'Claims a second that the queue allows.', [
+        ('', {'queue': q['queue']}, q['rate'] * 1000000 / q['per']) for q in queues if q['rate']])
+    for name, kind, meaning, field in (
+            ('next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', 'next_run_at'),
+            ('skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', 'skipped')):
+        family(f'rundown_schedule_{name}', kind, meaning, [
+            ('', {'schedule': row['name']}, row[field] if field == 'skipped' else (row[field] - now) / 1000000)
+            for row in schedules])
     family('rundown_oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', [
         ('', {'queue': q['queue']}, max(0, now - (q['oldest'] or now)) / 1000000) for q in queues])
     for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
