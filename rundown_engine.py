@@ -22,8 +22,8 @@ current one; `retries` counts failures and lost workers and is what `max_retries
 
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
 
-    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id, after, after_any -> the
-                     job; {"jobs": [...]}, at most 10,000: all or nothing
+    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id, after, after_any
+                     -> the job; {"jobs": [...]}, at most 10,000: all or nothing
     POST /poll       queue, limit, wait, worker, lease, max_retries, timeout, hung -> a job, 204 when there is none;
                      with limit a list of jobs; wait: sleep for a job that long (at most 60)
     POST /complete   id, attempt, result
@@ -35,8 +35,8 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /retry      id, or queue with status (failed, cancelled)  -> {"count": n}
     POST /purge      queue and/or status (never running)           -> {"count": n}
     POST /pause, /resume   queue
-    POST /limit      queue, max_running (jobs at a time), rate and per (claims at once, then one each per / rate seconds);
-                     null lifts one, what is not named stays
+    POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then one each per / rate
+                     seconds); null lifts one, what is not named stays
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority, key -> the schedule
     POST /unschedule name -> {"count": n}; the jobs that it made stay
     GET  /schedules  by name, limit, after
@@ -66,8 +66,8 @@ GUARANTEES
 - Time in which nobody could be heard (a full disk, a lock, a stopped process) costs no lease: it gets one more period.
 - A job with `after` is handed out once all jobs that it names are done. It is cancelled when one fails, is cancelled or
   purged before that; with `after_any` it is handed out once all have ended. What a pending job waits for is kept.
-- Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on; ticks that were missed
-  make one, for the last of them. While its `key` is pending or running a tick makes none and counts in `skipped`.
+- Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on; missed ticks make
+  one, for the last of them. While its `key` is pending or running a tick makes none and counts in `skipped`.
 - Cron has five fields (minute, hour, day of month, month, day of week: *, lists, ranges, /step, names), or @hourly,
   @daily, @weekly, @monthly, @yearly. Two restricted days: either suffices. A time that the zone's clock leaps over
   fires at the first minute after the leap, one that it shows twice the first time.
@@ -321,19 +321,19 @@ def duration(low, high):
     return f'a number of seconds from {low} to {high}', lambda v: type(v) in (int, float) and low <= v <= high, micros
 
 
-def name(longest):
+def printable(longest):
     return (f'a string of 1 to {longest} characters without control characters',
             lambda v: type(v) is str and 0 < len(v) <= longest and not UNPRINTABLE.search(v), as_is)
 
 
-NAME = name(200)
+NAME = printable(200)
 VALUE = f'JSON that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text
 FIELDS = {
     # name: what is allowed, whether a value is, and what the store takes for it
     **dict.fromkeys(('id', 'queue', 'tag', 'key', 'worker', 'after', 'needed_by', 'zone'), NAME),
     '/enqueue after': (f'a list of 1 to {MAX_AFTER} ids of jobs', lambda v: type(v) is list and 0 < len(v) <= MAX_AFTER
                        and all(map(NAME[1], v)), lambda v: list(dict.fromkeys(v))),
-    'name':        name(150),
+    'name':        printable(150),
     'cron':        ('a string like "0 3 * * *" or "@daily"', lambda v: type(v) is str and len(v) <= 1000, as_is),
     **dict.fromkeys(('payload', 'result', 'progress'), VALUE),
     'jobs':        ('at the top of the body', lambda v: False, as_is),
@@ -450,6 +450,141 @@ def parsed(body):
     except ValueError as error:
         raise BadRequest(f'the body must be JSON in UTF-8: {shorten(str(error), 200)}') from None
 
+# -- Cron -------------------------------------------------------------------------------------------------------------
+
+DAYS = 'sun mon tue wed thu fri sat'.split()
+MONTHS = 'jan feb mar apr may jun jul aug sep oct nov dec'.split()
+CRON = (    # POSIX crontab, and what cron on Linux adds: names, steps, 7 for Sunday
+    # field          low high  names
+    ('minute',       0,  59,   {}),
+    ('hour',         0,  23,   {}),
+    ('day of month', 1,  31,   {}),
+    ('month',        1,  12,   {name: number for number, name in enumerate(MONTHS, 1)}),
+    ('day of week',  0,  7,    {name: number for number, name in enumerate(DAYS)}),
+)
+NICKNAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@weekly': '0 0 * * 0', '@monthly': '0 0 1 * *',
+             '@yearly': '0 0 1 1 *'}
+LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)      # days of the months
+MINUTE, HOUR, DAY = (datetime.timedelta(**{unit: 1}) for unit in ('minutes', 'hours', 'days'))
+
+
+class Cron:
+    """A cron expression and a zone; BadRequest where one is none. Its ticks are whole minutes of the zone's clock."""
+
+    def __init__(self, expression, zone):
+        parts = NICKNAMES.get(expression, expression).split()
+        if len(parts) != 5:
+            raise BadRequest(f'cron: {shown(expression)} has not five fields (minute, hour, day of month, month, '
+                             f'day of week), nor is it one of {", ".join(NICKNAMES)}')
+        self.minutes, self.hours, self.days, self.months, weekdays = map(values_of, parts, CRON)
+        self.weekdays = {(day + 6) % 7 for day in weekdays}         # Monday is 0
+        self.either = not (parts[2].startswith('*') or parts[4].startswith('*'))
+        if not self.either and not any(min(self.days) <= LONGEST[month - 1] for month in self.months):
+            raise BadRequest(f'cron: no month of {shown(parts[3])} has a day {min(self.days)}')
+        self.zone = zone_of(zone)
+
+    def after(self, at):
+        """The first tick after a moment of UTC."""
+        local = at.astimezone(self.zone).replace(tzinfo=None, fold=0, second=0, microsecond=0)
+        while True:
+            local = self._match(local + MINUTE)
+            tick = self._shown_first(local)
+            if tick > at:       # else the clock shows that hour for the second time
+                return tick
+
+    def _match(self, local):
+        """The first minute from this one on that has all the fields; from the largest one to the smallest."""
+        while True:
+            day = local.day in self.days, local.weekday() in self.weekdays
+            if local.month not in self.months:
+                local = local.replace(day=1, hour=0, minute=0) + 32 * DAY
+                local = local.replace(day=1)
+            elif not (any(day) if self.either else all(day)):
+                local = local.replace(hour=0, minute=0) + DAY
+            elif local.hour not in self.hours:
+                local = local.replace(minute=0) + HOUR
+            elif local.minute not in self.minutes:
+                local += MINUTE
+            else:
+                return local
+
+    def _shown_first(self, local):
+        """When the zone's clock shows that first; if it leaps over it, the first minute after the leap."""
+        tick = local.replace(tzinfo=self.zone).astimezone(datetime.timezone.utc)
+        if tick.astimezone(self.zone).replace(tzinfo=None, fold=0) == local:
+            return tick
+        before = local.replace(tzinfo=self.zone, fold=1).astimezone(datetime.timezone.utc)
+        while tick - before > MINUTE:       # the leap is between the two
+            middle = before + (tick - before) // MINUTE // 2 * MINUTE
+            if middle.astimezone(self.zone).replace(tzinfo=None) < local:
+                before = middle
+            else:
+                tick = middle
+        return tick
+
+
+def values_of(text, field):
+    """The numbers that a field of a cron expression names."""
+    name, low, high, names = field
+    values = set()
+    for part in text.lower().split(','):
+        match = re.fullmatch(r'(?:(\*)|(\w+)(?:-(\w+))?)(?:/(\d{1,3}))?', part, re.ASCII)
+        try:
+            every, first, last, step = match.groups()
+            start = low if every else names[first] if first in names else int(first)
+            end = high if every else start if last is None else names[last] if last in names else int(last)
+            end = 7 if name == 'day of week' and end == 0 < start else end
+            step = 1 if step is None else int(step) if every or last else 0     # 5/15 is no range
+            if not low <= start <= end <= high:
+                raise ValueError
+            values.update(range(start, end + 1, step))
+        except (AttributeError, ValueError):
+            allowed = f'{low}-{high}' + (f' or {", ".join(names)}' if names else '')
+            raise BadRequest(f'cron: {name}: {part[:60]} is not {allowed}, * or a range (both may have a /step), '
+                             'or a list of these') from None
+    return values
+
+
+def zone_of(name):
+    if name == 'UTC':
+        return datetime.timezone.utc
+    try:
+        import zoneinfo
+        return zoneinfo.ZoneInfo(name)
+    except ImportError:
+        raise BadRequest('zone: this Python has no time zones (3.9 and newer have); only UTC is possible') from None
+    except (KeyError, ValueError, OSError):
+        raise BadRequest(f'zone: this machine does not know a zone {shown(name)}') from None
+
+
+cron_of = functools.lru_cache(maxsize=1024)(Cron)
+
+
+def first_tick(schedule, now):
+    """When the schedule fires first after `now`; times are microseconds since 1970, here and below."""
+    if schedule['every']:
+        return now // 1000000 * 1000000 + schedule['every']
+    try:
+        tick = cron_of(schedule['cron'], schedule['zone']).after(EPOCH + datetime.timedelta(microseconds=now))
+    except OverflowError:
+        raise BadRequest('cron: it does not fire before the year 10000') from None
+    return (tick - EPOCH) // datetime.timedelta(microseconds=1)
+
+
+def last_tick(schedule, now):
+    """The last tick of a schedule that is due, and the one after it."""
+    last, every, beyond = schedule['next_run_at'], schedule['every'], now
+    if every:
+        last += (now - last) // every * every
+        return last, last + every
+    while True:     # no tick is after `beyond` and not after `now`: look into the middle of what is left
+        upcoming = first_tick(schedule, last)
+        if upcoming > now:
+            return last, upcoming
+        middle = (upcoming + beyond) // 2
+        tick = first_tick(schedule, middle)
+        last, beyond = (tick, beyond) if tick <= now else (upcoming, middle)
+
 # -- Database ---------------------------------------------------------------------------------------------------------
 
 APPLICATION_ID = 0x52554e44     # "RUND", in the header of the file
@@ -508,7 +643,7 @@ CREATE TABLE needs (
     job                 INTEGER NOT NULL,               -- seq of a job with `after`
     place               INTEGER NOT NULL,               -- in it
     needed              INTEGER NOT NULL,               -- seq of the job that is named there
-    state               INTEGER NOT NULL,               -- as far as `job` was told: 0 not ended, 1 done, 2 ended otherwise
+    state               INTEGER NOT NULL,               -- as `job` was told: 0 not ended, 1 done, 2 otherwise
     PRIMARY KEY (job, place)
 ) WITHOUT ROWID;
 CREATE TABLE ended (                                    -- jobs that ended; not all that wait for them have been told
@@ -1339,7 +1474,7 @@ class Store:
         if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
             permitted('complete', job, ask)
             self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
-            self._ended(job, 'done')
+            self._told(job, 'done')
             self._freed(job)
             self.noted.append(('completed', job['queue'], self.now - job['started_at']))
         return {'id': job['id'], 'status': 'done'}
@@ -1381,16 +1516,16 @@ class Store:
 
     def _move(self, job, status, event, **changes):
         """Change the status of a job other than by poll and complete. `event`: how the attempt ended, if it ran."""
-        ended = self.now if status in ENDED else None
-        row = {**dict(job), **changes, 'status': status, 'now': self.now, 'finished_at': ended}
+        finished_at = self.now if status in ENDED else None
+        row = {**dict(job), **changes, 'status': status, 'now': self.now, 'finished_at': finished_at}
         row['scheduled'] = status == 'pending' and (WAITS if row['waits_for'] else row['next_run_at'] > self.now)
         if job['status'] == 'running':
             row['attempts'] = history(job, event, self.now, changes.get('error'))
             self._freed(job)
         self.db.execute(MOVE, row)
         self.noted.append((event, job['queue'], None))
-        if ended:
-            self._ended(job, status)
+        if finished_at:
+            self._told(job, status)
         elif row['scheduled'] != WAITS:
             self._pending(job['queue'], row['next_run_at'])
         return as_told(row)
@@ -1424,7 +1559,7 @@ class Store:
     def _give_up(self, job, id, outcome):
         self._move(job, 'cancelled', 'cancelled', error=f'it waits for the job {shown(id)}, which is {outcome}')
 
-    def _ended(self, job, outcome):
+    def _told(self, job, outcome):
         """The job has ended, or is purged: whoever waits for it finds out, jobs by overdue() in this transaction."""
         self.wake(('job', job['id']))
         if self.db.execute(WAITERS, (job['seq'], 1)).fetchone():
@@ -1440,12 +1575,12 @@ class Store:
                 break
             waiters = self.db.execute(WAITERS, (end['job'], left)).fetchall()
             for seq, place in waiters:
-                self._tell(seq, place, end)
+                self._count_down(seq, place, end)
             left -= len(waiters)
             if left:
                 self.db.execute('DELETE FROM ended WHERE job = ?', (end['job'],))
 
-    def _tell(self, seq, place, end):
+    def _count_down(self, seq, place, end):
         """One job less for it to wait for."""
         self.db.execute('UPDATE needs SET state = ? WHERE job = ? AND place = ?',
                         (STATES.get(end['outcome'], 2), seq, place))
@@ -1466,8 +1601,8 @@ class Store:
         for need in self.db.execute(NEEDED, (job['seq'],)):
             state = STATES.get(need['status'], 0) if need['status'] else need['state'] or 2
             if state == 2 and not job['after_any']:
-                gone = f'{shown(need["id"])}, which is {need["status"]}; retry that' if need['id'] else 'one that is purged'
-                raise Stale(f'id: the job waits for {gone}')
+                name = shown(need['id']) if need['id'] else 'one'
+                raise Stale(f'id: it waits for the job {name}, which is {need["status"] or "purged"}')
             states.append((state, job['seq'], need['place']))
         self.db.executemany('UPDATE needs SET state = ? WHERE job = ? AND place = ?', states)
         return sum(not state for state, _, _ in states)
@@ -1517,7 +1652,7 @@ class Store:
         if 'zone' in ask and 'every' in ask:
             raise BadRequest('zone belongs to cron, not to every')
         wanted['zone'] = wanted['zone'] or ('UTC' if 'cron' in ask else None)
-        upcoming = next_tick(wanted, self.now)
+        upcoming = first_tick(wanted, self.now)
         row = self.db.execute('SELECT * FROM schedules WHERE name = ?', (ask['name'],)).fetchone()
         if not row or any(row[field] != wanted[field] for field in DEFINED):
             past = dict(row) if row else {'last_run_at': None, 'last_id': None, 'skipped': 0}
@@ -1545,13 +1680,11 @@ class Store:
 
     def _tick(self, row):
         """A schedule is due: the job of its last tick, and when the next one is."""
-        at, upcoming = row['next_run_at'], None
         try:
-            at = last_tick(row, self.now)
-            upcoming = next_tick(row, at)
-        except BadRequest as error:         # the machine has changed, and does not know the zone any more
-            self.said.append(f'schedule {shown(row["name"])}: {error}')
-            upcoming = self.now + micros(3600)
+            at, upcoming = last_tick(row, self.now)
+        except BadRequest as error:         # the machine is another one, and does not know the zone
+            at, upcoming = row['next_run_at'], self.now + micros(3600)
+            self.said.append(f'schedule {shown(row["name"])}: {error}; its next job is made in an hour')
         ask = {field: row[field] for field in DEFINED[1:8] if row[field] is not None}
         ask['id'] = f'{row["name"]}@{rfc3339(at)[:19]}Z'
         job, created = self._enqueue(ask)
@@ -1597,7 +1730,7 @@ class Store:
         return told
 
     def purge(self, job):
-        self._ended(job, 'purged')
+        self._told(job, 'purged')
         self.db.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
 
     def pause(self, ask, paused=True):
@@ -1685,14 +1818,14 @@ class Store:
              'running': running.get((worker, queue), 0)} for (worker, queue), (at, hung) in reversed(workers)]}
 
     def counts(self):
-        """The counts of the first queues, and of all others together."""
+        """The counts of the first queues, and of all others together; the first schedules."""
         with self.database.reading() as db:
             rows = [dict(row) for row in db.execute(QUEUES, ('', MAX_LIMIT))]
             if len(rows) == MAX_LIMIT:
                 rows.append({**db.execute(OTHERS, (rows[-1]['queue'],)).fetchone(), 'queue': '(others)'})
             for row in rows:
                 row['oldest'] = db.execute(OLDEST, row).fetchone()[0]
-        return rows
+            return rows, db.execute('SELECT * FROM schedules ORDER BY name LIMIT ?', (MAX_LIMIT,)).fetchall()
 
     def _why(self, db, row):
         """Why the job is where it is, in a sentence; None once it ended."""
@@ -1792,7 +1925,7 @@ def limits_of(row):
 
 def full_at(queue, now):
     """When the bucket is full again. Each claim puts that off by per / rate (the generic cell rate algorithm, GCRA)."""
-    return min(max(queue['full_at'], now), now + queue['per'])      # no later than an empty one, though the clock was set
+    return min(max(queue['full_at'], now), now + queue['per'])      # an empty one: later, if the clock was set back
 
 
 def tokens(queue, now):
@@ -3120,7 +3253,7 @@ POLICY = '; '.join([
 
 def exposition(store):
     """The metrics in the text format of Prometheus, version 0.0.4."""
-    queues, meter, now = store.counts(), store.meter, store.clock.now()
+    queues, schedules, meter, now = *store.counts(), store.meter, store.clock.now()
     named, totals, histograms = {q['queue'] for q in queues}, collections.Counter(), {}
     with meter.lock:
         requests, groups = dict(meter.requests), list(meter.groups)
