@@ -1063,7 +1063,7 @@ NEXT = """
           UNION ALL
           SELECT MIN(next_run_at) FROM schedules
           UNION ALL
-          SELECT MIN(0) FROM ended)"""
+          SELECT MIN(1) FROM ended)"""
 TICKS = 'SELECT * FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?'
 MOVE_ON = """
     UPDATE schedules
@@ -1629,6 +1629,7 @@ class Store:
         if row['rate'] and most:
             most = min(most, tokens(row, self.now))
             if not most:
+                self.db.execute(SPEND, (full_at(row, self.now), queue))     # if the clock was set back, it fills from now
                 self.hungry.add(queue)
                 self._due(next_token(row, self.now))
         return most
@@ -1647,8 +1648,10 @@ class Store:
     def schedule(self, ask):
         """Make or change a schedule: it, as JSON text."""
         wanted = {**dict.fromkeys(DEFINED), 'priority': 0, **ask}
-        if ('cron' in ask) == ('every' in ask):
-            raise BadRequest('cron or every is missing: a schedule needs one of them')
+        if 'queue' not in ask:
+            raise BadRequest('queue is missing: /schedule needs it')
+        if 'cron' not in ask and 'every' not in ask:
+            raise BadRequest('cron or every is missing: /schedule needs one of them')
         if 'zone' in ask and 'every' in ask:
             raise BadRequest('zone belongs to cron, not to every')
         wanted['zone'] = wanted['zone'] or ('UTC' if 'cron' in ask else None)
@@ -1849,7 +1852,7 @@ class Store:
             (queue['paused'], 'the queue is paused'),
             (waits, f'waits for {row["waits_for"]} job{"s" * (row["waits_for"] != 1)}: {named}'),
             (full, f"the queue's limit of {queue['max_running']} running jobs is reached"),
-            (throttled, f"the queue's rate allows the next {rfc3339(next_token(queue, 0) if throttled else None)}"),
+            (throttled, f"the queue's rate allows the next {rfc3339(next_token(queue, self.clock.now()) if throttled else None)}"),
             (row['scheduled'] == 1, f'scheduled for {rfc3339(row["next_run_at"])}{retry}'),
             (polled is None, nobody(row['queue'], tuple(self.polled)[-20:])),
             (polled and silent, f'no worker has polled the queue for {silent} minutes'),
@@ -1934,7 +1937,7 @@ def tokens(queue, now):
 
 def next_token(queue, now):
     """When there is one in an empty bucket."""
-    return max(now, queue['full_at'] - queue['per'] - -queue['per'] // queue['rate'])
+    return full_at(queue, now) - queue['per'] - -queue['per'] // queue['rate']
 
 
 def as_schedule(row, **more):

@@ -1339,6 +1339,633 @@ def test_what_runs_in_a_paused_queue_is_finished(engine, q):
     assert engine.tell("heartbeat", claim)[0] == engine.tell("complete", claim)[0] == 200
 
 
+# -- jobs after jobs -------------------------------------------------------------------------------
+
+
+def run_job(engine, queue, verb="complete", **fields):
+    """Claims the next job of the queue and reports it; the job."""
+    job = engine.poll(queue)
+    assert engine.tell(verb, job, **fields)[0] == 200
+    return job
+
+
+def statuses(engine, *ids):
+    return [engine.job(id)["status"] for id in ids]
+
+
+def test_a_job_is_handed_out_when_all_that_it_waits_for_is_done(engine, q):
+    one, two = engine.enqueue(q)["id"], engine.enqueue(q)["id"]
+    last = engine.enqueue(q + "-last", after=[one, two], after_any=None)
+    assert (last["status"], last["after"], last["waits_for"]) == ("pending", [one, two], 2)
+    run_job(engine, q, result=1)
+    row = {row["queue"]: row for row in engine.get("/queues")["queues"]}[q + "-last"]
+    assert (row["pending"], row["waiting"], row["scheduled"], row["oldest_age"]) == (1, 1, 0, None)
+    assert engine.job(last)["waits_for"] == 1 and 'waits for 1 job: "%s"' % two in why(engine, last)
+    assert engine.job(two)["needed_by"] == [last["id"]]
+    with waiting(engine, q + "-last") as polls:
+        run_job(engine, q, result=2)
+        claim = polls[0].result()
+    assert (claim["id"], claim["waits_for"], claim["after"]) == (last["id"], 0, [one, two])
+    assert [job["result"] for job in engine.get("/jobs?needed_by=" + last["id"])["jobs"]] == [1, 2]
+    assert claim["next_run_at"] >= engine.job(two)["finished_at"] > claim["created_at"]
+
+
+def test_a_job_may_wait_for_jobs_of_its_own_batch_and_for_what_is_done_already(engine, q):
+    done = job_in(engine, "done", q)
+    jobs = engine.post("/enqueue", jobs=[{"queue": q, "id": q + "a"}, {"queue": q, "after": [q + "a", done["id"]]}])["jobs"]
+    assert [job.get("waits_for") for job in jobs] == [None, 1]
+    assert engine.enqueue(q, after=[done["id"]])["waits_for"] == 0
+    code, answer = engine.call("POST", "/enqueue", {"jobs": [{"queue": q, "after": [q + "b"]}, {"queue": q, "id": q + "b"}]})
+    assert code == 400 and "after" in answer["error"] and q + "b" in answer["error"]
+    assert engine.enqueue(q, after=[done["id"], done["id"]])["after"] == [done["id"]]
+
+
+@pytest.mark.parametrize("end", ["fail", "cancel", "purge"])
+@pytest.mark.parametrize("any", [False, True])
+def test_a_job_whose_needed_one_ends_otherwise_is_cancelled_or_with_after_any_due(engine, q, end, any):
+    needed = engine.enqueue(q)["id"]
+    second = engine.enqueue(q + "x", after=[needed], after_any=any)["id"]
+    third = engine.enqueue(q + "y", after=[second])["id"]
+    if end == "fail":
+        run_job(engine, q, "fail", retry=False)
+    else:
+        engine.post("/" + end, **({"id": needed} if end == "cancel" else {"queue": q, "status": "pending"}))
+    if any:
+        assert engine.poll(q + "x")["id"] == second and engine.job(third)["waits_for"] == 1
+    else:
+        assert statuses(engine, second, third) == ["cancelled"] * 2
+        assert needed in engine.job(second)["error"] and second in engine.job(third)["error"]
+
+
+def test_after_what_has_failed_a_job_is_cancelled_at_once_or_with_after_any_due(engine, q):
+    failed = job_in(engine, "failed", q)["id"]
+    job = engine.enqueue(q, after=[failed])
+    assert job["status"] == "cancelled" and failed in job["error"] and job["created"]
+    assert engine.enqueue(q, after=[failed], after_any=True)["waits_for"] == 0
+
+
+def test_retry_looks_at_what_a_job_waits_for_anew(engine, q):
+    needed, other = engine.enqueue(q)["id"], engine.enqueue(q, delay=99)["id"]
+    last = engine.enqueue(q + "x", after=[needed, other])["id"]
+    any = engine.enqueue(q + "y", after=[needed, other], after_any=True)["id"]
+    run_job(engine, q, "fail", retry=False)
+    code, answer = engine.call("POST", "/retry", {"id": last})
+    assert code == 409 and needed in answer["error"] and engine.job(any)["waits_for"] == 1
+    engine.post("/retry", id=needed)
+    assert engine.job(any)["waits_for"] == 2
+    engine.post("/retry", id=last)
+    assert engine.job(last)["waits_for"] == 2 and engine.poll(q + "x") is None
+    run_job(engine, q)
+    engine.post("/purge", queue=q, status="done")       # it was done: that counts
+    engine.post("/cancel", id=last)
+    engine.post("/retry", id=last)
+    assert [engine.job(id)["waits_for"] for id in (last, any)] == [1, 1]
+    engine.post("/cancel", id=other)
+    assert statuses(engine, last, any) == ["cancelled", "pending"] and engine.poll(q + "y")["id"] == any
+
+
+def test_a_job_that_is_sent_again_is_there_though_what_it_waited_for_is_gone(engine, q):
+    done = job_in(engine, "done", q)["id"]
+    job = engine.enqueue(q, id=q + "x", after=[done])
+    engine.post("/purge", queue=q, status="done")
+    again = engine.enqueue(q, id=q + "x", after=[done])
+    assert (again["created"], again["id"], again["after"]) == (False, job["id"], [done])
+    assert engine.get("/jobs?needed_by=" + job["id"])["jobs"] == []
+
+
+def test_what_a_job_waits_for_is_paged_in_its_order(engine, q):
+    ids = ["%s-%d" % (q, number) for number in range(25)]
+    engine.post("/enqueue", jobs=[{"queue": q, "id": id} for id in ids])
+    order = random.Random(1).sample(ids, 25)
+    path, found = "/jobs?limit=10&needed_by=" + engine.enqueue(q, after=order)["id"], []
+    while not found or page["after"]:
+        page = engine.get(path + ("&after=" + found[-1] if found else ""))
+        found += [job["id"] for job in page["jobs"]]
+    assert found == order
+    assert engine.call("GET", "/jobs?needed_by=nobody")[0] == 400
+
+
+def test_a_delay_begins_with_the_enqueue_and_holds_beside_after(clocked, q):
+    needed = clocked.enqueue(q)["id"]
+    job = clocked.enqueue(q + "x", after=[needed], delay=10)
+    clocked.advance(4)
+    run_job(clocked, q)
+    assert clocked.poll(q + "x") is None and "scheduled" in why(clocked, job)
+    clocked.advance(6)
+    assert clocked.poll(q + "x")["id"] == job["id"]
+
+
+def test_retention_keeps_what_a_pending_job_waits_for(clocked, q):
+    done, other = job_in(clocked, "done", q)["id"], job_in(clocked, "done", q)["id"]
+    last = clocked.enqueue(q, after=[done, clocked.enqueue(q + "x", delay=30 * 86400)["id"]])["id"]
+    clocked.advance(8 * 86400)
+    assert clocked.job(done) and clocked.call("GET", "/jobs/" + other)[0] == 404
+    clocked.post("/cancel", id=last)
+    clocked.advance(61)
+    assert clocked.call("GET", "/jobs/" + done)[0] == 404
+
+
+def test_a_long_chain_is_cancelled_in_bounded_steps(own, q):
+    engine, length = own(), 10000
+    ids = ["%s-%d" % (q, number) for number in range(length)]
+    engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
+                                  for number, id in enumerate(ids)])
+    slowest, began = 0.0, time.monotonic()
+    engine.post("/cancel", id=ids[0])
+    with contextlib.closing(engine.connect()) as over:
+        while engine.job(ids[-1])["status"] == "pending":
+            since = time.monotonic()
+            engine.call("POST", "/enqueue", {"queue": q + "other"}, over=over)
+            slowest = max(slowest, time.monotonic() - since)
+            assert since - began < 20
+    assert slowest < 0.5
+    row = {row["queue"]: row for row in engine.get("/queues")["queues"]}[q]
+    assert (row["cancelled"], row["pending"], row["waiting"]) == (length, 0, 0)
+
+
+def test_a_cancelled_chain_goes_on_being_cancelled_after_kill_9(own, q):
+    engine, length = own(constants={"STEP": 1, "TICK": 0.05}), 300
+    ids = ["%s-%d" % (q, number) for number in range(length)]
+    engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
+                                  for number, id in enumerate(ids)])
+    engine.post("/cancel", id=ids[0])
+    engine.kill()
+    assert "pending" in [row[0] for row in sqlite3.connect(str(engine.database)).execute("SELECT status FROM jobs")]
+    engine.start()
+    until(lambda: engine.job(ids[-1])["status"] == "cancelled")
+
+
+def test_too_many_jobs_to_wait_for_in_one_body_are_refused(engine, q):
+    ids = ["%s-%d" % (q, number) for number in range(500)]
+    engine.post("/enqueue", jobs=[{"queue": q, "id": id} for id in ids])
+    code, answer = engine.call("POST", "/enqueue", {"jobs": [{"queue": q, "after": ids}] * 201})
+    assert code == 413 and "after" in answer["error"] and engine.count(q) == 500
+
+
+def work_through(api, queue, dice, ends, seen, faults):
+    """Claims jobs and ends them somehow until `ends` is set; what was wrong is put into `faults`."""
+    while not ends.is_set():
+        try:
+            for job in api.call("POST", "/poll", {"queue": queue, "limit": 20, "wait": 0.2, "lease": 2})[1] or []:
+                bad = [id for id in job.get("after", []) if api.job(id)["status"] != "done"]
+                faults.extend((job["id"], id) for id in bad)
+                seen.append(job["id"])
+                chance = dice.random()
+                if chance < 0.98:       # else it is lost, and comes again
+                    api.tell("complete" if chance < 0.9 else "fail", job, **({} if chance < 0.9 else {"retry": chance < 0.95}))
+        except (OSError, http.client.HTTPException, AssertionError, AttributeError, TypeError, ValueError):
+            time.sleep(0.05)
+
+
+def graphs(engine, q, count, kills, seed=1):
+    """Random graphs of jobs under kills of the engine: what began too early, and what has not ended."""
+    dice, ends, seen, faults = random.Random(seed), threading.Event(), [], []
+    crowd = [threading.Thread(target=work_through, args=(engine, q, random.Random(n), ends, seen, faults)) for n in range(3)]
+    for thread in crowd:
+        thread.start()
+    ids = ["%s-%d" % (q, number) for number in range(count)]
+    size, killed = max(1, count // 20), 0
+    for start in range(0, count, size):
+        jobs = [{"queue": q, "id": ids[n], "max_retries": 3, "after_any": False,
+                 **({"after": dice.sample(ids[max(0, n - 200):n], min(n, dice.randrange(1, 6)))} if n and dice.random() < 0.8 else {})}
+                for n in range(start, min(count, start + size))]
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if engine.call("POST", "/enqueue", {"jobs": jobs})[0] == 200:
+                    break
+            time.sleep(0.02)
+        if killed < kills:
+            killed += 1
+            time.sleep(dice.random() * 0.1)
+            engine.kill()
+            engine.start("--port", str(engine.port), constants=QUICK)
+    left = lambda: sum(row["pending"] + row["running"] for row in engine.get("/queues")["queues"] if row["queue"] == q)
+    until(lambda: left() == 0, 60 + count / 100)
+    ends.set()
+    for thread in crowd:
+        thread.join()
+    return faults, len(set(seen))
+
+
+@beside
+def test_no_job_begins_before_what_it_waits_for_is_done_and_none_waits_for_ever(own, q):
+    faults, begun = graphs(own(constants=QUICK), q, 500, 4)
+    assert faults == [] and begun > 100
+
+
+# -- limits of a queue -----------------------------------------------------------------------------
+
+
+def test_max_running_is_held_over_all_polls_and_a_freed_slot_wakes_one(engine, q):
+    assert engine.post("/limit", queue=q, max_running=2) == {"queue": q, "max_running": 2, "rate": None, "per": None}
+    jobs = [engine.enqueue(q)["id"] for _ in range(8)]
+    claims = engine.poll(q, limit=5)
+    assert [job["id"] for job in claims] == jobs[:2] and engine.poll(q, limit=5) is None
+    assert "the queue's limit of 2 running jobs is reached" in why(engine, jobs[2])
+    for verb, fields in [("complete", {}), ("fail", {"delay": 99}), ("release", {}), ("cancel", {})]:
+        with waiting(engine, q) as polls:
+            job = claims.pop(0)
+            if verb == "cancel":
+                engine.post("/cancel", id=job["id"])
+            else:
+                assert engine.tell(verb, job, **fields)[0] == 200
+            claims.append(polls[0].result())
+        assert sum(row["running"] for row in engine.get("/queues")["queues"] if row["queue"] == q) == 2, verb
+    with waiting(engine, q) as polls:
+        engine.post("/limit", queue=q, max_running=None)
+        assert polls[0].result()["id"]
+
+
+def test_the_jobs_of_a_lost_worker_free_their_slots(clocked, q):
+    clocked.post("/limit", queue=q, max_running=1)
+    first, second = clocked.enqueue(q, max_retries=5)["id"], clocked.enqueue(q)["id"]
+    clocked.poll(q, lease=1)
+    assert clocked.poll(q) is None
+    clocked.advance(1.1)
+    assert clocked.poll(q)["id"] == second and clocked.job(first)["status"] == "pending"
+
+
+def test_rate_is_a_bucket_of_claims_that_a_restart_does_not_fill(clocked, q):
+    clocked.post("/limit", queue=q, rate=3, per=6)
+    engine, jobs = clocked, [clocked.enqueue(q)["id"] for _ in range(12)]
+    assert len(engine.poll(q, limit=10)) == 3 and engine.poll(q) is None
+    assert "rate allows the next" in why(engine, jobs[3])
+    engine.stop()
+    engine.start()
+    assert engine.poll(q, limit=10) is None
+    engine.advance(1.9)
+    assert engine.poll(q, limit=10) is None
+    engine.advance(0.1)
+    assert len(engine.poll(q, limit=10)) == 1
+    assert engine.post("/limit", queue=q, rate=3)["per"] == 6 and engine.poll(q, limit=10) is None
+    with waiting(engine, q) as polls:
+        engine.advance(2)
+        assert polls[0].result()["id"] == jobs[4]
+    engine.advance(100)
+    assert len(engine.poll(q, limit=10)) == 3
+    clocked.clock.wall -= 50000         # and a clock that is set back does not freeze it
+    engine.stop()
+    engine.start()
+    engine.advance(6)
+    assert len(engine.poll(q, limit=10)) == 3
+
+
+def test_a_wall_clock_set_ahead_fills_no_bucket(clocked, q):
+    clocked.post("/limit", queue=q, rate=2, per=60)
+    clocked.post("/enqueue", jobs=[{"queue": q}] * 9)
+    assert len(clocked.poll(q, limit=9)) == 2
+    clocked.clock.wall += 5000
+    clocked.advance(1)
+    assert clocked.poll(q, limit=9) is None
+
+
+def test_a_waiting_poll_gets_its_job_the_moment_the_rate_allows(engine, q):
+    engine.post("/limit", queue=q, rate=1, per=0.3)
+    engine.post("/enqueue", jobs=[{"queue": q}] * 4)
+    starts = [when(engine.poll(q, wait=5)["started_at"]) for _ in range(4)]
+    gaps = [after - before for before, after in zip(starts, starts[1:])]
+    assert all(0.299 < gap < 0.4 for gap in gaps), gaps
+
+
+def test_limits_that_make_no_sense_are_refused_and_those_that_are_not_named_stay(engine, q):
+    engine.post("/limit", queue=q, max_running=5, rate=10)
+    assert engine.post("/limit", queue=q, max_running=6) == {"queue": q, "max_running": 6, "rate": 10, "per": 1}
+    assert engine.post("/limit", queue=q, rate=None) == {"queue": q, "max_running": 6, "rate": None, "per": None}
+    for fields in [{"per": 3}, {"rate": 0}, {"rate": 1.5}, {"max_running": 0}, {"per": 0, "rate": 1}, {"max_running": "5"}]:
+        code, answer = engine.call("POST", "/limit", {"queue": q, **fields})
+        assert code == 400 and list(fields)[0] in answer["error"], answer
+    row = {row["queue"]: row for row in engine.get("/queues")["queues"]}[q]
+    assert (row["max_running"], row["rate"], row["per"]) == (6, None, None) and "full_at" not in row
+    assert 'rundown_max_running{queue="%s"} 6' % q in engine.get("/metrics")
+
+
+def test_limits_hold_at_every_moment_under_kills_losses_and_greedy_claims(own, q):
+    engine, ends, over = own(constants=QUICK), threading.Event(), []
+    engine.post("/limit", queue=q, max_running=7, rate=40, per=1)
+    engine.post("/enqueue", jobs=[{"queue": q, "max_retries": 9}] * 3000)
+    claims = []
+
+    def greedy(dice):
+        while not ends.is_set():
+            with contextlib.suppress(OSError, http.client.HTTPException, AssertionError, TypeError):
+                for job in engine.call("POST", "/poll", {"queue": q, "limit": 1000, "wait": 1, "lease": 0.3})[1] or ():
+                    claims.append((job["id"], job["attempt"], when(job["started_at"])))
+                    verb = dice.choice(["complete", "fail", "release", "lose"])
+                    if verb != "lose":
+                        engine.tell(verb, job)
+
+    def watch():
+        with contextlib.closing(sqlite3.connect(str(engine.database), timeout=5)) as db:
+            while not ends.is_set():
+                over.append(db.execute("SELECT COUNT(*) FROM jobs WHERE status = 'running'").fetchone()[0])
+                time.sleep(0.001)
+    crowd = [threading.Thread(target=greedy, args=(random.Random(n),)) for n in range(3)] + [threading.Thread(target=watch)]
+    for thread in crowd:
+        thread.start()
+    for _ in range(3):
+        time.sleep(1)
+        engine.kill()
+        engine.start("--port", str(engine.port), constants=QUICK)
+    time.sleep(0.5)
+    ends.set()
+    for thread in crowd:
+        thread.join()
+    times = sorted(start for _, _, start in set(claims))
+    assert max(over) <= 7 and len(times) > 40
+    for first, last in itertools.combinations(range(len(times)), 2):
+        assert last - first + 1 <= 40 + (times[last] - times[first]) * 40 + 0.01
+
+
+# -- schedules -------------------------------------------------------------------------------------
+
+
+def instant(text):
+    return datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.timezone.utc)
+
+
+def ticks(cron, after, count, zone="UTC"):
+    """The first ticks after a time of UTC, to the minute, in UTC."""
+    cron, at, found = rundown_engine.Cron(cron, zone), instant(after), []
+    for _ in range(count):
+        at = cron.after(at)
+        found.append(at.strftime("%Y-%m-%d %H:%M"))
+    return found
+
+
+def part_of_cron(dice, low, high, restricted):
+    """A random field of a cron expression, and the numbers that it names."""
+    if not restricted:
+        return "*", set(range(low, high + 1))
+    texts, numbers = [], set()
+    for _ in range(dice.randrange(1, 4)):
+        first = dice.randint(low, high)
+        last, step = dice.randint(first, high), dice.randrange(1, 20)
+        kind = dice.choice(["one", "one", "range", "steps"])
+        texts.append({"one": "%d" % first, "range": "%d-%d" % (first, last), "steps": "%d-%d/%d" % (first, last, step)}[kind])
+        numbers |= {"one": {first}, "range": set(range(first, last + 1)), "steps": set(range(first, last + 1, step))}[kind]
+    return ",".join(texts), numbers
+
+
+def test_cron_agrees_with_a_walk_over_the_minutes_of_four_years_for_300_expressions():
+    first_day = datetime.date(2023, 1, 1)
+    days = [first_day + datetime.timedelta(days=number) for number in range(1461)]
+    minute, hour = {n: 0 for n in range(60)}, {n: 0 for n in range(24)}
+    for n in range(1440):               # a day as 1,440 bits
+        minute[n % 60] |= 1 << n
+        hour[n // 60] |= 1 << n
+    dice, walked = random.Random(11), 0
+    for _ in range(300):
+        restricted = [dice.random() < 0.6 for _ in range(5)]
+        (m, ms), (h, hs), (d, ds), (mo, mos), (w, ws) = [
+            part_of_cron(dice, low, high, one) for (low, high), one in
+            zip([(0, 59), (0, 23), (1, 31), (1, 12), (0, 7)], restricted)]
+        expression = " ".join([m, h, d, mo, w])
+        of_a_day = sum(minute[n] for n in ms) & sum(hour[n] for n in hs)
+        walk = []
+        for day in days:
+            by_date, by_week = day.day in ds, day.isoweekday() % 7 in {n % 7 for n in ws}
+            fits = by_date or by_week if restricted[2] and restricted[4] else by_date and by_week
+            walk.append(of_a_day if fits and day.month in mos else 0)
+        if not any(walk):
+            continue
+        cron = rundown_engine.Cron(expression, "UTC")
+        for start in [0, *(dice.randrange(1461 * 1440) for _ in range(3))]:
+            at = instant("2023-01-01T00:00") + datetime.timedelta(minutes=start)
+            for _ in range(30):
+                rest = walk[start // 1440] >> start % 1440 + 1
+                day = start // 1440
+                if not rest:
+                    day = next((n for n in range(day + 1, 1461) if walk[n]), None)
+                    if day is None:
+                        break
+                    expected = day * 1440 + (walk[day] & -walk[day]).bit_length() - 1
+                else:
+                    expected = start + (rest & -rest).bit_length()
+                at, start, walked = cron.after(at), expected, walked + 1
+                assert at == instant("2023-01-01T00:00") + datetime.timedelta(minutes=expected), (expression, at)
+    assert walked > 10000
+
+
+@pytest.mark.parametrize("cron, after, zone, expected", [
+    ("0 0 29 2 *", "2024-02-29T00:00", "UTC", ["2028-02-29 00:00", "2032-02-29 00:00"]),
+    ("0 0 29 2 *", "2096-03-01T00:00", "UTC", ["2104-02-29 00:00"]),
+    ("0 0 29 2 1", "2026-02-20T00:00", "UTC", ["2026-02-23 00:00", "2027-02-01 00:00"]),
+    ("0 12 13 * fri", "2026-11-10T00:00", "UTC", ["2026-11-13 12:00", "2026-11-20 12:00"]),
+    ("0 0 */10 * mon", "2026-11-01T00:00", "UTC", ["2026-12-21 00:00"]),        # begins with *: both days have to fit
+    ("@weekly", "2026-11-24T00:00", "UTC", ["2026-11-29 00:00"]),
+    ("0 0 * * SUN-TUE", "2026-11-24T12:00", "UTC", ["2026-11-29 00:00", "2026-11-30 00:00", "2026-12-01 00:00"]),
+    ("0 0 * jan,Jul fri-sun", "2026-11-24T12:00", "UTC", ["2027-01-01 00:00", "2027-01-02 00:00", "2027-01-03 00:00"]),
+    ("30 2 * * *", "2026-03-28T00:00", "Europe/Berlin", ["2026-03-28 01:30", "2026-03-29 01:00", "2026-03-30 00:30"]),
+    ("*/20 2 * * *", "2026-03-29T00:00", "Europe/Berlin", ["2026-03-29 01:00", "2026-03-30 00:00"]),
+    ("30 2 * * *", "2026-10-24T12:00", "Europe/Berlin", ["2026-10-25 00:30", "2026-10-26 01:30"]),
+    ("30 * * * *", "2026-10-25T00:00", "Europe/Berlin", ["2026-10-25 00:30", "2026-10-25 02:30"]),
+    ("30 2 * * *", "2026-03-08T00:00", "America/New_York", ["2026-03-08 07:00", "2026-03-09 06:30"]),
+    ("30 1 * * *", "2026-11-01T00:00", "America/New_York", ["2026-11-01 05:30", "2026-11-02 06:30"]),
+    ("10 2 * * *", "2026-10-03T12:00", "Australia/Lord_Howe", ["2026-10-03 15:30", "2026-10-04 15:10"]),
+    ("45 1 * * *", "2026-04-04T00:00", "Australia/Lord_Howe", ["2026-04-04 14:45", "2026-04-05 15:15"]),
+    ("0 12 * * *", "2011-12-29T10:00", "Pacific/Apia", ["2011-12-29 22:00", "2011-12-30 10:00", "2011-12-30 22:00"]),
+])
+def test_cron_by_hand_on_leap_days_either_day_and_clocks_that_leap(cron, after, zone, expected):
+    if zone != "UTC":
+        pytest.importorskip("zoneinfo").ZoneInfo(zone)
+    assert ticks(cron, after, len(expected), zone) == expected
+
+
+def test_the_next_tick_is_found_below_a_millisecond():
+    cron = rundown_engine.Cron("0 0 29 2 1", "UTC")
+    took = min(timed(cron.after, instant("2026-03-01T00:00")) for _ in range(5))
+    assert took < 0.001
+
+
+def timed(function, *arguments):
+    began = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize("cron, said", [
+    ("* 25 * * *", "hour: 25 is not 0-23"), ("60 * * * *", "minute: 60 is not 0-59"), ("* * 0 * *", "day of month: 0 is not 1-31"),
+    ("* * * 13 *", "month: 13 is not 1-12"), ("* * * * 8", "day of week: 8 is not 0-7"), ("* * * * someday", "day of week: someday"),
+    ("5/15 * * * *", "minute: 5/15"), ("*/0 * * * *", "minute: */0"), ("9-5 * * * *", "minute: 9-5"), ("1,,2 * * * *", "minute:"),
+    ("* * * *", "five fields"), ("", "five fields"), ("@midnightly", "five fields"), ("0 0 30 2 *", "no month"), ("0 0 31 4,6 *", "no month"),
+    ("\u0665 * * * *", "minute:"), (5, "a string"), ("x" * 2000, "a string"),
+])
+def test_a_cron_expression_that_is_wrong_is_refused_by_field(engine, q, cron, said):
+    code, answer = engine.call("POST", "/schedule", {"name": q, "queue": q, "cron": cron})
+    assert code == 400 and answer["error"].startswith("cron") and said in answer["error"], answer
+
+
+@pytest.mark.parametrize("fields, said", [
+    ({}, "cron or every"), ({"cron": "@daily", "every": 5}, "exclude"), ({"every": 0.5}, "every"), ({"every": 60, "zone": "UTC"}, "zone"),
+    ({"cron": "@daily", "zone": "Europe/Nowhere"}, "zone"), ({"cron": "@daily", "zone": "../../etc/passwd"}, "zone"),
+    ({"cron": "@daily", "zone": "Europe"}, "zone"), ({"cron": "@daily", "name": "x" * 151}, "name"), ({"cron": "@daily", "queue": None}, "queue"),
+])
+def test_a_schedule_that_makes_no_sense_is_refused(engine, q, fields, said):
+    code, answer = engine.call("POST", "/schedule", {"name": q, "queue": q, **fields})
+    assert code == 400 and said in answer["error"], answer
+
+
+def test_a_schedule_makes_one_job_a_tick_and_tells_of_it(clocked, q):
+    clocked.clock.wall = 1.8e9 + 0.25
+    clocked.advance(1)
+    fields = {"payload": {"a": 1.0}, "timeout": 7, "max_retries": 2, "tag": "t", "priority": 3}
+    made = clocked.post("/schedule", name="n", queue=q, every=10, **fields)
+    assert made["created"] and made["next_run_at"].endswith(":11.000000Z") and made["last_id"] is None
+    assert {name: made[name] for name in fields} == fields and (made["cron"], made["every"], made["zone"]) == (None, 10, None)
+    clocked.advance(10)
+    job = clocked.poll(q)
+    assert job["id"] == "n@2027-01-15T08:00:11Z" and {name: job[name] for name in fields} == fields
+    schedule = clocked.get("/schedules")["schedules"][0]
+    assert (schedule["last_id"], schedule["last_run_at"], schedule["next_run_at"], schedule["skipped"]) == (
+        job["id"], "2027-01-15T08:00:11.000000Z", "2027-01-15T08:00:21.000000Z", 0)
+    assert clocked.poll(q) is None
+    clocked.advance(5)
+    same = clocked.post("/schedule", name="n", queue=q, every=10, **fields)
+    assert not same["created"] and same["next_run_at"] == "2027-01-15T08:00:21.000000Z"
+    changed = clocked.post("/schedule", name="n", queue=q, cron="0 3 * * *", zone=None)
+    assert (changed["created"], changed["next_run_at"], changed["zone"], changed["payload"]) == (
+        False, "2027-01-16T03:00:00.000000Z", "UTC", None)
+    assert changed["last_id"] == job["id"] and clocked.get("/schedules")["schedules"][0]["cron"] == "0 3 * * *"
+    assert 'rundown_schedule_skipped_total{schedule="n"} 0' in clocked.get("/metrics")
+    assert [clocked.post("/unschedule", name="n")["count"] for _ in range(2)] == [1, 0]
+    assert clocked.get("/schedules")["schedules"] == [] and clocked.job(job)["status"] == "running"
+
+
+def test_ticks_that_were_missed_make_one_job_for_the_last_of_them(clocked, q):
+    for name, fields in [("every", {"every": 7}), ("cron", {"cron": "*/5 * * * *"}), ("rare", {"cron": "0 0 1 1,2 *"})]:
+        clocked.post("/schedule", name=name, queue=q, **fields)
+    clocked.stop()
+    clocked.clock.move(366 * 86400 + 100)
+    clocked.start()
+    clocked.advance(0)
+    assert sorted(job["id"] for job in clocked.poll(q, limit=9)) == [
+        "cron@2028-01-16T08:00:00Z", "every@2028-01-16T08:01:40Z", "rare@2028-01-01T00:00:00Z"]
+    clocked.clock.wall += 40 * 86400        # a clock that leaps is no other than an engine that was down
+    clocked.advance(1)
+    assert [job["id"].split("@")[0] for job in clocked.poll(q, limit=9)].count("cron") == 1
+    clocked.clock.wall -= 86400
+    clocked.stop()
+    clocked.start()
+    clocked.advance(3600)
+    assert clocked.poll(q, limit=9) is None     # no tick twice
+
+
+def test_a_tick_while_the_key_s_job_is_there_is_skipped(clocked, q):
+    clocked.post("/schedule", name="k", queue=q, every=10, key="one")
+    for _ in range(4):
+        clocked.advance(10)
+    schedule = clocked.get("/schedules")["schedules"][0]
+    assert schedule["skipped"] == 3 and schedule["last_id"].endswith("08:00:10Z") and clocked.count(q) == 1
+    run_job(clocked, q)
+    clocked.advance(10)
+    assert clocked.poll(q)["id"].endswith("08:00:50Z")
+
+
+def test_a_waiting_poll_gets_the_job_of_a_tick_at_once(engine, q):
+    engine.post("/schedule", name=q, queue=q, every=1)
+    job = engine.poll(q, wait=5)
+    engine.post("/unschedule", name=q)
+    assert when(job["started_at"]) - when(job["next_run_at"]) < 0.05
+
+
+def test_each_tick_that_was_due_has_one_job_whatever_is_killed_when(own, q):
+    engine = own()
+    for number in range(50):
+        engine.post("/schedule", name="s%d" % number, queue=q, every=1)
+    dice, down = random.Random(5), []
+    for _ in range(8):
+        time.sleep(dice.random())
+        since = time.time()
+        engine.kill()
+        engine.start("--port", str(engine.port))
+        down.append((since - 0.05, time.time() + 0.05))
+    time.sleep(1.1)
+    made = collections.defaultdict(set)
+    for id in [job["id"] for job in pages(engine, q)]:
+        made[id.split("@")[0]].add(int(when(id.split("@")[1].replace("Z", ".0Z"))))
+    assert len(made) == 50
+    for seconds in made.values():
+        missed = set(range(min(seconds), max(seconds))) - seconds
+        assert all(any(since <= second <= until for since, until in down) for second in missed), (missed, down)
+
+
+def pages(engine, q):
+    path, page = "/jobs?limit=1000&queue=" + q, {"after": ""}
+    while page["after"] is not None:
+        page = engine.get(path + ("&after=" + page["after"] if page["after"] else ""))
+        yield from page["jobs"]
+
+
+def test_a_schedule_whose_zone_is_gone_does_not_stop_the_others(clocked, q):
+    pytest.importorskip("zoneinfo")
+    clocked.post("/schedule", name="a", queue=q, cron="* * * * *", zone="Europe/Berlin")
+    clocked.post("/schedule", name="b", queue=q, cron="* * * * *")
+    clocked.stop()
+    with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
+        db.execute("UPDATE schedules SET zone = 'Europe/Atlantis' WHERE name = 'a'")
+        db.commit()
+    clocked.start()
+    clocked.advance(60)
+    assert sorted(job["id"][0] for job in clocked.poll(q, limit=9)) == ["a", "b"]
+
+
+# -- databases of engines before this one ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_engine(tmp_path_factory):
+    """A folder with the engine of version 1.0, whose databases have schema 1."""
+    source = subprocess.run(["git", "show", "44fe2c6:rundown_engine.py"], cwd=str(HERE), stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL).stdout if shutil.which("git") else b""
+    if not source:
+        pytest.skip("the history of the repository is not here")
+    folder = tmp_path_factory.mktemp("first")
+    (folder / "rundown_engine.py").write_bytes(source)
+    return folder
+
+
+def test_a_database_that_version_1_0_wrote_under_load_is_migrated_and_goes_on(own, first_engine, tmp_path, q, monkeypatch):
+    monkeypatch.setitem(globals(), "HERE", first_engine)
+    engine = Engine(tmp_path)
+    monkeypatch.undo()
+    ends, acknowledged = threading.Event(), []
+
+    def load(number):
+        with contextlib.suppress(OSError, http.client.HTTPException, TypeError):
+            while not ends.is_set():
+                id = "%s-%d-%d" % (q, number, len(acknowledged))
+                engine.enqueue(q, id, id=id, delay=random.choice([0, 0, 9999]), tag="t")
+                acknowledged.append(id)
+                if random.random() < 0.6:
+                    engine.tell(random.choice(["complete", "fail", "release", "heartbeat"]), engine.poll(q))
+    crowd = [threading.Thread(target=load, args=(number,)) for number in range(4)]
+    for thread in crowd:
+        thread.start()
+    until(lambda: len(acknowledged) > 400)
+    engine.kill()
+    ends.set()
+    for thread in crowd:
+        thread.join()
+    engine = own()
+    found = {job["id"]: job for job in pages(engine, q)}
+    assert set(acknowledged) <= set(found)
+    queue = {row["queue"]: row for row in engine.get("/queues")["queues"]}[q]
+    counts = collections.Counter(job["status"] for job in found.values())
+    assert {status: queue[status] for status in STATUSES} == {status: counts[status] for status in STATUSES}
+    assert (queue["waiting"], queue["max_running"]) == (0, None)
+    pending = [job for job in found.values() if job["status"] == "pending"]
+    last = engine.enqueue(q + "x", after=[pending[0]["id"]])
+    engine.post("/limit", queue=q, max_running=queue["running"] + 1)
+    assert len(engine.poll(q, limit=1000)) == 1 and engine.job(last)["waits_for"] == 1
+    engine.stop()
+    (tmp_path / "new").mkdir()
+    migrated, new = [sorted(sqlite3.connect(str(path)).execute("SELECT type, name FROM sqlite_master"))
+                     for path in (engine.database, own(folder=tmp_path / "new").database)]
+    assert migrated == new
+    monkeypatch.setitem(globals(), "HERE", first_engine)
+    assert "newer" in refusal(tmp_path)[1][0]
+
+
 # -- HTTP: framing by raw bytes, slow and many clients -------------------------------------------
 
 
@@ -2115,7 +2742,7 @@ def test_thousands_of_queues_are_paged_summed_up_and_forgotten(own, q):
     assert [queue["queue"] for queue in page["queues"]][::99] == ["q00100", "q00199"] and page["after"] == "q00199"
     assert len(engine.get("/queues")["queues"]) == 1000
     text = engine.get("/metrics")
-    assert text.count("rundown_jobs{") == 1001 * 6 and 'rundown_jobs{queue="(others)",status="pending"} 2000' in text
+    assert text.count("rundown_jobs{") == 1001 * 7 and 'rundown_jobs{queue="(others)",status="pending"} 2000' in text
     assert 'rundown_enqueued_total{queue="(others)"} 2000' in text
     engine.poll("q02999")
     assert engine.get("/queues?busy=true&limit=1")["queues"][0]["queue"] == "q00000"
@@ -2143,7 +2770,7 @@ def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
 # -- values: every field of every call, with every kind of value ---------------------------------
 
 TAKES = {
-    "/enqueue": "queue payload timeout max_retries tag priority delay run_at key id jobs",
+    "/enqueue": "queue payload timeout max_retries tag priority delay run_at key id jobs after after_any",
     "/poll": "queue limit wait worker lease max_retries timeout hung",
     "/complete": "id attempt result jobs",
     "/fail": "id attempt error retry delay jobs",
@@ -2154,6 +2781,9 @@ TAKES = {
     "/purge": "queue status",
     "/pause": "queue",
     "/resume": "queue",
+    "/limit": "queue max_running rate per",
+    "/schedule": "name queue cron every zone payload timeout max_retries tag priority key",
+    "/unschedule": "name",
 }
 FIELDS = [(path, field) for path, fields in TAKES.items() for field in fields.split()]
 
@@ -2183,6 +2813,7 @@ def target(tmp_path_factory):
 def fresh(engine, path):
     """A valid body for `path`, with one job pending, one running and one failed to aim at."""
     engine.post("/resume", queue="v")
+    engine.post("/limit", queue="v", max_running=None, rate=None)
     for job in engine.get("/jobs?status=running")["jobs"]:
         engine.post("/cancel", id=job["id"])
     for status in ("pending", "done", "failed", "cancelled"):
@@ -2193,7 +2824,8 @@ def fresh(engine, path):
     return {
         "/enqueue": {"queue": "v"}, "/poll": {"queue": "v"}, "/cancel": {"id": pending["id"]},
         "/retry": {"id": failed["id"]}, "/purge": {"queue": "v", "status": "failed"},
-        "/pause": {"queue": "v"}, "/resume": {"queue": "v"},
+        "/pause": {"queue": "v"}, "/resume": {"queue": "v"}, "/limit": {"queue": "v", "rate": 5},
+        "/schedule": {"name": "v", "queue": "v", "cron": "@yearly"}, "/unschedule": {"name": "v"},
     }.get(path, aimed)
 
 
@@ -2206,7 +2838,7 @@ def with_field(body, field, value):
 
 
 def everything(engine):
-    return engine.get("/jobs?limit=1000")["jobs"]
+    return engine.get("/jobs?limit=1000")["jobs"], engine.get("/schedules")
 
 
 @contextlib.contextmanager
@@ -2237,7 +2869,7 @@ def test_any_value_in_any_field_is_taken_or_refused_by_name_and_a_refusal_change
 @pytest.mark.parametrize("path", TAKES)
 def test_a_call_without_the_fields_it_needs_names_them(target, path):
     code, answer = target.call("POST", path, {})
-    assert code == 400 and re.search(r"\b(id|queue)\b", answer["error"])
+    assert code == 400 and re.search(r"\b(id|queue|name)\b", answer["error"])
 
 
 @pytest.mark.parametrize("path, field", FIELDS, ids=lambda part: part)
@@ -2301,7 +2933,7 @@ def test_the_bad_item_of_a_batch_is_refused_alone_and_says_which_field(engine, q
     assert "attempt" in answer["jobs"][1]["error"] and engine.job(claim)["status"] == "done"
 
 
-@pytest.mark.parametrize("field", "queue status tag limit after wait".split())
+@pytest.mark.parametrize("field", "queue status tag limit after needed_by wait".split())
 def test_any_value_in_a_query_is_answered_or_refused_by_name(engine, q, field):
     path = "/jobs?" if field != "wait" else "/jobs/%s?" % job_in(engine, "done", q)["id"]
     texts = ["", "0", "-1", "1.5", "x" * 300, "%00", "%ff", "%ed%a0%80", "%F0%9F%98%80", "%zz", "NaN", "inf", "1e9",
@@ -4932,9 +5564,9 @@ def the_file_is_sound(seen):
 
 def queues_are_counted_right(seen):
     found = collections.Counter((row["queue"], row["status"]) for row in seen.jobs.values())
-    found.update((row["queue"], "scheduled") for row in seen.jobs.values() if row["scheduled"])
+    found.update((row["queue"], ["", "scheduled", "waiting"][row["scheduled"]]) for row in seen.jobs.values())
     for queue in seen.queues:
-        for column in ("pending", "scheduled", "running", "done", "failed", "cancelled"):
+        for column in ("pending", "scheduled", "waiting", "running", "done", "failed", "cancelled"):
             if queue[column] != found[queue["queue"], column]:
                 yield "queue %s counts %d %s and has %d" % (
                     queue["queue"], queue[column], column, found[queue["queue"], column])
