@@ -978,9 +978,9 @@ START = """
     WHERE seq = :seq"""
 INSERT = """
     INSERT INTO jobs (id, queue, tag, payload, scheduled, priority, max_retries, timeout, key,
-        created_at, updated_at, next_run_at, after, after_any, waits_for)
+        created_at, updated_at, next_run_at)
     VALUES (:id, :queue, :tag, :payload, :scheduled, :priority, :max_retries, :timeout, :key,
-        :created_at, :updated_at, :next_run_at, :after, :after_any, :waits_for)"""
+        :created_at, :updated_at, :next_run_at)"""
 BY_ID = 'SELECT * FROM jobs WHERE id = :id'
 NEEDED_BY = 'SELECT id FROM needs JOIN jobs ON seq = job WHERE needed = ? ORDER BY seq LIMIT ?'
 BY_KEY = """
@@ -994,6 +994,7 @@ CLAIMED = """
     WHERE id = ?"""
 WAITER = CLAIMED.replace('id = ?', 'seq = ?')
 WAITERS = 'SELECT job, place FROM needs WHERE needed = ? AND state = 0 LIMIT ?'
+WAIT = 'UPDATE jobs SET after = ?, after_any = ?, waits_for = ? WHERE seq = ?'
 NEED = 'INSERT INTO needs (job, place, needed, state) VALUES (?, ?, ?, ?)'
 NEEDED = """
     SELECT place, state, needed, id, status
@@ -1148,8 +1149,7 @@ COLUMNS = re.findall(r'^    (\w+)  ', SCHEMA.split('CREATE')[1], re.MULTILINE)  
 BRIEF = [column for column in COLUMNS if column not in ('payload', 'result', 'attempts', 'after')]
 BLANK = dict.fromkeys(COLUMNS)
 BLANK.update(status='pending', attempt=0, retries=0)
-OPTIONAL = {'id': None, 'payload': None, 'tag': None, 'key': None, 'max_retries': None, 'timeout': None, 'priority': 0,
-            'after': None, 'after_any': False, 'waits_for': 0}
+OPTIONAL = {'id': None, 'payload': None, 'tag': None, 'key': None, 'max_retries': None, 'timeout': None, 'priority': 0}
 DEFINED = ('name', 'queue', 'payload', 'timeout', 'max_retries', 'tag', 'priority', 'key', 'cron', 'every', 'zone')
 WAITS = 2       # a job's `scheduled` while it waits for others
 STATES = {'done': 1, 'failed': 2, 'cancelled': 2}       # of what a job waits for; 0: not ended
@@ -1543,16 +1543,17 @@ class Store:
             if not needed[-1]:
                 raise BadRequest(f'after: there is no job {shown(id)}')
         states = [STATES.get(job['status'], 0) for job in needed]
-        row.update(after=encode(row['after']), waits_for=states.count(0))
-        row['scheduled'] = WAITS if row['waits_for'] else row['scheduled']
+        waits_for, any_end = states.count(0), row.get('after_any', False)
+        row['scheduled'] = WAITS if waits_for else row['scheduled']
         seq = self.db.execute(INSERT, row).lastrowid
+        self.db.execute(WAIT, (encode(row['after']), any_end, waits_for, seq))
         self.db.executemany(NEED, [(seq, place, job['seq'], state)
                                    for place, (job, state) in enumerate(zip(needed, states))])
         self.noted.append(('enqueued', row['queue'], None))
-        if 2 in states and not row['after_any']:
+        if 2 in states and not any_end:
             bad = needed[states.index(2)]
             self._give_up(self._job(row), bad['id'], bad['status'])
-        elif not row['waits_for']:
+        elif not waits_for:
             self._pending(row['queue'], row['next_run_at'])
         return self.db.execute(BY_ID, row).fetchone(), True
 

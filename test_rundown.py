@@ -1606,6 +1606,7 @@ def test_rate_is_a_bucket_of_claims_that_a_restart_does_not_fill(clocked, q):
     clocked.clock.wall -= 50000         # and a clock that is set back does not freeze it
     engine.stop()
     engine.start()
+    assert engine.poll(q, limit=10) is None
     engine.advance(6)
     assert len(engine.poll(q, limit=10)) == 3
 
