@@ -1630,7 +1630,7 @@ class Store:
         if row['rate'] and most:
             most = min(most, tokens(row, self.now))
             if not most:
-                self.db.execute(SPEND, (full_at(row, self.now), queue))     # if the clock was set back, it fills from now
+                self.db.execute(SPEND, (full_at(row, self.now), queue))     # which fills, though the clock was set back
                 self.hungry.add(queue)
                 self._due(next_token(row, self.now))
         return most
@@ -1842,18 +1842,19 @@ class Store:
         queue = db.execute('SELECT * FROM queues WHERE queue = ?', (row['queue'],)).fetchone()
         ahead = db.execute(AHEAD, dict(row)).fetchone()[0]
         polled = self.polled.get(row['queue'])
-        silent = (self.clock.now() - (polled or 0)) // 60000000
+        now = self.clock.now()
+        silent = (now - (polled or 0)) // 60000000
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
         waits = row['scheduled'] == WAITS
         needed = db.execute(OPEN_NEEDS, (row['seq'], 4)).fetchall() if waits else ()
         named = ', '.join([shown(need['id']) for need in needed[:3]] + ['...'] * (len(needed) > 3))
         full = queue['max_running'] is not None and queue['running'] >= queue['max_running']
-        throttled = queue['rate'] and not tokens(queue, self.clock.now())
+        free = rfc3339(next_token(queue, now)) if queue['rate'] and not tokens(queue, now) else None
         reasons = [sentence for holds, sentence in (
             (queue['paused'], 'the queue is paused'),
             (waits, f'waits for {row["waits_for"]} job{"s" * (row["waits_for"] != 1)}: {named}'),
             (full, f"the queue's limit of {queue['max_running']} running jobs is reached"),
-            (throttled, f"the queue's rate allows the next {rfc3339(next_token(queue, self.clock.now()) if throttled else None)}"),
+            (free, f"the queue's rate allows the next at {free}"),
             (row['scheduled'] == 1, f'scheduled for {rfc3339(row["next_run_at"])}{retry}'),
             (polled is None, nobody(row['queue'], tuple(self.polled)[-20:])),
             (polled and silent, f'no worker has polled the queue for {silent} minutes'),

@@ -11,7 +11,8 @@
         rw.run()                                        # works until SIGTERM or SIGINT
 
 One file, standard library alone: copy it and import it. The engine (rundown_engine.py) keeps the jobs; RUNDOWN_URL says
-where it is (http://localhost:8181), RUNDOWN_TOKEN its token, RUNDOWN_CA the file of a private certificate.
+where it is (http://localhost:8181), RUNDOWN_TOKEN its token, RUNDOWN_CA the file of a private certificate. Where it
+names several engines, separated by blanks, each client uses the first that answers, until that does not any more.
 
 A JOB'S WAY THROUGH A WORKER
 
@@ -26,11 +27,13 @@ in flight. One heartbeat for all claims, every third of the lease, keeps long jo
 
 PRODUCING
 
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, give_up) -> the job, a dict:
-                                          job.wait(timeout), job.result(timeout), job.refresh()
+    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up) -> the job, a dict:
+                                          job.wait(timeout), job.result(timeout), job.refresh(); `after`: the jobs
+                                          (or their ids) that have to be done first
     results(jobs, timeout)                what many jobs returned; Failed when one did not
     enqueue_many(queue, payloads, ...)    many in few requests; each request is all or nothing
     wait(job, timeout)                    the finished job
+    schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
     Client(host, token, timeout, ca)      one method per call of the engine
 
 An enqueue chooses its id, so it is sent again for `timeout` seconds (30) while no engine answers, and still makes one
@@ -38,11 +41,13 @@ job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_
 
 WORKING
 
-    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on)
+    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on,
+           cron, every, zone, max_running, rate)    the last five are sent to the engine by run()
     @task(queue="default", ...)           any number of functions on a queue: add.delay(4, y=4),
                                           add.options(delay=60).delay(4); the payload is
                                           {"task": name, "args": [], "kwargs": {}}
     job(), progress(value)                inside a handler: the job; any JSON value, shown while it runs
+    inputs()                              the results of the jobs that it waited for
     raise Retry(delay=60), Abort("why")   fail and come back in 60 s; fail for good
     @on("start" | "success" | "failure" | "lost")    hook(job, None | result | exception | exception)
     run(burst, grace, max_hung), stop()   burst: work off what is due, and return
@@ -72,7 +77,7 @@ program that has ended leaves behind in its group is killed.
 PRODUCERS WITH A DATABASE OF THEIR OWN
 
     enqueue_in(connection, queue, payload, ...)    write a job into the open transaction of a DB-API connection
-    forward(connect), forwarding(connect)          send what is committed, once; a context that does so in a thread
+    forward(connect, keep), forwarding(...)        send what is committed, once; a context that does so in a thread
 
 The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which is made on first use
 (in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order, once, whoever is killed or away. One that the
@@ -86,6 +91,7 @@ import atexit
 import collections
 import contextlib
 import contextvars
+import copy
 import ctypes
 import datetime
 import difflib
@@ -121,7 +127,8 @@ from queue import Empty, SimpleQueue
 
 __all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON '
            'Refused Retry Timeout '
-           'Unfinished enqueue enqueue_many job on progress queue results run stop task testing wait').split()
+           'Unfinished enqueue enqueue_in enqueue_many forward forwarding inputs job on progress queue results run '
+           'schedule stop task testing unschedule wait').split()
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -332,16 +339,21 @@ class KeepAlive(urllib.request.BaseHandler):
             self.process, self.idle, self.active = os.getpid(), collections.deque(), set()
         with contextlib.suppress(IndexError):
             connection = self.idle.pop()
+            while connection.url != (request.type, request.host):       # of an engine that did not answer any more
+                connection.close()
+                connection = self.idle.pop()
             answer = Timed(connection.sock, deadline)
             try:
                 return self._exchange(connection, request, answer)
             except ConnectionError:         # closed while it was idle: that is no reason to give up
                 if answer.received:
                     raise
+        seconds = min(PATIENCE, left(deadline))
         if request.type == 'https':
-            connection = http.client.HTTPSConnection(request.host, timeout=left(deadline), context=self.context)
+            connection = http.client.HTTPSConnection(request.host, timeout=seconds, context=self.context)
         else:
-            connection = http.client.HTTPConnection(request.host, timeout=left(deadline))
+            connection = http.client.HTTPConnection(request.host, timeout=seconds)
+        connection.url = request.type, request.host
         connection.connect()
         return self._exchange(connection, request, Timed(connection.sock, deadline))
 
@@ -393,58 +405,68 @@ def head(request):
     return '\r\n'.join(lines + ['', '']).encode('latin-1')
 
 
-def calls(path, fields, get=False):
-    """A method of Client that makes a call with these fields, in this order or by name, and returns the answer."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    options = [inspect.Parameter(field, kind, default=None) for field in fields.split()]
-    signature = inspect.Signature([inspect.Parameter('self', kind), *options])
-
-    def method(self, *values, **named):
-        given = signature.bind(self, *values, **named).arguments
-        given = {field: value for field, value in given.items() if field != 'self' and value is not None}
-        if get:
-            return self.call(path + '?' + urllib.parse.urlencode(given))
-        return self.call(path, given, given.get('wait', 0))
-
-    method.__name__, method.__signature__ = path[1:], signature
-    return method
+KEEP = object()     # leave it as it is
 
 
 class Client:
-    """An engine's calls, one method each; every method takes the fields of its call by name, and returns the answer.
+    """An engine's calls, one method each; every method takes the fields of its call, and returns the answer.
 
-    `timeout` is how long a call is tried again (seconds) while no engine answers or it cannot answer now; then
-    EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads and after a fork.
+    `host` may name several engines, separated by blanks: the first that answers is used until it does not any more,
+    then the next one, round and round. `timeout` is how long a call is tried again (seconds) while no engine answers or
+    it cannot answer now; then EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads
+    and after a fork.
     """
 
     def __init__(self, host=None, token=None, timeout=TIMEOUT, ca=None):
-        self.host = (host or os.environ.get('RUNDOWN_URL') or URL).rstrip('/')
+        self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or URL).split()]
         self.timeout = timeout
+        self.used = [self.hosts[0]]     # the engine in use; what twins share
         token, ca = token or os.environ.get('RUNDOWN_TOKEN'), ca or os.environ.get('RUNDOWN_CA')
-        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', self.host):
-            raise Error(f'{self.host!r} is not the URL of an engine, such as {URL}')
+        for url in self.hosts:
+            if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
+                raise Error(f'{url!r} is not the URL of an engine, such as {URL}')
         if token and not re.fullmatch('[!-~]+', token):
             raise Error('the token must be of visible ASCII characters')
         self.headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'}
         if token:
             self.headers['Authorization'] = 'Bearer ' + token
-        context = ssl.create_default_context(cafile=ca) if self.host.startswith('https:') else None
-        if context and ca:      # home-made certificates rarely pass what Python 3.13 asks for
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        self.wire = KeepAlive(context)
+        self.context = ssl.create_default_context(cafile=ca) if 'https:' in ' '.join(self.hosts) else None
+        if self.context and ca:         # home-made certificates rarely pass what Python 3.13 asks for
+            self.context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        self._connect()
+
+    def _connect(self):
+        self.wire = KeepAlive(self.context)
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self.wire)
+
+    def twin(self):
+        """A client with connections of its own, which goes on to the next engine together with this one."""
+        twin = copy.copy(self)
+        twin._connect()
+        return twin
+
+    @property
+    def host(self):
+        return self.used[0]
+
+    def _go_on(self, host):
+        """That engine does not answer. What a thread finds out holds for all, once."""
+        if self.used[0] == host:
+            self.used[0] = self.hosts[(self.hosts.index(host) + 1) % len(self.hosts)]
 
     def send(self, path, body=None, seconds=TIMEOUT):
         """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
         data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
+        host = self.host
         try:
-            answer = self.opener.open(urllib.request.Request(self.host + path, data, self.headers), timeout=seconds)
+            answer = self.opener.open(urllib.request.Request(host + path, data, self.headers), timeout=seconds)
             if answer.status in (200, 204):
                 return json.loads(answer.content) if answer.status == 200 else None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             reason = printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
-            raise EngineUnavailable(f'no engine answers at {self.host}: {reason}') from error
+            self._go_on(host)
+            raise EngineUnavailable(f'no engine answers at {host}: {reason}') from error
         raise refusal(answer)
 
     def call(self, path, body=None, wait=0, give_up=None):
@@ -456,20 +478,26 @@ class Client:
         deadline = time.monotonic() + give_up + wait
         for tries in range(sys.maxsize):
             try:
-                return self.send(path, body, max(deadline - time.monotonic(), wait + LAST_TRY))
+                share = (deadline - time.monotonic()) / len(self.hosts)        # so that each of them has a chance
+                return self.send(path, body, max(share, wait + LAST_TRY))
             except EngineUnavailable as error:
-                now, pause = time.monotonic(), max(backoff(tries), error.retry_after)
+                rounds, rest = divmod(tries + 1, len(self.hosts))
+                now, pause = time.monotonic(), 0 if rest else max(backoff(rounds - 1), error.retry_after)
                 deadline = min(deadline, now + give_up) if tries == 0 else deadline
                 if now + pause >= deadline:
-                    raise EngineUnavailable(f'{self.host} was tried for {give_up:g} s: {error}') from None
+                    raise EngineUnavailable(f'{" ".join(self.hosts)} was tried for {give_up:g} s: {error}') from None
             time.sleep(pause)
 
     def enqueue(self, queue, payload=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None,
-                priority=None, key=None, id=None, give_up=None):
-        """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before."""
+                priority=None, key=None, id=None, give_up=None, after=None, after_any=None):
+        """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before.
+
+        `after` are the jobs, or their ids, that have to be done before it is handed out; one that fails or is cancelled
+        cancels it, unless `after_any` is true.
+        """
         return Job(self.call('/enqueue', job_text(
             payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay, run_at=run_at,
-            priority=priority, key=key, id=id), give_up=give_up), self)
+            priority=priority, key=key, id=id, after=after, after_any=after_any), give_up=give_up), self)
 
     def enqueue_many(self, queue, payloads, ids=None, give_up=None, **options):
         """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
@@ -484,20 +512,89 @@ class Client:
         bodies = ('{"jobs":[' + ','.join(batch) + ']}' for batch in batches(texts, len))
         return [Job(job, self) for body in bodies for job in self.call('/enqueue', body, give_up=give_up)['jobs']]
 
-    # poll returns a job or None; with `limit` a list or None
-    poll      = calls('/poll',      'queue limit wait worker lease max_retries timeout hung')
-    complete  = calls('/complete',  'id attempt result')
-    fail      = calls('/fail',      'id attempt error retry delay')
-    heartbeat = calls('/heartbeat', 'id attempt progress')
-    release   = calls('/release',   'id attempt')
-    cancel    = calls('/cancel',    'id queue status')
-    retry     = calls('/retry',     'id queue status')
-    purge     = calls('/purge',     'queue status')
-    pause     = calls('/pause',     'queue')
-    resume    = calls('/resume',    'queue')
-    jobs      = calls('/jobs',       'queue status tag limit after', get=True)
-    queues    = calls('/queues',     '', get=True)
-    health    = calls('/health',     '', get=True)
+    def _post(self, path, **fields):
+        """The call with the fields that are not None."""
+        fields = {field: value for field, value in fields.items() if value is not None}
+        return self.call(path, fields, fields.get('wait', 0))
+
+    def poll(self, queue, limit=None, wait=None, worker=None, lease=None, max_retries=None, timeout=None, hung=None):
+        """Claim a job, or None; with `limit` a list of jobs, or None. `wait`, `lease` and `timeout` are in seconds."""
+        return self._post('/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
+                          max_retries=max_retries, timeout=timeout, hung=hung)
+
+    def complete(self, id, attempt=None, result=None):
+        return self._post('/complete', id=id, attempt=attempt, result=result)
+
+    def fail(self, id, attempt=None, error=None, retry=None, delay=None):
+        """Report a failure; with retry False for good, with `delay` (seconds) in place of the engine's backoff."""
+        return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
+
+    def heartbeat(self, id, attempt=None, progress=None):
+        return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
+
+    def release(self, id, attempt=None):
+        return self._post('/release', id=id, attempt=attempt)
+
+    def cancel(self, id=None, queue=None, status=None):
+        """Cancel a job, or all of a queue and status; {"count": n}."""
+        return self._post('/cancel', id=id, queue=queue, status=status)
+
+    def retry(self, id=None, queue=None, status=None):
+        """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
+        return self._post('/retry', id=id, queue=queue, status=status)
+
+    def purge(self, queue=None, status=None):
+        """Delete the jobs of a queue and/or status, but for those that run; {"count": n}."""
+        return self._post('/purge', queue=queue, status=status)
+
+    def pause(self, queue):
+        return self._post('/pause', queue=queue)
+
+    def resume(self, queue):
+        return self._post('/resume', queue=queue)
+
+    def limit(self, queue, max_running=KEEP, rate=KEEP, per=KEEP):
+        """Limit how many jobs of a queue run at a time, and its claims: `rate` at once, one each per / rate seconds.
+
+        None lifts a limit; what is not given stays as it is. Returns what holds then.
+        """
+        limits = {'max_running': max_running, 'rate': rate, 'per': per}
+        return self.call('/limit', {'queue': queue, **{name: n for name, n in limits.items() if n is not KEEP}})
+
+    def schedule(self, name, queue, cron=None, every=None, zone=None, payload=None, timeout=None, max_retries=None,
+                 tag=None, priority=None, key=None):
+        """Have a job made at each tick: of `cron`, five fields in a time zone (UTC), or `every` so many seconds.
+
+        Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over.
+        """
+        every = every.total_seconds() if isinstance(every, datetime.timedelta) else every
+        return self._post('/schedule', name=name, queue=queue, cron=cron, every=every, zone=zone, payload=payload,
+                          timeout=timeout, max_retries=max_retries, tag=tag, priority=priority, key=key)
+
+    def unschedule(self, name):
+        """End a schedule; the jobs that it made stay. {"count": 0 or 1}."""
+        return self._post('/unschedule', name=name)
+
+    def _get(self, path, **fields):
+        fields = {field: value for field, value in fields.items() if value is not None}
+        return self.call(f'{path}?{urllib.parse.urlencode(fields)}' if fields else path)
+
+    def schedules(self, limit=None, after=None):
+        return self._get('/schedules', limit=limit, after=after)
+
+    def jobs(self, queue=None, status=None, tag=None, limit=None, after=None, needed_by=None):
+        """A page of jobs, newest first; the next one is `after` the id in its `after`, null on the last page.
+
+        `needed_by` an id: what that job waits or waited for, in its order.
+        """
+        return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after, needed_by=needed_by)
+
+    def queues(self, limit=None, after=None):
+        """Counts and limits of each queue, and the workers seen."""
+        return self._get('/queues', limit=limit, after=after)
+
+    def health(self):
+        return self._get('/health')
 
     def job(self, id, wait=None):
         """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
@@ -603,13 +700,16 @@ def check_many(payloads, options):
     return list(payloads)
 
 
-def job_text(payload, id=None, run_at=None, delay=None, **fields):
+def job_text(payload, id=None, run_at=None, delay=None, after=None, **fields):
     """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
     if isinstance(run_at, datetime.datetime):
         run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
     if isinstance(delay, datetime.timedelta):
         delay = delay.total_seconds()
-    fields = {'id': new_id() if id is None else id, 'run_at': run_at, 'delay': delay, **fields}
+    if after is not None:
+        after = [after] if isinstance(after, (str, dict)) else after
+        after = [one['id'] if isinstance(one, dict) else one for one in after]
+    fields = {'id': new_id() if id is None else id, 'run_at': run_at, 'delay': delay, 'after': after, **fields}
     fields = {field: value for field, value in fields.items() if value is not None}
     return '{"payload":' + as_json(payload, 'payload') + ',' + as_json(fields, 'the job')[1:]
 
@@ -641,6 +741,14 @@ def progress(value):
     text = as_json(value, 'progress')
     if current.get():
         current.get().show(text)
+
+
+def inputs():
+    """The results of the jobs that the one at hand waited for, in the order of `after`; None where one is not done."""
+    task = current.get()
+    after = task.job.get('after') if task else None
+    done = {job['id']: job['result'] for job in all_jobs(task.client, needed_by=task.job['id'])} if after else {}
+    return [done.get(id) for id in after or ()]
 
 
 class Outcome:
@@ -790,6 +898,10 @@ class Task:
         self.shown = now                    # when it was given the last one
         self.cancel = self.coroutine = None  # of an async handler: how to reach it
 
+    @property
+    def client(self):
+        return self.consumer.link.client
+
     def begin(self, slot, now):
         """True when the slot may run it: it was neither released nor lost meanwhile."""
         with self.lock:
@@ -894,7 +1006,8 @@ class IsolatedSlot(Slot):
         functions = self.consumer.registered.functions.items()
         where = {name: (one.__module__, inspect.getfile(one), one.__qualname__) for name, one in functions}
         with spawning:
-            self.process = context.Process(target=child, args=(theirs, where), name=CHILD + self.consumer.name)
+            self.process = context.Process(
+                target=child, args=(theirs, where, self.consumer.link.settings), name=CHILD + self.consumer.name)
             self.process.start()
         theirs.close()
         atexit.register(self.kill)
@@ -985,7 +1098,7 @@ def ending(code):
     return f'was killed by {name}' if name else f'ended with exit code {code}'
 
 
-def child(pipe, where):
+def child(pipe, where, settings):
     """The process of an isolated slot: works what comes through the pipe. It and its children end with the worker."""
     if hasattr(os, 'setsid'):
         os.setsid()                                     # to be killed with its children
@@ -999,7 +1112,7 @@ def child(pipe, where):
             pipe.send((kind, text))
 
     try:
-        handler = Handler({name: locate(*place) for name, place in where.items()})
+        handler, client = Handler({name: locate(*place) for name, place in where.items()}), Client(*settings)
     except BaseException as error:
         return say('fail', shorten(trace(error), MAX_ERROR))
     say('ready', None)
@@ -1007,7 +1120,8 @@ def child(pipe, where):
     while True:
         job = jobs.get()
         say('begun', None)
-        current.set(types.SimpleNamespace(job=job, show=functools.partial(say, 'progress')))   # what Task is elsewhere
+        # what Task is elsewhere
+        current.set(types.SimpleNamespace(job=job, show=functools.partial(say, 'progress'), client=client))
         outcome = perform(handler, job)
         say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
 
@@ -1064,7 +1178,8 @@ class Consumer:
         self.worker, self.link, self.registered = worker, link, registered      # constant, like the next three
         self.name, self.concurrency = registered.name, concurrency
         self.handler = Handler(registered.functions)
-        self.client = Client(link.client.host, worker.app.token, ca=worker.app.ca)      # of its own, to be hung up
+        self.client = link.client.twin()    # of its own, to be hung up
+        self.told = list(registered.told)   # what the engine has to know first, and does not know yet
         self.inbox = SimpleQueue()          # safe by themselves: tasks for the slots
         self.open = {}                      # tasks that are claimed and not settled
         self.hungry = threading.Event()     # there may be room for more
@@ -1121,7 +1236,11 @@ class Consumer:
                'wait': 0 if burst or self.link.since else WAIT,     # an engine that was away has to show it is back
                'max_retries': self.registered.max_retries, 'timeout': self.registered.timeout,
                'hung': self.worker.hung()}
-        jobs = (self.client.call('/poll', ask) if burst else self.client.send('/poll', ask, WAIT + PATIENCE)) or []
+        send = self.client.call if burst else functools.partial(self.client.send, seconds=WAIT + PATIENCE)
+        while self.told:
+            send(*self.told[0])
+            self.told.pop(0)
+        jobs = send('/poll', ask) or []
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
         return jobs
@@ -1262,7 +1381,8 @@ class Link:
 
     def __init__(self, worker, host):
         self.worker = worker                # constant
-        self.client = Client(host, worker.app.token, ca=worker.app.ca)
+        self.settings = host, worker.app.token, TIMEOUT, worker.app.ca      # constant
+        self.client = Client(*self.settings)
         self.tasks = {}                     # safe by themselves: tasks, until their outcome is acknowledged
         self.pile = SimpleQueue()           # tasks that have something to report; None: no more
         self.stuck = False                  # the reporter's: it has something that the engine did not take yet
@@ -1393,7 +1513,7 @@ class Worker:
         self.reported = 0                   # tasks that are over and acknowledged
         self.links, self.consumers = {}, []
         for registered in app.registered.values():
-            host, slots = app.client(registered.host).host, concurrency or registered.concurrency
+            host, slots = ' '.join(app.client(registered.host).hosts), concurrency or registered.concurrency
             if host not in self.links:
                 self.links[host] = Link(self, host)
             self.consumers.append(Consumer(self, self.links[host], registered, slots))
@@ -1527,7 +1647,7 @@ class Worker:
 
 EVENTS = ('start', 'success', 'failure', 'lost')
 Registered = collections.namedtuple(
-    'Registered', 'name functions host poll_interval max_retries timeout concurrency isolate')
+    'Registered', 'name functions host poll_interval max_retries timeout concurrency isolate told')
 
 
 class App:
@@ -1553,7 +1673,8 @@ class App:
         return self.clients[settings]
 
     def queue(self, name, host=None, poll_interval=1.0, max_retries=3, timeout=None, concurrency=1, isolate=False,
-              backoff=None, retry_on=None, abort_on=None):
+              backoff=None, retry_on=None, abort_on=None, cron=None, every=None, zone=None, max_running=None,
+              rate=None):
         """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
 
         `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
@@ -1561,10 +1682,14 @@ class App:
         for all that follow, or a function of the retry's number; after exceptions that are not in `retry_on`, where it
         is given, or are in `abort_on`, there is none. `poll_interval` (seconds) only counts with an engine that does
         not wait in a poll.
+
+        run() tells the engine of a schedule under the queue's name (`cron` in a `zone`, or `every` so many seconds),
+        and of the queue's limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds).
         """
         if not isinstance(name, str) or not name:
             raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
-        registered = Registered(name, {}, host, poll_interval, max_retries, timeout, concurrency, isolate)
+        told = limit_calls(name, max_running, rate) + schedule_calls(name, cron, every, zone)
+        registered = Registered(name, {}, host, poll_interval, max_retries, timeout, concurrency, isolate, told)
         check_settings(registered)
         rule = policy(backoff, retry_on, abort_on)
 
@@ -1591,12 +1716,13 @@ class App:
         if function is None:
             return functools.partial(self.task, queue=queue, max_retries=max_retries, timeout=timeout, backoff=backoff,
                                      retry_on=retry_on, abort_on=abort_on, **settings)
-        registered = self.registered.get((queue, host)) or Registered(queue, {}, host, 1.0, 3, None, 1, False)
-        unknown = sorted(set(settings) - {'host', 'poll_interval', 'concurrency', 'isolate'})
+        registered = self.registered.get((queue, host)) or Registered(queue, {}, host, 1.0, 3, None, 1, False, [])
+        unknown = sorted(set(settings) - {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'})
         if unknown or None in registered.functions:
             raise Misuse(f'a task has no setting {unknown[0]}' if unknown else
                          f'the queue {queue} has a handler for all of its payloads; tasks need another one')
-        registered = registered._replace(**settings)
+        told = limit_calls(queue, settings.pop('max_running', None), settings.pop('rate', None)) or registered.told
+        registered = registered._replace(told=told, **settings)
         check_settings(registered._replace(timeout=timeout, max_retries=max_retries))
         check_function(function, registered.isolate)
         name = task_name(function)
@@ -1620,13 +1746,21 @@ class App:
         return register
 
     def enqueue(self, queue, payload=None, *, host=None, timeout=None, max_retries=None, tag=None, delay=None,
-                run_at=None, priority=None, key=None, id=None, give_up=None):
+                run_at=None, priority=None, key=None, id=None, after=None, after_any=None, give_up=None):
         """Add a job, and return it, a dict that is a Job; see Client.enqueue.
 
         `delay` is in seconds or a timedelta; `run_at` a datetime or RFC 3339. It is tried for `give_up` seconds (30).
         """
         return self.client(host).enqueue(
-            queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up)
+            queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
+
+    def schedule(self, name, queue, cron=None, every=None, zone=None, payload=None, *, host=None, **options):
+        """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
+        return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
+
+    def unschedule(self, name, *, host=None):
+        """End a schedule; the jobs that it made stay."""
+        return self.client(host).unschedule(name)
 
     def enqueue_many(self, queue, payloads, *, host=None, ids=None, give_up=None, **options):
         """Add a job per payload: see Client.enqueue_many."""
@@ -1746,6 +1880,32 @@ def check(name, value, least, types=int):
                      f'not {value!r}')
 
 
+def limit_calls(queue, max_running, rate):
+    """The calls that tell an engine of a queue's limits."""
+    fields = {'queue': queue}
+    if max_running is not None:
+        check('max_running', max_running, 1)
+        fields['max_running'] = max_running
+    if rate is not None:
+        claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
+        check('rate', claims, 1)
+        check('the seconds of rate', seconds, 0, (int, float))
+        fields.update(rate=claims, per=seconds)
+    return [('/limit', fields)] if len(fields) > 1 else []
+
+
+def schedule_calls(queue, cron, every, zone):
+    """The calls that tell an engine of a queue's schedule."""
+    every = every.total_seconds() if isinstance(every, datetime.timedelta) else every
+    fields = {'name': queue, 'queue': queue, 'cron': cron, 'every': every, 'zone': zone}
+    if every is not None:
+        check('every', every, 1, (int, float))
+    if cron is not None and (every is not None or not isinstance(cron, str)):
+        raise Misuse(f'cron must be a string like "0 3 * * *", without every, not {cron!r}')
+    fields = {name: value for name, value in fields.items() if value is not None}
+    return [('/schedule', fields)] if cron or every else []
+
+
 def check_settings(registered):
     check('concurrency', registered.concurrency, 1)
     check('poll_interval', registered.poll_interval, 0, (int, float))
@@ -1807,11 +1967,10 @@ class Testing:
             self.app.run(burst=True, **options)
 
 
-def all_jobs(client):
-    page = client.jobs(limit=1000)
-    yield from page['jobs']
-    while page['after']:
-        page = client.jobs(limit=1000, after=page['after'])
+def all_jobs(client, **aim):
+    page = {'after': None}
+    while page['after'] or 'jobs' not in page:
+        page = client.jobs(limit=1000, after=page['after'], **aim)
         yield from page['jobs']
 
 
@@ -1836,6 +1995,7 @@ def leave(code):
 default = App()
 queue, task, on = default.queue, default.task, default.on
 enqueue, enqueue_many, wait = default.enqueue, default.enqueue_many, default.wait
+schedule, unschedule = default.schedule, default.unschedule
 run, stop, testing = default.run, default.stop, default.testing
 
 # -- Any program as a worker ------------------------------------------------------------------------------------------
@@ -1929,7 +2089,8 @@ def command_exec(client, options):
 
 # -- Outbox -----------------------------------------------------------------------------------------------------------
 
-OUTBOX = 'CREATE TABLE IF NOT EXISTS rundown_outbox (number %s PRIMARY KEY %s, job TEXT NOT NULL, error TEXT)'
+OUTBOX = ('CREATE TABLE IF NOT EXISTS rundown_outbox (number %s PRIMARY KEY %s, job TEXT NOT NULL, error TEXT, '
+          'taken_by TEXT, taken_at BIGINT)')
 recent = types.SimpleNamespace(written=float('-inf'))       # when this process last wrote into an outbox
 
 
@@ -1971,18 +2132,23 @@ def with_table(connection, statement, *values):
     raise Error(f'the table rundown_outbox cannot be used, nor made: {"; ".join(reasons)}. What makes it: {create}')
 
 
-def forward(connect, host=None):
-    """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took."""
+def forward(connect, host=None, keep=0):
+    """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took.
+
+    Rows are kept for `keep` seconds after that, and sent again to a standby that takes over meanwhile.
+    """
+    client = default.client(host)
     with contextlib.closing(connect()) as connection:
-        return drain(connection, default.client(host).call)
+        return drain(connection, client, client.call, keep)
 
 
-def drain(connection, send):
+def drain(connection, client, send, keep):
     """Send in order, and delete what is acknowledged. What is sent twice, after a kill or by two, has its one id."""
-    count = 0
+    count, wanted = 0, 'error IS NULL AND (taken_by IS NULL OR taken_by <> ?)'
     while True:
-        rows = with_table(connection, 'SELECT number, job FROM rundown_outbox WHERE error IS NULL '
-                                      'ORDER BY number LIMIT 500').fetchall()
+        with_table(connection, 'DELETE FROM rundown_outbox WHERE taken_at < ?', int(time.time() - keep))
+        rows = with_table(connection, 'SELECT number, job FROM rundown_outbox '
+                                      f'WHERE {wanted} ORDER BY number LIMIT 500', client.host).fetchall()
         connection.commit()             # no transaction is open while the engine is away
         if not rows:
             return count
@@ -1992,7 +2158,9 @@ def drain(connection, send):
                 note(logging.ERROR, 'the engine refused job %d of the outbox: %s', number, sentence)
                 with_table(connection, 'UPDATE rundown_outbox SET error = ? WHERE number = ?', sentence, number)
             numbers = ','.join([str(number) for number, _ in batch if number not in refused])
-            with_table(connection, f'DELETE FROM rundown_outbox WHERE number IN ({numbers or "NULL"})')
+            taken = 'UPDATE rundown_outbox SET taken_by = ?, taken_at = ?' if keep else 'DELETE FROM rundown_outbox'
+            with_table(connection, f'{taken} WHERE number IN ({numbers or "NULL"})',
+                       *([client.host, int(time.time())] if keep else []))
             connection.commit()
             count += len(batch) - len(refused)
 
@@ -2010,10 +2178,10 @@ def deliver(send, rows):
 
 
 @contextlib.contextmanager
-def forwarding(connect, host=None):
+def forwarding(connect, host=None, keep=0):
     """forward() in a thread during the block: at once what this process commits, and every second the rest."""
     stopping = threading.Event()
-    thread = threading.Thread(target=keep_forwarding, args=(connect, host, stopping), daemon=True)
+    thread = threading.Thread(target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)
     thread.start()
     try:
         yield
@@ -2022,14 +2190,15 @@ def forwarding(connect, host=None):
         thread.join(FAREWELL)           # what is not sent by then is sent next time
 
 
-def keep_forwarding(connect, host, stopping):
+def keep_forwarding(connect, host, keep, stopping):
     tries, ended = 0, False
     while not ended:
         try:
             with contextlib.closing(connect()) as connection:
                 while not ended:
                     ended = stopping.is_set()           # then this look is the last
-                    drain(connection, default.client(host).send)
+                    client = default.client(host)
+                    drain(connection, client, client.send, keep)
                     tries, now = 0, time.monotonic()
                     while time.monotonic() < now + 1 and not stopping.wait(TICK / 2) and now > recent.written + OPEN:
                         pass            # until this process writes, whose transaction may commit at any time then
@@ -2047,7 +2216,8 @@ def command_forward(client, options):
         raise Misuse(f'there is no file {options.file}')
     set_up_log()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), forwarding(functools.partial(sqlite3.connect, options.file)):
+    with contextlib.suppress(KeyboardInterrupt), forwarding(
+            functools.partial(sqlite3.connect, options.file), keep=options.keep):
         while True:
             time.sleep(1)
 
@@ -2056,6 +2226,7 @@ def command_forward(client, options):
 COLUMNS = {
     'jobs':   'id queue status attempt retries priority tag next_run_at worker'.split(),
     'queues': 'queue pending scheduled running done failed cancelled oldest_age paused'.split(),
+    'schedules': 'name queue cron every zone next_run_at last_run_at last_id skipped'.split(),
 }
 
 
@@ -2093,15 +2264,22 @@ def json_value(text):
         raise argparse.ArgumentTypeError(f'is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
 
 
+def number_or_none(text):
+    """A number, or None for `none`."""
+    return None if text == 'none' else float(text) if '.' in text else int(text)
+
+
 def command_call(client, options):
     """The client's method of that name, with what the command line says of its fields."""
     call = getattr(client, options.command)
     given = {field: getattr(options, field, None) for field in inspect.signature(call).parameters}
-    given = {field: value for field, value in given.items() if value is not None}
+    given = {field: value for field, value in given.items() if value is not None or options.command == 'limit'}
     if options.command in ('cancel', 'retry', 'purge') and not given:
         needed = '--queue or --status' if options.command == 'purge' else 'an ID, or --queue and --status'
         raise Misuse(f'{options.command} needs {needed}')
     answer = call(**given)
+    for row in answer.get('queues', ()) if not options.__dict__.get('minutes') else ():
+        del row['minutes']
     if 'warning' in answer:
         print(answer['warning'], file=sys.stderr)
     show(answer)
@@ -2144,27 +2322,36 @@ def arguments(argv):
             one.add_argument('--' + option.replace('_', '-'), **settings)
 
     seconds, whole, text = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(metavar='X')
+    limit = dict(type=number_or_none, metavar='N', default=KEEP)
     queue, aim = ('queue', {}), dict(queue=text, status=text)
-    command('enqueue', 'add a job', queue,
-            ('payload', dict(nargs='?', default='null', type=json_value, help='JSON; - reads it from stdin')),
-            delay=seconds, run_at=text, priority=whole, key=text, tag=text, timeout=seconds, max_retries=whole, id=text)
+    payload = 'payload', dict(nargs='?', default='null', type=json_value, help='JSON; - reads it from stdin')
+    of_job = dict(tag=text, priority=whole, key=text, timeout=seconds, max_retries=whole)
+    command('enqueue', 'add a job', queue, payload, delay=seconds, run_at=text, id=text, **of_job,
+            after=dict(nargs='+', metavar='ID', help='jobs that have to be done first'))
     command('status', 'show a job', ('id', {}), function=command_status,
             wait=dict(seconds, nargs='?', const=float('inf'), help='until it has ended; exit with 1 unless it is done'))
     command('jobs', 'list jobs, newest first', **aim, tag=text, limit=whole, after=text)
-    command('queues', 'count jobs by queue and status')
+    flag = functools.partial(dict, action='store_true')
+    command('queues', 'count jobs by queue and status', minutes=flag(help='with the counts of the last hour'))
+    command('limit', 'limit a queue, over all workers; none lifts a limit', queue, max_running=limit, rate=limit,
+            per=dict(limit, metavar='S', help='so many seconds for `rate` claims (1)'))
+    command('schedule', 'have a job made at each tick', ('name', {}), queue, payload, cron=dict(metavar='"* * * * *"'),
+            every=seconds, zone=text, **of_job)
+    command('unschedule', 'end a schedule', ('name', {}))
+    command('schedules', 'list schedules by name')
     command('cancel', 'cancel a job, or all of a queue and status', ('id', dict(nargs='?')), **aim)
     command('retry', 'make a failed or cancelled job pending again, or all of them', ('id', dict(nargs='?')), **aim)
     command('purge', 'delete jobs of a queue and/or status', **aim)
     command('pause', 'hand out no jobs of a queue', queue)
     command('resume', 'hand out jobs again', queue)
-    flag = functools.partial(dict, action='store_true')
     work = dict(concurrency=whole, grace=dict(seconds, default=GRACE), burst=flag(help='work off what is due, and end'))
     command('run', 'import tasks, and work on them', ('tasks', dict(metavar='FILE_OR_MODULE')), function=command_run,
             **work)
     command('exec', 'run a program for each job of a queue', queue, ('program', dict(nargs='+', metavar='PROGRAM')),
             function=command_exec, timeout=seconds, text=flag(help='give it a string payload as it is'), **work)
     command('forward', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT', ('file', {}),
-            function=command_forward)
+            function=command_forward,
+            keep=dict(seconds, default=0, help='keep what was sent for so long, for a standby'))
     command('demo', 'hash the files under a folder as jobs of an engine of its own',
             ('folder', dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))),
             function=command_demo)

@@ -4814,6 +4814,101 @@ def test_tasks_share_a_queue_and_say_what_is_tried_again(tmp_path, settings):
     assert ended.returncode == 0, ended.stdout.decode()
 
 
+def test_a_job_may_wait_for_jobs_and_use_their_results(engine, work, q):
+    parts = [rw.Client(engine.url).enqueue(q, number) for number in range(3)]
+    album = rw.Client(engine.url).enqueue(q + "album", after=parts)
+    any = rw.Client(engine.url).enqueue(q + "isolated", after=[parts[2]["id"], parts[0]], after_any=True)
+    code = handler(q, "assert payload\nreturn payload * 10", max_retries=0) + handler(
+        q + "isolated", "return rw.inputs()", "three", isolate=True) + handler(q + "album", "return rw.inputs()", "two")
+    work(code)
+    assert ended(engine, any)["result"] == [20, None]
+    assert ended(engine, album)["status"] == "cancelled"
+    assert rw.inputs() == []
+    last = rw.Client(engine.url).enqueue(q + "album", after=parts[1])
+    assert ended(engine, last)["result"] == [10] and last["after"] == [parts[1]["id"]]
+
+
+def test_run_tells_the_engine_of_schedules_and_limits(engine, work, q):
+    work(handler(q, "time.sleep(0.05)", every=1, max_running=1, rate=(100, 60), concurrency=4), run="rw.run(burst=True)").wait()
+    row = {row["queue"]: row for row in engine.get("/queues")["queues"]}[q]
+    assert (row["max_running"], row["rate"], row["per"]) == (1, 100, 60)
+    client = rw.Client(engine.url)
+    assert client.schedules(after=q[:-1])["schedules"][0]["every"] == 1
+    assert client.limit(q, rate=None) == {"queue": q, "max_running": 1, "rate": None, "per": None}
+    assert client.schedule(q, q, every=datetime.timedelta(minutes=1))["every"] == 60
+    assert client.unschedule(q) == {"count": 1}
+
+
+@pytest.mark.parametrize("settings", [
+    {"cron": 5}, {"cron": "* * * * *", "every": 5}, {"every": 0.5}, {"max_running": 0}, {"rate": (0, 1)}, {"rate": (1, "x")}])
+def test_schedules_and_limits_that_make_no_sense_are_refused_at_the_decorator(settings):
+    with pytest.raises(rw.Misuse):
+        rw.App().queue("q", **settings)
+
+
+def test_a_cron_expression_that_the_engine_refuses_ends_the_worker(engine, work, q):
+    worker = work(handler(q, "pass", cron="* 25 * * *"))
+    assert worker.wait() != 0 and "hour: 25 is not 0-23" in worker.log()
+
+
+# -- SDK: several engines' addresses ---------------------------------------------------------------
+
+
+def test_the_first_engine_that_answers_is_used_until_it_does_not(own, tmp_path, work, q):
+    one, two = [own(folder=fresh_folder(tmp_path / name)) for name in "ab"]
+    urls = " ".join([unused(), one.url, two.url])
+    client = rw.Client(urls)
+    jobs = [client.enqueue(q, 0)]
+    worker = work(handler(q, "return payload"), types.SimpleNamespace(url=urls))
+    assert jobs[0].result(10) == 0 and one.job(jobs[0])["status"] == "done"
+    one.kill()
+    began = time.monotonic()
+    jobs = [client.enqueue(q, 1), rw.Client(urls).enqueue(q, 2)]
+    assert [job.result(10) for job in jobs] == [1, 2] and two.job(jobs[0]) and time.monotonic() - began < 5
+    one.start("--port", str(one.port))
+    job = client.enqueue(q, 3)
+    assert two.job(job) and job.result(10) == 3         # who has gone on stays
+    assert worker.stop() == 0
+
+
+def fresh_folder(path):
+    path.mkdir()
+    return path
+
+
+def test_an_engine_that_says_no_has_answered(own, tmp_path, q):
+    one, two = [own(folder=fresh_folder(tmp_path / name)) for name in "ab"]
+    client = rw.Client(one.url + " " + two.url)
+    with pytest.raises(rw.Refused):
+        client.enqueue(q, priority="x")
+    assert one.job(client.enqueue(q))
+
+
+def test_addresses_that_are_none_and_engines_that_all_are_away_are_errors():
+    with pytest.raises(rw.Error, match="ftp"):
+        rw.Client("http://127.0.0.1:1 ftp://x")
+    urls = unused() + " " + unused()
+    with pytest.raises(rw.EngineUnavailable, match=urls):
+        rw.Client(urls, timeout=0.5).enqueue("q")
+
+
+def test_what_an_outbox_keeps_is_sent_again_to_the_engine_that_takes_over(own, tmp_path, q):
+    one, two = [own(folder=fresh_folder(tmp_path / name)) for name in "ab"]
+    connect = lambda: sqlite3.connect(str(tmp_path / "shop.db"))
+    urls, db = one.url + " " + two.url, connect()
+    ids = [rw.enqueue_in(db, q, number) for number in range(3)]
+    db.commit()
+    assert rw.forward(connect, urls, keep=60) == 3 and rw.forward(connect, urls, keep=60) == 0
+    one.kill()
+    ids.append(rw.enqueue_in(db, q, 3))
+    db.commit()
+    assert rw.forward(connect, urls, keep=60) == 4
+    assert sorted(job["id"] for job in two.get("/jobs?queue=" + q)["jobs"]) == sorted(ids)
+    time.sleep(1.1)
+    rw.forward(connect, urls)
+    assert db.execute("SELECT COUNT(*) FROM rundown_outbox").fetchone() == (0,)
+
+
 # -- SDK: command line, testing aid, demo ---------------------------------------------------------
 
 
