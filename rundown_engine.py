@@ -1169,6 +1169,7 @@ def as_json(row, more='', brief=False):
     payload, result, error = '', '', row['error']
     if brief:
         error = error and error.strip().rpartition('\n')[2]
+        more = f',"waits_for":{row["waits_for"]}{more}' if row['waits_for'] else more
     else:
         payload, result = f'"payload":{row["payload"] or "null"},', f'"result":{row["result"] or "null"},'
         more = f',"after":{row["after"]},"waits_for":{row["waits_for"]}{more}' if row['after'] else more
@@ -2997,7 +2998,7 @@ th { overflow-wrap: normal; }  th, label, .soft, [data-field] td:first-child { c
 .number { text-align: right; }  .gone { font-style: italic; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
 th[data-count=actions] { width: 18rem; }  th[data-count=last_hour] { width: 8.6rem; }  th[data-count=state] { width: 8.4rem; }  th[data-count=scheduled] { width: 5.6rem; }
 th[data-count=queue] { width: 13%; }  th[data-count=detail] { width: 28%; }  th[data-count=error] { width: 50%; }
-[data-count=error], [data-field] td { white-space: pre-wrap; }  th[data-count=field] { width: 10rem; }
+[data-count=error], [data-count=state], [data-field] td { white-space: pre-wrap; }  th[data-count=field] { width: 10rem; }
 svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
 #offline { position: sticky; top: 0; z-index: 1; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
 @media (max-width: 78rem) {  /* each row becomes a card, its cells carry their headings */
@@ -3020,6 +3021,7 @@ svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-
   <button>open</button> <span id="refused" class="bad" role="alert"></span></form>
 <main id="list" hidden>
   <h2>Queues</h2> <table id="queues" role="table" aria-label="queues"></table>
+  <h2>Schedules</h2> <table id="schedules" role="table" aria-label="schedules"></table>
   <h2>Workers seen</h2> <table id="workers" role="table" aria-label="workers"></table>
   <h2>Newest jobs</h2>
   <form id="filter" role="search"><label>queue <input name="queue" autocomplete="off"></label>
@@ -3034,13 +3036,14 @@ svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-
   <div id="job" hidden>
     <div><p id="why" class="box"></p></div> <button data-action="retry">retry</button> <button data-action="cancel">cancel</button>
     <div><h2>Error</h2><pre id="error" tabindex="0"></pre></div> <div><h2>Payload</h2><pre id="payload" tabindex="0"></pre></div>
-    <div><h2>Result</h2><pre id="result" tabindex="0"></pre></div> <h2>Attempts</h2>
+    <div><h2>Result</h2><pre id="result" tabindex="0"></pre></div>
+    <div><h2>Waits or waited for</h2><p id="after"></p></div> <div><h2>Needed by</h2><p id="needed_by"></p></div> <h2>Attempts</h2>
     <table id="attempts" role="table" aria-label="attempts"></table> <h2>Fields</h2>
     <table id="fields" role="table" aria-label="fields"></table></div>
 </main>
 <script>
 "use strict";
-const EVERY = 2000, PATIENCE = 10000, SHOWN = 200000, QUEUES = 100, NEWLINE = String.fromCharCode(10);  // ms, ms, characters, rows
+const EVERY = 2000, PATIENCE = 10000, SHOWN = 200000, QUEUES = 100, LINKS = 100, NEWLINE = String.fromCharCode(10);  // ms, ms, characters, rows
 let turn = 0, timer = 0, skew = 0, place = {};  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
 const $ = id => document.getElementById(id);
 const show = flags => { for (const id in flags) $(id).hidden = !flags[id]; };
@@ -3057,20 +3060,23 @@ const exact = (key, value, source) =>  // where the browser can, 1.0 stays 1.0 a
 // tables: a row's first column is its data-NAME; a cell shows the field of its name unless TEXT has a rule; * is a number
 const TABLES = {queues: "queue pending* scheduled* running* done* failed* oldest* rate* last_hour state actions", fields: "field value",
   workers: "worker queue last_sign_of_life* running* hung_threads*", jobs: "job queue tag status attempt* worker created* detail",
-  attempts: "attempt worker started* took* outcome error"};
+  attempts: "attempt worker started* took* outcome error", schedules: "schedule queue ticks next* last* skipped*"};
 const TEXT = {job: job => job.id, created: job => ago(job.created_at), started: attempt => ago(attempt.started_at), took,
   last_sign_of_life: worker => ago(worker.seen_at), hung_threads: worker => worker.hung,
   error: attempt => String(attempt.error || "").slice(-4000), oldest: queue => queue.oldest_age === null ? "–" : span(queue.oldest_age),
+  schedule: schedule => schedule.name, next: schedule => ago(schedule.next_run_at), last: schedule => ago(schedule.last_run_at),
+  ticks: ({cron, zone, every}) => cron ? cron + " " + zone : "every " + span(every),
   rate: ({minutes: {done, failed}}) =>  // of the last 60 s: this minute, and the part of the one before that this one lacks
     Math.round(done[59] + failed[59] + (done[58] + failed[58]) * (1 - (Date.now() + skew) % 60000 / 60000)),
-  state: queue => queue.paused ? "paused" : !queue.polled_at ? "no worker yet"
-    : age(queue.polled_at) < 120 || queue.running ? "open" : "no worker " + span(age(queue.polled_at)),
+  state: queue => (queue.paused ? "paused" : !queue.polled_at ? "no worker yet"
+    : age(queue.polled_at) < 120 || queue.running ? "open" : "no worker " + span(age(queue.polled_at)))
+    + (queue.max_running ? `, max ${queue.max_running}` : "") + (queue.rate ? `, ${queue.rate} per ${queue.per} s` : ""),
   detail: job => job.status === "done" ? "took " + took(job) : job.status === "running" && job.progress !== null
-    ? "progress " + JSON.stringify(job.progress)
+    ? "progress " + JSON.stringify(job.progress) : job.status === "pending" && job.waits_for ? `waits for ${job.waits_for} job(s)`
     : (job.status === "pending" && age(job.next_run_at) < 0 ? "due " + ago(job.next_run_at) + " " : "")
     + String(job.error || "").trim().split(NEWLINE).pop()};
-const BAD = {state: text => text !== "open", status: text => text === "failed", failed: n => n > 0, hung_threads: n => n > 0};
-const LINK = {job: job => "#job/" + encodeURIComponent(job.id), queue: ({queue}) => hash({queue}), tag: ({tag}) => hash({tag})};
+const BAD = {state: text => !text.startsWith("open"), status: text => text === "failed", failed: n => n > 0, hung_threads: n => n > 0};
+const LINK = {last: ({last_id}) => last_id ? LINK.job({id: last_id}) : "#", job: job => "#job/" + encodeURIComponent(job.id), queue: ({queue}) => hash({queue}), tag: ({tag}) => hash({tag})};
 for (const status of ["pending", "running", "done", "failed"]) LINK[status] = ({queue}) => hash({queue, status});
 const columns = id => TABLES[id].replace(/[*]/g, "").split(" ");
 const value = (key, item) => key in TEXT ? TEXT[key](item) : item[key];
@@ -3140,19 +3146,25 @@ function plot(svg, {done, failed}) {  // done rises from the base line, failed h
   [bars(done, -1) + `M0 ${base}H120`, bars(failed, 1)].forEach((d, i) => svg.children[i].setAttribute("d", d));
   svg.setAttribute("aria-label", `last hour: ${all} done, ${bad} failed, at most ${high} done in a minute`);
 }
-function list({queues, workers}, {jobs, after}) {
+function list({queues, workers}, {jobs, after}, {schedules}) {
   const filtered = Object.values(place).some(Boolean);
   workers.sort((a, b) => a.queue.localeCompare(b.queue) || a.worker.localeCompare(b.worker));  // rows that stay where they are
-  for (const [id, items] of Object.entries({queues, workers, jobs})) draw(id, items);
+  for (const [id, items] of Object.entries({queues, schedules, workers, jobs})) draw(id, items);
   show({nothing: !jobs.length && filtered, empty: !jobs.length && !filtered, first: place.after, older: after});
   for (const [id, start] of [["first", ""], ["older", after]]) $(id).href = hash({...place, after: start});
 }
 function page(body) {
-  const {why, error, attempts, payload, result, progress, ...fields} = JSON.parse(body), raw = JSON.parse(body, exact);
+  const {why, error, attempts, payload, result, progress, after = [], needed_by = [], ...fields} = JSON.parse(body), raw = JSON.parse(body, exact);
   const boxes = {why, error, payload: JSON.stringify(raw.payload, null, 2), result: result !== null && JSON.stringify(raw.result, null, 2)};
   for (const [id, whole] of Object.entries(boxes)) {
     text($(id), (whole || "").slice(0, SHOWN) + ((whole || "").length > SHOWN ? " ... (cut here; GET /jobs/ID has the rest)" : ""));
     $(id).parentNode.hidden = !whole;
+  }
+  for (const [id, ids] of Object.entries({after, needed_by})) {
+    const links = ids.slice(0, LINKS).flatMap(id => [el("a", {href: LINK.job({id})}, id), " "]);
+    if ($(id).dataset.ids !== String(ids)) $(id).replaceChildren(...links, ids.length > LINKS ? `... ${ids.length} in all` : "");
+    $(id).dataset.ids = ids;
+    $(id).parentNode.hidden = !ids.length;
   }
   draw("attempts", attempts);
   // the locale sv writes 2026-11-23 13:41:30
@@ -3184,9 +3196,10 @@ async function refresh() {
     const queues = JSON.parse(await call("/queues?busy=true&limit=" + (one ? 1 : QUEUES)));
     const path = "/jobs?" + hash(one ? place : {...place, limit: 50, brief: true}).slice(1);  // a path cannot hold the id ".."
     const body = await call(path).catch(failure => { if (!one || failure.status !== 404) throw failure; });
+    const schedules = one ? {} : JSON.parse(await call("/schedules?limit=" + QUEUES));
     if (mine !== turn) return;
     skew = at(queues.now) - Date.now();
-    if (!one) list(queues, JSON.parse(body)); else if (body) page(body);
+    if (!one) list(queues, JSON.parse(body), schedules); else if (body) page(body);
     show({list: !one, page: one, job: body, missing: !body, offline: false, manual: !sessionStorage.getItem("token")});
     text($("updated"), "at " + new Date().toLocaleTimeString("sv"));
   } catch (failure) { if (mine === turn) trouble(failure); }

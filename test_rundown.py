@@ -3485,6 +3485,25 @@ def test_a_failed_job_is_opened_retried_and_seen_to_run(dashboard, board, q):
     assert dashboard.text("#error") is None and dashboard.text("[data-attempt='1'] [data-count=outcome]") == "failed"
 
 
+def test_schedules_limits_and_what_waits_for_what_are_seen(dashboard, board, q):
+    board.post("/schedule", name="s" + q, queue=q, every=1, key="one")
+    board.post("/limit", queue=q, max_running=5, rate=100, per=60)
+    one, two = board.enqueue(q)["id"], board.enqueue(q)["id"]
+    last = board.enqueue(q, after=[one, two])["id"]
+    look(dashboard, q)
+    dashboard.shows(cell(q, "state"), re.compile(", max 5, 100 per 60 s$"))
+    dashboard.shows('#jobs [data-job="%s"] [data-count=detail]' % last, "waits for 2 job(s)")
+    row = '#schedules [data-schedule="s%s"] ' % q
+    dashboard.shows(row + "[data-count=skipped]", re.compile("[1-9]"))
+    assert dashboard.text(row + "[data-count=ticks]") == "every 1.0 s"
+    dashboard.press('#jobs [data-job="%s"] a' % last)
+    dashboard.shows("#why", re.compile("waits for 2 jobs"))
+    dashboard.press("#after a:nth-of-type(2)")
+    dashboard.shows("#title", "job " + two)
+    dashboard.shows("#needed_by", re.compile(last))
+    board.post("/unschedule", name="s" + q)
+
+
 def test_a_queue_is_paused_and_resumed(dashboard, board, q):
     board.enqueue(q)
     look(dashboard, q)
