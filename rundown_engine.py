@@ -328,11 +328,11 @@ def printable(longest):
 
 NAME = printable(200)
 VALUE = f'JSON that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text
+IDS = (f'a list of 1 to {MAX_AFTER} ids of jobs',
+       lambda v: type(v) is list and 0 < len(v) <= MAX_AFTER and all(map(NAME[1], v)), lambda v: list(dict.fromkeys(v)))
 FIELDS = {
     # name: what is allowed, whether a value is, and what the store takes for it
     **dict.fromkeys(('id', 'queue', 'tag', 'key', 'worker', 'after', 'needed_by', 'zone'), NAME),
-    '/enqueue after': (f'a list of 1 to {MAX_AFTER} ids of jobs', lambda v: type(v) is list and 0 < len(v) <= MAX_AFTER
-                       and all(map(NAME[1], v)), lambda v: list(dict.fromkeys(v))),
     'name':        printable(150),
     'cron':        ('a string like "0 3 * * *" or "@daily"', lambda v: type(v) is str and len(v) <= 1000, as_is),
     **dict.fromkeys(('payload', 'result', 'progress'), VALUE),
@@ -363,13 +363,13 @@ def checked(path, body):
     """The fields of `body` as the store takes them. BadRequest names the field."""
     if type(body) is not dict:
         raise BadRequest('the body must be a JSON object, such as {"queue": "images"}')
-    needed, taken = ROUTES[path].needed, ROUTES[path].taken
-    ask = {}
+    needed, rules, ask = ROUTES[path].needed, ROUTES[path].rules, {}
     for field, value in body.items():
-        if field not in taken and field != (needed or None):
-            raise BadRequest(unknown(field, [*taken, needed]))
+        rule = rules.get(field)
+        if rule is None:
+            raise BadRequest(unknown(field, rules))
         if value is not None:
-            ask[field] = fit(field, value, FIELDS.get(f'{path} {field}') or FIELDS[field])
+            ask[field] = fit(field, value, rule)
         elif field in LIFTED:
             ask[field] = None
     if needed and needed not in ask:
@@ -392,7 +392,7 @@ def fit(field, value, rule):
 
 def unknown(field, taken):
     near = difflib.get_close_matches(field[:200], taken, 1)
-    hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(filter(None, taken)) or "no fields"}'
+    hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(taken) or "no fields"}'
     return f'{shown(field)} is not a field of this call: {hint}'
 
 
@@ -405,7 +405,7 @@ def shown(value):
 
 def batch(path, body):
     """The checked fields of `body`, or of each item of {"jobs": [...]}; an item that is refused is its refusal."""
-    if type(body) is not dict or 'jobs' not in body or 'jobs' not in ROUTES[path].taken:
+    if type(body) is not dict or 'jobs' not in body or 'jobs' not in ROUTES[path].rules:
         return checked(path, body)
     items = body['jobs']
     if len(body) > 1:
@@ -1345,7 +1345,7 @@ class Store:
     def enqueue(self, asks):
         """Add the jobs, all or none: (row, created) each, of those that have the `id` or the `key` already if so."""
         jobs, size = [], 0
-        if sum(len(ask['after']) for ask in asks if 'after' in ask) > MAX_EDGES:
+        if len(asks) > 1 and sum(len(ask['after']) for ask in asks if 'after' in ask) > MAX_EDGES:
             raise TooLarge(f'jobs: their `after` names more than {MAX_EDGES} jobs in all; send fewer at a time')
         for ask in asks:
             row, created = self._enqueue(ask)
@@ -2799,17 +2799,18 @@ def page(*_):
     return 200, DASHBOARD, HTML, [('Content-Security-Policy', POLICY)]
 
 
-Route = collections.namedtuple('Route', 'method handler needed taken slow')
+Route = collections.namedtuple('Route', 'method handler needed rules slow')
 
 
-def route(method, handler, needed='', taken='', slow=False):
-    return Route(method, handler, needed, frozenset(taken.split()), slow)
+def route(method, handler, needed='', taken='', slow=False, **rules):
+    rules = {field: rules.get(field, FIELDS[field]) for field in f'{needed} {taken}'.split()}
+    return Route(method, handler, needed, rules, slow)
 
 
 ROUTES = {
     # path              method  handler  field it needs, and fields it takes (jobs: a list of the like)
     '/enqueue':   route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id jobs '
-                        'after after_any'),
+                        'after after_any', after=IDS),
     '/poll':      route('POST', poll,    'queue', 'limit wait worker lease max_retries timeout hung'),
     '/complete':  route('POST', report(Store.complete),  'id', 'attempt result jobs'),
     '/fail':      route('POST', report(Store.fail),      'id', 'attempt error retry delay jobs'),
