@@ -2415,6 +2415,18 @@ def test_a_disk_that_fails_for_longer_than_a_lease_costs_no_worker_its_job(own, 
     survives(own, q, lambda engine: injected(engine, "fdatasync,fsync:error=EIO"))
 
 
+def test_after_a_sync_that_failed_the_log_is_written_out_before_anything_is_acknowledged(own, q):
+    engine = own(constants={"TICK": 60})
+    engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 1000}] * 300)
+    log = engine.folder / "jobs.db-wal"
+    assert log.stat().st_size > 300000
+    body = {"queue": q, "id": q}
+    with injected(engine, "fdatasync,fsync:error=EIO"):
+        assert engine.call("POST", "/enqueue", body)[0] == 503
+    assert engine.call("POST", "/enqueue", body)[0] == 200      # what is in the log may never have reached the disk
+    assert log.stat().st_size < 100000 and engine.count(q) == 301
+
+
 @pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
 @beside
 def test_a_pause_that_is_longer_than_half_a_lease_renews_it(own, q):
@@ -4426,19 +4438,19 @@ def test_settings_that_the_engine_refuses_are_an_error_that_ends_the_worker(engi
     assert "timeout must be a number of seconds" in worker.log() and "engine away" not in worker.log()
 
 
-def test_a_worker_takes_jobs_again_after_a_refusal_that_ended_an_outage(work, q):
+@contextlib.contextmanager
+def pretending(answer):
+    """An engine that answers as answer(path, how many of the kind came so far, body) says: (status, JSON value)."""
     asked = []
 
     class Odd(http.server.BaseHTTPRequestHandler):
-        """An engine that hands out one job, does not answer its failure at first, and refuses it then."""
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
+            given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(self.path)
-            count = asked.count(self.path)
-            body = b'[{"id": "a", "attempt": 1, "timeout": 60, "payload": 1}]' if (self.path, count) == ("/poll", 1) else b"[]"
-            code = 200 if self.path != "/fail" else 503 if count == 1 else 413
+            code, value = answer(self.path, asked.count(self.path), given)
+            body = json.dumps(value).encode()
             self.send_response(code)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -4449,10 +4461,56 @@ def test_a_worker_takes_jobs_again_after_a_refusal_that_ended_an_outage(work, q)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        work(handler(q, "raise ValueError('no')"), types.SimpleNamespace(url="http://127.0.0.1:%d" % server.server_port))
-        until(lambda: asked.count("/fail") >= 2)
-        until(lambda: "/poll" in asked[asked.index("/fail", asked.index("/fail") + 1):])
+        yield types.SimpleNamespace(url="http://127.0.0.1:%d" % server.server_port, asked=asked)
         server.shutdown()
+
+
+def claim_of(id):
+    return {"id": str(id), "attempt": 1, "timeout": 60, "payload": 1}
+
+
+def test_a_worker_takes_jobs_again_after_a_refusal_that_ended_an_outage(work, q):
+    def answer(path, count, given):
+        if path == "/fail":
+            return 503 if count == 1 else 413, []
+        return 200, [claim_of("a")] if (path, count) == ("/poll", 1) else []
+    with pretending(answer) as engine:
+        work(handler(q, "raise ValueError('no')"), engine)
+        until(lambda: engine.asked.count("/fail") >= 2)
+        second = engine.asked.index("/fail", engine.asked.index("/fail") + 1)
+        until(lambda: "/poll" in engine.asked[second:])
+
+
+def test_an_item_of_a_batch_that_cannot_be_taken_now_is_sent_again(work, q):
+    def answer(path, count, given):
+        if path == "/complete":
+            return 200, {"jobs": [{"id": one["id"], **({"error": "later", "code": 503} if count == 1 else {})}
+                                  for one in given["jobs"]]}
+        return 200, [claim_of("a")] if (path, count) == ("/poll", 1) else []
+    with pretending(answer) as engine:
+        work(handler(q, "return 1"), engine)
+        until(lambda: engine.asked.count("/complete") == 2)
+
+
+def test_a_worker_whose_outcomes_are_not_taken_takes_no_more_than_a_bound(work, q):
+    given_out, late = [], threading.Event()
+
+    def answer(path, count, given):
+        if path == "/poll":
+            jobs = [claim_of(len(given_out) + number) for number in range(min(10, given["limit"]))]
+            given_out.extend(jobs)
+            return 200, jobs
+        late.wait(10)
+        return 200, {"jobs": [{"id": one["id"]} for one in given["jobs"]]}
+    with pretending(answer) as engine:
+        worker = work("rw.MAX_BACKLOG = 20\n" + handler(q, "return 1"), engine)
+        until(lambda: given_out)
+        time.sleep(1)
+        held = len(given_out)
+        late.set()
+        until(lambda: len(given_out) > 2 * held)
+        worker.process.kill()
+    assert held < 100, held
 
 
 def test_a_burst_ends_after_an_outcome_that_came_too_late(own, work, q):
