@@ -86,6 +86,11 @@ engine refuses stays, with its `error`, and holds up no other; it is sent again 
 COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or failed, 2 misused, 3 no engine
 """
 
+# What is public is annotated, for those who check their own programs; the rest is not:
+# mypy: ignore-errors
+
+from __future__ import annotations
+
 import argparse
 import atexit
 import collections
@@ -124,6 +129,7 @@ import urllib.parse
 import urllib.request
 import weakref
 from queue import Empty, SimpleQueue
+from typing import Any, Callable, Generic, Iterable, Iterator, TypeVar, overload
 
 __all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON '
            'Refused Retry Timeout '
@@ -216,7 +222,7 @@ class Crashed(Error):
 class Retry(Error):
     """Raised by a handler: fail this attempt, and try again after `delay` seconds (None: the engine's backoff)."""
 
-    def __init__(self, reason='the handler asked for a retry', delay=None):
+    def __init__(self, reason: str = 'the handler asked for a retry', delay: float | None = None) -> None:
         super().__init__(reason)
         if delay is not None and not 0 <= delay < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
@@ -417,7 +423,8 @@ class Client:
     and after a fork.
     """
 
-    def __init__(self, host=None, token=None, timeout=TIMEOUT, ca=None):
+    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = TIMEOUT,
+                 ca: str | None = None) -> None:
         self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or URL).split()]
         self.timeout = timeout
         self.used = [self.hosts[0]]     # the engine in use; what twins share
@@ -455,7 +462,7 @@ class Client:
         if self.used[0] == host:
             self.used[0] = self.hosts[(self.hosts.index(host) + 1) % len(self.hosts)]
 
-    def send(self, path, body=None, seconds=TIMEOUT):
+    def send(self, path: str, body: Any = None, seconds: float = TIMEOUT) -> Any:
         """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
         data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
         host = self.host
@@ -469,7 +476,7 @@ class Client:
             raise EngineUnavailable(f'no engine answers at {host}: {reason}') from error
         raise refusal(answer)
 
-    def call(self, path, body=None, wait=0, give_up=None):
+    def call(self, path: str, body: Any = None, wait: float = 0, give_up: float | None = None) -> Any:
         """send(), tried again for `give_up` seconds (None: the client's timeout), and the `wait` that the engine takes.
 
         The last try gets a second at least, so an engine that is there but silent is noticed that much later.
@@ -488,8 +495,11 @@ class Client:
                     raise EngineUnavailable(f'{" ".join(self.hosts)} was tried for {give_up:g} s: {error}') from None
             time.sleep(pause)
 
-    def enqueue(self, queue, payload=None, timeout=None, max_retries=None, tag=None, delay=None, run_at=None,
-                priority=None, key=None, id=None, give_up=None, after=None, after_any=None):
+    def enqueue(self, queue: str, payload: Any = None, timeout: float | None = None, max_retries: int | None = None,
+                tag: str | None = None, delay: float | datetime.timedelta | None = None,
+                run_at: str | datetime.datetime | None = None, priority: int | None = None, key: str | None = None,
+                id: str | None = None, give_up: float | None = None, after: Iterable[Any] | Any = None,
+                after_any: bool | None = None) -> Job:
         """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before.
 
         `after` are the jobs, or their ids, that have to be done before it is handed out; one that fails or is cancelled
@@ -499,7 +509,8 @@ class Client:
             payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay, run_at=run_at,
             priority=priority, key=key, id=id, after=after, after_any=after_any), give_up=give_up), self)
 
-    def enqueue_many(self, queue, payloads, ids=None, give_up=None, **options):
+    def enqueue_many(self, queue: str, payloads: Iterable[Any], ids: Iterable[str] | None = None,
+                     give_up: float | None = None, **options: Any) -> list[Job]:
         """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
 
         `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all.
@@ -517,43 +528,46 @@ class Client:
         fields = {field: value for field, value in fields.items() if value is not None}
         return self.call(path, fields, fields.get('wait', 0))
 
-    def poll(self, queue, limit=None, wait=None, worker=None, lease=None, max_retries=None, timeout=None, hung=None):
+    def poll(self, queue: str, limit: int | None = None, wait: float | None = None, worker: str | None = None,
+             lease: float | None = None, max_retries: int | None = None, timeout: float | None = None,
+             hung: int | None = None) -> Any:
         """Claim a job, or None; with `limit` a list of jobs, or None. `wait`, `lease` and `timeout` are in seconds."""
         return self._post('/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
                           max_retries=max_retries, timeout=timeout, hung=hung)
 
-    def complete(self, id, attempt=None, result=None):
+    def complete(self, id: str, attempt: int | None = None, result: Any = None) -> dict[str, Any]:
         return self._post('/complete', id=id, attempt=attempt, result=result)
 
-    def fail(self, id, attempt=None, error=None, retry=None, delay=None):
+    def fail(self, id: str, attempt: int | None = None, error: str | None = None, retry: bool | None = None,
+             delay: float | datetime.timedelta | None = None) -> dict[str, Any]:
         """Report a failure; with retry False for good, with `delay` (seconds) in place of the engine's backoff."""
         return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
 
-    def heartbeat(self, id, attempt=None, progress=None):
+    def heartbeat(self, id: str, attempt: int | None = None, progress: Any = None) -> dict[str, Any]:
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
-    def release(self, id, attempt=None):
+    def release(self, id: str, attempt: int | None = None) -> dict[str, Any]:
         return self._post('/release', id=id, attempt=attempt)
 
-    def cancel(self, id=None, queue=None, status=None):
+    def cancel(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
         """Cancel a job, or all of a queue and status; {"count": n}."""
         return self._post('/cancel', id=id, queue=queue, status=status)
 
-    def retry(self, id=None, queue=None, status=None):
+    def retry(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
         """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
         return self._post('/retry', id=id, queue=queue, status=status)
 
-    def purge(self, queue=None, status=None):
+    def purge(self, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
         """Delete the jobs of a queue and/or status, but for those that run; {"count": n}."""
         return self._post('/purge', queue=queue, status=status)
 
-    def pause(self, queue):
+    def pause(self, queue: str) -> dict[str, Any]:
         return self._post('/pause', queue=queue)
 
-    def resume(self, queue):
+    def resume(self, queue: str) -> dict[str, Any]:
         return self._post('/resume', queue=queue)
 
-    def limit(self, queue, max_running=KEEP, rate=KEEP, per=KEEP):
+    def limit(self, queue: str, max_running: Any = KEEP, rate: Any = KEEP, per: Any = KEEP) -> dict[str, Any]:
         """Limit how many jobs of a queue run at a time, and its claims: `rate` at once, one each per / rate seconds.
 
         None lifts a limit; what is not given stays as it is. Returns what holds then.
@@ -561,8 +575,10 @@ class Client:
         limits = {'max_running': max_running, 'rate': rate, 'per': per}
         return self.call('/limit', {'queue': queue, **{name: n for name, n in limits.items() if n is not KEEP}})
 
-    def schedule(self, name, queue, cron=None, every=None, zone=None, payload=None, timeout=None, max_retries=None,
-                 tag=None, priority=None, key=None):
+    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None,
+                 zone: str | None = None, payload: Any = None, timeout: float | None = None,
+                 max_retries: int | None = None, tag: str | None = None, priority: int | None = None,
+                 key: str | None = None) -> dict[str, Any]:
         """Have a job made at each tick: of `cron`, five fields in a time zone (UTC), or `every` so many seconds.
 
         Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over.
@@ -571,7 +587,7 @@ class Client:
         return self._post('/schedule', name=name, queue=queue, cron=cron, every=every, zone=zone, payload=payload,
                           timeout=timeout, max_retries=max_retries, tag=tag, priority=priority, key=key)
 
-    def unschedule(self, name):
+    def unschedule(self, name: str) -> dict[str, Any]:
         """End a schedule; the jobs that it made stay. {"count": 0 or 1}."""
         return self._post('/unschedule', name=name)
 
@@ -579,32 +595,34 @@ class Client:
         fields = {field: value for field, value in fields.items() if value is not None}
         return self.call(f'{path}?{urllib.parse.urlencode(fields)}' if fields else path)
 
-    def schedules(self, limit=None, after=None):
+    def schedules(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
         return self._get('/schedules', limit=limit, after=after)
 
-    def jobs(self, queue=None, status=None, tag=None, limit=None, after=None, needed_by=None):
+    def jobs(self, queue: str | None = None, status: str | None = None, tag: str | None = None,
+             limit: int | None = None, after: str | None = None,
+             needed_by: str | None = None) -> dict[str, Any]:
         """A page of jobs, newest first; the next one is `after` the id in its `after`, null on the last page.
 
         `needed_by` an id: what that job waits or waited for, in its order.
         """
         return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after, needed_by=needed_by)
 
-    def queues(self, limit=None, after=None):
+    def queues(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
         """Counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
-    def health(self):
+    def health(self) -> dict[str, Any]:
         return self._get('/health')
 
-    def job(self, id, wait=None):
+    def job(self, id: str, wait: float | None = None) -> dict[str, Any]:
         """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
         return self.call('/jobs/' + quote(id) + ('' if wait is None else f'?wait={wait}'), wait=wait or 0)
 
-    def details(self, tag):
+    def details(self, tag: str) -> dict[str, Any]:
         """The newest job with that tag."""
         return self.call('/details/' + quote(tag))
 
-    def wait(self, job, timeout=None, give_up=None):
+    def wait(self, job: Any, timeout: float | None = None, give_up: float | None = None) -> Job:
         """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds.
 
         Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout.
@@ -621,7 +639,7 @@ class Client:
             if time.monotonic() >= deadline:
                 raise Unfinished(f'job {id} is still {job["status"]} after {timeout:g} s')
 
-    def close(self):
+    def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
         self.wire.close()
 
@@ -633,17 +651,17 @@ class Job(dict):
         super().__init__(fields)
         self.client = client
 
-    def refresh(self):
+    def refresh(self) -> Job:
         """Bring it up to date, and return it."""
         self.update(self.client.job(self['id']))
         return self
 
-    def wait(self, timeout=None, give_up=None):
+    def wait(self, timeout: float | None = None, give_up: float | None = None) -> Job:
         """Bring it up to date once it has ended, and return it; see Client.wait."""
         self.update(self.client.wait(self, timeout, give_up))
         return self
 
-    def result(self, timeout=None, give_up=None):
+    def result(self, timeout: float | None = None, give_up: float | None = None) -> Any:
         """What the handler returned, once it has; Failed with the job's error when it failed or was cancelled."""
         if self.wait(timeout, give_up)['status'] != 'done':
             raise Failed(self)
@@ -653,7 +671,7 @@ class Job(dict):
         return dict, (dict(self),)      # in another process, and in a copy, it is a plain dict
 
 
-def results(jobs, timeout=None, give_up=None):
+def results(jobs: Iterable[Job], timeout: float | None = None, give_up: float | None = None) -> list[Any]:
     """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
     deadline = float('inf') if timeout is None else time.monotonic() + timeout
     return [job.result(None if timeout is None else max(0, deadline - time.monotonic()), give_up) for job in jobs]
@@ -731,19 +749,19 @@ def batches(items, size):
 current = contextvars.ContextVar('rundown_task', default=None)      # what the handler of this context works at
 
 
-def job():
+def job() -> dict[str, Any]:
     """The job that the handler at hand works at, a dict; None outside of handlers."""
     return current.get() and current.get().job
 
 
-def progress(value):
+def progress(value: Any) -> None:
     """Show any JSON value as the job's progress, within a second or so. Does nothing outside of handlers."""
     text = as_json(value, 'progress')
     if current.get():
         current.get().show(text)
 
 
-def inputs():
+def inputs() -> list[Any]:
     """The results of the jobs that the one at hand waited for, in the order of `after`; None where one is not done."""
     task = current.get()
     after = task.job.get('after') if task else None
@@ -1650,20 +1668,38 @@ Registered = collections.namedtuple(
     'Registered', 'name functions host poll_interval max_retries timeout concurrency isolate told')
 
 
+R = TypeVar('R')
+F = TypeVar('F')
+
+
+class QueueFunction(Generic[R]):
+    """What @queue makes of a function, for those who check types: the function, and its `enqueue`."""
+    __call__: Callable[..., R]
+    enqueue: Callable[..., Job]
+
+
+class TaskFunction(Generic[R]):
+    """The same of @task."""
+    __call__: Callable[..., R]
+    delay: Callable[..., Job]
+    options: Callable[..., TaskFunction[R]]
+
+
 class App:
     """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
 
     Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call.
     """
 
-    def __init__(self, host=None, token=None, timeout=TIMEOUT, ca=None):
+    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = TIMEOUT,
+                 ca: str | None = None) -> None:
         self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
         self.registered = {}                            # (queue, host) -> Registered
         self.hooks = {event: [] for event in EVENTS}
         self.clients = {}                               # safe by itself: (host, token, ca) -> Client
         self.workers = []                               # safe by itself: those that run
 
-    def client(self, host=None):
+    def client(self, host: str | None = None) -> Client:
         """The client for an engine; its connections are kept."""
         env = os.environ.get
         host = host or self.host or env('RUNDOWN_URL')
@@ -1672,9 +1708,11 @@ class App:
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
 
-    def queue(self, name, host=None, poll_interval=1.0, max_retries=3, timeout=None, concurrency=1, isolate=False,
-              backoff=None, retry_on=None, abort_on=None, cron=None, every=None, zone=None, max_running=None,
-              rate=None):
+    def queue(self, name: str, host: str | None = None, poll_interval: float = 1.0, max_retries: int = 3,
+              timeout: float | None = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
+              retry_on: Any = None, abort_on: Any = None, cron: str | None = None,
+              every: float | datetime.timedelta | None = None, zone: str | None = None, max_running: Any = None,
+              rate: Any = None) -> Callable[[Callable[..., R]], QueueFunction[R]]:
         """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
 
         `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
@@ -1705,8 +1743,14 @@ class App:
             return function
         return register
 
-    def task(self, function=None, *, queue='default', max_retries=None, timeout=None, backoff=None, retry_on=None,
-             abort_on=None, **settings):
+    @overload
+    def task(self, function: Callable[..., R]) -> TaskFunction[R]: ...
+    @overload
+    def task(self, *, queue: str = ..., **settings: Any) -> Callable[[Callable[..., R]], TaskFunction[R]]: ...
+
+    def task(self, function: Any = None, *, queue: str = 'default', max_retries: int | None = None,
+             timeout: float | None = None, backoff: Any = None, retry_on: Any = None, abort_on: Any = None,
+             **settings: Any) -> Any:
         """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
 
         `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
@@ -1734,7 +1778,7 @@ class App:
         function.policy, function.delay, function.options = rule, sender.delay, sender.options
         return function
 
-    def on(self, event):
+    def on(self, event: str) -> Callable[[F], F]:
         """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result),
         "failure" or "lost" (the exception) of a run. What it raises is logged and changes nothing."""
         if event not in EVENTS:
@@ -1745,8 +1789,11 @@ class App:
             return function
         return register
 
-    def enqueue(self, queue, payload=None, *, host=None, timeout=None, max_retries=None, tag=None, delay=None,
-                run_at=None, priority=None, key=None, id=None, after=None, after_any=None, give_up=None):
+    def enqueue(self, queue: str, payload: Any = None, *, host: str | None = None, timeout: float | None = None,
+                max_retries: int | None = None, tag: str | None = None, delay: float | datetime.timedelta | None = None,
+                run_at: str | datetime.datetime | None = None, priority: int | None = None, key: str | None = None,
+                id: str | None = None, after: Iterable[Any] | Any = None, after_any: bool | None = None,
+                give_up: float | None = None) -> Job:
         """Add a job, and return it, a dict that is a Job; see Client.enqueue.
 
         `delay` is in seconds or a timedelta; `run_at` a datetime or RFC 3339. It is tried for `give_up` seconds (30).
@@ -1754,24 +1801,29 @@ class App:
         return self.client(host).enqueue(
             queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
 
-    def schedule(self, name, queue, cron=None, every=None, zone=None, payload=None, *, host=None, **options):
+    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None,
+                 zone: str | None = None, payload: Any = None, *, host: str | None = None,
+                 **options: Any) -> dict[str, Any]:
         """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
         return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
 
-    def unschedule(self, name, *, host=None):
+    def unschedule(self, name: str, *, host: str | None = None) -> dict[str, Any]:
         """End a schedule; the jobs that it made stay."""
         return self.client(host).unschedule(name)
 
-    def enqueue_many(self, queue, payloads, *, host=None, ids=None, give_up=None, **options):
+    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
+                     ids: Iterable[str] | None = None, give_up: float | None = None, **options: Any) -> list[Job]:
         """Add a job per payload: see Client.enqueue_many."""
         return self.client(host).enqueue_many(queue, payloads, ids, give_up, **options)
 
-    def wait(self, job, timeout=None, host=None, give_up=None):
+    def wait(self, job: Any, timeout: float | None = None, host: str | None = None,
+             give_up: float | None = None) -> Job:
         """The finished job: see Client.wait."""
         client = job.client if isinstance(job, Job) and host is None else self.client(host)
         return client.wait(job, timeout, give_up)
 
-    def run(self, burst=False, grace=GRACE, max_hung=MAX_HUNG, concurrency=None):
+    def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
+            concurrency: int | None = None) -> None:
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
 
         Returns after an orderly end. In the main thread, and with handlers that do not come back, it ends the process
@@ -1796,13 +1848,13 @@ class App:
         if code:
             raise SystemExit(code)
 
-    def stop(self):
+    def stop(self) -> None:
         """Have run() end as after SIGTERM, from any thread."""
         for worker in list(self.workers):
             worker.stop()
 
     @contextlib.contextmanager
-    def testing(self):
+    def testing(self) -> Iterator[Testing]:
         """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
 
         t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting.
@@ -1948,12 +2000,12 @@ class Testing:
     def __init__(self, app, server, clock):
         self.app, self.server, self.clock, self.url, self.client = app, server, clock, server.url, app.client()
 
-    def advance(self, seconds):
+    def advance(self, seconds: float) -> None:
         """Move the engine's clock on; it sees at once what is due by then."""
         self.clock.seconds += seconds
         self.server.tick()
 
-    def run(self, delayed=False, **options):
+    def run(self, delayed: bool = False, **options: Any) -> None:
         """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
         self.app.run(burst=True, **options)
         while delayed:
@@ -2094,7 +2146,8 @@ OUTBOX = ('CREATE TABLE IF NOT EXISTS rundown_outbox (number %s PRIMARY KEY %s, 
 recent = types.SimpleNamespace(written=float('-inf'))       # when this process last wrote into an outbox
 
 
-def enqueue_in(connection, queue, payload=None, delay=None, run_at=None, id=None, **options):
+def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: float | datetime.timedelta | None = None,
+               run_at: str | datetime.datetime | None = None, id: str | None = None, **options: Any) -> str:
     """Write a job into the transaction that is open on a connection; it is enqueued if that commits. Returns its id.
 
     The driver is sqlite3 or one that writes parameters as %s. The options are those of enqueue(); a delay begins now.
@@ -2132,7 +2185,7 @@ def with_table(connection, statement, *values):
     raise Error(f'the table rundown_outbox cannot be used, nor made: {"; ".join(reasons)}. What makes it: {create}')
 
 
-def forward(connect, host=None, keep=0):
+def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
     """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took.
 
     Rows are kept for `keep` seconds after that, and sent again to a standby that takes over meanwhile.
@@ -2178,7 +2231,7 @@ def deliver(send, rows):
 
 
 @contextlib.contextmanager
-def forwarding(connect, host=None, keep=0):
+def forwarding(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> Iterator[None]:
     """forward() in a thread during the block: at once what this process commits, and every second the rest."""
     stopping = threading.Event()
     thread = threading.Thread(target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)

@@ -5028,6 +5028,78 @@ def test_a_standby_takes_over_a_restored_copy_as_the_runbook_says(own, work, tmp
         litestream.wait()
 
 
+# -- SDK: types -------------------------------------------------------------------------------------
+
+TYPED = '''
+from __future__ import annotations
+import sqlite3
+from typing import Any
+import rundown_workers as rw
+
+@rw.queue("images", max_retries=5, cron="0 3 * * *", max_running=5, rate=(100, 60))
+def thumb(payload: str) -> str:
+    rw.progress({"a": 1})
+    found: dict[str, Any] = rw.job()
+    return payload + str(rw.inputs()) + str(found["id"])
+
+@rw.task
+def add(x: int, y: int) -> int:
+    return x + y
+
+@rw.task(queue="fetch", retry_on=OSError, backoff=[1, 10])
+def fetch(url: str) -> int:
+    raise rw.Retry("later", delay=3)
+
+@rw.on("failure")
+def tell(job: dict[str, Any], error: BaseException | None) -> None:
+    print(job["id"], error)
+
+def main() -> None:
+    job: rw.Job = thumb.enqueue("a", delay=5)
+    jobs: list[rw.Job] = rw.enqueue_many("images", ["a", "b"])
+    rw.enqueue("album", {"a": 1}, after=[*jobs, job], after_any=True)
+    three: int = add(1, 2)
+    print(three, add.delay(1, y=2).result(5), add.options(delay=60).delay(1, 2)["id"], thumb("a").upper())
+    client = rw.Client("http://a http://b", timeout=3)
+    client.limit("images", max_running=None)
+    print(client.jobs(queue="images")["jobs"], rw.results(jobs, timeout=3), rw.wait(job, 3)["status"])
+    rw.schedule("n", "images", every=3)
+    rw.unschedule("n")
+    with sqlite3.connect("x") as db:
+        rw.enqueue_in(db, "images", "a")
+    with rw.forwarding(lambda: sqlite3.connect("x"), keep=3):
+        pass
+    with rw.testing() as t:
+        t.advance(3)
+        t.run(delayed=True)
+    rw.run(burst=True)
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+def test_a_user_s_program_passes_the_strictest_check_of_types(tmp_path):
+    pytest.importorskip("mypy")
+    for name, text in [("rundown_workers.py", Path(rw.__file__).read_text()), ("prog.py", TYPED),
+                       ("wrong.py", TYPED.replace("three: int", "three: str"))]:
+        (tmp_path / name).write_text(text)
+    check = lambda name: subprocess.run([sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, name],
+                                        cwd=str(tmp_path), stdout=subprocess.PIPE).stdout.decode()
+    assert check("prog.py").startswith("Success") and "Incompatible types" in check("wrong.py")
+
+
+def test_all_that_is_public_is_annotated():
+    public = [getattr(rw, name) for name in rw.__all__]
+    public += [method for kind in (rw.Client, rw.Job, rw.App, rw.Testing) for name, method in vars(kind).items()
+               if not name.startswith("_") and inspect.isfunction(method) and name != "twin"]
+    for one in public:
+        if not inspect.isclass(one):
+            for name, parameter in inspect.signature(one).parameters.items():
+                assert name == "self" or parameter.annotation is not parameter.empty, (one, name)
+            assert inspect.signature(one).return_annotation is not inspect.Signature.empty, one
+
+
 # -- SDK: command line, testing aid, demo ---------------------------------------------------------
 
 
