@@ -2198,6 +2198,8 @@ def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0
 def drain(connection, client, send, keep):
     """Send in order, and delete what is acknowledged. What is sent twice, after a kill or by two, has its one id."""
     count, wanted = 0, 'error IS NULL AND (taken_by IS NULL OR taken_by <> ?)'
+    if keep:
+        send('/health')         # only who asks finds out that a standby has taken over
     while True:
         with_table(connection, 'DELETE FROM rundown_outbox WHERE taken_at < ?', int(time.time() - keep))
         rows = with_table(connection, 'SELECT number, job FROM rundown_outbox '

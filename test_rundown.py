@@ -178,9 +178,9 @@ class Engine(Api):
         self.folder, self.database = folder, folder / "jobs.db"
         self.start(*options, **settings)
 
-    def start(self, *options, prefix=(), env=None, constants=None, **settings):
+    def start(self, *options, prefix=(), env=None, constants=None, program=HERE / "rundown_engine.py", **settings):
         """Starts it, also again. `constants` replaces some of the module's, for tests that cannot wait so long."""
-        program = [str(HERE / "rundown_engine.py")]
+        program = [str(program)]
         if constants:
             program = ["-c", "import rundown_engine as e; vars(e).update(%r); raise SystemExit(e.main())" % constants]
         command = [*prefix, sys.executable, *program, "--db", str(self.database), "--port", "0", *options]
@@ -328,10 +328,61 @@ def beside(test):
     return result
 
 
+class Shared:
+    """Where all tests are asked for, two more processes run the later ones meanwhile; each is reported in its turn.
+
+    It is a plugin of pytest, in all of them: the others write their reports into files, the first process reads them.
+    """
+    writes = os.environ.get("RUNDOWN_REPORTS")      # where to, in the other processes
+
+    def __init__(self, config, items, folder):
+        self.config, self.reports, self.processes, self.files = config, collections.defaultdict(list), {}, []
+        for number, part in enumerate(filter(None, (items[::2], items[1::2]))):
+            path = folder / str(number)
+            path.touch()
+            self.files.append(path.open())
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *[item.nodeid for item in part]]
+            with open(str(folder / ("said%d" % number)), "wb") as said:
+                process = subprocess.Popen(command, cwd=str(config.rootpath), stdout=said, stderr=said,
+                                           env={**os.environ, "RUNDOWN_REPORTS": str(path)})
+            self.processes.update((item.nodeid, process) for item in part)
+
+    def pytest_runtest_logreport(self, report):
+        if self.writes:
+            data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+            with open(self.writes, "a") as file:
+                file.write(json.dumps(data, default=str) + "\n")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item):
+        if item.nodeid not in self.processes:
+            return None
+        until(lambda: self.ended(item.nodeid), 170)
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self.reports[item.nodeid]:
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def ended(self, test):
+        """Reads the reports that have come; is that of the test's teardown among them?"""
+        over = self.processes[test].poll() is not None
+        for line in itertools.chain(*[iter(file.readline, "") for file in self.files]):
+            data = json.loads(line)
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+            self.reports[report.nodeid].append(report)
+        assert not over or self.reports[test], "a process of the tests has ended too soon"
+        return self.reports[test] and self.reports[test][-1].when == "teardown"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def background(request, tmp_path_factory):
     """Runs the tests that are marked `beside`, if they were asked for; the last, which are the longest, first."""
-    asked = [item.originalname for item in request.session.items if item.originalname in BESIDE]
+    items = request.session.items
+    later = items[len(items) * 35 // 100:-1] if len(items) > 1000 and POSIX and not Shared.writes else []
+    shared = Shared(request.config, later, tmp_path_factory.mktemp("shared"))
+    request.config.pluginmanager.register(shared)
+    asked = [item.originalname for item in items if item.originalname in BESIDE and item.nodeid not in shared.processes]
     with ThreadPoolExecutor(4) as pool:
         running = {name: pool.submit(run_beside, BESIDE[name], tmp_path_factory.mktemp("beside"))
                    for name in asked[::-1]}
@@ -1915,30 +1966,29 @@ def test_a_schedule_whose_zone_is_gone_does_not_stop_the_others(clocked, q):
 
 @pytest.fixture(scope="module")
 def first_engine(tmp_path_factory):
-    """A folder with the engine of version 1.0, whose databases have schema 1."""
+    """The file of the engine of version 1.0, whose databases have schema 1."""
     source = subprocess.run(["git", "show", "44fe2c6:rundown_engine.py"], cwd=str(HERE), stdout=subprocess.PIPE,
                             stderr=subprocess.DEVNULL).stdout if shutil.which("git") else b""
     if not source:
         pytest.skip("the history of the repository is not here")
-    folder = tmp_path_factory.mktemp("first")
-    (folder / "rundown_engine.py").write_bytes(source)
-    return folder
+    path = tmp_path_factory.mktemp("first") / "rundown_engine.py"
+    path.write_bytes(source)
+    return path
 
 
-def test_a_database_that_version_1_0_wrote_under_load_is_migrated_and_goes_on(own, first_engine, tmp_path, q, monkeypatch):
-    monkeypatch.setitem(globals(), "HERE", first_engine)
-    engine = Engine(tmp_path)
-    monkeypatch.undo()
+def test_a_database_that_version_1_0_wrote_under_load_is_migrated_and_goes_on(own, first_engine, tmp_path, q):
+    engine = own(program=first_engine)
     ends, acknowledged = threading.Event(), []
 
     def load(number):
-        with contextlib.suppress(OSError, http.client.HTTPException, TypeError):
+        with contextlib.suppress(OSError, http.client.HTTPException):
             while not ends.is_set():
                 id = "%s-%d-%d" % (q, number, len(acknowledged))
                 engine.enqueue(q, id, id=id, delay=random.choice([0, 0, 9999]), tag="t")
                 acknowledged.append(id)
-                if random.random() < 0.6:
-                    engine.tell(random.choice(["complete", "fail", "release", "heartbeat"]), engine.poll(q))
+                job = engine.poll(q) if random.random() < 0.6 else None
+                if job:
+                    engine.tell(random.choice(["complete", "fail", "release", "heartbeat"]), job)
     crowd = [threading.Thread(target=load, args=(number,)) for number in range(4)]
     for thread in crowd:
         thread.start()
@@ -1963,8 +2013,7 @@ def test_a_database_that_version_1_0_wrote_under_load_is_migrated_and_goes_on(ow
     migrated, new = [sorted(sqlite3.connect(str(path)).execute("SELECT type, name FROM sqlite_master"))
                      for path in (engine.database, own(folder=tmp_path / "new").database)]
     assert migrated == new
-    monkeypatch.setitem(globals(), "HERE", first_engine)
-    assert "newer" in refusal(tmp_path)[1][0]
+    assert "newer" in refusal(tmp_path, program=first_engine)[1][0]
 
 
 # -- HTTP: framing by raw bytes, slow and many clients -------------------------------------------
@@ -3070,9 +3119,9 @@ def pace(engine, q):
     return sorted(took)[30]
 
 
-def refusal(folder, *options, env=None, name="jobs.db"):
+def refusal(folder, *options, env=None, name="jobs.db", program=HERE / "rundown_engine.py"):
     """(exit status, lines on stderr) of an engine that should not start."""
-    command = [sys.executable, str(HERE / "rundown_engine.py"), "--db", str(folder / name), "--port", "0", *options]
+    command = [sys.executable, str(program), "--db", str(folder / name), "--port", "0", *options]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            cwd=str(folder), env=environment(env), timeout=20)
     assert ended.stdout == b""
@@ -4977,9 +5026,7 @@ def test_what_an_outbox_keeps_is_sent_again_to_the_engine_that_takes_over(own, t
     db.commit()
     assert rw.forward(connect, urls, keep=60) == 3 and rw.forward(connect, urls, keep=60) == 0
     one.kill()
-    ids.append(rw.enqueue_in(db, q, 3))
-    db.commit()
-    assert rw.forward(connect, urls, keep=60) == 4
+    assert rw.forward(connect, urls, keep=60) == 3
     assert sorted(job["id"] for job in two.get("/jobs?queue=" + q)["jobs"]) == sorted(ids)
     time.sleep(1.1)
     rw.forward(connect, urls)
