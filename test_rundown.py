@@ -5075,6 +5075,43 @@ def test_a_standby_takes_over_a_restored_copy_as_the_runbook_says(own, work, tmp
         litestream.wait()
 
 
+@pytest.mark.skipif(not POSIX, reason="Windows has no pseudo-terminals")
+def test_a_terminal_gets_a_traceback_as_lines_and_queues_without_minutes(engine, q):
+    import pty
+    job = job_in(engine, "running", q)
+    engine.tell("fail", job, error="Traceback:\n  File x\nValueError: no", retry=False)
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, rw.__file__, "status", job["id"]], stdout=theirs, check=True,
+                   env=environment({"RUNDOWN_URL": engine.url}))
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):
+        while b"ValueError" not in said:
+            said += os.read(ours, 65536)
+    os.close(ours)
+    assert ["error:", "Traceback:", "  File x", "ValueError: no"] == [
+        line for line in said.decode().splitlines() if line in ("error:", "Traceback:", "  File x", "ValueError: no")]
+    row = lambda *flags: {row["queue"]: row for row in rundown(engine, "queues", *flags)["queues"]}[q]
+    assert "minutes" not in row() and "minutes" in row("--minutes")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="ExceptionGroup came with Python 3.11")
+def test_the_log_tells_an_exception_group_by_its_message(engine, work, q):
+    job = engine.enqueue(q, max_retries=0)
+    worker = work(handler(q, "raise ExceptionGroup('two things', [ValueError(1), OSError(2)])"))
+    assert ended(engine, job)["status"] == "failed"
+    until(lambda: "two things (2 sub-exceptions)" in worker.log())
+
+
+def test_a_backoff_may_be_a_function_of_the_retry_s_number(engine, work, q):
+    job = engine.enqueue(q, max_retries=5)
+    work("def pause(number): return 0 if number == 1 else number * 100\n" + handler(q, "raise ValueError").replace(
+        "name=%r" % q, "name=%r, backoff=pause" % q))
+    until(lambda: engine.job(job)["retries"] == 2)
+    row = engine.job(job)
+    assert 199 < when(row["next_run_at"]) - when(row["updated_at"]) < 201
+
+
 # -- SDK: types -------------------------------------------------------------------------------------
 
 TYPED = '''
