@@ -76,8 +76,9 @@ GUARANTEES
 LIMITS
 
 One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at most 200 levels, an
-integer 4,300 digits. A poll claims at most 16 MiB of jobs (one at least), and a page ends there. Requests that are not
-done with hold 64 MiB in all, answers that nobody takes too: above that the newest large ones get 503.
+integer 4,300 digits; the jobs of a body wait for at most 20,000 others. A poll claims at most 16 MiB of jobs (one at
+least), and a page ends there. Requests that are not done with hold 64 MiB in all, answers that nobody takes too: above
+that the newest large ones get 503.
 Done and cancelled jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A system clock that is set back
 is followed slowly (1 ms a second) until the engine is restarted: run_at is early by what is left of the difference.
 """
@@ -151,7 +152,7 @@ DEAF = 0.05                 # seconds in which clients could not be heard, from 
 TICK = 1                    # seconds between two looks at the clock
 SHOWN = 100                 # jobs that wait for a job and are named there
 MAX_AFTER = 1000            # jobs that a job waits for
-MAX_EDGES = 100000          # the same of all jobs of a body
+MAX_EDGES = 20000           # the same of all jobs of a body
 STEP = 500                  # rows that the engine changes on its own account in one transaction
 LINGER = 5                  # seconds to read on after a refusal, so that the client gets to see it
 PRUNE = 60                  # seconds between two rounds of retention
@@ -1407,6 +1408,7 @@ class Store:
         self.polled[queue] = self.now
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
+        self.hungry.discard(queue)
         if self.room <= 0:      # enough is being handed out; those that sleep are woken when there is room
             self.hungry.add(queue)
             self._due(self.now + micros(RETRY))
@@ -1414,16 +1416,17 @@ class Store:
                 raise Unavailable('too much is being handed out at a time; try again')
             return []
         most = ask.get('limit', 1)
-        if queue in self.limited:
-            most = min(most, self._allowed(queue))
+        limited = self._limited(queue)
+        if limited:
+            most = min(most, self._allowed(limited))
         rows = self._fitting(self.db.execute(CLAIM, {'queue': queue, 'limit': most}))
         changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now,
                    'updated_at': self.now, 'worker_timeout': ask.get('timeout'),
                    'worker_max_retries': ask.get('max_retries')}
         claims = [self._claim(dict(zip(COLUMNS, row)), changes) for row in rows]
         self.db.executemany(START, claims)
-        if queue in self.limited:
-            self._spend(queue, len(claims))
+        if limited:
+            self._spend(limited, len(claims))
         return claims
 
     def _fitting(self, rows):
@@ -1624,22 +1627,26 @@ class Store:
         self.wake(('queue', queue))
         return {'queue': queue, **limits_of(row)}
 
-    def _allowed(self, queue):
-        """How many jobs of the queue may be claimed now; a poll that finds none is tried again when the rate allows."""
-        row = self.db.execute('SELECT * FROM queues WHERE queue = ?', (queue,)).fetchone()
+    def _limited(self, queue):
+        """The row of a queue that may have a limit; None for others, at no cost."""
+        return queue in self.limited and self.db.execute('SELECT * FROM queues WHERE queue = ?', (queue,)).fetchone()
+
+    def _allowed(self, row):
+        """How many jobs of the queue may be claimed now; a poll that gets none is woken when its rate allows one."""
         most = MAX_LIMIT if row['max_running'] is None else max(0, row['max_running'] - row['running'])
         if row['rate'] and most:
             most = min(most, tokens(row, self.now))
             if not most:
-                self.db.execute(SPEND, (full_at(row, self.now), queue))     # which fills, though the clock was set back
-                self.hungry.add(queue)
+                # which fills from now on, even if the clock was set back
+                self.db.execute(SPEND, (full_at(row, self.now), row['queue']))
+                self.hungry.add(row['queue'])
                 self._due(next_token(row, self.now))
         return most
 
-    def _spend(self, queue, count):
-        row = self.db.execute('SELECT * FROM queues WHERE queue = ?', (queue,)).fetchone()
+    def _spend(self, row, count):
         if row['rate'] and count:
-            self.db.execute(SPEND, (full_at(row, self.now) - -count * row['per'] // row['rate'], queue))
+            taken = -(-count * row['per'] // row['rate'])       # rounded up
+            self.db.execute(SPEND, (full_at(row, self.now) + taken, row['queue']))
 
     def _freed(self, job):
         if job['queue'] in self.limited:
@@ -1892,7 +1899,6 @@ class Store:
         self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(row['seq'],) for row in due])
         for queue in self.hungry.union(row['queue'] for row in due):
             self.wake(('queue', queue))
-        self.hungry = set()
         for row in self.db.execute(LOST, (self.now, STEP)).fetchall():
             self._lose({'id': row['id']})
             self.said.append(f'job {shown(row["id"])}: worker lost')

@@ -1691,6 +1691,14 @@ def test_limits_that_make_no_sense_are_refused_and_those_that_are_not_named_stay
     assert 'rundown_max_running{queue="%s"} 6' % q in engine.get("/metrics")
 
 
+def test_a_limit_that_was_undone_with_its_transaction_stops_no_poll(clocked, q):
+    clocked.server.store.limited.add(q)         # as after a commit that failed
+    clocked.server.store.polled[q] = 1
+    assert clocked.poll(q) is None
+    clocked.enqueue(q)
+    assert clocked.poll(q)["attempt"] == 1
+
+
 def test_limits_hold_at_every_moment_under_kills_losses_and_greedy_claims(own, q):
     engine, ends, over = own(constants=QUICK), threading.Event(), []
     engine.post("/limit", queue=q, max_running=7, rate=40, per=1)
