@@ -370,6 +370,7 @@ class Shared:
         for line in itertools.chain(*[iter(file.readline, "") for file in self.files]):
             data = json.loads(line)
             report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+            report.longrepr = tuple(report.longrepr) if isinstance(report.longrepr, list) else report.longrepr     # of a skip
             self.reports[report.nodeid].append(report)
         assert not over or self.reports[test], "a process of the tests has ended too soon"
         return self.reports[test] and self.reports[test][-1].when == "teardown"
