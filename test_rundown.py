@@ -5937,6 +5937,31 @@ def second_runs_are_explained(seen):
                     id, run["attempt"], again["attempt"])
 
 
+def no_job_begins_before_what_it_waits_for_is_done(seen):
+    any_end = {order["id"] for line in seen.of("enqueue") for order in line["asked"].get("jobs", [line["asked"]])
+               if order.get("after_any")}
+    for claim in itertools.chain(*seen.claims.values()):
+        for id in claim["job"].get("after", ()) if claim["id"] not in any_end else ():
+            if not any(told["call"] == "complete" and told["begin"] < claim["end"] for told in seen.tells[id]):
+                yield "%s was handed out before %s was done" % (claim["id"], id)
+
+
+def limits_are_held(seen):
+    """A claim runs at least from its answer to the first word of its end, to its lease's end or to the next claim."""
+    for limit in seen.of("limit"):
+        steps = []
+        for id, claims in seen.claims.items():
+            for claim in claims:
+                ends = [told["begin"] for told in seen.said(id, claim["attempt"], "complete", "fail", "release")]
+                ends += [other["begin"] for other in claims if other["attempt"] > claim["attempt"]]
+                end = min(ends + [seen.lease_end(claim)])
+                if claim["begin"] > limit["end"] and end > claim["end"]:
+                    steps += [(claim["end"], 1), (end, -1)]
+        running = list(itertools.accumulate(step for _, step in sorted(steps)))
+        if running and max(running) > limit["asked"]["max_running"]:
+            yield "%d jobs ran at a time, %d may" % (max(running), limit["asked"]["max_running"])
+
+
 def the_file_is_sound(seen):
     if seen.integrity != ["ok"]:
         yield "integrity_check: %s" % seen.integrity[:3]
@@ -5961,7 +5986,7 @@ INVARIANTS = [
     acknowledged_jobs_are_there, claims_carry_the_payload, nothing_is_there_that_nobody_enqueued, every_job_ended,
     an_acknowledged_complete_stays, one_outcome_of_a_job_is_accepted, an_attempt_that_is_over_is_refused,
     leases_do_not_overlap, what_is_complete_is_not_handed_out, attempts_only_rise, no_backoff_is_cut_short,
-    second_runs_are_explained, the_file_is_sound, queues_are_counted_right, the_log_has_no_fault]
+    second_runs_are_explained, no_job_begins_before_what_it_waits_for_is_done, limits_are_held, the_file_is_sound, queues_are_counted_right, the_log_has_no_fault]
 
 
 def violations(history, database, log="", **settings):
@@ -5977,8 +6002,10 @@ def sound(tmp_path_factory):
     engine = ClockedEngine(folder)
     history = History(folder / "history", engine.clock.monotonic)
     one, two = Witness(history, engine.url, "one"), Witness(history, engine.url, "two")
+    one.insist("limit", queue="load", max_running=4)
     for number, id in enumerate(["kept", "failing", "released", "orphan"]):
         one.insist("enqueue", id=id, queue="load", payload=[id, number], max_retries=3, tag=id)
+    two.insist("enqueue", id="last", queue="load", payload=["last", 4], after=["kept", "orphan"])
     play(history, engine, one, two)
     engine.stop()
     lines = history.read()
@@ -6059,6 +6086,15 @@ def claimed_with_another_payload(lines):
     line_of(lines, "poll", "kept", 1)["answer"][0]["payload"] = "another"
 
 
+def done_too_late(lines):
+    line = line_of(lines, "complete", "orphan")
+    line.update(begin=line["begin"] + 1000, end=line["end"] + 1000)
+
+
+def limited_to_less(lines):
+    line_of(lines, "limit", None)["asked"]["max_running"] = 3
+
+
 def another_result(lines):
     line_of(lines, "complete", "kept")["asked"]["result"] = "another"
 
@@ -6092,6 +6128,8 @@ MUTATIONS = [       # what is done to the lines or, as SQL, to the database; and
     (moved("orphan", 2, 1.1), no_backoff_is_cut_short),
     (without("fault"), second_runs_are_explained),
     (without("fail"), second_runs_are_explained),
+    (done_too_late, no_job_begins_before_what_it_waits_for_is_done),
+    (limited_to_less, limits_are_held),
     ("PRAGMA writable_schema = ON; " + SPOILT_INDEX, the_file_is_sound),
     ("UPDATE queues SET done = done + 1", queues_are_counted_right),
     ("UPDATE queues SET scheduled = 1", queues_are_counted_right),
@@ -6213,6 +6251,7 @@ class Rampage:
         self.slowest = 0.0
         self.urls = itertools.cycle([self.engine.url, self.engine.url, self.proxy.url])
         witnesses = [Witness(self.history, next(self.urls), "p%d" % number) for number in range(3)]
+        witnesses[0].insist("limit", queue="load", max_running=8)
         self.producers = [threading.Thread(target=produce, args=(witness, self.over)) for witness in witnesses]
         for producer in self.producers:
             producer.start()
@@ -6323,12 +6362,16 @@ SAMPLES = ["", "\u00e9\u4e2d\U0001f600", 12345678901234567890123, 1.0, -0.5, Non
 
 def produce(witness, over):
     """Enqueues jobs with ids of its own, alone or several at once, and each again until it is acknowledged."""
-    dice = random.Random(witness.name)
+    dice, known = random.Random(witness.name), collections.deque(maxlen=20)
     while not over.is_set():
         orders = [{"queue": "load", "id": "%s-%d" % (witness.name, next(witness.history.numbers)),
                    "payload": [dice.random(), dice.choice(SAMPLES)], "max_retries": dice.choice([0, 1, 3]),
                    "priority": dice.randrange(3)} for _ in range(dice.choice([1, 1, 1, 7]))]
+        for order in orders:
+            if known and dice.random() < 0.2:       # a job after jobs
+                order.update(after=dice.sample(list(known), min(len(known), 2)), after_any=dice.random() < 0.5)
         witness.insist("enqueue", **(orders[0] if len(orders) == 1 else {"jobs": orders}))
+        known.extend(order["id"] for order in orders)
         time.sleep(dice.uniform(0, 0.02))
 
 
