@@ -1,6 +1,6 @@
 """The tests of Rundown-Workers: real engines, real workers, real kills, and what came of them.
 
-    python -m pytest                    all of it, in under two minutes
+    python -m pytest                    all of it, in about two minutes
     python -m pytest -k "lease"         what has a word in its name
     python test_rundown.py faults       the kills at random moments, at length
     python test_rundown.py bench        how fast it is here
@@ -380,11 +380,11 @@ class Shared:
 def background(request, tmp_path_factory):
     """Runs the tests that are marked `beside`, if they were asked for; the last, which are the longest, first."""
     items = request.session.items
-    later = items[len(items) * 35 // 100:-1] if len(items) > 1000 and POSIX and not Shared.writes else []
+    later = items[len(items) * 30 // 100:-1] if len(items) > 1000 and POSIX and not Shared.writes else []
     shared = Shared(request.config, later, tmp_path_factory.mktemp("shared"))
     request.config.pluginmanager.register(shared)
     asked = [item.originalname for item in items if item.originalname in BESIDE and item.nodeid not in shared.processes]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         running = {name: pool.submit(run_beside, BESIDE[name], tmp_path_factory.mktemp("beside"))
                    for name in asked[::-1]}
         yield lambda name: running[name].result(150)
@@ -1934,8 +1934,8 @@ def test_each_tick_that_was_due_has_one_job_whatever_is_killed_when(own, q):
     for number in range(50):
         engine.post("/schedule", name="s%d" % number, queue=q, every=1)
     dice, down = random.Random(5), []
-    for _ in range(8):
-        time.sleep(dice.random())
+    for _ in range(6):
+        time.sleep(dice.random() * 0.7)
         since = time.time()
         engine.kill()
         engine.start("--port", str(engine.port))
