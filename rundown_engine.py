@@ -152,7 +152,7 @@ DEAF = 0.05                 # seconds in which clients could not be heard, from 
 TICK = 1                    # seconds between two looks at the clock
 SHOWN = 100                 # jobs that wait for a job and are named there
 MAX_AFTER = 1000            # jobs that a job waits for
-MAX_EDGES = 20000           # the same of all jobs of a body
+MAX_NEEDED = 20000          # the same of all jobs of a body
 STEP = 500                  # rows that the engine changes on its own account in one transaction
 LINGER = 5                  # seconds to read on after a refusal, so that the client gets to see it
 PRUNE = 60                  # seconds between two rounds of retention
@@ -814,9 +814,11 @@ class Database:
             raise
 
     def _create(self):
-        if self.db.execute('PRAGMA user_version').fetchone()[0] == 1:
-            for statement in UPGRADE.splitlines()[1:]:
-                self.db.execute(statement)
+        version = self.db.execute('PRAGMA user_version').fetchone()[0]
+        if version == SCHEMA_VERSION:
+            return
+        for statement in UPGRADE.splitlines()[1:] if version else ():
+            self.db.execute(statement)
         there = {row['name'] for row in self.db.execute('SELECT name FROM sqlite_master')}
         for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
             if re.match(r'CREATE (?:UNIQUE )?\w+ (\w+)', statement)[1] not in there:
@@ -1065,17 +1067,12 @@ NEXT = """
           UNION ALL
           SELECT MIN(next_run_at) FROM schedules
           UNION ALL
-          SELECT MIN(1) FROM ended)"""
+          SELECT MIN(1) FROM ended)"""        # 1: long ago, and true
 TICKS = 'SELECT * FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?'
 MOVE_ON = """
     UPDATE schedules
     SET next_run_at = ?, last_run_at = ?, last_id = ?, skipped = skipped + ?
     WHERE name = ?"""
-SCHEDULE = """
-    REPLACE INTO schedules (name, queue, payload, timeout, max_retries, tag, priority, key, cron, every, zone,
-        next_run_at, last_run_at, last_id, skipped)
-    VALUES (:name, :queue, :payload, :timeout, :max_retries, :tag, :priority, :key, :cron, :every, :zone,
-        :next_run_at, :last_run_at, :last_id, :skipped)"""
 LIMIT = """
     INSERT INTO queues (queue, max_running, rate, per) VALUES (:queue, :max_running, :rate, :per)
     ON CONFLICT (queue) DO UPDATE SET max_running = :max_running, rate = :rate, per = :per"""
@@ -1140,18 +1137,27 @@ FILTERS = {
     'queue':  'queue = :queue',
     'status': '+status = :status',      # the plus: in the order of seq, not by the index on finished_at
     'tag':    'tag = :tag',
-    'after':  'seq < (SELECT seq FROM jobs WHERE id = :after)',
+    'after':  'seq < :after',           # the seq of a job, as are the next three
     'last':   'seq > :last',
-    'needed_by': 'job = (SELECT seq FROM jobs WHERE id = :needed_by)',
-    'beyond': '''place > (SELECT place FROM needs WHERE job = (SELECT seq FROM jobs WHERE id = :needed_by)
-                          AND needed = (SELECT seq FROM jobs WHERE id = :beyond))''',
+    'needed_by': 'job = :needed_by',
+    'beyond': 'place > (SELECT place FROM needs WHERE job = :needed_by AND needed = :beyond)',
 }
-COLUMNS = re.findall(r'^    (\w+)  ', SCHEMA.split('CREATE')[1], re.MULTILINE)       # of jobs, in their order
+
+
+def columns_of(table):
+    """In their order."""
+    return re.findall(r'^    (\w+)  ', SCHEMA.partition(f'TABLE {table} ')[2].partition('\n)')[0], re.MULTILINE)
+
+
+COLUMNS = columns_of('jobs')
 BRIEF = [column for column in COLUMNS if column not in ('payload', 'result', 'attempts', 'after')]
 BLANK = dict.fromkeys(COLUMNS)
 BLANK.update(status='pending', attempt=0, retries=0)
 OPTIONAL = {'id': None, 'payload': None, 'tag': None, 'key': None, 'max_retries': None, 'timeout': None, 'priority': 0}
-DEFINED = ('name', 'queue', 'payload', 'timeout', 'max_retries', 'tag', 'priority', 'key', 'cron', 'every', 'zone')
+FOR_JOBS = ('queue', 'payload', 'timeout', 'max_retries', 'tag', 'priority', 'key')     # what a schedule gives its jobs
+DEFINED = ('name', *FOR_JOBS, 'cron', 'every', 'zone')                                  # what makes it another one
+SCHEDULED = columns_of('schedules')
+SCHEDULE = f'REPLACE INTO schedules VALUES ({", ".join(":" + column for column in SCHEDULED)})'
 WAITS = 2       # a job's `scheduled` while it waits for others
 STATES = {'done': 1, 'failed': 2, 'cancelled': 2}       # of what a job waits for; 0: not ended
 
@@ -1311,10 +1317,9 @@ class Store:
         # the loop's from here on
         self.workers = collections.OrderedDict()                # (worker, queue) -> (seen at, hung)
         with database.reading() as db:
-            polled = db.execute('SELECT queue, polled_at FROM queues WHERE polled_at IS NOT NULL')
-            self.polled = dict(polled.fetchall())               # queue -> polled at
-            self.limited = {row['queue'] for row in db.execute('SELECT queue FROM queues WHERE max_running OR rate')}
-        # `limited`: the queues that may have a limit
+            queues = db.execute('SELECT * FROM queues').fetchall()
+        self.polled = {row['queue']: row['polled_at'] for row in queues if row['polled_at'] is not None}
+        self.limited = {row['queue'] for row in queues if row['max_running'] or row['rate']}    # those that may be
         self.next_due = 0                                       # engine time at which overdue() has something to do
         self.next_prune = 0                                     # the same of prune()
         self.remembered = 0                                     # until then `polled` is in the database
@@ -1346,8 +1351,8 @@ class Store:
     def enqueue(self, asks):
         """Add the jobs, all or none: (row, created) each, of those that have the `id` or the `key` already if so."""
         jobs, size = [], 0
-        if len(asks) > 1 and sum(len(ask['after']) for ask in asks if 'after' in ask) > MAX_EDGES:
-            raise TooLarge(f'jobs: their `after` names more than {MAX_EDGES} jobs in all; send fewer at a time')
+        if len(asks) > 1 and sum(len(ask['after']) for ask in asks if 'after' in ask) > MAX_NEEDED:
+            raise TooLarge(f'jobs: their `after` names more than {MAX_NEEDED} jobs in all; send fewer at a time')
         for ask in asks:
             row, created = self._enqueue(ask)
             jobs.append((row, created))
@@ -1654,26 +1659,16 @@ class Store:
 
     # schedules
 
-    def schedule(self, ask):
-        """Make or change a schedule: it, as JSON text."""
-        wanted = {**dict.fromkeys(DEFINED), 'priority': 0, **ask}
-        if 'queue' not in ask:
-            raise BadRequest('queue is missing: /schedule needs it')
-        if 'cron' not in ask and 'every' not in ask:
-            raise BadRequest('cron or every is missing: /schedule needs one of them')
-        if 'zone' in ask and 'every' in ask:
-            raise BadRequest('zone belongs to cron, not to every')
-        wanted['zone'] = wanted['zone'] or ('UTC' if 'cron' in ask else None)
-        upcoming = first_tick(wanted, self.now)
-        row = self.db.execute('SELECT * FROM schedules WHERE name = ?', (ask['name'],)).fetchone()
-        if not row or any(row[field] != wanted[field] for field in DEFINED):
-            past = dict(row) if row else {'last_run_at': None, 'last_id': None, 'skipped': 0}
-            wanted = {**past, **wanted, 'next_run_at': upcoming}
-            self.db.execute(SCHEDULE, wanted)
-            self._due(upcoming)
-        else:
-            wanted = row
-        return as_schedule(wanted, created=not row)
+    def schedule(self, wanted):
+        """Make or change a schedule: (row, created)."""
+        row = self.db.execute('SELECT * FROM schedules WHERE name = ?', (wanted['name'],)).fetchone()
+        if row and all(row[field] == wanted[field] for field in DEFINED):
+            return row, False
+        past = dict(row or {'last_run_at': None, 'last_id': None, 'skipped': 0})
+        wanted = {**past, **wanted, 'next_run_at': first_tick(wanted, self.now)}
+        self.db.execute(SCHEDULE, wanted)
+        self._due(wanted['next_run_at'])
+        return wanted, not row
 
     def unschedule(self, ask):
         return {'count': self.db.execute('DELETE FROM schedules WHERE name = ?', (ask['name'],)).rowcount}
@@ -1697,7 +1692,7 @@ class Store:
         except BadRequest as error:         # the machine is another one, and does not know the zone
             at, upcoming = row['next_run_at'], self.now + micros(3600)
             self.said.append(f'schedule {shown(row["name"])}: {error}; its next job is made in an hour')
-        ask = {field: row[field] for field in DEFINED[1:8] if row[field] is not None}
+        ask = {field: row[field] for field in FOR_JOBS if row[field] is not None}
         ask['id'] = f'{row["name"]}@{rfc3339(at)[:19]}Z'
         job, created = self._enqueue(ask)
         skipped = not created and job['id'] != ask['id']
@@ -1783,12 +1778,15 @@ class Store:
         texts, room, last = [], MAX_ANSWER, None
         with self.database.reading() as db:
             for field in {'after', 'needed_by'} & ask.keys():
-                if not db.execute(RUNNING, (ask[field],)).fetchone():
+                job = db.execute(RUNNING, (ask[field],)).fetchone()
+                if not job:
                     raise BadRequest(f'{field}: there is no job {shown(ask[field])}')
+                ask[field] = job['seq']
             source, order = 'jobs', 'seq DESC'
             if 'needed_by' in ask:
                 source, order = 'needs JOIN jobs ON seq = needed', 'place'
-                ask.update(beyond=ask.pop('after')) if 'after' in ask else None
+                if 'after' in ask:
+                    ask['beyond'] = ask.pop('after')
             if not any(db.execute(MATCHING, {'queue': None, 'status': None, **ask}).fetchone()):
                 limit = 0           # else nothing but a look at every job would tell
             columns = ', '.join(BRIEF) if brief else '*'
@@ -1950,9 +1948,8 @@ def next_token(queue, now):
 
 
 def as_schedule(row, **more):
-    """A schedule as clients see it, as JSON text."""
-    fields = {field: row[field] for field in ('name', 'queue', 'cron', 'every', 'zone', 'timeout', 'max_retries', 'tag',
-                                              'priority', 'key', 'next_run_at', 'last_run_at', 'last_id', 'skipped')}
+    """A schedule as clients see it, as JSON text; its payload is JSON text already."""
+    fields = {field: row[field] for field in SCHEDULED if field != 'payload'}
     for field in ('every', 'timeout'):
         fields[field] = fields[field] and as_seconds(fields[field])
     for field in ('next_run_at', 'last_run_at'):
@@ -2732,6 +2729,19 @@ def enqueue(server, ask):
     return Operation(functools.partial(server.store.enqueue, asks), render)
 
 
+def schedule(server, ask):
+    for fields in (('queue',), ('cron', 'every')):
+        if not ask.keys() & fields:
+            raise BadRequest(f'{" or ".join(fields)} is missing: /schedule needs it')
+    if 'every' in ask and 'zone' in ask:
+        raise BadRequest('zone belongs to cron, not to every')
+    wanted = {**dict.fromkeys(DEFINED), 'priority': 0, 'zone': 'UTC' if 'cron' in ask else None, **ask}
+    if 'cron' in ask:
+        cron_of(wanted['cron'], wanted['zone'])         # refused before a transaction begins
+    return Operation(functools.partial(server.store.schedule, wanted),
+                     lambda found: (200, as_schedule(found[0], created=found[1])))
+
+
 def poll(server, ask):
     def render(jobs):
         texts = [as_json(job) for job in jobs]
@@ -2828,7 +2838,7 @@ ROUTES = {
     '/pause':     route('POST', report(Store.pause),  'queue'),
     '/resume':    route('POST', report(Store.resume), 'queue'),
     '/limit':     route('POST', report(Store.limit),  'queue', 'max_running rate per'),
-    '/schedule':  route('POST', report(Store.schedule), 'name',
+    '/schedule':  route('POST', schedule, 'name',
                         'queue cron every zone payload timeout max_retries tag priority key'),
     '/unschedule': route('POST', report(Store.unschedule), 'name'),
     '/schedules': route('GET',  read(Store.schedules), '', 'limit after', slow=True),
@@ -3083,7 +3093,8 @@ const TEXT = {job: job => job.id, created: job => ago(job.created_at), started: 
     : (job.status === "pending" && age(job.next_run_at) < 0 ? "due " + ago(job.next_run_at) + " " : "")
     + String(job.error || "").trim().split(NEWLINE).pop()};
 const BAD = {state: text => !text.startsWith("open"), status: text => text === "failed", failed: n => n > 0, hung_threads: n => n > 0};
-const LINK = {last: ({last_id}) => last_id ? LINK.job({id: last_id}) : "#", job: job => "#job/" + encodeURIComponent(job.id), queue: ({queue}) => hash({queue}), tag: ({tag}) => hash({tag})};
+const LINK = {last: ({last_id}) => last_id ? LINK.job({id: last_id}) : "#",
+  job: job => "#job/" + encodeURIComponent(job.id), queue: ({queue}) => hash({queue}), tag: ({tag}) => hash({tag})};
 for (const status of ["pending", "running", "done", "failed"]) LINK[status] = ({queue}) => hash({queue, status});
 const columns = id => TABLES[id].replace(/[*]/g, "").split(" ");
 const value = (key, item) => key in TEXT ? TEXT[key](item) : item[key];
@@ -3294,17 +3305,16 @@ def exposition(store):
         lines.extend(f'{name}{suffix}{labels(marks)} {value}' for suffix, marks, value in samples)
 
     family('rundown_jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', [
-        ('', {'queue': q['queue'], 'status': name}, q[name]) for q in queues for name in (*STATUSES, 'scheduled', 'waiting')])
+        ('', {'queue': q['queue'], 'status': name}, q[name])
+        for q in queues for name in (*STATUSES, 'scheduled', 'waiting')])
     family('rundown_max_running', 'gauge', 'Jobs of the queue that may run at a time.', [
         ('', {'queue': q['queue']}, q['max_running']) for q in queues if q['max_running']])
     family('rundown_rate', 'gauge', 'Claims a second that the queue allows.', [
         ('', {'queue': q['queue']}, q['rate'] * 1000000 / q['per']) for q in queues if q['rate']])
-    for name, kind, meaning, field in (
-            ('next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', 'next_run_at'),
-            ('skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', 'skipped')):
-        family(f'rundown_schedule_{name}', kind, meaning, [
-            ('', {'schedule': row['name']}, row[field] if field == 'skipped' else (row[field] - now) / 1000000)
-            for row in schedules])
+    family('rundown_schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', [
+        ('', {'schedule': row['name']}, (row['next_run_at'] - now) / 1000000) for row in schedules])
+    family('rundown_schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', [
+        ('', {'schedule': row['name']}, row['skipped']) for row in schedules])
     family('rundown_oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', [
         ('', {'queue': q['queue']}, max(0, now - (q['oldest'] or now)) / 1000000) for q in queues])
     for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
