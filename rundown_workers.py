@@ -281,6 +281,16 @@ def culprit(value, name):
     return None
 
 
+def present(**fields):
+    """The fields that are not None."""
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def in_seconds(span):
+    """Seconds as they are, of a timedelta how many it has."""
+    return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
 def shorten(text, longest):
     half = longest // 2
     return text if len(text) <= longest else f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
@@ -425,7 +435,7 @@ class Client:
 
     def __init__(self, host: str | None = None, token: str | None = None, timeout: float = TIMEOUT,
                  ca: str | None = None) -> None:
-        self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or URL).split()]
+        self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or URL).split()] or ['']
         self.timeout = timeout
         self.used = [self.hosts[0]]     # the engine in use; what twins share
         token, ca = token or os.environ.get('RUNDOWN_TOKEN'), ca or os.environ.get('RUNDOWN_CA')
@@ -524,9 +534,7 @@ class Client:
         return [Job(job, self) for body in bodies for job in self.call('/enqueue', body, give_up=give_up)['jobs']]
 
     def _post(self, path, **fields):
-        """The call with the fields that are not None."""
-        fields = {field: value for field, value in fields.items() if value is not None}
-        return self.call(path, fields, fields.get('wait', 0))
+        return self.call(path, present(**fields), fields.get('wait') or 0)
 
     def poll(self, queue: str, limit: int | None = None, wait: float | None = None, worker: str | None = None,
              lease: float | None = None, max_retries: int | None = None, timeout: float | None = None,
@@ -539,7 +547,7 @@ class Client:
         return self._post('/complete', id=id, attempt=attempt, result=result)
 
     def fail(self, id: str, attempt: int | None = None, error: str | None = None, retry: bool | None = None,
-             delay: float | datetime.timedelta | None = None) -> dict[str, Any]:
+             delay: float | None = None) -> dict[str, Any]:
         """Report a failure; with retry False for good, with `delay` (seconds) in place of the engine's backoff."""
         return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
 
@@ -583,17 +591,15 @@ class Client:
 
         Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over.
         """
-        every = every.total_seconds() if isinstance(every, datetime.timedelta) else every
-        return self._post('/schedule', name=name, queue=queue, cron=cron, every=every, zone=zone, payload=payload,
-                          timeout=timeout, max_retries=max_retries, tag=tag, priority=priority, key=key)
+        return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
+                          payload=payload, timeout=timeout, max_retries=max_retries, tag=tag, priority=priority, key=key)
 
     def unschedule(self, name: str) -> dict[str, Any]:
         """End a schedule; the jobs that it made stay. {"count": 0 or 1}."""
         return self._post('/unschedule', name=name)
 
     def _get(self, path, **fields):
-        fields = {field: value for field, value in fields.items() if value is not None}
-        return self.call(f'{path}?{urllib.parse.urlencode(fields)}' if fields else path)
+        return self.call(f'{path}?{urllib.parse.urlencode(present(**fields))}')
 
     def schedules(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
         return self._get('/schedules', limit=limit, after=after)
@@ -722,13 +728,10 @@ def job_text(payload, id=None, run_at=None, delay=None, after=None, **fields):
     """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
     if isinstance(run_at, datetime.datetime):
         run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
-    if isinstance(delay, datetime.timedelta):
-        delay = delay.total_seconds()
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
         after = [one['id'] if isinstance(one, dict) else one for one in after]
-    fields = {'id': new_id() if id is None else id, 'run_at': run_at, 'delay': delay, 'after': after, **fields}
-    fields = {field: value for field, value in fields.items() if value is not None}
+    fields = present(id=new_id() if id is None else id, run_at=run_at, delay=in_seconds(delay), after=after, **fields)
     return '{"payload":' + as_json(payload, 'payload') + ',' + as_json(fields, 'the job')[1:]
 
 
@@ -1948,14 +1951,12 @@ def limit_calls(queue, max_running, rate):
 
 def schedule_calls(queue, cron, every, zone):
     """The calls that tell an engine of a queue's schedule."""
-    every = every.total_seconds() if isinstance(every, datetime.timedelta) else every
-    fields = {'name': queue, 'queue': queue, 'cron': cron, 'every': every, 'zone': zone}
+    every = in_seconds(every)
     if every is not None:
         check('every', every, 1, (int, float))
     if cron is not None and (every is not None or not isinstance(cron, str)):
         raise Misuse(f'cron must be a string like "0 3 * * *", without every, not {cron!r}')
-    fields = {name: value for name, value in fields.items() if value is not None}
-    return [('/schedule', fields)] if cron or every else []
+    return [('/schedule', present(name=queue, queue=queue, cron=cron, every=every, zone=zone))] if cron or every else []
 
 
 def check_settings(registered):
@@ -2153,8 +2154,10 @@ def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: float | 
     The driver is sqlite3 or one that writes parameters as %s. The options are those of enqueue(); a delay begins now.
     """
     inspect.signature(Client.enqueue).bind(None, queue, **options)      # TypeError for what is none
+    if 'give_up' in options:
+        raise Misuse('give_up is for what is sent now, not for an outbox')
     if delay is not None:
-        run_at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=delay)
+        run_at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=in_seconds(delay))
     id = id or new_id()
     job = job_text(payload, id, run_at, queue=queue, **options)
     with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)', job)
@@ -2201,7 +2204,9 @@ def drain(connection, client, send, keep):
     if keep:
         send('/health')         # only who asks finds out that a standby has taken over
     while True:
-        with_table(connection, 'DELETE FROM rundown_outbox WHERE taken_at < ?', int(time.time() - keep))
+        kept = 'FROM rundown_outbox WHERE taken_at < ?', int(time.time() - keep)
+        if with_table(connection, 'SELECT 1 ' + kept[0], kept[1]).fetchone():       # a look takes no write lock
+            with_table(connection, 'DELETE ' + kept[0], kept[1])
         rows = with_table(connection, 'SELECT number, job FROM rundown_outbox '
                                       f'WHERE {wanted} ORDER BY number LIMIT 500', client.host).fetchall()
         connection.commit()             # no transaction is open while the engine is away
@@ -2320,23 +2325,30 @@ def json_value(text):
 
 
 def number_or_none(text):
-    """A number, or None for `none`."""
-    return None if text == 'none' else float(text) if '.' in text else int(text)
+    """A number, or None for `none`, which lifts a limit."""
+    try:
+        return None if text == 'none' else float(text) if '.' in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'is neither a number nor none: {text}') from None
 
 
 def command_call(client, options):
     """The client's method of that name, with what the command line says of its fields."""
     call = getattr(client, options.command)
-    given = {field: getattr(options, field, None) for field in inspect.signature(call).parameters}
-    given = {field: value for field, value in given.items() if value is not None or options.command == 'limit'}
-    if options.command in ('cancel', 'retry', 'purge') and not given:
+    given = {field: getattr(options, field) for field in inspect.signature(call).parameters if hasattr(options, field)}
+    if options.command in ('cancel', 'retry', 'purge') and not present(**given):
         needed = '--queue or --status' if options.command == 'purge' else 'an ID, or --queue and --status'
         raise Misuse(f'{options.command} needs {needed}')
     answer = call(**given)
-    for row in answer.get('queues', ()) if not options.__dict__.get('minutes') else ():
-        del row['minutes']
     if 'warning' in answer:
         print(answer['warning'], file=sys.stderr)
+    show(answer)
+
+
+def command_queues(client, options):
+    answer = client.queues()
+    for row in answer['queues'] if not options.minutes else ():
+        del row['minutes']
     show(answer)
 
 
@@ -2359,71 +2371,6 @@ def command_run(client, options):
     else:
         raise Misuse(f'there is neither a file nor a module {target}')
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
-
-
-def arguments(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
-    parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {URL})')
-    parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try while none answers (10)')
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-
-    def command(name, help, *positional, function=command_call, **optional):
-        one = commands.add_parser(name, help=help, description=help)
-        one.set_defaults(function=function)
-        for argument, settings in positional:
-            one.add_argument(argument, **settings)
-        for option, settings in optional.items():
-            one.add_argument('--' + option.replace('_', '-'), **settings)
-
-    seconds, whole, text = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(metavar='X')
-    limit = dict(type=number_or_none, metavar='N', default=KEEP)
-    queue, aim = ('queue', {}), dict(queue=text, status=text)
-    payload = 'payload', dict(nargs='?', default='null', type=json_value, help='JSON; - reads it from stdin')
-    of_job = dict(tag=text, priority=whole, key=text, timeout=seconds, max_retries=whole)
-    command('enqueue', 'add a job', queue, payload, delay=seconds, run_at=text, id=text, **of_job,
-            after=dict(nargs='+', metavar='ID', help='jobs that have to be done first'))
-    command('status', 'show a job', ('id', {}), function=command_status,
-            wait=dict(seconds, nargs='?', const=float('inf'), help='until it has ended; exit with 1 unless it is done'))
-    command('jobs', 'list jobs, newest first', **aim, tag=text, limit=whole, after=text)
-    flag = functools.partial(dict, action='store_true')
-    command('queues', 'count jobs by queue and status', minutes=flag(help='with the counts of the last hour'))
-    command('limit', 'limit a queue, over all workers; none lifts a limit', queue, max_running=limit, rate=limit,
-            per=dict(limit, metavar='S', help='so many seconds for `rate` claims (1)'))
-    command('schedule', 'have a job made at each tick', ('name', {}), queue, payload, cron=dict(metavar='"* * * * *"'),
-            every=seconds, zone=text, **of_job)
-    command('unschedule', 'end a schedule', ('name', {}))
-    command('schedules', 'list schedules by name')
-    command('cancel', 'cancel a job, or all of a queue and status', ('id', dict(nargs='?')), **aim)
-    command('retry', 'make a failed or cancelled job pending again, or all of them', ('id', dict(nargs='?')), **aim)
-    command('purge', 'delete jobs of a queue and/or status', **aim)
-    command('pause', 'hand out no jobs of a queue', queue)
-    command('resume', 'hand out jobs again', queue)
-    work = dict(concurrency=whole, grace=dict(seconds, default=GRACE), burst=flag(help='work off what is due, and end'))
-    command('run', 'import tasks, and work on them', ('tasks', dict(metavar='FILE_OR_MODULE')), function=command_run,
-            **work)
-    command('exec', 'run a program for each job of a queue', queue, ('program', dict(nargs='+', metavar='PROGRAM')),
-            function=command_exec, timeout=seconds, text=flag(help='give it a string payload as it is'), **work)
-    command('forward', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT', ('file', {}),
-            function=command_forward,
-            keep=dict(seconds, default=0, help='keep what was sent for so long, for a standby'))
-    command('demo', 'hash the files under a folder as jobs of an engine of its own',
-            ('folder', dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))),
-            function=command_demo)
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """The command line; the exit code."""
-    options = arguments(argv)
-    try:
-        if options.host:
-            os.environ['RUNDOWN_URL'] = options.host        # for tasks that are imported, and for isolated ones
-        client = Client(timeout=options.give_up)
-        return int(options.function(client, options) or 0)
-    except (Error, BrokenPipeError, KeyboardInterrupt) as error:
-        print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
-        return 3 if isinstance(error, EngineUnavailable) else 2 if isinstance(error, Misuse) else 1
 
 
 def command_demo(client, options):
@@ -2458,6 +2405,78 @@ def hash_file(path):
 def digest(path):
     with open(path, 'rb') as file:
         return hashlib.sha256(file.read()).hexdigest()
+
+
+SECONDS, WHOLE, FLAG = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(action='store_true')
+LIMIT = dict(type=number_or_none, metavar='N', default=argparse.SUPPRESS)       # not given is no None
+WORK = '--concurrency --grace --burst'
+OF_JOB = '--tag --priority --key --timeout --max-retries'
+COMMANDS = [
+    # name, function, arguments, what it does
+    ('enqueue', command_call, f'queue payload --delay --run-at --id {OF_JOB} --after', 'add a job'),
+    ('status', command_status, 'id --wait', 'show a job'),
+    ('jobs', command_call, '--queue --status --tag --limit --after --needed-by', 'list jobs, newest first'),
+    ('queues', command_queues, '--minutes', 'count jobs by queue and status'),
+    ('cancel', command_call, 'id --queue --status', 'cancel a job, or all of a queue and status'),
+    ('retry', command_call, 'id --queue --status', 'make a failed or cancelled job pending again, or all of them'),
+    ('purge', command_call, '--queue --status', 'delete jobs of a queue and/or status'),
+    ('pause', command_call, 'queue', 'hand out no jobs of a queue'),
+    ('resume', command_call, 'queue', 'hand out jobs again'),
+    ('limit', command_call, 'queue --max-running --rate --per', 'limit a queue, over all workers; none lifts a limit'),
+    ('schedule', command_call, f'name queue payload --cron --every --zone {OF_JOB}', 'have a job made at each tick'),
+    ('unschedule', command_call, 'name', 'end a schedule'),
+    ('schedules', command_call, '', 'list schedules by name'),
+    ('run', command_run, f'tasks {WORK}', 'import tasks, and work on them'),
+    ('exec', command_exec, f'queue program --timeout --text {WORK}', 'run a program for each job of a queue'),
+    ('forward', command_forward, 'file --keep', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT'),
+    ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own'),
+]
+ARGUMENTS = {       # what is not plain text; of one command alone where that is named
+    **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS),
+    **dict.fromkeys(('--priority', '--max-retries', '--limit', '--concurrency'), WHOLE),
+    **dict.fromkeys(('--max-running', '--rate'), LIMIT),
+    **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
+    '--per':            dict(LIMIT, metavar='S', help='seconds that --rate claims take (1)'),
+    'payload':          dict(nargs='?', default='null', type=json_value, help='JSON; - reads it from stdin'),
+    'enqueue --after':  dict(nargs='+', metavar='ID', help='jobs that have to be done first'),
+    'status --wait':    dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
+    '--minutes':        dict(FLAG, help='with the counts of the last hour'),
+    '--cron':           dict(metavar='"* * * * *"'),
+    '--grace':          dict(SECONDS, default=GRACE),
+    '--burst':          dict(FLAG, help='work off what is due, and end'),
+    '--text':           dict(FLAG, help='give it a string payload as it is'),
+    '--keep':           dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
+    'tasks':            dict(metavar='FILE_OR_MODULE'),
+    'program':          dict(nargs='+', metavar='PROGRAM'),
+    'folder':           dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__)),
+}
+
+
+def arguments(argv):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
+    parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {URL})')
+    parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try while none answers (10)')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    for name, function, taken, meaning in COMMANDS:
+        command = commands.add_parser(name, help=meaning, description=meaning)
+        command.set_defaults(function=function)
+        for argument in taken.split():
+            command.add_argument(argument, **ARGUMENTS.get(f'{name} {argument}', ARGUMENTS.get(argument, {})))
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """The command line; the exit code."""
+    options = arguments(argv)
+    try:
+        if options.host:
+            os.environ['RUNDOWN_URL'] = options.host        # for tasks that are imported, and for isolated ones
+        client = Client(timeout=options.give_up)
+        return int(options.function(client, options) or 0)
+    except (Error, BrokenPipeError, KeyboardInterrupt) as error:
+        print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
+        return 3 if isinstance(error, EngineUnavailable) else 2 if isinstance(error, Misuse) else 1
 
 
 if __name__ in ('__main__', '__mp_main__'):

@@ -5022,6 +5022,8 @@ def test_an_engine_that_says_no_has_answered(own, tmp_path, q):
 def test_addresses_that_are_none_and_engines_that_all_are_away_are_errors():
     with pytest.raises(rw.Error, match="ftp"):
         rw.Client("http://127.0.0.1:1 ftp://x")
+    with pytest.raises(rw.Error, match="not the URL"):
+        rw.Client(" ")
     urls = unused() + " " + unused()
     with pytest.raises(rw.EngineUnavailable, match=urls):
         rw.Client(urls, timeout=0.5).enqueue("q")
@@ -5547,6 +5549,18 @@ def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_en
     job = engine.job(id)
     assert (job["payload"], job["priority"], job["tag"], own) == ({"a": "ä\0"}, 7, "t", q + "-own")
     assert engine.poll(q)["id"] == id and engine.poll(q)["id"] == own
+
+
+def test_an_outbox_that_is_empty_is_looked_at_and_not_written(engine, tmp_path):
+    connect = lambda: sqlite3.connect(str(tmp_path / "shop.db"))
+    with contextlib.closing(connect()) as box:
+        rw.enqueue_in(box, "q", 1, delay=datetime.timedelta(days=1))
+        box.commit()
+        assert rw.forward(connect, engine.url) == 1
+        box.execute("BEGIN IMMEDIATE")              # the producer writes
+        assert timed(rw.forward, connect, engine.url) < 2
+    with pytest.raises(rw.Misuse, match="give_up"):
+        rw.enqueue_in(connect(), "q", 1, give_up=2)
 
 
 def test_who_commits_late_is_forwarded_too(engine, shop, q, box):
