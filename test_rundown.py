@@ -336,11 +336,11 @@ class Shared:
     writes = os.environ.get("RUNDOWN_REPORTS")      # where to, in the other processes
 
     def __init__(self, config, items, folder):
-        self.config, self.reports, self.processes, self.files = config, collections.defaultdict(list), {}, []
+        self.config, self.reports, self.processes, self.files = config, collections.defaultdict(list), {}, {}
         for number, part in enumerate(filter(None, (items[::2], items[1::2]))):
             path = folder / str(number)
             path.touch()
-            self.files.append(path.open())
+            self.files[path.open()] = ""        # what was read of its last line
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *[item.nodeid for item in part]]
             with open(str(folder / ("said%d" % number)), "wb") as said:
                 process = subprocess.Popen(command, cwd=str(config.rootpath), stdout=said, stderr=said,
@@ -367,11 +367,13 @@ class Shared:
     def ended(self, test):
         """Reads the reports that have come; is that of the test's teardown among them?"""
         over = self.processes[test].poll() is not None
-        for line in itertools.chain(*[iter(file.readline, "") for file in self.files]):
-            data = json.loads(line)
-            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
-            report.longrepr = tuple(report.longrepr) if isinstance(report.longrepr, list) else report.longrepr     # of a skip
-            self.reports[report.nodeid].append(report)
+        for file, begun in self.files.items():
+            *lines, self.files[file] = (begun + file.read()).split("\n")      # the last may still be under way
+            for data in map(json.loads, lines):
+                report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+                if isinstance(report.longrepr, list):       # of a skip
+                    report.longrepr = tuple(report.longrepr)
+                self.reports[report.nodeid].append(report)
         assert not over or self.reports[test], "a process of the tests has ended too soon"
         return self.reports[test] and self.reports[test][-1].when == "teardown"
 
