@@ -91,6 +91,7 @@ import contextlib
 import datetime
 import difflib
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -99,6 +100,7 @@ import http.server
 import ipaddress
 import itertools
 import json
+import operator
 import os
 import pathlib
 import random
@@ -153,6 +155,7 @@ TICK = 1                    # seconds between two looks at the clock
 SHOWN = 100                 # jobs that wait for a job and are named there
 MAX_AFTER = 1000            # jobs that a job waits for
 MAX_NEEDED = 20000          # the same of all jobs of a body
+TOGETHER = 64               # rows that a statement inserts: SQLite before 3.32 takes 999 values
 STEP = 500                  # rows that the engine changes on its own account in one transaction
 LINGER = 5                  # seconds to read on after a refusal, so that the client gets to see it
 PRUNE = 60                  # seconds between two rounds of retention
@@ -731,7 +734,10 @@ DROP TRIGGER jobs_delete;
 '''
 
 
-MISTAKES = sqlite3.ProgrammingError, sqlite3.IntegrityError       # not the storage's
+def of_storage(error):
+    """Is it the storage's, and no mistake of the engine's own?"""
+    mistakes = sqlite3.ProgrammingError, sqlite3.IntegrityError
+    return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
 
 class Busy(Unavailable):
@@ -880,7 +886,7 @@ class Database:
                 self.db.execute('ROLLBACK')
         except sqlite3.Error:
             pass
-        if isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, MISTAKES):
+        if of_storage(error):
             if self.db is not None:     # after an I/O error only a fresh connection knows what is on disk
                 self.db.close()
                 self.db = None
@@ -979,11 +985,11 @@ START = """
         worker_timeout = :worker_timeout, worker_max_retries = :worker_max_retries,
         started_at = :started_at, updated_at = :updated_at
     WHERE seq = :seq"""
-INSERT = """
-    INSERT INTO jobs (id, queue, tag, payload, scheduled, priority, max_retries, timeout, key,
-        created_at, updated_at, next_run_at)
-    VALUES (:id, :queue, :tag, :payload, :scheduled, :priority, :max_retries, :timeout, :key,
-        :created_at, :updated_at, :next_run_at)"""
+ADDED = ('id', 'queue', 'tag', 'payload', 'scheduled', 'priority', 'max_retries', 'timeout', 'key', 'created_at',
+         'updated_at', 'next_run_at')       # the columns of a new job that are not as SCHEMA has them
+INSERT = f'INSERT INTO jobs ({", ".join(ADDED)}) VALUES '
+VALUES = f'({", ".join("?" * len(ADDED))})'
+values = operator.itemgetter(*ADDED)
 BY_ID = 'SELECT * FROM jobs WHERE id = :id'
 NEEDED_BY = 'SELECT id FROM needs JOIN jobs ON seq = job WHERE needed = ? ORDER BY seq LIMIT ?'
 BY_KEY = """
@@ -1152,8 +1158,7 @@ def columns_of(table):
 COLUMNS = columns_of('jobs')
 BRIEF = [column for column in COLUMNS if column not in ('payload', 'result', 'attempts', 'after')]
 BLANK = dict.fromkeys(COLUMNS)
-BLANK.update(status='pending', attempt=0, retries=0)
-OPTIONAL = {'id': None, 'payload': None, 'tag': None, 'key': None, 'max_retries': None, 'timeout': None, 'priority': 0}
+BLANK.update(status='pending', attempt=0, retries=0, priority=0)
 FOR_JOBS = ('queue', 'payload', 'timeout', 'max_retries', 'tag', 'priority', 'key')     # what a schedule gives its jobs
 DEFINED = ('name', *FOR_JOBS, 'cron', 'every', 'zone')                                  # what makes it another one
 SCHEDULED = columns_of('schedules')
@@ -1251,10 +1256,13 @@ def where(ask):
     return 'WHERE ' + ' AND '.join(found) if found else ''
 
 
+SERIES, SERIAL = random.getrandbits(12), itertools.count(8 << 60 | random.getrandbits(61))
+
+
 def new_id(now):
-    """A UUID of version 7 (RFC 9562): ordered by time, so that the index on it grows at its end alone."""
-    stamp, chance = '%012x' % (now // 1000), '%020x' % random.getrandbits(80)   # os.urandom would be a system call
-    return f'{stamp[:8]}-{stamp[8:]}-7{chance[:3]}-{"89ab"[int(chance[3], 16) % 4]}{chance[4:7]}-{chance[7:19]}'
+    """A UUID of version 7 (RFC 9562), each greater than the one before, so that the index on it grows at its end alone."""
+    stamp, number = now // 1000, next(SERIAL)
+    return f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{SERIES:03x}-{number >> 48:04x}-{number & 0xffffffffffff:012x}'
 
 
 class Meter:
@@ -1353,28 +1361,36 @@ class Store:
         jobs, size = [], 0
         if len(asks) > 1 and sum(len(ask['after']) for ask in asks if 'after' in ask) > MAX_NEEDED:
             raise TooLarge(f'jobs: their `after` names more than {MAX_NEEDED} jobs in all; send fewer at a time')
-        for ask in asks:
-            row, created = self._enqueue(ask)
-            jobs.append((row, created))
-            size += 0 if created else size_of(row)
+        rows = [self._new(ask) for ask in asks]
+        while rows:
+            count = min(TOGETHER, 1 << len(rows).bit_length() - 1)      # a power of two: few statements are prepared
+            added = self._add(rows[:count])
+            del rows[:count]
+            jobs += added
+            size += sum(0 if created else size_of(row) for row, created in added)
             if size > MAX_UNSENT:
                 raise TooLarge('jobs: those that exist already are too large for one answer; send fewer at a time')
         return jobs
 
-    def _enqueue(self, ask):
+    def _new(self, ask):
+        """The row of a job as it is when it is added."""
         now = self.now
         due = ask['run_at'] if 'run_at' in ask else now + ask.get('delay', 0)
-        row = {**OPTIONAL, **ask, 'created_at': now, 'updated_at': now, 'next_run_at': due, 'scheduled': due > now}
-        row['id'] = row['id'] or new_id(now)
-        if 'after' in ask:
-            return self._enqueue_after(row)
-        try:
-            self.db.execute(INSERT, row)
-        except sqlite3.IntegrityError:
-            return self._same(row), False
-        self._pending(row['queue'], due)
-        self.noted.append(('enqueued', row['queue'], None))
-        return row, True
+        return {**BLANK, **ask, 'id': ask.get('id') or new_id(now), 'created_at': now, 'updated_at': now,
+                'next_run_at': due, 'scheduled': due > now}
+
+    def _add(self, rows):
+        """Insert them in one statement, in half the time that one each takes; one by one if there is one already."""
+        if len(rows) == 1 and rows[0]['after']:
+            return [self._add_after(rows[0])]
+        if not any(row['after'] for row in rows):
+            with contextlib.suppress(sqlite3.IntegrityError):
+                self.db.execute(INSERT + ', '.join([VALUES] * len(rows)), [*itertools.chain(*map(values, rows))])
+                for row in rows:
+                    self._pending(row['queue'], row['next_run_at'])
+                    self.noted.append(('enqueued', row['queue'], None))
+                return [(row, True) for row in rows]
+        return [(self._same(rows[0]), False)] if len(rows) == 1 else [self._add([row])[0] for row in rows]
 
     def _same(self, row):
         """The job with that id, or else with that key."""
@@ -1390,7 +1406,7 @@ class Store:
                     near = () if warnings else tuple(self.polled)[-20:]     # a look at names takes time: once
                     warnings[queue] = quoted(nobody(queue, near))
                 more += ',"warning":' + warnings[queue]
-            texts.append(as_json({**BLANK, **row} if created else row, more))
+            texts.append(as_json(row, more))
         return texts
 
     def _pending(self, queue, due):
@@ -1541,8 +1557,8 @@ class Store:
 
     # jobs after jobs
 
-    def _enqueue_after(self, row):
-        """As _enqueue(), for a job that waits for others; one that is sent again, when those may be gone, is there."""
+    def _add_after(self, row):
+        """As _add(), for a job that waits for others; one that is sent again, when those may be gone, is there."""
         same = self._same(row)
         if same:
             return same, False
@@ -1552,9 +1568,9 @@ class Store:
             if not needed[-1]:
                 raise BadRequest(f'after: there is no job {shown(id)}')
         states = [STATES.get(job['status'], 0) for job in needed]
-        waits_for, any_end = states.count(0), row.get('after_any', False)
+        waits_for, any_end = states.count(0), bool(row['after_any'])
         row['scheduled'] = WAITS if waits_for else row['scheduled']
-        seq = self.db.execute(INSERT, row).lastrowid
+        seq = self.db.execute(INSERT + VALUES, values(row)).lastrowid
         self.db.execute(WAIT, (encode(row['after']), any_end, waits_for, seq))
         self.db.executemany(NEED, [(seq, place, job['seq'], state)
                                    for place, (job, state) in enumerate(zip(needed, states))])
@@ -1694,7 +1710,7 @@ class Store:
             self.said.append(f'schedule {shown(row["name"])}: {error}; its next job is made in an hour')
         ask = {field: row[field] for field in FOR_JOBS if row[field] is not None}
         ask['id'] = f'{row["name"]}@{rfc3339(at)[:19]}Z'
-        job, created = self._enqueue(ask)
+        (job, created), = self.enqueue([ask])
         skipped = not created and job['id'] != ask['id']
         self.db.execute(MOVE_ON, (upcoming, at, row['last_id'] if skipped else ask['id'], skipped, row['name']))
 
@@ -1978,14 +1994,15 @@ class Spoilt(Exception):
 
 class Operation:
     """Something to be done in a transaction, and whom to tell that it was."""
-    __slots__ = ('work', 'render', 'topic', 'wait', 'writes', 'client', 'since', 'result', 'error')
+    __slots__ = ('work', 'render', 'topic', 'wait', 'writes', 'adds', 'client', 'since', 'result', 'error')
 
-    def __init__(self, work, render=None, topic=None, wait=0, writes=True):
+    def __init__(self, work, render=None, topic=None, wait=0, writes=True, adds=None):
         self.work = work            # () -> result; may run more than once
         self.render = render        # result -> the answer; after the commit
         self.topic = topic          # what it sleeps on while its result is empty, up to
         self.wait = wait            # seconds
         self.writes = writes        # False: it only looks, at what is committed
+        self.adds = adds            # the job that it adds, if that is all
         self.client = None          # has go_on(news)
         self.since = time.monotonic()
         self.result = self.error = None
@@ -2000,7 +2017,7 @@ class Operation:
             if db.total_changes != before:
                 raise Spoilt(self) from error
         except Exception as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(error, MISTAKES):
+            if of_storage(error):
                 raise
             self.error = fault('an operation', error)
             raise Spoilt(self) from error
@@ -2231,7 +2248,7 @@ class Loop:
         writes = [operation for operation in ready if not operation.topic]
         roused, offset = [], self.store.clock.offset
         try:
-            roused = self._commit([*leap, *writes, *due], polls)
+            roused = self._commit(leap, writes, due, polls)
         except Unavailable as error:
             self.store.clock.offset = offset        # a leap that is not on disk; renew() looks anew at what is due
             self.resting = now + TICK
@@ -2256,7 +2273,7 @@ class Loop:
                 due.append(Operation(self.store.prune))
         return leap, due
 
-    def _commit(self, writes, polls):
+    def _commit(self, leap, writes, due, polls):
         """Run all that is not spoilt in one transaction. The parked polls that got something."""
         spoilt = set()
         while True:
@@ -2266,13 +2283,11 @@ class Loop:
                     begun = time.monotonic()
                     if begun - self.heard > DEAF or self.database.trouble:
                         self.store.renew(begun - self.heard)
-                    for operation in writes:
-                        if operation not in spoilt:
-                            operation.run(db)
-                    roused = self._rouse(db, spoilt)
-                    for operation in polls:
-                        if operation not in spoilt:
-                            operation.run(db)
+                    self._run_all(leap, spoilt)
+                    self._run_all(writes if spoilt else self._together(writes), spoilt)
+                    self._run_all(due, spoilt)
+                    roused = self._rouse(spoilt)
+                    self._run_all(polls, spoilt)
                 if begun - self.heard > DEAF or self.database.trouble:
                     self.heard, self.database.trouble = begun, None
                 return roused
@@ -2280,13 +2295,31 @@ class Loop:
                 spoilt.add(error.args[0])
                 self.store.next_due = 0     # what was done of that is undone
 
-    def _rouse(self, db, spoilt):
+    def _run_all(self, operations, spoilt):
+        for operation in operations:
+            if operation not in spoilt:
+                operation.run(self.store.db)
+
+    def _together(self, operations):
+        """Add the jobs of those that add one each, in as few statements as it takes; what is left to be run."""
+        adds = [operation for operation in operations if operation.adds]
+        try:
+            jobs = self.store.enqueue([operation.adds for operation in adds])
+        except Exception as error:
+            if of_storage(error):
+                raise
+            raise Spoilt(None) from error       # one by one it will show whose fault it is
+        for operation, job in zip(adds, jobs):
+            operation.result, operation.error = [job], None
+        return [operation for operation in operations if not operation.adds]
+
+    def _rouse(self, spoilt):
         """Run the parked polls whose queue has something for them, until one finds nothing: it stays first in line."""
         roused = []
         for topic in self.store.woken:
             for operation in self.parked.get(topic, ()) if topic[0] == 'queue' else ():
                 if operation not in spoilt:
-                    operation.run(db)
+                    operation.run(self.store.db)
                     if operation.sleeps():
                         break
                 roused.append(operation)
@@ -2726,7 +2759,8 @@ def enqueue(server, ask):
     def render(jobs):
         texts = server.store.announced(jobs)
         return 200, texts[0] if asks[0] is ask else f'{{"jobs":{as_list(texts)}}}'
-    return Operation(functools.partial(server.store.enqueue, asks), render)
+    alone = asks[0] is ask and 'after' not in ask
+    return Operation(functools.partial(server.store.enqueue, asks), render, adds=ask if alone else None)
 
 
 def schedule(server, ask):
@@ -3441,6 +3475,7 @@ def main(argv=None):
     for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: threading.Thread(target=server.shutdown).start())
+    gc.set_threshold(20000)     # requests leave no cycles; to look for some every 700 objects took 4 % of the time
     greet(server)
     server.serve_forever()
     server.server_close()
