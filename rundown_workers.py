@@ -126,7 +126,6 @@ import time
 import traceback
 import types
 import urllib.parse
-import urllib.request
 import weakref
 from queue import Empty, SimpleQueue
 from typing import Any, Callable, Generic, Iterable, Iterator, TypeVar, overload
@@ -161,6 +160,8 @@ MAX_STDOUT = 1 << 20         # bytes of a program's result
 OPEN = 60                   # seconds after a job was written into an outbox that its commit is looked out for closely
 TERM = 5                    # seconds between SIGTERM and SIGKILL for a program
 MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
+MAX_HEADERS = 100           # of an answer, and
+MAX_LINE = 65536            # bytes of one
 MAX_DEPTH = 200             # levels of a JSON value
 BACKOFF = 0.1               # seconds until the second try; doubled from try to try
 MAX_BACKOFF = 3             # seconds
@@ -314,7 +315,7 @@ def backoff(tries):
 
 
 class Timed(io.RawIOBase):
-    """What a socket receives until a deadline, however slowly it trickles. HTTPResponse takes it for the socket."""
+    """What a socket receives until a deadline, however slowly it trickles."""
 
     def __init__(self, sock, deadline):
         self.sock, self.deadline, self.received = sock, deadline, False
@@ -328,8 +329,50 @@ class Timed(io.RawIOBase):
         self.received |= count > 0
         return count
 
-    def makefile(self, mode):
-        return io.BufferedReader(self)
+
+class Answer:
+    """An answer, read to its end. (http.client takes the headers for those of an e-mail: half the time of a call.)"""
+
+    def __init__(self, file):
+        self.status = 100
+        while self.status < 200:
+            line = self._line(file)
+            match = re.fullmatch(r'HTTP/1\.([01]) (\d{3})(?: (.*))?', line)
+            if not match:
+                raise http.client.BadStatusLine(line[:100]) if line else http.client.RemoteDisconnected('it hung up')
+            self.status, self.reason, self.headers = int(match[2]), match[3] or '', {}
+            for name, _, value in (line.partition(':') for line in iter(functools.partial(self._line, file), '')):
+                self.headers[name.lower()] = value.strip()
+                if len(self.headers) > MAX_HEADERS:
+                    raise http.client.HTTPException(f'more than {MAX_HEADERS} headers')
+        connection = self.headers.get('connection', '').lower()
+        self.keeps = 'close' not in connection and (match[1] == '1' or 'keep-alive' in connection)
+        if 'chunked' in self.headers.get('transfer-encoding', ''):
+            self.content = b''.join(iter(functools.partial(self._chunk, file), b''))
+            while self._line(file):     # what follows the last chunk
+                pass
+        elif 'content-length' in self.headers or self.status in (204, 304):
+            self.content = self._exactly(file, int(self.headers.get('content-length', 0)))
+        else:
+            self.content, self.keeps = file.read(), False
+
+    def _line(self, file):
+        line = file.readline(MAX_LINE)
+        if len(line) == MAX_LINE:
+            raise http.client.LineTooLong('header line')
+        return line.rstrip(b'\r\n').decode('latin-1')
+
+    def _chunk(self, file):
+        chunk = self._exactly(file, int(self._line(file).partition(';')[0], 16))
+        if chunk:
+            self._line(file)
+        return chunk
+
+    def _exactly(self, file, length):
+        data = file.read(length)
+        if len(data) < length:
+            raise http.client.IncompleteRead(data, length - len(data))
+        return data
 
 
 def left(deadline):
@@ -339,23 +382,29 @@ def left(deadline):
     return seconds
 
 
-class KeepAlive(urllib.request.BaseHandler):
-    """An urllib handler that keeps connections open between requests, and knows of no proxy and no redirect."""
+class Wire:
+    """Connections that are kept open between requests. It knows of no proxy and no redirect."""
 
-    def __init__(self, context=None):
-        self.context = context              # constant: of TLS
+    def __init__(self, headers='', context=None):
+        self.headers, self.context = headers, context       # constant: header lines of all requests; of TLS
         self.idle = collections.deque()     # safe by itself: connections, the last used one first
         self.active = set()                 # safe by itself: connections with a request under way
         self.process = os.getpid()          # whose the connections are; a fork must not share them
         self.closed = False
 
-    def http_open(self, request):
-        deadline = time.monotonic() + request.timeout
+    def exchange(self, url, data, seconds):
+        """The answer within so many seconds: of a POST of the bytes, or of a GET where they are None."""
+        deadline = time.monotonic() + seconds
+        scheme, _, rest = url.partition('://')
+        host, slash, path = rest.partition('/')
+        head = f'{"GET" if data is None else "POST"} {slash}{path} HTTP/1.1\r\nHost: {host}\r\n{self.headers}'
+        head += '\r\n' if data is None else f'Content-Length: {len(data)}\r\n\r\n'
+        request = head.encode('latin-1') + (data or b'')
         if self.process != os.getpid():
             self.process, self.idle, self.active = os.getpid(), collections.deque(), set()
         with contextlib.suppress(IndexError):
             connection = self.idle.pop()
-            while connection.url != (request.type, request.host):       # of an engine that did not answer any more
+            while connection.url != (scheme, host):     # of an engine that did not answer any more
                 connection.close()
                 connection = self.idle.pop()
             answer = Timed(connection.sock, deadline)
@@ -365,15 +414,13 @@ class KeepAlive(urllib.request.BaseHandler):
                 if answer.received:
                     raise
         seconds = min(PATIENCE, left(deadline))
-        if request.type == 'https':
-            connection = http.client.HTTPSConnection(request.host, timeout=seconds, context=self.context)
+        if scheme == 'https':
+            connection = http.client.HTTPSConnection(host, timeout=seconds, context=self.context)
         else:
-            connection = http.client.HTTPConnection(request.host, timeout=seconds)
-        connection.url = request.type, request.host
+            connection = http.client.HTTPConnection(host, timeout=seconds)
+        connection.url = scheme, host
         connection.connect()
         return self._exchange(connection, request, Timed(connection.sock, deadline))
-
-    https_open = http_open
 
     def _exchange(self, connection, request, answer):
         self.active.add(connection)
@@ -382,19 +429,17 @@ class KeepAlive(urllib.request.BaseHandler):
                 raise ConnectionAbortedError('the connection was hung up')
             answer.sock.settimeout(left(answer.deadline))
             with contextlib.suppress(ConnectionError):      # a refusal that came before all was sent can still be read
-                answer.sock.sendall(head(request) + (request.data or b''))
-            response = http.client.HTTPResponse(answer, method=request.get_method())
-            response.begin()
-            response.content = response.read()
+                answer.sock.sendall(request)
+            response = Answer(io.BufferedReader(answer))
         except BaseException:
             connection.close()
             raise
         finally:
             self.active.discard(connection)
-        if response.will_close:
-            connection.close()
-        else:
+        if response.keeps:
             self.idle.append(connection)
+        else:
+            connection.close()
         return response
 
     def hang_up(self, how=socket.SHUT_WR):
@@ -410,15 +455,6 @@ class KeepAlive(urllib.request.BaseHandler):
         self.hang_up(socket.SHUT_RDWR)
         while self.idle:
             self.idle.pop().close()
-
-
-def head(request):
-    """The request line and headers; they go with the body in one send."""
-    lines = [f'{request.get_method()} {request.selector} HTTP/1.1', f'Host: {request.host}']
-    lines += [f'{name}: {value}' for name, value in request.header_items()]
-    if request.data is not None:
-        lines.append(f'Content-Length: {len(request.data)}')
-    return '\r\n'.join(lines + ['', '']).encode('latin-1')
 
 
 KEEP = object()     # leave it as it is
@@ -444,23 +480,17 @@ class Client:
                 raise Error(f'{url!r} is not the URL of an engine, such as {URL}')
         if token and not re.fullmatch('[!-~]+', token):
             raise Error('the token must be of visible ASCII characters')
-        self.headers = {'Content-Type': 'application/json', 'Accept-Encoding': 'identity'}
-        if token:
-            self.headers['Authorization'] = 'Bearer ' + token
-        self.context = ssl.create_default_context(cafile=ca) if 'https:' in ' '.join(self.hosts) else None
-        if self.context and ca:         # home-made certificates rarely pass what Python 3.13 asks for
-            self.context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        self._connect()
-
-    def _connect(self):
-        self.wire = KeepAlive(self.context)
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(self.wire)
+        headers = 'Content-Type: application/json\r\nAccept-Encoding: identity\r\n'
+        headers += f'Authorization: Bearer {token}\r\n' if token else ''
+        context = ssl.create_default_context(cafile=ca) if 'https:' in ' '.join(self.hosts) else None
+        if context and ca:      # home-made certificates rarely pass what Python 3.13 asks for
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        self.wire = Wire(headers, context)
 
     def twin(self):
         """A client with connections of its own, which goes on to the next engine together with this one."""
         twin = copy.copy(self)
-        twin._connect()
+        twin.wire = Wire(self.wire.headers, self.wire.context)
         return twin
 
     @property
@@ -477,7 +507,7 @@ class Client:
         data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
         host = self.host
         try:
-            answer = self.opener.open(urllib.request.Request(host + path, data, self.headers), timeout=seconds)
+            answer = self.wire.exchange(host + path, data, seconds)
             if answer.status in (200, 204):
                 return json.loads(answer.content) if answer.status == 200 else None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
@@ -688,11 +718,11 @@ def refusal(answer):
     try:
         sentence = str(json.loads(answer.content)['error'])
     except (ValueError, TypeError, LookupError, RecursionError):
-        where = f', which points to {answer.headers["Location"]}' if answer.headers['Location'] else ''
+        where = f', which points to {answer.headers["location"]}' if 'location' in answer.headers else ''
         sentence = f'HTTP status {answer.status} {answer.reason}{where}'
     if is_final(answer.status):
         return Refused(printable(sentence), answer.status)
-    error, seconds = EngineUnavailable(printable(sentence)), answer.headers['Retry-After'] or ''
+    error, seconds = EngineUnavailable(printable(sentence)), answer.headers.get('retry-after', '')
     if re.fullmatch('[0-9]{1,9}', seconds):
         error.retry_after = min(int(seconds), MAX_RETRY_AFTER)
     return error
