@@ -556,7 +556,7 @@ class Client:
         `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all.
         """
         payloads = check_many(payloads, options)
-        ids = [None] * len(payloads) if ids is None else list(ids)
+        ids = sorted(new_id() for _ in payloads) if ids is None else list(ids)
         if len(ids) != len(payloads):
             raise Misuse(f'ids must be one for each payload: there are {len(ids)} and {len(payloads)}')
         texts = (job_text(payload, queue=queue, id=id, **options) for payload, id in zip(payloads, ids))

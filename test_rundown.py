@@ -4961,6 +4961,11 @@ def test_what_is_meant_for_one_job_is_refused_for_many(engine, q):
     assert [job["id"] for job in jobs] == [q + "a", q + "b"] and engine.poll(q) is None
 
 
+def test_the_ids_of_many_jobs_are_in_their_order(engine, q):
+    ids = [job["id"] for job in rw.Client(engine.url).enqueue_many(q, range(100))]
+    assert ids == sorted(ids) and len(set(ids)) == 100 and engine.poll(q)["id"] == ids[0]
+
+
 TASKS = """
 import rundown_workers as rw
 
