@@ -331,7 +331,7 @@ class Timed(io.RawIOBase):
 
 
 class Answer:
-    """An answer, read to its end. (http.client takes the headers for those of an e-mail: half the time of a call.)"""
+    """An answer, read to its end. (http.client takes its headers for those of an e-mail, and four times as long.)"""
 
     def __init__(self, file):
         self.status = 100
@@ -351,8 +351,8 @@ class Answer:
             self.content = b''.join(iter(functools.partial(self._chunk, file), b''))
             while self._line(file):     # what follows the last chunk
                 pass
-        elif 'content-length' in self.headers or self.status in (204, 304):
-            self.content = self._exactly(file, int(self.headers.get('content-length', 0)))
+        elif self.status == 204 or 'content-length' in self.headers:
+            self.content = self._exactly(file, 0 if self.status == 204 else int(self.headers['content-length']))
         else:
             self.content, self.keeps = file.read(), False
 

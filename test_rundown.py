@@ -3247,15 +3247,6 @@ def test_the_database_s_files_are_readable_by_their_owner_alone(own, tmp_path, q
     assert set(modes.values()) == {0o600}
 
 
-@contextlib.contextmanager
-def write_lock(engine):
-    """Another program that holds the database's write lock during the block."""
-    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as db:
-        db.execute("BEGIN IMMEDIATE")
-        yield
-        db.execute("ROLLBACK")
-
-
 @pytest.mark.skipif(not LINUX, reason="fills the disk by prlimit")
 def test_a_full_disk_gets_503_acknowledges_nothing_and_recovers(own, q):
     import resource
