@@ -155,7 +155,7 @@ TICK = 1                    # seconds between two looks at the clock
 SHOWN = 100                 # jobs that wait for a job and are named there
 MAX_AFTER = 1000            # jobs that a job waits for
 MAX_NEEDED = 20000          # the same of all jobs of a body
-TOGETHER = 64               # rows that a statement inserts: SQLite before 3.32 takes 999 values
+TOGETHER = 64               # rows that a statement inserts, a power of two: SQLite before 3.32 takes 999 values
 STEP = 500                  # rows that the engine changes on its own account in one transaction
 LINGER = 5                  # seconds to read on after a refusal, so that the client gets to see it
 PRUNE = 60                  # seconds between two rounds of retention
@@ -987,8 +987,9 @@ START = """
     WHERE seq = :seq"""
 ADDED = ('id', 'queue', 'tag', 'payload', 'scheduled', 'priority', 'max_retries', 'timeout', 'key', 'created_at',
          'updated_at', 'next_run_at')       # the columns of a new job that are not as SCHEMA has them
-INSERT = f'INSERT INTO jobs ({", ".join(ADDED)}) VALUES '
 VALUES = f'({", ".join("?" * len(ADDED))})'
+INSERT = {2 ** n: f'INSERT INTO jobs ({", ".join(ADDED)}) VALUES {", ".join([VALUES] * 2 ** n)}'
+          for n in range(TOGETHER.bit_length())}        # by the number of rows
 added_values = operator.itemgetter(*ADDED)
 BY_ID = 'SELECT * FROM jobs WHERE id = :id'
 NEEDED_BY = 'SELECT id FROM needs JOIN jobs ON seq = job WHERE needed = ? ORDER BY seq LIMIT ?'
@@ -1364,7 +1365,7 @@ class Store:
             raise TooLarge(f'jobs: their `after` names more than {MAX_NEEDED} jobs in all; send fewer at a time')
         rows = [self._new(ask) for ask in asks]
         while rows:
-            count = min(TOGETHER, 1 << len(rows).bit_length() - 1)      # a power of two: few statements are prepared
+            count = min(TOGETHER, 1 << len(rows).bit_length() - 1)      # a power of two: INSERT has few statements
             added = self._add(rows[:count])
             del rows[:count]
             jobs += added
@@ -1384,7 +1385,7 @@ class Store:
         """Insert them in one statement, in half the time that one each takes; one by one if that cannot be."""
         if not any(row['after'] for row in rows):
             with contextlib.suppress(sqlite3.IntegrityError):       # one is there already
-                self.db.execute(INSERT + ', '.join([VALUES] * len(rows)), [*itertools.chain(*map(added_values, rows))])
+                self.db.execute(INSERT[len(rows)], [*itertools.chain(*map(added_values, rows))])
                 for row in rows:
                     self._pending(row['queue'], row['next_run_at'])
                     self.noted.append(('enqueued', row['queue'], None))
@@ -1571,7 +1572,7 @@ class Store:
         states = [STATES.get(job['status'], 0) for job in needed]
         waits_for, any_end = states.count(0), bool(row['after_any'])
         row['scheduled'] = WAITS if waits_for else row['scheduled']
-        seq = self.db.execute(INSERT + VALUES, added_values(row)).lastrowid
+        seq = self.db.execute(INSERT[1], added_values(row)).lastrowid
         self.db.execute(WAIT, (encode(row['after']), any_end, waits_for, seq))
         self.db.executemany(NEED, [(seq, place, job['seq'], state)
                                    for place, (job, state) in enumerate(zip(needed, states))])
@@ -2304,6 +2305,8 @@ class Loop:
     def _together(self, operations):
         """Add the jobs of those that add one each, in as few statements as it takes; what is left to be run."""
         adds = [operation for operation in operations if operation.adds]
+        if len(adds) < 2:
+            return operations
         try:
             jobs = self.store.enqueue([operation.adds for operation in adds])
         except Exception as error:
