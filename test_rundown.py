@@ -179,7 +179,7 @@ class Engine(Api):
     """A real engine process on a database in `folder`. What it writes on stderr is in `log()`."""
 
     def __init__(self, folder, *options, **settings):
-        self.folder, self.database = folder, folder / "jobs.db"
+        self.folder, self.database, self.held = folder, folder / "jobs.db", socket.socket()
         self.start(*options, **settings)
 
     def start(self, *options, prefix=(), env=None, constants=None, program=HERE / "rundown_engine.py", **settings):
@@ -188,6 +188,7 @@ class Engine(Api):
         if constants:
             program = ["-c", "import rundown_engine as e; vars(e).update(%r); raise SystemExit(e.main())" % constants]
         command = [*prefix, sys.executable, *program, "--db", str(self.database), "--port", "0", *options]
+        self.held.close()
         with open(str(self.folder / "engine.log"), "ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL,
@@ -203,6 +204,14 @@ class Engine(Api):
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+        self.hold()
+
+    def hold(self):
+        """Keep the port until it starts again: a worker that found another test's engine there would drop what it has."""
+        self.held = socket.socket()
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            self.held.bind((self.host, self.port))      # and does not listen: who connects is refused
 
     def stop(self, number=signal.SIGTERM):
         """Ends it as a supervisor would; the exit status."""
@@ -210,6 +219,7 @@ class Engine(Api):
             self.process.send_signal(number if POSIX else signal.SIGTERM)
         status = self.process.wait(15)
         self.process.stdout.close()
+        self.hold()
         return status
 
     def log(self):
