@@ -672,77 +672,46 @@ CREATE TABLE schedules (
     last_id             TEXT,
     skipped             INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
-
-CREATE UNIQUE INDEX jobs_id     ON jobs (id);
-CREATE INDEX jobs_claim         ON jobs (queue, priority DESC, next_run_at)         -- poll
-    WHERE status = 'pending' AND scheduled = 0;
-CREATE INDEX jobs_due           ON jobs (next_run_at)                               -- promotion of scheduled jobs
-    WHERE status = 'pending' AND scheduled = 1;
-CREATE INDEX jobs_lease         ON jobs (lease_until) WHERE status = 'running';     -- the staleness checker
-CREATE UNIQUE INDEX jobs_key    ON jobs (queue, key)                                -- enqueue with a key
+CREATE UNIQUE INDEX jobs_id ON jobs (id);
+CREATE INDEX jobs_claim ON jobs (queue, priority DESC, next_run_at) WHERE status = 'pending' AND scheduled = 0; -- poll
+CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND scheduled = 1;     -- promotion of scheduled jobs
+CREATE INDEX jobs_lease ON jobs (lease_until) WHERE status = 'running';                     -- the staleness checker
+CREATE UNIQUE INDEX jobs_key ON jobs (queue, key)                                           -- enqueue with a key
     WHERE key IS NOT NULL AND status IN ('pending', 'running');
-CREATE INDEX jobs_tag           ON jobs (tag) WHERE tag IS NOT NULL;                -- details, jobs
-CREATE INDEX jobs_finished      ON jobs (status, finished_at)                       -- retention, purge
-    WHERE finished_at IS NOT NULL;
-CREATE INDEX needs_needed       ON needs (needed, state);                           -- the end of a job
-CREATE INDEX schedules_due      ON schedules (next_run_at);
-
+CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL;                                  -- details, jobs
+CREATE INDEX jobs_finished ON jobs (status, finished_at) WHERE finished_at IS NOT NULL;     -- retention, purge
+CREATE INDEX needs_needed ON needs (needed, state);                                         -- the end of a job
+CREATE INDEX schedules_due ON schedules (next_run_at);
+'''
+COUNTS = {**{status: f"status = '{status}'" for status in STATUSES},         # columns of queues, and the jobs that
+          'scheduled': 'scheduled = 1', 'waiting': 'scheduled = 2'}         # each counts
+MORE = ', '.join(f'{column} = {column} + (NEW.{jobs}) - (OLD.{jobs})' for column, jobs in COUNTS.items())
+LESS = ', '.join(f'{column} = {column} - (OLD.{jobs})' for column, jobs in COUNTS.items())
+TRIGGERS = f'''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting)
-    VALUES (NEW.queue, 1, NEW.scheduled = 1, NEW.scheduled = 2)
+    INSERT INTO queues (queue, pending, scheduled, waiting) VALUES (NEW.queue, 1, NEW.scheduled = 1, NEW.scheduled = 2)
     ON CONFLICT (queue) DO UPDATE
-    SET pending = pending + 1, scheduled = scheduled + (NEW.scheduled = 1), waiting = waiting + (NEW.scheduled = 2);
-END;
+    SET pending = pending + 1, scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting; END;
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, scheduled ON jobs BEGIN
-    UPDATE queues
-    SET pending   = pending   + (NEW.status = 'pending')   - (OLD.status = 'pending'),
-        scheduled = scheduled + (NEW.scheduled = 1)        - (OLD.scheduled = 1),
-        waiting   = waiting   + (NEW.scheduled = 2)        - (OLD.scheduled = 2),
-        running   = running   + (NEW.status = 'running')   - (OLD.status = 'running'),
-        done      = done      + (NEW.status = 'done')      - (OLD.status = 'done'),
-        failed    = failed    + (NEW.status = 'failed')    - (OLD.status = 'failed'),
-        cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled')
-    WHERE queue = NEW.queue;
-END;
+    UPDATE queues SET {MORE} WHERE queue = NEW.queue; END;
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
-    UPDATE queues
-    SET pending   = pending   - (OLD.status = 'pending'),
-        scheduled = scheduled - (OLD.scheduled = 1),
-        waiting   = waiting   - (OLD.scheduled = 2),
-        running   = running   - (OLD.status = 'running'),
-        done      = done      - (OLD.status = 'done'),
-        failed    = failed    - (OLD.status = 'failed'),
-        cancelled = cancelled - (OLD.status = 'cancelled')
-    WHERE queue = OLD.queue;
-END;
+    UPDATE queues SET {LESS} WHERE queue = OLD.queue; END;
 CREATE TRIGGER jobs_forget AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
-    DELETE FROM needs WHERE job = OLD.seq;
-END;
-'''
-UPGRADE = '''       -- from schema 1; what is missing then is created
-ALTER TABLE jobs ADD COLUMN after TEXT;
-ALTER TABLE jobs ADD COLUMN after_any INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN waits_for INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE queues ADD COLUMN waiting INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE queues ADD COLUMN max_running INTEGER;
-ALTER TABLE queues ADD COLUMN rate INTEGER;
-ALTER TABLE queues ADD COLUMN per INTEGER;
-ALTER TABLE queues ADD COLUMN full_at INTEGER NOT NULL DEFAULT 0;
-DROP TRIGGER jobs_insert;
-DROP TRIGGER jobs_update;
-DROP TRIGGER jobs_delete;
+    DELETE FROM needs WHERE job = OLD.seq; END;
 '''
 
+def columns_of(table):
+    """The definitions of its columns by their names, in their order."""
+    text = SCHEMA.partition(f'TABLE {table} ')[2].partition('\n)')[0]
+    return {match[1]: match[0].strip() for match in re.finditer(r'^    ([a-z_]+)  [^,\n-]*', text, re.MULTILINE)}
 
 def of_storage(error):
     """Is it the storage's, and no mistake of the engine's own?"""
     mistakes = sqlite3.ProgrammingError, sqlite3.IntegrityError
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
-
 class Busy(Unavailable):
     """Another program holds the write lock: nothing was begun."""
-
 
 def lock(path):
     """An open file that says whose the database is: one of its own, as closing the other one drops SQLite's locks."""
@@ -759,7 +728,6 @@ def lock(path):
         raise Unusable(f'{path} is in use by another engine') from None
     return file
 
-
 def examine(path):
     """Refuse a file that is no database of ours, by its header so that it is not touched; create a missing one."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o600), 'rb') as file:
@@ -772,11 +740,10 @@ def examine(path):
         if header[:16] != b'SQLite format 3\0' or application != APPLICATION_ID:
             raise Unusable(f'{path} is not a Rundown database; it was left as it is')
         if version > SCHEMA_VERSION:
-            known = f'schema {version}, this one knows {SCHEMA_VERSION}'
-            raise Unusable(f'{path} was written by a newer engine ({known}); it was left as it is')
+            raise Unusable(f'{path} was written by a newer engine (schema {version}, this one knows {SCHEMA_VERSION}); '
+                           'it was left as it is')
     with contextlib.suppress(PermissionError):
         os.chmod(path, 0o600)
-
 
 class Database:
     """The file: whose it is, the connection that writes, those that read, what is wrong with it, copies of it."""
@@ -811,35 +778,37 @@ class Database:
             self.opened = locked == os.fstat(self.lock_file.fileno()).st_ino
             if not self.opened:
                 raise Unusable(f'{self.path} is in use by another engine')
-        except (sqlite3.Error, OSError, Unavailable) as error:
+        except BaseException as error:
             self.close()
+            if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
+                raise
             reason = getattr(error, 'strerror', None) or error.__cause__ or error
             raise Unusable(f'{self.path} cannot be used: {reason}') from None
-        except BaseException:
-            self.close()
-            raise
 
     def _create(self):
-        version = self.db.execute('PRAGMA user_version').fetchone()[0]
-        if version == SCHEMA_VERSION:
+        """Make what is not there yet: all, or what an older version did not know. Triggers are made anew."""
+        if self.db.execute('PRAGMA user_version').fetchone()[0] == SCHEMA_VERSION:
             return
-        for statement in UPGRADE.splitlines()[1:] if version else ():
-            self.db.execute(statement)
-        there = {row['name'] for row in self.db.execute('SELECT name FROM sqlite_master')}
-        for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
-            if re.match(r'CREATE (?:UNIQUE )?\w+ (\w+)', statement)[1] not in there:
-                self.db.execute(statement)
+        for statement in re.split('(?m)^(?=CREATE)', SCHEMA + TRIGGERS)[1:]:
+            create, kind, name = re.match(r'(CREATE (?:UNIQUE )?(\w+)) (\w+)', statement).groups()
+            if kind == 'TRIGGER':
+                self.db.execute(f'DROP TRIGGER IF EXISTS {name}')
+            self.db.execute(statement.replace(create, create + ' IF NOT EXISTS'))
+            known = {row['name'] for row in self.db.execute(f'PRAGMA table_info({name})')}
+            for column, definition in columns_of(name).items():
+                if column not in known:
+                    self.db.execute(f'ALTER TABLE {name} ADD COLUMN {definition}')
         self.db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
         self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
-    def _connect(self, patience, pragmas=('synchronous = {sync}', f'wal_autocheckpoint = {CHECKPOINT}',
-                                          'cache_size = -16384')):
-        """A connection to the file: the one that writes, unless `pragmas` says otherwise."""
-        uri = pathlib.Path(self.path).as_uri() + '?mode=rw'
-        db = sqlite3.connect(uri, uri=True, timeout=patience, isolation_level=None, check_same_thread=False)
+    def _connect(self, patience, *pragmas):
+        """A connection to the file: the one that writes, unless `pragmas` say otherwise."""
+        db = sqlite3.connect(pathlib.Path(self.path).as_uri() + '?mode=rw', uri=True, timeout=patience,
+                             isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
-        for pragma in pragmas:
-            db.execute('PRAGMA ' + pragma.format(sync=self.sync))
+        writes = f'synchronous = {self.sync}', f'wal_autocheckpoint = {CHECKPOINT}', 'cache_size = -16384'
+        for pragma in pragmas or writes:
+            db.execute('PRAGMA ' + pragma)
         return db
 
     def _files(self, suffixes=('', '-wal', '.lock')):
@@ -856,21 +825,13 @@ class Database:
             self._still_ours(True)
             if self.db is None:
                 self._reconnect()
-            self._begin()
+            self.db.execute('BEGIN IMMEDIATE')
             self.files = self.files or self._files()
             yield self.db
             self.db.execute('COMMIT')
             self._still_ours(not self.opened or self.files and self._files() == self.files)
         except BaseException as error:
             self._roll_back(error)
-            raise
-
-    def _begin(self):
-        try:
-            self.db.execute('BEGIN IMMEDIATE')
-        except sqlite3.OperationalError as error:
-            if 'locked' in str(error):
-                raise Busy(f'the database could not be written ({error}); nothing was changed, try again') from error
             raise
 
     def _still_ours(self, holds):
@@ -881,19 +842,21 @@ class Database:
             raise Unavailable(self.trouble)
 
     def _roll_back(self, error):
-        try:
-            if self.db is not None and self.db.in_transaction:
+        begun = self.db is not None and self.db.in_transaction
+        if begun:
+            with contextlib.suppress(sqlite3.Error):
                 self.db.execute('ROLLBACK')
-        except sqlite3.Error:
-            pass
-        if of_storage(error):
-            if self.db is not None:     # after an I/O error only a fresh connection knows what is on disk
-                self.db.close()
-                self.db = None
-            self.unsynced = self.unsynced or 'I/O' in str(error)
-            self.in_trouble(error)
-            raise Unavailable(f'the database could not be written ({error}); '
-                              'whether it was done is not known, send it again') from error
+        if not of_storage(error):
+            return
+        if self.db is not None and not begun and 'locked' in str(error):
+            raise Busy(f'the database could not be written ({error}); nothing was changed, try again') from error
+        if self.db is not None:     # after an I/O error only a fresh connection knows what is on disk
+            self.db.close()
+            self.db = None
+        self.unsynced = self.unsynced or 'I/O' in str(error)
+        self.in_trouble(error)
+        raise Unavailable(f'the database could not be written ({error}); '
+                          'whether it was done is not known, send it again') from error
 
     def in_trouble(self, error):
         if self.trouble is None and self.opened:
@@ -912,25 +875,19 @@ class Database:
     @contextlib.contextmanager
     def reading(self):
         """A connection that reads what is committed and never waits for the writer."""
+        db = None
         try:
-            db = self._reader()
-        except sqlite3.Error as error:
-            raise Unavailable(f'the database could not be opened ({error}); try again') from error
-        try:
+            with contextlib.suppress(IndexError):
+                db = self.readers.pop()
+            db = db or self._connect(BUSY, 'query_only = ON')
             yield db
         except sqlite3.Error as error:
             raise Unavailable(f'the database could not be read ({error}); try again') from error
         finally:
-            if len(self.readers) < READERS:
+            if db and len(self.readers) < READERS:
                 self.readers.append(db)
-            else:
+            elif db:
                 db.close()
-
-    def _reader(self):
-        try:
-            return self.readers.pop()
-        except IndexError:
-            return self._connect(BUSY, ['query_only = ON'])
 
     def backup(self):
         """An open file, gone when it is closed: a consistent copy of the database, made beside the load."""
@@ -972,174 +929,76 @@ class Database:
 
 # -- Store ------------------------------------------------------------------------------------------------------------
 
-CLAIM = """
-    SELECT *
-    FROM jobs
-    WHERE queue = :queue AND status = 'pending' AND scheduled = 0
-        AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
-    ORDER BY priority DESC, next_run_at, seq
-    LIMIT :limit"""
-START = """
-    UPDATE jobs
-    SET status = 'running', attempt = :attempt, worker = :worker, lease = :lease, lease_until = :lease_until,
-        worker_timeout = :worker_timeout, worker_max_retries = :worker_max_retries,
-        started_at = :started_at, updated_at = :updated_at
-    WHERE seq = :seq"""
+COLUMNS = list(columns_of('jobs'))
+BRIEF = ', '.join(column for column in COLUMNS if column not in ('payload', 'result', 'attempts', 'after'))
+BLANK = dict(dict.fromkeys(COLUMNS), status='pending', attempt=0, retries=0, priority=0)
 ADDED = ('id', 'queue', 'tag', 'payload', 'scheduled', 'priority', 'max_retries', 'timeout', 'key', 'created_at',
          'updated_at', 'next_run_at')       # the columns of a new job that are not as SCHEMA has them
+added_values = operator.itemgetter(*ADDED)
 VALUES = f'({", ".join("?" * len(ADDED))})'
 INSERT = {2 ** n: f'INSERT INTO jobs ({", ".join(ADDED)}) VALUES {", ".join([VALUES] * 2 ** n)}'
           for n in range(TOGETHER.bit_length())}        # by the number of rows
-added_values = operator.itemgetter(*ADDED)
-BY_ID = 'SELECT * FROM jobs WHERE id = :id'
-NEEDED_BY = 'SELECT id FROM needs JOIN jobs ON seq = job WHERE needed = ? ORDER BY seq LIMIT ?'
-BY_KEY = """
-    SELECT *
-    FROM jobs
-    WHERE queue = :queue AND key = :key AND status IN ('pending', 'running')"""
-CLAIMED = """
+CLAIM = """
+    SELECT * FROM jobs
+    WHERE queue = :queue AND status = 'pending' AND scheduled = 0
+        AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
+    ORDER BY priority DESC, next_run_at, seq LIMIT :limit"""
+FIND = """
     SELECT seq, id, queue, status, attempt, retries, losses, max_retries, worker_max_retries, timeout, worker_timeout,
         lease, worker, error, attempts, next_run_at, started_at, scheduled, after_any, waits_for
-    FROM jobs
-    WHERE id = ?"""
-WAITER = CLAIMED.replace('id = ?', 'seq = ?')
-WAITERS = 'SELECT job, place FROM needs WHERE needed = ? AND state = 0 LIMIT ?'
-WAIT = 'UPDATE jobs SET after = ?, after_any = ?, waits_for = ? WHERE seq = ?'
-NEED = 'INSERT INTO needs (job, place, needed, state) VALUES (?, ?, ?, ?)'
-NEEDED = """
-    SELECT place, state, needed, id, status
-    FROM needs LEFT JOIN jobs ON seq = needed
-    WHERE job = ?"""
-COUNT_DOWN = """
-    UPDATE jobs
-    SET waits_for = ?, scheduled = ?, next_run_at = ?, updated_at = ?
-    WHERE seq = ?"""
-REOPEN = """
-    UPDATE jobs
-    SET waits_for = waits_for + 1
-    WHERE scheduled = 2 AND seq IN (SELECT job FROM needs WHERE needed = ? AND state <> 0)"""
-RUNNING = 'SELECT seq, id, queue, status, attempt, started_at FROM jobs WHERE id = ?'
-RUNNING_BY_WORKER = "SELECT worker, queue, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY worker, queue"
-QUEUES = 'SELECT * FROM queues WHERE queue > ? ORDER BY queue LIMIT ?'
-MATCHING = """
-    SELECT SUM(CASE :status WHEN 'pending' THEN pending WHEN 'running' THEN running WHEN 'done' THEN done
-        WHEN 'failed' THEN failed WHEN 'cancelled' THEN cancelled ELSE 1 END)
-    FROM queues
-    WHERE queue = COALESCE(:queue, queue)"""
-BUSIEST = """
-    SELECT *
-    FROM queues
-    WHERE queue > ?
-    ORDER BY pending + running > 0 DESC, failed > 0 DESC, queue
-    LIMIT ?"""
-OPEN_NEEDS = 'SELECT id FROM needs JOIN jobs ON seq = needed WHERE job = ? AND state = 0 ORDER BY place LIMIT ?'
-OTHERS = """
-    SELECT TOTAL(pending) AS pending, TOTAL(scheduled) AS scheduled, TOTAL(running) AS running, TOTAL(done) AS done,
-        TOTAL(failed) AS failed, TOTAL(cancelled) AS cancelled, TOTAL(waiting) AS waiting,
-        NULL AS max_running, NULL AS rate
-    FROM queues
-    WHERE queue > ?"""
-COMPLETE = """
-    UPDATE jobs
-    SET status = 'done', result = ?, error = NULL, updated_at = ?, finished_at = ?
-    WHERE seq = ?"""
-HEARTBEAT = """
-    UPDATE jobs
-    SET lease_until = MAX(lease_until, MIN(:now + COALESCE(lease, 0), :last)), updated_at = :now,
-        progress = COALESCE(:progress, progress)
-    WHERE seq = :seq"""
-MOVE = """
-    UPDATE jobs
-    SET status = :status, scheduled = :scheduled, retries = :retries, losses = :losses, error = :error,
-        attempts = :attempts, next_run_at = :next_run_at, updated_at = :now, finished_at = :finished_at,
-        waits_for = :waits_for
-    WHERE seq = :seq"""
-DUE = """
-    SELECT seq, queue
-    FROM jobs
-    WHERE status = 'pending' AND scheduled = 1 AND next_run_at <= ?
-    ORDER BY next_run_at
-    LIMIT ?"""
-LOST = """
-    SELECT id
-    FROM jobs
-    WHERE status = 'running' AND lease_until <= ?
-    ORDER BY lease_until
-    LIMIT ?"""
-NEXT = """
-    SELECT MIN(at)
-    FROM (SELECT MIN(next_run_at) AS at FROM jobs WHERE status = 'pending' AND scheduled = 1
-          UNION ALL
-          SELECT MIN(lease_until) FROM jobs WHERE status = 'running'
-          UNION ALL
-          SELECT MIN(next_run_at) FROM schedules
-          UNION ALL
-          SELECT MIN(1) FROM ended)"""        # 1: long ago, and true
-TICKS = 'SELECT * FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?'
-MOVE_ON = """
-    UPDATE schedules
-    SET next_run_at = ?, last_run_at = ?, last_id = ?, skipped = skipped + ?
-    WHERE name = ?"""
-LIMIT = """
-    INSERT INTO queues (queue, max_running, rate, per) VALUES (:queue, :max_running, :rate, :per)
-    ON CONFLICT (queue) DO UPDATE SET max_running = :max_running, rate = :rate, per = :per"""
+    FROM jobs WHERE {} = ?"""       # all that an outcome needs, nothing that may be large
+BY_ID, BY_SEQ = FIND.format('id'), FIND.format('seq')
+TELL = 'UPDATE needs SET state = ? WHERE job = ? AND place = ?'
 SPEND = 'UPDATE queues SET full_at = ? WHERE queue = ?'
-RENEW = """
-    UPDATE jobs
-    SET lease_until = CASE
-            WHEN lease_until <= :now THEN :now + MAX(:grace, COALESCE(lease, 0))
-            ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, COALESCE(
-                lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace))) END,
-        started_at = MIN(started_at, :now)
-    WHERE status = 'running'
-        AND COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace) < 2 * :pause"""
-SHIFT = """
-    UPDATE jobs
-    SET lease_until = lease_until + :by, started_at = started_at + :by
-    WHERE status = 'running'"""
-SHIFT_RETRIES = """
-    UPDATE jobs
-    SET next_run_at = next_run_at + :by
-    WHERE status = 'pending' AND scheduled = 1 AND attempt > 0"""
-SHIFT_RATES = 'UPDATE queues SET full_at = full_at + :by WHERE rate'
-PRUNED = """
-    DELETE FROM jobs
-    WHERE seq IN (SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
+DUE = """
+    SELECT seq, queue FROM jobs WHERE status = 'pending' AND scheduled = 1 AND next_run_at <= ?
+    ORDER BY next_run_at LIMIT ?"""
+LOST = "SELECT id FROM jobs WHERE status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
+TICKS = 'SELECT * FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?'
+WAITERS = 'SELECT job, place FROM needs WHERE needed = ? AND state = 0 LIMIT ?'
+QUEUE = 'SELECT * FROM queues WHERE queue = ?'
+LEASE = 'COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace)'      # of a running job
+RENEW = f"""
+    UPDATE jobs SET started_at = MIN(started_at, :now), lease_until =
+        CASE WHEN lease_until <= :now THEN :now + MAX(:grace, COALESCE(lease, 0))
+             ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, {LEASE})) END
+    WHERE status = 'running' AND {LEASE} < 2 * :pause"""
+SHIFTS = ("UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by WHERE status = 'running'",
+          """UPDATE jobs SET next_run_at = next_run_at + :by
+             WHERE status = 'pending' AND scheduled = 1 AND attempt > 0""",     # retries
+          'UPDATE queues SET full_at = full_at + :by WHERE rate')
+NEXT = """
+    SELECT MIN(at) FROM (SELECT MIN(next_run_at) AS at FROM jobs WHERE status = 'pending' AND scheduled = 1
+        UNION ALL SELECT MIN(lease_until) FROM jobs WHERE status = 'running'
+        UNION ALL SELECT MIN(next_run_at) FROM schedules
+        UNION ALL SELECT MIN(1) FROM ended)"""      # 1: long ago, and true
+PRUNE_JOBS = """
+    DELETE FROM jobs WHERE seq IN (
+        SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
             SELECT 1 FROM needs JOIN jobs AS waiter ON waiter.seq = needs.job
             WHERE needs.needed = jobs.seq AND waiter.status IN ('pending', 'running'))
         ORDER BY finished_at LIMIT ?)"""
 POLLED = """
     INSERT INTO queues (queue, polled_at) VALUES (?, ?)
     ON CONFLICT (queue) DO UPDATE SET polled_at = excluded.polled_at"""
-PAUSE = """
-    INSERT INTO queues (queue, paused) VALUES (:queue, :paused)
-    ON CONFLICT (queue) DO UPDATE SET paused = :paused"""
 UNUSED = """
-    SELECT queue
-    FROM queues
+    SELECT queue FROM queues
     WHERE pending + running + done + failed + cancelled = 0 AND NOT paused AND COALESCE(polled_at, 0) < ?
-        AND max_running IS NULL AND rate IS NULL
-    LIMIT ?"""
+        AND max_running IS NULL AND rate IS NULL LIMIT ?"""
 OLDEST = """
-    WITH RECURSIVE levels (priority) AS (
+    WITH RECURSIVE levels (priority) AS (   -- each found by the index, from the highest on
         SELECT MAX(priority) FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0
-        UNION ALL
-        SELECT (SELECT MAX(priority) FROM jobs
-                WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority < levels.priority)
+        UNION ALL SELECT (SELECT MAX(priority) FROM jobs
+            WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority < levels.priority)
         FROM levels WHERE priority IS NOT NULL LIMIT 100)
     SELECT MIN((SELECT MIN(next_run_at) FROM jobs
-                WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = levels.priority))
-    FROM levels"""
+        WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = levels.priority)) FROM levels"""
 AHEAD = """
-    SELECT COUNT(*)
-    FROM (SELECT 1 FROM jobs
-          WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority > :priority
-          UNION ALL
-          SELECT 1 FROM jobs
-          WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = :priority
-              AND next_run_at <= :next_run_at AND (next_run_at, seq) < (:next_run_at, :seq)
-          LIMIT 1000)"""
-
+    SELECT COUNT(*) FROM (
+        SELECT 1 FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority > :priority
+        UNION ALL
+        SELECT 1 FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = :priority
+            AND next_run_at <= :next_run_at AND (next_run_at, seq) < (:next_run_at, :seq) LIMIT 1000)"""
 FILTERS = {
     'queue':  'queue = :queue',
     'status': '+status = :status',      # the plus: in the order of seq, not by the index on finished_at
@@ -1149,33 +1008,18 @@ FILTERS = {
     'needed_by': 'job = :needed_by',
     'beyond': 'place > (SELECT place FROM needs WHERE job = :needed_by AND needed = :beyond)',
 }
-
-
-def columns_of(table):
-    """In their order."""
-    return re.findall(r'^    (\w+)  ', SCHEMA.partition(f'TABLE {table} ')[2].partition('\n)')[0], re.MULTILINE)
-
-
-COLUMNS = columns_of('jobs')
-BRIEF = [column for column in COLUMNS if column not in ('payload', 'result', 'attempts', 'after')]
-BLANK = dict.fromkeys(COLUMNS)
-BLANK.update(status='pending', attempt=0, retries=0, priority=0)
 FOR_JOBS = ('queue', 'payload', 'timeout', 'max_retries', 'tag', 'priority', 'key')     # what a schedule gives its jobs
 DEFINED = ('name', *FOR_JOBS, 'cron', 'every', 'zone')                                  # what makes it another one
-SCHEDULED = columns_of('schedules')
-SCHEDULE = f'REPLACE INTO schedules VALUES ({", ".join(":" + column for column in SCHEDULED)})'
+SCHEDULED = list(columns_of('schedules'))
 WAITS = 2       # a job's `scheduled` while it waits for others
 STATES = {'done': 1, 'failed': 2, 'cancelled': 2}       # of what a job waits for; 0: not ended
-
 
 def quoted(text):
     return 'null' if text is None else escape(text)
 
-
 @functools.lru_cache(maxsize=1024)
 def json_time(moment):
     return 'null' if moment is None else f'"{rfc3339(moment)}"'
-
 
 def as_json(row, more='', brief=False):
     """The job of a row as clients see it, as JSON text, with `more` at its end. Its values are JSON text already."""
@@ -1186,41 +1030,52 @@ def as_json(row, more='', brief=False):
     else:
         payload, result = f'"payload":{row["payload"] or "null"},', f'"result":{row["result"] or "null"},'
         more = f',"after":{row["after"]},"waits_for":{row["waits_for"]}{more}' if row['after'] else more
+    known = row['max_retries'] is not None or row['attempt']        # else no worker has said yet
     return (
         f'{{"id":{quoted(row["id"])},"queue":{quoted(row["queue"])},"tag":{quoted(row["tag"])},'
-        f'{payload}"status":"{row["status"]}","priority":{row["priority"]},'
-        f'"attempt":{row["attempt"]},"retries":{row["retries"]},"max_retries":{known_retries(row)},'
+        f'{payload}"status":"{row["status"]}","priority":{row["priority"]},"attempt":{row["attempt"]},'
+        f'"retries":{row["retries"]},"max_retries":{max_retries_of(row) if known else "null"},'
         f'"timeout":{as_seconds(timeout_of(row))},"key":{quoted(row["key"])},"worker":{quoted(row["worker"])},'
         f'"progress":{row["progress"] or "null"},{result}"error":{quoted(error)},'
         f'"created_at":{json_time(row["created_at"])},"updated_at":{json_time(row["updated_at"])},'
         f'"next_run_at":{json_time(row["next_run_at"])},"started_at":{json_time(row["started_at"])},'
         f'"finished_at":{json_time(row["finished_at"])}{more}}}')
 
+def as_schedule(row, **more):
+    """A schedule as clients see it, as JSON text; its payload is JSON text already."""
+    fields = {field: row[field] for field in SCHEDULED if field != 'payload'}
+    fields.update({field: fields[field] and as_seconds(fields[field]) for field in ('every', 'timeout')})
+    fields.update({field: rfc3339(fields[field]) for field in ('next_run_at', 'last_run_at')})
+    return f'{encode({**fields, **more})[:-1]},"payload":{row["payload"] or "null"}}}'
 
 def as_list(texts):
     return '[' + ','.join(texts) + ']'
 
+def as_page(name, key, rows, render, limit):
+    """A page as JSON text; `after` is null on the last one. One that grows large ends early."""
+    texts, room, last = [], MAX_ANSWER, None
+    for row in rows:
+        text = render(row)
+        room -= len(text)
+        if room < 0 and texts:
+            break
+        texts.append(text)
+        last = row[key]
+    after = last if room < 0 or len(texts) == limit else None
+    return f'{{"{name}":{as_list(texts)},"after":{quoted(after)}}}'
 
 def timeout_of(row):
     """Microseconds; 0 and null are no say. The job's own, that of the worker, the default."""
     return row['timeout'] or row['worker_timeout'] or DEFAULT_TIMEOUT * 1000000
 
-
 def max_retries_of(row):
     own = row['max_retries']
     return own if own is not None else row['worker_max_retries'] or 0
-
-
-def known_retries(row):
-    """JSON: null while neither the job nor a worker that claimed it has said."""
-    return max_retries_of(row) if row['max_retries'] is not None or row['attempt'] else 'null'
-
 
 def existing(row, otherwise, name):
     if row is None:
         raise NotFound(f'{otherwise} {shown(name)}')
     return row
-
 
 def permitted(call, job, ask):
     """The job, which is in a state that `call` starts from, and whose claim is the one that `ask` names, if any."""
@@ -1230,18 +1085,15 @@ def permitted(call, job, ask):
         raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
     return job
 
-
 def replayed(job, ask, outcome):
     """Has the attempt that `ask` names, the last one, ended like that? Then the answer was lost, and it comes again."""
     past = json.loads(job['attempts'] or '[]') if ask.get('attempt') == job['attempt'] else ()
     return any(attempt['attempt'] == job['attempt'] and attempt['outcome'] == outcome for attempt in past)
 
-
 def as_told(job):
     """What the answer to an outcome says of a job."""
     due = rfc3339(job['next_run_at'])
     return {'id': job['id'], 'status': job['status'], 'retries': job['retries'], 'next_run_at': due}
-
 
 def history(row, outcome, finished_at, error=None):
     """The last attempts of a job as JSON: those that were recorded when they ended, and the one with this outcome."""
@@ -1250,22 +1102,53 @@ def history(row, outcome, finished_at, error=None):
                'error': error and shorten(error, MAX_ATTEMPT_ERROR)}
     return encode((json.loads(row['attempts'] or '[]') + [attempt])[-MAX_ATTEMPTS:])
 
-
 def where(ask):
     """The WHERE clause for the fields that are there."""
     found = [clause for field, clause in FILTERS.items() if field in ask]
     return 'WHERE ' + ' AND '.join(found) if found else ''
 
+@functools.lru_cache(maxsize=64)
+def changing(columns):
+    """The statement that changes these columns of a job."""
+    return f'UPDATE jobs SET {", ".join(f"{column} = :{column}" for column in columns)} WHERE seq = :seq'
+
+START = changing(('status', 'attempt', 'worker', 'lease', 'lease_until', 'worker_timeout', 'worker_max_retries',
+                  'started_at', 'updated_at'))
 
 # The random part of this process's ids: of their third group, and of the last two, where the variant is on top.
 SERIES, SERIAL = random.getrandbits(12), itertools.count(8 << 60 | random.getrandbits(61))
-
 
 def new_id(now):
     """A UUID of version 7 (RFC 9562), each greater than the one before, so that the index on it grows at its end alone."""
     stamp, number = now // 1000, next(SERIAL)
     return f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{SERIES:03x}-{number >> 48:04x}-{number & 0xffffffffffff:012x}'
 
+def size_of(row):
+    """Characters of a job that may be many."""
+    return sum(len(row[field] or '') for field in ('payload', 'result', 'error', 'progress', 'after')) + 500
+
+def limits_of(row):
+    """The limits of a queue as clients see them."""
+    return {'max_running': row['max_running'], 'rate': row['rate'], 'per': row['per'] and as_seconds(row['per'])}
+
+def full_at(queue, now):
+    """When the bucket is full again. Each claim puts that off by per / rate (the generic cell rate algorithm, GCRA)."""
+    return min(max(queue['full_at'], now), now + queue['per'])      # an empty one: later, if the clock was set back
+
+def tokens(queue, now):
+    return (now + queue['per'] - full_at(queue, now)) * queue['rate'] // queue['per']
+
+def next_token(queue, now):
+    """When there is one in an empty bucket."""
+    return full_at(queue, now) - queue['per'] - -queue['per'] // queue['rate']
+
+@functools.lru_cache(maxsize=1024)
+def nobody(queue, polled):
+    """That no worker polls the queue, with the name that is meant perhaps. Short names alone: it takes time."""
+    names = [name for name in polled if abs(len(name) - len(queue)) < 4 and len(name) <= 40]
+    near = difflib.get_close_matches(queue, names, 1)
+    hint = f'; did you mean {shown(near[0])}?' if near else ''
+    return f'no worker has ever polled the queue {shown(queue)}{hint}'
 
 class Meter:
     """Counts since the start: totals, histograms, the last hour by the minute. Written after each commit."""
@@ -1281,16 +1164,14 @@ class Meter:
     def record(self, now, noted, group):
         with self.lock:
             observe(self.groups, GROUPS, group)
-            if noted:
-                if not self.minutes or self.minutes[-1][0] != now // 60000000:
-                    self.minutes.append((now // 60000000, collections.Counter()))
-                minute = self.minutes[-1][1]
-                for event, queue, took in noted:
-                    self.totals[event, queue] += 1
-                    minute[event, queue] += 1
-                    if took is not None:
-                        histogram = self.seconds.setdefault((event, queue), [0] * (len(BUCKETS) + 2))
-                        observe(histogram, BUCKETS, max(0, took) / 1000000)
+            if noted and (not self.minutes or self.minutes[-1][0] != now // 60000000):
+                self.minutes.append((now // 60000000, collections.Counter()))
+            for event, queue, took in noted:
+                self.totals[event, queue] += 1
+                self.minutes[-1][1][event, queue] += 1
+                if took is not None:
+                    histogram = self.seconds.setdefault((event, queue), [0] * (len(BUCKETS) + 2))
+                    observe(histogram, BUCKETS, max(0, took) / 1000000)
 
     def request(self, route, status):
         with self.lock:
@@ -1311,11 +1192,9 @@ class Meter:
             return {name: [sum(minute.get((event, queue), 0) for event in events) for minute in hour]
                     for name, *events in (('enqueued',) * 2, ('done', 'completed'), ('failed', 'failed', 'lost'))}
 
-
 def observe(histogram, buckets, value):
     histogram[bisect.bisect_left(buckets, value)] += 1
     histogram[-1] += value
-
 
 class Store:
     """The jobs of one database: a method a call. Those that change something run in a transaction of the loop's."""
@@ -1333,18 +1212,15 @@ class Store:
         self.next_due = 0                                       # engine time at which overdue() has something to do
         self.next_prune = 0                                     # the same of prune()
         self.remembered = 0                                     # until then `polled` is in the database
-        self.db = None                                          # of the transaction at hand: the connection,
-        self.now = 0                                            # engine time,
-        self.noted = []                                         # what the meter gets after the commit,
-        self.said = []                                          # what the log gets,
-        self.woken = set()                                      # topics whose sleepers may find something now,
-        self.room = 0                                           # bytes that polls may still claim
         self.hungry = set()                                     # queues with polls for which there was no room
+        self.begin(None)
 
     def begin(self, db, room=MAX_ANSWER):
-        """A transaction begins, in which polls may claim so many bytes."""
-        self.db, self.now, self.room = db, self.clock.now(), room
-        self.noted, self.said, self.woken = [], [], set()
+        """A transaction begins."""
+        self.db, self.now = db, self.clock.now()                # its connection, engine time,
+        self.room = room                                        # characters of jobs that polls may claim,
+        self.noted, self.said = [], []                          # what the meter and the log get after the commit,
+        self.woken = set()                                      # topics whose sleepers may find something now
 
     def committed(self, group):
         """It is on disk, with so many operations."""
@@ -1352,9 +1228,11 @@ class Store:
         for sentence in self.said:
             log(sentence)
 
-    def wake(self, topic):
-        """What is parked on the topic may find something in this transaction, or after it."""
-        self.woken.add(topic)
+    def _one(self, statement, *values):
+        return self.db.execute(statement, values).fetchone()
+
+    def _change(self, seq, **columns):
+        self.db.execute(changing(tuple(columns)), dict(columns, seq=seq))
 
     # calls: producers
 
@@ -1392,11 +1270,10 @@ class Store:
                 return [(row, True) for row in rows]
         if len(rows) > 1:
             return [self._add([row])[0] for row in rows]
-        return [self._add_after(rows[0]) if rows[0]['after'] else (self._same(rows[0]), False)]
-
-    def _same(self, row):
-        """The job with that id, or else with that key."""
-        return self.db.execute(BY_ID, row).fetchone() or self.db.execute(BY_KEY, row).fetchone()
+        row, = rows
+        same = self._one('SELECT * FROM jobs WHERE id = ?', row['id']) or self._one(
+            "SELECT * FROM jobs WHERE queue = ? AND key = ? AND status IN ('pending', 'running')", row['queue'], row['key'])
+        return [(same, False) if same else (self._add_after(row), True)]
 
     def announced(self, jobs):
         """The JSON texts of jobs that enqueue() gave, with a warning where nobody polls their queue."""
@@ -1414,7 +1291,7 @@ class Store:
     def _pending(self, queue, due):
         """A job of the queue is pending: wake a poll for it, now or when it is due."""
         if due <= self.now:
-            self.wake(('queue', queue))
+            self.woken.add(('queue', queue))
         else:
             self._due(due)
 
@@ -1438,18 +1315,17 @@ class Store:
             if not ask.get('wait'):
                 raise Unavailable('too much is being handed out at a time; try again')
             return []
-        most = ask.get('limit', 1)
-        limited = self._limited(queue)
-        if limited:
-            most = min(most, self._allowed(limited))
-        rows = self._fitting(self.db.execute(CLAIM, {'queue': queue, 'limit': most}))
+        limits = self._one(QUEUE, queue) if queue in self.limited else None
+        most = min(ask.get('limit', 1), self._allowed(limits) if limits else MAX_LIMIT)
         changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now,
                    'updated_at': self.now, 'worker_timeout': ask.get('timeout'),
                    'worker_max_retries': ask.get('max_retries')}
-        claims = [self._claim(dict(zip(COLUMNS, row)), changes) for row in rows]
+        rows = self._fitting(self.db.execute(CLAIM, {'queue': queue, 'limit': most}))
+        claims = [self._claim(row, changes) for row in rows]
         self.db.executemany(START, claims)
-        if limited:
-            self._spend(limited, len(claims))
+        if claims and limits and limits['rate']:
+            taken = -(-len(claims) * limits['per'] // limits['rate'])       # rounded up
+            self.db.execute(SPEND, (full_at(limits, self.now) + taken, queue))
         return claims
 
     def _fitting(self, rows):
@@ -1459,7 +1335,7 @@ class Store:
             if fitting and size > self.room:
                 break
             self.room -= size
-            fitting.append(row)
+            fitting.append(dict(zip(COLUMNS, row)))
         return fitting
 
     def _claim(self, row, changes):
@@ -1473,37 +1349,31 @@ class Store:
         return row
 
     def _seen(self, worker, queue, hung=None):
-        if hung is None:
-            hung = self.workers.get((worker, queue), (0, 0))[1]
-        self.workers[worker, queue] = self.now, hung
-        self.workers.move_to_end((worker, queue))
+        before = self.workers.pop((worker, queue), (0, 0))
+        self.workers[worker, queue] = self.now, before[1] if hung is None else hung
         if len(self.workers) > MAX_WORKERS:
             self.workers.popitem(last=False)
 
     def outcome(self, method, ask):
         """What the method makes of an item of a batch; its refusal is an outcome like others."""
-        if isinstance(ask, Refused):
-            return {'id': ask.id, 'error': str(ask), 'code': ask.status}
         try:
+            if isinstance(ask, Refused):
+                raise ask
             return method(self, ask)
         except Refused as error:
-            return {'id': ask['id'], 'error': str(error), 'code': error.status}
+            return {'id': error.id if error is ask else ask['id'], 'error': str(error), 'code': error.status}
 
-    def _job(self, ask, columns=CLAIMED):
-        return existing(self.db.execute(columns, (ask['id'],)).fetchone(), 'id: there is no job', ask['id'])
+    def _job(self, ask):
+        return existing(self._one(BY_ID, ask['id']), 'id: there is no job', ask['id'])
 
     def claimed(self, call, ask):
-        """The job `id`, which may be changed like that."""
+        """The job `id`, which `call` may change."""
         return permitted(call, self._job(ask), ask)
 
     def complete(self, ask):
-        job = self._job(ask, RUNNING)
+        job = self._job(ask)
         if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
-            permitted('complete', job, ask)
-            self.db.execute(COMPLETE, (ask.get('result'), self.now, self.now, job['seq']))
-            self._told(job, 'done')
-            self._freed(job)
-            self.noted.append(('completed', job['queue'], self.now - job['started_at']))
+            self._move(permitted('complete', job, ask), 'done', 'completed', result=ask.get('result'), error=None)
         return {'id': job['id'], 'status': 'done'}
 
     def fail(self, ask):
@@ -1525,7 +1395,9 @@ class Store:
             retries = job['retries'] + 1
             due = self.now + (micros(BACKOFF * retries ** 2) if delay is None else delay)
             changes.update(retries=retries, next_run_at=due)
-        return self._move(job, 'pending' if again else 'failed', outcome, error=error, **changes)
+        status = 'pending' if again else 'failed'
+        self._move(job, status, outcome, error=error, **changes)
+        return as_told({**dict(job), **changes, 'status': status})
 
     def release(self, ask):
         job = self._job(ask)
@@ -1535,62 +1407,63 @@ class Store:
 
     def heartbeat(self, ask):
         job = self.claimed('heartbeat', ask)
-        last = job['started_at'] + timeout_of(job) + micros(GRACE)
-        self.db.execute(HEARTBEAT, {'now': self.now, 'last': last, 'progress': ask.get('progress'), 'seq': job['seq']})
+        self.db.execute("""
+            UPDATE jobs SET lease_until = MAX(lease_until, MIN(:now + COALESCE(lease, 0), :last)), updated_at = :now,
+                progress = COALESCE(:progress, progress)
+            WHERE seq = :seq""", {'now': self.now, 'last': job['started_at'] + timeout_of(job) + micros(GRACE),
+                                  'progress': ask.get('progress'), 'seq': job['seq']})
         if job['worker']:
             self._seen(job['worker'], job['queue'])
         return {'id': job['id'], 'status': 'running'}
 
     def _move(self, job, status, event, **changes):
-        """Change the status of a job other than by poll and complete. `event`: how the attempt ended, if it ran."""
-        finished_at = self.now if status in ENDED else None
-        row = {**dict(job), **changes, 'status': status, 'now': self.now, 'finished_at': finished_at}
-        row['scheduled'] = status == 'pending' and (WAITS if row['waits_for'] else row['next_run_at'] > self.now)
-        if job['status'] == 'running':
-            row['attempts'] = history(job, event, self.now, changes.get('error'))
-            self._freed(job)
-        self.db.execute(MOVE, row)
-        self.noted.append((event, job['queue'], None))
-        if finished_at:
+        """Change the status of a job other than by poll. `event`: how the attempt ended, if it ran."""
+        waits_for, due = (changes.get(column, job[column]) for column in ('waits_for', 'next_run_at'))
+        scheduled = status == 'pending' and (WAITS if waits_for else due > self.now)
+        ran, ends = job['status'] == 'running', status in ENDED
+        if ran and status != 'done':
+            changes['attempts'] = history(job, event, self.now, changes.get('error'))
+        if ran and job['queue'] in self.limited:
+            self.woken.add(('queue', job['queue']))
+        self._change(job['seq'], **changes, status=status, scheduled=scheduled, updated_at=self.now,
+                     finished_at=self.now if ends else None)
+        self.noted.append((event, job['queue'], self.now - job['started_at'] if status == 'done' else None))
+        if ends:
             self._told(job, status)
-        elif row['scheduled'] != WAITS:
-            self._pending(job['queue'], row['next_run_at'])
-        return as_told(row)
+        elif scheduled != WAITS:
+            self._pending(job['queue'], due)
 
     # jobs after jobs
 
     def _add_after(self, row):
-        """As _add(), for a job that waits for others; one that is sent again, when those may be gone, is there."""
-        same = self._same(row)
-        if same:
-            return same, False
+        """The row of a job that waits for others, once it is added."""
         needed = []
         for id in row['after']:
-            needed.append(self.db.execute(RUNNING, (id,)).fetchone())
+            needed.append(self._one(BY_ID, id))
             if not needed[-1]:
                 raise BadRequest(f'after: there is no job {shown(id)}')
         states = [STATES.get(job['status'], 0) for job in needed]
         waits_for, any_end = states.count(0), bool(row['after_any'])
         row['scheduled'] = WAITS if waits_for else row['scheduled']
         seq = self.db.execute(INSERT[1], added_values(row)).lastrowid
-        self.db.execute(WAIT, (encode(row['after']), any_end, waits_for, seq))
-        self.db.executemany(NEED, [(seq, place, job['seq'], state)
-                                   for place, (job, state) in enumerate(zip(needed, states))])
+        self._change(seq, after=encode(row['after']), after_any=any_end, waits_for=waits_for)
+        self.db.executemany('INSERT INTO needs (job, place, needed, state) VALUES (?, ?, ?, ?)', [
+            (seq, place, job['seq'], state) for place, (job, state) in enumerate(zip(needed, states))])
         self.noted.append(('enqueued', row['queue'], None))
         if 2 in states and not any_end:
             bad = needed[states.index(2)]
-            self._give_up(self._job(row), bad['id'], bad['status'])
+            self._give_up(self._one(BY_SEQ, seq), bad['id'], bad['status'])
         elif not waits_for:
             self._pending(row['queue'], row['next_run_at'])
-        return self.db.execute(BY_ID, row).fetchone(), True
+        return self._one('SELECT * FROM jobs WHERE seq = ?', seq)
 
     def _give_up(self, job, id, outcome):
         self._move(job, 'cancelled', 'cancelled', error=f'it waits for the job {shown(id)}, which is {outcome}')
 
     def _told(self, job, outcome):
         """The job has ended, or is purged: whoever waits for it finds out, jobs by overdue() in this transaction."""
-        self.wake(('job', job['id']))
-        if self.db.execute(WAITERS, (job['seq'], 1)).fetchone():
+        self.woken.add(('job', job['id']))
+        if self._one(WAITERS, job['seq'], 1):
             self.db.execute('INSERT OR IGNORE INTO ended VALUES (?, ?, ?)', (job['seq'], job['id'], outcome))
             self._due(self.now)
 
@@ -1598,7 +1471,7 @@ class Store:
         """A step of telling the jobs that wait for those that have ended."""
         left = STEP
         while left:
-            end = self.db.execute('SELECT * FROM ended LIMIT 1').fetchone()
+            end = self._one('SELECT * FROM ended LIMIT 1')
             if not end:
                 break
             waiters = self.db.execute(WAITERS, (end['job'], left)).fetchall()
@@ -1610,9 +1483,8 @@ class Store:
 
     def _count_down(self, seq, place, end):
         """One job less for it to wait for."""
-        self.db.execute('UPDATE needs SET state = ? WHERE job = ? AND place = ?',
-                        (STATES.get(end['outcome'], 2), seq, place))
-        job = self.db.execute(WAITER, (seq,)).fetchone()
+        self.db.execute(TELL, (STATES.get(end['outcome'], 2), seq, place))
+        job = self._one(BY_SEQ, seq)
         if job['scheduled'] != WAITS:       # it was cancelled meanwhile
             return
         if end['outcome'] != 'done' and not job['after_any']:
@@ -1621,38 +1493,36 @@ class Store:
         if not left:
             due = max(due, self.now)
             self._pending(job['queue'], due)
-        self.db.execute(COUNT_DOWN, (left, WAITS if left else due > self.now, due, self.now, seq))
+        self._change(seq, waits_for=left, scheduled=WAITS if left else due > self.now, next_run_at=due,
+                     updated_at=self.now)
 
     def _wait_anew(self, job):
         """How many jobs this one, which is retried, has to wait for; Stale where it would wait in vain."""
         states = []
-        for need in self.db.execute(NEEDED, (job['seq'],)):
+        for need in self.db.execute('SELECT place, state, id, status FROM needs LEFT JOIN jobs ON seq = needed '
+                                    'WHERE job = ?', (job['seq'],)):
             state = STATES.get(need['status'], 0) if need['status'] else need['state'] or 2
             if state == 2 and not job['after_any']:
                 name = shown(need['id']) if need['id'] else 'one'
                 raise Stale(f'id: it waits for the job {name}, which is {need["status"] or "purged"}')
             states.append((state, job['seq'], need['place']))
-        self.db.executemany('UPDATE needs SET state = ? WHERE job = ? AND place = ?', states)
+        self.db.executemany(TELL, states)
         return sum(not state for state, _, _ in states)
 
     # limits of queues
 
     def limit(self, ask):
         """Set or lift limits of a queue: what they are then."""
-        queue = ask['queue']
-        row = self.db.execute('SELECT max_running, rate, per FROM queues WHERE queue = ?', (queue,)).fetchone()
-        row = {**dict(row or dict.fromkeys(LIFTED)), **ask}
+        row = {**dict(self._one(QUEUE, ask['queue']) or dict.fromkeys(LIFTED)), **ask}
         if row['rate'] is None and ask.get('per') is not None:
             raise BadRequest('per needs a rate')
         row['per'] = row['rate'] and (row['per'] or micros(1))
-        self.db.execute(LIMIT, row)
-        self.limited.add(queue)
-        self.wake(('queue', queue))
-        return {'queue': queue, **limits_of(row)}
-
-    def _limited(self, queue):
-        """The row of a queue that may have a limit; None for others, at no cost."""
-        return queue in self.limited and self.db.execute('SELECT * FROM queues WHERE queue = ?', (queue,)).fetchone()
+        self.db.execute("""
+            INSERT INTO queues (queue, max_running, rate, per) VALUES (:queue, :max_running, :rate, :per)
+            ON CONFLICT (queue) DO UPDATE SET max_running = :max_running, rate = :rate, per = :per""", row)
+        self.limited.add(ask['queue'])
+        self.woken.add(('queue', ask['queue']))
+        return {'queue': ask['queue'], **limits_of(row)}
 
     def _allowed(self, row):
         """How many jobs of the queue may be claimed now; a poll that gets none is woken when its rate allows one."""
@@ -1666,25 +1536,16 @@ class Store:
                 self._due(next_token(row, self.now))
         return most
 
-    def _spend(self, row, count):
-        if row['rate'] and count:
-            taken = -(-count * row['per'] // row['rate'])       # rounded up
-            self.db.execute(SPEND, (full_at(row, self.now) + taken, row['queue']))
-
-    def _freed(self, job):
-        if job['queue'] in self.limited:
-            self.wake(('queue', job['queue']))
-
     # schedules
 
     def schedule(self, wanted):
         """Make or change a schedule: (row, created)."""
-        row = self.db.execute('SELECT * FROM schedules WHERE name = ?', (wanted['name'],)).fetchone()
+        row = self._one('SELECT * FROM schedules WHERE name = ?', wanted['name'])
         if row and all(row[field] == wanted[field] for field in DEFINED):
             return row, False
         past = dict(row or {'last_run_at': None, 'last_id': None, 'skipped': 0})
         wanted = {**past, **wanted, 'next_run_at': first_tick(wanted, self.now)}
-        self.db.execute(SCHEDULE, wanted)
+        self.db.execute(f'REPLACE INTO schedules VALUES ({", ".join(":" + column for column in SCHEDULED)})', wanted)
         self._due(wanted['next_run_at'])
         return wanted, not row
 
@@ -1692,16 +1553,10 @@ class Store:
         return {'count': self.db.execute('DELETE FROM schedules WHERE name = ?', (ask['name'],)).rowcount}
 
     def schedules(self, limit=None, after=''):
-        """Those by name, as JSON text; `after` is null on the last page. A large one ends early."""
-        texts, room, last = [], MAX_ANSWER, None
+        """A page of them by name."""
         with self.database.reading() as db:
-            for row in db.execute('SELECT * FROM schedules WHERE name > ? ORDER BY name LIMIT ?', (after, limit or -1)):
-                texts.append(as_schedule(row))
-                room -= len(texts[-1])
-                if room < 0 or len(texts) == limit:
-                    last = row['name']
-                    break
-        return f'{{"schedules":{as_list(texts)},"after":{quoted(last)}}}'
+            rows = db.execute('SELECT * FROM schedules WHERE name > ? ORDER BY name LIMIT ?', (after, limit or -1))
+            return as_page('schedules', 'name', rows, as_schedule, limit)
 
     def _tick(self, row):
         """A schedule is due: the job of its last tick, and when the next one is."""
@@ -1714,7 +1569,9 @@ class Store:
         ask['id'] = f'{row["name"]}@{rfc3339(at)[:19]}Z'
         (job, created), = self.enqueue([ask])
         skipped = not created and job['id'] != ask['id']
-        self.db.execute(MOVE_ON, (upcoming, at, row['last_id'] if skipped else ask['id'], skipped, row['name']))
+        self.db.execute("""
+            UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, skipped = skipped + ? WHERE name = ?
+            """, (upcoming, at, row['last_id'] if skipped else ask['id'], skipped, row['name']))
 
     # calls: operators
 
@@ -1733,7 +1590,7 @@ class Store:
         """Call the method with those of the jobs that have such a status still; how many those are."""
         count = 0
         for id in ids:
-            job = self.db.execute(CLAIMED, (id,)).fetchone()
+            job = self._one(BY_ID, id)
             with contextlib.suppress(Stale):
                 if job and job['status'] in statuses:
                     method(self, job)
@@ -1741,26 +1598,30 @@ class Store:
         return count
 
     def cancel(self, job):
-        return self._move(job, 'cancelled', 'cancelled')
+        self._move(job, 'cancelled', 'cancelled')
 
     def retry(self, job):
         waits_for = self._wait_anew(job)
         try:
-            told = self._move(job, 'pending', 'retried', retries=0, losses=0, next_run_at=self.now, waits_for=waits_for)
+            self._move(job, 'pending', 'retried', retries=0, losses=0, next_run_at=self.now, waits_for=waits_for)
         except sqlite3.IntegrityError:
             raise Stale('key: another job with the same key is pending or running in the queue') from None
-        self.db.execute(REOPEN, (job['seq'],))      # whoever waits for it waits on
+        self.db.execute("""
+            UPDATE jobs SET waits_for = waits_for + 1
+            WHERE scheduled = 2 AND seq IN (SELECT job FROM needs WHERE needed = ? AND state <> 0)
+            """, (job['seq'],))         # whoever waits for it waits on
         self.db.execute('UPDATE needs SET state = 0 WHERE needed = ?', (job['seq'],))
         self.db.execute('DELETE FROM ended WHERE job = ?', (job['seq'],))
-        return told
 
     def purge(self, job):
         self._told(job, 'purged')
         self.db.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
 
     def pause(self, ask, paused=True):
-        self.db.execute(PAUSE, {'queue': ask['queue'], 'paused': paused})
-        self.wake(('queue', ask['queue']))
+        self.db.execute("""
+            INSERT INTO queues (queue, paused) VALUES (:queue, :paused)
+            ON CONFLICT (queue) DO UPDATE SET paused = :paused""", {'queue': ask['queue'], 'paused': paused})
+        self.woken.add(('queue', ask['queue']))
         return {'queue': ask['queue'], 'paused': paused}
 
     def resume(self, ask):
@@ -1771,18 +1632,19 @@ class Store:
     def job(self, id):
         """The job with its attempts and why it does not run."""
         with self.database.reading() as db:
-            row = existing(db.execute(BY_ID, {'id': id}).fetchone(), 'id: there is no job', id)
+            row = existing(db.execute('SELECT * FROM jobs WHERE id = ?', (id,)).fetchone(), 'id: there is no job', id)
             attempts = row['attempts'] or '[]'      # of those that ended otherwise than in done
             if row['status'] in ('running', 'done'):
                 attempts = history(row, row['status'], row['finished_at'])
-            waiters = [id for id, in db.execute(NEEDED_BY, (row['seq'], SHOWN))]
+            waiters = [id for id, in db.execute('SELECT id FROM needs JOIN jobs ON seq = job WHERE needed = ? '
+                                                'ORDER BY seq LIMIT ?', (row['seq'], SHOWN))]
             needed_by = f',"needed_by":{encode(waiters)}' if waiters else ''
             return as_json(row, f',"attempts":{attempts},"why":{quoted(self._why(db, row))}{needed_by}')
 
     def ended(self, id):
         """Is there nothing to wait for?"""
         with self.database.reading() as db:
-            job = db.execute(CLAIMED, (id,)).fetchone()
+            job = db.execute(BY_ID, (id,)).fetchone()
         return job is None or job['status'] in ENDED
 
     def newest(self, tag):
@@ -1792,32 +1654,22 @@ class Store:
         return as_json(existing(row, 'tag: there is no job tagged', tag))
 
     def jobs(self, limit=50, brief=False, **ask):
-        """A page of jobs, newest first, as JSON text; `after` is null on the last one. A large one ends early."""
-        texts, room, last = [], MAX_ANSWER, None
+        """A page of jobs, newest first, or those that one needs in its order."""
+        source, order = ('needs JOIN jobs ON seq = needed', 'place') if 'needed_by' in ask else ('jobs', 'seq DESC')
         with self.database.reading() as db:
             for field in {'after', 'needed_by'} & ask.keys():
-                job = db.execute(RUNNING, (ask[field],)).fetchone()
+                job = db.execute(BY_ID, (ask[field],)).fetchone()
                 if not job:
                     raise BadRequest(f'{field}: there is no job {shown(ask[field])}')
                 ask[field] = job['seq']
-            source, order = 'jobs', 'seq DESC'
-            if 'needed_by' in ask:
-                source, order = 'needs JOIN jobs ON seq = needed', 'place'
-                if 'after' in ask:
-                    ask['beyond'] = ask.pop('after')
-            if not any(db.execute(MATCHING, {'queue': None, 'status': None, **ask}).fetchone()):
+            if {'after', 'needed_by'} <= ask.keys():
+                ask['beyond'] = ask.pop('after')
+            matching = f'SELECT SUM({ask.get("status", 1)}) FROM queues WHERE queue = COALESCE(?, queue)'
+            if not db.execute(matching, (ask.get('queue'),)).fetchone()[0]:
                 limit = 0           # else nothing but a look at every job would tell
-            columns = ', '.join(BRIEF) if brief else '*'
-            statement = f'SELECT {columns} FROM {source} {where(ask)} ORDER BY {order} LIMIT :limit'
-            for row in db.execute(statement, {**ask, 'limit': limit}):
-                text = as_json(row, brief=brief)
-                room -= len(text)
-                if room < 0 and texts:
-                    break
-                texts.append(text)
-                last = row['id']
-        after = last if room < 0 or len(texts) == limit else None
-        return f'{{"jobs":{as_list(texts)},"after":{quoted(after)}}}'
+            rows = db.execute(f'SELECT {BRIEF if brief else "*"} FROM {source} {where(ask)} '
+                              f'ORDER BY {order} LIMIT :limit', {**ask, 'limit': limit})
+            return as_page('jobs', 'id', rows, functools.partial(as_json, brief=brief), limit)
 
     def health(self):
         trouble = self.database.trouble
@@ -1825,21 +1677,22 @@ class Store:
 
     def queues(self, limit=MAX_LIMIT, after='', busy=False):
         """A page of the queues, by name or the busy ones first, and the workers seen, with counts; ages in seconds."""
+        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
         with self.database.reading() as db:
-            rows = [dict(row) for row in db.execute(BUSIEST if busy else QUEUES, (after, limit))]
-            running = {(row[0], row[1]): row[2] for row in db.execute(RUNNING_BY_WORKER)}
+            rows = [dict(row) for row in db.execute(f'SELECT * FROM queues WHERE queue > ? ORDER BY {order} LIMIT ?',
+                                                    (after, limit))]
+            running = {(worker, queue): count for worker, queue, count in db.execute(
+                "SELECT worker, queue, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY worker, queue")}
             oldest = [db.execute(OLDEST, row).fetchone()[0] for row in rows]
         now, workers, names = self.clock.now(), list(self.workers.items()), collections.defaultdict(list)
         for (worker, queue), _ in workers:
             names[queue].append(worker)
         for row, due in zip(rows, oldest):
-            row['oldest_age'] = None if due is None else max(0, now - due) / 1000000
-            row['paused'] = bool(row['paused'])
-            row.update(limits_of(row))
+            queue = row['queue']
             del row['full_at']
-            row['polled_at'] = rfc3339(self.polled.get(row['queue']))
-            row['workers'] = names[row['queue']]
-            row['minutes'] = self.meter.last_hour(now, row['queue'])
+            row.update(limits_of(row), paused=bool(row['paused']), polled_at=rfc3339(self.polled.get(queue)),
+                       oldest_age=None if due is None else max(0, now - due) / 1000000,
+                       workers=names[queue], minutes=self.meter.last_hour(now, queue))
         after = rows[-1]['queue'] if len(rows) == limit and not busy else None
         return {'queues': rows, 'after': after, 'now': rfc3339(now), 'workers': [
             {'worker': worker, 'queue': queue, 'seen_at': rfc3339(at), 'hung': hung,
@@ -1847,10 +1700,12 @@ class Store:
 
     def counts(self):
         """The counts of the first queues, and of all others together; the first schedules."""
+        totals = ', '.join(f'TOTAL({column}) AS {column}' for column in COUNTS)
         with self.database.reading() as db:
-            rows = [dict(row) for row in db.execute(QUEUES, ('', MAX_LIMIT))]
+            rows = [dict(row) for row in db.execute('SELECT * FROM queues ORDER BY queue LIMIT ?', (MAX_LIMIT,))]
             if len(rows) == MAX_LIMIT:
-                rows.append({**db.execute(OTHERS, (rows[-1]['queue'],)).fetchone(), 'queue': '(others)'})
+                rows.append(dict(db.execute(f"SELECT '(others)' AS queue, {totals}, NULL AS max_running, NULL AS rate "
+                                            'FROM queues WHERE queue > ?', (rows[-1]['queue'],)).fetchone()))
             for row in rows:
                 row['oldest'] = db.execute(OLDEST, row).fetchone()[0]
             return rows, db.execute('SELECT * FROM schedules ORDER BY name LIMIT ?', (MAX_LIMIT,)).fetchall()
@@ -1863,20 +1718,18 @@ class Store:
                     f'last sign of life {seen}, lost if there is none by {lost}')
         if row['status'] in ENDED:
             return None
-        queue = db.execute('SELECT * FROM queues WHERE queue = ?', (row['queue'],)).fetchone()
-        ahead = db.execute(AHEAD, dict(row)).fetchone()[0]
-        polled = self.polled.get(row['queue'])
-        now = self.clock.now()
+        queue, ahead = (db.execute(*ask).fetchone() for ask in ((QUEUE, (row['queue'],)), (AHEAD, dict(row))))
+        now, polled, ahead = self.clock.now(), self.polled.get(row['queue']), ahead[0]
         silent = (now - (polled or 0)) // 60000000
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
-        waits = row['scheduled'] == WAITS
-        needed = db.execute(OPEN_NEEDS, (row['seq'], 4)).fetchall() if waits else ()
-        named = ', '.join([shown(need['id']) for need in needed[:3]] + ['...'] * (len(needed) > 3))
+        needed = [shown(id) for id, in db.execute('SELECT id FROM needs JOIN jobs ON seq = needed WHERE job = ? '
+                                                  'AND state = 0 ORDER BY place LIMIT 4', (row['seq'],))]
+        named = ', '.join(needed[:3] + ['...'] * (len(needed) > 3))
         full = queue['max_running'] is not None and queue['running'] >= queue['max_running']
         free = rfc3339(next_token(queue, now)) if queue['rate'] and not tokens(queue, now) else None
         reasons = [sentence for holds, sentence in (
             (queue['paused'], 'the queue is paused'),
-            (waits, f'waits for {row["waits_for"]} job{"s" * (row["waits_for"] != 1)}: {named}'),
+            (row['scheduled'] == WAITS, f'waits for {row["waits_for"]} job{"s" * (row["waits_for"] != 1)}: {named}'),
             (full, f"the queue's limit of {queue['max_running']} running jobs is reached"),
             (free, f"the queue's rate allows the next at {free}"),
             (row['scheduled'] == 1, f'scheduled for {rfc3339(row["next_run_at"])}{retry}'),
@@ -1899,9 +1752,8 @@ class Store:
         """The wall clock went ahead. What is counted in seconds moves with it: leases, starts, backoff."""
         self.clock.offset = offset
         self.now = self.clock.now()     # at once: what else is in this transaction, and the next, tells the new time
-        self.db.execute(SHIFT, {'by': micros(ahead)})
-        self.db.execute(SHIFT_RETRIES, {'by': micros(ahead)})
-        self.db.execute(SHIFT_RATES, {'by': micros(ahead)})
+        for shift in SHIFTS:
+            self.db.execute(shift, {'by': micros(ahead)})
         self.next_due = 0
         self.said.append(f'the system clock went ahead by {ahead:.0f} s')
 
@@ -1909,29 +1761,28 @@ class Store:
         """A step of what is due: ticks, scheduled jobs, jobs of lost workers, jobs that wait for others."""
         if self.next_due > self.now:
             return
-        for row in self.db.execute(TICKS, (self.now, STEP)).fetchall():
+        step = self.now, STEP
+        for row in self.db.execute(TICKS, step).fetchall():
             self._tick(row)
-        due = self.db.execute(DUE, (self.now, STEP)).fetchall()
+        due = self.db.execute(DUE, step).fetchall()
         self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(row['seq'],) for row in due])
-        for queue in self.hungry.union(row['queue'] for row in due):
-            self.wake(('queue', queue))
-        for row in self.db.execute(LOST, (self.now, STEP)).fetchall():
-            self._lose({'id': row['id']})
-            self.said.append(f'job {shown(row["id"])}: worker lost')
+        self.woken.update(('queue', queue) for queue in self.hungry.union(row['queue'] for row in due))
+        for id, in self.db.execute(LOST, step).fetchall():
+            self._lose({'id': id})
+            self.said.append(f'job {shown(id)}: worker lost')
         self._settle()
-        self.next_due = self.db.execute(NEXT).fetchone()[0] or self.now + micros(86400)
+        self.next_due = self._one(NEXT)[0] or self.now + micros(86400)
 
     def prune(self):
         """A step of retention; of forgetting queues that nobody uses; and of remembering which were polled."""
-        counts = [self.db.execute(PRUNED, (status, self.now - keep, STEP)).rowcount
+        counts = [self.db.execute(PRUNE_JOBS, (status, self.now - keep, STEP)).rowcount
                   for status, keep in self.keep.items() if keep]
-        polled = [(queue, at) for queue, at in self.polled.items() if at > self.remembered]
-        self.db.executemany(POLLED, polled)
+        self.db.executemany(POLLED, [(queue, at) for queue, at in self.polled.items() if at > self.remembered])
         unused = self.db.execute(UNUSED, (self.now - micros(RECENT), STEP)).fetchall()
-        for row in unused:
-            self.db.execute('DELETE FROM queues WHERE queue = ?', (row['queue'],))
-            self.polled.pop(row['queue'], None)
-            self.meter.forget(row['queue'])
+        for queue, in unused:
+            self.db.execute('DELETE FROM queues WHERE queue = ?', (queue,))
+            self.polled.pop(queue, None)
+            self.meter.forget(queue)
         self.remembered = self.now
         if STEP not in [*counts, len(unused)]:
             self.next_prune = self.now + micros(PRUNE)
@@ -1939,49 +1790,6 @@ class Store:
     def behind(self):
         """Is something due that has not been done?"""
         return min(self.next_due, self.next_prune) <= self.clock.now()
-
-
-def size_of(row):
-    """Characters of a job that may be many."""
-    return sum(len(row[field] or '') for field in ('payload', 'result', 'error', 'progress', 'after')) + 500
-
-
-def limits_of(row):
-    """The limits of a queue as clients see them."""
-    return {'max_running': row['max_running'], 'rate': row['rate'], 'per': row['per'] and as_seconds(row['per'])}
-
-
-def full_at(queue, now):
-    """When the bucket is full again. Each claim puts that off by per / rate (the generic cell rate algorithm, GCRA)."""
-    return min(max(queue['full_at'], now), now + queue['per'])      # an empty one: later, if the clock was set back
-
-
-def tokens(queue, now):
-    return (now + queue['per'] - full_at(queue, now)) * queue['rate'] // queue['per']
-
-
-def next_token(queue, now):
-    """When there is one in an empty bucket."""
-    return full_at(queue, now) - queue['per'] - -queue['per'] // queue['rate']
-
-
-def as_schedule(row, **more):
-    """A schedule as clients see it, as JSON text; its payload is JSON text already."""
-    fields = {field: row[field] for field in SCHEDULED if field != 'payload'}
-    for field in ('every', 'timeout'):
-        fields[field] = fields[field] and as_seconds(fields[field])
-    for field in ('next_run_at', 'last_run_at'):
-        fields[field] = rfc3339(fields[field])
-    return f'{encode({**fields, **more})[:-1]},"payload":{row["payload"] or "null"}}}'
-
-
-@functools.lru_cache(maxsize=1024)
-def nobody(queue, polled):
-    """That no worker polls the queue, with the name that is meant perhaps. Short names alone: it takes time."""
-    names = [name for name in polled if abs(len(name) - len(queue)) < 4 and len(name) <= 40]
-    near = difflib.get_close_matches(queue, names, 1)
-    hint = f'; did you mean {shown(near[0])}?' if near else ''
-    return f'no worker has ever polled the queue {shown(queue)}{hint}'
 
 # -- Loop -------------------------------------------------------------------------------------------------------------
 
