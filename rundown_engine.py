@@ -1,14 +1,12 @@
 """Rundown engine: background jobs over HTTP, kept in one SQLite file.
 
     python rundown_engine.py --db jobs.db
-
     curl -H 'Content-Type: application/json' http://localhost:8181/enqueue -d '{"queue": "images", "payload": "a.jpg"}'
 
-One file, standard library alone: copy it and run it. It owns the state of every job, the retries and the
-storage; workers (rundown_workers.py, curl, anything that speaks HTTP) poll it and report back.
+One file, standard library alone: copy it and run it. It owns the state of every job, the retries and the storage;
+workers (rundown_workers.py, curl, anything that speaks HTTP) poll it and report back.
 
 LIFECYCLE
-
     enqueue -> pending --poll--> running --complete--> done
                  ^  ^               |
                  |  +-- fail, lost worker (retries left), release
@@ -16,12 +14,11 @@ LIFECYCLE
                  +---- retry ------- failed | cancelled
     pending | running --cancel--> cancelled
 
-A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key, worker, progress,
-result, error, created_at, updated_at, next_run_at, started_at, finished_at. `attempt` counts claims and names the
-current one; `retries` counts failures and lost workers and is what `max_retries` bounds.
+A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key, worker, progress, result,
+error, created_at, updated_at, next_run_at, started_at, finished_at. `attempt` counts claims and names the current one;
+`retries` counts failures and lost workers and is what `max_retries` bounds.
 
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
-
     POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id, after, after_any
                      -> the job; {"jobs": [...]}, at most 10,000: all or nothing
     POST /poll       queue, limit, wait, worker, lease, max_retries, timeout, hung -> a job, 204 when there is none;
@@ -44,8 +41,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true leaves out payload,
                      result and all but the last line of the error; id=..: as /jobs/{id}, for any id;
                      needed_by=ID: what that job waits or waited for, in its order
-    GET  /queues     limit, after, busy (those with work first): counts, oldest age, paused, workers seen, the last hour
-                     by the minute
+    GET  /queues     limit, after, busy (work first): counts, oldest age, paused, workers seen, last hour by the minute
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /, /docs    the dashboard; this text
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
@@ -54,12 +50,11 @@ Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 
 not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 503 storage trouble (with Retry-After).
 
 GUARANTEES
-
 - Acknowledged means on disk: the answer is sent after the commit (synchronous=FULL unless --sync normal).
 - At least once, fenced: a job has one claim at a time; whoever names an older `attempt` gets 409 and changes nothing.
 - Within a queue: higher priority first, then the earliest due, then the oldest. A poll costs the same with any number.
-- The n-th retry is due 5 * n^2 seconds after the failure. A lost worker (no sign of life within its lease) counts as
-  a failure, but a job whose retries are used up still survives 3 losses. So a job that kills its worker ends, always.
+- The n-th retry is due 5 * n^2 seconds after the failure. A lost worker (no sign of life within its lease) counts as a
+  failure, but a job whose retries are used up still survives 3 losses. So a job that kills its worker ends, always.
 - The lease is `timeout` + 5 s from the claim; a poll that names a `lease` must heartbeat within it. It runs on a clock
   that setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more.
 - Complete, fail and release that are sent again, since the answer was lost, get the same answer and count once.
@@ -74,136 +69,85 @@ GUARANTEES
 - Enqueuing an `id` that exists, or a `key` pending or running in the queue, returns that job with "created": false.
 
 LIMITS
-
 One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at most 200 levels, an
 integer 4,300 digits; the jobs of a body wait for at most 20,000 others. A poll claims at most 16 MiB of jobs (one at
 least), and a page ends there. Requests that are not done with hold 64 MiB in all, answers that nobody takes too: above
-that the newest large ones get 503.
-Done and cancelled jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A system clock that is set back
-is followed slowly (1 ms a second) until the engine is restarted: run_at is early by what is left of the difference.
+that the newest large ones get 503. Done or cancelled jobs are kept for --keep (7d), failed for --keep-failed (30d).
+A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is early by what is left to follow.
 """
 
-import argparse
-import base64
-import bisect
-import collections
-import contextlib
-import datetime
-import difflib
-import functools
-import gc
-import hashlib
-import heapq
-import hmac
-import http.client
-import http.server
-import ipaddress
-import itertools
-import json
-import operator
-import os
-import pathlib
-import random
-import re
-import selectors
-import signal
-import socket
-import socketserver
-import sqlite3
-import ssl
-import sys
-import tempfile
-import threading
-import time
-import urllib.parse
+import argparse, base64, bisect, calendar, collections, contextlib, datetime, difflib, functools, gc, hashlib, heapq
+import hmac, http.client, http.server, ipaddress, itertools, json, operator, os, pathlib, random, re, selectors
+import signal, socket, socketserver, sqlite3, ssl, sys, tempfile, threading, time, urllib.parse
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
-
 VERSION = '1.0'
 PORT = 8181
-DEFAULT_TIMEOUT = 300       # seconds a handler may take where neither job nor worker says
-GRACE = 5                   # seconds beyond the timeout before a worker counts as lost
-BACKOFF = 5                 # seconds; times the square of the number of retries
-MAX_LOSSES = 3              # lost workers that a job without retries survives
-MAX_WAIT = 60               # seconds a long poll may take
-MAX_BATCH = 10000           # jobs in a body
-MAX_LIMIT = 1000            # jobs in an answer
-MAX_BODY = 8 << 20          # bytes of a request's body
-MAX_HEAD = 32 << 10         # bytes of a request's line and headers
-MAX_HEADERS = 100           # header lines of a request
-MAX_DEPTH = 200             # levels of a JSON value
-MAX_DIGITS = 4300           # digits of a JSON integer; beyond it newer Pythons refuse, older ones take quadratic time
-MAX_ERROR = 64 << 10        # characters of an error; the middle is cut out
-MAX_ATTEMPTS = 10           # ended attempts that a job remembers, with errors of
-MAX_ATTEMPT_ERROR = 4 << 10  # characters
-MAX_WORKERS = 1000          # workers that are remembered
-IDLE = 120                  # seconds until an idle connection is closed
-DEADLINE = 30               # seconds for a request to arrive, and for its answer to be taken
-BIG_BODY = 256 << 10        # bytes of a body that a thread parses
-THREADS = 4                 # that serve requests at a time
-CHUNK = 64 << 10            # bytes that are received or read at a time
-SMALL = 64 << 10            # bytes of a request or an answer for which there is always room
-MAX_HELD = 64 << 20         # bytes of requests that are not done with, of all connections
-MAX_UNSENT = 64 << 20       # bytes of answers that are not taken, of all connections
-MAX_ANSWER = 16 << 20       # characters of the jobs that polls claim in a pass, and of a page
-DRAIN = 4                   # seconds that requests in flight get when the engine stops
-READERS = 4                 # idle connections that read
-BUSY = 5                    # seconds to wait for another program's write lock
-RETRY = 0.005               # seconds until it is tried again
-DEAF = 0.05                 # seconds in which clients could not be heard, from which on leases are looked at
-TICK = 1                    # seconds between two looks at the clock
-SHOWN = 100                 # jobs that wait for a job and are named there
-MAX_AFTER = 1000            # jobs that a job waits for
-MAX_NEEDED = 20000          # the same of all jobs of a body
-TOGETHER = 64               # rows that a statement inserts, a power of two: SQLite before 3.32 takes 999 values
-STEP = 500                  # rows that the engine changes on its own account in one transaction
-LINGER = 5                  # seconds to read on after a refusal, so that the client gets to see it
-PRUNE = 60                  # seconds between two rounds of retention
-RECENT = 600                # seconds after its last poll until a queue without jobs is forgotten
-CHECKPOINT = 4000           # pages in the write-ahead log that start a checkpoint
-CHECKED = 64 << 20          # bytes up to which a database is checked in full at the start
-BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800)   # seconds, of histograms
-COPY = '.backup-'           # in the names of copies that are being made
-GROUPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)                                               # operations in a commit
+DEFAULT_TIMEOUT = 300                   # seconds a handler may take where neither job nor worker says
+GRACE = 5                               # seconds beyond the timeout before a worker counts as lost
+BACKOFF = 5                             # seconds; times the square of the number of retries
+MAX_LOSSES = 3                          # lost workers that a job without retries survives
+MAX_WAIT = 60                           # seconds a long poll may take
+MAX_BATCH = 10000                       # jobs in a body
+MAX_LIMIT = 1000                        # jobs in an answer
+MAX_BODY = 8 << 20                      # bytes of a request's body
+MAX_HEAD, MAX_HEADERS = 32 << 10, 100   # bytes of a request's line and headers, and how many of these
+MAX_DEPTH = 200                         # levels of a JSON value
+MAX_DIGITS = 4300                       # of a JSON integer; beyond it newer Pythons refuse, older take quadratic time
+MAX_ERROR = 64 << 10                    # characters of an error; the middle is cut out
+MAX_ATTEMPTS, MAX_ATTEMPT_ERROR = 10, 4 << 10   # ended attempts that a job remembers, and characters of their errors
+MAX_WORKERS = 1000                      # workers that are remembered
+IDLE = 120                              # seconds until an idle connection is closed
+DEADLINE = 30                           # seconds for a request to arrive, and for its answer to be taken
+BIG_BODY = 256 << 10                    # bytes of a body that a thread parses
+THREADS = 4                             # that serve requests at a time
+CHUNK = 64 << 10                        # bytes that are received or read at a time
+SMALL = 64 << 10                        # bytes of a request or an answer for which there is always room
+MAX_HELD = MAX_UNSENT = 64 << 20        # bytes of requests not done with, and of answers not taken, of all clients
+MAX_ANSWER = 16 << 20                   # characters of the jobs that polls claim in a pass, and of a page
+DRAIN = 4                               # seconds that requests in flight get when the engine stops
+READERS = 4                             # idle connections that read
+BUSY, RETRY = 5, 0.005                  # seconds to wait for another program's write lock, and between two tries
+DEAF = 0.05                             # seconds in which nobody could be heard, from which on leases are looked at
+TICK = 1                                # seconds between two looks at the clock
+SHOWN = 100                             # jobs that wait for a job and are named there
+MAX_AFTER, MAX_NEEDED = 1000, 20000     # jobs that a job waits for, and that all jobs of a body do
+TOGETHER = 64                           # rows a statement adds, a power of two; SQLite before 3.32 takes 999 values
+STEP = 500                              # rows that the engine changes on its own account in one transaction
+LINGER = 5                              # seconds to read on after a refusal, so that the client gets to see it
+PRUNE = 60                              # seconds between two rounds of retention
+RECENT = 600                            # seconds after its last poll until a queue without jobs is forgotten
+CHECKPOINT = 4000                       # pages in the write-ahead log that start a checkpoint
+CHECKED = 64 << 20                      # bytes up to which a database is checked in full at the start
+BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800)  # seconds of a histogram
+GROUPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)                                              # operations in a commit
+COPY = '.backup-'                       # in the names of copies that are being made
 
 # -- Lifecycle --------------------------------------------------------------------------------------------------------
-
-TRANSITIONS = (
-    # call        from          to
-    ('poll',      'pending',    'running'),
-    ('complete',  'running',    'done'),
-    ('fail',      'running',    'pending'),     # retries left
-    ('fail',      'running',    'failed'),      # none left, or retry: false
-    ('lose',      'running',    'pending'),     # retries left, or losses
-    ('lose',      'running',    'failed'),
-    ('heartbeat', 'running',    'running'),
-    ('release',   'running',    'pending'),
-    ('cancel',    'pending',    'cancelled'),
-    ('cancel',    'running',    'cancelled'),
-    ('retry',     'failed',     'pending'),
-    ('retry',     'cancelled',  'pending'),
-    ('purge',     'pending',    None),
-    ('purge',     'done',       None),
-    ('purge',     'failed',     None),
-    ('purge',     'cancelled',  None),
-)
+TRANSITIONS = {     # from each of the first statuses, to one of the others
+    'poll':      ('pending',                       'running'),
+    'complete':  ('running',                       'done'),
+    'fail':      ('running',                       'pending failed'),       # retries left; none left, or retry: false
+    'lose':      ('running',                       'pending failed'),       # retries or losses left; none
+    'heartbeat': ('running',                       'running'),
+    'release':   ('running',                       'pending'),
+    'cancel':    ('pending running',               'cancelled'),
+    'retry':     ('failed cancelled',              'pending'),
+    'purge':     ('pending done failed cancelled', ''),
+}
 STATUSES = ('pending', 'running', 'done', 'failed', 'cancelled')
 ENDED = ('done', 'failed', 'cancelled')
-SOURCES = {call: tuple(dict.fromkeys(row[1] for row in TRANSITIONS if row[0] == call)) for call, _, _ in TRANSITIONS}
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-
+SOURCES = {call: tuple(sources.split()) for call, (sources, _) in TRANSITIONS.items()}
+EPOCH, MICROSECOND = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc), datetime.timedelta(microseconds=1)
 
 class Clock:
     """Engine time, in microseconds since 1970: the wall clock while that behaves, never standing still or going back.
 
     It runs on the monotonic clock from where the wall clock stood at the start, is drawn towards the wall clock by a
     millisecond a second, and follows it at once only forward (a machine that slept, a clock that was set).
-    `source` has time() and monotonic(), as the module `time` does.
     """
-
     def __init__(self, source=time):
-        self.monotonic = source.monotonic
-        self.wall = source.time
+        self.monotonic, self.wall = source.monotonic, source.time
         self.looked = self.monotonic()
         self.offset = self.wall() - self.looked
 
@@ -220,42 +164,31 @@ class Clock:
         self.offset += max(-step, min(step, drift))
         return 0
 
-
 def micros(seconds):
     return round(seconds * 1000000)
 
-
 def as_seconds(interval):
     return interval / 1000000 if interval % 1000000 else interval // 1000000
-
 
 @functools.lru_cache(maxsize=4096)
 def _date(second):
     return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
 
-
 def rfc3339(moment):
     return None if moment is None else '%s.%06dZ' % (_date(moment // 1000000), moment % 1000000)
 
 # -- Errors -----------------------------------------------------------------------------------------------------------
-
-
 class Refused(Exception):
     """A refusal, raised anywhere and answered in one place: a status, a sentence that names the field, headers."""
-    headers = ()
-
     def __init__(self, sentence, **headers):
         super().__init__(sentence)
         self.headers = [*self.headers, *headers.items()]
 
-
-def refusal(name, status, meaning, **headers):
-    headers = [(header.replace('_', '-'), value) for header, value in headers.items()]
+def refusal(name, status, meaning, *headers):
     return type(name, (Refused,), {'__doc__': meaning, 'status': status, 'headers': headers})
 
-
 BadRequest     = refusal('BadRequest',     400, 'The input is not what the call takes.')
-Unauthorized   = refusal('Unauthorized',   401, 'The token is missing or wrong.', WWW_Authenticate='Bearer')
+Unauthorized   = refusal('Unauthorized',   401, 'The token is missing or wrong.', ('WWW-Authenticate', 'Bearer'))
 Forbidden      = refusal('Forbidden',      403, 'A page of another origin asks.')
 NotFound       = refusal('NotFound',       404, 'There is no such job or path.')
 NotAllowed     = refusal('NotAllowed',     405, 'The path is there, the method is not.')
@@ -267,21 +200,17 @@ NotJSON        = refusal('NotJSON',        415, 'The body does not claim to be J
 Misdirected    = refusal('Misdirected',    421, "The Host is none of this engine's names.")
 HeadTooLarge   = refusal('HeadTooLarge',   431, 'The header section is larger than the engine takes.')
 Fault          = refusal('Fault',          500, "A mistake of the engine's own.")
-Unavailable    = refusal('Unavailable',    503, 'The storage is in trouble: nothing was acknowledged.', Retry_After='1')
+Unavailable    = refusal('Unavailable',    503, 'Storage trouble: nothing was acknowledged.', ('Retry-After', '1'))
 Unusable       = refusal('Unusable',       503, 'The engine cannot start like this.')
 
 # -- Fields -----------------------------------------------------------------------------------------------------------
-
-UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')
-SURROGATE = re.compile('[\x00\ud800-\udfff]')
+UNPRINTABLE, SURROGATE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]'), re.compile('[\x00\ud800-\udfff]')
 RFC3339 = re.compile(r'(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))', re.ASCII)
-encode = json.JSONEncoder(separators=(',', ':')).encode
+encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 escape = json.encoder.encode_basestring_ascii
-
 
 def as_is(value):
     return value
-
 
 def json_text(value):
     """A JSON value as text; ValueError or RecursionError when it is too deep for some Python to read it back."""
@@ -290,78 +219,52 @@ def json_text(value):
         raise ValueError
     return text
 
-
 def depth(value):
-    levels, layer = 0, [value]
+    levels, layer = -1, [[value]]
     while layer:
-        layer = [v for v in layer if isinstance(v, (dict, list))]
-        levels += bool(layer)
-        layer = [inner for v in layer for inner in (v.values() if isinstance(v, dict) else v)]
+        inside = itertools.chain.from_iterable(v.values() if isinstance(v, dict) else v for v in layer)
+        levels, layer = levels + 1, [v for v in inside if isinstance(v, (dict, list))]
     return levels
 
-
 def parse_time(text):
-    """RFC 3339 as microseconds since 1970; ValueError when it is none, OverflowError when it is beyond the years."""
-    match = RFC3339.fullmatch(text)
-    if not match:
-        raise ValueError
-    day, clock, fraction, zone = match.groups()
-    at = datetime.datetime.fromisoformat(f'{day}T{clock}.{(fraction or "").ljust(6, "0")[:6]}{zone or "+00:00"}')
-    at = (at - EPOCH) // datetime.timedelta(microseconds=1)
-    rfc3339(at)     # the offset may have led out of the years 1 to 9999
-    return at
-
+    """RFC 3339 as microseconds since 1970; OverflowError beyond the years 1 to 9999, where its offset may lead."""
+    day, clock, fraction, zone = RFC3339.fullmatch(text).groups('')
+    at = datetime.datetime.fromisoformat(f'{day}T{clock}.{fraction[:6].ljust(6, "0")}{zone or "+00:00"}')
+    return (at.astimezone(datetime.timezone.utc) - EPOCH) // MICROSECOND
 
 def shorten(text, longest):
     half, cut = longest // 2, len(text) - longest // 2 * 2
     return text if len(text) <= longest else f'{text[:half]}\n[... {cut} characters ...]\n{text[-half:]}'
 
-
 def whole(low, high):
     return f'a whole number from {low} to {high}', lambda v: type(v) is int and low <= v <= high, as_is
 
-
 def duration(low, high):
     return f'a number of seconds from {low} to {high}', lambda v: type(v) in (int, float) and low <= v <= high, micros
-
 
 def printable(longest):
     return (f'a string of 1 to {longest} characters without control characters',
             lambda v: type(v) is str and 0 < len(v) <= longest and not UNPRINTABLE.search(v), as_is)
 
-
 NAME = printable(200)
-VALUE = f'JSON that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text
-IDS = (f'a list of 1 to {MAX_AFTER} ids of jobs',
-       lambda v: type(v) is list and 0 < len(v) <= MAX_AFTER and all(map(NAME[1], v)), lambda v: list(dict.fromkeys(v)))
-FIELDS = {
-    # name: what is allowed, whether a value is, and what the store takes for it
+VALUE = f'JSON of finite numbers that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text
+IDS = (f'a list of 1 to {MAX_AFTER} ids of jobs', lambda v: type(v) is list and 0 < len(v) <= MAX_AFTER and
+       all(map(NAME[1], v)), lambda v: list(dict.fromkeys(v)))
+FIELDS = {      # what is allowed, whether a value is, and what the store takes for it
     **dict.fromkeys(('id', 'queue', 'tag', 'key', 'worker', 'after', 'needed_by', 'zone'), NAME),
-    'name':        printable(150),
-    'cron':        ('a string like "0 3 * * *" or "@daily"', lambda v: type(v) is str and len(v) <= 1000, as_is),
     **dict.fromkeys(('payload', 'result', 'progress'), VALUE),
-    'jobs':        ('at the top of the body', lambda v: False, as_is),
-    'error':       ('a string', lambda v: type(v) is str, lambda v: shorten(SURROGATE.sub('\ufffd', v), MAX_ERROR)),
-    'status':      ('one of ' + ', '.join(STATUSES), lambda v: type(v) is str and v in STATUSES, as_is),
     **dict.fromkeys(('retry', 'brief', 'busy', 'after_any'), ('true or false', lambda v: type(v) is bool, as_is)),
-    'attempt':     whole(0, 2**53),
-    'priority':    whole(-2**31, 2**31 - 1),
-    'max_retries': whole(0, 1000),
-    'limit':       whole(1, MAX_LIMIT),
-    'hung':        whole(0, 1000000),
-    'max_running': whole(1, 1000000),
-    'rate':        whole(1, 1000000),
-    'per':         duration(0.001, 366 * 86400),
-    'every':       duration(1, 3650 * 86400),
-    'timeout':     duration(0, 7 * 86400),
-    'delay':       duration(0, 3650 * 86400),
-    'lease':       duration(0.1, 86400),
-    'wait':        duration(0, MAX_WAIT),
-    'run_at':      ('a time like 2030-01-31T12:00:00Z', lambda v: type(v) is str, parse_time),
+    'attempt': whole(0, 2**53), 'priority': whole(-2**31, 2**31 - 1), 'limit': whole(1, MAX_LIMIT),
+    'max_retries': whole(0, 1000), 'hung': whole(0, 10**6), 'max_running': whole(1, 10**6), 'rate': whole(1, 10**6),
+    'delay': duration(0, 3650 * 86400), 'every': duration(1, 3650 * 86400), 'per': duration(0.001, 366 * 86400),
+    'lease': duration(0.1, 86400), 'timeout': duration(0, 7 * 86400), 'wait': duration(0, MAX_WAIT),
+    'name': printable(150), 'status': ('one of ' + ', '.join(STATUSES), lambda v: v in STATUSES, as_is),
+    'error': ('a string', lambda v: type(v) is str, lambda v: shorten(SURROGATE.sub('\ufffd', v), MAX_ERROR)),
+    'cron': ('a string like "0 3 * * *" or "@daily"', lambda v: type(v) is str and len(v) <= 1000, as_is),
+    'run_at': ('a time like 2030-01-31T12:00:00Z', lambda v: type(v) is str and RFC3339.fullmatch(v), parse_time),
+    'jobs': ('at the top of the body', lambda v: False, as_is),
 }
 LIFTED = ('max_running', 'rate', 'per')     # by null; elsewhere null is as good as missing
-EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'))
-
 
 def checked(path, body):
     """The fields of `body` as the store takes them. BadRequest names the field."""
@@ -369,20 +272,16 @@ def checked(path, body):
         raise BadRequest('the body must be a JSON object, such as {"queue": "images"}')
     needed, rules, ask = ROUTES[path].needed, ROUTES[path].rules, {}
     for field, value in body.items():
-        rule = rules.get(field)
-        if rule is None:
+        if field not in rules:
             raise BadRequest(unknown(field, rules))
-        if value is not None:
-            ask[field] = fit(field, value, rule)
-        elif field in LIFTED:
-            ask[field] = None
+        if value is not None or field in LIFTED:
+            ask[field] = None if value is None else fit(field, value, rules[field])
     if needed and needed not in ask:
         raise BadRequest(f'{needed} is missing: {path} needs it')
-    for one, other in EXCLUSIVE:
+    for one, other in (('run_at', 'delay'), ('cron', 'every')):
         if one in ask and other in ask:
             raise BadRequest(f'{one} and {other} exclude each other')
     return ask
-
 
 def fit(field, value, rule):
     allowed, holds, store = rule
@@ -393,161 +292,116 @@ def fit(field, value, rule):
         pass
     raise BadRequest(f'{field} must be {allowed}, not {shown(value)}')
 
-
 def unknown(field, taken):
     near = difflib.get_close_matches(field[:200], taken, 1)
     hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(taken) or "no fields"}'
     return f'{shown(field)} is not a field of this call: {hint}'
 
-
 def shown(value):
     """A value as a sentence may hold it: one line, bounded."""
-    if isinstance(value, (dict, list)):
-        return 'an object' if isinstance(value, dict) else 'a list'
-    return shorten(encode(value if not isinstance(value, str) else value[:60]), 60).replace('\n', ' ')
-
+    kinds = {dict: 'an object', list: 'a list'}
+    return kinds.get(type(value)) or shorten(json.dumps(value), 60).replace('\n', ' ')
 
 def batch(path, body):
     """The checked fields of `body`, or of each item of {"jobs": [...]}; an item that is refused is its refusal."""
     if type(body) is not dict or 'jobs' not in body or 'jobs' not in ROUTES[path].rules:
         return checked(path, body)
-    items = body['jobs']
+    items, asks = body['jobs'], []
     if len(body) > 1:
         raise BadRequest('jobs stands alone: the other fields belong into its items')
     if type(items) is not list or not 0 < len(items) <= MAX_BATCH:
         raise BadRequest(f'jobs must be a list of 1 to {MAX_BATCH} objects, not {shown(items)}')
-    asks = []
     for number, item in enumerate(items):
         try:
             asks.append(checked(path, item))
         except BadRequest as error:
-            asks.append(BadRequest(f'jobs[{number}]: {error}'))
-            asks[-1].id = item.get('id') if type(item) is dict else None
+            refused = BadRequest(f'jobs[{number}]: {error}')
             if path == '/enqueue':      # all or nothing
-                raise asks[-1] from None
+                raise refused from None
+            refused.id = item['id'] if type(item) is dict and NAME[1](item.get('id')) else None
+            asks.append(refused)
     return asks
-
 
 def _integer(digits):
     if len(digits) > MAX_DIGITS:
         raise ValueError(f'an integer has more than {MAX_DIGITS} digits')
     return int(digits)
 
-
-def _finite(digits):
-    value = float(digits)
-    if not abs(value) < float('inf'):
-        raise ValueError(f'{digits[:30]} is not a finite number')
-    return value
-
-
-_decode = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_finite).decode
-_decode_short = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode     # has no room for long integers
-
+_decode, _decode_long = json.JSONDecoder().decode, json.JSONDecoder(parse_int=_integer).decode
 
 def parsed(body):
-    """The JSON value of a request's body."""
+    """The JSON value of a request's body; encode() refuses what is infinite in it."""
     try:
-        return (_decode_short if len(body) < MAX_DIGITS else _decode)(body.decode('utf-8'))
-    except RecursionError:
-        raise BadRequest(f'the body must be JSON that is nested at most {MAX_DEPTH} levels') from None
-    except ValueError as error:
+        return (_decode_long if len(body) > MAX_DIGITS else _decode)(body.decode('utf-8'))
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f'the body must be JSON in UTF-8: {shorten(str(error), 200)}') from None
 
 # -- Cron -------------------------------------------------------------------------------------------------------------
-
-DAYS = 'sun mon tue wed thu fri sat'.split()
-MONTHS = 'jan feb mar apr may jun jul aug sep oct nov dec'.split()
-CRON = (    # POSIX crontab, and what cron on Linux adds: names, steps, 7 for Sunday
-    # field          low high  names
-    ('minute',       0,  59,   {}),
-    ('hour',         0,  23,   {}),
-    ('day of month', 1,  31,   {}),
-    ('month',        1,  12,   {name: number for number, name in enumerate(MONTHS, 1)}),
-    ('day of week',  0,  7,    {name: number for number, name in enumerate(DAYS)}),
+CRON = (    # POSIX crontab, and what cron on Linux adds: field, lowest and highest number, names from the lowest on
+    ('minute', 0, 59, ()), ('hour', 0, 23, ()), ('day of month', 1, 31, ()),
+    ('month', 1, 12, 'jan feb mar apr may jun jul aug sep oct nov dec'.split()),
+    ('day of week', 0, 7, 'sun mon tue wed thu fri sat'.split()),       # Sunday is 0 and 7
 )
 NICKNAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@weekly': '0 0 * * 0', '@monthly': '0 0 1 * *',
              '@yearly': '0 0 1 1 *'}
-LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)      # days of the months
-MINUTE, HOUR, DAY = (datetime.timedelta(**{unit: 1}) for unit in ('minutes', 'hours', 'days'))
-
+PART = re.compile('(?:[*]|([a-z0-9]+)-([a-z0-9]+))(?:/([0-9]{1,3}))?|([a-z0-9]+)')  # * or a range, in steps; or one
+MINUTE, HOUR, DAY = datetime.timedelta(minutes=1), datetime.timedelta(hours=1), datetime.timedelta(days=1)
 
 class Cron:
     """A cron expression and a zone; BadRequest where one is none. Its ticks are whole minutes of the zone's clock."""
-
     def __init__(self, expression, zone):
         parts = NICKNAMES.get(expression, expression).split()
         if len(parts) != 5:
             raise BadRequest(f'cron: {shown(expression)} has not five fields (minute, hour, day of month, month, '
                              f'day of week), nor is it one of {", ".join(NICKNAMES)}')
         self.minutes, self.hours, self.days, self.months, weekdays = map(values_of, parts, CRON)
-        self.weekdays = {(day + 6) % 7 for day in weekdays}         # Monday is 0
-        self.either = not (parts[2].startswith('*') or parts[4].startswith('*'))
-        if not self.either and not any(min(self.days) <= LONGEST[month - 1] for month in self.months):
+        self.weekdays = {day % 7 for day in weekdays}
+        self.enough = all if parts[2].startswith('*') or parts[4].startswith('*') else any      # of the two days
+        if self.enough is all and min(self.days) > max(calendar.monthrange(2000, month)[1] for month in self.months):
             raise BadRequest(f'cron: no month of {shown(parts[3])} has a day {min(self.days)}')
         self.zone = zone_of(zone)
 
     def after(self, at):
         """The first tick after a moment of UTC."""
-        local = at.astimezone(self.zone).replace(tzinfo=None, fold=0, second=0, microsecond=0)
-        while True:
-            local = self._match(local + MINUTE)
-            tick = self._shown_first(local)
-            if tick > at:       # else the clock shows that hour for the second time
-                return tick
-
-    def _match(self, local):
-        """The first minute from this one on that has all the fields; from the largest one to the smallest."""
-        while True:
-            day = local.day in self.days, local.weekday() in self.weekdays
+        local = at.astimezone(self.zone).replace(tzinfo=None, second=0, microsecond=0) + MINUTE
+        while True:     # from the largest unit to the smallest, skip what does not fit
             if local.month not in self.months:
-                local = local.replace(day=1, hour=0, minute=0) + 32 * DAY
-                local = local.replace(day=1)
-            elif not (any(day) if self.either else all(day)):
+                local = (local.replace(day=28, hour=0, minute=0) + 4 * DAY).replace(day=1)
+            elif not self.enough((local.day in self.days, local.isoweekday() % 7 in self.weekdays)):
                 local = local.replace(hour=0, minute=0) + DAY
             elif local.hour not in self.hours:
                 local = local.replace(minute=0) + HOUR
-            elif local.minute not in self.minutes:
+            elif local.minute not in self.minutes or self._shown(local) <= at:  # the clock shows it the second time
                 local += MINUTE
             else:
-                return local
+                return self._shown(local)
 
-    def _shown_first(self, local):
+    def _shown(self, local):
         """When the zone's clock shows that first; if it leaps over it, the first minute after the leap."""
-        tick = local.replace(tzinfo=self.zone).astimezone(datetime.timezone.utc)
-        if tick.astimezone(self.zone).replace(tzinfo=None, fold=0) == local:
-            return tick
-        before = local.replace(tzinfo=self.zone, fold=1).astimezone(datetime.timezone.utc)
-        while tick - before > MINUTE:       # the leap is between the two
-            middle = before + (tick - before) // MINUTE // 2 * MINUTE
-            if middle.astimezone(self.zone).replace(tzinfo=None) < local:
-                before = middle
-            else:
-                tick = middle
-        return tick
-
+        at = local.replace(tzinfo=self.zone).astimezone(datetime.timezone.utc)
+        while (at - MINUTE).astimezone(self.zone).replace(tzinfo=None) >= local:    # only where the clock leaps
+            at -= MINUTE
+        return at
 
 def values_of(text, field):
     """The numbers that a field of a cron expression names."""
     name, low, high, names = field
     values = set()
     for part in text.lower().split(','):
-        match = re.fullmatch(r'(?:(\*)|(\w+)(?:-(\w+))?)(?:/(\d{1,3}))?', part, re.ASCII)
         try:
-            every, first, last, step = match.groups()
-            start = low if every else names[first] if first in names else int(first)
-            end = high if every else start if last is None else names[last] if last in names else int(last)
-            end = 7 if name == 'day of week' and end == 0 < start else end
-            step = 1 if step is None else int(step) if every or last else 0     # 5/15 is no range
+            first, last, step, one = PART.fullmatch(part).groups()
+            bounds = first or one or low, last or one or high
+            start, end = (names.index(bound) + low if bound in names else int(bound) for bound in bounds)
+            if end == 0 < start and name == 'day of week':      # fri-sun
+                end = 7
             if not low <= start <= end <= high:
                 raise ValueError
-            values.update(range(start, end + 1, step))
+            values.update(range(start, end + 1, int(step or 1)))
         except (AttributeError, ValueError):
             allowed = f'{low}-{high}' + (f' or {", ".join(names)}' if names else '')
             raise BadRequest(f'cron: {name}: {part[:60]} is not {allowed}, * or a range (both may have a /step), '
                              'or a list of these') from None
     return values
-
 
 def zone_of(name):
     if name == 'UTC':
@@ -555,25 +409,19 @@ def zone_of(name):
     try:
         import zoneinfo
         return zoneinfo.ZoneInfo(name)
-    except ImportError:
-        raise BadRequest('zone: this Python has no time zones (3.9 and newer have); only UTC is possible') from None
-    except (KeyError, ValueError, OSError):
-        raise BadRequest(f'zone: this machine does not know a zone {shown(name)}') from None
-
+    except (ImportError, KeyError, ValueError, OSError):
+        raise BadRequest(f'zone: this machine does not know a zone {shown(name)} (Python 3.8: only UTC)') from None
 
 cron_of = functools.lru_cache(maxsize=1024)(Cron)
-
 
 def first_tick(schedule, now):
     """When the schedule fires first after `now`; times are microseconds since 1970, here and below."""
     if schedule['every']:
         return now // 1000000 * 1000000 + schedule['every']
     try:
-        tick = cron_of(schedule['cron'], schedule['zone']).after(EPOCH + datetime.timedelta(microseconds=now))
+        return (cron_of(schedule['cron'], schedule['zone']).after(EPOCH + now * MICROSECOND) - EPOCH) // MICROSECOND
     except OverflowError:
         raise BadRequest('cron: it does not fire before the year 10000') from None
-    return (tick - EPOCH) // datetime.timedelta(microseconds=1)
-
 
 def last_tick(schedule, now):
     """The last tick of a schedule that is due, and the one after it."""
@@ -590,7 +438,6 @@ def last_tick(schedule, now):
         last, beyond = (tick, beyond) if tick <= now else (upcoming, middle)
 
 # -- Database ---------------------------------------------------------------------------------------------------------
-
 APPLICATION_ID = 0x52554e44     # "RUND", in the header of the file
 SCHEMA_VERSION = 2
 SCHEMA = '''
@@ -928,7 +775,6 @@ class Database:
             self.lock_file.close()
 
 # -- Store ------------------------------------------------------------------------------------------------------------
-
 COLUMNS = list(columns_of('jobs'))
 BRIEF = ', '.join(column for column in COLUMNS if column not in ('payload', 'result', 'attempts', 'after'))
 BLANK = dict(dict.fromkeys(COLUMNS), status='pending', attempt=0, retries=0, priority=0)
