@@ -3048,6 +3048,24 @@ def test_integers_have_one_limit_on_every_python(engine, q):
     assert engine.poll(q)["payload"] == int("7" * 4300)
 
 
+@pytest.mark.parametrize("id", [None, 7, ["x"], "[" * 900 + "]" * 900], ids=["null", "a number", "a list", "a deep one"])
+def test_an_item_with_an_id_that_is_none_is_refused_alone_and_its_id_is_null(engine, q, id):
+    job = engine.poll(q) if engine.enqueue(q) else None
+    text = id if isinstance(id, str) else json.dumps(id)
+    body = '{"jobs": [{"id": %s}, {"id": "%s", "attempt": 1}]}' % (text, job["id"])
+    status, answer = engine.call("POST", "/complete", body.encode())
+    assert (status, [item["id"] for item in answer["jobs"]]) == (200, [None, job["id"]])
+    assert answer["jobs"][0]["code"] == 400 and "id" in answer["jobs"][0]["error"] and engine.job(job)["status"] == "done"
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_json_has_not_is_refused_by_the_name_of_its_field(engine, q, number):
+    for body in ('{"queue": "%s", "payload": [%s]}', '{"jobs": [{"queue": "%s", "payload": {"a": %s}}]}'):
+        status, answer = engine.call("POST", "/enqueue", (body % (q, number)).encode())
+        assert status == 400 and "payload must be JSON of finite numbers" in answer["error"], answer
+    assert engine.count(q) == 0
+
+
 def test_the_bad_item_of_a_batch_is_refused_alone_and_says_which_field(engine, q):
     claim = job_in(engine, "running", q)
     good = {"id": claim["id"], "attempt": 1}
