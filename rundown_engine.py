@@ -521,7 +521,7 @@ CREATE TABLE schedules (
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX jobs_id ON jobs (id);
 CREATE INDEX jobs_claim ON jobs (queue, priority DESC, next_run_at) WHERE status = 'pending' AND scheduled = 0; -- poll
-CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND scheduled = 1;     -- promotion of scheduled jobs
+CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND scheduled = 1;     -- promotion of what is due
 CREATE INDEX jobs_lease ON jobs (lease_until) WHERE status = 'running';                     -- the staleness checker
 CREATE UNIQUE INDEX jobs_key ON jobs (queue, key)                                           -- enqueue with a key
     WHERE key IS NOT NULL AND status IN ('pending', 'running');
@@ -795,7 +795,6 @@ FIND = """
     FROM jobs WHERE {} = ?"""       # all that an outcome needs, nothing that may be large
 BY_ID, BY_SEQ = FIND.format('id'), FIND.format('seq')
 TELL = 'UPDATE needs SET state = ? WHERE job = ? AND place = ?'
-SPEND = 'UPDATE queues SET full_at = ? WHERE queue = ?'
 DUE = """
     SELECT seq, queue FROM jobs WHERE status = 'pending' AND scheduled = 1 AND next_run_at <= ?
     ORDER BY next_run_at LIMIT ?"""
@@ -824,9 +823,6 @@ PRUNE_JOBS = """
             SELECT 1 FROM needs JOIN jobs AS waiter ON waiter.seq = needs.job
             WHERE needs.needed = jobs.seq AND waiter.status IN ('pending', 'running'))
         ORDER BY finished_at LIMIT ?)"""
-POLLED = """
-    INSERT INTO queues (queue, polled_at) VALUES (?, ?)
-    ON CONFLICT (queue) DO UPDATE SET polled_at = excluded.polled_at"""
 UNUSED = """
     SELECT queue FROM queues
     WHERE pending + running + done + failed + cancelled = 0 AND NOT paused AND COALESCE(polled_at, 0) < ?
@@ -954,9 +950,12 @@ def where(ask):
     return 'WHERE ' + ' AND '.join(found) if found else ''
 
 @functools.lru_cache(maxsize=64)
-def changing(columns):
-    """The statement that changes these columns of a job."""
-    return f'UPDATE jobs SET {", ".join(f"{column} = :{column}" for column in columns)} WHERE seq = :seq'
+def changing(columns, of_queue=False):
+    """The statement that changes these columns of a job, or of a queue, which it may be the first to name."""
+    changes = ', '.join(f'{column} = :{column}' for column in columns)
+    return f'UPDATE jobs SET {changes} WHERE seq = :seq' if not of_queue else (
+        f'INSERT INTO queues (queue, {", ".join(columns)}) VALUES (:queue, :{", :".join(columns)}) '
+        f'ON CONFLICT (queue) DO UPDATE SET {changes}')
 
 START = changing(('status', 'attempt', 'worker', 'lease', 'lease_until', 'worker_timeout', 'worker_max_retries',
                   'started_at', 'updated_at'))
@@ -965,7 +964,7 @@ START = changing(('status', 'attempt', 'worker', 'lease', 'lease_until', 'worker
 SERIES, SERIAL = random.getrandbits(12), itertools.count(8 << 60 | random.getrandbits(61))
 
 def new_id(now):
-    """A UUID of version 7 (RFC 9562), each greater than the one before, so that the index on it grows at its end alone."""
+    """A UUID of version 7 (RFC 9562), each greater than the one before, so that its index grows at its end alone."""
     stamp, number = now // 1000, next(SERIAL)
     return f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{SERIES:03x}-{number >> 48:04x}-{number & 0xffffffffffff:012x}'
 
@@ -1080,6 +1079,9 @@ class Store:
     def _change(self, seq, **columns):
         self.db.execute(changing(tuple(columns)), dict(columns, seq=seq))
 
+    def _set(self, queue, **columns):
+        self.db.execute(changing(tuple(columns), True), dict(columns, queue=queue))
+
     # calls: producers
 
     def enqueue(self, asks):
@@ -1117,8 +1119,8 @@ class Store:
         if len(rows) > 1:
             return [self._add([row])[0] for row in rows]
         row, = rows
-        same = self._one('SELECT * FROM jobs WHERE id = ?', row['id']) or self._one(
-            "SELECT * FROM jobs WHERE queue = ? AND key = ? AND status IN ('pending', 'running')", row['queue'], row['key'])
+        same = self._one('SELECT * FROM jobs WHERE id = ?', row['id']) or self._one("""
+            SELECT * FROM jobs WHERE queue = ? AND key = ? AND status IN ('pending', 'running')""", row['queue'], row['key'])
         return [(same, False) if same else (self._add_after(row), True)]
 
     def announced(self, jobs):
@@ -1150,7 +1152,7 @@ class Store:
         """Claim jobs: the rows as they are then, no more than may be answered in this pass but one at least."""
         queue, worker = ask['queue'], ask.get('worker')
         if queue not in self.polled:
-            self.db.execute(POLLED, (queue, self.now))
+            self._set(queue, polled_at=self.now)
         self.polled[queue] = self.now
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
@@ -1171,7 +1173,7 @@ class Store:
         self.db.executemany(START, claims)
         if claims and limits and limits['rate']:
             taken = -(-len(claims) * limits['per'] // limits['rate'])       # rounded up
-            self.db.execute(SPEND, (full_at(limits, self.now) + taken, queue))
+            self._set(queue, full_at=full_at(limits, self.now) + taken)
         return claims
 
     def _fitting(self, rows):
@@ -1363,9 +1365,7 @@ class Store:
         if row['rate'] is None and ask.get('per') is not None:
             raise BadRequest('per needs a rate')
         row['per'] = row['rate'] and (row['per'] or micros(1))
-        self.db.execute("""
-            INSERT INTO queues (queue, max_running, rate, per) VALUES (:queue, :max_running, :rate, :per)
-            ON CONFLICT (queue) DO UPDATE SET max_running = :max_running, rate = :rate, per = :per""", row)
+        self._set(ask['queue'], **{limit: row[limit] for limit in LIFTED})
         self.limited.add(ask['queue'])
         self.woken.add(('queue', ask['queue']))
         return {'queue': ask['queue'], **limits_of(row)}
@@ -1376,8 +1376,7 @@ class Store:
         if row['rate'] and most:
             most = min(most, tokens(row, self.now))
             if not most:
-                # which fills from now on, even if the clock was set back
-                self.db.execute(SPEND, (full_at(row, self.now), row['queue']))
+                self._set(row['queue'], full_at=full_at(row, self.now))     # it fills, even if the clock was set back
                 self.hungry.add(row['queue'])
                 self._due(next_token(row, self.now))
         return most
@@ -1464,9 +1463,7 @@ class Store:
         self.db.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
 
     def pause(self, ask, paused=True):
-        self.db.execute("""
-            INSERT INTO queues (queue, paused) VALUES (:queue, :paused)
-            ON CONFLICT (queue) DO UPDATE SET paused = :paused""", {'queue': ask['queue'], 'paused': paused})
+        self._set(ask['queue'], paused=paused)
         self.woken.add(('queue', ask['queue']))
         return {'queue': ask['queue'], 'paused': paused}
 
@@ -1623,7 +1620,9 @@ class Store:
         """A step of retention; of forgetting queues that nobody uses; and of remembering which were polled."""
         counts = [self.db.execute(PRUNE_JOBS, (status, self.now - keep, STEP)).rowcount
                   for status, keep in self.keep.items() if keep]
-        self.db.executemany(POLLED, [(queue, at) for queue, at in self.polled.items() if at > self.remembered])
+        for queue, at in self.polled.items():
+            if at > self.remembered:
+                self._set(queue, polled_at=at)
         unused = self.db.execute(UNUSED, (self.now - micros(RECENT), STEP)).fetchall()
         for queue, in unused:
             self.db.execute('DELETE FROM queues WHERE queue = ?', (queue,))
