@@ -112,6 +112,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -126,7 +127,6 @@ import time
 import traceback
 import types
 import urllib.parse
-import weakref
 from queue import Empty, SimpleQueue
 from typing import Any, Callable, Generic, Iterable, Iterator, TypeVar, overload
 
@@ -1202,12 +1202,10 @@ def load(file, name):
     return module
 
 # -- Worker -----------------------------------------------------------------------------------------------------------
-
 RELEASED = Outcome('release')
 LOST = Outcome(None)                # nothing is reported
 REFUSALS = (400, 413)               # statuses that blame what was sent
 GONE = (404, 409)                   # statuses that blame the claim
-
 
 def note(level, text, *values):
     """A line in the log, whatever is in the values, and whatever a handler did to the log's streams."""
@@ -1215,32 +1213,24 @@ def note(level, text, *values):
         if log.isEnabledFor(level):
             log.log(level, '%s', printable(text % values))
 
-
 def until(condition, deadline):
     """Wait for the condition. Signals are handled meanwhile."""
     while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
+        time.sleep(0.005)
 
 class Consumer:
     """A queue at work: a thread that fetches its jobs, and the slots that run them."""
-
     def __init__(self, worker, link, registered, concurrency):
-        self.worker, self.link, self.registered = worker, link, registered      # constant, like the next three
-        self.name, self.concurrency = registered.name, concurrency
-        self.handler = Handler(registered.functions)
+        self.worker, self.link, self.registered, self.concurrency = worker, link, registered, concurrency   # constant
+        self.name, self.handler = registered.name, Handler(registered.functions)
         self.client = link.client.twin()    # of its own, to be hung up
-        self.told = list(registered.told)   # what the engine has to know first, and does not know yet
-        self.inbox = SimpleQueue()          # safe by themselves: tasks for the slots
-        self.open = {}                      # tasks that are claimed and not settled
+        self.told = list(registered.told)   # the fetcher's, as the next two: what the engine has to be told first
+        self.enough, self.dry = 0, None     # open tasks above which it sleeps; worker.reported when there was nothing
+        self.inbox, self.open = SimpleQueue(), {}   # safe by themselves: tasks for the slots; claimed and not settled
         self.hungry = threading.Event()     # there may be room for more
-        self.abandoned = {}                 # threads that were interrupted, and when
-        self.enough = 0                     # the fetcher's: open tasks above which it sleeps
-        self.dry = None                     # the fetcher's: worker.reported when there was nothing to fetch
-        self.pace = None                    # seconds a slot takes for a task lately; losing one in a race is fine
-        self.lines = 0                      # of the log in this tick, for jobs that are done
-        self.slots = []
-        self.thread = None
+        self.pace = None                    # seconds that a slot takes for a task lately; losing one in a race is fine
+        self.lines = 0                      # of the log in this tick, for jobs that are done; likewise
+        self.slots, self.thread = [], None
 
     def start(self):
         program = isinstance(self.registered.functions.get(None), Program)
@@ -1250,75 +1240,65 @@ class Consumer:
 
     def _fetch(self):
         """Poll, hand to the slots, rest; until the worker stops."""
-        tries = 0
         while not self.worker.stopping.is_set():
             self.hungry.clear()
-            limit = self.room()
+            limit, reported, began = self._room(), self.worker.reported, time.monotonic()
             if not limit:
                 self.hungry.wait(TICK)
                 continue
-            count, began = self.worker.reported, time.monotonic()
             try:
                 jobs = self._poll(limit)
             except Error as error:
-                self._unanswered(error, tries)
-                tries += 1
+                self._unanswered(error)
                 continue
-            tries = 0
-            self.link.back()
             for job in jobs:
-                self.take(job)
+                self._take(job)
+            time.sleep(0)               # lets the slots begin, before the next poll is put together
+            self.link.back()
             if not jobs:
-                self._rest(count, began)
+                self._rest(reported, began)
 
-    def room(self):
-        """How many jobs to claim now: for the free slots, and as many as the slots will start within AHEAD seconds."""
+    def _room(self):
+        """How many jobs to claim now: for the free slots, and as many as those will start within AHEAD seconds."""
         if self.link.stuck or self.link.pile.qsize() > MAX_BACKLOG:
             return 0
         slots = sum(slot.ready for slot in self.slots)
         ahead = min(MAX_BATCH, int(slots * AHEAD / max(self.pace, 1e-5))) if self.pace is not None else 0
         target, held = slots + ahead, len(self.open)
         self.enough = max(slots - 1, target // 2)
-        return max(0, min(target - held, MAX_BATCH)) if held <= self.enough else 0
+        return min(target - held, MAX_BATCH) if held <= self.enough else 0
 
     def _poll(self, limit):
-        burst = self.worker.burst
-        ask = {'queue': self.name, 'limit': limit, 'lease': LEASE, 'worker': self.worker.name,
-               'wait': 0 if burst or self.link.since else WAIT,     # an engine that was away has to show it is back
-               'max_retries': self.registered.max_retries, 'timeout': self.registered.timeout,
-               'hung': self.worker.hung()}
-        send = self.client.call if burst else functools.partial(self.client.send, seconds=WAIT + PATIENCE)
         while self.told:
-            send(*self.told[0])
+            self.client.send(*self.told[0], PATIENCE)
             self.told.pop(0)
-        jobs = send('/poll', ask) or []
+        registered, worker = self.registered, self.worker
+        wait = 0 if worker.burst or self.link.since else WAIT       # an engine that was away has to show it is back
+        ask = {'queue': self.name, 'limit': limit, 'lease': LEASE, 'worker': worker.name, 'wait': wait,
+               'hung': worker.hung(), 'max_retries': registered.max_retries, 'timeout': registered.timeout}
+        jobs = self.client.send('/poll', ask, wait + PATIENCE) or []
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
         return jobs
 
-    def _unanswered(self, error, tries):
-        refused = getattr(error, 'status', None) == 400         # the settings: asking again does not mend it
-        if refused:
-            note(logging.ERROR, 'the engine refuses the settings of the queue %s: %s', self.name, error)
-        if not self.worker.stopping.is_set() and (refused or self.worker.burst):
-            self.worker.stop(error)
-        if not self.worker.stopping.is_set():
-            self.worker.stopping.wait(REFUSED if refused else self.link.away(error, tries))
-
-    def _rest(self, count, began):
-        """There was nothing. In a burst that may be the end: when nothing has been reported since before the poll."""
+    def _unanswered(self, error):
         worker = self.worker
-        if not worker.burst:
-            if time.monotonic() - began < min(1, WAIT / 2):         # an engine that does not wait: do not press it
-                worker.stopping.wait(self.registered.poll_interval)
-            return
-        self.dry = count
-        while self.dry == worker.reported and not worker.stopping.is_set():
-            if not worker.busy() and all(consumer.dry == worker.reported for consumer in worker.consumers):
-                worker.stop()
-            worker.stopping.wait(0.005)
+        if isinstance(error, Refused) and (worker.burst or error.status == 400):    # asking again does not mend it
+            note(logging.ERROR, 'the engine refuses what is asked for the queue %s: %s', self.name, error)
+            worker.stop(error)
+            worker.stopping.wait(REFUSED)
+        elif not worker.stopping.is_set():
+            worker.stopping.wait(self.link.away(error))
 
-    def take(self, job):
+    def _rest(self, reported, began):
+        """There was nothing. In a burst there may be more once another task is over, and only then."""
+        worker, self.dry = self.worker, reported
+        if worker.burst:
+            until(lambda: worker.reported is not reported or worker.stopping.is_set(), float('inf'))
+        elif time.monotonic() - began < min(1, WAIT / 2):       # an engine that does not wait: do not press it
+            worker.stopping.wait(self.registered.poll_interval)
+
+    def _take(self, job):
         task = Task(job, self, time.monotonic())
         self.link.tasks[task] = self.open[task] = None
         if self.worker.stopping.is_set():
@@ -1328,30 +1308,28 @@ class Consumer:
 
     def ended(self, task, outcome):
         """A slot has run the task to its end. It goes on after the hooks; the report does not wait for them."""
-        took = time.monotonic() - task.begun
+        took, done = time.monotonic() - task.begun, outcome.call == 'complete'
         self.report(task, outcome)
-        if outcome.call == 'complete':
-            self.lines += 1                 # losing one in a race is fine
-            if self.lines <= LINES:
-                note(logging.INFO, '%s done in %.3f s', task, took)
-            self.hook('success', task, outcome.value)
-        else:
+        self.lines += done
+        if not done:
             note(logging.WARNING, '%s failed after %.3f s: %s', task, took, summary(outcome.value))
-            self.hook('failure', task, outcome.value)
-        outcome.value = None
-        took = time.monotonic() - task.begun
+        elif self.lines <= LINES:
+            note(logging.INFO, '%s done in %.3f s', task, took)
+        self.hook('success' if done else 'failure', task, outcome.value)
+        outcome.value, took = None, time.monotonic() - task.begun
         self.pace = took if self.pace is None else self.pace + RECENT * (took - self.pace)
-        self.dismiss(task)
+        self._dismiss(task)
 
-    def settle(self, task, outcome, interruption=None, unless_begun=False):
-        """End a task from outside of its slot. True when that is how it ends."""
-        settled = task.settle(outcome, interruption, unless_begun)
-        if settled:
-            self.report(task, outcome)
-            self.dismiss(task)
-        return settled
+    def settle(self, task, outcome, interruption=None):
+        """End a task from outside of its slot; without an interruption only one that has not begun. True if it did."""
+        if not task.settle(outcome, interruption, unless_begun=not interruption):
+            return False
+        self.report(task, outcome)
+        self._dismiss(task)
+        return True
 
     def report(self, task, outcome):
+        task.outcome = outcome
         if outcome.call:
             fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
             task.item = f'{task.address}{fields}}}'
@@ -1359,50 +1337,36 @@ class Consumer:
         else:
             self.link.forget(task)
 
-    def dismiss(self, task):
+    def _dismiss(self, task):
         self.open.pop(task, None)
         if len(self.open) <= self.enough:
             self.hungry.set()
 
     def watch(self, now):
-        """Look for what waits too long for a slot, has had its time, has progress to show; and who came back."""
+        """Look for what waits too long for a slot, has had its time, or has progress to show."""
         for task in self.open.copy():
             if task.begun is None:
-                if now - task.claimed > STALE and self.settle(task, RELEASED, unless_begun=True):
+                if now - task.claimed > STALE and self.settle(task, RELEASED):
                     self.pace = None        # it was wrong
             elif now - task.begun > task.timeout and task.outcome is None:
                 self._time_out(task)
             elif task.progress and now - task.shown > PROGRESS:
                 task.shown = now
                 self.link.pile.put(task)
-        for thread in self.abandoned.copy():
-            if not thread.is_alive():
-                self.abandoned.pop(thread, None)
-        self.tell_rest()
-
-    def tell_rest(self):
-        """One line for the jobs that came too fast for a line each: it would take longer than they do."""
         rest, self.lines = self.lines - LINES, 0
-        if rest > 0:
+        if rest > 0:        # a line for each would take longer than they do
             note(logging.INFO, '%s: %d more done', self.name, rest)
 
     def _time_out(self, task):
         text = f'timed out after {task.timeout:g} s\n{task.slot.where(task)}'
         error = Timeout(text)
-        verdict = self.handler.verdict(error, task.job)
-        if self.settle(task, failed(error, text, **verdict), Timeout):
-            note(logging.WARNING, '%s timed out after %g s; hung threads: %d', task, task.timeout, self.worker.hung())
-            self.hook_aside('failure', task, error)
-
-    def lose(self, task, sentence):
-        """The engine says that the claim is gone."""
-        if self.settle(task, LOST, Lost):
-            note(logging.WARNING, '%s lost: %s', task, sentence)
-            self.hook_aside('lost', task, Lost(sentence))
+        if self.settle(task, failed(error, text, **self.handler.verdict(error, task.job)), Timeout):
+            hung = self.worker.hung()
+            self.tell('failure', task, error, 'timed out after %g s; hung threads: %d', task.timeout, hung)
 
     def replace(self, slot):
         """Go on with a fresh thread. The lock of the slot's task is held, so no other does it too."""
-        self.abandoned[slot.thread] = time.monotonic()
+        self.worker.threads[slot.thread] = time.monotonic()
         self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def hook(self, event, task, value):
@@ -1414,11 +1378,11 @@ class Consumer:
             except BaseException as error:
                 note(logging.ERROR, '%s: the hook %r failed: %s', task, event, summary(error))
 
-    def hook_aside(self, event, task, value):
-        """The same, for the threads that must not wait for a hook, and only of tasks that have begun."""
+    def tell(self, event, task, error, text, *values):
+        """Log what befell a task, and call the hooks if it has begun; who finds out does not wait for them."""
+        note(logging.WARNING, '%s ' + text, task, *values)
         if self.worker.app.hooks[event] and task.begun is not None:
-            threading.Thread(target=self.hook, args=(event, task, value), daemon=True).start()
-
+            threading.Thread(target=self.hook, args=(event, task, error), daemon=True).start()
 
 def summary(error):
     """The last line of what an exception says."""
@@ -1426,29 +1390,30 @@ def summary(error):
     group = re.search(r'^  \| (\S.*)', text, re.M) if text.rstrip().endswith('-----') else None
     return shorten(group[1] if group else (text.strip().splitlines() or [''])[-1], 300)
 
-
 class Link:
-    """What the consumers of one engine share: the tasks under way, reporter, heartbeat, whether the engine is there."""
-
+    """What the consumers of one engine share: tasks under way, reporter, heartbeat, and whether the engine is there."""
     def __init__(self, worker, host):
-        self.worker = worker                # constant
-        self.settings = host, worker.app.token, TIMEOUT, worker.app.ca      # constant
+        self.worker, self.settings = worker, (host, worker.app.token, TIMEOUT, worker.app.ca)       # constant
         self.client = Client(*self.settings)
         self.tasks = {}                     # safe by themselves: tasks, until their outcome is acknowledged
         self.pile = SimpleQueue()           # tasks that have something to report; None: no more
         self.stuck = False                  # the reporter's: it has something that the engine did not take yet
-        self.since = None                   # when the engine went away
+        self.since, self.tries = None, 0    # when the engine went away; what was tried in vain since then
 
     def start(self):
         self.worker.thread(self._report, 'report')
         self.worker.thread(self._heartbeat, 'heartbeat')
 
-    def away(self, error, tries=0):
-        """Say once that the engine is away. How long to wait until the next try."""
-        if self.since is None:
-            self.since = time.monotonic()
+    def away(self, error):
+        """Say once that the engine is away, which ends a burst in time. How long to wait until the next try."""
+        now, since = time.monotonic(), self.since
+        if since is None:
+            self.since, self.tries, since = now, 0, now
             note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
-        return max(backoff(tries), REFUSED if isinstance(error, Refused) else error.retry_after)
+        if self.worker.burst and now - since >= TIMEOUT:
+            self.worker.stop(error)
+        self.tries += 1
+        return max(backoff(self.tries - 1), REFUSED if isinstance(error, Refused) else error.retry_after)
 
     def back(self):
         since, self.since = self.since, None
@@ -1457,22 +1422,13 @@ class Link:
 
     def forget(self, task):
         """The task is over, and the engine knows or does not care."""
-        if self.tasks.pop(task, self) is None:
-            with self.worker.lock:
-                self.worker.reported += 1
-
-    def _ask(self, call, texts, seconds):
-        """The answers to the items of a batch, in order."""
-        answer = self.client.send('/' + call, f'{{"jobs":[{",".join(texts)}]}}', seconds)
-        answers = answer.get('jobs') if isinstance(answer, dict) else None
-        if not isinstance(answers, list) or len(answers) != len(texts) or not all(map(is_outcome, answers)):
-            raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
-        self.back()
-        return answers
+        self.worker.reported = object()     # first: who sees the task gone sees this too
+        self.tasks.pop(task, None)
 
     def _report(self):
         """Send what piles up while the last request is in flight."""
-        while True:
+        tasks = []
+        while None not in tasks:
             tasks = [self.pile.get()]
             with contextlib.suppress(Empty):
                 while len(tasks) < MAX_BATCH:
@@ -1486,82 +1442,71 @@ class Link:
             for call, items in requests.items():
                 for batch in batches(items, lambda item: len(item[1])):
                     self._deliver(call, batch)
-            if None in tasks:
-                return
 
-    def _deliver(self, call, batch):
-        """Send until the engine gives a definite answer for each item."""
-        for tries in range(sys.maxsize):
+    def _deliver(self, call, items):
+        """Send until the engine answers."""
+        while not self.worker.closed.is_set():
             try:
-                answers = self._ask(call, [text for _, text in batch], TIMEOUT)
-            except Error as error:
-                if getattr(error, 'status', None) in REFUSALS:
-                    self.stuck = False
-                    self.back()
-                    if len(batch) == 1:
-                        return self._refused(call, batch[0][0], error)
-                    for item in batch:          # which of them was it?
-                        self._deliver(call, [item])
-                    return None
-                self.stuck = True
-                if self.worker.closed.wait(self.away(error, tries)):
-                    return None
-            else:
+                self._send(call, items, TIMEOUT)
                 self.stuck = False
-                for (task, _), answer in zip(batch, answers):
-                    self._answered(call, task, answer)
-                return None
+                return
+            except Error as error:
+                self.stuck = True
+                self.worker.closed.wait(self.away(error))
+
+    def _send(self, call, items, seconds):
+        """One try to send pairs of a task and its text; those that are refused as a whole one by one: which was it?"""
+        try:
+            answer = self.client.send('/' + call, f'{{"jobs":[{",".join([text for _, text in items])}]}}', seconds)
+        except Refused as error:
+            if error.status not in REFUSALS:
+                raise
+            if len(items) > 1:
+                for item in items:
+                    self._send(call, [item], seconds)
+                return
+            answer = {'jobs': [{'code': error.status, 'error': str(error)}]}
+        answers = answer.get('jobs') if isinstance(answer, dict) else None
+        if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_outcome, answers)):
+            raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
+        self.back()
+        for (task, _), answer in zip(items, answers):
+            self._answered(call, task, answer)
 
     def _answered(self, call, task, answer):
-        code, sentence = answer.get('code'), answer.get('error')
-        if code in GONE and call == 'heartbeat':
-            task.consumer.lose(task, sentence)
-        elif code in GONE:
-            self.forget(task)
-            note(logging.WARNING, '%s lost before its outcome (%s) was known: %s', task, call, sentence)
-            task.consumer.hook_aside('lost', task, Lost(sentence))
-        elif code and is_final(code):
-            self._refused(call, task, sentence)
+        code, sentence, beat = answer.get('code'), answer.get('error'), call == 'heartbeat'
+        if code and not is_final(code):
+            return self.pile.put(task)
+        if code in GONE:
+            if not beat or task.consumer.settle(task, LOST, Lost):
+                when = '' if beat else f' before its outcome ({call}) was known'
+                task.consumer.tell('lost', task, Lost(sentence), 'lost%s: %s', when, sentence)
         elif code:
-            self.pile.put(task)
-        elif call != 'heartbeat':
-            self.forget(task)
-
-    def _refused(self, call, task, sentence):
-        """The engine does not take what the handler gave: that fails the job, once."""
-        note(logging.ERROR, '%s: the engine refused its %s: %s', task, call, sentence)
-        if call == 'complete':
-            task.outcome = failed(Error(sentence), f'the engine refused the result: {sentence}', retry=False)
-            task.consumer.report(task, task.outcome)
-        elif call != 'heartbeat':
-            self.forget(task)       # its lease will end it
+            note(logging.ERROR, '%s: the engine refused its %s: %s', task, call, sentence)
+            if call == 'complete':      # what the handler gave is not taken: that fails the job, once
+                text = f'the engine refused the result: {sentence}'
+                return task.consumer.report(task, failed(Error(sentence), text, retry=False))
+        if not beat:
+            self.forget(task)           # one that was refused is ended by its lease
 
     def _heartbeat(self):
         """One sign of life for all tasks, also for those whose outcome is waiting."""
         while not self.worker.closed.wait(LEASE / 3):
-            for batch in batches(self.tasks.copy(), lambda task: 100):
-                try:
-                    answers = self._ask('heartbeat', [task.address + '}' for task in batch], LEASE / 3)
-                except Error as error:
-                    self.away(error)
-                    break
-                for task, answer in zip(batch, answers):
-                    self._answered('heartbeat', task, answer)
-
+            try:
+                for batch in batches([(task, task.address + '}') for task in self.tasks.copy()], lambda item: 100):
+                    self._send('heartbeat', batch, LEASE / 3)
+            except Error as error:
+                self.away(error)
 
 class Worker:
     """One run(): the consumers of all registered queues, what they share, and their orderly end."""
-
     def __init__(self, app, burst, grace, max_hung, concurrency):
         self.app, self.burst, self.grace, self.max_hung = app, burst, grace, max_hung       # constant
-        self.name = f'{printable(socket.gethostname())[:150]}:{os.getpid()}'
+        self.name, self.signalled = f'{printable(socket.gethostname())[:150]}:{os.getpid()}', False
         self.events = SimpleQueue()         # safe by themselves, in signal handlers too: None or an exception
-        self.stopping = threading.Event()   # no more jobs
-        self.closed = threading.Event()     # no more reports
-        self.signalled = False
-        self.threads = weakref.WeakSet()    # all that were started and are not over
-        self.lock = threading.Lock()        # guards the next one
-        self.reported = 0                   # tasks that are over and acknowledged
+        self.stopping, self.closed = threading.Event(), threading.Event()       # no more jobs; no more reports
+        self.threads = {}                   # those that are not over, and when each was interrupted: inf, it was not
+        self.reported = object()            # another one each time a task is over and acknowledged
         self.links, self.consumers = {}, []
         for registered in app.registered.values():
             host, slots = ' '.join(app.client(registered.host).hosts), concurrency or registered.concurrency
@@ -1574,14 +1519,14 @@ class Worker:
         """Start a thread of the worker's own. A fault in it ends the worker: better started afresh than half alive."""
         def guarded():
             try:
-                loop()
-            except Interruption:        # it came too late for the handler: the thread is abandoned anyway
-                pass
+                with contextlib.suppress(Interruption):     # too late for the handler; the thread is abandoned anyway
+                    loop()
             except BaseException as error:
                 note(logging.CRITICAL, 'the thread %s failed: %s', name, trace(error))
                 self.stop(error)
+            self.threads.pop(thread, None)
         thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
-        self.threads.add(thread)
+        self.threads[thread] = float('inf')
         thread.start()
         return thread
 
@@ -1594,52 +1539,38 @@ class Worker:
     def hung(self, seconds=HUNG):
         """How many threads did not come back within so many seconds of their interruption."""
         latest = time.monotonic() - seconds
-        abandoned = [one for consumer in self.consumers for one in consumer.abandoned.copy().items()]
-        return sum(thread.is_alive() and at <= latest for thread, at in abandoned)
+        return sum(at <= latest and thread.is_alive() for thread, at in self.threads.copy().items())
 
     def _watch(self):
-        while not self.closed.wait(TICK):
-            now = time.monotonic()
+        closed = False
+        while not closed:
+            closed, now = self.closed.wait(TICK), time.monotonic()
             for consumer in self.consumers:
                 consumer.watch(now)
-            if self.stopping.is_set():
-                continue
             if self.hung() >= self.max_hung:
                 self.stop(Hung(f'{self.hung()} handlers hang: the worker ends, to be started afresh'))
-            for link in self.links.values() if self.burst else ():
-                if link.since and now - link.since > TIMEOUT:
-                    self.stop(EngineUnavailable(f'{link.client.host} was away for {TIMEOUT} s'))
-        for consumer in self.consumers:
-            consumer.tell_rest()
 
     def run(self):
         """Work until told to stop, then end in good order. Raises what it was stopped by."""
-        with self._signals():
+        ours = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()    # who else may not
+        before = {number: signal.signal(number, self._signalled) for number in ours}
+        try:
             for one in (*self.links.values(), *self.consumers):
                 one.start()
             self.thread(self._watch, 'watch')
             error = self._wait()
             self._drain()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
         if error is not None:
             raise error
 
     def _wait(self):
-        while True:
+        """What it is to stop for. None too where in a burst no queue had anything since the last report."""
+        while not self.burst or self.busy() or any(consumer.dry is not self.reported for consumer in self.consumers):
             with contextlib.suppress(Empty):
-                return self.events.get(timeout=1)       # on Windows signals are seen between two waits
-
-    @contextlib.contextmanager
-    def _signals(self):
-        """SIGTERM and SIGINT stop the worker, where this is the thread that may say so."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._signalled) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+                return self.events.get(timeout=0.005 if self.burst else 1)      # on Windows signals come between two
 
     def _signalled(self, number, frame):
         if self.signalled:
@@ -1649,9 +1580,10 @@ class Worker:
         self.stop()
 
     def _drain(self):
+        """Let what runs come to its end, within the grace, and be reported; release the rest; end the threads."""
         ends = time.monotonic() + self.grace
         self.stopping.set()
-        self._release(unless_begun=True)
+        self._release()
         self._hang_up()
         until(lambda: not any(consumer.open for consumer in self.consumers), ends)
         self._release(Lost)
@@ -1659,35 +1591,30 @@ class Worker:
         left = sum(len(link.tasks) for link in self.links.values())
         if left:
             note(logging.ERROR, 'the outcomes of %d jobs were not reported; the engine will hand them out again', left)
-        self._close()
+        self.closed.set()
+        slots = [slot for consumer in self.consumers for slot in consumer.slots]
+        for slot in slots:
+            slot.consumer.inbox.put(None)
+        for link in self.links.values():
+            link.pile.put(None)
+        for one in (*self.links.values(), *self.consumers):
+            one.client.close()
+        until(lambda: not any(slot.ending for slot in slots), time.monotonic() + TERM + 1)
+        self._kill()
+        until(lambda: float('inf') not in self.threads.copy().values(), time.monotonic() + FAREWELL)
 
-    def _release(self, interruption=None, unless_begun=False):
+    def _release(self, interruption=None):
         for consumer in self.consumers:
             for task in consumer.open.copy():
-                if consumer.settle(task, RELEASED, interruption, unless_begun):
+                if consumer.settle(task, RELEASED, interruption):
                     note(logging.INFO, '%s released', task)
 
     def _hang_up(self):
         """End the polls. For a moment jobs that are on their way still come in, and are released."""
         for how in (socket.SHUT_WR, socket.SHUT_RDWR):
-            ends = time.monotonic() + HANGUP
-            while time.monotonic() < ends and any(consumer.thread.is_alive() for consumer in self.consumers):
-                for consumer in self.consumers:
-                    consumer.client.wire.hang_up(how)
-                time.sleep(0.01)
-
-    def _close(self):
-        self.closed.set()
-        for consumer in self.consumers:
-            for slot in consumer.slots:
-                consumer.inbox.put(None)
-            consumer.client.close()
-        for link in self.links.values():
-            link.pile.put(None)
-            link.client.close()
-        until(lambda: not any(slot.ending for one in self.consumers for slot in one.slots), time.monotonic() + TERM + 1)
-        self._kill()
-        until(lambda: sum(thread.is_alive() for thread in self.threads) <= self.hung(0), time.monotonic() + FAREWELL)
+            for consumer in self.consumers:
+                consumer.client.wire.hang_up(how)
+            until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + HANGUP)
 
     def _kill(self):
         for consumer in self.consumers:
@@ -1695,28 +1622,27 @@ class Worker:
                 slot.kill()
 
 # -- The module's API: one column over a default App ------------------------------------------------------------------
-
 EVENTS = ('start', 'success', 'failure', 'lost')
 Registered = collections.namedtuple(
-    'Registered', 'name functions host poll_interval max_retries timeout concurrency isolate told')
-
-
+    'Registered', 'name host poll_interval max_retries timeout concurrency isolate functions told')
+TASK_SETTINGS = {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'}     # of its queue
+NUMBER = int, float
+LEAST = {       # of a setting that is a number, and its type
+    'poll_interval': (0, NUMBER), 'timeout': (0, NUMBER), 'every': (1, NUMBER), 'per': (0, NUMBER),
+    'max_retries': (0, int), 'concurrency': (1, int), 'max_running': (1, int), 'rate': (1, int)}
 R = TypeVar('R')
 F = TypeVar('F')
-
 
 class QueueFunction(Generic[R]):
     """What @queue makes of a function, for those who check types: the function, and its `enqueue`."""
     __call__: Callable[..., R]
     enqueue: Callable[..., Job]
 
-
 class TaskFunction(Generic[R]):
     """The same of @task."""
     __call__: Callable[..., R]
     delay: Callable[..., Job]
     options: Callable[..., TaskFunction[R]]
-
 
 class App:
     """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
@@ -1729,14 +1655,14 @@ class App:
         self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
         self.registered = {}                            # (queue, host) -> Registered
         self.hooks = {event: [] for event in EVENTS}
-        self.clients = {}                               # safe by itself: (host, token, ca) -> Client
+        self.clients = {}                               # safe by itself: (host, token, timeout, ca) -> Client
         self.workers = []                               # safe by itself: those that run
 
     def client(self, host: str | None = None) -> Client:
         """The client for an engine; its connections are kept."""
         env = os.environ.get
-        host = host or self.host or env('RUNDOWN_URL')
-        settings = host, self.token or env('RUNDOWN_TOKEN'), self.timeout, self.ca or env('RUNDOWN_CA')
+        settings = (host or self.host or env('RUNDOWN_URL'), self.token or env('RUNDOWN_TOKEN'), self.timeout,
+                    self.ca or env('RUNDOWN_CA'))
         if settings not in self.clients:
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
@@ -1751,28 +1677,28 @@ class App:
         `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
         run at a time; with `isolate` each in a process of its own. `backoff` is the seconds until each retry, the last
         for all that follow, or a function of the retry's number; after exceptions that are not in `retry_on`, where it
-        is given, or are in `abort_on`, there is none. `poll_interval` (seconds) only counts with an engine that does
-        not wait in a poll.
-
-        run() tells the engine of a schedule under the queue's name (`cron` in a `zone`, or `every` so many seconds),
-        and of the queue's limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds).
+        is given, or are in `abort_on`, there is none. `poll_interval` (seconds) is for engines that do not wait in a
+        poll. run() tells the engine of a schedule under the queue's name (`cron` in a `zone`, or `every` so many
+        seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds).
         """
         if not isinstance(name, str) or not name:
             raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
-        told = limit_calls(name, max_running, rate) + schedule_calls(name, cron, every, zone)
-        registered = Registered(name, {}, host, poll_interval, max_retries, timeout, concurrency, isolate, told)
-        check_settings(registered)
-        rule = policy(backoff, retry_on, abort_on)
+        told, rule = calls(name, max_running, rate, cron, every, zone), policy(backoff, retry_on, abort_on)
+        registered = Registered(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
+        check_settings(poll_interval=poll_interval, concurrency=concurrency,
+                       **present(max_retries=max_retries, timeout=timeout))
+
+        def enqueue(payload=None, *more, **options):
+            """Add a job to the queue, with the options of rw.enqueue; returns it."""
+            if more:
+                raise Misuse(f'{name} takes one payload, and options by name; @rw.task has any number of arguments')
+            return self.enqueue(name, payload, **{'host': host, **options})
+        enqueue.__signature__ = inspect.Signature([*inspect.signature(self.enqueue).parameters.values()][1:])
 
         def register(function):
-            check_function(function, isolate)
-            with contextlib.suppress(ValueError):       # it has no signature to look at
-                check_call(function, None)
-            known = self.registered.get((name, host), registered).functions
-            if known and source(known.get(None)) != source(function):
-                raise Misuse(f'the queue {name} has a handler already; rw.task has many functions on a queue')
-            self.registered[name, host] = registered._replace(functions={None: function})
-            function.policy, function.enqueue = rule, enqueuer(self, name, host)
+            check_call(function, None)
+            self._register(registered, function, False)
+            function.policy, function.enqueue = rule, enqueue
             return function
         return register
 
@@ -1789,27 +1715,33 @@ class App:
         `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
         each job. `settings` are those of the queue, as queue() has them; what was given last holds.
         """
-        host, rule = settings.get('host'), policy(backoff, retry_on, abort_on)
-        if function is None:
-            return functools.partial(self.task, queue=queue, max_retries=max_retries, timeout=timeout, backoff=backoff,
-                                     retry_on=retry_on, abort_on=abort_on, **settings)
-        registered = self.registered.get((queue, host)) or Registered(queue, {}, host, 1.0, 3, None, 1, False, [])
-        unknown = sorted(set(settings) - {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'})
-        if unknown or None in registered.functions:
-            raise Misuse(f'a task has no setting {unknown[0]}' if unknown else
-                         f'the queue {queue} has a handler for all of its payloads; tasks need another one')
-        told = limit_calls(queue, settings.pop('max_running', None), settings.pop('rate', None)) or registered.told
-        registered = registered._replace(told=told, **settings)
-        check_settings(registered._replace(timeout=timeout, max_retries=max_retries))
-        check_function(function, registered.isolate)
-        name = task_name(function)
-        if name in registered.functions and source(registered.functions[name]) != source(function):
-            raise Misuse(f'the queue {queue} has a task {name} already')
-        registered.functions[name] = function
-        self.registered[queue, host] = registered
-        sender = Sender(self, queue, name, function, host=host, max_retries=max_retries, timeout=timeout)
-        function.policy, function.delay, function.options = rule, sender.delay, sender.options
-        return function
+        rule, unknown = policy(backoff, retry_on, abort_on), sorted(set(settings) - TASK_SETTINGS)
+        if unknown:
+            raise Misuse(f'a task has no setting {unknown[0]}')
+        host, told = settings.get('host'), calls(queue, settings.pop('max_running', None), settings.pop('rate', None))
+        check_settings(**settings, **present(max_retries=max_retries, timeout=timeout))
+        send = functools.partial(self.enqueue, queue, host=host, max_retries=max_retries, timeout=timeout)
+
+        def register(function):
+            known = self.registered.get((queue, host)) or Registered(queue, host, 1.0, 3, None, 1, False, {}, [])
+            self._register(known._replace(told=told or known.told, **settings), function, True)
+            sender = Sender(function, send)
+            function.policy, function.delay, function.options = rule, sender.delay, sender.options
+            return function
+        return register if function is None else register(function)
+
+    def _register(self, registered, function, is_task):
+        """Have a function work what comes to a queue: all of it, or what is meant for the task of its name."""
+        if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
+            raise Misuse(f'what is decorated must be a function, not {function!r}')
+        if registered.isolate and not re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')):
+            raise Misuse(f'{function!r} cannot be isolated: its process has to find it by its name in a module')
+        queue, name = (registered.name, registered.host), task_name(function) if is_task else None
+        known = self.registered.get(queue, registered).functions
+        for taken, other in known.items():
+            if None in (taken, name) and (taken, task_name(other)) != (name, task_name(function)):
+                raise Misuse(f'the queue {queue[0]} has {taken or "a handler"} already; only tasks can share a queue')
+        self.registered[queue] = registered._replace(functions={**known, name: function})
 
     def on(self, event: str) -> Callable[[F], F]:
         """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result),
@@ -1827,12 +1759,14 @@ class App:
                 run_at: str | datetime.datetime | None = None, priority: int | None = None, key: str | None = None,
                 id: str | None = None, after: Iterable[Any] | Any = None, after_any: bool | None = None,
                 give_up: float | None = None) -> Job:
-        """Add a job, and return it, a dict that is a Job; see Client.enqueue.
-
-        `delay` is in seconds or a timedelta; `run_at` a datetime or RFC 3339. It is tried for `give_up` seconds (30).
-        """
+        """Add a job; returns it, a Job. `run_at` is a datetime or RFC 3339; see Client.enqueue for the rest."""
         return self.client(host).enqueue(
             queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
+
+    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
+                     ids: Iterable[str] | None = None, give_up: float | None = None, **options: Any) -> list[Job]:
+        """Add a job per payload: see Client.enqueue_many."""
+        return self.client(host).enqueue_many(queue, payloads, ids, give_up, **options)
 
     def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None,
                  zone: str | None = None, payload: Any = None, *, host: str | None = None,
@@ -1844,16 +1778,10 @@ class App:
         """End a schedule; the jobs that it made stay."""
         return self.client(host).unschedule(name)
 
-    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
-                     ids: Iterable[str] | None = None, give_up: float | None = None, **options: Any) -> list[Job]:
-        """Add a job per payload: see Client.enqueue_many."""
-        return self.client(host).enqueue_many(queue, payloads, ids, give_up, **options)
-
     def wait(self, job: Any, timeout: float | None = None, host: str | None = None,
              give_up: float | None = None) -> Job:
         """The finished job: see Client.wait."""
-        client = job.client if isinstance(job, Job) and host is None else self.client(host)
-        return client.wait(job, timeout, give_up)
+        return (job.client if isinstance(job, Job) and not host else self.client(host)).wait(job, timeout, give_up)
 
     def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
             concurrency: int | None = None) -> None:
@@ -1877,7 +1805,10 @@ class App:
         finally:
             self.workers.remove(worker)
         if worker.hung(0) and not burst and threading.current_thread() is threading.main_thread():
-            leave(code)
+            for end in logging.shutdown, functools.partial(print, end='', flush=True):
+                with contextlib.suppress(Exception):
+                    end()
+            os._exit(code)
         if code:
             raise SystemExit(code)
 
@@ -1893,56 +1824,66 @@ class App:
         t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting.
         `t.client` is its client. It needs rundown_engine.py to be importable. Queues with their own `host` stay there.
         """
+        before = self.host, self.clients, os.environ.get('RUNDOWN_URL', '')     # which counts as none
+        with tempfile.TemporaryDirectory() as folder:
+            test = Testing(self, folder)
+            self.host, self.clients, os.environ['RUNDOWN_URL'] = test.url, {}, test.url     # for isolated handlers
+            test.client = self.client()
+            try:
+                yield test
+            finally:
+                test.client.close()
+                self.host, self.clients, os.environ['RUNDOWN_URL'] = before
+                test.server.shutdown()
+                test.server.server_close()
+
+class Testing:
+    """What testing() gives: an engine for a test, its client, and its clock, which is `seconds` ahead."""
+    def __init__(self, app, folder):
         try:
             import rundown_engine
         except ModuleNotFoundError:
             raise Error('testing() needs rundown_engine.py to be importable, such as beside this module') from None
-        with tempfile.TemporaryDirectory() as folder:
-            clock = Ahead()
-            server = rundown_engine.make_server(os.path.join(folder, 'jobs.db'), port=0, sync='normal', clock=clock)
-            threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True).start()
-            host, outside = self.host, os.environ.get('RUNDOWN_URL', '')
-            self.host = os.environ['RUNDOWN_URL'] = server.url      # the latter for isolated handlers
-            try:
-                yield Testing(self, server, clock)
-            finally:
-                self.host, os.environ['RUNDOWN_URL'] = host, outside
-                if not outside:         # which counts as none
-                    del os.environ['RUNDOWN_URL']
-                for settings in [settings for settings in self.clients if settings[0] == server.url]:
-                    self.clients.pop(settings).close()
-                server.shutdown()
-                server.server_close()
+        self.app, self.seconds, database = app, 0.0, os.path.join(folder, 'jobs.db')
+        self.clock = types.SimpleNamespace(time=lambda: time.time() + self.seconds,
+                                           monotonic=lambda: time.monotonic() + self.seconds)
+        self.server = rundown_engine.make_server(database, port=0, sync='normal', clock=self.clock)
+        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
+        self.url = self.server.url
 
+    def advance(self, seconds: float) -> None:
+        """Move the engine's clock on; it sees at once what is due by then."""
+        self.seconds += seconds
+        self.server.tick()
+
+    def run(self, delayed: bool = False, **options: Any) -> None:
+        """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
+        self.app.run(burst=True, **options)
+        while delayed:
+            queues = {queue for queue, _ in self.app.registered}
+            due = [datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')).timestamp()
+                   for job in all_jobs(self.client, status='pending') if job['queue'] in queues]
+            later = [at for at in due if at > self.clock.time()]
+            if not later:
+                return
+            self.advance(min(later) - self.clock.time() + 0.01)
+            self.app.run(burst=True, **options)
 
 class Sender:
-    """Sends jobs for a task, each with the same options of enqueue()."""
-
-    def __init__(self, app, queue, name, function, **options):
+    """Sends jobs for a task; `send` enqueues a payload."""
+    def __init__(self, function, send):
         def delay(*args, **kwargs):
+            """Add a job that calls the task with these arguments, and return it; see enqueue()."""
             check_call(function, *args, **kwargs)
-            return app.enqueue(queue, dict(zip(TASK_FIELDS, (name, list(args), kwargs))), **options)
+            return send({'task': task_name(function), 'args': list(args), 'kwargs': kwargs})
 
-        def changed(**more):
-            return Sender(app, queue, name, function, **{**options, **more})
+        def options(**more):
+            """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
+            return Sender(function, functools.partial(send, **more))
 
-        delay.__doc__ = f'Add a job that calls {name} with these arguments, and return it; see enqueue().'
-        changed.__doc__ = f'The same with options of enqueue() for its jobs: {name}.options(delay=60).delay(...)'
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):       # it has no signature to look at
             delay.__signature__ = inspect.signature(function)
-        self.delay, self.options = delay, changed
-
-
-def enqueuer(app, queue, host):
-    """The `enqueue` of a queue's handler."""
-    def enqueue(payload=None, *more, **options):
-        if more:
-            raise Misuse(f'{queue} takes one payload, and options by name; @rw.task is for functions of many arguments')
-        return app.enqueue(queue, payload, **{'host': host, **options})
-    taken = list(inspect.signature(app.enqueue).parameters.values())
-    enqueue.__doc__, enqueue.__signature__ = app.enqueue.__doc__, inspect.Signature(taken[1:])
-    return enqueue
-
+        self.delay, self.options = delay, options
 
 def task_name(function):
     """The name that producers and workers call a task by; of a script's the same as where it is imported."""
@@ -1951,111 +1892,45 @@ def task_name(function):
         module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
     return f'{module}.{function.__qualname__}'
 
-
-def source(function):
-    """Where it is written: the same when the same function comes anew, as on reload."""
-    code = getattr(function, '__code__', None)
-    return getattr(code, 'co_filename', type(function)), getattr(function, '__qualname__', repr(function))
-
-
 def check(name, value, least, types=int):
     """Misuse unless the setting is a number from `least`."""
     if isinstance(value, bool) or not isinstance(value, types) or not least <= value < float('inf'):
-        raise Misuse(f'{name} must be a {"whole number" if types is int else "number of seconds"} from {least}, '
-                     f'not {value!r}')
+        kind = 'whole number' if types is int else 'number of seconds'
+        raise Misuse(f'{name} must be a {kind} from {least}, not {value!r}')
 
+def check_settings(**settings):
+    for name, value in settings.items():
+        if name in LEAST:
+            check(name, value, *LEAST[name])
 
-def limit_calls(queue, max_running, rate):
-    """The calls that tell an engine of a queue's limits."""
-    fields = {'queue': queue}
-    if max_running is not None:
-        check('max_running', max_running, 1)
-        fields['max_running'] = max_running
-    if rate is not None:
-        claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
-        check('rate', claims, 1)
-        check('the seconds of rate', seconds, 0, (int, float))
-        fields.update(rate=claims, per=seconds)
-    return [('/limit', fields)] if len(fields) > 1 else []
-
-
-def schedule_calls(queue, cron, every, zone):
-    """The calls that tell an engine of a queue's schedule."""
+def calls(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
+    """The calls that tell an engine of a queue's limits, and of its schedule."""
+    claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
+    limits = present(max_running=max_running, rate=claims, per=None if rate is None else seconds)
     every = in_seconds(every)
-    if every is not None:
-        check('every', every, 1, (int, float))
+    check_settings(**limits, **present(every=every))
     if cron is not None and (every is not None or not isinstance(cron, str)):
         raise Misuse(f'cron must be a string like "0 3 * * *", without every, not {cron!r}')
-    return [('/schedule', present(name=queue, queue=queue, cron=cron, every=every, zone=zone))] if cron or every else []
-
-
-def check_settings(registered):
-    check('concurrency', registered.concurrency, 1)
-    check('poll_interval', registered.poll_interval, 0, (int, float))
-    if registered.max_retries is not None:
-        check('max_retries', registered.max_retries, 0)
-    if registered.timeout is not None:
-        check('timeout', registered.timeout, 0, (int, float))
-
-
-def check_function(function, isolate):
-    if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-        raise Misuse(f'what is decorated must be a function, not {function!r}')
-    if isolate and not re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')):
-        raise Misuse(f'{function!r} cannot be isolated: its process has to find it by its name in a module')
-
+    found = [('/limit', {'queue': queue, **limits})] if limits else []
+    if cron or every:
+        found.append(('/schedule', present(name=queue, queue=queue, cron=cron, every=every, zone=zone)))
+    return found
 
 def check_call(function, *args, **kwargs):
-    """Misuse unless the function can be called like this."""
+    """Misuse unless the function can be called like this, as far as one can tell."""
     try:
         inspect.signature(function).bind(*args, **kwargs)
+    except ValueError:      # it has no signature to look at
+        pass
     except TypeError as error:
         name = getattr(function, '__qualname__', function)
         raise Misuse(f'{name} cannot be called with {len(args) + len(kwargs)} argument(s): {error}') from None
-
-
-class Ahead:
-    """The clock of a throwaway engine: the machine's, and the seconds that it was moved by."""
-    seconds = 0
-
-    def time(self):
-        return time.time() + self.seconds
-
-    def monotonic(self):
-        return time.monotonic() + self.seconds
-
-
-class Testing:
-    """What testing() gives: an engine for a test, its client, and its clock."""
-
-    def __init__(self, app, server, clock):
-        self.app, self.server, self.clock, self.url, self.client = app, server, clock, server.url, app.client()
-
-    def advance(self, seconds: float) -> None:
-        """Move the engine's clock on; it sees at once what is due by then."""
-        self.clock.seconds += seconds
-        self.server.tick()
-
-    def run(self, delayed: bool = False, **options: Any) -> None:
-        """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
-        self.app.run(burst=True, **options)
-        while delayed:
-            queues, form = {queue for queue, _ in self.app.registered}, '%Y-%m-%dT%H:%M:%S.%f%z'
-            times = [datetime.datetime.strptime(job['next_run_at'].replace('Z', '+0000'), form).timestamp()
-                     for job in all_jobs(self.client) if job['status'] == 'pending' and job['queue'] in queues]
-            later = [at for at in times if at > self.clock.time()]
-            if not later:
-                return
-            self.advance(min(later) - self.clock.time() + 0.01)
-            self.app.run(burst=True, **options)
-
 
 def all_jobs(client, **aim):
     page = {'after': None}
     while page['after'] or 'jobs' not in page:
         page = client.jobs(limit=1000, after=page['after'], **aim)
         yield from page['jobs']
-
 
 def set_up_log():
     """Log to stderr, where nobody set up logging."""
@@ -2064,17 +1939,6 @@ def set_up_log():
         log.handlers[0].setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
         log.setLevel(log.level or logging.INFO)
 
-
-def leave(code):
-    """End the process whatever its threads do."""
-    with contextlib.suppress(Exception):
-        logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(code)
-
-
 default = App()
 queue, task, on = default.queue, default.task, default.on
 enqueue, enqueue_many, wait = default.enqueue, default.enqueue_many, default.wait
@@ -2082,14 +1946,11 @@ schedule, unschedule = default.schedule, default.unschedule
 run, stop, testing = default.run, default.stop, default.testing
 
 # -- Any program as a worker ------------------------------------------------------------------------------------------
-
-
 class Program(types.SimpleNamespace):
-    """What stands for a handler: `command`, and whether it gets a string payload as `text`."""
-
+    """A handler that runs a `command`, which gets a string payload as it is where `text` says so."""
     def __call__(self, payload):
-        raise NotImplementedError('a program is run by its slot')
-
+        text = payload if self.text and isinstance(payload, str) else as_json(payload, 'payload')
+        return current.get().slot.execute(self.command, text.encode(), current.get())
 
 class ProgramSlot(Slot):
     """A slot that runs a program for each job. Its streams are files, since pipes fill up, and are kept by children."""
@@ -2098,26 +1959,22 @@ class ProgramSlot(Slot):
     def prepare(self):
         self.ending = False             # interrupt() has been, or is not going to be, for the last task
 
-    def perform(self, task):
-        return perform(Handler({None: functools.partial(self._execute, task)}), task.job)
-
-    def _execute(self, task, payload):
-        program, file = self.consumer.registered.functions[None], tempfile.TemporaryFile
-        text = payload if program.text and isinstance(payload, str) else as_json(payload, 'payload')
-        env = dict(os.environ, RUNDOWN_ID=task.job['id'], RUNDOWN_QUEUE=self.consumer.name,
-                   RUNDOWN_ATTEMPT=str(task.job['attempt']))
+    def execute(self, command, data, task):
+        file, mine = tempfile.TemporaryFile, {'RUNDOWN_ID': task.job['id'], 'RUNDOWN_QUEUE': self.consumer.name}
+        env = {**os.environ, **mine, 'RUNDOWN_ATTEMPT': str(task.job['attempt'])}
         with file() as given, file() as out, file('a+b') as self.errors:
-            given.write(text.encode())
+            given.write(data)
             given.seek(0)
             self.process = subprocess.Popen(
-                program.command, stdin=given, stdout=out, stderr=self.errors, env=env, start_new_session=True)
+                command, stdin=given, stdout=out, stderr=self.errors, env=env, start_new_session=True)
             while not self.ending and size(out) <= MAX_STDOUT and self.process.returncode is None:
                 if size(self.errors) > MAX_STDOUT:      # only its end is wanted, and a disk is finite
                     self.errors.truncate(0)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(TICK)
             self._end()
-            return self._result(self.process.returncode, out)
+            out.seek(0)
+            return self._result(self.process.returncode, out.read(MAX_STDOUT + 1))
 
     def _end(self):
         """SIGTERM and some time where it runs; SIGKILL to who is left of its group."""
@@ -2128,15 +1985,13 @@ class ProgramSlot(Slot):
         signal_group(self.process, KILL)
         self.process.wait()
 
-    def _result(self, code, out):
-        out.seek(0)
-        text = out.read(MAX_STDOUT + 1)
-        if len(text) > MAX_STDOUT:
+    def _result(self, code, output):
+        if len(output) > MAX_STDOUT:
             raise Abort(f'the program wrote more than {MAX_STDOUT:,} bytes to stdout, which is the most for a result')
         if code:                        # 65 is EX_DATAERR of sysexits.h
             raise (Abort if code == 65 else Retry)(f'the program {ending(code)}\n{self.where(None)}'.strip())
         try:
-            text = text.decode()
+            text = output.decode()
         except UnicodeDecodeError as error:
             raise Abort(f'what the program wrote to stdout is not UTF-8: {error}') from None
         with contextlib.suppress(ValueError, RecursionError):
@@ -2158,10 +2013,8 @@ class ProgramSlot(Slot):
         if self.process and self.process.returncode is None:
             signal_group(self.process, KILL)
 
-
 def size(file):
     return os.fstat(file.fileno()).st_size
-
 
 def command_exec(client, options):
     """Work on a queue by running a program."""
@@ -2171,11 +2024,9 @@ def command_exec(client, options):
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 # -- Outbox -----------------------------------------------------------------------------------------------------------
-
 OUTBOX = ('CREATE TABLE IF NOT EXISTS rundown_outbox (number %s PRIMARY KEY %s, job TEXT NOT NULL, error TEXT, '
           'taken_by TEXT, taken_at BIGINT)')
 recent = types.SimpleNamespace(written=float('-inf'))       # when this process last wrote into an outbox
-
 
 def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: float | datetime.timedelta | None = None,
                run_at: str | datetime.datetime | None = None, id: str | None = None, **options: Any) -> str:
@@ -2189,34 +2040,33 @@ def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: float | 
     if delay is not None:
         run_at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=in_seconds(delay))
     id = id or new_id()
-    job = job_text(payload, id, run_at, queue=queue, **options)
-    with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)', job)
+    with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)',
+               job_text(payload, id, run_at, queue=queue, **options))
     recent.written = time.monotonic()
     return id
-
 
 def with_table(connection, statement, *values):
     """The cursor of a statement; where the table is missing, it is made first."""
     cursor, lite, reasons = connection.cursor(), hasattr(connection, 'total_changes'), []
     create = OUTBOX % (('INTEGER', 'AUTOINCREMENT') if lite else ('BIGSERIAL', ''))
-    if not lite:                        # not sqlite3: a statement that fails there would end the whole transaction
-        statement = statement.replace('?', '%s')
-        cursor.execute('SAVEPOINT rundown')
+
+    def guard(action):      # a failure ends the whole transaction; not so in SQLite, where RELEASE might end it
+        if not lite:
+            connection.cursor().execute(f'{action} SAVEPOINT rundown')
+
+    guard('')
     for text, given in ((statement, values), (create, ()), (statement, values)):
         try:
-            cursor.execute(text, given)
+            cursor.execute(text if lite else text.replace('?', '%s'), given)
             if text is statement:
-                if not lite:
-                    connection.cursor().execute('RELEASE SAVEPOINT rundown')
+                guard('RELEASE')
                 return cursor
         except Exception as error:      # each driver has its own; `create` also fails when somebody else just did it
             if not reasons and 'rundown_outbox' not in str(error):
                 raise
             reasons.append(str(error).partition('\n')[0])
-            if not lite:
-                cursor.execute('ROLLBACK TO SAVEPOINT rundown')
+            guard('ROLLBACK TO')
     raise Error(f'the table rundown_outbox cannot be used, nor made: {"; ".join(reasons)}. What makes it: {create}')
-
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
     """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took.
@@ -2227,45 +2077,40 @@ def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0
     with contextlib.closing(connect()) as connection:
         return drain(connection, client, client.call, keep)
 
-
 def drain(connection, client, send, keep):
-    """Send in order, and delete what is acknowledged. What is sent twice, after a kill or by two, has its one id."""
-    count, wanted = 0, 'error IS NULL AND (taken_by IS NULL OR taken_by <> ?)'
+    """Send in order, and delete what was taken `keep` seconds ago; how many jobs were taken."""
+    count, sql = 0, functools.partial(with_table, connection)
     if keep:
         send('/health')         # only who asks finds out that a standby has taken over
     while True:
-        kept = 'FROM rundown_outbox WHERE taken_at < ?', int(time.time() - keep)
-        if with_table(connection, 'SELECT 1 ' + kept[0], kept[1]).fetchone():       # a look takes no write lock
-            with_table(connection, 'DELETE ' + kept[0], kept[1])
-        rows = with_table(connection, 'SELECT number, job FROM rundown_outbox '
-                                      f'WHERE {wanted} ORDER BY number LIMIT 500', client.host).fetchall()
-        connection.commit()             # no transaction is open while the engine is away
+        over = int(time.time() - keep)
+        if sql('SELECT 1 FROM rundown_outbox WHERE taken_at <= ?', over).fetchone():    # a look takes no write lock
+            sql('DELETE FROM rundown_outbox WHERE taken_at <= ?', over)
+        rows = sql('SELECT number, job FROM rundown_outbox WHERE error IS NULL AND (taken_by IS NULL OR taken_by <> ?) '
+                   'ORDER BY number LIMIT 500', client.host).fetchall()
+        connection.commit()
         if not rows:
             return count
-        for batch in batches(rows, lambda row: len(row[1])):
-            refused = dict(deliver(send, batch))
-            for number, sentence in refused.items():
-                note(logging.ERROR, 'the engine refused job %d of the outbox: %s', number, sentence)
-                with_table(connection, 'UPDATE rundown_outbox SET error = ? WHERE number = ?', sentence, number)
-            numbers = ','.join([str(number) for number, _ in batch if number not in refused])
-            taken = 'UPDATE rundown_outbox SET taken_by = ?, taken_at = ?' if keep else 'DELETE FROM rundown_outbox'
-            with_table(connection, f'{taken} WHERE number IN ({numbers or "NULL"})',
-                       *([client.host, int(time.time())] if keep else []))
-            connection.commit()
-            count += len(batch) - len(refused)
+        count += sum(deliver(connection, client, send, batch) for batch in batches(rows, lambda row: len(row[1])))
 
-
-def deliver(send, rows):
-    """Have the engine take the jobs, in order; pairs of number and sentence for those that it never will."""
+def deliver(connection, client, send, rows):
+    """Have the engine take jobs, in order; how many it took. What is sent twice, after a kill or by two, has one id."""
+    connection.commit()                 # no transaction is open while the engine is away
     try:
         send('/enqueue', f'{{"jobs":[{",".join([text for _, text in rows])}]}}')
-        return []
     except Refused as error:
         if error.status not in REFUSALS:
             raise
         half = len(rows) // 2           # which of them was it?
-        return deliver(send, rows[:half]) + deliver(send, rows[half:]) if half else [(rows[0][0], str(error))]
-
+        if half:
+            return sum(deliver(connection, client, send, part) for part in (rows[:half], rows[half:]))
+        note(logging.ERROR, 'the engine refused job %d of the outbox: %s', rows[0][0], error)
+        with_table(connection, 'UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), rows[0][0])
+        return 0
+    numbers = ','.join([str(number) for number, _ in rows])
+    with_table(connection, f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
+               client.host, int(time.time()))
+    return len(rows)
 
 @contextlib.contextmanager
 def forwarding(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> Iterator[None]:
@@ -2278,7 +2123,6 @@ def forwarding(connect: Callable[[], Any], host: str | None = None, keep: float 
     finally:
         stopping.set()
         thread.join(FAREWELL)           # what is not sent by then is sent next time
-
 
 def keep_forwarding(connect, host, keep, stopping):
     tries, ended = 0, False
@@ -2298,7 +2142,6 @@ def keep_forwarding(connect, host, keep, stopping):
             tries += 1
             ended = stopping.wait(backoff(tries))
 
-
 def command_forward(client, options):
     """Forward the outbox in a SQLite file."""
     import sqlite3      # here, since not every Python has it
@@ -2306,46 +2149,34 @@ def command_forward(client, options):
         raise Misuse(f'there is no file {options.file}')
     set_up_log()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), forwarding(
-            functools.partial(sqlite3.connect, options.file), keep=options.keep):
+    connect = functools.partial(sqlite3.connect, options.file)
+    with contextlib.suppress(KeyboardInterrupt), forwarding(connect, keep=options.keep):
         while True:
             time.sleep(1)
 
 # -- Command line -----------------------------------------------------------------------------------------------------
-
 COLUMNS = {
-    'jobs':   'id queue status attempt retries priority tag next_run_at worker'.split(),
-    'queues': 'queue pending scheduled running done failed cancelled oldest_age paused'.split(),
-    'schedules': 'name queue cron every zone next_run_at last_run_at last_id skipped'.split(),
-}
-
+    'jobs': 'id queue status attempt retries priority tag next_run_at worker',
+    'queues': 'queue pending scheduled running done failed cancelled oldest_age paused',
+    'schedules': 'name queue cron every zone next_run_at last_run_at last_id skipped'}
 
 def show(answer):
-    """JSON on a pipe, an aligned table on a terminal."""
+    """JSON on a pipe; on a terminal a table, or a line for each field."""
     if not sys.stdout.isatty():
-        print(json.dumps(answer))
+        return print(json.dumps(answer))
+    for kind in COLUMNS.keys() & answer.keys():
+        rows = [COLUMNS[kind].split()]
+        rows += [[printable(plain(row[column])) for column in rows[0]] for row in answer[kind]]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows:
+            print('  '.join(map(str.ljust, row, widths)).rstrip())
         return
-    kind = next((kind for kind in COLUMNS if kind in answer), None)
-    if kind:
-        print_rows([COLUMNS[kind]] + [[plain(row[column]) for column in COLUMNS[kind]] for row in answer[kind]])
-    else:
-        print_rows([[field, plain(value)] for field, value in answer.items() if '\n' not in str(value)])
-        for field, value in answer.items():
-            for line in [f'{field}:', *str(value).splitlines()] if '\n' in str(value) else ():
-                print(printable(line))
-
-
-def print_rows(rows):
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-
+    for field, value in answer.items():
+        lines = [printable(line) for line in plain(value).splitlines()]
+        print('\n'.join([f'{field}:', *lines]) if len(lines) > 1 else f'{field:14}{"".join(lines)}')
 
 def plain(value):
-    if value is None:
-        return ''
-    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
+    return '' if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 def json_value(text):
     try:
@@ -2353,27 +2184,14 @@ def json_value(text):
     except ValueError as error:
         raise argparse.ArgumentTypeError(f'is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
 
-
-def number_or_none(text):
-    """A number, or None for `none`, which lifts a limit."""
-    try:
-        return None if text == 'none' else float(text) if '.' in text else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'is neither a number nor none: {text}') from None
-
+def limit(text):
+    return None if text == 'none' else json.loads(text)
 
 def command_call(client, options):
     """The client's method of that name, with what the command line says of its fields."""
     call = getattr(client, options.command)
-    given = {field: getattr(options, field) for field in inspect.signature(call).parameters if hasattr(options, field)}
-    if options.command in ('cancel', 'retry', 'purge') and not present(**given):
-        needed = '--queue or --status' if options.command == 'purge' else 'an ID, or --queue and --status'
-        raise Misuse(f'{options.command} needs {needed}')
-    answer = call(**given)
-    if 'warning' in answer:
-        print(answer['warning'], file=sys.stderr)
-    show(answer)
-
+    fields = inspect.signature(call).parameters
+    show(call(**{field: value for field, value in vars(options).items() if field in fields}))
 
 def command_queues(client, options):
     answer = client.queues()
@@ -2381,68 +2199,50 @@ def command_queues(client, options):
         del row['minutes']
     show(answer)
 
-
 def command_status(client, options):
     job = client.job(options.id) if options.wait is None else client.wait(options.id, options.wait)
     show(job)
     return options.wait is not None and job['status'] != 'done'
 
-
 def command_run(client, options):
     """Import a person's tasks, and work on them."""
-    target = options.tasks
-    sys.path.insert(0, os.path.dirname(os.path.abspath(target)) if os.path.isfile(target) else os.getcwd())
-    if os.path.isfile(target):
-        name = os.path.splitext(os.path.basename(target))[0]
-        name = name if name.isidentifier() and name not in sys.modules else 'tasks_' + re.sub(r'\W', '_', name)
-        load(os.path.abspath(target), name)
-    elif importlib.util.find_spec(target.partition('.')[0]) if re.fullmatch(r'\w+(\.\w+)*', target) else None:
+    target, file = options.tasks, os.path.abspath(options.tasks) if os.path.isfile(options.tasks) else None
+    sys.path.insert(0, os.path.dirname(file) if file else os.getcwd())
+    if file:
+        name = os.path.splitext(os.path.basename(file))[0]
+        load(file, name if name.isidentifier() and name not in sys.modules else 'tasks_' + re.sub(r'\W', '_', name))
+    elif re.fullmatch(r'\w+(\.\w+)*', target) and importlib.util.find_spec(target.partition('.')[0]):
         importlib.import_module(target)
     else:
         raise Misuse(f'there is neither a file nor a module {target}')
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
-
 def command_demo(client, options):
-    """Every file under a folder as a job, on an engine of its own; then a look whether all digests are right."""
-    if not os.path.isdir(options.folder):
-        raise Misuse(f'there is no folder {options.folder}')
-    paths = [os.path.join(folder, name) for folder, _, names in os.walk(options.folder) for name in names]
-    paths = [path for path in paths if os.path.isfile(path) and os.access(path, os.R_OK)]
-    app = App()
+    """Hash each file under a folder as a job of an engine of its own, and once more here: do the digests agree?"""
+    app, files = App(), [path for path in pathlib.Path(options.folder).rglob('*') if path.is_file()]
     log.setLevel(logging.ERROR)
-    app.queue('demo', concurrency=4, max_retries=1)(hash_file)
+
+    @app.queue('demo', concurrency=4, max_retries=1)
+    def digest(path):
+        if job() and job()['attempt'] == 1 and hash(path) % 20 == 0:
+            raise Retry('one in 20 fails once, for the show', delay=0)
+        with open(path, 'rb') as file:
+            return hashlib.sha256(file.read()).hexdigest()
+
+    paths = [str(path) for path in files if os.access(path, os.R_OK)]
     with app.testing() as engine:
-        began = time.monotonic()
-        jobs = app.enqueue_many('demo', paths)
+        began, jobs = time.monotonic(), app.enqueue_many('demo', paths)
         engine.run()
         took = time.monotonic() - began
-        jobs = [engine.client.job(job['id']) for job in jobs]
-    right = sum(job['result'] == digest(job['payload']) for job in jobs)
-    print_rows([('files', f'{len(paths):,}'), ('retries', f'{sum(job["retries"] for job in jobs):,}'),
-                ('jobs/s', f'{len(paths) / took:,.0f} in {took:.2f} s'),
-                ('digests', f'{right:,} of {len(paths):,} agree with a direct computation')])
-    return right != len(paths)
-
-
-def hash_file(path):
-    """The demo's handler. One file in 20 fails once, to show a retry."""
-    if job()['attempt'] == 1 and hashlib.sha256(os.fsencode(path)).digest()[0] < 13:
-        raise Retry('failing once, for the show', delay=0)
-    return digest(path)
-
-
-def digest(path):
-    with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
+        right = sum(job.refresh()['result'] == digest(job['payload']) for job in jobs)
+    show({'files': len(jobs), 'retries': sum(job['retries'] for job in jobs), 'seconds': round(took, 2),
+          'jobs a second': round(len(jobs) / took), 'right digests': right})
+    return right != len(jobs)
 
 SECONDS, WHOLE, FLAG = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(action='store_true')
-LIMIT = dict(type=number_or_none, metavar='N', default=argparse.SUPPRESS)       # not given is no None
-WORK = '--concurrency --grace --burst'
-OF_JOB = '--tag --priority --key --timeout --max-retries'
-COMMANDS = [
-    # name, function, arguments, what it does
+LIMIT = dict(type=limit, metavar='N', default=argparse.SUPPRESS)       # not given is no None
+WORK, OF_JOB = '--concurrency --grace --burst', '--tag --priority --key --timeout --max-retries'
+COMMANDS = [    # name, function, arguments, what it does
     ('enqueue', command_call, f'queue payload --delay --run-at --id {OF_JOB} --after', 'add a job'),
     ('status', command_status, 'id --wait', 'show a job'),
     ('jobs', command_call, '--queue --status --tag --limit --after --needed-by', 'list jobs, newest first'),
@@ -2461,26 +2261,22 @@ COMMANDS = [
     ('forward', command_forward, 'file --keep', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT'),
     ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own'),
 ]
-ARGUMENTS = {       # what is not plain text; of one command alone where that is named
+ARGUMENTS = {   # what is not plain text; of one command alone where that is named
     **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS),
     **dict.fromkeys(('--priority', '--max-retries', '--limit', '--concurrency'), WHOLE),
     **dict.fromkeys(('--max-running', '--rate'), LIMIT),
     **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
-    '--per':            dict(LIMIT, metavar='S', help='seconds that --rate claims take (1)'),
-    'payload':          dict(nargs='?', default='null', type=json_value, help='JSON; - reads it from stdin'),
-    'enqueue --after':  dict(nargs='+', metavar='ID', help='jobs that have to be done first'),
-    'status --wait':    dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
-    '--minutes':        dict(FLAG, help='with the counts of the last hour'),
-    '--cron':           dict(metavar='"* * * * *"'),
-    '--grace':          dict(SECONDS, default=GRACE),
-    '--burst':          dict(FLAG, help='work off what is due, and end'),
-    '--text':           dict(FLAG, help='give it a string payload as it is'),
-    '--keep':           dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
-    'tasks':            dict(metavar='FILE_OR_MODULE'),
-    'program':          dict(nargs='+', metavar='PROGRAM'),
-    'folder':           dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__)),
+    '--per': dict(LIMIT, metavar='S', help='seconds that --rate claims take (1)'),
+    'payload': dict(nargs='?', default='null', type=json_value, help='JSON; - reads it from stdin'),
+    'enqueue --after': dict(nargs='+', metavar='ID', help='jobs that have to be done first'),
+    'status --wait': dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
+    '--minutes': dict(FLAG, help='with the counts of the last hour'),
+    '--burst': dict(FLAG, help='work off what is due, and end'), '--grace': dict(SECONDS, default=GRACE),
+    '--text': dict(FLAG, help='give it a string payload as it is'), '--cron': dict(metavar='"* * * * *"'),
+    '--keep': dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
+    'tasks': dict(metavar='FILE_OR_MODULE'), 'program': dict(nargs='+', metavar='PROGRAM'),
+    'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__)),
 }
-
 
 def arguments(argv):
     raw = argparse.RawDescriptionHelpFormatter
@@ -2495,7 +2291,6 @@ def arguments(argv):
             command.add_argument(argument, **ARGUMENTS.get(f'{name} {argument}', ARGUMENTS.get(argument, {})))
     return parser.parse_args(argv)
 
-
 def main(argv=None):
     """The command line; the exit code."""
     options = arguments(argv)
@@ -2507,7 +2302,6 @@ def main(argv=None):
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
         print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
         return 3 if isinstance(error, EngineUnavailable) else 2 if isinstance(error, Misuse) else 1
-
 
 if __name__ in ('__main__', '__mp_main__'):
     sys.modules.setdefault('rundown_workers', sys.modules[__name__])    # task files that import it must meet this one

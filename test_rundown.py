@@ -5270,6 +5270,14 @@ def test_a_user_s_program_passes_the_strictest_check_of_types(tmp_path):
     assert check("prog.py").startswith("Success") and "Incompatible types" in check("wrong.py")
 
 
+def test_help_shows_what_a_queue_s_enqueue_and_a_task_s_delay_take():
+    app = rw.App()
+    handler, add = app.queue("q")(lambda payload: None), app.task(lambda x, y=4: x + y)
+    assert list(inspect.signature(handler.enqueue).parameters) == list(inspect.signature(app.enqueue).parameters)[1:]
+    assert str(inspect.signature(add.delay)) == str(inspect.signature(add.options(tag="t").delay)) == "(x, y=4)"
+    assert "Add a job" in handler.enqueue.__doc__ and "Add a job" in add.delay.__doc__
+
+
 def test_all_that_is_public_is_annotated():
     public = [getattr(rw, name) for name in rw.__all__]
     public += [method for kind in (rw.Client, rw.Job, rw.App, rw.Testing) for name, method in vars(kind).items()
