@@ -2678,364 +2678,280 @@ def log(sentence):
         print(time.strftime('%Y-%m-%d %H:%M:%S'), line, file=sys.stderr, flush=True)
 
 # -- Dashboard and metrics --------------------------------------------------------------------------------------------
-
-DASHBOARD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Rundown-Workers</title><link rel="icon" href="data:,">
-<style>
+DASHBOARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Rundown-Workers</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; --back: light-dark(#f5f5f2, #121518); --card: light-dark(#fff, #1a1e22);
   --text: light-dark(#1d2328, #e2e6e9); --soft: light-dark(#59636d, #9ba6b0); --line: light-dark(#dcdcd6, #30363c);
-  --accent: light-dark(#0a5fb8, #74b6ff); --bad: light-dark(#b3261e, #ff8f85); }
-* { box-sizing: border-box; }  [hidden] { display: none !important; }
+  --accent: light-dark(#0a5fb8, #74b6ff); --bad: light-dark(#b3261e, #ff8f85); }  * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 90rem; padding: 0 1rem 4rem; background: var(--back); color: var(--text); overflow-wrap: anywhere;
   font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-header, form { display: flex; flex-wrap: wrap; gap: .5rem .8rem; align-items: center; margin: .75rem 0; }
-h1, h2 { font-size: 1rem; margin: 1.4rem 0 .4rem; }  h2:has(+ table[hidden]) { display: none; }  h1, td, #notice { unicode-bidi: isolate; }
-a { color: var(--accent); }  td a, #home { text-decoration: none; }  #home { font-weight: 650; margin-right: auto; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+[hidden], p:empty, pre:empty, h2:has(+ :empty), table:has(tbody:empty), h2:has(+ table > tbody:empty), #login:not([hidden]) ~ main {
+  display: none !important; }  /* what has nothing to show */
+header, form, #buttons { display: flex; flex-wrap: wrap; gap: .4rem .8rem; align-items: center; margin: .7rem 0; }
+h1, h2 { font-size: 1rem; margin: 1.4rem 0 .4rem; outline: none; }  #home { font-weight: 650; margin-right: auto; }
+a { color: var(--accent); }  td a, #home { text-decoration: none; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
 button, input, select, table, pre, .box { font: inherit; color: var(--text); background: var(--card); border: 1px solid var(--line); }
-button, input, select { border-color: var(--soft); border-radius: 5px; padding: .1rem .5rem; max-width: 100%; }
-button[aria-disabled=true] { color: var(--soft); border-color: var(--line); }  #title { outline: none; }
-button[data-armed] { background: var(--bad); color: var(--card); }
-td button { margin-right: .3rem; min-width: 4.3rem; font-size: .85rem; }  button[data-action=purge] { min-width: 6rem; margin: 0; }
-pre, .box { padding: .6rem .8rem; margin: .5rem 0; }  pre { max-height: 30rem; overflow: auto; white-space: pre-wrap; }
-pre, [data-attempt] td:last-child { font: 12.5px/1.45 ui-monospace, monospace; }  [data-attempt] { vertical-align: top; }
-table { width: 100%; border-collapse: collapse; table-layout: fixed; margin: .5rem 0; }  td { white-space: nowrap; }
-th, td { text-align: left; padding: .3rem .45rem; border-bottom: 1px solid var(--line); overflow: hidden; text-overflow: ellipsis; }
-th { overflow-wrap: normal; }  th, label, .soft, [data-field] td:first-child { color: var(--soft); font-weight: 400; font-size: .85rem; }
-.number { text-align: right; }  .gone { font-style: italic; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
-th[data-count=actions] { width: 18rem; }  th[data-count=last_hour] { width: 8.6rem; }  th[data-count=state] { width: 8.4rem; }  th[data-count=scheduled] { width: 5.6rem; }
+button, input, select { border-color: var(--soft); border-radius: 5px; padding: .1rem .5rem; }
+button[aria-disabled=true] { color: var(--soft); border-color: var(--line); }  .armed { background: var(--bad); color: var(--card); }
+td button { margin-right: .3rem; min-width: 4.3rem; font-size: .85rem; }  td button:last-child { min-width: 6rem; margin: 0; }
+pre, .box { padding: .6rem .8rem; margin: .5rem 0; max-height: 30rem; overflow: auto; white-space: pre-wrap; }
+pre, td[data-count=error] { font: 12.5px/1.45 ui-monospace, monospace; }  [data-attempt] { vertical-align: top; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; }  tr { border-bottom: 1px solid var(--line); }
+th, td { text-align: left; padding: .3rem .45rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+th, label, #updated, td[data-count=field] { color: var(--soft); font-weight: 400; font-size: .85rem; }  .number { text-align: right; }
+[data-count=error], [data-count=state], [data-count=value] { white-space: pre-wrap; }  th[data-count=field] { width: 8rem; }
 th[data-count=queue] { width: 13%; }  th[data-count=detail] { width: 28%; }  th[data-count=error] { width: 50%; }
-[data-count=error], [data-count=state], [data-field] td { white-space: pre-wrap; }  th[data-count=field] { width: 10rem; }
+th[data-count=last_hour], th[data-count=state] { width: 8.6rem; }  th[data-count=actions] { width: 18rem; }
 svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
-#offline { position: sticky; top: 0; z-index: 1; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
-@media (max-width: 78rem) {  /* each row becomes a card, its cells carry their headings */
-  thead { position: absolute; display: block; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  table, tbody, td { display: block; padding: 0; }  td, .number { border: 0; text-align: left; }
-  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)); gap: .4rem .8rem; padding: .6rem .8rem;
-    border-bottom: 1px solid var(--line); }
+#offline { position: sticky; top: 0; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
+@media (max-width: 78rem) { table:not(#fields) {  /* each row becomes a card, its cells carry their headings */
+  thead { position: fixed; clip-path: inset(50%); }  &, tbody, td { display: block; padding: 0; text-align: left; white-space: pre-wrap; }
+  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)); gap: .4rem .8rem; padding: .6rem .8rem; }
   td:before { content: attr(data-label); display: block; color: var(--soft); font: .85rem system-ui, sans-serif; }
-  td:first-child, td[data-count=actions], td[data-count=detail], td[data-count=error] { grid-column: 1 / -1; white-space: normal; }
-  td[data-count=last_hour], td[data-count=worker], td[data-count=queue], td[data-count=last_sign_of_life] { grid-column: span 2; }
-  tr[data-field] { grid-template-columns: 6rem 1fr; padding: .2rem .8rem; }  tr[data-field] td { grid-column: auto; }
-  [data-field] td:before { content: none; } }
-</style>
-<header><a id="home" href="#">Rundown-Workers</a> <span id="updated" class="soft"></span> <a id="manual" href="/docs">manual</a></header>
-<noscript><p class="box">This page needs JavaScript, the engine does not. To enqueue a job: <code>curl -H 'Content-Type: application/json'
--d '{"queue": "hello", "payload": "world"}' http://localhost:8181/enqueue</code>; more in the <a href="/docs">manual</a>.</p></noscript>
-<p id="offline" class="box bad" role="alert" hidden></p> <p id="notice" class="box" role="status" hidden></p>
-<form id="login" class="box" hidden><label for="token">this engine asks for its token</label>
+  td:is([data-count=queue], [data-count=worker], [data-count=state], [data-count=last_hour]) { grid-column: span 2; }
+  td:is(:first-child, [data-count=actions], [data-count=detail], [data-count=error]) { grid-column: 1 / -1; } } }
+</style><header><a id="home" href="#">Rundown-Workers</a> <noscript>this page needs JavaScript, the engine does not</noscript>
+  <span id="updated"></span> <a id="manual" href="/docs">manual</a></header>
+<p id="offline" class="box bad" role="alert"></p> <p id="notice" class="box" role="status"></p>
+<form id="login" method="dialog" class="box" hidden><label for="token">this engine asks for its token</label>
   <input id="token" type="password" autocomplete="current-password" required pattern="[!-~]+" title="visible ASCII characters">
   <button>open</button> <span id="refused" class="bad" role="alert"></span></form>
 <main id="list" hidden>
-  <h2>Queues</h2> <table id="queues" role="table" aria-label="queues"></table>
-  <h2>Schedules</h2> <table id="schedules" role="table" aria-label="schedules"></table>
-  <h2>Workers seen</h2> <table id="workers" role="table" aria-label="workers"></table>
-  <h2>Newest jobs</h2>
-  <form id="filter" role="search"><label>queue <input name="queue" autocomplete="off"></label>
-    <label>status <select name="status"><option value="">any<option>pending<option>running<option>done<option>failed<option>cancelled
-    </select></label> <label>tag <input name="tag" autocomplete="off"></label> <button>filter</button> <a href="#">all jobs</a></form>
-  <table id="jobs" role="table" aria-label="jobs"></table> <p id="nothing" class="box" hidden>no job here</p>
-  <div id="empty" hidden><p>no jobs yet: here is how to enqueue one</p><pre id="example" tabindex="0"></pre></div>
-  <a id="first">newest</a> <a id="older">older</a>
-</main>
+  <h2>Queues</h2><table id="queues"></table> <h2>Schedules</h2><table id="schedules"></table>
+  <h2>Workers seen</h2><table id="workers"></table> <h2>Newest jobs</h2>
+  <form id="filter" method="dialog" role="search"><label>queue <input name="queue" autocomplete="off"></label> <label>status
+    <select name="status"><option value="">any<option>pending<option>running<option>done<option>failed<option>cancelled</select></label>
+    <label>tag <input name="tag" autocomplete="off"></label> <button>filter</button> <a href="#">all jobs</a></form>
+  <table id="jobs"></table> <p id="older"></p> <pre id="example" tabindex="0"></pre></main>
 <main id="page" hidden>
   <h1 id="title" tabindex="-1"></h1> <p id="missing" class="box" hidden>There is no job with this id. It may have been purged.</p>
-  <div id="job" hidden>
-    <div><p id="why" class="box"></p></div> <button data-action="retry">retry</button> <button data-action="cancel">cancel</button>
-    <div><h2>Error</h2><pre id="error" tabindex="0"></pre></div> <div><h2>Payload</h2><pre id="payload" tabindex="0"></pre></div>
-    <div><h2>Result</h2><pre id="result" tabindex="0"></pre></div>
-    <div><h2>Waits or waited for</h2><p id="after"></p></div> <div><h2>Needed by</h2><p id="needed_by"></p></div> <h2>Attempts</h2>
-    <table id="attempts" role="table" aria-label="attempts"></table> <h2>Fields</h2>
-    <table id="fields" role="table" aria-label="fields"></table></div>
-</main>
+  <div id="job" hidden><p id="why" class="box"></p> <p id="buttons"></p> <h2>Error</h2><pre id="error" tabindex="0"></pre>
+    <h2>Payload</h2><pre id="payload" tabindex="0"></pre> <h2>Result</h2><pre id="result" tabindex="0"></pre> <h2>Waits or waited for</h2>
+    <p id="after"></p> <h2>Needed by</h2><p id="needed_by"></p> <h2>Attempts</h2><table id="attempts"></table> <h2>Fields</h2>
+    <table id="fields"></table></div></main>
 <script>
 "use strict";
-const EVERY = 2000, PATIENCE = 10000, SHOWN = 200000, QUEUES = 100, LINKS = 100, NEWLINE = String.fromCharCode(10);  // ms, ms, characters, rows
-let turn = 0, timer = 0, skew = 0, place = {};  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
+let turn = 0, timer = 0, skew = 0, place = {}, armed = "";  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
 const $ = id => document.getElementById(id);
 const show = flags => { for (const id in flags) $(id).hidden = !flags[id]; };
-const at = time => time ? Date.parse(time.replace(/([.][0-9]{3})[0-9]*/, "$1")) : NaN;
-const age = time => (Date.now() + skew - at(time)) / 1000;
+const age = (time, now = Date.now() + skew) => (now - Date.parse(time)) / 1000;
 const span = s => s < 10 ? Math.max(0, s).toFixed(1) + " s" : s < 120 ? Math.round(s) + " s" : s < 7200 ? Math.round(s / 60) + " min"
   : s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " d";
 const ago = time => !time ? "never" : age(time) < 0 ? "in " + span(-age(time)) : span(age(time)) + " ago";
-const took = item => item.started_at && item.finished_at ? span((at(item.finished_at) - at(item.started_at)) / 1000) : "";
 const hash = filter => "#" + new URLSearchParams(Object.entries(filter).filter(pair => pair[1]));
+const link = (href, label, title = "") => el("a", {href, title}, label);
+const job = (id, label = id) => link("#job/" + encodeURIComponent(id), label, id);
 const exact = (key, value, source) =>  // where the browser can, 1.0 stays 1.0 and 2^63 keeps its digits
-  typeof value === "number" && source && JSON.rawJSON ? JSON.rawJSON(source.source) : value;
-
-// tables: a row's first column is its data-NAME; a cell shows the field of its name unless TEXT has a rule; * is a number
-const TABLES = {queues: "queue pending* scheduled* running* done* failed* oldest* rate* last_hour state actions", fields: "field value",
-  workers: "worker queue last_sign_of_life* running* hung_threads*", jobs: "job queue tag status attempt* worker created* detail",
-  attempts: "attempt worker started* took* outcome error", schedules: "schedule queue ticks next* last* skipped*"};
-const TEXT = {job: job => job.id, created: job => ago(job.created_at), started: attempt => ago(attempt.started_at), took,
-  last_sign_of_life: worker => ago(worker.seen_at), hung_threads: worker => worker.hung,
-  error: attempt => String(attempt.error || "").slice(-4000), oldest: queue => queue.oldest_age === null ? "–" : span(queue.oldest_age),
-  schedule: schedule => schedule.name, next: schedule => ago(schedule.next_run_at), last: schedule => ago(schedule.last_run_at),
-  ticks: ({cron, zone, every}) => cron ? cron + " " + zone : "every " + span(every),
-  rate: ({minutes: {done, failed}}) =>  // of the last 60 s: this minute, and the part of the one before that this one lacks
-    Math.round(done[59] + failed[59] + (done[58] + failed[58]) * (1 - (Date.now() + skew) % 60000 / 60000)),
-  state: queue => (queue.paused ? "paused" : !queue.polled_at ? "no worker yet"
-    : age(queue.polled_at) < 120 || queue.running ? "open" : "no worker " + span(age(queue.polled_at)))
-    + (queue.max_running ? `, max ${queue.max_running}` : "") + (queue.rate ? `, ${queue.rate} per ${queue.per} s` : ""),
-  detail: job => job.status === "done" ? "took " + took(job) : job.status === "running" && job.progress !== null
-    ? "progress " + JSON.stringify(job.progress) : job.status === "pending" && job.waits_for ? `waits for ${job.waits_for} job(s)`
-    : (job.status === "pending" && age(job.next_run_at) < 0 ? "due " + ago(job.next_run_at) + " " : "")
-    + String(job.error || "").trim().split(NEWLINE).pop()};
-const BAD = {state: text => !text.startsWith("open"), status: text => text === "failed", failed: n => n > 0, hung_threads: n => n > 0};
-const LINK = {last: ({last_id}) => last_id ? LINK.job({id: last_id}) : "#",
-  job: job => "#job/" + encodeURIComponent(job.id), queue: ({queue}) => hash({queue}), tag: ({tag}) => hash({tag})};
-for (const status of ["pending", "running", "done", "failed"]) LINK[status] = ({queue}) => hash({queue, status});
-const columns = id => TABLES[id].replace(/[*]/g, "").split(" ");
-const value = (key, item) => key in TEXT ? TEXT[key](item) : item[key];
-const enable = (button, yes) => button.setAttribute("aria-disabled", !yes);  // "disabled" would drop the focus
-
+  JSON.rawJSON && typeof value === "number" && String(value) !== source.source ? JSON.rawJSON(source.source) : value;
 function el(tag, attributes, ...children) {  // data enters as text and attributes, never as markup
   const node = document.createElementNS("http://www.w3.org/" + (/svg|path/.test(tag) ? "2000/svg" : "1999/xhtml"), tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
+  for (const name in attributes) node.setAttribute(name, attributes[name]);
+  node.append(...children.flat().map(child => typeof child === "number" ? child.toLocaleString("en") : child ?? ""));
   return node;
 }
-function text(node, value) {  // in place: a selection across it survives
-  if (!node.firstChild) node.append("");
-  if (node.firstChild.data !== String(value)) node.firstChild.data = value;
+function put(node, content) {  // text, a node or several; in place, so that focus, selection and a click that has begun are not lost
+  const now = Array.from(node.childNodes), next = Array.from(el("p", {}, content).childNodes);
+  if (String(now.map(child => child.nodeName)) !== String(next.map(child => child.nodeName))) return node.replaceChildren(...next);
+  next.forEach((child, i) => {
+    for (const {name, value} of child.attributes || []) now[i].setAttribute(name, value);
+    if (child.attributes) put(now[i], Array.from(child.childNodes)); else if (now[i].data !== child.data) now[i].data = child.data;
+  });
 }
-function row(id, tag, role, item) {  // a row of headings, or of cells with a <span> or <a> for the text
-  return el("tr", {role: "row"}, ...columns(id).map(key => {
-    const label = key.replace(/_/g, " ").replace("rate", "jobs/min"), href = item && key in LINK ? LINK[key](item) : "#";
-    const inside = !item ? label : href === "#" ? el("span", {}) : el("a", {href});
-    return el(tag, {role, "data-count": key, "data-label": label, class: TABLES[id].includes(key + "*") ? "number" : ""}, inside);
-  }));
+function button(label, able, about, action = label.replace(" ", "-")) {
+  const sure = action === "purge" && armed === about.queue;  // "disabled" instead of aria-disabled would drop the focus
+  const attributes = {"data-action": action, "data-about": JSON.stringify(about), "aria-disabled": !able, class: sure ? "armed" : ""};
+  return el("button", attributes, sure ? "sure?" : label);
 }
-function make(id, item) {
-  const tr = row(id, "td", "cell", item);
-  tr.dataset[columns(id)[0]] = value(columns(id)[0], item);
-  if (id !== "queues") return tr;
-  tr.plot = el("svg", {role: "img", viewBox: "0 0 120 28"}, el("path", {}), el("path", {class: "bad"}));
-  tr.buttons = [["pause", "pause"], ["retry-failed", "retry failed"], ["purge", "purge done"]].map(([action, label]) =>
-    el("button", {"data-action": action}, label));
-  tr.querySelector("[data-count=last_hour]").replaceChildren(tr.plot);
-  tr.lastChild.replaceChildren(...tr.buttons);
-  return tr;
-}
-function fill(tr, item) {
-  for (const td of tr.children) {
-    const key = td.dataset.count, shown = value(key, item);
-    if (shown === undefined) continue;
-    const whole = shown === null ? "" : typeof shown === "number" ? shown.toLocaleString("en") : String(shown);
-    text(td.firstChild, key === "job" && whole.length > 16 ? "…" + whole.slice(-12) : whole);  // ids begin with the time, alike in all rows
-    if (td.title !== whole) td.title = whole;
-    td.classList.toggle("bad", key in BAD && BAD[key](shown));
-  }
-  if (!tr.plot) return;
-  plot(tr.plot, item.minutes);
-  text(tr.buttons[0], tr.buttons[0].dataset.action = item.paused ? "resume" : "pause");
-  tr.buttons.forEach((button, i) => enable(button, [true, item.failed, item.done][i]));
-}
-function draw(id, items) {  // the same item keeps its row, and so focus, scroll and selection stay
-  const body = $(id).tBodies[0], key = item => JSON.stringify([value(columns(id)[0], item), item.queue]), chosen = getSelection();
-  const rows = new Map(Array.from(body.children, tr => [tr.key, tr])), wanted = new Set(items.map(key));
-  const used = tr => tr.contains(document.activeElement) || !chosen.isCollapsed && chosen.containsNode(tr, true);
-  for (const tr of rows.values())  // a row no longer listed stays, in italics, while somebody is on it
-    if (tr.classList.toggle("gone", !wanted.has(tr.key)) && !used(tr)) tr.remove();
-  let next = body.firstChild;
-  for (const item of items) {
-    const tr = rows.get(key(item)) || Object.assign(make(id, item), {key: key(item)});
-    fill(tr, item);
-    while (next && !wanted.has(next.key)) next = next.nextSibling;
-    if (tr === next) next = next.nextSibling; else body.insertBefore(tr, next);
-  }
-  $(id).hidden = !body.firstChild;
-}
-function plot(svg, {done, failed}) {  // done rises from the base line, failed hangs below it, in one scale
+function plot({done, failed}) {  // done rises from the base line, failed hangs below it, in one scale
   const high = Math.max(...done), low = Math.max(...failed), unit = 25 / Math.max(1, high + low), base = 1.5 + (low ? high * unit : 25);
   const bars = (values, up) => values.map((n, i) => n ? `M${2 * i + 1} ${base}v${up * Math.max(1, n * unit)}` : "").join("");
-  const [all, bad] = [done, failed].map(values => values.reduce((a, b) => a + b, 0).toLocaleString("en"));
-  [bars(done, -1) + `M0 ${base}H120`, bars(failed, 1)].forEach((d, i) => svg.children[i].setAttribute("d", d));
-  svg.setAttribute("aria-label", `last hour: ${all} done, ${bad} failed, at most ${high} done in a minute`);
-}
-function list({queues, workers}, {jobs, after}, {schedules}) {
-  const filtered = Object.values(place).some(Boolean);
-  workers.sort((a, b) => a.queue.localeCompare(b.queue) || a.worker.localeCompare(b.worker));  // rows that stay where they are
-  for (const [id, items] of Object.entries({queues, schedules, workers, jobs})) draw(id, items);
-  show({nothing: !jobs.length && filtered, empty: !jobs.length && !filtered, first: place.after, older: after});
-  for (const [id, start] of [["first", ""], ["older", after]]) $(id).href = hash({...place, after: start});
-}
-function page(body) {
-  const {why, error, attempts, payload, result, progress, after = [], needed_by = [], ...fields} = JSON.parse(body), raw = JSON.parse(body, exact);
-  const boxes = {why, error, payload: JSON.stringify(raw.payload, null, 2), result: result !== null && JSON.stringify(raw.result, null, 2)};
-  for (const [id, whole] of Object.entries(boxes)) {
-    text($(id), (whole || "").slice(0, SHOWN) + ((whole || "").length > SHOWN ? " ... (cut here; GET /jobs/ID has the rest)" : ""));
-    $(id).parentNode.hidden = !whole;
-  }
-  for (const [id, ids] of Object.entries({after, needed_by})) {
-    const links = ids.slice(0, LINKS).flatMap(id => [el("a", {href: LINK.job({id})}, id), " "]);
-    if ($(id).dataset.ids !== String(ids)) $(id).replaceChildren(...links, ids.length > LINKS ? `... ${ids.length} in all` : "");
-    $(id).dataset.ids = ids;
-    $(id).parentNode.hidden = !ids.length;
-  }
-  draw("attempts", attempts);
-  // the locale sv writes 2026-11-23 13:41:30
-  draw("fields", Object.entries({...fields, progress: JSON.stringify(raw.progress)}).map(([field, value]) => ({field,
-    value: value === null ? "–" : field.endsWith("_at") ? new Date(at(value)).toLocaleString("sv") + ", " + ago(value) : String(value)})));
-  const [retry, cancel] = $("job").querySelectorAll("button");
-  enable(retry, ["failed", "cancelled"].includes(fields.status));
-  enable(cancel, ["pending", "running"].includes(fields.status));
+  const sum = values => values.reduce((a, b) => a + b).toLocaleString("en");
+  const label = `last hour: ${sum(done)} done, ${sum(failed)} failed, at most ${high} done in a minute`;
+  return el("svg", {role: "img", viewBox: "0 0 120 28", "aria-label": label},
+    el("path", {d: bars(done, -1) + `M0 ${base}H120`}), el("path", {d: bars(failed, 1), class: "bad"}));
 }
 
-// talking to the engine
-async function call(path, body) {
-  const token = sessionStorage.getItem("token"), signal = AbortSignal.timeout(PATIENCE * (body ? 6 : 1));
-  const headers = {"Content-Type": "application/json", ...token && {Authorization: "Bearer " + token}};
-  const failure = {status: 0, message: "engine does not answer, trying again"};
+// tables: the first column names the row; a cell shows the field of its column's name, a time as its age, or what CELLS says; * is a number
+const TABLES = {queues: "queue pending* scheduled* running* done* failed* oldest* jobs/min* last_hour state actions", fields: "field value",
+  workers: "worker queue seen_at* running* hung_threads*", jobs: "job queue tag status attempt* worker created_at* detail",
+  attempts: "attempt worker started_at* took* outcome error", schedules: "schedule queue ticks next_run_at* last_run* skipped*"};
+const CELLS = {job: ({id}) => job(id, id.length > 16 ? "…" + id.slice(-12) : id),  // ids begin with the time, alike in all rows
+  queue: ({queue}) => link(hash({queue}), queue), tag: ({tag}) => tag && link(hash({tag}), tag), schedule: schedule => schedule.name,
+  took: ({started_at, finished_at}) => started_at && finished_at ? span(age(started_at, Date.parse(finished_at))) : "",
+  hung_threads: worker => worker.hung, oldest: queue => queue.oldest_age === null ? "–" : span(queue.oldest_age),
+  ticks: ({cron, zone, every}) => cron ? cron + " " + zone : "every " + span(every), last_hour: queue => plot(queue.minutes),
+  last_run: ({last_id, last_run_at}) => last_id ? job(last_id, ago(last_run_at)) : ago(last_run_at),
+  "jobs/min": ({minutes: {done, failed}}) =>  // of the last 60 s: this minute, and the part of the one before that this one lacks
+    Math.round(done[59] + failed[59] + (done[58] + failed[58]) * (1 - (Date.now() + skew) % 60000 / 60000)),
+  state: ({paused, polled_at, running, max_running, rate, per}) => (paused ? "paused" : !polled_at ? "no worker yet"
+    : age(polled_at) < 120 || running ? "open" : "no worker " + span(age(polled_at)))
+    + (max_running ? `, max ${max_running}` : "") + (rate ? `, ${rate} per ${per} s` : ""),
+  actions: ({queue, paused, failed, done}) => [button(paused ? "resume" : "pause", true, {queue}),
+    button("retry failed", failed, {queue, status: "failed"}), button("purge done", done, {queue, status: "done"}, "purge")],
+  detail: job => [{done: "took " + CELLS.took(job), running: job.progress !== null && "progress " + JSON.stringify(job.progress),
+    pending: job.waits_for ? `waits for ${job.waits_for} job(s)` : age(job.next_run_at) < 0 && "due " + ago(job.next_run_at)}[job.status],
+    (job.error || "").trim().split("\n").pop()].filter(Boolean).join(" ")};
+for (const status of ["pending", "running", "done", "failed"])
+  CELLS[status] = ({queue, [status]: count}) => link(hash({queue, status}), count);
+const BAD = /^(failed|hung_threads) [1-9]|^status failed|^state (paused|no worker)/;
+function cells(id, item) {  // of the item's row; without an item the headings
+  return TABLES[id].split(" ").map(column => {
+    const key = column.replace("*", ""), label = key.replace(/_at$/, "").replaceAll("_", " "), role = item ? "cell" : "columnheader";
+    const content = !item ? label : key in CELLS ? CELLS[key](item) : key.endsWith("_at") ? ago(item[key]) : item[key];
+    const cell = el(item ? "td" : "th", {role, "data-count": key, "data-label": label}, content), shown = cell.textContent;
+    cell.title = key === "actions" ? "" : shown;
+    cell.className = (column === key ? "" : "number ") + (BAD.test(`${key} ${shown}`) ? "bad" : "");
+    return cell;
+  });
+}
+function draw(id, items) {  // the same item keeps its row, so that focus, scroll and selection stay; a row in focus stays anyway
+  const body = $(id).tBodies[0], first = TABLES[id].split(" ")[0], rows = new Map(Array.from(body.rows, tr => [tr.key, tr]));
+  const name = item => item[first] ?? item.id ?? item.name, listed = new Map(items.map(item => [name(item) + " " + item.queue, item]));
+  for (const [key, tr] of rows) if (!listed.has(key) && !tr.contains(document.activeElement)) tr.remove();
+  [...listed].forEach(([key, item], i) => {
+    const tr = rows.get(key) || Object.assign(el("tr", {role: "row", ["data-" + first]: name(item)}), {key});
+    put(tr, cells(id, item));
+    if (body.rows[i] !== tr) body.insertBefore(tr, body.rows[i]);
+  });
+}
+function list({queues, workers}, {jobs, after}, {schedules}) {
+  workers.sort((a, b) => a.queue.localeCompare(b.queue) || a.worker.localeCompare(b.worker));  // rows that stay where they are
+  for (const [id, items] of Object.entries({queues, schedules, workers, jobs})) draw(id, items);
+  put($("older"), after && link(hash({...place, after}), "older"));
+  put($("example"), jobs.length ? "" : `# no job here; how to enqueue one:
+curl -H 'Content-Type: application/json' -d '{"queue": "hello", "payload": "world"}' ${location.origin}/enqueue`);
+}
+function page({why, error, attempts, payload, result, after = [], needed_by = [], ...fields}) {
+  const {id, status} = fields, links = ids => ids.flatMap(id => [job(id), " "]);
+  const json = (value, text = JSON.stringify(value, null, 2)) =>
+    text.length > 200000 ? text.slice(0, 200000) + " ... (cut here; GET /jobs/ID has the rest)" : text;
+  const buttons = [button("retry", /failed|cancelled/.test(status), {id}), button("cancel", /pending|running/.test(status), {id})];
+  for (const [box, content] of Object.entries({why, buttons, error, payload: json(payload), result: result === null ? "" : json(result),
+    after: links(after), needed_by: links(needed_by)})) put($(box), content);
+  draw("attempts", attempts);
+  draw("fields", Object.entries(fields).map(([field, value]) => ({field, value: value === null ? "–" : typeof value !== "string"
+    ? JSON.stringify(value) : field.endsWith("_at") ? new Date(value).toLocaleString("sv") + ", " + ago(value) : value})));
+}
+
+async function call(path, body, reviver) {  // what the engine answers; throws {status, message}
+  const {token} = sessionStorage, headers = {"Content-Type": "application/json", ...token && {Authorization: "Bearer " + token}};
+  const options = {method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal: AbortSignal.timeout(body ? 60000 : 10000)};
+  let status = 0, message = "engine does not answer, trying again";
   try {
-    const answer = await fetch(path, {method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal});
-    const content = await answer.text();
+    const answer = await fetch(path, options), content = JSON.parse(await answer.text(), reviver);
     if (answer.ok) return content;
-    Object.assign(failure, {status: answer.status, message: "the engine says: " + JSON.parse(content).error});
-  } catch (error) { /* no answer, or none in JSON: failure says so */ }
-  throw failure;
+    [status, message] = [answer.status, "the engine says: " + content.error];
+  } catch (error) { /* no answer, or none in JSON: the message says so */ }
+  throw {status, message};
 }
 async function refresh() {
-  const mine = ++turn, began = Date.now(), one = place.id !== undefined;
+  const mine = ++turn, began = Date.now(), {id} = place, {token} = sessionStorage;
   clearTimeout(timer);
-  if (document.hidden || !$("login").hidden) return;
+  if (document.hidden) return;
   try {
-    const queues = JSON.parse(await call("/queues?busy=true&limit=" + (one ? 1 : QUEUES)));
-    const path = "/jobs?" + hash(one ? place : {...place, limit: 50, brief: true}).slice(1);  // a path cannot hold the id ".."
-    const body = await call(path).catch(failure => { if (!one || failure.status !== 404) throw failure; });
-    const schedules = one ? {} : JSON.parse(await call("/schedules?limit=" + QUEUES));
+    const queues = await call("/queues?busy=true&limit=100"), schedules = await call("/schedules?limit=100");
+    const path = "/jobs?" + hash(id ? place : {...place, limit: 50, brief: true}).slice(1);  // the path /jobs/ID cannot hold the id ".."
+    const found = await call(path, undefined, id && exact).catch(failure => { if (failure.status !== 404) throw failure; });
     if (mine !== turn) return;
-    skew = at(queues.now) - Date.now();
-    if (!one) list(queues, JSON.parse(body), schedules); else if (body) page(body);
-    show({list: !one, page: one, job: body, missing: !body, offline: false, manual: !sessionStorage.getItem("token")});
-    text($("updated"), "at " + new Date().toLocaleTimeString("sv"));
-  } catch (failure) { if (mine === turn) trouble(failure); }
-  if (mine === turn) timer = setTimeout(refresh, Math.max(EVERY, 4 * (Date.now() - began)));
+    skew = Date.parse(queues.now) - Date.now();
+    if (!id) list(queues, found, schedules); else if (found) page(found);
+    show({job: found, missing: !found, manual: !token});
+    put($("updated"), "at " + new Date().toLocaleTimeString("sv"));
+    put($("offline"), "");
+  } catch ({status, message}) {
+    if (mine !== turn) return;
+    show({login: status === 401});
+    put($("offline"), status === 401 ? "" : message);
+    put($("refused"), token ? "the engine refused this token" : "");
+    if (status === 401) return $("token").focus();
+  }
+  timer = setTimeout(refresh, Math.max(2000, 4 * (Date.now() - began)));
 }
-function trouble({status, message}) {
-  show({offline: status !== 401});
-  text($("offline"), message);
-  if (status !== 401) return;
-  text($("refused"), sessionStorage.getItem("token") ? "the engine refused this token" : "");
-  show({list: false, page: false, login: true});
-  $("token").focus();
-}
-function arm(button, yes) { text(button, yes ? "sure?" : "purge done"); button.toggleAttribute("data-armed", yes); }
-async function press(button) {
-  const action = button.dataset.action, tr = button.closest("tr"), status = {purge: "done", "retry-failed": "failed"}[action];
-  const about = {...tr ? {queue: tr.dataset.queue} : {id: place.id}, ...status && {status}};
-  if (button.getAttribute("aria-disabled") === "true") return;
-  if (action === "purge" && !button.hasAttribute("data-armed"))  // wants a second press, and a double click is not one
-    return [setTimeout(arm, 300, button, true), setTimeout(arm, 5000, button, false)];
-  if (action === "purge") arm(button, false);
-  enable(button, false);
-  const said = await call("/" + action.replace("-failed", ""), about).then(body =>
-    "count" in JSON.parse(body) ? JSON.parse(body).count + " job(s)" : "ok", failure => failure.message);
-  enable(button, true);
-  text($("notice"), `${action} ${about.id || about.queue}: ${said}`);
-  show({notice: true});
-  setTimeout(show, 3 * EVERY, {notice: false});
-  refresh();
+async function press({action, about}) {
+  const arm = queue => { armed = queue; refresh(); }, {id, queue, status} = JSON.parse(about);
+  if (action === "purge" && armed !== queue)  // wants a second press, and a double click is not one
+    return [setTimeout(arm, 300, queue), setTimeout(arm, 5000, "")];
+  const said = await call("/" + action.replace("-failed", ""), {id, queue, status}).catch(failure => failure);
+  put($("notice"), `${action} ${id || queue}: ${said.message || ("count" in said ? said.count + " job(s)" : "ok")}`);
+  setTimeout(put, 6000, $("notice"));
+  arm("");
 }
 function route() {
-  const here = location.hash.slice(1), query = new URLSearchParams(here), one = here.startsWith("job/");
-  place = one ? {id: here.slice(4)} : Object.fromEntries(["queue", "status", "tag", "after"].map(key => [key, query.get(key)]));
-  try { if (one) place.id = decodeURIComponent(place.id); } catch (error) { /* not one of our links: taken as it is */ }
-  for (const name of ["queue", "status", "tag"]) $("filter").elements[name].value = place[name] || "";
-  document.title = one ? `job ${place.id} - Rundown-Workers` : "Rundown-Workers";
-  text($("title"), "job " + place.id);
-  show({list: !one && $("login").hidden, page: one && $("login").hidden, job: false, missing: false});
-  if (one) { $("title").focus(); scrollTo(0, 0); }  // back in the history, the browser restores the scroll
+  place = Object.fromEntries(new URLSearchParams(location.hash.slice(1).replace(/^job\//, "id=")));
+  for (const name of ["queue", "status", "tag"]) $("filter")[name].value = place[name] || "";
+  put($("title"), document.title = place.id ? "job " + place.id : "Rundown-Workers");
+  show({list: !place.id, page: place.id, job: false, missing: false});
+  if (place.id) { $("title").focus(); scrollTo(0, 0); }  // back in the history, the browser restores the scroll
   else if (document.activeElement.closest("#queues, #workers")) $("filter").scrollIntoView({block: "nearest"});
   refresh();
 }
-for (const id in TABLES) $(id).append(el("thead", {role: "rowgroup"}, row(id, "th", "columnheader")), el("tbody", {role: "rowgroup"}));
-text($("example"), `curl -H 'Content-Type: application/json' -d '{"queue": "hello", "payload": "world"}' ${location.origin}/enqueue`);
-const filter = event => { event.preventDefault(); location.hash = hash(Object.fromEntries(new FormData($("filter")))); };
-for (const kind of ["submit", "change"]) $("filter").addEventListener(kind, filter);
-$("login").addEventListener("submit", event => {
-  event.preventDefault();
-  sessionStorage.setItem("token", $("token").value);
-  $("token").value = "";
-  show({login: false});
-  refresh();
-});
-addEventListener("click", event => { const button = event.target.closest("button[data-action]"); if (button) press(button); });
-addEventListener("hashchange", route);
-document.addEventListener("visibilitychange", refresh);
+for (const id in TABLES) Object.assign($(id), {role: "table", ariaLabel: id}).append(
+  el("thead", {role: "rowgroup"}, el("tr", {role: "row"}, cells(id))), el("tbody", {role: "rowgroup"}));
+$("filter").onsubmit = $("filter").onchange = () => { location.hash = hash(Object.fromEntries(new FormData($("filter")))); };
+$("login").onsubmit = () => { sessionStorage.token = $("token").value; location.reload(); };
+document.onclick = ({target}) => { const button = target.closest("[aria-disabled=false]"); if (button) press(button.dataset); };
+window.onhashchange = route;
+document.onvisibilitychange = refresh;
 route();
-</script>
-"""
-
+</script>"""
 
 # The Content-Security-Policy of the page: its own style and script by their digests, its own engine, nothing else.
-POLICY = '; '.join([
-    "default-src 'none'", "connect-src 'self'", 'img-src data:', "base-uri 'none'", "form-action 'none'",
-    "frame-ancestors 'none'",
-    *(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-      for tag, text in re.findall('<(style|script)>(.*?)</', DASHBOARD, re.DOTALL))])
-
+POLICY = '; '.join([*(
+    f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    for tag, text in re.findall('<(style|script)>(.*?)</', DASHBOARD, re.DOTALL)), "default-src 'none'",
+    "connect-src 'self'", 'img-src data:', "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
 
 def exposition(store):
     """The metrics in the text format of Prometheus, version 0.0.4."""
     queues, schedules, meter, now = *store.counts(), store.meter, store.clock.now()
-    named, totals, histograms = {q['queue'] for q in queues}, collections.Counter(), {}
+    named, totals, lines = {q['queue'] for q in queues}, collections.Counter(), []
     with meter.lock:
         requests, groups = dict(meter.requests), list(meter.groups)
+        histograms = {place: list(histogram) for place, histogram in meter.seconds.items() if place[1] in named}
         for (event, queue), n in meter.totals.items():
             totals[event, queue if queue in named else '(others)'] += n
-        for (event, queue), histogram in meter.seconds.items():
-            if queue in named:
-                histograms[event, queue] = list(histogram)
-    lines = []
 
     def family(name, kind, meaning, samples):
-        lines.extend([f'# HELP {name} {meaning}', f'# TYPE {name} {kind}'])
-        lines.extend(f'{name}{suffix}{labels(marks)} {value}' for suffix, marks, value in samples)
+        lines.extend([f'# HELP rundown_{name} {meaning}', f'# TYPE rundown_{name} {kind}'])
+        lines.extend(f'rundown_{name}{rest}' for rest in samples)
 
-    family('rundown_jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', [
-        ('', {'queue': q['queue'], 'status': name}, q[name])
-        for q in queues for name in (*STATUSES, 'scheduled', 'waiting')])
-    family('rundown_max_running', 'gauge', 'Jobs of the queue that may run at a time.', [
-        ('', {'queue': q['queue']}, q['max_running']) for q in queues if q['max_running']])
-    family('rundown_rate', 'gauge', 'Claims a second that the queue allows.', [
-        ('', {'queue': q['queue']}, q['rate'] * 1000000 / q['per']) for q in queues if q['rate']])
-    family('rundown_schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', [
-        ('', {'schedule': row['name']}, (row['next_run_at'] - now) / 1000000) for row in schedules])
-    family('rundown_schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', [
-        ('', {'schedule': row['name']}, row['skipped']) for row in schedules])
-    family('rundown_oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', [
-        ('', {'queue': q['queue']}, max(0, now - (q['oldest'] or now)) / 1000000) for q in queues])
+    family('jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', (
+        sample(q[name], queue=q['queue'], status=name) for q in queues for name in (*STATUSES, 'scheduled', 'waiting')))
+    family('max_running', 'gauge', 'Jobs of the queue that may run at a time.', (
+        sample(q['max_running'], queue=q['queue']) for q in queues if q['max_running']))
+    family('rate', 'gauge', 'Claims a second that the queue allows.', (
+        sample(q['rate'] * 1000000 / q['per'], queue=q['queue']) for q in queues if q['rate']))
+    family('schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', (
+        sample((row['next_run_at'] - now) / 1000000, schedule=row['name']) for row in schedules))
+    family('schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', (
+        sample(row['skipped'], schedule=row['name']) for row in schedules))
+    family('oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', (
+        sample(max(0, now - (q['oldest'] or now)) / 1000000, queue=q['queue']) for q in queues))
     for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
-        family(f'rundown_{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', [
-            ('', {'queue': queue}, n) for (name, queue), n in totals.items() if name == event])
+        family(f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', (
+            sample(n, queue=queue) for (name, queue), n in totals.items() if name == event))
     for event, name, span in (('started', 'wait', 'due to claimed'), ('completed', 'job', 'claimed to completed')):
-        family(f'rundown_{name}_seconds', 'histogram', f'Seconds from {span}.', [
-            sample for (kind, queue), histogram in histograms.items() if kind == event
-            for sample in buckets_of(histogram, BUCKETS, {'queue': queue})])
-    family('rundown_commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS, {}))
-    family('rundown_requests_total', 'counter', 'Requests by route and status.', [
-        ('', {'route': route, 'status': status}, n) for (route, status), n in requests.items()])
+        family(f'{name}_seconds', 'histogram', f'Seconds from {span}.', (
+            rest for (kind, queue), histogram in histograms.items() if kind == event
+            for rest in buckets_of(histogram, BUCKETS, queue=queue)))
+    family('commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS))
+    family('requests_total', 'counter', 'Requests by route and status.', (
+        sample(n, route=route, status=status) for (route, status), n in requests.items()))
     return '\n'.join(lines) + '\n'
 
-
-def buckets_of(histogram, buckets, marks):
+def buckets_of(histogram, bounds, **labels):
     *counts, total = histogram
     below = list(itertools.accumulate(counts))
-    return [*(('_bucket', {**marks, 'le': le}, n) for le, n in zip((*buckets, '+Inf'), below)),
-            ('_sum', marks, total), ('_count', marks, below[-1])]
+    yield from (sample(n, '_bucket', **labels, le=bound) for bound, n in zip((*bounds, '+Inf'), below))
+    yield from (sample(total, '_sum', **labels), sample(below[-1], '_count', **labels))
 
-
-def labels(marks):
+def sample(value, suffix='', **labels):
+    """A line of a family, but for the family's name."""
     special = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
-    texts = [f'{name}="{str(value).translate(special)}"' for name, value in marks.items()]
-    return '{' + ','.join(texts) + '}' if texts else ''
+    texts = ','.join(f'{name}="{str(text).translate(special)}"' for name, text in labels.items())
+    return f'{suffix}{{{texts}}} {value}' if texts else f'{suffix} {value}'
 
 # -- Command line -----------------------------------------------------------------------------------------------------
-
-
 def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None, key=None, keep='7d',
                 keep_failed='30d', allow_host=(), verbose=False, clock=time):
     """An engine that listens, ready for serve_forever(), and for server_close() when that has returned.
@@ -3050,45 +2966,37 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
                        'write a secret into a file and give --token-file FILE')
     if token and not re.fullmatch('[!-~]+', token):
         raise Unusable('the token must be of visible ASCII characters, without spaces')
-    tls = tls_context(cert, key)
-    keep, keep_failed = age(keep), age(keep_failed)
+    tls, ages = tls_context(cert, key) if cert else None, (age(keep), age(keep_failed))
     try:
         server = Server((host, port), token, tls, allow_host, verbose)     # first: a port that is taken leaves no file
     except (OSError, OverflowError) as error:
         raise Unusable(f'{host}:{port} cannot be listened on: {error}') from None
-    database = Database(db, sync)
     try:
+        database = Database(db, sync)
         database.open()
-        server.serve(Store(database, clock, keep, keep_failed))
+        server.serve(Store(database, clock, *ages))
     except BaseException:
         server.server_close()
         raise
     return server
 
-
 def tls_context(cert, key):
-    if not cert:
-        return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.minimum_version = ssl.TLSVersion.TLSv1_2        # Pythons before 3.10 take older ones
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:        # SSLError is one
         raise Unusable(f'--cert {cert} or --key {key} cannot be used: {error.strerror or error}') from None
     return context
 
-
 def age(text):
     """'7d', '12h', '30m', '45s' or '0' as microseconds."""
-    match = re.fullmatch(r'(\d{1,6})([dhms]?)', str(text))
-    if not match or not match[2] and int(match[1]):
+    match = re.fullmatch(r'(\d{1,6})([dhms])|0{1,6}', str(text))
+    if not match:
         raise Unusable(f'--keep and --keep-failed take an age like 7d, 12h, 30m, 45s, or 0 for ever, not {text}')
-    return int(match[1]) * {'d': 86400, 'h': 3600, 'm': 60, 's': 1, '': 0}[match[2]] * 1000000
-
+    return int(match[1] or 0) * {'d': 86400, 'h': 3600, 'm': 60, 's': 1, None: 0}[match[2]] * 1000000
 
 def read_token(path):
-    if not path:
-        return os.environ.get('RUNDOWN_TOKEN') or None
     try:
         token = pathlib.Path(path).read_text('ascii').strip()
     except (OSError, ValueError) as error:
@@ -3097,7 +3005,6 @@ def read_token(path):
     if not token:
         raise Unusable(f'the token file {path} is empty')
     return token
-
 
 def arguments(argv):
     parser = argparse.ArgumentParser('rundown_engine.py', description=__doc__,
@@ -3116,36 +3023,30 @@ def arguments(argv):
     add('--verbose', action='store_true', help='a line per request')
     return parser.parse_args(argv)
 
-
 def main(argv=None):
     """Serve until SIGTERM or SIGINT; the exit code."""
     options = vars(arguments(argv))
+    port, token_file = options.pop('port'), options.pop('token_file')
     raise_file_limit()
     try:
-        if not re.fullmatch('[0-9]{1,5}', options['port']) or int(options['port']) > 65535:
-            raise Unusable(f'--port must be a number from 0 to 65535, not {options["port"]}')
-        options.update(token=read_token(options.pop('token_file')), port=int(options['port']))
-        server = make_server(**options)
+        if not re.fullmatch('[0-9]{1,5}', port) or int(port) > 65535:
+            raise Unusable(f'--port must be a number from 0 to 65535, not {port}')
+        token = read_token(token_file) if token_file else os.environ.get('RUNDOWN_TOKEN')
+        server = make_server(port=int(port), token=token, **options)
     except (Refused, OSError, sqlite3.Error) as error:
         print(f'rundown_engine: {error}', file=sys.stderr)
         return 2
-    for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: threading.Thread(target=server.shutdown).start())
+    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGBREAK', signal.SIGINT)):      # Windows has three
+        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
     gc.set_threshold(20000)     # requests leave few cycles; looking for some every 700 objects is felt
-    greet(server)
+    with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
+        secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if token else ''
+        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
+              f'curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
+              '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
     server.serve_forever()
     server.server_close()
     return int(server.failed)
-
-
-def greet(server):
-    token = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
-              f'curl -H "Content-Type: application/json"{token} {server.url}/enqueue '
-              '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
-
 
 def raise_file_limit():
     """A waiting worker is an open file: take as many as the system lets us."""
@@ -3153,7 +3054,6 @@ def raise_file_limit():
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
-
 
 if __name__ == '__main__':
     sys.exit(main())
