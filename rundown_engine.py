@@ -76,9 +76,10 @@ that the newest large ones get 503. Done or cancelled jobs are kept for --keep (
 A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is early by what is left to follow.
 """
 
-import argparse, base64, bisect, calendar, collections, contextlib, datetime, difflib, functools, gc, hashlib, heapq
-import hmac, http.client, http.server, ipaddress, itertools, json, operator, os, pathlib, random, re, selectors
-import signal, socket, socketserver, sqlite3, ssl, sys, tempfile, threading, time, urllib.parse
+import argparse, base64, bisect, calendar, collections, contextlib, datetime, difflib, functools, gc, hashlib, hmac
+import http.client, http.server, ipaddress, itertools, json, operator, os, pathlib, random, re, selectors
+import signal, socket, socketserver, sqlite3, ssl, sys, tempfile, threading, time, types, urllib.parse
+from queue import Empty, SimpleQueue
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
 VERSION = '1.0'
@@ -110,6 +111,7 @@ READERS = 4                             # idle connections that read
 BUSY, RETRY = 5, 0.005                  # seconds to wait for another program's write lock, and between two tries
 DEAF = 0.05                             # seconds in which nobody could be heard, from which on leases are looked at
 TICK = 1                                # seconds between two looks at the clock
+LOOK = 0.05                             # seconds between two looks at the deadlines of all connections
 SHOWN = 100                             # jobs that wait for a job and are named there
 MAX_AFTER, MAX_NEEDED = 1000, 20000     # jobs that a job waits for, and that all jobs of a body do
 TOGETHER = 64                           # rows a statement adds, a power of two; SQLite before 3.32 takes 999 values
@@ -1637,63 +1639,40 @@ class Store:
         return min(self.next_due, self.next_prune) <= self.clock.now()
 
 # -- Loop -------------------------------------------------------------------------------------------------------------
-
-
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-READY, LATE, FULL, DONE = 'ready', 'late', 'full', 'done'       # news for a connection
-
+READY, NEVER = object(), float('inf')       # news: the event that was waited for came; a time
 
 class Spoilt(Exception):
-    """An operation has broken the transaction: it is taken out, and the others run again."""
-
+    """An operation has broken the transaction: its error is known now, and the others run again."""
 
 class Operation:
-    """Something to be done in a transaction, and whom to tell that it was."""
-    __slots__ = ('work', 'render', 'topic', 'wait', 'writes', 'adds', 'client', 'since', 'result', 'error')
+    """Something to be done in a transaction, and whom to tell that it was: a client, which has go_on(news)."""
+    result = error = None
 
-    def __init__(self, work, render=None, topic=None, wait=0, writes=True, adds=None):
-        self.work = work            # () -> result; may run more than once
-        self.render = render        # result -> the answer; after the commit
-        self.topic = topic          # what it sleeps on while its result is empty, up to
-        self.wait = wait            # seconds
-        self.writes = writes        # False: it only looks, at what is committed
-        self.adds = adds            # the job that it adds, if that is all
-        self.client = None          # has go_on(news)
-        self.since = time.monotonic()
-        self.result = self.error = None
+    def __init__(self, work, render=as_is, topic=None, wait=0, adds=None, client=None):
+        self.work, self.render = work, render       # () -> result, perhaps more than once; result -> answer
+        self.topic, self.wait = topic, wait         # what it sleeps on while its result is empty, so many seconds
+        self.adds = adds                            # the job that it adds, if that is all
+        self.client, self.since = client, time.monotonic()
 
     def run(self, db):
-        """Do it. Spoilt when it left a mark on the transaction and yet did not come to its end."""
-        before, self.result, self.error = db.total_changes, None, None
+        """Do it, unless it is known to fail. Spoilt when it fails and leaves a mark on the transaction."""
+        before = db.total_changes
         try:
-            self.result = self.work()
-        except Refused as error:
-            self.error = error
-            if db.total_changes != before:
-                raise Spoilt(self) from error
+            self.result = self.work() if self.error is None else None
         except Exception as error:
             if of_storage(error):
                 raise
             self.error = fault('an operation', error)
-            raise Spoilt(self) from error
-
-    def sleeps(self):
-        return not self.result and self.error is None
-
-
-class Caller(threading.Event):
-    """A thread that waits for an operation."""
-
-    def go_on(self, news):
-        self.set()
-
+            if db.total_changes != before:
+                raise Spoilt from error
 
 class Loop:
     """One thread that does all that is quick, in passes: receive, run what has arrived in one transaction, answer.
 
-    It owns the connections, the connection that writes the database, the memory of the store, the polls and waits that
-    are parked, and the time at which something falls due. None of that has a lock: no other thread touches it. Others
-    hand something in with post() and run(), and read what is committed.
+    It owns the connections, the connection that writes the database, the memory of the store, and the polls and waits
+    that are parked. None of that has a lock: no other thread touches it. Others hand something in with post() and
+    run(), and read what is committed.
 
     In a pass all that writes comes first, then what is due, then the polls: those that are parked, in the order in
     which they came, as many as there are jobs, then the new ones. So what arrives and the poll that takes it meet in
@@ -1702,29 +1681,24 @@ class Loop:
 
     def __init__(self, server, store):
         self.server, self.store, self.database = server, store, store.database      # constant after start
-        self.posted = collections.deque()           # safe by itself: functions of other threads for this one to call
-        self.ended = False                          # written by the loop, read by all: nobody answers any more
-        self.selector = selectors.DefaultSelector()
-        self.most = 500 if isinstance(self.selector, selectors.SelectSelector) else float('inf')    # connections
+        self.posted = collections.deque()   # safe by itself: functions of other threads for this one to call
+        self.ended = False                  # written by the loop, read by all: nobody answers any more
         self.waker, self.alarm = socket.socketpair()
-        self.waker.setblocking(False)
         self.alarm.setblocking(False)
         self.ring = self.alarm.send if os.name == 'nt' else functools.partial(os.write, self.alarm.fileno())
-        self.selector.register(self.waker, READ, self)
+        self.selector = selectors.DefaultSelector()     # calls what is registered with a socket
+        self.selector.register(self.waker, READ, lambda news: self.waker.recv(4096))
+        self.most = 500 if isinstance(self.selector, selectors.SelectSelector) else NEVER       # connections
         self.connections = set()
-        self.timers = []            # a heap: (deadline, number, connection), at least one for each that has a deadline
-        self.numbers = itertools.count()
-        self.ready = []             # operations for the next transaction
-        self.parked = {}            # topic -> {operation: None}, in the order in which they came
-        self.held = self.unsent = 0         # bytes: of requests that are not done with; of answers that are not taken
-        self.line = collections.deque()     # (work, connection) that waits for a thread
-        self.threads = 0            # that are at work
-        self.ticked = 0             # on the monotonic clock, as is the rest: the last look at the wall clock
-        self.heard = time.monotonic()       # until then clients could be heard
-        self.blocked = False        # another program has the write lock,
-        self.retry_at = 0           # and is looked at again then
-        self.resting = 0            # no work on the engine's own account until then: the storage is in trouble
-        self.draining = None        # when the engine ends, whoever is still there
+        self.look_at = NEVER                # no deadline of a connection is over before that
+        self.ready = []                     # operations for the next transaction
+        self.parked = {}                    # topic -> {operation: True}, in the order in which they came
+        self.held = self.unsent = 0         # bytes: see Connection._weigh()
+        self.heard = -NEVER                 # until then clients could be heard: not before the start
+        self.ticked = 0                     # on the monotonic clock, as is the rest: the last look at the wall clock
+        self.retry_at = 0                   # another program has the write lock, which is tried again then
+        self.resting = 0                    # after trouble: no work on the engine's own account until then
+        self.draining = None                # when the engine ends, whoever is still there
         self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
 
     # from other threads
@@ -1737,22 +1711,15 @@ class Loop:
 
     def run(self, work):
         """The result of work() in a transaction, once it is on disk."""
-        operation = Operation(work)
-        operation.client = Caller()
-        self.post(lambda: self.ready.append(operation))
-        while not operation.client.wait(1):
-            if self.ended:
-                raise Unavailable('the engine is stopping')
-        if operation.error is not None:
-            raise operation.error
-        return operation.result
-
-    def stop(self):
-        """Answer what has been received, end what is parked. False when that does not come to an end."""
-        if self.thread.is_alive():
-            self.post(self._drain)
-            self.thread.join(DRAIN + BUSY)
-        return not self.thread.is_alive()
+        told = SimpleQueue()
+        self.post(functools.partial(self.submit, Operation(work, client=types.SimpleNamespace(go_on=told.put))))
+        while not self.ended:
+            with contextlib.suppress(Empty):
+                news = told.get(timeout=1)
+                if isinstance(news, Exception):
+                    raise news
+                return news
+        raise Unavailable('the engine is stopping')
 
     # passes
 
@@ -1774,190 +1741,130 @@ class Loop:
         rest = self._rest(asked)
         events = self.selector.select(rest)
         now = time.monotonic()
-        if asked - self.heard < DEAF and not self.blocked and self.database.trouble is None:
+        if asked - self.heard < DEAF and not self.retry_at and self.database.trouble is None:
             self.heard = min(now, asked + rest)
         for key, _ in events:
-            key.data.go_on(READY)
+            key.data(READY)
+            if self.held > MAX_HELD:
+                self._relieve()
         while self.posted:
             self.posted.popleft()()
-        while self.timers and self.timers[0][0] <= now:
-            self._ring_out(*heapq.heappop(self.timers))
+        if now >= self.look_at:
+            self._end_waits(now)
         if now >= self.retry_at:
             self._transact(now)
 
-    def go_on(self, news):
-        """Other threads have posted something."""
-        with contextlib.suppress(BlockingIOError):
-            self.waker.recv(4096)
-
     def _rest(self, now):
         """Seconds until there is something to do."""
-        if self.posted:
-            return 0
         due = now + (min(self.store.next_due, self.store.next_prune) - self.store.clock.now()) / 1000000
-        ends = [now + TICK, max(self.resting, now if now - self.heard > DEAF else due)]
+        ends = [now + TICK, self.look_at, max(self.resting, now if now - self.heard > DEAF else due)]
         ends += [self.retry_at] if self.ready else []
-        ends += [self.timers[0][0]] if self.timers else []
-        return max(0, min(ends) - now)
+        return 0 if self.posted else max(0, min(ends) - now)
 
-    def _drain(self):
+    def drain(self):
+        """Answer what has been received, end what is parked, and come to an end."""
         self.draining = time.monotonic() + DRAIN
-        for connection in list(self.connections):
-            if connection.operation in self.parked.get(connection.operation and connection.operation.topic, ()):
-                connection.go_on(LATE)
-            elif connection.began is None and not connection.received:
-                connection.close()
+        for operation in [operation for line in self.parked.values() for operation in line]:
+            operation.client.late()
+        for connection in [one for one in self.connections if one.began is None]:
+            connection.close()
 
     # connections
 
-    def remind(self, connection, deadline):
-        """Tell it when its deadline is over. It has one timer, which is set anew when it goes off too early."""
-        connection.deadline = deadline
-        if deadline < connection.timer:
-            connection.timer = deadline
-            heapq.heappush(self.timers, (deadline, next(self.numbers), connection))
-            if len(self.timers) > 2 * len(self.connections) + 1000:     # most are of connections that are gone
-                self.timers = [one for one in self.timers if one[0] == one[2].timer and one[2] in self.connections]
-                heapq.heapify(self.timers)
+    def _end_waits(self, now):
+        """Tell the connections whose deadline is over. This looks at all of them, so it is not done at any moment."""
+        for connection in [one for one in self.connections if one.deadline <= now]:
+            connection.late()
+        self.look_at = max(now + LOOK, min((one.deadline for one in self.connections), default=NEVER))
 
-    def _ring_out(self, timer, _, connection):
-        if timer == connection.timer and connection in self.connections:    # else a nearer one was set
-            connection.timer = float('inf')
-            if connection.deadline <= timer:
-                connection.go_on(LATE)
-            else:
-                self.remind(connection, connection.deadline)
+    def _relieve(self):
+        """Requests hold more than MAX_HELD: the newest of the large ones is one too many."""
+        large = [one for one in self.connections if one.began and len(one.received) > SMALL]
+        if large:
+            max(large, key=lambda one: one.began).go_on(Unavailable('too much is being sent; try again'))
 
-    def hold(self, connection, size):
-        """Count what it has received. Above MAX_HELD the newest of the large requests is one too many."""
-        self.held += size
-        if self.held > MAX_HELD:
-            large = [one for one in self.connections if one.began and len(one.received) > SMALL and not one.unsent]
-            newest = max(large, key=lambda one: one.began, default=None)
-            if newest is connection:
-                return FULL
-            if newest is not None:
-                newest.go_on(FULL)
-        return READY
-
-    def has_room(self, size):
-        """May an answer of so many bytes be given now? A small one always."""
-        return size <= SMALL or self.unsent + size <= MAX_UNSENT
-
-    def aside(self, work, connection):
-        """Have a thread of the server's do work(), and tell the connection of its result."""
-        self.line.append((work, connection))
-        self._staff()
-
-    def _staff(self):
-        while self.line and self.threads < THREADS:
-            self.threads += 1
-            self.server.start(functools.partial(self._work, *self.line.popleft()))
-
-    def _work(self, work, connection):
-        result = work()
-        self.post(lambda: self._worked(connection, result))
-
-    def _worked(self, connection, result):
-        self.threads -= 1
-        self._staff()
-        connection.result = result
-        connection.go_on(DONE)
+    def make_room(self, size):
+        """An answer of so many bytes is to be given: a small one always may."""
+        if size > SMALL and self.unsent + size > MAX_UNSENT:
+            raise Unavailable('too many answers wait to be taken; try again')
 
     # operations
 
     def submit(self, operation):
         """Put it into the next transaction, or look at once. True when its client has to wait."""
-        if operation.writes:
+        if operation.work:
             self.ready.append(operation)
             return True
-        operation.result = operation.work()
+        operation.result = self.store.ended(operation.topic[1])
         return self._parks(operation)
 
     def _parks(self, operation):
         """Park it if it has found nothing, and has a mind to wait."""
-        parks = operation.sleeps() and operation.wait and self.draining is None
+        parks = operation.wait and not operation.result and operation.error is None and self.draining is None
         if parks:
-            self.parked.setdefault(operation.topic, {})[operation] = None
-            operation.client.park(operation.wait)
+            self.parked.setdefault(operation.topic, {})[operation] = True
+            operation.client.until(operation.wait)
         return parks
 
     def withdraw(self, operation):
-        """Nobody waits for it any more; what writes is done all the same."""
-        if operation.topic:
-            line = self.parked.get(operation.topic, {})
-            line.pop(operation, None)
-            if not line:
-                self.parked.pop(operation.topic, None)
-            if operation in self.ready:
-                self.ready.remove(operation)
+        """It is not parked any more."""
+        line = self.parked.get(operation.topic, {})
+        if line.pop(operation, False) and not line:
+            del self.parked[operation.topic]
 
     def _transact(self, now):
-        """All that has arrived, in one transaction, and the answers to it."""
-        leap, due = self._own_work(now)
-        deaf = now >= self.resting and (now - self.heard > DEAF or self.database.trouble)
-        if not (leap or due or deaf or self.ready):
-            return
-        ready, self.ready = self.ready, []
-        polls = [operation for operation in ready if operation.topic]
-        writes = [operation for operation in ready if not operation.topic]
-        roused, offset = [], self.store.clock.offset
-        try:
-            roused = self._commit(leap, writes, due, polls)
-        except Unavailable as error:
-            self.store.clock.offset = offset        # a leap that is not on disk; renew() looks anew at what is due
-            self.resting = now + TICK
-            self._not_done(now, ready, error)
-        else:
-            self.store.committed(len(ready) + len(roused))
-            self.blocked = False
-            self.resting = now + TICK if any(operation.error for operation in leap + due) else 0
-            self._tell([*roused, *self._ended_waits(), *writes, *polls])
-
-    def _own_work(self, now):
-        """What the engine has to do on its own account: before what has arrived, and after it."""
-        leap, due, clock = [], [], self.store.clock
-        if now >= self.resting:
+        """All that has arrived and all that is due, in one transaction, and the answers to it."""
+        clock, ahead, deaf, own = self.store.clock, 0, False, []
+        if now >= self.resting:     # what has to be done on the engine's own account
+            deaf = now - self.heard > DEAF or self.database.trouble
             if now - self.ticked >= TICK:
                 self.ticked, ahead = now, clock.follow()
-                if ahead:
-                    leap.append(Operation(functools.partial(self.store.leap, clock.offset + ahead, ahead)))
-            if self.ready or self.store.next_due <= clock.now():    # what arrives may bring it about
-                due.append(Operation(self.store.overdue))
-            if self.store.next_prune <= clock.now():
-                due.append(Operation(self.store.prune))
-        return leap, due
+            due = self.ready or self.store.next_due <= clock.now()      # what arrives may bring it about
+            own = [Operation(self.store.overdue)] if due else []
+            own += [Operation(self.store.prune)] if self.store.next_prune <= clock.now() else []
+        if not (ahead or own or deaf or self.ready):
+            return
+        ready, self.ready, offset = self.ready, [], clock.offset
+        writes = [operation for operation in ready if not operation.topic]
+        polls = [operation for operation in ready if operation.topic and operation.client.life]     # is still there
+        try:
+            roused = self._commit(ahead and (offset + ahead, ahead), writes, own, polls)
+        except Unavailable as error:
+            clock.offset = offset       # a leap that is not on disk; renew() looks anew at what is due
+            self._not_done(now, ready, error)
+        else:
+            self.retry_at, self.resting = 0, now + TICK if any(operation.error for operation in own) else 0
+            self._tell([*roused, *writes, *polls])
+            self.store.committed(len(ready) + len(roused))      # nobody waits for that
 
-    def _commit(self, leap, writes, due, polls):
-        """Run all that is not spoilt in one transaction. The parked polls that got something."""
-        spoilt = set()
+    def _commit(self, leap, writes, own, polls):
+        """Run it all in one transaction. The parked operations that got something."""
+        merged = self._together
         while True:
             try:
                 with self.database.transaction() as db:
                     self.store.begin(db, min(MAX_ANSWER, MAX_UNSENT - self.unsent))
                     begun = time.monotonic()
-                    if begun - self.heard > DEAF or self.database.trouble:
+                    deaf = begun - self.heard > DEAF or self.database.trouble
+                    if deaf:
                         self.store.renew(begun - self.heard)
-                    self._run_all(leap, spoilt)
-                    self._run_all(writes if spoilt else self._together(writes), spoilt)
-                    self._run_all(due, spoilt)
-                    roused = self._rouse(spoilt)
-                    self._run_all(polls, spoilt)
-                if begun - self.heard > DEAF or self.database.trouble:
+                    if leap:
+                        self.store.leap(*leap)
+                    for operation in itertools.chain(merged(writes), own):
+                        operation.run(db)
+                    roused = self._rouse(db)
+                    for operation in polls:
+                        operation.run(db)
+                if deaf:
                     self.heard, self.database.trouble = begun, None
                 return roused
-            except Spoilt as error:
-                spoilt.add(error.args[0])
+            except Spoilt:
+                merged = as_is              # one by one it shows whose fault it is
                 self.store.next_due = 0     # what was done of that is undone
-
-    def _run_all(self, operations, spoilt):
-        for operation in operations:
-            if operation not in spoilt:
-                operation.run(self.store.db)
 
     def _together(self, operations):
         """Add the jobs of those that add one each, in as few statements as it takes; what is left to be run."""
-        adds = [operation for operation in operations if operation.adds]
+        adds = [operation for operation in operations if operation.adds and operation.error is None]
         if len(adds) < 2:
             return operations
         try:
@@ -1965,460 +1872,354 @@ class Loop:
         except Exception as error:
             if of_storage(error):
                 raise
-            raise Spoilt(None) from error       # one by one it will show whose fault it is
+            raise Spoilt from error
         for operation, job in zip(adds, jobs):
-            operation.result, operation.error = [job], None
+            operation.result = [job]
         return [operation for operation in operations if not operation.adds]
 
-    def _rouse(self, spoilt):
-        """Run the parked polls whose queue has something for them, until one finds nothing: it stays first in line."""
+    def _rouse(self, db):
+        """The parked waits that are over, and polls that find something, until one does not: it stays the first."""
         roused = []
         for topic in self.store.woken:
-            for operation in self.parked.get(topic, ()) if topic[0] == 'queue' else ():
-                if operation not in spoilt:
-                    operation.run(self.store.db)
-                    if operation.sleeps():
+            for operation in self.parked.get(topic, ()):
+                if operation.work:
+                    operation.run(db)
+                    if not operation.result and operation.error is None:
                         break
+                operation.result = operation.result or True
                 roused.append(operation)
         return roused
 
-    def _ended_waits(self):
-        for topic in self.store.woken:
-            if topic[0] == 'job':
-                for operation in list(self.parked.get(topic, ())):
-                    operation.result = True
-                    yield operation
-
     def _not_done(self, now, ready, error):
         """Whoever waits for another program's lock tries again; who has waited for too long is told, as all else."""
-        self.blocked = isinstance(error, Busy)
-        if self.blocked:
-            self.ready = [operation for operation in ready if now - operation.since < BUSY]
-            self.retry_at = now + RETRY
-            self.resting = self.retry_at if self.ready else self.resting
-            ready = [operation for operation in ready if now - operation.since >= BUSY]
-            if ready:
-                self.database.in_trouble(error.__cause__)
-        for operation in ready:
-            operation.result, operation.error = None, error
-        self._tell(ready)
+        busy = isinstance(error, Busy)
+        self.ready = [operation for operation in ready if busy and now - operation.since < BUSY]
+        ended = [operation for operation in ready if not busy or now - operation.since >= BUSY]
+        self.retry_at = now + RETRY if busy else 0
+        self.resting = self.retry_at if self.ready else now + TICK
+        if busy and ended:
+            self.database.in_trouble(error.__cause__)
+        for operation in ended:
+            operation.error = error
+        self._tell(ended)
 
     def _tell(self, operations):
         """Answer them, and park the polls that found nothing."""
         for operation in operations:
-            if operation.topic:
-                if self._parks(operation):
-                    continue
+            if not self._parks(operation):
                 self.withdraw(operation)
-            operation.client.go_on(DONE)
+                operation.client.go_on(operation.error or operation.result)
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
-
 REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
 BARE_LINE_FEED = re.compile(rb'(?<!\r)\n')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
 ONCE = {'host', 'content-length', 'content-type', 'authorization', 'origin'}
 COMMON = 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
-COMMON_LAST = 'Connection: close\r\n' + COMMON
 STATUS_LINES = {status: f'HTTP/1.1 {status:d} {meaning}\r\n' for status, meaning in http.client.responses.items()}
-JSON, TEXT, HTML = 'application/json', 'text/plain; charset=utf-8', 'text/html; charset=utf-8'
 OPEN_TO_PAGES = ('/', '/docs', '/health')       # a link on any page may lead there
-
+NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+Answer = collections.namedtuple('Answer', 'body status kind headers', defaults=(200, 'application/json', ()))
 
 class Head:
     """The line and headers of a request, strictly read: what two programs could read in two ways is refused."""
-    __slots__ = ('method', 'target', 'headers', 'keep_alive', 'route', 'rest', 'length', 'handler', 'slow')
 
     def __init__(self, raw):
         lines = raw.split(b'\r\n')
-        line = REQUEST_LINE.fullmatch(lines[0])
-        if not line:
-            raise BadRequest(f'the request line {shown(lines[0].decode("latin-1"))} is not HTTP/1.1')
         if len(lines) > MAX_HEADERS + 1:
             raise HeadTooLarge(f'a request has at most {MAX_HEADERS} headers')
-        self.method, self.target = line[1].decode(), line[2].decode()
-        self.route, self.rest = split_path(self.target.partition('?')[0])
-        self.handler = None         # until the request is admitted
-        self.headers = {}
-        for header in lines[1:]:
-            match = HEADER.fullmatch(header)
-            if not match:
-                raise BadRequest(f'{shown(header.decode("latin-1"))} is not a header line')
-            field = match[1].decode().lower()
-            if field in ONCE and field in self.headers:
-                raise BadRequest(f'the header {field} is there twice')
-            self.headers[field] = match[2].strip(b' \t').decode('latin-1')
-        connection = self.headers.get('connection', '').lower()
-        self.keep_alive = 'close' not in connection and (line[3] == b'1' or 'keep-alive' in connection)
-        if line[3] == b'1' and 'host' not in self.headers:
+        request, *headers = matches = [REQUEST_LINE.fullmatch(lines[0]), *map(HEADER.fullmatch, lines[1:])]
+        if None in matches:
+            bad = lines[matches.index(None)].decode('latin-1')
+            raise BadRequest(f'{shown(bad)} is no line of a head of HTTP/1.1')
+        fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1')) for match in headers]
+        self.headers, names, new = dict(fields), [name for name, _ in fields], request[3] == b'1'
+        if new and 'host' not in names:
             raise BadRequest('the header Host is missing')
+        for name in ONCE:
+            if names.count(name) > 1:
+                raise BadRequest(f'the header {name} is there twice')
+        connection = self.headers.get('connection', '').lower()
+        self.keep_alive = 'close' not in connection and (new or 'keep-alive' in connection)
+        self.method, (path, _, self.query) = request[1].decode(), request[2].decode().partition('?')
+        cut = path.find('/', 1) + 1 or len(path)        # '/jobs/17' is the route '/jobs/' and the rest '17'
+        self.rest = urllib.parse.unquote(path[cut:], errors='surrogateescape')
+        self.path, self.route, self.rule = path, path[:cut], None       # a rule once the request is admitted
+        if self.route not in ROUTES or bool(self.rest) != (self.route != '/' and self.route.endswith('/')):
+            self.route = 'other'
 
     def body_length(self):
-        """Bytes of the body, LengthRequired where they are not told."""
-        if 'transfer-encoding' in self.headers:
-            raise LengthRequired('Transfer-Encoding is not supported: send Content-Length')
-        told = self.headers.get('content-length')
-        if told is None:
-            if self.method == 'POST':
-                raise LengthRequired('the header Content-Length is missing')
-            return 0
+        told = self.headers.get('content-length', '0' if self.method != 'POST' else None)
+        if told is None or 'transfer-encoding' in self.headers:
+            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
         if not re.fullmatch('[0-9]{1,15}', told):
             raise BadRequest(f'Content-Length must be a number of bytes, not {shown(told)}')
         if int(told) > MAX_BODY:
             raise TooLarge(f'the body has {int(told)} bytes; at most {MAX_BODY} are taken')
         return int(told)
 
-
 class Connection:
     """One client's connection, the loop's own: requests are received, served and answered one after the other.
 
-    Its life is a generator that yields the events to wait for, and is sent the news: READY (one of them came), LATE
-    (its deadline is over), FULL (its request is one too many) or DONE (what it has the loop do is done).
+    Its life is a generator that yields the events to wait for. It is sent READY when one of them came, else what it
+    waits for; news that are an exception, as when its deadline is over, are raised where it waits.
     """
-    __slots__ = ('loop', 'server', 'sock', 'address', 'life', 'received', 'scanned', 'taken', 'asked', 'body', 'began',
-                 'operation', 'result', 'unsent', 'watched', 'deadline', 'timer')
+    asked = body = began = None         # head and body of the request at hand; when its first byte came
+    operation = None                    # that the loop runs, or that is parked
+    held = unsent = 0                   # see _weigh()
+    watched = 0                         # events for which the selector looks
+    deadline = NEVER                    # see late()
 
     def __init__(self, loop, sock, address):
         self.loop, self.server, self.sock, self.address = loop, loop.server, sock, address      # constant after start
-        self.life = self._live()
-        self.received = bytearray()     # that is not used yet,
-        self.scanned = 0                # and how much of it holds no end of a head
-        self.taken = 0                  # bytes of the request at hand, used and still held
-        self.asked = self.body = None   # its head and its body
-        self.began = None               # when its first byte came; None: there is no request
-        self.operation = None           # that the loop runs, or that is parked
-        self.result = None              # of what a thread did
-        self.unsent = 0                 # bytes of the answer
-        self.watched = 0                # events for which the selector looks
-        self.deadline = self.timer = float('inf')       # see Loop.remind
+        self.received = bytearray()     # that is not used yet
+        self.life = self._live()        # None: it is closed
         loop.connections.add(self)
         self.go_on(None)
 
     def go_on(self, news):
         """Live on, until it has to wait again."""
-        if self in self.loop.connections:
+        if self.life:
             try:
-                self._watch(self.life.send(news))
-            except (OSError, EOFError, StopIteration):      # the client is gone, or nothing is left to do
-                self.close()
+                self._watch(self.life.throw(news) if isinstance(news, Exception) else self.life.send(news))
             except Exception as error:
-                fault('a connection', error)
+                if not isinstance(error, (OSError, EOFError, StopIteration)):       # the client is gone, or it ends
+                    fault('a connection', error)
                 self.close()
 
     def _watch(self, events):
         if events != self.watched:
-            selector, watched, self.watched = self.loop.selector, self.watched, events
-            if not watched:
-                selector.register(self.sock, events, self)
-            elif not events:
-                selector.unregister(self.sock)
-            else:
-                selector.modify(self.sock, events, self)
+            if self.watched:
+                self.loop.selector.unregister(self.sock)
+            if events:
+                self.loop.selector.register(self.sock, events, self.go_on)
+            self.watched = events
 
-    def _until(self, seconds):
-        self.loop.remind(self, time.monotonic() + seconds)
+    def until(self, seconds):
+        """Its deadline is so far away."""
+        self.deadline = time.monotonic() + seconds
+        self.loop.look_at = min(self.loop.look_at, self.deadline)
+
+    def late(self):
+        """Its deadline is over: what it sleeps on has not come, or its request."""
+        if self.operation:
+            self.loop.withdraw(self.operation)
+        self.go_on(() if self.operation else TooSlow(f'the request did not arrive within {DEADLINE} seconds'))
 
     def close(self):
-        if self in self.loop.connections:
+        if self.life:
+            self.life = None
             self.loop.connections.discard(self)
-            self._watch(0)
             if self.operation:
                 self.loop.withdraw(self.operation)
-            self.loop.unsent -= self.unsent
-            self.loop.held -= self.taken + len(self.received)
-            self.life = None
+            self._watch(0)
+            self._weigh(0)
             self.sock.close()
+
+    def _weigh(self, held, unsent=0):
+        """It holds so many bytes of requests that are not done with, and of an answer that is not taken."""
+        self.loop.held += held - self.held
+        self.loop.unsent += unsent - self.unsent
+        self.held, self.unsent = held, unsent
 
     # its life
 
     def _live(self):
+        self.sock.setblocking(False)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.server.tls:     # receiving shakes hands first
+            self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
         with contextlib.suppress(Refused):      # it has nothing to ask, or does not take its answer
-            self.sock.setblocking(False)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.server.tls:
-                yield from self._shake_hands()
             keep = True
             while keep and (self.loop.draining is None or self.received):
-                yield from self._first_byte()
+                self.until(IDLE if self.asked else DEADLINE)
+                self.asked = self.began = None
+                while not self.received:
+                    yield from self._receive()
+                self.began = time.monotonic()
+                self.until(DEADLINE)
                 keep = yield from self._serve()
 
-    def _shake_hands(self):
-        self._until(DEADLINE)
-        self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        yield from self._tried(self.sock.do_handshake, READ)
-
-    def _tried(self, act, event):
-        """What act() returns, once the socket is ready for it."""
-        while True:
+    def _receive(self, events=READ, most=CHUNK):
+        """Take what comes, or other news: the news."""
+        news = yield events
+        if news is READY:
             try:
-                return act()
-            except BlockingIOError:
-                wanted = event
-            except ssl.SSLWantReadError:
-                wanted = READ
-            except ssl.SSLWantWriteError:
-                wanted = WRITE
-            self._heed((yield wanted))
-
-    def _heed(self, news):
-        if news is LATE:
-            raise TooSlow(f'the request did not arrive within {DEADLINE} seconds')
-        if news is FULL:
-            raise Unavailable('too much is being sent; try again')
-
-    def _receive(self):
-        self._heed((yield READ))
-        try:
-            data = self.sock.recv(CHUNK)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return
-        if not data:
-            raise EOFError
-        self.received += data
-        self._heed(self.loop.hold(self, len(data)))
-
-    def _first_byte(self):
-        """Wait for the first byte of a request."""
-        self.asked = self.began = None
-        self._until(IDLE)
-        while True:
-            if self.received[:1] in (b'\r', b'\n'):
-                self._take(0, len(self.received) - len(self.received.lstrip(b'\r\n')))
-            if self.received:
-                break
-            yield from self._receive()
-        self.began = time.monotonic()
-        self._until(DEADLINE)
+                data = self.sock.recv(most)
+            except NOT_YET:
+                return READY
+            if not data:
+                raise EOFError
+            self.received += data
+            self._weigh(self.held + len(data))
+        return news
 
     def _serve(self):
         """Answer one request. True when another one may follow on this connection."""
-        keep = False
+        keep = farewell = False
         try:
-            yield from self._head()
-            yield from self._body()
+            yield from self._request()
             keep = self.asked.keep_alive
-            outcome = yield from self._outcome()
+            answer = self._answer((yield from self._outcome()), keep)
         except Refused as error:
-            outcome = error
-        self._let_go(0 if keep else len(self.received))
-        farewell = isinstance(outcome, Refused) and not keep
-        data, file = self._answer(outcome, keep)
-        outcome = None      # its text and the bytes of it are too much at a time
-        data = self._push(data)
-        if data or file:
-            yield from self._send(data, file)
-        if farewell:
-            yield from self._linger()
+            answer, farewell = self._answer(error, keep), not keep
+        self.operation = self.body = None
+        if not keep:
+            self.received.clear()
+        self._weigh(len(self.received))
+        yield from self._send(*answer)
+        if farewell:    # to close at once, while it sends, would reset the connection and lose the answer
+            self.sock.shutdown(socket.SHUT_WR)
+            self.until(LINGER)
+        while farewell:
+            yield from self._receive()
+            self.received.clear()
+            self._weigh(0)
         return keep
 
-    def _head(self):
-        """The head of the request, which this client may send like this."""
-        while True:
-            end = self.received.find(b'\r\n\r\n', max(0, self.scanned - 3))
+    def _request(self):
+        """Receive a request, which this client may send like this."""
+        end, known = -1, 0
+        while end < 0:
+            scanned, end = known, self.received.find(b'\r\n\r\n', max(0, known - 3))
             known = end if end >= 0 else len(self.received)
             if known > MAX_HEAD:
                 raise HeadTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
-            if not self.received[:1].isalpha() or BARE_LINE_FEED.search(self.received, self.scanned, known):
+            if not self.received[:1].isalpha() or BARE_LINE_FEED.search(self.received, scanned, known):
                 raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
-            if end >= 0:
-                break
-            self.scanned = known
-            yield from self._receive()
-        self.asked = self.server.head_of(self._take(end, 4))
+            if end < 0:
+                yield from self._receive()
+        self.asked = self.server.head_of(bytes(self.received[:end]))
+        del self.received[:end + 4]
         self.server.admit(self.asked)
-
-    def _body(self):
         length = self.asked.length
-        if length > SMALL and not self.loop.has_room(length):
-            raise Unavailable('too many answers wait to be taken; try again')
+        self.loop.make_room(length)
         if length > len(self.received) and 'expect' in self.asked.headers:
             self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
         while len(self.received) < length:
             yield from self._receive()
-        self.body = self._take(length)
-
-    def _take(self, count, more=0):
-        """The first bytes that were received, and forget as many `more` after them."""
-        data = bytes(self.received[:count])
-        del self.received[:count + more]
-        self.taken += count + more
-        self.scanned = 0
-        return data
-
-    def _let_go(self, more=0):
-        """The request needs no memory any more, nor do so many bytes that follow it."""
-        del self.received[:more]
-        self.loop.held -= self.taken + more
-        self.taken = 0
+        self.body = bytes(self.received[:length])
+        del self.received[:length]
 
     def _outcome(self):
         """What the handler makes of the request, and the loop of the operation that it asks for."""
-        self.deadline = float('inf')
-        if self.asked.slow or len(self.body) >= BIG_BODY:
-            work, self.body = functools.partial(self.server.handle, self.asked, self.body), None
-            outcome = yield from self._aside(work)
-        else:
-            outcome, self.body = self.server.handle(self.asked, self.body), None
-        if not isinstance(outcome, Operation):
-            return outcome
-        self.operation, outcome.client = outcome, self
-        if self.loop.submit(outcome):
-            yield from self._done()
-        self.operation = None
-        if outcome.error is not None:
-            raise outcome.error
-        render = functools.partial(attempt, self.asked.route, outcome.render, outcome.result)
-        return render() if outcome.writes else (yield from self._aside(render))
+        slow = self.asked.rule.slow or len(self.body) >= BIG_BODY
+        outcome = yield from self._do(slow, self.server.handle, self.asked, self.body)
+        if isinstance(outcome, Operation):
+            self.operation, self.body, outcome.client = outcome, None, self
+            if outcome.topic:       # what sleeps needs no memory
+                self._weigh(len(self.received))
+            result = (yield from self._done()) if self.loop.submit(outcome) else None
+            outcome = yield from self._do(not outcome.work, outcome.render, result)
+        return outcome
 
-    def _aside(self, work):
-        self.loop.aside(work, self)
-        yield from self._done()
-        result, self.result = self.result, None
-        return result
+    def _do(self, slow, function, *values):
+        """What the function makes of the values, in a thread of the server's where that may take long."""
+        self.deadline = NEVER
+        if slow:
+            self.server.line.put((self, function, values))
+            return (yield from self._done())
+        try:
+            return function(*values)
+        except Exception as error:
+            raise fault(self.asked.route, error) from None
 
     def _done(self):
-        """Wait until it is done, or its time is over. Bytes that come are the next request; who leaves may yet read."""
-        events = READ
-        while True:
-            news = yield events
-            if news is LATE:
-                self.loop.withdraw(self.operation)
-            if news in (LATE, DONE):
-                return
-            if news is FULL:
-                raise EOFError      # what follows its request takes the room of others
+        """What is waited for. Bytes that come are the next request, few enough for SMALL; who leaves may yet read."""
+        news, events = READY, READ
+        while news is READY:
             try:
-                data = self.sock.recv(CHUNK)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                continue
-            if not data and self.operation and self.operation.topic:
-                raise EOFError      # what a poll would get is for somebody who is there
-            self.received += data
-            self.loop.held += len(data)
-            if not data or len(self.received) > MAX_HEAD:
+                news = yield from self._receive(events if len(self.received) <= MAX_HEAD else 0, MAX_HEAD)
+            except EOFError:
+                if self.operation and self.operation.topic:
+                    raise       # what a poll would get is for somebody who is there
                 events = 0
+        return news
 
-    def park(self, seconds):
-        """Its operation sleeps so long."""
-        self._let_go()
-        self._until(seconds)
-
-    def _answer(self, outcome, keep):
+    def _answer(self, answer, keep):
         """The bytes of the answer, and the file that follows them if one does."""
-        if isinstance(outcome, Refused):
-            outcome = outcome.status, {'error': str(outcome)}, JSON, outcome.headers
-            if outcome[0] == 401 and self.asked.route == '/':       # the page is no secret, and asks for the token
-                outcome = 401, *page()[1:]
-        status, body, kind, headers = (*outcome, *(b'', JSON, ())[len(outcome) - 1:])
+        method, route = (self.asked.method, self.asked.route) if self.asked else ('-', 'other')
+        if isinstance(answer, Refused):
+            asks = answer.status == 401 and route == '/'        # the page is no secret, and asks for the token
+            answer = page(401) if asks else Answer({'error': str(answer)}, answer.status, headers=answer.headers)
+        body, status, kind, headers = answer if isinstance(answer, Answer) else Answer(answer)
         body = encode(body) if isinstance(body, (dict, list)) else body
         if isinstance(body, str):
             body = (body if body.endswith('\n') else body + '\n').encode()
         file = body if hasattr(body, 'read') else None
         length = os.fstat(file.fileno()).st_size if file else len(body)
-        method = self.asked and self.asked.method
-        if method in ('GET', 'HEAD') and not file and not self.loop.has_room(length):
-            return self._answer(Unavailable('too many answers wait to be taken; try again'), keep)
-        self.server.count(self, status)
+        if method in ('GET', 'HEAD') and not file:
+            self.loop.make_room(length)
+        self.server.store.meter.request(route, status)
+        if self.server.verbose:
+            log(f'{self.address[0]} {method} {route} {status}')
         told = '' if status == 204 else f'Content-Type: {kind}\r\nContent-Length: {length}\r\n'
-        told += ''.join(['%s: %s\r\n' % header for header in headers])
-        head = f'{STATUS_LINES[status]}{told}{COMMON if keep else COMMON_LAST}'.encode('latin-1')
+        told += ''.join(['%s: %s\r\n' % header for header in headers]) + ('' if keep else 'Connection: close\r\n')
+        head = f'{STATUS_LINES[status]}{told}{COMMON}'.encode('latin-1')
         return (head, None) if method == 'HEAD' else (head, file) if file else (head + body, None)
 
-    def _push(self, data):
-        """Send what the client takes now; the rest."""
-        try:
-            return memoryview(data)[self.sock.send(data):]
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return data
-
     def _send(self, data, file):
-        """The rest of the answer, as the client takes it, of a file one piece at a time."""
-        with contextlib.closing(file) if file else contextlib.nullcontext():
-            self._until(DEADLINE)
-            while data or file:
-                self.loop.unsent += len(data) - self.unsent
-                self.unsent = len(data)
-                self._heed((yield WRITE))
-                if not data:
+        """Send the answer as the client takes it, of a file one piece at a time."""
+        self.until(DEADLINE)
+        with file or contextlib.nullcontext():
+            while data:
+                try:
+                    data = memoryview(data)[self.sock.send(data):]
+                except NOT_YET:
+                    pass
+                if not data and file:
                     data = file.read(CHUNK)
-                    file = file if data else None
-                    self._until(DEADLINE)
-                data = self._push(data)
-            self.loop.unsent -= self.unsent
-            self.unsent = 0
-
-    def _linger(self):
-        """Let the client finish what it sends: closing at once would reset the connection and lose the answer."""
-        self._until(LINGER)
-        self.sock.shutdown(socket.SHUT_WR)
-        while True:
-            yield from self._receive()
-            self._let_go(len(self.received))
-
-
-def attempt(route, work, *values):
-    """What work(*values) returns, or the refusal that it raises; a mistake of the engine's own is one, and logged."""
-    try:
-        return work(*values)
-    except Refused as error:
-        return error
-    except Exception as error:
-        return fault(route, error)
-
+                    self.until(DEADLINE)
+                self._weigh(self.held, len(data))
+                if data:
+                    yield WRITE
 
 def fault(where, error):
+    """The error as a refusal; a mistake of the engine's own is one, and logged."""
+    if isinstance(error, Refused):
+        return error
     log(f'fault in {where}: {type(error).__name__}: {error}')
     return Fault('the engine made a mistake; its log says which')
 
-
 def query(asked):
     """The checked fields of a query; the rest of the path is the field that the call needs."""
-    text = asked.target.partition('?')[2]
-    if text.count('&') > len(FIELDS):
+    if asked.query.count('&') > len(FIELDS):
         raise BadRequest('the query has more fields than there are')
-    pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors='surrogateescape')
-    if asked.rest:
-        pairs.append((ROUTES[asked.route].needed, asked.rest))
+    pairs = urllib.parse.parse_qsl(asked.query, keep_blank_values=True, errors='surrogateescape')
     fields = {}
-    for field, value in pairs:
+    for field, value in pairs + [(asked.rule.needed, asked.rest)] * bool(asked.rest):
         if field in fields:
             raise BadRequest(f'{shown(field)} is there twice')
-        fields[field] = IN_QUERIES.get(field, as_is)(value)
+        fields[field] = value
+        if field in ('limit', 'wait', 'brief', 'busy') and len(value) <= 30:
+            with contextlib.suppress(ValueError):   # other text stays as it is, for the check to refuse
+                fields[field] = json.loads(value)
     return checked(asked.route, fields)
 
-
-def numeral(text):
-    """A number of a query as JSON would have it; other text stays as it is, for the check to refuse."""
-    for kind in (int, float) if len(text) <= 30 else ():
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def flag(text):
-    return {'true': True, 'false': False}.get(text, text)
-
-
-IN_QUERIES = {'limit': numeral, 'wait': numeral, 'brief': flag, 'busy': flag}      # what the text there stands for
-
-
-def split_path(path):
-    """'/jobs/17' is the route '/jobs/' and the rest '17'."""
-    cut = path.find('/', 1) + 1 or len(path)
-    route, rest = path[:cut], urllib.parse.unquote(path[cut:], errors='surrogateescape')
-    return (route, rest) if route in ROUTES and bool(rest) == (route != '/' and route.endswith('/')) else ('other', '')
-
-
 def enqueue(server, ask):
-    asks = [ask] if type(ask) is dict else ask
+    one = type(ask) is dict
 
     def render(jobs):
         texts = server.store.announced(jobs)
-        return 200, texts[0] if asks[0] is ask else f'{{"jobs":{as_list(texts)}}}'
-    alone = asks[0] is ask and 'after' not in ask
-    return Operation(functools.partial(server.store.enqueue, asks), render, adds=ask if alone else None)
+        return texts[0] if one else f'{{"jobs":{as_list(texts)}}}'
+    work = functools.partial(server.store.enqueue, [ask] if one else ask)
+    return Operation(work, render, adds=ask if one and 'after' not in ask else None)
 
+def poll(server, ask):
+    def render(jobs):
+        texts = [as_json(job) for job in jobs]
+        return (as_list(texts) if 'limit' in ask else texts[0]) if texts else Answer(b'', 204)
+    work = functools.partial(server.store.poll, ask)
+    return Operation(work, render, ('queue', ask['queue']), ask.get('wait', 0) / 1000000)
+
+def report(method):
+    """The handler of complete, fail, heartbeat and release, of one job or of many, and of the like."""
+    def handler(server, ask):
+        if type(ask) is dict:
+            return Operation(functools.partial(method, server.store, ask))
+        return Operation(lambda: {'jobs': [server.store.outcome(method, item) for item in ask]})
+    return handler
 
 def schedule(server, ask):
     for fields in (('queue',), ('cron', 'every')):
@@ -2429,30 +2230,13 @@ def schedule(server, ask):
     wanted = {**dict.fromkeys(DEFINED), 'priority': 0, 'zone': 'UTC' if 'cron' in ask else None, **ask}
     if 'cron' in ask:
         cron_of(wanted['cron'], wanted['zone'])         # refused before a transaction begins
-    return Operation(functools.partial(server.store.schedule, wanted),
-                     lambda found: (200, as_schedule(found[0], created=found[1])))
+    work = functools.partial(server.store.schedule, wanted)
+    return Operation(work, lambda found: as_schedule(found[0], created=found[1]))
 
-
-def poll(server, ask):
-    def render(jobs):
-        texts = [as_json(job) for job in jobs]
-        return (200, as_list(texts) if 'limit' in ask else texts[0]) if texts else (204,)
-    wait = ask.get('wait', 0) / 1000000
-    return Operation(functools.partial(server.store.poll, ask), render, ('queue', ask['queue']), wait)
-
-
-def report(method):
-    """The handler of complete, fail, heartbeat and release, of one job or of many, and of the like."""
-    def handler(server, ask):
-        if type(ask) is dict:
-            return Operation(lambda: method(server.store, ask), lambda outcome: (200, outcome))
-        return Operation(lambda: [server.store.outcome(method, item) for item in ask],
-                         lambda outcomes: (200, encode({'jobs': outcomes})))
-    return handler
-
-
-def change(call, method):
+def change(method):
     """The handler of cancel, retry and purge: of the job `id`, or of all of a queue and status, step by step."""
+    call = method.__name__
+
     def handler(server, ask):
         if 'status' in ask and ask['status'] not in SOURCES[call]:
             raise BadRequest(f'status must be one of {", ".join(SOURCES[call])} for {call}, not {ask["status"]}')
@@ -2462,106 +2246,85 @@ def change(call, method):
             raise BadRequest(f'id is missing: {call} needs it, or queue with status')
         store = server.store
         if 'id' in ask:
-            return Operation(lambda: method(store, store.claimed(call, ask)), lambda _: (200, {'count': 1}))
+            return Operation(lambda: method(store, store.claimed(call, ask)), lambda _: {'count': 1})
         statuses = [ask['status']] if 'status' in ask else SOURCES[call]
         steps = (functools.partial(store.step, method, ids, statuses) for ids in store.steps(ask))
-        return 200, {'count': sum(map(server.loop.run, steps))}
+        return {'count': sum(map(server.loop.run, steps))}
     return handler
 
-
 def job(server, ask):
+    """The job, with `wait` once it has ended; without `id`, which may be one like `..` in a query, a page of jobs."""
     def render(_=None):
-        return 200, server.store.job(ask['id'])
-    if 'wait' not in ask:
-        return render()
-    ended = functools.partial(server.store.ended, ask['id'])
-    return Operation(ended, render, ('job', ask['id']), ask['wait'] / 1000000, writes=False)
-
-
-def jobs(server, ask):
-    """A page of jobs, or the one `id`, which may be one that a path cannot hold, like `..`."""
-    return 200, server.store.job(ask['id']) if 'id' in ask else server.store.jobs(**ask)
-
+        return server.store.job(ask['id']) if 'id' in ask else server.store.jobs(**ask)
+    return Operation(None, render, ('job', ask['id']), ask['wait'] / 1000000) if 'wait' in ask else render()
 
 def read(method):
     """The handler that answers with what the method of the store makes of the fields."""
-    return lambda server, ask: (200, method(server.store, **ask))
-
-
-def metrics(server, ask):
-    return 200, exposition(server.store), 'text/plain; version=0.0.4; charset=utf-8'
-
+    return lambda server, ask: method(server.store, **ask)
 
 def backup(server, ask):
-    name = os.path.basename(server.store.database.path)
-    return 200, server.store.database.backup(), 'application/vnd.sqlite3', [
-        ('Content-Disposition', "attachment; filename*=UTF-8''" + urllib.parse.quote(name))]
+    name = urllib.parse.quote(os.path.basename(server.store.database.path))
+    headers = [('Content-Disposition', f"attachment; filename*=UTF-8''{name}")]
+    return Answer(server.store.database.backup(), kind='application/vnd.sqlite3', headers=headers)
 
+def metrics(server, ask):
+    return Answer(exposition(server.store), kind='text/plain; version=0.0.4; charset=utf-8')
 
-def docs(*_):
-    return 200, __doc__, TEXT
-
-
-def page(*_):
-    return 200, DASHBOARD, HTML, [('Content-Security-Policy', POLICY)]
-
+def page(status=200):
+    return Answer(DASHBOARD, status, 'text/html; charset=utf-8', [('Content-Security-Policy', POLICY)])
 
 Route = collections.namedtuple('Route', 'method handler needed rules slow')
-
 
 def route(method, handler, needed='', taken='', slow=False, **rules):
     rules = {field: rules.get(field, FIELDS[field]) for field in f'{needed} {taken}'.split()}
     return Route(method, handler, needed, rules, slow)
 
-
 ROUTES = {
-    # path              method  handler  field it needs, and fields it takes (jobs: a list of the like)
-    '/enqueue':   route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id jobs '
-                        'after after_any', after=IDS),
-    '/poll':      route('POST', poll,    'queue', 'limit wait worker lease max_retries timeout hung'),
-    '/complete':  route('POST', report(Store.complete),  'id', 'attempt result jobs'),
-    '/fail':      route('POST', report(Store.fail),      'id', 'attempt error retry delay jobs'),
-    '/heartbeat': route('POST', report(Store.heartbeat), 'id', 'attempt progress jobs'),
-    '/release':   route('POST', report(Store.release),   'id', 'attempt jobs'),
-    '/cancel':    route('POST', change('cancel', Store.cancel), '', 'id queue status', slow=True),
-    '/retry':     route('POST', change('retry', Store.retry),   '', 'id queue status', slow=True),
-    '/purge':     route('POST', change('purge', Store.purge),   '', 'queue status', slow=True),
-    '/pause':     route('POST', report(Store.pause),  'queue'),
-    '/resume':    route('POST', report(Store.resume), 'queue'),
-    '/limit':     route('POST', report(Store.limit),  'queue', 'max_running rate per'),
-    '/schedule':  route('POST', schedule, 'name',
-                        'queue cron every zone payload timeout max_retries tag priority key'),
+    # path             method  handler         field it needs, fields it takes (jobs: a list of the like)
+    '/enqueue':    route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id '
+                         'jobs after after_any', after=IDS),
+    '/poll':       route('POST', poll, 'queue', 'limit wait worker lease max_retries timeout hung'),
+    '/complete':   route('POST', report(Store.complete), 'id', 'attempt result jobs'),
+    '/fail':       route('POST', report(Store.fail), 'id', 'attempt error retry delay jobs'),
+    '/heartbeat':  route('POST', report(Store.heartbeat), 'id', 'attempt progress jobs'),
+    '/release':    route('POST', report(Store.release), 'id', 'attempt jobs'),
+    '/cancel':     route('POST', change(Store.cancel), '', 'id queue status', slow=True),
+    '/retry':      route('POST', change(Store.retry), '', 'id queue status', slow=True),
+    '/purge':      route('POST', change(Store.purge), '', 'queue status', slow=True),
+    '/pause':      route('POST', report(Store.pause), 'queue'),
+    '/resume':     route('POST', report(Store.resume), 'queue'),
+    '/limit':      route('POST', report(Store.limit), 'queue', 'max_running rate per'),
+    '/schedule':   route('POST', schedule, 'name', 'queue cron every zone payload timeout max_retries tag priority '
+                         'key'),
     '/unschedule': route('POST', report(Store.unschedule), 'name'),
-    '/schedules': route('GET',  read(Store.schedules), '', 'limit after', slow=True),
-    '/jobs/':     route('GET',  job,     'id',    'wait', slow=True),
-    '/status/':   route('GET',  job,     'id',    'wait', slow=True),
-    '/details/':  route('GET',  read(Store.newest), 'tag', slow=True),
-    '/jobs':      route('GET',  jobs,    '',      'id queue status tag limit after brief needed_by', slow=True),
-    '/queues':    route('GET',  read(Store.queues), '',    'limit after busy', slow=True),
-    '/metrics':   route('GET',  metrics, slow=True),
-    '/health':    route('GET',  read(Store.health)),
-    '/backup':    route('GET',  backup, slow=True),
-    '/docs':      route('GET',  docs),
-    '/':          route('GET',  page),
+    '/schedules':  route('GET', read(Store.schedules), '', 'limit after', slow=True),
+    '/jobs/':      route('GET', job, 'id', 'wait', slow=True),
+    '/status/':    route('GET', job, 'id', 'wait', slow=True),
+    '/details/':   route('GET', read(Store.newest), 'tag', slow=True),
+    '/jobs':       route('GET', job, '', 'id queue status tag limit after brief needed_by', slow=True),
+    '/queues':     route('GET', read(Store.queues), '', 'limit after busy', slow=True),
+    '/metrics':    route('GET', metrics, slow=True),
+    '/health':     route('GET', read(Store.health)),
+    '/backup':     route('GET', backup, slow=True),
+    '/docs':       route('GET', lambda server, ask: Answer(__doc__, kind='text/plain; charset=utf-8')),
+    '/':           route('GET', lambda server, ask: page()),
 }
 
-
 class Server(http.server.ThreadingHTTPServer):
-    """Listens, and knows who may come in. The loop serves what is quick, a thread of its own what may take long."""
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 1024
-    loop = None
+    """Listens, and knows who may come in. The loop serves what is quick, a few threads what may take long."""
+    daemon_threads, block_on_close, request_queue_size = True, False, 1024
     allow_reuse_address = os.name != 'nt'
+    server_bind = socketserver.TCPServer.server_bind    # HTTPServer's asks the resolver for a name that nobody needs
+    loop = None
 
     def __init__(self, address, token=None, tls=None, names=(), verbose=False):
         self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
-        self.tls, self.verbose = tls, verbose               # constant after start
-        self.token = token.encode() if token else None
+        self.tls, self.verbose, self.token = tls, verbose, token.encode() if token else None    # constant after start
         self.local = is_loopback(address[0])
         self.names = {'localhost', address[0].lower(), *(name.lower() for name in names)}
         self.head_of = functools.lru_cache(maxsize=1024)(Head)      # clients send the same head again and again
-        self.failed = False                                 # the loop has come to a bad end
+        self.line = SimpleQueue()     # (connection, function, values) that waits for a thread
+        self.failed = False                 # the loop has come to a bad end
         super().__init__(address, None)
         host = f'[{address[0]}]' if ':' in address[0] else address[0]
         self.url = f'{"https" if tls else "http"}://{host}:{self.server_address[1]}'
@@ -2569,13 +2332,10 @@ class Server(http.server.ThreadingHTTPServer):
     def serve(self, store):
         """Begin to answer."""
         self.store, self.loop = store, Loop(self, store)
-        with store.database.transaction() as db:        # nobody was heard until now
-            store.begin(db)
-            store.renew(float('inf'))
+        for _ in range(THREADS):
+            super().process_request(None, None)
         self.loop.thread.start()
-
-    def server_bind(self):
-        socketserver.TCPServer.server_bind(self)        # HTTPServer's asks the resolver for a name that nobody needs
+        self.loop.run(lambda: None)     # leases are renewed before anybody is let in
 
     def get_request(self):
         try:
@@ -2590,86 +2350,71 @@ class Server(http.server.ThreadingHTTPServer):
         """A new connection is the loop's."""
         self.loop.post(functools.partial(Connection, self.loop, request, client_address))
 
-    def start(self, work):
-        """Have a thread of one's own do it."""
-        super().process_request(work, None)
-
     def process_request_thread(self, request, client_address):
-        request()
+        """Do what stands in the line, and tell the connections."""
+        for connection, function, values in iter(self.line.get, None):
+            try:
+                news = function(*values)
+            except Exception as error:
+                news = fault(connection.asked.route, error)
+            self.loop.post(functools.partial(connection.go_on, news))
+            del connection, function, values, news      # which may be large
 
     def admit(self, asked):
         """Let the request in if this client may call it like this. What was let in once is known by its head."""
-        if asked.handler is not None:
+        if asked.rule:
             return
-        path, _, text = asked.target.partition('?')
-        if not self.own_host(asked.headers.get('host')):
-            raise Misdirected(f'Host {shown(asked.headers["host"])} is not a name of this engine; see --allow-host')
+        header, rule = asked.headers.get, ROUTES.get(asked.route)
+        host = re.sub(r':\d*$', '', header('host', 'localhost')).lower()
+        name = host.strip('[]')
+        if not (host in self.names or is_loopback(name) or is_address(name) and not self.local):    # DNS rebinding
+            raise Misdirected(f'Host {shown(header("host"))} is not a name of this engine; see --allow-host')
         if self.token and asked.route != '/health' and not hmac.compare_digest(
-                asked.headers.get('authorization', '').encode('latin-1'), b'Bearer ' + self.token):
+                header('authorization', '').encode('latin-1'), b'Bearer ' + self.token):
             raise Unauthorized('the token is missing or wrong: send Authorization: Bearer TOKEN')
-        if asked.route not in ROUTES:
-            raise NotFound(f'there is no {shown(path)}; GET /docs lists what there is')
-        method = ROUTES[asked.route].method
-        if asked.method not in (('POST',) if method == 'POST' else ('GET', 'HEAD')):
-            raise NotAllowed(f'{asked.route} takes {method}', Allow='POST' if method == 'POST' else 'GET, HEAD')
-        if asked.route not in OPEN_TO_PAGES:
-            refuse_foreign_page(asked.headers)
-        if method == 'POST' and not JSON_TYPE.fullmatch(asked.headers.get('content-type', '')):
+        if not rule:
+            raise NotFound(f'there is no {shown(asked.path)}; GET /docs lists what there is')
+        allowed = 'POST' if rule.method == 'POST' else 'GET, HEAD'
+        if asked.method not in allowed.split(', '):
+            raise NotAllowed(f'{asked.route} takes {rule.method}', Allow=allowed)
+        foreign = 'origin' in asked.headers and header('origin').partition('://')[2] != header('host')
+        foreign = foreign or header('sec-fetch-site', 'none') not in ('none', 'same-origin')
+        if foreign and asked.route not in OPEN_TO_PAGES:
+            raise Forbidden('Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
+        if rule.method == 'POST' and not JSON_TYPE.fullmatch(header('content-type', '')):
             raise NotJSON('Content-Type must be application/json')
-        if method == 'POST' and text:
+        if rule.method == 'POST' and asked.query:
             raise BadRequest(f'{asked.route} takes its fields in the body, not in the query')
-        asked.length, asked.slow = asked.body_length(), ROUTES[asked.route].slow
-        asked.handler = ROUTES[asked.route].handler
+        asked.length, asked.rule = asked.body_length(), rule
 
     def handle(self, asked, body):
-        """What the handler makes of the request, or its refusal."""
-        return attempt(asked.route, self._handle, asked, body)
-
-    def _handle(self, asked, body):
-        return asked.handler(self, batch(asked.route, parsed(body)) if asked.method == 'POST' else query(asked))
-
-    def own_host(self, host):
-        """Is the Host header one of ours? A page whose name was bound to this address anew (DNS rebinding) is not."""
-        name = re.sub(r':\d*$', '', 'localhost' if host is None else host).lower()
-        return name in self.names or is_loopback(name.strip('[]')) or not self.local and is_address(name.strip('[]'))
-
-    def count(self, client, status):
-        asked = client.asked
-        self.store.meter.request(asked.route if asked else 'other', status)
-        if self.verbose:
-            log(f'{client.address[0]} {asked.method if asked else "-"} {asked.route if asked else "other"} {status}')
+        """What the handler makes of the request."""
+        return asked.rule.handler(self, batch(asked.route, parsed(body)) if asked.method == 'POST' else query(asked))
 
     def tick(self):
         """Have all that is due by now done before this returns: for clocks that are moved by hand."""
         self.loop.ticked = 0
-        self.loop.run(lambda: None)
-        while self.store.behind():
-            self.loop.run(lambda: None)
+        while self.loop.run(self.store.behind):
+            pass
 
     def server_close(self):
         """Once serve_forever() has returned: let nobody in, answer what was asked, close the database."""
         super().server_close()
-        if self.loop and self.loop.stop():
-            self.store.database.close()     # else leave it as a crash would: SQLite is at home with that
-
-
-def refuse_foreign_page(headers):
-    origin = headers.get('origin')
-    if origin is not None and origin.partition('://')[2] != headers.get('host'):
-        raise Forbidden(f'Origin {shown(origin)}: pages of other origins may not call this engine')
-    if headers.get('sec-fetch-site', 'none') not in ('none', 'same-origin'):
-        raise Forbidden('Sec-Fetch-Site: pages of other origins may not call this engine')
-
+        if self.loop:
+            self.loop.post(self.loop.drain)
+            self.loop.thread.join(DRAIN + BUSY)
+            if not self.loop.thread.is_alive():     # else leave it as a crash would: SQLite is at home with that
+                self.store.database.close()
+        for _ in range(THREADS):
+            self.line.put(None)
 
 def is_address(name):
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(name))
     return False
 
-
 def is_loopback(name):
     return name == 'localhost' or is_address(name) and ipaddress.ip_address(name).is_loopback
-
 
 def log(sentence):
     """One line on stderr, whatever is in the sentence; nothing where stderr is gone."""

@@ -2524,6 +2524,18 @@ def test_after_a_sync_that_failed_the_log_is_written_out_before_anything_is_ackn
     assert log.stat().st_size < 100000 and engine.count(q) == 301
 
 
+@pytest.mark.skipif(not LINUX, reason="fills the disk by prlimit")
+def test_a_poll_that_ends_while_nothing_can_be_stored_is_not_handed_what_was_taken_back(own, q):
+    engine = own(constants={"TICK": 5})
+    with ThreadPoolExecutor(1) as pool:
+        sleeper = pool.submit(engine.poll, q, wait=1)
+        time.sleep(0.3)
+        with no_room(engine):
+            assert engine.call("POST", "/enqueue", {"queue": q})[0] == 503
+            assert sleeper.result(10) is None
+    assert engine.count(q) == 0
+
+
 @pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
 @beside
 def test_a_pause_that_is_longer_than_half_a_lease_renews_it(own, q):
