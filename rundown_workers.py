@@ -15,21 +15,19 @@ where it is (http://localhost:8181), RUNDOWN_TOKEN its token, RUNDOWN_CA the fil
 names several engines, separated by blanks, each client uses the first that answers, until that does not any more.
 
 A JOB'S WAY THROUGH A WORKER
-
     poll --> claimed --> slot: handler --> outcome --> report
                |                 |                       |
                | 1 s not begun   | timeout: fail         | no answer: kept and sent again
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
 
 Per queue there is one long poll and `concurrency` slots, each a thread. When jobs are short the worker claims ahead,
-never more than its slots start within 100 ms at their recent pace. Outcomes pile into one request while another is
-in flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
+never more than its slots start within 100 ms at their recent pace. Outcomes pile into one request while another is in
+flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
 
 PRODUCING
-
     enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up) -> the job, a dict:
-                                          job.wait(timeout), job.result(timeout), job.refresh(); `after`: the jobs
-                                          (or their ids) that have to be done first
+                            job.wait(timeout), job.result(timeout), job.refresh(); `after`: the jobs (or their ids)
+                            that have to be done first
     results(jobs, timeout)                what many jobs returned; Failed when one did not
     enqueue_many(queue, payloads, ...)    many in few requests; each request is all or nothing
     wait(job, timeout)                    the finished job
@@ -40,12 +38,10 @@ An enqueue chooses its id, so it is sent again for `timeout` seconds (30) while 
 job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_at without a zone is local time.
 
 WORKING
-
     @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on,
            cron, every, zone, max_running, rate)    the last five are sent to the engine by run()
-    @task(queue="default", ...)           any number of functions on a queue: add.delay(4, y=4),
-                                          add.options(delay=60).delay(4); the payload is
-                                          {"task": name, "args": [], "kwargs": {}}
+    @task(queue="default", ...)           any number on a queue: add.delay(4, y=4), add.options(delay=60).delay(4);
+                                          the payload is {"task": name, "args": [], "kwargs": {}}
     job(), progress(value)                inside a handler: the job; any JSON value, shown while it runs
     inputs()                              the results of the jobs that it waited for
     raise Retry(delay=60), Abort("why")   fail and come back in 60 s; fail for good
@@ -65,7 +61,6 @@ second signal exits at once. The log is logging.getLogger("rundown"), on stderr 
 each job, but where more than 100 a second are done the rest are counted.
 
 ANY PROGRAM AS A WORKER
-
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
 
 The program runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with
@@ -75,7 +70,6 @@ timeout, when the claim is lost and at the end of the grace the group gets SIGTE
 program that has ended leaves behind in its group is killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
-
     enqueue_in(connection, queue, payload, ...)    write a job into the open transaction of a DB-API connection
     forward(connect, keep), forwarding(...)        send what is committed, once; a context that does so in a thread
 
@@ -85,58 +79,25 @@ engine refuses stays, with its `error`, and holds up no other; it is sent again 
 
 COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or failed, 2 misused, 3 no engine
 """
-
 # What is public is annotated, for those who check their own programs; the rest is not:
 # mypy: ignore-errors
 
 from __future__ import annotations
 
-import argparse
-import atexit
-import collections
-import contextlib
-import contextvars
-import copy
-import ctypes
-import datetime
-import difflib
-import encodings
-import functools
-import hashlib
-import http.client
-import importlib.util
-import inspect
-import io
-import itertools
-import json
-import logging
-import multiprocessing
-import os
-import pathlib
-import random
-import re
-import shutil
-import signal
-import socket
-import ssl
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-import traceback
-import types
-import urllib.parse
+import argparse, atexit, collections, contextlib, contextvars, copy, ctypes, datetime, difflib, encodings, functools
+import hashlib, http.client, importlib.util, inspect, io, itertools, json, logging, multiprocessing, os, pathlib, random
+import re, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time, traceback, types, urllib.parse
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Generic, Iterable, Iterator, TypeVar, overload
+from typing import Any, Callable, Dict, Generic, Iterable, Iterator, TypeVar, Union, overload
 
-__all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON '
-           'Refused Retry Timeout '
-           'Unfinished enqueue enqueue_in enqueue_many forward forwarding inputs job on progress queue results run '
-           'schedule stop task testing unschedule wait').split()
+__all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON Refused '
+           'Retry Timeout Unfinished enqueue enqueue_in enqueue_many forward forwarding inputs job on progress queue '
+           'results run schedule stop task testing unschedule wait').split()
+Fields = Dict[str, Any]                     # what the engine tells or is told, by name
+Span = Union[float, datetime.timedelta]     # seconds, or as they are counted elsewhere
+Moment = Union[str, datetime.datetime]      # RFC 3339, or a datetime, which is local time where it has no zone
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
-
 URL = 'http://localhost:8181'   # of the engine, where neither `host` nor RUNDOWN_URL says
 TIMEOUT = 30                # seconds that a client keeps trying
 LEASE = 30                  # seconds the engine waits for a sign of life of this worker
@@ -156,324 +117,249 @@ MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue, and
 MAX_BYTES = 1 << 20         # characters of the latter two, unless one job alone has more
 MAX_BACKLOG = 5000          # outcomes under way, above which no jobs are taken
 MAX_RESULT = 8000000        # characters of a result as JSON
-MAX_STDOUT = 1 << 20         # bytes of a program's result
+MAX_STDOUT = 1 << 20        # bytes of a program's result
 OPEN = 60                   # seconds after a job was written into an outbox that its commit is looked out for closely
 TERM = 5                    # seconds between SIGTERM and SIGKILL for a program
 MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
-MAX_HEADERS = 100           # of an answer, and
-MAX_LINE = 65536            # bytes of one
-MAX_DEPTH = 200             # levels of a JSON value
+MAX_DEPTH = 100             # levels of a value that are searched for what is no JSON
 BACKOFF = 0.1               # seconds until the second try; doubled from try to try
 MAX_BACKOFF = 3             # seconds
 LAST_TRY = 1                # seconds that the last try of a call gets at least
 MAX_RETRY_AFTER = 60        # seconds that an engine may ask for
 REFUSED = 10                # seconds until a worker that is refused (token, queue) asks again
 RECENT = 0.25               # weight of the last job in the pace of a slot
-
 log = logging.getLogger('rundown')
 
 # -- Errors -----------------------------------------------------------------------------------------------------------
-
-
 class Error(Exception):
     """Whatever this module raises."""
 
-
 class EngineUnavailable(Error):
     """No engine answers under the URL, or it cannot answer now."""
-    retry_after = 0             # seconds that it asks for
-
+    retry_after = 0         # seconds that it asks for
 
 class Refused(Error):
     """The engine says no: `status` is the HTTP status, the text its sentence."""
-
-    def __init__(self, sentence, status):
-        super().__init__(sentence)
-        self.status = status
-
+    status = 0
 
 class NotJSON(Error):
     """A value that JSON cannot hold."""
 
-
 class Misuse(Error, TypeError):
     """What was asked for makes no sense, whatever the engine says."""
 
-
 class Failed(Error):
     """The job whose result was asked for has failed or was cancelled: `job` is it, the text its error."""
-
-    def __init__(self, job):
-        super().__init__(job['error'] or f'the job was {job["status"]}')
-        self.job = job
-
+    job: Job
 
 class Unfinished(Error, TimeoutError):
     """The job did not end in the time that wait() had."""
 
-
 class Hung(Error):
     """Too many handlers never came back: the worker has ended, to be started afresh."""
-
 
 class Crashed(Error):
     """An isolated handler failed; the text is its traceback or how its process ended."""
 
-
 class Retry(Error):
     """Raised by a handler: fail this attempt, and try again after `delay` seconds (None: the engine's backoff)."""
-
     def __init__(self, reason: str = 'the handler asked for a retry', delay: float | None = None) -> None:
         super().__init__(reason)
         if delay is not None and not 0 <= delay < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
         self.delay = delay
 
-
 class Abort(Error):
     """Raised by a handler: fail the job, and do not try again."""
-
 
 class Interruption(BaseException):
     """Raised inside a handler from outside. No Exception, so that `except Exception` does not keep a handler alive."""
 
-
 class Timeout(Interruption):
     """The handler has had its time; its job has failed."""
-
 
 class Lost(Interruption):
     """The job is not this worker's any more: cancelled, given to another, or released."""
 
 # -- Values -----------------------------------------------------------------------------------------------------------
-
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
+decode = json.JSONDecoder().decode
 quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
 chance = random.Random()        # not the module's, which a handler may seed
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=chance.seed)     # else two processes would choose the same ids
 
-
-def as_json(value, name):
+def as_json(value, name, level=0):
     """JSON text. NotJSON names what is in the way and where in the value it is."""
     try:
         return encode(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise NotJSON(culprit(value, name) or f'{name} is not JSON: {error}') from None
-
-
-def culprit(value, name):
-    """What in the value is no JSON, in a sentence."""
-    pending = [(value, name, 0)]
-    while pending:
-        value, path, level = pending.pop()
-        if level > MAX_DEPTH:
-            return f'{name} holds itself or is nested deeper than {MAX_DEPTH} levels, at {shorten(path, 100)}'
-        if isinstance(value, float) and not abs(value) < float('inf'):
-            return f'{path} is {value}, which JSON cannot hold'
-        if not isinstance(value, (dict, list, tuple, str, int, float, type(None))):
-            return f'{path} is a {type(value).__name__}, which JSON cannot hold'
-        if isinstance(value, dict):
-            key = next((key for key in value if not isinstance(key, (str, int, float, type(None)))), None)
-            if key is not None:
-                return f'{path} has a key that is a {type(key).__name__}, which JSON cannot hold'
-        if isinstance(value, (dict, list, tuple)):
-            inner = value.items() if isinstance(value, dict) else enumerate(value)
-            pending.extend((one, f'{path}[{shorten(repr(key), 100)}]', level + 1) for key, one in inner)
-    return None
-
+        parts = value.items() if isinstance(value, dict) else ()
+        parts = enumerate(value) if isinstance(value, (list, tuple)) else parts
+        for key, part in parts if level < MAX_DEPTH else ():
+            as_json(part, f'{name}[{shorten(repr(key), 100)}]', level + 1)      # raises at the one that is in the way
+        what = value if isinstance(value, float) else f'a {type(value).__name__}'
+        raise NotJSON(f'{shorten(name, 200)} is {what}, which JSON cannot hold: {error}') from None
 
 def present(**fields):
     """The fields that are not None."""
     return {field: value for field, value in fields.items() if value is not None}
 
-
 def in_seconds(span):
-    """Seconds as they are, of a timedelta how many it has."""
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
-
 
 def shorten(text, longest):
     half = longest // 2
     return text if len(text) <= longest else f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
 
-
 def printable(text):
     return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
 
-
 def new_id():
     """A UUID of version 7 (RFC 9562): ordered by time, so that the engine's index grows at its end alone."""
-    digits = '%012x7%s' % (time.time_ns() // 1000000, os.urandom(10).hex()[1:])
-    digits = digits[:16] + '89ab'[int(digits[16], 16) % 4] + digits[17:]
-    return f'{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:32]}'
-
+    stamp, noise = time.time_ns() // 1000000, chance.getrandbits(74)
+    return (f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{noise >> 62:03x}-{0x8000 | noise >> 48 & 0x3fff:04x}-'
+            f'{noise & 0xffffffffffff:012x}')
 
 def backoff(tries):
     return min(MAX_BACKOFF, BACKOFF * 2 ** min(tries, 10)) * chance.uniform(0.5, 1)
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
+# The head of an answer as the engine writes it, or nearly so: only its length bears on where the body ends.
+PLAIN = re.compile(rb'HTTP/1\.1 (200|204) [A-Za-z ]+\r\nContent-Type: [^\r\n]+\r\nContent-Length: (\d+)\r\n'
+                   rb'(?:(?:Cache-|Date:|Server:|X-)[^\r\n]+\r\n)*\r\n')
 
+class Incoming(io.RawIOBase):
+    """What a socket receives until a deadline, however slowly it trickles, after what has come already: a file."""
+    def __init__(self, sock, deadline, data):
+        self.sock, self.deadline, self.data = sock, deadline, data
 
-class Timed(io.RawIOBase):
-    """What a socket receives until a deadline, however slowly it trickles."""
-
-    def __init__(self, sock, deadline):
-        self.sock, self.deadline, self.received = sock, deadline, False
+    def makefile(self, mode):
+        return io.BufferedReader(self)
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        self.sock.settimeout(left(self.deadline))
-        count = self.sock.recv_into(buffer)
-        self.received |= count > 0
+        if not self.data:
+            self.sock.settimeout(remaining(self.deadline))
+            self.data = self.sock.recv(len(buffer))
+        count = min(len(self.data), len(buffer))
+        buffer[:count], self.data = self.data[:count], self.data[count:]
         return count
 
+def read_answer(sock, deadline, data):
+    """The answer that begins with the data, read to its end. http.client takes ten times as long as what is plain."""
+    plain = PLAIN.match(data)
+    if plain and len(data) == plain.end() + int(plain[2]):
+        return types.SimpleNamespace(status=int(plain[1]), content=data[plain.end():], will_close=False)
+    answer = http.client.HTTPResponse(Incoming(sock, deadline, data))
+    answer.begin()
+    while answer.status < 200:              # of those before the last it skips 100 alone
+        answer.headers = None
+        answer.begin()
+    if answer.length is None and not answer.chunked and 'content-length' in answer.headers:
+        raise http.client.HTTPException('its length is no number')      # which http.client lets pass
+    answer.content = answer.read()
+    return answer
 
-class Answer:
-    """An answer, read to its end. (http.client takes its headers for those of an e-mail, and four times as long.)"""
-
-    def __init__(self, file):
-        self.status = 100
-        while self.status < 200:
-            line = self._line(file)
-            match = re.fullmatch(r'HTTP/1\.([01]) (\d{3})(?: (.*))?', line)
-            if not match:
-                raise http.client.BadStatusLine(line[:100]) if line else http.client.RemoteDisconnected('it hung up')
-            self.status, self.reason, self.headers = int(match[2]), match[3] or '', {}
-            for name, _, value in (line.partition(':') for line in iter(functools.partial(self._line, file), '')):
-                self.headers[name.lower()] = value.strip()
-                if len(self.headers) > MAX_HEADERS:
-                    raise http.client.HTTPException(f'more than {MAX_HEADERS} headers')
-        connection = self.headers.get('connection', '').lower()
-        self.keeps = 'close' not in connection and (match[1] == '1' or 'keep-alive' in connection)
-        if 'chunked' in self.headers.get('transfer-encoding', ''):
-            self.content = b''.join(iter(functools.partial(self._chunk, file), b''))
-            while self._line(file):     # what follows the last chunk
-                pass
-        elif self.status == 204 or 'content-length' in self.headers:
-            self.content = self._exactly(file, 0 if self.status == 204 else int(self.headers['content-length']))
-        else:
-            self.content, self.keeps = file.read(), False
-
-    def _line(self, file):
-        line = file.readline(MAX_LINE)
-        if len(line) == MAX_LINE:
-            raise http.client.LineTooLong('header line')
-        return line.rstrip(b'\r\n').decode('latin-1')
-
-    def _chunk(self, file):
-        chunk = self._exactly(file, int(self._line(file).partition(';')[0], 16))
-        if chunk:
-            self._line(file)
-        return chunk
-
-    def _exactly(self, file, length):
-        data = file.read(length)
-        if len(data) < length:
-            raise http.client.IncompleteRead(data, length - len(data))
-        return data
-
-
-def left(deadline):
+def remaining(deadline):
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise socket.timeout('timed out')
     return seconds
 
-
 class Wire:
     """Connections that are kept open between requests. It knows of no proxy and no redirect."""
-
     def __init__(self, headers='', context=None):
         self.headers, self.context = headers, context       # constant: header lines of all requests; of TLS
-        self.idle = collections.deque()     # safe by itself: connections, the last used one first
-        self.active = set()                 # safe by itself: connections with a request under way
-        self.process = os.getpid()          # whose the connections are; a fork must not share them
-        self.closed = False
+        self.process, self.closed = os.getpid(), False      # whose the connections are; a fork must not share them
+        self.idle, self.active = collections.deque(), set()     # safe by themselves; the last used one is the first
 
     def exchange(self, url, data, seconds):
         """The answer within so many seconds: of a POST of the bytes, or of a GET where they are None."""
         deadline = time.monotonic() + seconds
         scheme, _, rest = url.partition('://')
-        host, slash, path = rest.partition('/')
-        head = f'{"GET" if data is None else "POST"} {slash}{path} HTTP/1.1\r\nHost: {host}\r\n{self.headers}'
-        head += '\r\n' if data is None else f'Content-Length: {len(data)}\r\n\r\n'
-        request = head.encode('latin-1') + (data or b'')
+        host, _, path = rest.partition('/')
+        verb, data = ('GET', b'') if data is None else ('POST', data)
+        head = f'{verb} /{path} HTTP/1.1\r\nHost: {host}\r\n{self.headers}Content-Length: {len(data)}\r\n\r\n'
+        request = head.encode('latin-1') + data
+        while True:
+            connection = self._connection((scheme, host), deadline)
+            try:
+                return self._exchange(connection, request, deadline)
+            except ConnectionError:         # closed while it was idle: that is no reason to give up
+                if not connection.rested:
+                    raise
+
+    def _connection(self, place, deadline):
+        """One to there that is idle, else a new one. Those to elsewhere go: that engine did not answer any more."""
         if self.process != os.getpid():
             self.process, self.idle, self.active = os.getpid(), collections.deque(), set()
-        with contextlib.suppress(IndexError):
-            connection = self.idle.pop()
-            while connection.url != (scheme, host):     # of an engine that did not answer any more
-                connection.close()
+        try:
+            while True:
                 connection = self.idle.pop()
-            answer = Timed(connection.sock, deadline)
-            try:
-                return self._exchange(connection, request, answer)
-            except ConnectionError:         # closed while it was idle: that is no reason to give up
-                if answer.received:
-                    raise
-        seconds = min(PATIENCE, left(deadline))
-        if scheme == 'https':
-            connection = http.client.HTTPSConnection(host, timeout=seconds, context=self.context)
-        else:
-            connection = http.client.HTTPConnection(host, timeout=seconds)
-        connection.url = scheme, host
+                if connection.place == place:
+                    return connection
+                connection.close()
+        except IndexError:
+            tls = {'context': self.context} if place[0] == 'https' else {}
+        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+        connection = kind(place[1], timeout=min(PATIENCE, remaining(deadline)), **tls)
+        connection.place, connection.rested = place, False
         connection.connect()
-        return self._exchange(connection, request, Timed(connection.sock, deadline))
+        return connection
 
-    def _exchange(self, connection, request, answer):
+    def _exchange(self, connection, request, deadline):
+        sock = connection.sock
         self.active.add(connection)
         try:
             if self.closed:
                 raise ConnectionAbortedError('the connection was hung up')
-            answer.sock.settimeout(left(answer.deadline))
+            sock.settimeout(remaining(deadline))
             with contextlib.suppress(ConnectionError):      # a refusal that came before all was sent can still be read
-                answer.sock.sendall(request)
-            response = Answer(io.BufferedReader(answer))
+                sock.sendall(request)
+            sock.settimeout(remaining(deadline))
+            data = sock.recv(65536)
+            connection.rested = connection.rested and not data      # else it was not closed while it was idle
+            answer = read_answer(sock, deadline, data)
         except BaseException:
             connection.close()
             raise
         finally:
             self.active.discard(connection)
-        if response.keeps:
-            self.idle.append(connection)
-        else:
+        connection.rested = True
+        if answer.will_close:
             connection.close()
-        return response
+        else:
+            self.idle.append(connection)
+        return answer
 
     def hang_up(self, how=socket.SHUT_WR):
         """Send nothing more. An engine gives no job to who hung up; an answer that is on its way still comes in."""
         self.closed = True
         for connection in self.active.copy():
-            sock = connection.sock      # None once the connection is closed, by its own thread
-            with contextlib.suppress(OSError):
-                if sock is not None:
-                    socket.socket.shutdown(sock, how)       # not SSLSocket's, which forgets its keys
+            with contextlib.suppress(OSError, TypeError):       # its own thread has closed it: it has no socket then
+                socket.socket.shutdown(connection.sock, how)    # not SSLSocket's, which forgets its keys
 
     def close(self):
         self.hang_up(socket.SHUT_RDWR)
         while self.idle:
             self.idle.pop().close()
 
-
 KEEP = object()     # leave it as it is
-
 
 class Client:
     """An engine's calls, one method each; every method takes the fields of its call, and returns the answer.
-
     `host` may name several engines, separated by blanks: the first that answers is used until it does not any more,
     then the next one, round and round. `timeout` is how long a call is tried again (seconds) while no engine answers or
     it cannot answer now; then EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads
-    and after a fork.
-    """
-
+    and after a fork."""
     def __init__(self, host: str | None = None, token: str | None = None, timeout: float = TIMEOUT,
                  ca: str | None = None) -> None:
         self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or URL).split()] or ['']
-        self.timeout = timeout
-        self.used = [self.hosts[0]]     # the engine in use; what twins share
+        self.timeout, self.used = timeout, self.hosts[:1]       # the latter is the engine in use; twins share it
         token, ca = token or os.environ.get('RUNDOWN_TOKEN'), ca or os.environ.get('RUNDOWN_CA')
         for url in self.hosts:
             if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
@@ -497,65 +383,58 @@ class Client:
     def host(self):
         return self.used[0]
 
-    def _go_on(self, host):
-        """That engine does not answer. What a thread finds out holds for all, once."""
-        if self.used[0] == host:
-            self.used[0] = self.hosts[(self.hosts.index(host) + 1) % len(self.hosts)]
-
     def send(self, path: str, body: Any = None, seconds: float = TIMEOUT) -> Any:
         """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
         data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
-        host = self.host
+        host = self.used[0]
         try:
             answer = self.wire.exchange(host + path, data, seconds)
             if answer.status in (200, 204):
-                return json.loads(answer.content) if answer.status == 200 else None
+                return decode(answer.content.decode()) if answer.status == 200 else None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             reason = printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
-            self._go_on(host)
+            if host == self.used[0]:        # what one thread finds out holds for all, once
+                self.used[0] = self.hosts[(self.hosts.index(host) + 1) % len(self.hosts)]
             raise EngineUnavailable(f'no engine answers at {host}: {reason}') from error
         raise refusal(answer)
 
     def call(self, path: str, body: Any = None, wait: float = 0, give_up: float | None = None) -> Any:
         """send(), tried again for `give_up` seconds (None: the client's timeout), and the `wait` that the engine takes.
-
-        The last try gets a second at least, so an engine that is there but silent is noticed that much later.
-        """
+        The last try gets a second at least, so an engine that is there but silent is noticed that much later."""
         give_up = self.timeout if give_up is None else give_up
         deadline = time.monotonic() + give_up + wait
-        for tries in range(sys.maxsize):
+        for tries in itertools.count():
             try:
                 share = (deadline - time.monotonic()) / len(self.hosts)        # so that each of them has a chance
                 return self.send(path, body, max(share, wait + LAST_TRY))
             except EngineUnavailable as error:
                 rounds, rest = divmod(tries + 1, len(self.hosts))
                 now, pause = time.monotonic(), 0 if rest else max(backoff(rounds - 1), error.retry_after)
-                deadline = min(deadline, now + give_up) if tries == 0 else deadline
+                deadline = min(deadline, now + give_up)        # without the wait, once the first try is over
                 if now + pause >= deadline:
                     raise EngineUnavailable(f'{" ".join(self.hosts)} was tried for {give_up:g} s: {error}') from None
             time.sleep(pause)
 
     def enqueue(self, queue: str, payload: Any = None, timeout: float | None = None, max_retries: int | None = None,
-                tag: str | None = None, delay: float | datetime.timedelta | None = None,
-                run_at: str | datetime.datetime | None = None, priority: int | None = None, key: str | None = None,
-                id: str | None = None, give_up: float | None = None, after: Iterable[Any] | Any = None,
-                after_any: bool | None = None) -> Job:
+                tag: str | None = None, delay: Span | None = None, run_at: Moment | None = None,
+                priority: int | None = None, key: str | None = None, id: str | None = None,
+                give_up: float | None = None, after: Iterable[Any] | Any = None, after_any: bool | None = None) -> Job:
         """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before.
-
         `after` are the jobs, or their ids, that have to be done before it is handed out; one that fails or is cancelled
-        cancels it, unless `after_any` is true.
-        """
-        return Job(self.call('/enqueue', job_text(
-            payload, queue=queue, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay, run_at=run_at,
-            priority=priority, key=key, id=id, after=after, after_any=after_any), give_up=give_up), self)
+        cancels it, unless `after_any` is true."""
+        text = job_text(payload, id, run_at, delay, after, queue=queue, timeout=timeout, max_retries=max_retries,
+                        tag=tag, priority=priority, key=key, after_any=after_any)
+        return Job(self.call('/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(self, queue: str, payloads: Iterable[Any], ids: Iterable[str] | None = None,
                      give_up: float | None = None, **options: Any) -> list[Job]:
         """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
-
-        `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all.
-        """
-        payloads = check_many(payloads, options)
+        `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all."""
+        if isinstance(payloads, (str, bytes, dict)):
+            raise Misuse(f'payloads must be a list with one payload for each job, not a {type(payloads).__name__}')
+        if 'id' in options or 'key' in options:
+            raise Misuse('id and key are for one job, and these are many; ids takes a list')
+        payloads = list(payloads)
         ids = sorted(new_id() for _ in payloads) if ids is None else list(ids)
         if len(ids) != len(payloads):
             raise Misuse(f'ids must be one for each payload: there are {len(ids)} and {len(payloads)}')
@@ -573,105 +452,96 @@ class Client:
         return self._post('/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
                           max_retries=max_retries, timeout=timeout, hung=hung)
 
-    def complete(self, id: str, attempt: int | None = None, result: Any = None) -> dict[str, Any]:
+    def complete(self, id: str, attempt: int | None = None, result: Any = None) -> Fields:
         return self._post('/complete', id=id, attempt=attempt, result=result)
 
     def fail(self, id: str, attempt: int | None = None, error: str | None = None, retry: bool | None = None,
-             delay: float | None = None) -> dict[str, Any]:
+             delay: float | None = None) -> Fields:
         """Report a failure; with retry False for good, with `delay` (seconds) in place of the engine's backoff."""
         return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
 
-    def heartbeat(self, id: str, attempt: int | None = None, progress: Any = None) -> dict[str, Any]:
+    def heartbeat(self, id: str, attempt: int | None = None, progress: Any = None) -> Fields:
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
-    def release(self, id: str, attempt: int | None = None) -> dict[str, Any]:
+    def release(self, id: str, attempt: int | None = None) -> Fields:
         return self._post('/release', id=id, attempt=attempt)
 
-    def cancel(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
+    def cancel(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> Fields:
         """Cancel a job, or all of a queue and status; {"count": n}."""
         return self._post('/cancel', id=id, queue=queue, status=status)
 
-    def retry(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
+    def retry(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> Fields:
         """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
         return self._post('/retry', id=id, queue=queue, status=status)
 
-    def purge(self, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
+    def purge(self, queue: str | None = None, status: str | None = None) -> Fields:
         """Delete the jobs of a queue and/or status, but for those that run; {"count": n}."""
         return self._post('/purge', queue=queue, status=status)
 
-    def pause(self, queue: str) -> dict[str, Any]:
+    def pause(self, queue: str) -> Fields:
         return self._post('/pause', queue=queue)
 
-    def resume(self, queue: str) -> dict[str, Any]:
+    def resume(self, queue: str) -> Fields:
         return self._post('/resume', queue=queue)
 
-    def limit(self, queue: str, max_running: Any = KEEP, rate: Any = KEEP, per: Any = KEEP) -> dict[str, Any]:
+    def limit(self, queue: str, max_running: Any = KEEP, rate: Any = KEEP, per: Any = KEEP) -> Fields:
         """Limit how many jobs of a queue run at a time, and its claims: `rate` at once, one each per / rate seconds.
+        None lifts a limit; what is not given stays as it is. Returns what holds then."""
+        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per}
+        return self.call('/limit', {name: value for name, value in fields.items() if value is not KEEP})
 
-        None lifts a limit; what is not given stays as it is. Returns what holds then.
-        """
-        limits = {'max_running': max_running, 'rate': rate, 'per': per}
-        return self.call('/limit', {'queue': queue, **{name: n for name, n in limits.items() if n is not KEEP}})
-
-    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None,
+    def schedule(self, name: str, queue: str, cron: str | None = None, every: Span | None = None,
                  zone: str | None = None, payload: Any = None, timeout: float | None = None,
                  max_retries: int | None = None, tag: str | None = None, priority: int | None = None,
-                 key: str | None = None) -> dict[str, Any]:
+                 key: str | None = None) -> Fields:
         """Have a job made at each tick: of `cron`, five fields in a time zone (UTC), or `every` so many seconds.
-
-        Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over.
-        """
+        Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over."""
         return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
-                          payload=payload, timeout=timeout, max_retries=max_retries, tag=tag, priority=priority, key=key)
+                          payload=payload, timeout=timeout, max_retries=max_retries, tag=tag, priority=priority,
+                          key=key)
 
-    def unschedule(self, name: str) -> dict[str, Any]:
+    def unschedule(self, name: str) -> Fields:
         """End a schedule; the jobs that it made stay. {"count": 0 or 1}."""
         return self._post('/unschedule', name=name)
 
     def _get(self, path, **fields):
-        return self.call(f'{path}?{urllib.parse.urlencode(present(**fields))}')
+        return self.call(f'{path}?{urllib.parse.urlencode(present(**fields))}', wait=fields.get('wait') or 0)
 
-    def schedules(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
+    def schedules(self, limit: int | None = None, after: str | None = None) -> Fields:
         return self._get('/schedules', limit=limit, after=after)
 
     def jobs(self, queue: str | None = None, status: str | None = None, tag: str | None = None,
-             limit: int | None = None, after: str | None = None,
-             needed_by: str | None = None) -> dict[str, Any]:
+             limit: int | None = None, after: str | None = None, needed_by: str | None = None) -> Fields:
         """A page of jobs, newest first; the next one is `after` the id in its `after`, null on the last page.
-
-        `needed_by` an id: what that job waits or waited for, in its order.
-        """
+        `needed_by` an id: what that job waits or waited for, in its order."""
         return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after, needed_by=needed_by)
 
-    def queues(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
+    def queues(self, limit: int | None = None, after: str | None = None) -> Fields:
         """Counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
-    def health(self) -> dict[str, Any]:
+    def health(self) -> Fields:
         return self._get('/health')
 
-    def job(self, id: str, wait: float | None = None) -> dict[str, Any]:
+    def job(self, id: str, wait: float | None = None) -> Fields:
         """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
-        return self.call('/jobs/' + quote(id) + ('' if wait is None else f'?wait={wait}'), wait=wait or 0)
+        return self._get('/jobs/' + quote(id), wait=wait)
 
-    def details(self, tag: str) -> dict[str, Any]:
+    def details(self, tag: str) -> Fields:
         """The newest job with that tag."""
-        return self.call('/details/' + quote(tag))
+        return self._get('/details/' + quote(tag))
 
     def wait(self, job: Any, timeout: float | None = None, give_up: float | None = None) -> Job:
         """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds.
-
-        Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout.
-        """
+        Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout."""
         id = job if isinstance(job, str) else job['id']
         deadline = float('inf') if timeout is None else time.monotonic() + timeout
         while True:
             left = max(0, deadline - time.monotonic())
-            span = round(min(WAIT, left), 3)
-            most = min(self.timeout if give_up is None else give_up, left)
-            job = Job(self.call(f'/jobs/{quote(id)}?wait={span}', wait=span, give_up=most), self)
+            span, most = round(min(WAIT, left), 3), min(self.timeout if give_up is None else give_up, left)
+            job = self.call(f'/jobs/{quote(id)}?wait={span}', wait=span, give_up=most)
             if job['status'] in ('done', 'failed', 'cancelled'):
-                return job
+                return Job(job, self)
             if time.monotonic() >= deadline:
                 raise Unfinished(f'job {id} is still {job["status"]} after {timeout:g} s')
 
@@ -679,10 +549,8 @@ class Client:
         """Close the connections, those in use too. Nothing can be sent after that."""
         self.wire.close()
 
-
 class Job(dict):
     """A job as the engine told of it, a dict that knows whom to ask for news."""
-
     def __init__(self, fields, client):
         super().__init__(fields)
         self.client = client
@@ -700,18 +568,18 @@ class Job(dict):
     def result(self, timeout: float | None = None, give_up: float | None = None) -> Any:
         """What the handler returned, once it has; Failed with the job's error when it failed or was cancelled."""
         if self.wait(timeout, give_up)['status'] != 'done':
-            raise Failed(self)
+            error = Failed(self['error'] or f'the job was {self["status"]}')
+            error.job = self
+            raise error
         return self['result']
 
     def __reduce__(self):
         return dict, (dict(self),)      # in another process, and in a copy, it is a plain dict
 
-
 def results(jobs: Iterable[Job], timeout: float | None = None, give_up: float | None = None) -> list[Any]:
     """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
     deadline = float('inf') if timeout is None else time.monotonic() + timeout
     return [job.result(None if timeout is None else max(0, deadline - time.monotonic()), give_up) for job in jobs]
-
 
 def refusal(answer):
     """The exception for an answer that is no success."""
@@ -720,39 +588,22 @@ def refusal(answer):
     except (ValueError, TypeError, LookupError, RecursionError):
         where = f', which points to {answer.headers["location"]}' if 'location' in answer.headers else ''
         sentence = f'HTTP status {answer.status} {answer.reason}{where}'
-    if is_final(answer.status):
-        return Refused(printable(sentence), answer.status)
-    error, seconds = EngineUnavailable(printable(sentence)), answer.headers.get('retry-after', '')
-    if re.fullmatch('[0-9]{1,9}', seconds):
-        error.retry_after = min(int(seconds), MAX_RETRY_AFTER)
+    kind = Refused if is_final(answer.status) else EngineUnavailable
+    error, pause = kind(printable(sentence)), answer.headers.get('retry-after', '')
+    error.status = answer.status
+    if re.fullmatch('[0-9]{1,9}', pause):
+        error.retry_after = min(int(pause), MAX_RETRY_AFTER)
     return error
 
-
 def is_claim(job):
-    """Is it a job as /poll hands it out?"""
     return (isinstance(job, dict) and isinstance(job.get('id'), str) and type(job.get('attempt')) is int
             and type(job.get('timeout')) in (int, float) and 'payload' in job)
 
-
 def is_outcome(item):
-    """Is it what a batch answers of an item?"""
     return isinstance(item, dict) and type(item.get('code', 0)) is int and isinstance(item.get('error', ''), str)
 
-
 def is_final(status):
-    """Is there no use in sending it again?"""
-    return status < 500 and status != 429
-
-
-def check_many(payloads, options):
-    """The payloads as a list, and Misuse where one job was meant."""
-    if isinstance(payloads, (str, bytes, dict)):
-        raise Misuse(f'payloads must be a list with one payload for each job, not a {type(payloads).__name__}')
-    for field in ('id', 'key'):
-        if field in options:
-            raise Misuse(f'{field} is for one job, and these are many' + ('; ids takes a list' * (field == 'id')))
-    return list(payloads)
-
+    return status < 500 and status != 429       # there is no use in sending it again
 
 def job_text(payload, id=None, run_at=None, delay=None, after=None, **fields):
     """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
@@ -761,38 +612,34 @@ def job_text(payload, id=None, run_at=None, delay=None, after=None, **fields):
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
         after = [one['id'] if isinstance(one, dict) else one for one in after]
-    fields = present(id=new_id() if id is None else id, run_at=run_at, delay=in_seconds(delay), after=after, **fields)
-    return '{"payload":' + as_json(payload, 'payload') + ',' + as_json(fields, 'the job')[1:]
-
+    id, delay = new_id() if id is None else id, in_seconds(delay)
+    return as_json(present(payload=payload, id=id, run_at=run_at, delay=delay, after=after, **fields), 'the job')
 
 def batches(items, size):
     """Lists of the items, each short enough for a request."""
     batch, total = [], 0
     for item in items:
-        if batch and (total + size(item) > MAX_BYTES or len(batch) == MAX_BATCH):
-            yield batch
-            batch, total = [], 0
-        batch.append(item)
         total += size(item)
+        if batch and (total > MAX_BYTES or len(batch) == MAX_BATCH):
+            yield batch
+            batch, total = [], size(item)
+        batch.append(item)
     if batch:
         yield batch
 
 # -- Running a handler ------------------------------------------------------------------------------------------------
-
+TASK_FIELDS = 'task', 'args', 'kwargs'
 current = contextvars.ContextVar('rundown_task', default=None)      # what the handler of this context works at
 
-
-def job() -> dict[str, Any]:
+def job() -> Fields:
     """The job that the handler at hand works at, a dict; None outside of handlers."""
     return current.get() and current.get().job
-
 
 def progress(value: Any) -> None:
     """Show any JSON value as the job's progress, within a second or so. Does nothing outside of handlers."""
     text = as_json(value, 'progress')
     if current.get():
         current.get().show(text)
-
 
 def inputs() -> list[Any]:
     """The results of the jobs that the one at hand waited for, in the order of `after`; None where one is not done."""
@@ -801,7 +648,6 @@ def inputs() -> list[Any]:
     done = {job['id']: job['result'] for job in all_jobs(task.client, needed_by=task.job['id'])} if after else {}
     return [done.get(id) for id in after or ()]
 
-
 class Outcome:
     """How a run ended: the call that reports it, its fields, each as JSON text, and what hooks get to see."""
     __slots__ = ('call', 'fields', 'value')
@@ -809,22 +655,19 @@ class Outcome:
     def __init__(self, call, value=None, **fields):
         self.call, self.value, self.fields = call, value, fields
 
-
 def failed(error, text=None, retry=True, delay=None):
     text = shorten(text or trace(error), MAX_ERROR)
     return Outcome('fail', error, error=encode(text), retry=encode(retry), delay=encode(delay))
 
-
-class Policy(collections.namedtuple('Policy', 'backoff retry_on abort_on')):
+class Policy(collections.namedtuple('Policy', 'backoff retry_on abort_on', defaults=((), (), ()))):
     """After which failures, and after how many seconds, a job is tried again."""
-
     def verdict(self, error, retries):
         """The fields `retry` and `delay` of the failure. retry_on is about what the handler raised by itself."""
         own = not isinstance(error, (Retry, Timeout, Crashed))
         if isinstance(error, (Abort, *self.abort_on)) or self.retry_on and own and not isinstance(error, self.retry_on):
             return {'retry': False}
-        delay = getattr(error, 'delay', None) if isinstance(error, Retry) else None
-        return {'delay': self.delay(retries + 1) if delay is None else delay}
+        asked = getattr(error, 'delay', None) if isinstance(error, Retry) else None
+        return {'delay': self.delay(retries + 1) if asked is None else asked}
 
     def delay(self, number):
         """Seconds until the retry of that number (1, 2 ...); None leaves it to the engine."""
@@ -839,51 +682,41 @@ class Policy(collections.namedtuple('Policy', 'backoff retry_on abort_on')):
         except Exception as error:
             return note(logging.ERROR, 'backoff of retry %d failed: %s', number, summary(error))
 
-
 def policy(backoff, retry_on, abort_on):
     """A Policy as the decorators are given it."""
-    def classes(given, name):
-        given = given if isinstance(given, (tuple, list)) else () if given is None else (given,)
-        if not all(isinstance(one, type) and issubclass(one, BaseException) for one in given):
+    def listed(given):
+        return tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
+    for name, given in (('retry_on', retry_on), ('abort_on', abort_on)):
+        if not all(isinstance(one, type) and issubclass(one, BaseException) for one in listed(given)):
             raise Misuse(f'{name} must be a class of exceptions or a tuple of them, not {given!r}')
-        return tuple(given)
-    if not callable(backoff):
-        backoff = [] if backoff is None else list(backoff) if isinstance(backoff, (list, tuple)) else [backoff]
-        for delay in backoff:
-            check('backoff', delay, 0, (int, float))
-    return Policy(backoff, classes(retry_on, 'retry_on'), classes(abort_on, 'abort_on'))
-
+    for delay in () if callable(backoff) else listed(backoff):
+        check('backoff', delay, 0, (int, float))
+    return Policy(backoff if callable(backoff) else listed(backoff), listed(retry_on), listed(abort_on))
 
 class Handler:
-    """What works a queue's payloads: its one function, or the task that the payload names."""
-
+    """What works a queue's payloads: its one function, which has no name, or the task that the payload names."""
     def __init__(self, functions):
         self.functions = {name: as_handler(function) for name, function in functions.items()}
-        self.policies = {name: getattr(function, 'policy', NO_POLICY) for name, function in functions.items()}
+        self.policies = {name: getattr(function, 'policy', Policy()) for name, function in functions.items()}
 
     def find(self, payload):
         """The function for the payload, and its arguments."""
         if None in self.functions:
             return self.functions[None], [payload], {}
         name, args, kwargs = (payload.get(field) if isinstance(payload, dict) else None for field in TASK_FIELDS)
-        if name in self.functions and isinstance(args or [], list) and isinstance(kwargs or {}, dict):
-            return self.functions[name], args or [], kwargs or {}
-        if not isinstance(name, str) or name in self.functions:
+        if not isinstance(name, str) or not isinstance(args or [], list) or not isinstance(kwargs or {}, dict):
             raise Abort('the payload of a task must be {"task": "its name", "args": [...], "kwargs": {...}}')
+        if name in self.functions:
+            return self.functions[name], args or [], kwargs or {}
         near = difflib.get_close_matches(name, self.functions) or sorted(self.functions)[:10]
         raise Abort(f'no worker here knows the task {name}; near it are {", ".join(near)}')
 
     def verdict(self, error, job):
-        """What its policy says of a failure of the job."""
+        """What the policy says of a failure of the job, which the handler may have changed."""
         payload, retries = job.get('payload'), job.get('retries')
-        name = None if None in self.policies or not isinstance(payload, dict) else payload.get('task')
-        found = self.policies.get(name if isinstance(name, str) else None, NO_POLICY)
+        name = payload.get('task') if None not in self.policies and isinstance(payload, dict) else None
+        found = self.policies.get(name if isinstance(name, str) else None, Policy())
         return found.verdict(error, retries if type(retries) is int else 0)
-
-
-NO_POLICY = Policy([], (), ())
-TASK_FIELDS = 'task', 'args', 'kwargs'
-
 
 def perform(handler, job):
     """One run of a handler, as its outcome. It knows no network, and raises nothing, whatever the handler does."""
@@ -904,7 +737,6 @@ def perform(handler, job):
     except BaseException as error:      # a result that is not JSON now will not be JSON the next time
         return failed(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
-
 def trace(error):
     """The traceback, from the handler on; of Retry and Abort what they say."""
     try:
@@ -914,7 +746,6 @@ def trace(error):
         return ''.join(traceback.format_exception(type(error), error, below))
     except BaseException:               # what an exception says of itself may fail in any way
         return f'{type(error).__name__}, of which there is no traceback'
-
 
 def as_handler(function):
     """The function; an async one on an event loop of its own, that is closed with all it holds when it ends."""
@@ -930,36 +761,28 @@ def as_handler(function):
 
     return lambda *args, **kwargs: asyncio.run(main(*args, **kwargs))
 
-
 class Task:
     """A claimed job on its way through the worker. Who settles it first says how it ends; the rest is dropped."""
-    __slots__ = ('job', 'consumer', 'claimed', 'timeout', 'address', 'lock', 'outcome', 'slot', 'begun', 'item',
-                 'progress', 'shown', 'cancel', 'coroutine')
+    __slots__ = ('job consumer client claimed timeout address lock outcome slot begun item progress show shown cancel '
+                 'coroutine').split()
 
     def __init__(self, job, consumer, now):
-        self.job = job                      # the handler may change it, so the rest does not rely on it
-        self.consumer, self.claimed = consumer, now     # constant
-        self.timeout = job['timeout']
+        self.job = job                                  # the handler may change it: the rest does not rely on it
+        self.consumer, self.client, self.claimed = consumer, consumer.link.client, now
         self.address = f'{{"id":{encode(job["id"])},"attempt":{job["attempt"]}'     # how an item of a batch begins
-        self.lock = threading.Lock()        # guards the next three
-        self.outcome = None                 # how it ended; the rest is over then
-        self.slot = self.begun = None       # who runs it, since when
-        self.item = None                    # of the report: JSON text
-        self.progress = collections.deque(maxlen=1)     # safe by itself: JSON text that the engine does not have yet
-        self.shown = now                    # when it was given the last one
-        self.cancel = self.coroutine = None  # of an async handler: how to reach it
-
-    @property
-    def client(self):
-        return self.consumer.link.client
+        self.timeout, self.lock = job['timeout'], threading.Lock()      # the lock guards the next three
+        self.outcome = self.slot = self.begun = None    # how it ended, and all is over; who runs it, since when
+        self.item = None                                # of the report: JSON text
+        self.progress, self.shown = collections.deque(maxlen=1), now    # JSON text that is not sent; when it last was
+        self.show = self.progress.append
+        self.cancel = self.coroutine = None             # of an async handler: how to reach it
 
     def begin(self, slot, now):
         """True when the slot may run it: it was neither released nor lost meanwhile."""
         with self.lock:
-            if self.outcome is not None:
-                return False
-            self.slot, self.begun = slot, now
-            return True
+            if self.outcome is None:
+                self.slot, self.begun = slot, now
+            return self.outcome is None
 
     def settle(self, outcome, interruption=None, unless_begun=False):
         """True when this outcome counts. With an interruption the handler is stopped, if it runs."""
@@ -971,22 +794,18 @@ class Task:
                 self.slot.interrupt(self, interruption)     # the lock keeps the slot from going on with another task
             return True
 
-    def show(self, text):
-        self.progress.append(text)
-
     def __str__(self):
         claim = json.loads(self.address + '}')
         return f'{self.consumer.name} {claim["id"]} attempt {claim["attempt"]}'
 
-
 class Slot:
     """A thread that runs the tasks of a queue, one after the other, until a handler does not come back in time."""
-    ready = True        # for a task
-    ending = False      # what it runs was told to end, and is waited for
+    ready = True            # for a task
+    ending = False          # what it runs was told to end, and is waited for
+    abandoned = False
 
     def __init__(self, consumer):
         self.consumer = consumer
-        self.abandoned = False
         self.thread = consumer.worker.thread(self._run, consumer.name)
 
     def _run(self):
@@ -1030,17 +849,15 @@ class Slot:
         return ''.join(traceback.format_list(itertools.dropwhile(lambda one: one.filename in ours, stack)))
 
     def close(self):
-        """End what the slot has started: nothing. IsolatedSlot has more to do in all three."""
+        """End what the slot has started: nothing. Those below have more to do in all three."""
 
     prepare = kill = close
 
 # -- Handlers in processes of their own -------------------------------------------------------------------------------
-
 CHILD = 'rundown-child-'            # how the names of the processes begin
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK') if hasattr(signal, name)]
 KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 spawning = threading.Lock()         # multiprocessing may reap a child from any thread that starts or joins one
-
 
 class IsolatedSlot(Slot):
     """A slot whose handler runs in a process of its own, which waits for the next task as long as it lives."""
@@ -1056,9 +873,9 @@ class IsolatedSlot(Slot):
         self.pipe, theirs = context.Pipe()
         functions = self.consumer.registered.functions.items()
         where = {name: (one.__module__, inspect.getfile(one), one.__qualname__) for name, one in functions}
+        given, name = (theirs, where, self.consumer.link.settings), CHILD + self.consumer.name
+        self.process = context.Process(target=child, args=given, name=name)
         with spawning:
-            self.process = context.Process(
-                target=child, args=(theirs, where, self.consumer.link.settings), name=CHILD + self.consumer.name)
             self.process.start()
         theirs.close()
         atexit.register(self.kill)
@@ -1070,7 +887,11 @@ class IsolatedSlot(Slot):
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
-            return 'fail', self._ending()
+            self.kill()             # what it started; its own end, and how it came, is settled
+        with spawning:
+            self.process.join(1)
+        code = self.process.exitcode
+        return 'fail', "the handler's process " + ('closed its pipe' if code is None else ending(code))
 
     def perform(self, task):
         kind, text = self._ask(task)
@@ -1089,25 +910,13 @@ class IsolatedSlot(Slot):
 
     def _ask(self, task):
         """Give the task to the child; its first word of it, or how it ended instead."""
-        with spawning:
-            alive = self.process is not None and self.process.is_alive()
-        if not alive:               # the last task ended it, or it was killed while it had nothing to do
-            self.close()
+        if self.process is None:
             self._start()
         if self.greeting[0] != 'ready':
             return self.greeting
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # it was killed while it had nothing to do
             self.pipe.send(task.job)
         return self._receive()
-
-    def _ending(self):
-        self.kill()                 # what it started; its own end, and how it came, is settled
-        with spawning:
-            self.process.join(1)
-        code = self.process.exitcode
-        if code is None:
-            return "the handler's process closed its pipe"
-        return "the handler's process " + ending(code)
 
     def interrupt(self, task, interruption):
         self.kill()                 # the thread hears of it at once, and goes on with a fresh process
@@ -1118,8 +927,6 @@ class IsolatedSlot(Slot):
     def kill(self):
         """End the process, and the processes that it started."""
         process = self.process
-        if process is None:
-            return
         signal_group(process, KILL)
         with contextlib.suppress(OSError, ValueError, AttributeError):
             process.kill()          # it may not lead its group yet
@@ -1133,21 +940,18 @@ class IsolatedSlot(Slot):
                 self.process.join(1)
             self.process, self.ready = None, False
 
-
 def signal_group(process, number):
     """Send it to a process and what it started, which Windows simply ends. True when there was somebody."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):       # not started, or over
         if os.name == 'nt':
             subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], capture_output=True)
         else:
             os.killpg(process.pid, number)
             return True
 
-
 def ending(code):
     name = next((one.name for one in signal.Signals if one == -code), None)
     return f'was killed by {name}' if name else f'ended with exit code {code}'
-
 
 def child(pipe, where, settings):
     """The process of an isolated slot: works what comes through the pipe. It and its children end with the worker."""
@@ -1158,24 +962,21 @@ def child(pipe, where, settings):
         signal.signal(number, lambda *_: None)          # the worker decides; not SIG_IGN, which children would inherit
     jobs, lock = SimpleQueue(), threading.Lock()
 
-    def say(kind, text):
+    def say(kind, text=None):
         with lock:
             pipe.send((kind, text))
-
     try:
         handler, client = Handler({name: locate(*place) for name, place in where.items()}), Client(*settings)
     except BaseException as error:
         return say('fail', shorten(trace(error), MAX_ERROR))
-    say('ready', None)
+    say('ready')
     threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
     while True:
         job = jobs.get()
-        say('begun', None)
-        # what Task is elsewhere
-        current.set(types.SimpleNamespace(job=job, show=functools.partial(say, 'progress'), client=client))
+        say('begun')
+        current.set(types.SimpleNamespace(job=job, client=client, show=functools.partial(say, 'progress')))
         outcome = perform(handler, job)
         say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
-
 
 def listen(pipe, jobs):
     with contextlib.suppress(EOFError, OSError):
@@ -1185,7 +986,6 @@ def listen(pipe, jobs):
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
 
-
 def locate(module, file, name):
     """The function of that name in a module, which is imported by its name or else from its file."""
     try:
@@ -1193,7 +993,6 @@ def locate(module, file, name):
     except ModuleNotFoundError:
         found = load(file, module)
     return functools.reduce(getattr, name.split('.'), found)
-
 
 def load(file, name):
     spec = importlib.util.spec_from_file_location(name, file)
@@ -1670,7 +1469,7 @@ class App:
     def queue(self, name: str, host: str | None = None, poll_interval: float = 1.0, max_retries: int = 3,
               timeout: float | None = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
               retry_on: Any = None, abort_on: Any = None, cron: str | None = None,
-              every: float | datetime.timedelta | None = None, zone: str | None = None, max_running: Any = None,
+              every: Span | None = None, zone: str | None = None, max_running: Any = None,
               rate: Any = None) -> Callable[[Callable[..., R]], QueueFunction[R]]:
         """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
 
@@ -1755,8 +1554,8 @@ class App:
         return register
 
     def enqueue(self, queue: str, payload: Any = None, *, host: str | None = None, timeout: float | None = None,
-                max_retries: int | None = None, tag: str | None = None, delay: float | datetime.timedelta | None = None,
-                run_at: str | datetime.datetime | None = None, priority: int | None = None, key: str | None = None,
+                max_retries: int | None = None, tag: str | None = None, delay: Span | None = None,
+                run_at: Moment | None = None, priority: int | None = None, key: str | None = None,
                 id: str | None = None, after: Iterable[Any] | Any = None, after_any: bool | None = None,
                 give_up: float | None = None) -> Job:
         """Add a job; returns it, a Job. `run_at` is a datetime or RFC 3339; see Client.enqueue for the rest."""
@@ -1768,13 +1567,13 @@ class App:
         """Add a job per payload: see Client.enqueue_many."""
         return self.client(host).enqueue_many(queue, payloads, ids, give_up, **options)
 
-    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None,
+    def schedule(self, name: str, queue: str, cron: str | None = None, every: Span | None = None,
                  zone: str | None = None, payload: Any = None, *, host: str | None = None,
-                 **options: Any) -> dict[str, Any]:
+                 **options: Any) -> Fields:
         """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
         return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
 
-    def unschedule(self, name: str, *, host: str | None = None) -> dict[str, Any]:
+    def unschedule(self, name: str, *, host: str | None = None) -> Fields:
         """End a schedule; the jobs that it made stay."""
         return self.client(host).unschedule(name)
 
@@ -2028,8 +1827,8 @@ OUTBOX = ('CREATE TABLE IF NOT EXISTS rundown_outbox (number %s PRIMARY KEY %s, 
           'taken_by TEXT, taken_at BIGINT)')
 recent = types.SimpleNamespace(written=float('-inf'))       # when this process last wrote into an outbox
 
-def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: float | datetime.timedelta | None = None,
-               run_at: str | datetime.datetime | None = None, id: str | None = None, **options: Any) -> str:
+def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: Span | None = None,
+               run_at: Moment | None = None, id: str | None = None, **options: Any) -> str:
     """Write a job into the transaction that is open on a connection; it is enqueued if that commits. Returns its id.
 
     The driver is sqlite3 or one that writes parameters as %s. The options are those of enqueue(); a delay begins now.
