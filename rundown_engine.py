@@ -2035,11 +2035,17 @@ class Connection:
             while keep and (self.loop.draining is None or self.received):
                 self.until(IDLE if self.asked else DEADLINE)
                 self.asked = self.began = None
-                while not self.received:
+                while not self._begun():
                     yield from self._receive()
                 self.began = time.monotonic()
                 self.until(DEADLINE)
                 keep = yield from self._serve()
+
+    def _begun(self):
+        """What is there of a request; blank lines before it are none of it (RFC 9112, 2.2)."""
+        self.received = self.received.lstrip(b'\r\n')
+        self._weigh(len(self.received))
+        return self.received
 
     def _receive(self, events=READ, most=CHUNK):
         """Take what comes, or other news: the news."""

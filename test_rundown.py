@@ -2777,6 +2777,20 @@ def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
         until(lambda: len(os.listdir("/proc/%d/fd" % engine.process.pid)) < 60, 20)
 
 
+def test_blank_lines_before_a_request_are_none_of_it(engine):
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection((engine.host, engine.port), timeout=5) as connection:
+        for piece in [b"\r\n", health + b"\r\n\r\n" + health, b"\n" + health]:
+            connection.sendall(piece)
+            time.sleep(0.05)
+        answer = b""
+        while answer.count(b'"status"') < 3:
+            piece = connection.recv(65536)
+            assert piece, answer
+            answer += piece
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+
+
 def test_requests_in_one_packet_are_answered_in_their_order_even_if_the_first_is_slow(own, q):
     engine = own()
     lines = ["GET /metrics HTTP/1.1", "GET /health HTTP/1.1", "GET /jobs/none?wait=1 HTTP/1.1", "GET /queues HTTP/1.1"]
