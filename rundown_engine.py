@@ -442,101 +442,70 @@ def last_tick(schedule, now):
 # -- Database ---------------------------------------------------------------------------------------------------------
 APPLICATION_ID = 0x52554e44     # "RUND", in the header of the file
 SCHEMA_VERSION = 2
-SCHEMA = '''
-CREATE TABLE jobs (
-    seq                 INTEGER PRIMARY KEY,            -- the order of arrival
-    id                  TEXT    NOT NULL,
-    queue               TEXT    NOT NULL,
-    tag                 TEXT,
-    payload             TEXT,                           -- JSON, as are progress and result
-    status              TEXT    NOT NULL DEFAULT 'pending',
-    scheduled           INTEGER NOT NULL DEFAULT 0,     -- of pending ones: 0 due, 1 not due yet, 2 waits for other jobs
-    priority            INTEGER NOT NULL DEFAULT 0,
-    attempt             INTEGER NOT NULL DEFAULT 0,     -- claims
-    retries             INTEGER NOT NULL DEFAULT 0,     -- failures and lost workers
-    losses              INTEGER NOT NULL DEFAULT 0,     -- lost workers
-    max_retries         INTEGER,                        -- the job's own
-    worker_max_retries  INTEGER,                        -- of the last claim, for jobs without their own
-    timeout             INTEGER,                        -- microseconds, the job's own
-    worker_timeout      INTEGER,
-    lease               INTEGER,                        -- microseconds; null: the timeout and the grace
-    lease_until         INTEGER,                        -- times are microseconds since 1970
-    key                 TEXT,
-    worker              TEXT,
-    progress            TEXT,
-    result              TEXT,
-    error               TEXT,
-    attempts            TEXT,                           -- JSON: the attempts that did not end in done
-    created_at          INTEGER NOT NULL,
-    updated_at          INTEGER NOT NULL,
-    next_run_at         INTEGER NOT NULL,
-    started_at          INTEGER,
-    finished_at         INTEGER,
-    after               TEXT,                           -- JSON: the ids of the jobs that it waits for; null: none
-    after_any           INTEGER NOT NULL DEFAULT 0,     -- 1: however they end
-    waits_for           INTEGER NOT NULL DEFAULT 0      -- how many of them have not ended
-);
-CREATE TABLE queues (
-    queue               TEXT    PRIMARY KEY,
-    paused              INTEGER NOT NULL DEFAULT 0,
-    polled_at           INTEGER,                        -- the first poll since the engine's start; null: never polled
-    pending             INTEGER NOT NULL DEFAULT 0,     -- jobs by status, kept by the triggers below
-    scheduled           INTEGER NOT NULL DEFAULT 0,     -- of the pending ones
-    running             INTEGER NOT NULL DEFAULT 0,
-    done                INTEGER NOT NULL DEFAULT 0,
-    failed              INTEGER NOT NULL DEFAULT 0,
-    cancelled           INTEGER NOT NULL DEFAULT 0,
-    waiting             INTEGER NOT NULL DEFAULT 0,     -- of the pending ones, for other jobs
-    max_running         INTEGER,                        -- limits; null: none
-    rate                INTEGER,                        -- claims at once, then one each
-    per                 INTEGER,                        -- / rate microseconds
-    full_at             INTEGER NOT NULL DEFAULT 0      -- when the token bucket of the rate is full again
-) WITHOUT ROWID;
-CREATE TABLE needs (
-    job                 INTEGER NOT NULL,               -- seq of a job with `after`
-    place               INTEGER NOT NULL,               -- in it
-    needed              INTEGER NOT NULL,               -- seq of the job that is named there
-    state               INTEGER NOT NULL,               -- as `job` was told: 0 not ended, 1 done, 2 otherwise
-    PRIMARY KEY (job, place)
-) WITHOUT ROWID;
-CREATE TABLE ended (                                    -- jobs that ended; not all that wait for them have been told
-    job                 INTEGER PRIMARY KEY,            -- seq
-    id                  TEXT    NOT NULL,
-    outcome             TEXT    NOT NULL                -- a status, or purged
-);
-CREATE TABLE schedules (
-    name                TEXT    PRIMARY KEY,
-    queue               TEXT    NOT NULL,               -- and what else its jobs get
-    payload             TEXT,
-    timeout             INTEGER,
-    max_retries         INTEGER,
-    tag                 TEXT,
-    priority            INTEGER,
-    key                 TEXT,
-    cron                TEXT,
-    every               INTEGER,                        -- microseconds
-    zone                TEXT,
-    next_run_at         INTEGER NOT NULL,
-    last_run_at         INTEGER,
-    last_id             TEXT,
-    skipped             INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX jobs_id ON jobs (id);
-CREATE INDEX jobs_claim ON jobs (queue, priority DESC, next_run_at) WHERE status = 'pending' AND scheduled = 0; -- poll
-CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND scheduled = 1;     -- promotion of what is due
-CREATE INDEX jobs_lease ON jobs (lease_until) WHERE status = 'running';                     -- the staleness checker
-CREATE UNIQUE INDEX jobs_key ON jobs (queue, key)                                           -- enqueue with a key
-    WHERE key IS NOT NULL AND status IN ('pending', 'running');
-CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL;                                  -- details, jobs
-CREATE INDEX jobs_finished ON jobs (status, finished_at) WHERE finished_at IS NOT NULL;     -- retention, purge
-CREATE INDEX needs_needed ON needs (needed, state);                                         -- the end of a job
-CREATE INDEX schedules_due ON schedules (next_run_at);
-'''
 COUNTS = {**{status: f"status = '{status}'" for status in STATUSES},         # columns of queues, and the jobs that
           'scheduled': 'scheduled = 1', 'waiting': 'scheduled = 2'}         # each counts
 MORE = ', '.join(f'{column} = {column} + (NEW.{jobs}) - (OLD.{jobs})' for column, jobs in COUNTS.items())
 LESS = ', '.join(f'{column} = {column} - (OLD.{jobs})' for column, jobs in COUNTS.items())
-TRIGGERS = f'''
+SCHEMA = f'''
+CREATE TABLE IF NOT EXISTS jobs (
+    seq INTEGER PRIMARY KEY,                            -- the order of arrival
+    id TEXT NOT NULL, queue TEXT NOT NULL, tag TEXT,
+    payload TEXT,                                       -- JSON, as are progress, result, attempts and after
+    status TEXT NOT NULL DEFAULT 'pending',
+    scheduled INTEGER NOT NULL DEFAULT 0,               -- of pending ones: 0 due, 1 not due yet, 2 waits for other jobs
+    priority INTEGER NOT NULL DEFAULT 0,
+    attempt INTEGER NOT NULL DEFAULT 0,                 -- claims
+    retries INTEGER NOT NULL DEFAULT 0,                 -- failures and lost workers
+    losses INTEGER NOT NULL DEFAULT 0,                  -- lost workers
+    max_retries INTEGER, worker_max_retries INTEGER,    -- its own; of the last claim, where it has none of its own
+    timeout INTEGER, worker_timeout INTEGER,            -- the same, in microseconds
+    lease INTEGER,                                      -- microseconds; null: the timeout and the grace
+    lease_until INTEGER,                                -- times are microseconds since 1970
+    key TEXT, worker TEXT, progress TEXT, result TEXT, error TEXT,
+    attempts TEXT,                                      -- those that did not end in done
+    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER NOT NULL,
+    started_at INTEGER, finished_at INTEGER,
+    after TEXT,                                         -- the ids of the jobs that it waits for; null: none
+    after_any INTEGER NOT NULL DEFAULT 0,               -- 1: however they end
+    waits_for INTEGER NOT NULL DEFAULT 0                -- how many of them have not ended
+);
+CREATE TABLE IF NOT EXISTS queues (
+    queue TEXT PRIMARY KEY, paused INTEGER NOT NULL DEFAULT 0,
+    polled_at INTEGER,                                  -- give or take PRUNE seconds; null: never polled
+    pending INTEGER NOT NULL DEFAULT 0,                 -- this and the next six count jobs, by the triggers below
+    scheduled INTEGER NOT NULL DEFAULT 0, running INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
+    failed INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0, waiting INTEGER NOT NULL DEFAULT 0,
+    max_running INTEGER, rate INTEGER, per INTEGER,     -- `rate` claims at once, then one each per / rate microseconds
+    full_at INTEGER NOT NULL DEFAULT 0                  -- when the token bucket of the rate is full again
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS needs (
+    job INTEGER NOT NULL, place INTEGER NOT NULL,       -- seq of a job with `after`, place in it,
+    needed INTEGER NOT NULL,                            -- seq of the job that is named there
+    state INTEGER NOT NULL,                             -- as `job` was told: 0 not ended, 1 done, 2 otherwise
+    PRIMARY KEY (job, place)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS ended (                      -- jobs that ended; not all that wait for them have been told
+    job INTEGER PRIMARY KEY,                            -- seq
+    id TEXT NOT NULL, outcome TEXT NOT NULL             -- a status, or purged
+);
+CREATE TABLE IF NOT EXISTS schedules (
+    name TEXT PRIMARY KEY, queue TEXT NOT NULL,         -- and what else its jobs get:
+    payload TEXT, timeout INTEGER, max_retries INTEGER, tag TEXT, priority INTEGER, key TEXT,
+    cron TEXT, every INTEGER, zone TEXT,                -- every: microseconds
+    next_run_at INTEGER NOT NULL, last_run_at INTEGER, last_id TEXT, skipped INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS jobs_id ON jobs (id);
+CREATE INDEX IF NOT EXISTS jobs_claim ON jobs (queue, priority DESC, next_run_at)           -- poll
+    WHERE status = 'pending' AND scheduled = 0;
+CREATE INDEX IF NOT EXISTS jobs_due ON jobs (next_run_at)                                   -- promotion of what is due
+    WHERE status = 'pending' AND scheduled = 1;
+CREATE INDEX IF NOT EXISTS jobs_lease ON jobs (lease_until) WHERE status = 'running';       -- the staleness checker
+CREATE UNIQUE INDEX IF NOT EXISTS jobs_key ON jobs (queue, key)                             -- enqueue with a key
+    WHERE key IS NOT NULL AND status IN ('pending', 'running');
+CREATE INDEX IF NOT EXISTS jobs_tag ON jobs (tag) WHERE tag IS NOT NULL;                    -- details, jobs
+CREATE INDEX IF NOT EXISTS jobs_finished ON jobs (status, finished_at) WHERE finished_at IS NOT NULL;   -- retention
+CREATE INDEX IF NOT EXISTS needs_needed ON needs (needed, state);                           -- the end of a job
+CREATE INDEX IF NOT EXISTS schedules_due ON schedules (next_run_at);
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
     INSERT INTO queues (queue, pending, scheduled, waiting) VALUES (NEW.queue, 1, NEW.scheduled = 1, NEW.scheduled = 2)
     ON CONFLICT (queue) DO UPDATE
@@ -551,8 +520,8 @@ CREATE TRIGGER jobs_forget AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
 
 def columns_of(table):
     """The definitions of its columns by their names, in their order."""
-    text = SCHEMA.partition(f'TABLE {table} ')[2].partition('\n)')[0]
-    return {match[1]: match[0].strip() for match in re.finditer(r'^    ([a-z_]+)  [^,\n-]*', text, re.MULTILINE)}
+    text = re.sub('--.*', '', SCHEMA).partition(f'EXISTS {table} (')[2].partition('\n)')[0]
+    return {column.split()[0]: column.strip() for column in text.split(',')}
 
 def of_storage(error):
     """Is it the storage's, and no mistake of the engine's own?"""
@@ -595,18 +564,16 @@ def examine(path):
         os.chmod(path, 0o600)
 
 class Database:
-    """The file: whose it is, the connection that writes, those that read, what is wrong with it, copies of it."""
+    """The file: whose it is, the connection that writes, those that read, copies of it."""
 
     def __init__(self, path, sync):
-        self.path, self.sync = os.path.realpath(path), sync     # constant after start
+        self.path, self.sync = os.path.realpath(path), sync     # constant after start, as are lock_file and files
+        self.lock_file = self.files = None      # what tells that the files under the path are ours: see _files()
         self.readers = collections.deque()      # safe by itself: idle connections
         self.copying = threading.Lock()         # held while a copy is made: one at a time
-        self.trouble = None                     # the writer's, as is the rest: what the last commit failed of
+        self.db = None                          # the writer's, as is the rest: its connection
+        self.trouble = None                     # what the last commit failed of
         self.unsynced = False                   # the log may hold a commit that did not reach the disk
-        self.replaced = False                   # the file under the path is not ours any more
-        self.lock_file = self.db = None
-        self.files = self.inode = None          # what tells that the files under the path are ours: see _files()
-        self.opened = False
 
     def open(self):
         """Take the file and make or check what is in it; Unusable with a sentence where that cannot be."""
@@ -623,10 +590,10 @@ class Database:
             self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite
             with self.reading() as db:  # one reader stays, so that the log outlives the writer
                 db.execute('SELECT 1 FROM jobs').fetchone()
-            self.inode, _, locked = self._files()
-            self.opened = locked == os.fstat(self.lock_file.fileno()).st_ino
-            if not self.opened:
+            files = self._files()
+            if not files or files[-1] != os.fstat(self.lock_file.fileno()).st_ino:
                 raise Unusable(f'{self.path} is in use by another engine')
+            self.files = files
         except BaseException as error:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
@@ -635,18 +602,18 @@ class Database:
             raise Unusable(f'{self.path} cannot be used: {reason}') from None
 
     def _create(self):
-        """Make what is not there yet: all, or what an older version did not know. Triggers are made anew."""
+        """Make what is not there yet: all, or what version 1 did not know."""
         if self.db.execute('PRAGMA user_version').fetchone()[0] == SCHEMA_VERSION:
             return
-        for statement in re.split('(?m)^(?=CREATE)', SCHEMA + TRIGGERS)[1:]:
-            create, kind, name = re.match(r'(CREATE (?:UNIQUE )?(\w+)) (\w+)', statement).groups()
-            if kind == 'TRIGGER':
-                self.db.execute(f'DROP TRIGGER IF EXISTS {name}')
-            self.db.execute(statement.replace(create, create + ' IF NOT EXISTS'))
-            known = {row['name'] for row in self.db.execute(f'PRAGMA table_info({name})')}
-            for column, definition in columns_of(name).items():
+        for trigger in ('jobs_insert', 'jobs_update', 'jobs_delete'):       # they counted less
+            self.db.execute(f'DROP TRIGGER IF EXISTS {trigger}')
+        for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
+            self.db.execute(statement)
+        for table in ('jobs', 'queues'):
+            known = {row['name'] for row in self.db.execute(f'PRAGMA table_info({table})')}
+            for column, definition in columns_of(table).items():
                 if column not in known:
-                    self.db.execute(f'ALTER TABLE {name} ADD COLUMN {definition}')
+                    self.db.execute(f'ALTER TABLE {table} ADD COLUMN {definition}')
         self.db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
         self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
@@ -660,35 +627,19 @@ class Database:
             db.execute('PRAGMA ' + pragma)
         return db
 
-    def _files(self, suffixes=('', '-wal', '.lock')):
-        """What tells whether the files under the path are still those that we write to and lock; None: one is gone."""
-        try:
-            return [os.stat(self.path + suffix).st_ino for suffix in suffixes]
-        except FileNotFoundError:
-            return None
-
     @contextlib.contextmanager
     def transaction(self):
         """The one place where the database is changed: all of it is on disk, or nothing and Unavailable, or Busy."""
         try:
-            self._still_ours(True)
             if self.db is None:
                 self._reconnect()
             self.db.execute('BEGIN IMMEDIATE')
-            self.files = self.files or self._files()
             yield self.db
             self.db.execute('COMMIT')
-            self._still_ours(not self.opened or self.files and self._files() == self.files)
+            self._check_files()
         except BaseException as error:
             self._roll_back(error)
             raise
-
-    def _still_ours(self, holds):
-        self.replaced = self.replaced or not holds
-        if self.replaced:
-            self.trouble = (f'the database {self.path} or its lock file was deleted or replaced while in use; '
-                            'restart the engine')
-            raise Unavailable(self.trouble)
 
     def _roll_back(self, error):
         begun = self.db is not None and self.db.in_transaction
@@ -703,23 +654,27 @@ class Database:
             self.db.close()
             self.db = None
         self.unsynced = self.unsynced or 'I/O' in str(error)
-        self.in_trouble(error)
         raise Unavailable(f'the database could not be written ({error}); '
                           'whether it was done is not known, send it again') from error
 
-    def in_trouble(self, error):
-        if self.trouble is None and self.opened:
-            log(f'storage trouble: {error}')
-        self.trouble = str(error)
-
     def _reconnect(self):
         """The log may hold a commit that was never synced; it is, before a replay of it is acknowledged."""
-        self._still_ours(self._files(['']) == [self.inode])
+        self._check_files()
         db = self._connect(0)
         if self.unsynced and db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
             db.close()
             raise sqlite3.OperationalError('the write-ahead log is locked')
-        self.db, self.files, self.unsynced = db, None, False
+        self.db, self.unsynced = db, False
+
+    def _files(self):
+        with contextlib.suppress(FileNotFoundError):
+            return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
+
+    def _check_files(self):
+        """Where others lie under the path, what is committed is lost, or another engine is at work."""
+        if self.files and self._files() != self.files:
+            raise Unavailable(f'the database {self.path} or its lock file was deleted or replaced while in use; '
+                              'restart the engine')
 
     @contextlib.contextmanager
     def reading(self):
@@ -770,10 +725,9 @@ class Database:
         """Leave the file in order. Nobody writes any more."""
         for db in filter(None, [self.db, *self.readers]):
             db.close()
-        self.db = None
+        if self.files:
+            self._remove_copies()
         if self.lock_file:
-            if self.opened:
-                self._remove_copies()
             self.lock_file.close()
 
 # -- Store ------------------------------------------------------------------------------------------------------------
@@ -1897,8 +1851,11 @@ class Loop:
         ended = [operation for operation in ready if not busy or now - operation.since >= BUSY]
         self.retry_at = now + RETRY if busy else 0
         self.resting = self.retry_at if self.ready else now + TICK
-        if busy and ended:
-            self.database.in_trouble(error.__cause__)
+        if ended or not busy:
+            cause = error.__cause__ or error
+            if self.database.trouble is None:
+                log(f'storage trouble: {cause}')
+            self.database.trouble = str(cause)
         for operation in ended:
             operation.error = error
         self._tell(ended)
