@@ -630,32 +630,29 @@ class Database:
     @contextlib.contextmanager
     def transaction(self):
         """The one place where the database is changed: all of it is on disk, or nothing and Unavailable, or Busy."""
+        begun = False
         try:
             if self.db is None:
                 self._reconnect()
             self.db.execute('BEGIN IMMEDIATE')
+            begun = True
             yield self.db
             self.db.execute('COMMIT')
             self._check_files()
         except BaseException as error:
-            self._roll_back(error)
-            raise
-
-    def _roll_back(self, error):
-        begun = self.db is not None and self.db.in_transaction
-        if begun:
-            with contextlib.suppress(sqlite3.Error):
-                self.db.execute('ROLLBACK')
-        if not of_storage(error):
-            return
-        if self.db is not None and not begun and 'locked' in str(error):
-            raise Busy(f'the database could not be written ({error}); nothing was changed, try again') from error
-        if self.db is not None:     # after an I/O error only a fresh connection knows what is on disk
-            self.db.close()
-            self.db = None
-        self.unsynced = self.unsynced or 'I/O' in str(error)
-        raise Unavailable(f'the database could not be written ({error}); '
-                          'whether it was done is not known, send it again') from error
+            if self.db and self.db.in_transaction:
+                with contextlib.suppress(sqlite3.Error):
+                    self.db.execute('ROLLBACK')
+            if not of_storage(error):
+                raise
+            sentence = f'the database could not be written ({error})'
+            if self.db and not begun and 'locked' in str(error):
+                raise Busy(f'{sentence}; nothing was changed, try again') from error
+            if self.db:     # after an I/O error only a fresh connection knows what is on disk
+                self.db.close()
+                self.db = None
+            self.unsynced = self.unsynced or 'I/O' in str(error)
+            raise Unavailable(f'{sentence}; whether it was done is not known, send it again') from error
 
     def _reconnect(self):
         """The log may hold a commit that was never synced; it is, before a replay of it is acknowledged."""
@@ -740,24 +737,18 @@ added_values = operator.itemgetter(*ADDED)
 VALUES = f'({", ".join("?" * len(ADDED))})'
 INSERT = {2 ** n: f'INSERT INTO jobs ({", ".join(ADDED)}) VALUES {", ".join([VALUES] * 2 ** n)}'
           for n in range(TOGETHER.bit_length())}        # by the number of rows
-CLAIM = """
-    SELECT * FROM jobs
-    WHERE queue = :queue AND status = 'pending' AND scheduled = 0
-        AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
+READY = "FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0"
+CLAIM = f"""
+    SELECT * {READY} AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
     ORDER BY priority DESC, next_run_at, seq LIMIT :limit"""
 FIND = """
     SELECT seq, id, queue, status, attempt, retries, losses, max_retries, worker_max_retries, timeout, worker_timeout,
-        lease, worker, error, attempts, next_run_at, started_at, scheduled, after_any, waits_for
-    FROM jobs WHERE {} = ?"""       # all that an outcome needs, nothing that may be large
-BY_ID, BY_SEQ = FIND.format('id'), FIND.format('seq')
+        lease, lease_until, worker, error, attempts, next_run_at, started_at, scheduled, after_any, waits_for
+    FROM jobs WHERE """     # all that an outcome needs, nothing that may be large
+BY_ID, BY_SEQ, QUEUE = FIND + 'id = ?', FIND + 'seq = ?', 'SELECT * FROM queues WHERE queue = ?'
+LOST = FIND + "status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
 TELL = 'UPDATE needs SET state = ? WHERE job = ? AND place = ?'
-DUE = """
-    SELECT seq, queue FROM jobs WHERE status = 'pending' AND scheduled = 1 AND next_run_at <= ?
-    ORDER BY next_run_at LIMIT ?"""
-LOST = "SELECT id FROM jobs WHERE status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
 TICKS = 'SELECT * FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?'
-WAITERS = 'SELECT job, place FROM needs WHERE needed = ? AND state = 0 LIMIT ?'
-QUEUE = 'SELECT * FROM queues WHERE queue = ?'
 LEASE = 'COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace)'      # of a running job
 RENEW = f"""
     UPDATE jobs SET started_at = MIN(started_at, :now), lease_until =
@@ -765,52 +756,32 @@ RENEW = f"""
              ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, {LEASE})) END
     WHERE status = 'running' AND {LEASE} < 2 * :pause"""
 SHIFTS = ("UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by WHERE status = 'running'",
-          """UPDATE jobs SET next_run_at = next_run_at + :by
-             WHERE status = 'pending' AND scheduled = 1 AND attempt > 0""",     # retries
+          "UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND scheduled = 1 AND attempt > 0",
           'UPDATE queues SET full_at = full_at + :by WHERE rate')
 NEXT = """
     SELECT MIN(at) FROM (SELECT MIN(next_run_at) AS at FROM jobs WHERE status = 'pending' AND scheduled = 1
         UNION ALL SELECT MIN(lease_until) FROM jobs WHERE status = 'running'
         UNION ALL SELECT MIN(next_run_at) FROM schedules
-        UNION ALL SELECT MIN(1) FROM ended)"""      # 1: long ago, and true
-PRUNE_JOBS = """
-    DELETE FROM jobs WHERE seq IN (
-        SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
-            SELECT 1 FROM needs JOIN jobs AS waiter ON waiter.seq = needs.job
-            WHERE needs.needed = jobs.seq AND waiter.status IN ('pending', 'running'))
-        ORDER BY finished_at LIMIT ?)"""
-UNUSED = """
-    SELECT queue FROM queues
-    WHERE pending + running + done + failed + cancelled = 0 AND NOT paused AND COALESCE(polled_at, 0) < ?
-        AND max_running IS NULL AND rate IS NULL LIMIT ?"""
-OLDEST = """
-    WITH RECURSIVE levels (priority) AS (   -- each found by the index, from the highest on
-        SELECT MAX(priority) FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0
-        UNION ALL SELECT (SELECT MAX(priority) FROM jobs
-            WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority < levels.priority)
-        FROM levels WHERE priority IS NOT NULL LIMIT 100)
-    SELECT MIN((SELECT MIN(next_run_at) FROM jobs
-        WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = levels.priority)) FROM levels"""
-AHEAD = """
-    SELECT COUNT(*) FROM (
-        SELECT 1 FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority > :priority
-        UNION ALL
-        SELECT 1 FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = :priority
-            AND next_run_at <= :next_run_at AND (next_run_at, seq) < (:next_run_at, :seq) LIMIT 1000)"""
-FILTERS = {
-    'queue':  'queue = :queue',
+        UNION ALL SELECT MIN(1) FROM ended UNION ALL SELECT ?)"""       # 1: long ago
+OLDEST = f"""
+    WITH RECURSIVE levels (priority) AS (SELECT MAX(priority) {READY}   -- each by the index, from the highest on
+        UNION ALL SELECT (SELECT MAX(priority) {READY} AND priority < levels.priority) FROM levels
+        WHERE priority IS NOT NULL LIMIT 100)
+    SELECT MIN((SELECT MIN(next_run_at) {READY} AND priority = levels.priority)) FROM levels"""
+AHEAD = f"""
+    SELECT COUNT(*) FROM (SELECT 1 {READY} AND priority > :priority UNION ALL SELECT 1 {READY} AND priority = :priority
+        AND next_run_at <= :next_run_at AND (next_run_at, seq) < (:next_run_at, :seq) LIMIT 1000)"""
+FILTERS = {     # `after`, `last` and what follows them are the seq of a job
+    'queue': 'queue = :queue', 'tag': 'tag = :tag', 'after': 'seq < :after', 'last': 'seq > :last',
     'status': '+status = :status',      # the plus: in the order of seq, not by the index on finished_at
-    'tag':    'tag = :tag',
-    'after':  'seq < :after',           # the seq of a job, as are the next three
-    'last':   'seq > :last',
     'needed_by': 'job = :needed_by',
-    'beyond': 'place > (SELECT place FROM needs WHERE job = :needed_by AND needed = :beyond)',
-}
+    'beyond': 'place > (SELECT place FROM needs WHERE job = :needed_by AND needed = :beyond)'}
 FOR_JOBS = ('queue', 'payload', 'timeout', 'max_retries', 'tag', 'priority', 'key')     # what a schedule gives its jobs
 DEFINED = ('name', *FOR_JOBS, 'cron', 'every', 'zone')                                  # what makes it another one
 SCHEDULED = list(columns_of('schedules'))
 WAITS = 2       # a job's `scheduled` while it waits for others
-STATES = {'done': 1, 'failed': 2, 'cancelled': 2}       # of what a job waits for; 0: not ended
+STATES = {'done': 1, 'failed': 2, 'cancelled': 2, 'purged': 2}      # of what a job waits for; 0: not ended
+ENDS = {'complete': 'done', 'fail': 'failed', 'release': 'released'}        # how an attempt ends by a call
 
 def quoted(text):
     return 'null' if text is None else escape(text)
@@ -870,23 +841,22 @@ def max_retries_of(row):
     own = row['max_retries']
     return own if own is not None else row['worker_max_retries'] or 0
 
-def existing(row, otherwise, name):
+def existing(row, otherwise, name, kind=NotFound):
     if row is None:
-        raise NotFound(f'{otherwise} {shown(name)}')
+        raise kind(f'{otherwise} {shown(name)}')
     return row
 
 def permitted(call, job, ask):
-    """The job, which is in a state that `call` starts from, and whose claim is the one that `ask` names, if any."""
-    if job['status'] not in SOURCES[call]:
-        raise Stale(f'id: the job is {job["status"]}, so {call} is not possible')
-    if ask.get('attempt', job['attempt']) != job['attempt']:
+    """May `call` change the job? Not if it has done so, and its answer was lost: that is given again. Else Stale."""
+    current = ask.get('attempt', job['attempt']) == job['attempt']
+    if current and job['status'] in SOURCES[call]:
+        return True
+    ended = 'done' if job['status'] == 'done' else json.loads(job['attempts'] or '[{}]')[-1].get('outcome')
+    if current and 'attempt' in ask and ENDS.get(call, '') == ended:
+        return False
+    if job['status'] in SOURCES[call]:
         raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
-    return job
-
-def replayed(job, ask, outcome):
-    """Has the attempt that `ask` names, the last one, ended like that? Then the answer was lost, and it comes again."""
-    past = json.loads(job['attempts'] or '[]') if ask.get('attempt') == job['attempt'] else ()
-    return any(attempt['attempt'] == job['attempt'] and attempt['outcome'] == outcome for attempt in past)
+    raise Stale(f'id: the job is {job["status"]}, so {call} is not possible')
 
 def as_told(job):
     """What the answer to an outcome says of a job."""
@@ -901,7 +871,6 @@ def history(row, outcome, finished_at, error=None):
     return encode((json.loads(row['attempts'] or '[]') + [attempt])[-MAX_ATTEMPTS:])
 
 def where(ask):
-    """The WHERE clause for the fields that are there."""
     found = [clause for field, clause in FILTERS.items() if field in ask]
     return 'WHERE ' + ' AND '.join(found) if found else ''
 
@@ -912,9 +881,6 @@ def changing(columns, of_queue=False):
     return f'UPDATE jobs SET {changes} WHERE seq = :seq' if not of_queue else (
         f'INSERT INTO queues (queue, {", ".join(columns)}) VALUES (:queue, :{", :".join(columns)}) '
         f'ON CONFLICT (queue) DO UPDATE SET {changes}')
-
-START = changing(('status', 'attempt', 'worker', 'lease', 'lease_until', 'worker_timeout', 'worker_max_retries',
-                  'started_at', 'updated_at'))
 
 # The random part of this process's ids: of their third group, and of the last two, where the variant is on top.
 SERIES, SERIAL = random.getrandbits(12), itertools.count(8 << 60 | random.getrandbits(61))
@@ -955,24 +921,25 @@ class Meter:
     """Counts since the start: totals, histograms, the last hour by the minute. Written after each commit."""
 
     def __init__(self):
-        self.lock = threading.Lock()                    # guards all of it
-        self.totals = collections.Counter()             # (event, queue) -> n
-        self.seconds = {}                               # (event, queue) -> [n per bucket ..., beyond, sum]
-        self.groups = [0] * (len(GROUPS) + 2)           # the same of operations in a commit
-        self.minutes = collections.deque(maxlen=60)     # (minute, {(event, queue): n})
-        self.requests = collections.Counter()           # (route, status) -> n
+        self.lock = threading.Lock()                        # guards all of it
+        self.totals = collections.Counter()                 # (event, queue) -> n
+        self.seconds = {}                                   # (event, queue) -> [n per bucket ..., beyond, sum]
+        self.groups = [0] * (len(GROUPS) + 2)               # the same of operations in a commit
+        self.minutes = collections.defaultdict(collections.Counter)     # minute -> (event, queue) -> n
+        self.requests = collections.Counter()               # (route, status) -> n
 
     def record(self, now, noted, group):
         with self.lock:
             observe(self.groups, GROUPS, group)
-            if noted and (not self.minutes or self.minutes[-1][0] != now // 60000000):
-                self.minutes.append((now // 60000000, collections.Counter()))
+            minute = self.minutes[now // 60000000]
             for event, queue, took in noted:
                 self.totals[event, queue] += 1
-                self.minutes[-1][1][event, queue] += 1
+                minute[event, queue] += 1
                 if took is not None:
                     histogram = self.seconds.setdefault((event, queue), [0] * (len(BUCKETS) + 2))
                     observe(histogram, BUCKETS, max(0, took) / 1000000)
+            if len(self.minutes) > 60:
+                del self.minutes[min(self.minutes)]
 
     def request(self, route, status):
         with self.lock:
@@ -988,8 +955,7 @@ class Meter:
     def last_hour(self, now, queue):
         """Per event 60 counts, the last one of the current minute."""
         with self.lock:
-            minutes = dict(self.minutes)
-            hour = [minutes.get(now // 60000000 - ago, {}) for ago in range(59, -1, -1)]
+            hour = [self.minutes.get(now // 60000000 - ago, {}) for ago in range(59, -1, -1)]
             return {name: [sum(minute.get((event, queue), 0) for event in events) for minute in hour]
                     for name, *events in (('enqueued',) * 2, ('done', 'completed'), ('failed', 'failed', 'lost'))}
 
@@ -1010,21 +976,17 @@ class Store:
             queues = db.execute('SELECT * FROM queues').fetchall()
         self.polled = {row['queue']: row['polled_at'] for row in queues if row['polled_at'] is not None}
         self.limited = {row['queue'] for row in queues if row['max_running'] or row['rate']}    # those that may be
-        self.next_due = 0                                       # engine time at which overdue() has something to do
-        self.next_prune = 0                                     # the same of prune()
-        self.remembered = 0                                     # until then `polled` is in the database
+        self.next_due = self.next_prune = 0                     # when overdue() has something to do, or to prune
         self.hungry = set()                                     # queues with polls for which there was no room
         self.begin(None)
 
     def begin(self, db, room=MAX_ANSWER):
-        """A transaction begins."""
-        self.db, self.now = db, self.clock.now()                # its connection, engine time,
+        self.db, self.now = db, self.clock.now()                # of a transaction: its connection, engine time,
         self.room = room                                        # characters of jobs that polls may claim,
         self.noted, self.said = [], []                          # what the meter and the log get after the commit,
         self.woken = set()                                      # topics whose sleepers may find something now
 
     def committed(self, group):
-        """It is on disk, with so many operations."""
         self.meter.record(self.now, self.noted, group)
         for sentence in self.said:
             log(sentence)
@@ -1042,22 +1004,19 @@ class Store:
 
     def enqueue(self, asks):
         """Add the jobs, all or none: (row, created) each, of those that have the `id` or the `key` already if so."""
-        jobs, size = [], 0
         if len(asks) > 1 and sum(len(ask['after']) for ask in asks if 'after' in ask) > MAX_NEEDED:
             raise TooLarge(f'jobs: their `after` names more than {MAX_NEEDED} jobs in all; send fewer at a time')
-        rows = [self._new(ask) for ask in asks]
+        jobs, size, rows = [], 0, [self._new(ask) for ask in asks]
         while rows:
             count = min(TOGETHER, 1 << len(rows).bit_length() - 1)      # a power of two: INSERT has few statements
-            added = self._add(rows[:count])
+            jobs += self._add(rows[:count])
             del rows[:count]
-            jobs += added
-            size += sum(0 if created else size_of(row) for row, created in added)
+            size += sum(0 if created else size_of(row) for row, created in jobs[-count:])
             if size > MAX_UNSENT:
                 raise TooLarge('jobs: those that exist already are too large for one answer; send fewer at a time')
         return jobs
 
     def _new(self, ask):
-        """The row of a job as it is when it is added."""
         now = self.now
         due = ask['run_at'] if 'run_at' in ask else now + ask.get('delay', 0)
         return {**BLANK, **ask, 'id': ask.get('id') or new_id(now), 'created_at': now, 'updated_at': now,
@@ -1075,20 +1034,19 @@ class Store:
         if len(rows) > 1:
             return [self._add([row])[0] for row in rows]
         row, = rows
-        same = self._one('SELECT * FROM jobs WHERE id = ?', row['id']) or self._one("""
-            SELECT * FROM jobs WHERE queue = ? AND key = ? AND status IN ('pending', 'running')""", row['queue'], row['key'])
+        same = self._one('SELECT * FROM jobs WHERE id = ?', row['id']) or self._one(
+            "SELECT * FROM jobs WHERE queue = ? AND key = ? AND status IN ('pending', 'running')",
+            row['queue'], row['key'])
         return [(same, False) if same else (self._add_after(row), True)]
 
     def announced(self, jobs):
         """The JSON texts of jobs that enqueue() gave, with a warning where nobody polls their queue."""
-        texts, warnings = [], {}
+        texts, first = [], jobs[0][0]['queue']
+        names = () if first in self.polled else tuple(self.polled)[-20:]        # to compare takes time: for one queue
         for row, created in jobs:
-            queue, more = row['queue'], ',"created":true' if created else ',"created":false'
-            if created and queue not in self.polled:
-                if queue not in warnings:
-                    near = () if warnings else tuple(self.polled)[-20:]     # a look at names takes time: once
-                    warnings[queue] = quoted(nobody(queue, near))
-                more += ',"warning":' + warnings[queue]
+            more = ',"created":true' if created else ',"created":false'
+            if created and row['queue'] not in self.polled:
+                more += ',"warning":' + quoted(nobody(row['queue'], names if row['queue'] == first else ()))
             texts.append(as_json(row, more))
         return texts
 
@@ -1107,9 +1065,9 @@ class Store:
     def poll(self, ask):
         """Claim jobs: the rows as they are then, no more than may be answered in this pass but one at least."""
         queue, worker = ask['queue'], ask.get('worker')
-        if queue not in self.polled:
+        before, self.polled[queue] = self.polled.get(queue, 0), self.now
+        if before // micros(PRUNE) != self.now // micros(PRUNE):
             self._set(queue, polled_at=self.now)
-        self.polled[queue] = self.now
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
         self.hungry.discard(queue)
@@ -1124,33 +1082,29 @@ class Store:
         changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now,
                    'updated_at': self.now, 'worker_timeout': ask.get('timeout'),
                    'worker_max_retries': ask.get('max_retries')}
-        rows = self._fitting(self.db.execute(CLAIM, {'queue': queue, 'limit': most}))
-        claims = [self._claim(row, changes) for row in rows]
-        self.db.executemany(START, claims)
+        claims = self._claim(self.db.execute(CLAIM, {'queue': queue, 'limit': most}), changes)
+        self.db.executemany(changing((*changes, 'attempt', 'lease_until')), claims)
         if claims and limits and limits['rate']:
             taken = -(-len(claims) * limits['per'] // limits['rate'])       # rounded up
             self._set(queue, full_at=full_at(limits, self.now) + taken)
         return claims
 
-    def _fitting(self, rows):
-        fitting = []
+    def _claim(self, rows, changes):
+        """The rows as they are once claimed, as many as there is room for."""
+        claims = []
         for row in rows:
             size = size_of(row)
-            if fitting and size > self.room:
+            if claims and size > self.room:
                 break
             self.room -= size
-            fitting.append(dict(zip(COLUMNS, row)))
-        return fitting
-
-    def _claim(self, row, changes):
-        """The row as it is once claimed."""
-        row.update(changes)
-        row['attempt'] += 1
-        last = self.now + timeout_of(row) + GRACE * 1000000
-        row['lease_until'] = min(last, self.now + row['lease']) if row['lease'] else last
-        self._due(row['lease_until'])
-        self.noted.append(('started', row['queue'], self.now - row['next_run_at']))
-        return row
+            claim = dict(zip(COLUMNS, row))
+            claim.update(changes, attempt=row['attempt'] + 1)
+            last = self.now + timeout_of(claim) + micros(GRACE)
+            claim['lease_until'] = min(last, self.now + claim['lease']) if claim['lease'] else last
+            self._due(claim['lease_until'])
+            self.noted.append(('started', claim['queue'], self.now - claim['next_run_at']))
+            claims.append(claim)
+        return claims
 
     def _seen(self, worker, queue, hung=None):
         before = self.workers.pop((worker, queue), (0, 0))
@@ -1172,26 +1126,28 @@ class Store:
 
     def claimed(self, call, ask):
         """The job `id`, which `call` may change."""
-        return permitted(call, self._job(ask), ask)
+        job = self._job(ask)
+        permitted(call, job, ask)
+        return job
 
     def complete(self, ask):
         job = self._job(ask)
-        if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
-            self._move(permitted('complete', job, ask), 'done', 'completed', result=ask.get('result'), error=None)
+        if permitted('complete', job, ask):
+            self._move(job, 'done', 'completed', result=ask.get('result'), error=None)
         return {'id': job['id'], 'status': 'done'}
+
+    def release(self, ask):
+        job = self._job(ask)
+        if permitted('release', job, ask):
+            self._move(job, 'pending', 'released')
+        return {'id': job['id'], 'status': 'pending'}
 
     def fail(self, ask):
         job = self._job(ask)
-        if replayed(job, ask, 'failed'):
+        if not permitted('fail', job, ask):
             return as_told(job)
-        permitted('fail', job, ask)
         again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
         return self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
-
-    def _lose(self, ask):
-        job = self.claimed('lose', ask)
-        again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
-        return self._give_back(job, 'lost', again, 'worker lost', losses=job['losses'] + 1)
 
     def _give_back(self, job, outcome, again, error, delay=None, **changes):
         """The attempt did not work out: pending again after the backoff, or failed."""
@@ -1203,19 +1159,12 @@ class Store:
         self._move(job, status, outcome, error=error, **changes)
         return as_told({**dict(job), **changes, 'status': status})
 
-    def release(self, ask):
-        job = self._job(ask)
-        if not replayed(job, ask, 'released'):
-            self._move(permitted('release', job, ask), 'pending', 'released')
-        return {'id': ask['id'], 'status': 'pending'}
-
     def heartbeat(self, ask):
         job = self.claimed('heartbeat', ask)
-        self.db.execute("""
-            UPDATE jobs SET lease_until = MAX(lease_until, MIN(:now + COALESCE(lease, 0), :last)), updated_at = :now,
-                progress = COALESCE(:progress, progress)
-            WHERE seq = :seq""", {'now': self.now, 'last': job['started_at'] + timeout_of(job) + micros(GRACE),
-                                  'progress': ask.get('progress'), 'seq': job['seq']})
+        last = job['started_at'] + timeout_of(job) + micros(GRACE)
+        until = max(job['lease_until'], min(self.now + (job['lease'] or 0), last))
+        changes = {'progress': ask['progress']} if 'progress' in ask else {}
+        self._change(job['seq'], **changes, lease_until=until, updated_at=self.now)
         if job['worker']:
             self._seen(job['worker'], job['queue'])
         return {'id': job['id'], 'status': 'running'}
@@ -1241,77 +1190,63 @@ class Store:
 
     def _add_after(self, row):
         """The row of a job that waits for others, once it is added."""
-        needed = []
-        for id in row['after']:
-            needed.append(self._one(BY_ID, id))
-            if not needed[-1]:
-                raise BadRequest(f'after: there is no job {shown(id)}')
+        needed = [existing(self._one(BY_ID, id), 'after: there is no job', id, BadRequest) for id in row['after']]
         states = [STATES.get(job['status'], 0) for job in needed]
-        waits_for, any_end = states.count(0), bool(row['after_any'])
-        row['scheduled'] = WAITS if waits_for else row['scheduled']
-        seq = self.db.execute(INSERT[1], added_values(row)).lastrowid
-        self._change(seq, after=encode(row['after']), after_any=any_end, waits_for=waits_for)
+        seq = self.db.execute(INSERT[1], added_values({**row, 'scheduled': WAITS})).lastrowid
+        self._change(seq, after=encode(row['after']), after_any=bool(row['after_any']))
         self.db.executemany('INSERT INTO needs (job, place, needed, state) VALUES (?, ?, ?, ?)', [
             (seq, place, job['seq'], state) for place, (job, state) in enumerate(zip(needed, states))])
-        self.noted.append(('enqueued', row['queue'], None))
-        if 2 in states and not any_end:
-            bad = needed[states.index(2)]
-            self._give_up(self._one(BY_SEQ, seq), bad['id'], bad['status'])
-        elif not waits_for:
-            self._pending(row['queue'], row['next_run_at'])
+        job = self._one(BY_SEQ, seq)
+        self._move(job, 'pending', 'enqueued', waits_for=states.count(0))
+        if 2 in states and not job['after_any']:
+            self._give_up(job, needed[states.index(2)])
         return self._one('SELECT * FROM jobs WHERE seq = ?', seq)
 
-    def _give_up(self, job, id, outcome):
-        self._move(job, 'cancelled', 'cancelled', error=f'it waits for the job {shown(id)}, which is {outcome}')
+    def _give_up(self, job, needed):
+        error = f'it waits for the job {shown(needed["id"])}, which is {needed["status"]}'
+        self._move(job, 'cancelled', 'cancelled', error=error)
 
     def _told(self, job, outcome):
         """The job has ended, or is purged: whoever waits for it finds out, jobs by overdue() in this transaction."""
         self.woken.add(('job', job['id']))
-        if self._one(WAITERS, job['seq'], 1):
+        if self._one('SELECT 1 FROM needs WHERE needed = ? AND state = 0 LIMIT 1', job['seq']):
             self.db.execute('INSERT OR IGNORE INTO ended VALUES (?, ?, ?)', (job['seq'], job['id'], outcome))
             self._due(self.now)
 
     def _settle(self):
         """A step of telling the jobs that wait for those that have ended."""
-        left = STEP
-        while left:
-            end = self._one('SELECT * FROM ended LIMIT 1')
+        for _ in range(STEP):
+            end = self._one('SELECT ended.job AS seq, id, outcome AS status, needs.job AS waiter, place FROM ended '
+                            'LEFT JOIN needs ON needed = ended.job AND state = 0 LIMIT 1')
             if not end:
                 break
-            waiters = self.db.execute(WAITERS, (end['job'], left)).fetchall()
-            for seq, place in waiters:
-                self._count_down(seq, place, end)
-            left -= len(waiters)
-            if left:
-                self.db.execute('DELETE FROM ended WHERE job = ?', (end['job'],))
+            if end['waiter']:
+                self._count_down(end)
+            else:
+                self.db.execute('DELETE FROM ended WHERE job = ?', (end['seq'],))
 
-    def _count_down(self, seq, place, end):
-        """One job less for it to wait for."""
-        self.db.execute(TELL, (STATES.get(end['outcome'], 2), seq, place))
-        job = self._one(BY_SEQ, seq)
+    def _count_down(self, end):
+        """A job has one job less to wait for."""
+        self.db.execute(TELL, (STATES[end['status']], end['waiter'], end['place']))
+        job = self._one(BY_SEQ, end['waiter'])
         if job['scheduled'] != WAITS:       # it was cancelled meanwhile
             return
-        if end['outcome'] != 'done' and not job['after_any']:
-            return self._give_up(job, end['id'], end['outcome'])
-        left, due = job['waits_for'] - 1, job['next_run_at']
-        if not left:
-            due = max(due, self.now)
-            self._pending(job['queue'], due)
-        self._change(seq, waits_for=left, scheduled=WAITS if left else due > self.now, next_run_at=due,
-                     updated_at=self.now)
+        if end['status'] != 'done' and not job['after_any']:
+            return self._give_up(job, end)
+        due = max(self.now, job['next_run_at'])
+        self._move(job, 'pending', 'told', waits_for=job['waits_for'] - 1, next_run_at=due)
 
     def _wait_anew(self, job):
         """How many jobs this one, which is retried, has to wait for; Stale where it would wait in vain."""
-        states = []
-        for need in self.db.execute('SELECT place, state, id, status FROM needs LEFT JOIN jobs ON seq = needed '
-                                    'WHERE job = ?', (job['seq'],)):
-            state = STATES.get(need['status'], 0) if need['status'] else need['state'] or 2
-            if state == 2 and not job['after_any']:
-                name = shown(need['id']) if need['id'] else 'one'
-                raise Stale(f'id: it waits for the job {name}, which is {need["status"] or "purged"}')
-            states.append((state, job['seq'], need['place']))
-        self.db.executemany(TELL, states)
-        return sum(not state for state, _, _ in states)
+        needs = self.db.execute('SELECT needs.*, id, status FROM needs LEFT JOIN jobs ON seq = needed WHERE job = ? '
+                                'ORDER BY place', (job['seq'],)).fetchall()
+        states = [STATES.get(need['status'], 0) if need['id'] else need['state'] or STATES['purged'] for need in needs]
+        if 2 in states and not job['after_any']:
+            bad = needs[states.index(2)]
+            name = shown(bad['id']) if bad['id'] else 'that is gone'
+            raise Stale(f'id: it waits for the job {name}, which is {bad["status"] or "purged"}')
+        self.db.executemany(TELL, [(state, need['job'], need['place']) for state, need in zip(states, needs)])
+        return states.count(0)
 
     # limits of queues
 
@@ -1354,7 +1289,6 @@ class Store:
         return {'count': self.db.execute('DELETE FROM schedules WHERE name = ?', (ask['name'],)).rowcount}
 
     def schedules(self, limit=None, after=''):
-        """A page of them by name."""
         with self.database.reading() as db:
             rows = db.execute('SELECT * FROM schedules WHERE name > ? ORDER BY name LIMIT ?', (after, limit or -1))
             return as_page('schedules', 'name', rows, as_schedule, limit)
@@ -1370,9 +1304,9 @@ class Store:
         ask['id'] = f'{row["name"]}@{rfc3339(at)[:19]}Z'
         (job, created), = self.enqueue([ask])
         skipped = not created and job['id'] != ask['id']
-        self.db.execute("""
-            UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, skipped = skipped + ? WHERE name = ?
-            """, (upcoming, at, row['last_id'] if skipped else ask['id'], skipped, row['name']))
+        self.db.execute(
+            'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, skipped = skipped + ? WHERE name = ?',
+            (upcoming, at, row['last_id'] if skipped else ask['id'], skipped, row['name']))
 
     # calls: operators
 
@@ -1407,10 +1341,8 @@ class Store:
             self._move(job, 'pending', 'retried', retries=0, losses=0, next_run_at=self.now, waits_for=waits_for)
         except sqlite3.IntegrityError:
             raise Stale('key: another job with the same key is pending or running in the queue') from None
-        self.db.execute("""
-            UPDATE jobs SET waits_for = waits_for + 1
-            WHERE scheduled = 2 AND seq IN (SELECT job FROM needs WHERE needed = ? AND state <> 0)
-            """, (job['seq'],))         # whoever waits for it waits on
+        self.db.execute('UPDATE jobs SET waits_for = waits_for + 1 WHERE scheduled = 2 AND seq IN '     # they wait on
+                        '(SELECT job FROM needs WHERE needed = ? AND state <> 0)', (job['seq'],))
         self.db.execute('UPDATE needs SET state = 0 WHERE needed = ?', (job['seq'],))
         self.db.execute('DELETE FROM ended WHERE job = ?', (job['seq'],))
 
@@ -1447,7 +1379,6 @@ class Store:
         return job is None or job['status'] in ENDED
 
     def newest(self, tag):
-        """The JSON text of the newest job with the tag."""
         with self.database.reading() as db:
             row = db.execute('SELECT * FROM jobs WHERE tag = ? ORDER BY seq DESC LIMIT 1', (tag,)).fetchone()
         return as_json(existing(row, 'tag: there is no job tagged', tag))
@@ -1458,16 +1389,14 @@ class Store:
         with self.database.reading() as db:
             for field in {'after', 'needed_by'} & ask.keys():
                 job = db.execute(BY_ID, (ask[field],)).fetchone()
-                if not job:
-                    raise BadRequest(f'{field}: there is no job {shown(ask[field])}')
-                ask[field] = job['seq']
+                ask[field] = existing(job, f'{field}: there is no job', ask[field], BadRequest)['seq']
             if {'after', 'needed_by'} <= ask.keys():
                 ask['beyond'] = ask.pop('after')
             matching = f'SELECT SUM({ask.get("status", 1)}) FROM queues WHERE queue = COALESCE(?, queue)'
             if not db.execute(matching, (ask.get('queue'),)).fetchone()[0]:
                 limit = 0           # else nothing but a look at every job would tell
-            rows = db.execute(f'SELECT {BRIEF if brief else "*"} FROM {source} {where(ask)} '
-                              f'ORDER BY {order} LIMIT :limit', {**ask, 'limit': limit})
+            rows = db.execute(f'SELECT {BRIEF if brief else "*"} FROM {source} {where(ask)} ORDER BY {order} '
+                              'LIMIT :limit', {**ask, 'limit': limit})
             return as_page('jobs', 'id', rows, functools.partial(as_json, brief=brief), limit)
 
     def health(self):
@@ -1503,8 +1432,8 @@ class Store:
         with self.database.reading() as db:
             rows = [dict(row) for row in db.execute('SELECT * FROM queues ORDER BY queue LIMIT ?', (MAX_LIMIT,))]
             if len(rows) == MAX_LIMIT:
-                rows.append(dict(db.execute(f"SELECT '(others)' AS queue, {totals}, NULL AS max_running, NULL AS rate "
-                                            'FROM queues WHERE queue > ?', (rows[-1]['queue'],)).fetchone()))
+                rows += map(dict, db.execute(f"SELECT '(others)' AS queue, {totals}, NULL AS max_running, NULL AS rate "
+                                             'FROM queues WHERE queue > ?', (rows[-1]['queue'],)))
             for row in rows:
                 row['oldest'] = db.execute(OLDEST, row).fetchone()[0]
             return rows, db.execute('SELECT * FROM schedules ORDER BY name LIMIT ?', (MAX_LIMIT,)).fetchall()
@@ -1517,8 +1446,9 @@ class Store:
                     f'last sign of life {seen}, lost if there is none by {lost}')
         if row['status'] in ENDED:
             return None
-        queue, ahead = (db.execute(*ask).fetchone() for ask in ((QUEUE, (row['queue'],)), (AHEAD, dict(row))))
-        now, polled, ahead = self.clock.now(), self.polled.get(row['queue']), ahead[0]
+        queue = db.execute(QUEUE, (row['queue'],)).fetchone()
+        ahead = db.execute(AHEAD, dict(row)).fetchone()[0]
+        now, polled = self.clock.now(), self.polled.get(row['queue'])
         silent = (now - (polled or 0)) // 60000000
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
         needed = [shown(id) for id, in db.execute('SELECT id FROM needs JOIN jobs ON seq = needed WHERE job = ? '
@@ -1557,40 +1487,45 @@ class Store:
         self.said.append(f'the system clock went ahead by {ahead:.0f} s')
 
     def overdue(self):
-        """A step of what is due: ticks, scheduled jobs, jobs of lost workers, jobs that wait for others."""
+        """A step of what is due: ticks, scheduled jobs, jobs of lost workers, jobs that wait for others; retention."""
         if self.next_due > self.now:
             return
         step = self.now, STEP
         for row in self.db.execute(TICKS, step).fetchall():
             self._tick(row)
-        due = self.db.execute(DUE, step).fetchall()
-        self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(row['seq'],) for row in due])
-        self.woken.update(('queue', queue) for queue in self.hungry.union(row['queue'] for row in due))
-        for id, in self.db.execute(LOST, step).fetchall():
-            self._lose({'id': id})
-            self.said.append(f'job {shown(id)}: worker lost')
+        due = self.db.execute("""
+            SELECT seq, queue FROM jobs WHERE status = 'pending' AND scheduled = 1 AND next_run_at <= ?
+            ORDER BY next_run_at LIMIT ?""", step).fetchall()
+        self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(seq,) for seq, _ in due])
+        self.woken.update(('queue', queue) for queue in self.hungry.union(queue for _, queue in due))
+        for job in self.db.execute(LOST, step).fetchall():
+            again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
+            self._give_back(job, 'lost', again, 'worker lost', losses=job['losses'] + 1)
+            self.said.append(f'job {shown(job["id"])}: worker lost')
         self._settle()
-        self.next_due = self._one(NEXT)[0] or self.now + micros(86400)
+        if self.next_prune <= self.now:
+            self._prune()
+        self.next_due = self._one(NEXT, self.next_prune)[0]
 
-    def prune(self):
-        """A step of retention; of forgetting queues that nobody uses; and of remembering which were polled."""
-        counts = [self.db.execute(PRUNE_JOBS, (status, self.now - keep, STEP)).rowcount
-                  for status, keep in self.keep.items() if keep]
-        for queue, at in self.polled.items():
-            if at > self.remembered:
-                self._set(queue, polled_at=at)
-        unused = self.db.execute(UNUSED, (self.now - micros(RECENT), STEP)).fetchall()
+    def _prune(self):
+        """A step of retention, and of forgetting queues that nobody uses."""
+        counts = [self.db.execute("""
+            DELETE FROM jobs WHERE seq IN (
+                SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
+                    SELECT 1 FROM needs JOIN jobs AS waiter ON waiter.seq = needs.job
+                    WHERE needs.needed = jobs.seq AND waiter.status IN ('pending', 'running'))
+                ORDER BY finished_at LIMIT ?)""", (status, self.now - keep, STEP)).rowcount
+            for status, keep in self.keep.items() if keep]
+        unused = self.db.execute("""
+            SELECT queue FROM queues WHERE pending + running + done + failed + cancelled = 0 AND NOT paused
+                AND max_running IS NULL AND rate IS NULL AND COALESCE(polled_at, 0) < ? LIMIT ?
+            """, (self.now - micros(RECENT), STEP)).fetchall()
         for queue, in unused:
             self.db.execute('DELETE FROM queues WHERE queue = ?', (queue,))
             self.polled.pop(queue, None)
             self.meter.forget(queue)
-        self.remembered = self.now
         if STEP not in [*counts, len(unused)]:
             self.next_prune = self.now + micros(PRUNE)
-
-    def behind(self):
-        """Is something due that has not been done?"""
-        return min(self.next_due, self.next_prune) <= self.clock.now()
 
 # -- Loop -------------------------------------------------------------------------------------------------------------
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -1710,7 +1645,7 @@ class Loop:
 
     def _rest(self, now):
         """Seconds until there is something to do."""
-        due = now + (min(self.store.next_due, self.store.next_prune) - self.store.clock.now()) / 1000000
+        due = now + (self.store.next_due - self.store.clock.now()) / 1000000
         ends = [now + TICK, self.look_at, max(self.resting, now if now - self.heard > DEAF else due)]
         ends += [self.retry_at] if self.ready else []
         return 0 if self.posted else max(0, min(ends) - now)
@@ -1775,7 +1710,6 @@ class Loop:
                 self.ticked, ahead = now, clock.follow()
             due = self.ready or self.store.next_due <= clock.now()      # what arrives may bring it about
             own = [Operation(self.store.overdue)] if due else []
-            own += [Operation(self.store.prune)] if self.store.next_prune <= clock.now() else []
         if not (ahead or own or deaf or self.ready):
             return
         ready, self.ready, offset = self.ready, [], clock.offset
@@ -2351,7 +2285,7 @@ class Server(http.server.ThreadingHTTPServer):
     def tick(self):
         """Have all that is due by now done before this returns: for clocks that are moved by hand."""
         self.loop.ticked = 0
-        while self.loop.run(self.store.behind):
+        while self.loop.run(lambda: self.store.next_due <= self.store.clock.now()):
             pass
 
     def server_close(self):
