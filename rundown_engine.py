@@ -76,8 +76,8 @@ that the newest large ones get 503. Done or cancelled jobs are kept for --keep (
 A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is early by what is left to follow.
 """
 
-import argparse, base64, bisect, calendar, collections, contextlib, datetime, difflib, functools, gc, hashlib, hmac
-import http.client, http.server, ipaddress, itertools, json, operator, os, pathlib, random, re, selectors
+import argparse, base64, bisect, calendar, collections, contextlib, datetime, difflib, functools, gc, glob, hashlib
+import hmac, http.client, http.server, ipaddress, itertools, json, operator, os, pathlib, random, re, selectors
 import signal, socket, socketserver, sqlite3, ssl, sys, tempfile, threading, time, types, urllib.parse
 from queue import Empty, SimpleQueue
 
@@ -632,6 +632,8 @@ class Database:
         """The one place where the database is changed: all of it is on disk, or nothing and Unavailable, or Busy."""
         begun = False
         try:
+            if self.trouble:
+                self._check_files()
             if self.db is None:
                 self._reconnect()
             self.db.execute('BEGIN IMMEDIATE')
@@ -656,7 +658,6 @@ class Database:
 
     def _reconnect(self):
         """The log may hold a commit that was never synced; it is, before a replay of it is acknowledged."""
-        self._check_files()
         db = self._connect(0)
         if self.unsynced and db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
             db.close()
@@ -712,11 +713,9 @@ class Database:
 
     def _remove_copies(self):
         """What a copy that was cut off has left behind."""
-        folder, name = os.path.split(self.path)
-        for left in os.listdir(folder):
-            if left.startswith(name + COPY):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, left))
+        for left in glob.glob(glob.escape(self.path + COPY) + '*'):
+            with contextlib.suppress(OSError):
+                os.unlink(left)
 
     def close(self):
         """Leave the file in order. Nobody writes any more."""
@@ -846,22 +845,9 @@ def existing(row, otherwise, name, kind=NotFound):
         raise kind(f'{otherwise} {shown(name)}')
     return row
 
-def permitted(call, job, ask):
-    """May `call` change the job? Not if it has done so, and its answer was lost: that is given again. Else Stale."""
-    current = ask.get('attempt', job['attempt']) == job['attempt']
-    if current and job['status'] in SOURCES[call]:
-        return True
-    ended = 'done' if job['status'] == 'done' else json.loads(job['attempts'] or '[{}]')[-1].get('outcome')
-    if current and 'attempt' in ask and ENDS.get(call, '') == ended:
-        return False
-    if job['status'] in SOURCES[call]:
-        raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
-    raise Stale(f'id: the job is {job["status"]}, so {call} is not possible')
-
 def as_told(job):
     """What the answer to an outcome says of a job."""
-    due = rfc3339(job['next_run_at'])
-    return {'id': job['id'], 'status': job['status'], 'retries': job['retries'], 'next_run_at': due}
+    return {**{field: job[field] for field in ('id', 'status', 'retries')}, 'next_run_at': rfc3339(job['next_run_at'])}
 
 def history(row, outcome, finished_at, error=None):
     """The last attempts of a job as JSON: those that were recorded when they ended, and the one with this outcome."""
@@ -1065,8 +1051,8 @@ class Store:
     def poll(self, ask):
         """Claim jobs: the rows as they are then, no more than may be answered in this pass but one at least."""
         queue, worker = ask['queue'], ask.get('worker')
-        before, self.polled[queue] = self.polled.get(queue, 0), self.now
-        if before // micros(PRUNE) != self.now // micros(PRUNE):
+        before, self.polled[queue], span = self.polled.get(queue, 0), self.now, PRUNE * 1000000
+        if before // span != self.now // span:      # on disk that is good enough
             self._set(queue, polled_at=self.now)
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
@@ -1121,30 +1107,34 @@ class Store:
         except Refused as error:
             return {'id': error.id if error is ask else ask['id'], 'error': str(error), 'code': error.status}
 
-    def _job(self, ask):
-        return existing(self._one(BY_ID, ask['id']), 'id: there is no job', ask['id'])
-
     def claimed(self, call, ask):
-        """The job `id`, which `call` may change."""
-        job = self._job(ask)
-        permitted(call, job, ask)
-        return job
+        """The job `id`, and whether `call` may change it: not where it has, and its answer was lost. Else Stale."""
+        job = existing(self._one(BY_ID, ask['id']), 'id: there is no job', ask['id'])
+        current, status = ask.get('attempt', job['attempt']) == job['attempt'], job['status']
+        if current and status in SOURCES[call]:
+            return job, True
+        ended = 'done' if status == 'done' else json.loads(job['attempts'] or '[{}]')[-1].get('outcome')
+        if current and 'attempt' in ask and ENDS.get(call, '') == ended:
+            return job, False
+        if status in SOURCES[call]:
+            raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
+        raise Stale(f'id: the job is {status}, so {call} is not possible')
 
     def complete(self, ask):
-        job = self._job(ask)
-        if permitted('complete', job, ask):
+        job, new = self.claimed('complete', ask)
+        if new:
             self._move(job, 'done', 'completed', result=ask.get('result'), error=None)
         return {'id': job['id'], 'status': 'done'}
 
     def release(self, ask):
-        job = self._job(ask)
-        if permitted('release', job, ask):
+        job, new = self.claimed('release', ask)
+        if new:
             self._move(job, 'pending', 'released')
         return {'id': job['id'], 'status': 'pending'}
 
     def fail(self, ask):
-        job = self._job(ask)
-        if not permitted('fail', job, ask):
+        job, new = self.claimed('fail', ask)
+        if not new:
             return as_told(job)
         again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
         return self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
@@ -1160,7 +1150,7 @@ class Store:
         return as_told({**dict(job), **changes, 'status': status})
 
     def heartbeat(self, ask):
-        job = self.claimed('heartbeat', ask)
+        job, _ = self.claimed('heartbeat', ask)
         last = job['started_at'] + timeout_of(job) + micros(GRACE)
         until = max(job['lease_until'], min(self.now + (job['lease'] or 0), last))
         changes = {'progress': ask['progress']} if 'progress' in ask else {}
@@ -1248,7 +1238,7 @@ class Store:
         self.db.executemany(TELL, [(state, need['job'], need['place']) for state, need in zip(states, needs)])
         return states.count(0)
 
-    # limits of queues
+    # calls: operators
 
     def limit(self, ask):
         """Set or lift limits of a queue: what they are then."""
@@ -1271,8 +1261,6 @@ class Store:
                 self.hungry.add(row['queue'])
                 self._due(next_token(row, self.now))
         return most
-
-    # schedules
 
     def schedule(self, wanted):
         """Make or change a schedule: (row, created)."""
@@ -1307,8 +1295,6 @@ class Store:
         self.db.execute(
             'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, skipped = skipped + ? WHERE name = ?',
             (upcoming, at, row['last_id'] if skipped else ask['id'], skipped, row['name']))
-
-    # calls: operators
 
     def steps(self, ask):
         """The ids that a large change is about, some at a time, found by a reader so that the writer is not held up."""
@@ -2137,7 +2123,7 @@ def change(method):
             raise BadRequest(f'id is missing: {call} needs it, or queue with status')
         store = server.store
         if 'id' in ask:
-            return Operation(lambda: method(store, store.claimed(call, ask)), lambda _: {'count': 1})
+            return Operation(lambda: method(store, store.claimed(call, ask)[0]), lambda _: {'count': 1})
         statuses = [ask['status']] if 'status' in ask else SOURCES[call]
         steps = (functools.partial(store.step, method, ids, statuses) for ids in store.steps(ask))
         return {'count': sum(map(server.loop.run, steps))}
