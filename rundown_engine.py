@@ -590,10 +590,9 @@ class Database:
             self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite
             with self.reading() as db:  # one reader stays, so that the log outlives the writer
                 db.execute('SELECT 1 FROM jobs').fetchone()
-            files = self._files()
-            if not files or files[-1] != os.fstat(self.lock_file.fileno()).st_ino:
+            self.files = self._files()
+            if not self.files or self.files[-1] != os.fstat(self.lock_file.fileno()).st_ino:
                 raise Unusable(f'{self.path} is in use by another engine')
-            self.files = files
         except BaseException as error:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
@@ -605,15 +604,15 @@ class Database:
         """Make what is not there yet: all, or what version 1 did not know."""
         if self.db.execute('PRAGMA user_version').fetchone()[0] == SCHEMA_VERSION:
             return
+        for table in ('jobs', 'queues'):
+            known = {row['name'] for row in self.db.execute(f'PRAGMA table_info({table})')}
+            for column, definition in columns_of(table).items():
+                if known and column not in known:
+                    self.db.execute(f'ALTER TABLE {table} ADD COLUMN {definition}')
         for trigger in ('jobs_insert', 'jobs_update', 'jobs_delete'):       # they counted less
             self.db.execute(f'DROP TRIGGER IF EXISTS {trigger}')
         for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
             self.db.execute(statement)
-        for table in ('jobs', 'queues'):
-            known = {row['name'] for row in self.db.execute(f'PRAGMA table_info({table})')}
-            for column, definition in columns_of(table).items():
-                if column not in known:
-                    self.db.execute(f'ALTER TABLE {table} ADD COLUMN {definition}')
         self.db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
         self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
