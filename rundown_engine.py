@@ -170,7 +170,7 @@ def micros(seconds):
     return round(seconds * 1000000)
 
 def as_seconds(interval):
-    return interval / 1000000 if interval % 1000000 else interval // 1000000
+    return interval and (interval / 1000000 if interval % 1000000 else interval // 1000000)
 
 @functools.lru_cache(maxsize=4096)
 def _date(second):
@@ -811,7 +811,7 @@ def as_json(row, more='', brief=False):
 def as_schedule(row, **more):
     """A schedule as clients see it, as JSON text; its payload is JSON text already."""
     fields = {field: row[field] for field in SCHEDULED if field != 'payload'}
-    fields.update({field: fields[field] and as_seconds(fields[field]) for field in ('every', 'timeout')})
+    fields.update({field: as_seconds(fields[field]) for field in ('every', 'timeout')})
     fields.update({field: rfc3339(fields[field]) for field in ('next_run_at', 'last_run_at')})
     return f'{encode({**fields, **more})[:-1]},"payload":{row["payload"] or "null"}}}'
 
@@ -878,10 +878,6 @@ def new_id(now):
 def size_of(row):
     """Characters of a job that may be many."""
     return sum(len(row[field] or '') for field in ('payload', 'result', 'error', 'progress', 'after')) + 500
-
-def limits_of(row):
-    """The limits of a queue as clients see them."""
-    return {'max_running': row['max_running'], 'rate': row['rate'], 'per': row['per'] and as_seconds(row['per'])}
 
 def full_at(queue, now):
     """When the bucket is full again. Each claim puts that off by per / rate (the generic cell rate algorithm, GCRA)."""
@@ -1248,7 +1244,7 @@ class Store:
         self._set(ask['queue'], **{limit: row[limit] for limit in LIFTED})
         self.limited.add(ask['queue'])
         self.woken.add(('queue', ask['queue']))
-        return {'queue': ask['queue'], **limits_of(row)}
+        return {**{field: row[field] for field in ('queue', *LIFTED)}, 'per': as_seconds(row['per'])}
 
     def _allowed(self, row):
         """How many jobs of the queue may be claimed now; a poll that gets none is woken when its rate allows one."""
@@ -1403,7 +1399,7 @@ class Store:
         for row, due in zip(rows, oldest):
             queue = row['queue']
             del row['full_at']
-            row.update(limits_of(row), paused=bool(row['paused']), polled_at=rfc3339(self.polled.get(queue)),
+            row.update(per=as_seconds(row['per']), paused=bool(row['paused']), polled_at=rfc3339(self.polled.get(queue)),
                        oldest_age=None if due is None else max(0, now - due) / 1000000,
                        workers=names[queue], minutes=self.meter.last_hour(now, queue))
         after = rows[-1]['queue'] if len(rows) == limit and not busy else None
