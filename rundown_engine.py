@@ -107,7 +107,6 @@ SMALL = 64 << 10                        # bytes of a request or an answer for wh
 MAX_HELD = MAX_UNSENT = 64 << 20        # bytes of requests not done with, and of answers not taken, of all clients
 MAX_ANSWER = 16 << 20                   # characters of the jobs that polls claim in a pass, and of a page
 DRAIN = 4                               # seconds that requests in flight get when the engine stops
-READERS = 4                             # idle connections that read
 BUSY, RETRY = 5, 0.005                  # seconds to wait for another program's write lock, and between two tries
 DEAF = 0.05                             # seconds in which nobody could be heard, from which on leases are looked at
 TICK = 1                                # seconds between two looks at the clock
@@ -453,10 +452,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     payload TEXT,                                       -- JSON, as are progress, result, attempts and after
     status TEXT NOT NULL DEFAULT 'pending',
     scheduled INTEGER NOT NULL DEFAULT 0,               -- of pending ones: 0 due, 1 not due yet, 2 waits for other jobs
-    priority INTEGER NOT NULL DEFAULT 0,
-    attempt INTEGER NOT NULL DEFAULT 0,                 -- claims
-    retries INTEGER NOT NULL DEFAULT 0,                 -- failures and lost workers
-    losses INTEGER NOT NULL DEFAULT 0,                  -- lost workers
+    priority INTEGER NOT NULL DEFAULT 0, attempt INTEGER NOT NULL DEFAULT 0,    -- attempt: how many claims
+    retries INTEGER NOT NULL DEFAULT 0, losses INTEGER NOT NULL DEFAULT 0,      -- failures and losses; losses alone
     max_retries INTEGER, worker_max_retries INTEGER,    -- its own; of the last claim, where it has none of its own
     timeout INTEGER, worker_timeout INTEGER,            -- the same, in microseconds
     lease INTEGER,                                      -- microseconds; null: the timeout and the grace
@@ -568,8 +565,8 @@ class Database:
 
     def __init__(self, path, sync):
         self.path, self.sync = os.path.realpath(path), sync     # constant after start, as are lock_file and files
-        self.lock_file = self.files = None      # what tells that the files under the path are ours: see _files()
-        self.readers = collections.deque()      # safe by itself: idle connections
+        self.lock_file = self.files = None      # what tells that the files under the path are ours, see _check_files()
+        self.readers, self.own = [], threading.local()      # safe by themselves: all connections that read; a thread's
         self.copying = threading.Lock()         # held while a copy is made: one at a time
         self.db = None                          # the writer's, as is the rest: its connection
         self.trouble = None                     # what the last commit failed of
@@ -590,9 +587,9 @@ class Database:
             self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite
             with self.reading() as db:  # one reader stays, so that the log outlives the writer
                 db.execute('SELECT 1 FROM jobs').fetchone()
-            self.files = self._files()
-            if not self.files or self.files[-1] != os.fstat(self.lock_file.fileno()).st_ino:
-                raise Unusable(f'{self.path} is in use by another engine')
+            inodes = [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal')]
+            self.files = [*inodes, os.fstat(self.lock_file.fileno()).st_ino]
+            self._check_files()
         except BaseException as error:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
@@ -663,32 +660,25 @@ class Database:
             raise sqlite3.OperationalError('the write-ahead log is locked')
         self.db, self.unsynced = db, False
 
-    def _files(self):
-        with contextlib.suppress(FileNotFoundError):
-            return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
-
     def _check_files(self):
         """Where others lie under the path, what is committed is lost, or another engine is at work."""
-        if self.files and self._files() != self.files:
+        found = None
+        with contextlib.suppress(FileNotFoundError):
+            found = [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
+        if self.files and found != self.files:
             raise Unavailable(f'the database {self.path} or its lock file was deleted or replaced while in use; '
                               'restart the engine')
 
     @contextlib.contextmanager
     def reading(self):
-        """A connection that reads what is committed and never waits for the writer."""
-        db = None
+        """A connection that reads what is committed and never waits for the writer: one a thread."""
         try:
-            with contextlib.suppress(IndexError):
-                db = self.readers.pop()
-            db = db or self._connect(BUSY, 'query_only = ON')
-            yield db
+            if not hasattr(self.own, 'db'):
+                self.own.db = self._connect(BUSY, 'query_only = ON')
+                self.readers.append(self.own.db)
+            yield self.own.db
         except sqlite3.Error as error:
             raise Unavailable(f'the database could not be read ({error}); try again') from error
-        finally:
-            if db and len(self.readers) < READERS:
-                self.readers.append(db)
-            elif db:
-                db.close()
 
     def backup(self):
         """An open file, gone when it is closed: a consistent copy of the database, made beside the load."""
@@ -843,10 +833,6 @@ def existing(row, otherwise, name, kind=NotFound):
     if row is None:
         raise kind(f'{otherwise} {shown(name)}')
     return row
-
-def as_told(job):
-    """What the answer to an outcome says of a job."""
-    return {**{field: job[field] for field in ('id', 'status', 'retries')}, 'next_run_at': rfc3339(job['next_run_at'])}
 
 def history(row, outcome, finished_at, error=None):
     """The last attempts of a job as JSON: those that were recorded when they ended, and the one with this outcome."""
@@ -1129,10 +1115,12 @@ class Store:
 
     def fail(self, ask):
         job, new = self.claimed('fail', ask)
-        if not new:
-            return as_told(job)
-        again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
-        return self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
+        if new:
+            again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
+            self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
+            job = self._one(BY_ID, ask['id'])
+        due = rfc3339(job['next_run_at'])
+        return {'id': job['id'], 'status': job['status'], 'retries': job['retries'], 'next_run_at': due}
 
     def _give_back(self, job, outcome, again, error, delay=None, **changes):
         """The attempt did not work out: pending again after the backoff, or failed."""
@@ -1140,9 +1128,7 @@ class Store:
             retries = job['retries'] + 1
             due = self.now + (micros(BACKOFF * retries ** 2) if delay is None else delay)
             changes.update(retries=retries, next_run_at=due)
-        status = 'pending' if again else 'failed'
-        self._move(job, status, outcome, error=error, **changes)
-        return as_told({**dict(job), **changes, 'status': status})
+        self._move(job, 'pending' if again else 'failed', outcome, error=error, **changes)
 
     def heartbeat(self, ask):
         job, _ = self.claimed('heartbeat', ask)
@@ -1399,9 +1385,9 @@ class Store:
         for row, due in zip(rows, oldest):
             queue = row['queue']
             del row['full_at']
-            row.update(per=as_seconds(row['per']), paused=bool(row['paused']), polled_at=rfc3339(self.polled.get(queue)),
-                       oldest_age=None if due is None else max(0, now - due) / 1000000,
-                       workers=names[queue], minutes=self.meter.last_hour(now, queue))
+            row.update(per=as_seconds(row['per']), paused=bool(row['paused']), workers=names[queue],
+                       polled_at=rfc3339(self.polled.get(queue)), minutes=self.meter.last_hour(now, queue),
+                       oldest_age=None if due is None else max(0, now - due) / 1000000)
         after = rows[-1]['queue'] if len(rows) == limit and not busy else None
         return {'queues': rows, 'after': after, 'now': rfc3339(now), 'workers': [
             {'worker': worker, 'queue': queue, 'seen_at': rfc3339(at), 'hung': hung,
