@@ -76,8 +76,8 @@ that the newest large ones get 503. Done or cancelled jobs are kept for --keep (
 A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is early by what is left to follow.
 """
 
-import argparse, base64, bisect, calendar, collections, contextlib, datetime, difflib, functools, gc, hashlib, hmac
-import http.client, http.server, ipaddress, itertools, json, operator, os, pathlib, random, re, selectors
+import argparse, base64, bisect, calendar, collections, contextlib, datetime, difflib, functools, gc, glob, hashlib
+import hmac, http.client, http.server, ipaddress, itertools, json, operator, os, pathlib, random, re, selectors
 import signal, socket, socketserver, sqlite3, ssl, sys, tempfile, threading, time, types, urllib.parse
 from queue import Empty, SimpleQueue
 
@@ -107,7 +107,6 @@ SMALL = 64 << 10                        # bytes of a request or an answer for wh
 MAX_HELD = MAX_UNSENT = 64 << 20        # bytes of requests not done with, and of answers not taken, of all clients
 MAX_ANSWER = 16 << 20                   # characters of the jobs that polls claim in a pass, and of a page
 DRAIN = 4                               # seconds that requests in flight get when the engine stops
-READERS = 4                             # idle connections that read
 BUSY, RETRY = 5, 0.005                  # seconds to wait for another program's write lock, and between two tries
 DEAF = 0.05                             # seconds in which nobody could be heard, from which on leases are looked at
 TICK = 1                                # seconds between two looks at the clock
@@ -170,7 +169,7 @@ def micros(seconds):
     return round(seconds * 1000000)
 
 def as_seconds(interval):
-    return interval / 1000000 if interval % 1000000 else interval // 1000000
+    return interval and (interval / 1000000 if interval % 1000000 else interval // 1000000)
 
 @functools.lru_cache(maxsize=4096)
 def _date(second):
@@ -442,101 +441,68 @@ def last_tick(schedule, now):
 # -- Database ---------------------------------------------------------------------------------------------------------
 APPLICATION_ID = 0x52554e44     # "RUND", in the header of the file
 SCHEMA_VERSION = 2
-SCHEMA = '''
-CREATE TABLE jobs (
-    seq                 INTEGER PRIMARY KEY,            -- the order of arrival
-    id                  TEXT    NOT NULL,
-    queue               TEXT    NOT NULL,
-    tag                 TEXT,
-    payload             TEXT,                           -- JSON, as are progress and result
-    status              TEXT    NOT NULL DEFAULT 'pending',
-    scheduled           INTEGER NOT NULL DEFAULT 0,     -- of pending ones: 0 due, 1 not due yet, 2 waits for other jobs
-    priority            INTEGER NOT NULL DEFAULT 0,
-    attempt             INTEGER NOT NULL DEFAULT 0,     -- claims
-    retries             INTEGER NOT NULL DEFAULT 0,     -- failures and lost workers
-    losses              INTEGER NOT NULL DEFAULT 0,     -- lost workers
-    max_retries         INTEGER,                        -- the job's own
-    worker_max_retries  INTEGER,                        -- of the last claim, for jobs without their own
-    timeout             INTEGER,                        -- microseconds, the job's own
-    worker_timeout      INTEGER,
-    lease               INTEGER,                        -- microseconds; null: the timeout and the grace
-    lease_until         INTEGER,                        -- times are microseconds since 1970
-    key                 TEXT,
-    worker              TEXT,
-    progress            TEXT,
-    result              TEXT,
-    error               TEXT,
-    attempts            TEXT,                           -- JSON: the attempts that did not end in done
-    created_at          INTEGER NOT NULL,
-    updated_at          INTEGER NOT NULL,
-    next_run_at         INTEGER NOT NULL,
-    started_at          INTEGER,
-    finished_at         INTEGER,
-    after               TEXT,                           -- JSON: the ids of the jobs that it waits for; null: none
-    after_any           INTEGER NOT NULL DEFAULT 0,     -- 1: however they end
-    waits_for           INTEGER NOT NULL DEFAULT 0      -- how many of them have not ended
-);
-CREATE TABLE queues (
-    queue               TEXT    PRIMARY KEY,
-    paused              INTEGER NOT NULL DEFAULT 0,
-    polled_at           INTEGER,                        -- the first poll since the engine's start; null: never polled
-    pending             INTEGER NOT NULL DEFAULT 0,     -- jobs by status, kept by the triggers below
-    scheduled           INTEGER NOT NULL DEFAULT 0,     -- of the pending ones
-    running             INTEGER NOT NULL DEFAULT 0,
-    done                INTEGER NOT NULL DEFAULT 0,
-    failed              INTEGER NOT NULL DEFAULT 0,
-    cancelled           INTEGER NOT NULL DEFAULT 0,
-    waiting             INTEGER NOT NULL DEFAULT 0,     -- of the pending ones, for other jobs
-    max_running         INTEGER,                        -- limits; null: none
-    rate                INTEGER,                        -- claims at once, then one each
-    per                 INTEGER,                        -- / rate microseconds
-    full_at             INTEGER NOT NULL DEFAULT 0      -- when the token bucket of the rate is full again
-) WITHOUT ROWID;
-CREATE TABLE needs (
-    job                 INTEGER NOT NULL,               -- seq of a job with `after`
-    place               INTEGER NOT NULL,               -- in it
-    needed              INTEGER NOT NULL,               -- seq of the job that is named there
-    state               INTEGER NOT NULL,               -- as `job` was told: 0 not ended, 1 done, 2 otherwise
-    PRIMARY KEY (job, place)
-) WITHOUT ROWID;
-CREATE TABLE ended (                                    -- jobs that ended; not all that wait for them have been told
-    job                 INTEGER PRIMARY KEY,            -- seq
-    id                  TEXT    NOT NULL,
-    outcome             TEXT    NOT NULL                -- a status, or purged
-);
-CREATE TABLE schedules (
-    name                TEXT    PRIMARY KEY,
-    queue               TEXT    NOT NULL,               -- and what else its jobs get
-    payload             TEXT,
-    timeout             INTEGER,
-    max_retries         INTEGER,
-    tag                 TEXT,
-    priority            INTEGER,
-    key                 TEXT,
-    cron                TEXT,
-    every               INTEGER,                        -- microseconds
-    zone                TEXT,
-    next_run_at         INTEGER NOT NULL,
-    last_run_at         INTEGER,
-    last_id             TEXT,
-    skipped             INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX jobs_id ON jobs (id);
-CREATE INDEX jobs_claim ON jobs (queue, priority DESC, next_run_at) WHERE status = 'pending' AND scheduled = 0; -- poll
-CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND scheduled = 1;     -- promotion of what is due
-CREATE INDEX jobs_lease ON jobs (lease_until) WHERE status = 'running';                     -- the staleness checker
-CREATE UNIQUE INDEX jobs_key ON jobs (queue, key)                                           -- enqueue with a key
-    WHERE key IS NOT NULL AND status IN ('pending', 'running');
-CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL;                                  -- details, jobs
-CREATE INDEX jobs_finished ON jobs (status, finished_at) WHERE finished_at IS NOT NULL;     -- retention, purge
-CREATE INDEX needs_needed ON needs (needed, state);                                         -- the end of a job
-CREATE INDEX schedules_due ON schedules (next_run_at);
-'''
 COUNTS = {**{status: f"status = '{status}'" for status in STATUSES},         # columns of queues, and the jobs that
           'scheduled': 'scheduled = 1', 'waiting': 'scheduled = 2'}         # each counts
 MORE = ', '.join(f'{column} = {column} + (NEW.{jobs}) - (OLD.{jobs})' for column, jobs in COUNTS.items())
 LESS = ', '.join(f'{column} = {column} - (OLD.{jobs})' for column, jobs in COUNTS.items())
-TRIGGERS = f'''
+SCHEMA = f'''
+CREATE TABLE IF NOT EXISTS jobs (
+    seq INTEGER PRIMARY KEY,                            -- the order of arrival
+    id TEXT NOT NULL, queue TEXT NOT NULL, tag TEXT,
+    payload TEXT,                                       -- JSON, as are progress, result, attempts and after
+    status TEXT NOT NULL DEFAULT 'pending',
+    scheduled INTEGER NOT NULL DEFAULT 0,               -- of pending ones: 0 due, 1 not due yet, 2 waits for other jobs
+    priority INTEGER NOT NULL DEFAULT 0, attempt INTEGER NOT NULL DEFAULT 0,    -- attempt: how many claims
+    retries INTEGER NOT NULL DEFAULT 0, losses INTEGER NOT NULL DEFAULT 0,      -- failures and losses; losses alone
+    max_retries INTEGER, worker_max_retries INTEGER,    -- its own; of the last claim, where it has none of its own
+    timeout INTEGER, worker_timeout INTEGER,            -- the same, in microseconds
+    lease INTEGER,                                      -- microseconds; null: the timeout and the grace
+    lease_until INTEGER,                                -- times are microseconds since 1970
+    key TEXT, worker TEXT, progress TEXT, result TEXT, error TEXT,
+    attempts TEXT,                                      -- those that did not end in done
+    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, next_run_at INTEGER NOT NULL,
+    started_at INTEGER, finished_at INTEGER,
+    after TEXT,                                         -- the ids of the jobs that it waits for; null: none
+    after_any INTEGER NOT NULL DEFAULT 0,               -- 1: however they end
+    waits_for INTEGER NOT NULL DEFAULT 0                -- how many of them have not ended
+);
+CREATE TABLE IF NOT EXISTS queues (
+    queue TEXT PRIMARY KEY, paused INTEGER NOT NULL DEFAULT 0,
+    polled_at INTEGER,                                  -- give or take PRUNE seconds; null: never polled
+    pending INTEGER NOT NULL DEFAULT 0,                 -- this and the next six count jobs, by the triggers below
+    scheduled INTEGER NOT NULL DEFAULT 0, running INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
+    failed INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0, waiting INTEGER NOT NULL DEFAULT 0,
+    max_running INTEGER, rate INTEGER, per INTEGER,     -- `rate` claims at once, then one each per / rate microseconds
+    full_at INTEGER NOT NULL DEFAULT 0                  -- when the token bucket of the rate is full again
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS needs (
+    job INTEGER NOT NULL, place INTEGER NOT NULL,       -- seq of a job with `after`, place in it,
+    needed INTEGER NOT NULL,                            -- seq of the job that is named there
+    state INTEGER NOT NULL,                             -- as `job` was told: 0 not ended, 1 done, 2 otherwise
+    PRIMARY KEY (job, place)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS ended (                      -- jobs that ended; not all that wait for them have been told
+    job INTEGER PRIMARY KEY,                            -- seq
+    id TEXT NOT NULL, outcome TEXT NOT NULL             -- a status, or purged
+);
+CREATE TABLE IF NOT EXISTS schedules (
+    name TEXT PRIMARY KEY, queue TEXT NOT NULL,         -- and what else its jobs get:
+    payload TEXT, timeout INTEGER, max_retries INTEGER, tag TEXT, priority INTEGER, key TEXT,
+    cron TEXT, every INTEGER, zone TEXT,                -- every: microseconds
+    next_run_at INTEGER NOT NULL, last_run_at INTEGER, last_id TEXT, skipped INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS jobs_id ON jobs (id);
+CREATE INDEX IF NOT EXISTS jobs_claim ON jobs (queue, priority DESC, next_run_at)           -- poll
+    WHERE status = 'pending' AND scheduled = 0;
+CREATE INDEX IF NOT EXISTS jobs_due ON jobs (next_run_at)                                   -- promotion of what is due
+    WHERE status = 'pending' AND scheduled = 1;
+CREATE INDEX IF NOT EXISTS jobs_lease ON jobs (lease_until) WHERE status = 'running';       -- the staleness checker
+CREATE UNIQUE INDEX IF NOT EXISTS jobs_key ON jobs (queue, key)                             -- enqueue with a key
+    WHERE key IS NOT NULL AND status IN ('pending', 'running');
+CREATE INDEX IF NOT EXISTS jobs_tag ON jobs (tag) WHERE tag IS NOT NULL;                    -- details, jobs
+CREATE INDEX IF NOT EXISTS jobs_finished ON jobs (status, finished_at) WHERE finished_at IS NOT NULL;   -- retention
+CREATE INDEX IF NOT EXISTS needs_needed ON needs (needed, state);                           -- the end of a job
+CREATE INDEX IF NOT EXISTS schedules_due ON schedules (next_run_at);
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
     INSERT INTO queues (queue, pending, scheduled, waiting) VALUES (NEW.queue, 1, NEW.scheduled = 1, NEW.scheduled = 2)
     ON CONFLICT (queue) DO UPDATE
@@ -551,8 +517,8 @@ CREATE TRIGGER jobs_forget AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
 
 def columns_of(table):
     """The definitions of its columns by their names, in their order."""
-    text = SCHEMA.partition(f'TABLE {table} ')[2].partition('\n)')[0]
-    return {match[1]: match[0].strip() for match in re.finditer(r'^    ([a-z_]+)  [^,\n-]*', text, re.MULTILINE)}
+    text = re.sub('--.*', '', SCHEMA).partition(f'EXISTS {table} (')[2].partition('\n)')[0]
+    return {column.split()[0]: column.strip() for column in text.split(',')}
 
 def of_storage(error):
     """Is it the storage's, and no mistake of the engine's own?"""
@@ -595,18 +561,16 @@ def examine(path):
         os.chmod(path, 0o600)
 
 class Database:
-    """The file: whose it is, the connection that writes, those that read, what is wrong with it, copies of it."""
+    """The file: whose it is, the connection that writes, those that read, copies of it."""
 
     def __init__(self, path, sync):
-        self.path, self.sync = os.path.realpath(path), sync     # constant after start
-        self.readers = collections.deque()      # safe by itself: idle connections
+        self.path, self.sync = os.path.realpath(path), sync     # constant after start, as are lock_file and files
+        self.lock_file = self.files = None      # what tells that the files under the path are ours, see _check_files()
+        self.readers, self.own = [], threading.local()      # safe by themselves: all connections that read; a thread's
         self.copying = threading.Lock()         # held while a copy is made: one at a time
-        self.trouble = None                     # the writer's, as is the rest: what the last commit failed of
+        self.db = None                          # the writer's, as is the rest: its connection
+        self.trouble = None                     # what the last commit failed of
         self.unsynced = False                   # the log may hold a commit that did not reach the disk
-        self.replaced = False                   # the file under the path is not ours any more
-        self.lock_file = self.db = None
-        self.files = self.inode = None          # what tells that the files under the path are ours: see _files()
-        self.opened = False
 
     def open(self):
         """Take the file and make or check what is in it; Unusable with a sentence where that cannot be."""
@@ -623,10 +587,9 @@ class Database:
             self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite
             with self.reading() as db:  # one reader stays, so that the log outlives the writer
                 db.execute('SELECT 1 FROM jobs').fetchone()
-            self.inode, _, locked = self._files()
-            self.opened = locked == os.fstat(self.lock_file.fileno()).st_ino
-            if not self.opened:
-                raise Unusable(f'{self.path} is in use by another engine')
+            inodes = [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal')]
+            self.files = [*inodes, os.fstat(self.lock_file.fileno()).st_ino]
+            self._check_files()
         except BaseException as error:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
@@ -635,18 +598,18 @@ class Database:
             raise Unusable(f'{self.path} cannot be used: {reason}') from None
 
     def _create(self):
-        """Make what is not there yet: all, or what an older version did not know. Triggers are made anew."""
+        """Make what is not there yet: all, or what version 1 did not know."""
         if self.db.execute('PRAGMA user_version').fetchone()[0] == SCHEMA_VERSION:
             return
-        for statement in re.split('(?m)^(?=CREATE)', SCHEMA + TRIGGERS)[1:]:
-            create, kind, name = re.match(r'(CREATE (?:UNIQUE )?(\w+)) (\w+)', statement).groups()
-            if kind == 'TRIGGER':
-                self.db.execute(f'DROP TRIGGER IF EXISTS {name}')
-            self.db.execute(statement.replace(create, create + ' IF NOT EXISTS'))
-            known = {row['name'] for row in self.db.execute(f'PRAGMA table_info({name})')}
-            for column, definition in columns_of(name).items():
-                if column not in known:
-                    self.db.execute(f'ALTER TABLE {name} ADD COLUMN {definition}')
+        for table in ('jobs', 'queues'):
+            known = {row['name'] for row in self.db.execute(f'PRAGMA table_info({table})')}
+            for column, definition in columns_of(table).items():
+                if known and column not in known:
+                    self.db.execute(f'ALTER TABLE {table} ADD COLUMN {definition}')
+        for trigger in ('jobs_insert', 'jobs_update', 'jobs_delete'):       # they counted less
+            self.db.execute(f'DROP TRIGGER IF EXISTS {trigger}')
+        for statement in re.split('(?m)^(?=CREATE)', SCHEMA)[1:]:
+            self.db.execute(statement)
         self.db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
         self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
@@ -660,83 +623,62 @@ class Database:
             db.execute('PRAGMA ' + pragma)
         return db
 
-    def _files(self, suffixes=('', '-wal', '.lock')):
-        """What tells whether the files under the path are still those that we write to and lock; None: one is gone."""
-        try:
-            return [os.stat(self.path + suffix).st_ino for suffix in suffixes]
-        except FileNotFoundError:
-            return None
-
     @contextlib.contextmanager
     def transaction(self):
         """The one place where the database is changed: all of it is on disk, or nothing and Unavailable, or Busy."""
+        begun = False
         try:
-            self._still_ours(True)
+            if self.trouble:
+                self._check_files()
             if self.db is None:
                 self._reconnect()
             self.db.execute('BEGIN IMMEDIATE')
-            self.files = self.files or self._files()
+            begun = True
             yield self.db
             self.db.execute('COMMIT')
-            self._still_ours(not self.opened or self.files and self._files() == self.files)
+            self._check_files()
         except BaseException as error:
-            self._roll_back(error)
-            raise
-
-    def _still_ours(self, holds):
-        self.replaced = self.replaced or not holds
-        if self.replaced:
-            self.trouble = (f'the database {self.path} or its lock file was deleted or replaced while in use; '
-                            'restart the engine')
-            raise Unavailable(self.trouble)
-
-    def _roll_back(self, error):
-        begun = self.db is not None and self.db.in_transaction
-        if begun:
-            with contextlib.suppress(sqlite3.Error):
-                self.db.execute('ROLLBACK')
-        if not of_storage(error):
-            return
-        if self.db is not None and not begun and 'locked' in str(error):
-            raise Busy(f'the database could not be written ({error}); nothing was changed, try again') from error
-        if self.db is not None:     # after an I/O error only a fresh connection knows what is on disk
-            self.db.close()
-            self.db = None
-        self.unsynced = self.unsynced or 'I/O' in str(error)
-        self.in_trouble(error)
-        raise Unavailable(f'the database could not be written ({error}); '
-                          'whether it was done is not known, send it again') from error
-
-    def in_trouble(self, error):
-        if self.trouble is None and self.opened:
-            log(f'storage trouble: {error}')
-        self.trouble = str(error)
+            if self.db and self.db.in_transaction:
+                with contextlib.suppress(sqlite3.Error):
+                    self.db.execute('ROLLBACK')
+            if not of_storage(error):
+                raise
+            sentence = f'the database could not be written ({error})'
+            if self.db and not begun and 'locked' in str(error):
+                raise Busy(f'{sentence}; nothing was changed, try again') from error
+            if self.db:     # after an I/O error only a fresh connection knows what is on disk
+                self.db.close()
+                self.db = None
+            self.unsynced = self.unsynced or 'I/O' in str(error)
+            raise Unavailable(f'{sentence}; whether it was done is not known, send it again') from error
 
     def _reconnect(self):
         """The log may hold a commit that was never synced; it is, before a replay of it is acknowledged."""
-        self._still_ours(self._files(['']) == [self.inode])
         db = self._connect(0)
         if self.unsynced and db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
             db.close()
             raise sqlite3.OperationalError('the write-ahead log is locked')
-        self.db, self.files, self.unsynced = db, None, False
+        self.db, self.unsynced = db, False
+
+    def _check_files(self):
+        """Where others lie under the path, what is committed is lost, or another engine is at work."""
+        found = None
+        with contextlib.suppress(FileNotFoundError):
+            found = [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
+        if self.files and found != self.files:
+            raise Unavailable(f'the database {self.path} or its lock file was deleted or replaced while in use; '
+                              'restart the engine')
 
     @contextlib.contextmanager
     def reading(self):
-        """A connection that reads what is committed and never waits for the writer."""
-        db = None
+        """A connection that reads what is committed and never waits for the writer: one a thread."""
         try:
-            with contextlib.suppress(IndexError):
-                db = self.readers.pop()
-            db = db or self._connect(BUSY, 'query_only = ON')
-            yield db
+            if not hasattr(self.own, 'db'):
+                self.own.db = self._connect(BUSY, 'query_only = ON')
+                self.readers.append(self.own.db)
+            yield self.own.db
         except sqlite3.Error as error:
             raise Unavailable(f'the database could not be read ({error}); try again') from error
-        finally:
-            if db and len(self.readers) < READERS:
-                self.readers.append(db)
-            elif db:
-                db.close()
 
     def backup(self):
         """An open file, gone when it is closed: a consistent copy of the database, made beside the load."""
@@ -760,20 +702,17 @@ class Database:
 
     def _remove_copies(self):
         """What a copy that was cut off has left behind."""
-        folder, name = os.path.split(self.path)
-        for left in os.listdir(folder):
-            if left.startswith(name + COPY):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, left))
+        for left in glob.glob(glob.escape(self.path + COPY) + '*'):
+            with contextlib.suppress(OSError):
+                os.unlink(left)
 
     def close(self):
         """Leave the file in order. Nobody writes any more."""
         for db in filter(None, [self.db, *self.readers]):
             db.close()
-        self.db = None
+        if self.files:
+            self._remove_copies()
         if self.lock_file:
-            if self.opened:
-                self._remove_copies()
             self.lock_file.close()
 
 # -- Store ------------------------------------------------------------------------------------------------------------
@@ -786,24 +725,18 @@ added_values = operator.itemgetter(*ADDED)
 VALUES = f'({", ".join("?" * len(ADDED))})'
 INSERT = {2 ** n: f'INSERT INTO jobs ({", ".join(ADDED)}) VALUES {", ".join([VALUES] * 2 ** n)}'
           for n in range(TOGETHER.bit_length())}        # by the number of rows
-CLAIM = """
-    SELECT * FROM jobs
-    WHERE queue = :queue AND status = 'pending' AND scheduled = 0
-        AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
+READY = "FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0"
+CLAIM = f"""
+    SELECT * {READY} AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
     ORDER BY priority DESC, next_run_at, seq LIMIT :limit"""
 FIND = """
     SELECT seq, id, queue, status, attempt, retries, losses, max_retries, worker_max_retries, timeout, worker_timeout,
-        lease, worker, error, attempts, next_run_at, started_at, scheduled, after_any, waits_for
-    FROM jobs WHERE {} = ?"""       # all that an outcome needs, nothing that may be large
-BY_ID, BY_SEQ = FIND.format('id'), FIND.format('seq')
+        lease, lease_until, worker, error, attempts, next_run_at, started_at, scheduled, after_any, waits_for
+    FROM jobs WHERE """     # all that an outcome needs, nothing that may be large
+BY_ID, BY_SEQ, QUEUE = FIND + 'id = ?', FIND + 'seq = ?', 'SELECT * FROM queues WHERE queue = ?'
+LOST = FIND + "status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
 TELL = 'UPDATE needs SET state = ? WHERE job = ? AND place = ?'
-DUE = """
-    SELECT seq, queue FROM jobs WHERE status = 'pending' AND scheduled = 1 AND next_run_at <= ?
-    ORDER BY next_run_at LIMIT ?"""
-LOST = "SELECT id FROM jobs WHERE status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
 TICKS = 'SELECT * FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?'
-WAITERS = 'SELECT job, place FROM needs WHERE needed = ? AND state = 0 LIMIT ?'
-QUEUE = 'SELECT * FROM queues WHERE queue = ?'
 LEASE = 'COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace)'      # of a running job
 RENEW = f"""
     UPDATE jobs SET started_at = MIN(started_at, :now), lease_until =
@@ -811,52 +744,32 @@ RENEW = f"""
              ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, {LEASE})) END
     WHERE status = 'running' AND {LEASE} < 2 * :pause"""
 SHIFTS = ("UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by WHERE status = 'running'",
-          """UPDATE jobs SET next_run_at = next_run_at + :by
-             WHERE status = 'pending' AND scheduled = 1 AND attempt > 0""",     # retries
+          "UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND scheduled = 1 AND attempt > 0",
           'UPDATE queues SET full_at = full_at + :by WHERE rate')
 NEXT = """
     SELECT MIN(at) FROM (SELECT MIN(next_run_at) AS at FROM jobs WHERE status = 'pending' AND scheduled = 1
         UNION ALL SELECT MIN(lease_until) FROM jobs WHERE status = 'running'
         UNION ALL SELECT MIN(next_run_at) FROM schedules
-        UNION ALL SELECT MIN(1) FROM ended)"""      # 1: long ago, and true
-PRUNE_JOBS = """
-    DELETE FROM jobs WHERE seq IN (
-        SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
-            SELECT 1 FROM needs JOIN jobs AS waiter ON waiter.seq = needs.job
-            WHERE needs.needed = jobs.seq AND waiter.status IN ('pending', 'running'))
-        ORDER BY finished_at LIMIT ?)"""
-UNUSED = """
-    SELECT queue FROM queues
-    WHERE pending + running + done + failed + cancelled = 0 AND NOT paused AND COALESCE(polled_at, 0) < ?
-        AND max_running IS NULL AND rate IS NULL LIMIT ?"""
-OLDEST = """
-    WITH RECURSIVE levels (priority) AS (   -- each found by the index, from the highest on
-        SELECT MAX(priority) FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0
-        UNION ALL SELECT (SELECT MAX(priority) FROM jobs
-            WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority < levels.priority)
-        FROM levels WHERE priority IS NOT NULL LIMIT 100)
-    SELECT MIN((SELECT MIN(next_run_at) FROM jobs
-        WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = levels.priority)) FROM levels"""
-AHEAD = """
-    SELECT COUNT(*) FROM (
-        SELECT 1 FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority > :priority
-        UNION ALL
-        SELECT 1 FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0 AND priority = :priority
-            AND next_run_at <= :next_run_at AND (next_run_at, seq) < (:next_run_at, :seq) LIMIT 1000)"""
-FILTERS = {
-    'queue':  'queue = :queue',
+        UNION ALL SELECT MIN(1) FROM ended UNION ALL SELECT ?)"""       # 1: long ago
+OLDEST = f"""
+    WITH RECURSIVE levels (priority) AS (SELECT MAX(priority) {READY}   -- each by the index, from the highest on
+        UNION ALL SELECT (SELECT MAX(priority) {READY} AND priority < levels.priority) FROM levels
+        WHERE priority IS NOT NULL LIMIT 100)
+    SELECT MIN((SELECT MIN(next_run_at) {READY} AND priority = levels.priority)) FROM levels"""
+AHEAD = f"""
+    SELECT COUNT(*) FROM (SELECT 1 {READY} AND priority > :priority UNION ALL SELECT 1 {READY} AND priority = :priority
+        AND next_run_at <= :next_run_at AND (next_run_at, seq) < (:next_run_at, :seq) LIMIT 1000)"""
+FILTERS = {     # `after`, `last` and what follows them are the seq of a job
+    'queue': 'queue = :queue', 'tag': 'tag = :tag', 'after': 'seq < :after', 'last': 'seq > :last',
     'status': '+status = :status',      # the plus: in the order of seq, not by the index on finished_at
-    'tag':    'tag = :tag',
-    'after':  'seq < :after',           # the seq of a job, as are the next three
-    'last':   'seq > :last',
     'needed_by': 'job = :needed_by',
-    'beyond': 'place > (SELECT place FROM needs WHERE job = :needed_by AND needed = :beyond)',
-}
+    'beyond': 'place > (SELECT place FROM needs WHERE job = :needed_by AND needed = :beyond)'}
 FOR_JOBS = ('queue', 'payload', 'timeout', 'max_retries', 'tag', 'priority', 'key')     # what a schedule gives its jobs
 DEFINED = ('name', *FOR_JOBS, 'cron', 'every', 'zone')                                  # what makes it another one
 SCHEDULED = list(columns_of('schedules'))
 WAITS = 2       # a job's `scheduled` while it waits for others
-STATES = {'done': 1, 'failed': 2, 'cancelled': 2}       # of what a job waits for; 0: not ended
+STATES = {'done': 1, 'failed': 2, 'cancelled': 2, 'purged': 2}      # of what a job waits for; 0: not ended
+ENDS = {'complete': 'done', 'fail': 'failed', 'release': 'released'}        # how an attempt ends by a call
 
 def quoted(text):
     return 'null' if text is None else escape(text)
@@ -888,7 +801,7 @@ def as_json(row, more='', brief=False):
 def as_schedule(row, **more):
     """A schedule as clients see it, as JSON text; its payload is JSON text already."""
     fields = {field: row[field] for field in SCHEDULED if field != 'payload'}
-    fields.update({field: fields[field] and as_seconds(fields[field]) for field in ('every', 'timeout')})
+    fields.update({field: as_seconds(fields[field]) for field in ('every', 'timeout')})
     fields.update({field: rfc3339(fields[field]) for field in ('next_run_at', 'last_run_at')})
     return f'{encode({**fields, **more})[:-1]},"payload":{row["payload"] or "null"}}}'
 
@@ -916,28 +829,10 @@ def max_retries_of(row):
     own = row['max_retries']
     return own if own is not None else row['worker_max_retries'] or 0
 
-def existing(row, otherwise, name):
+def existing(row, otherwise, name, kind=NotFound):
     if row is None:
-        raise NotFound(f'{otherwise} {shown(name)}')
+        raise kind(f'{otherwise} {shown(name)}')
     return row
-
-def permitted(call, job, ask):
-    """The job, which is in a state that `call` starts from, and whose claim is the one that `ask` names, if any."""
-    if job['status'] not in SOURCES[call]:
-        raise Stale(f'id: the job is {job["status"]}, so {call} is not possible')
-    if ask.get('attempt', job['attempt']) != job['attempt']:
-        raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
-    return job
-
-def replayed(job, ask, outcome):
-    """Has the attempt that `ask` names, the last one, ended like that? Then the answer was lost, and it comes again."""
-    past = json.loads(job['attempts'] or '[]') if ask.get('attempt') == job['attempt'] else ()
-    return any(attempt['attempt'] == job['attempt'] and attempt['outcome'] == outcome for attempt in past)
-
-def as_told(job):
-    """What the answer to an outcome says of a job."""
-    due = rfc3339(job['next_run_at'])
-    return {'id': job['id'], 'status': job['status'], 'retries': job['retries'], 'next_run_at': due}
 
 def history(row, outcome, finished_at, error=None):
     """The last attempts of a job as JSON: those that were recorded when they ended, and the one with this outcome."""
@@ -947,7 +842,6 @@ def history(row, outcome, finished_at, error=None):
     return encode((json.loads(row['attempts'] or '[]') + [attempt])[-MAX_ATTEMPTS:])
 
 def where(ask):
-    """The WHERE clause for the fields that are there."""
     found = [clause for field, clause in FILTERS.items() if field in ask]
     return 'WHERE ' + ' AND '.join(found) if found else ''
 
@@ -958,9 +852,6 @@ def changing(columns, of_queue=False):
     return f'UPDATE jobs SET {changes} WHERE seq = :seq' if not of_queue else (
         f'INSERT INTO queues (queue, {", ".join(columns)}) VALUES (:queue, :{", :".join(columns)}) '
         f'ON CONFLICT (queue) DO UPDATE SET {changes}')
-
-START = changing(('status', 'attempt', 'worker', 'lease', 'lease_until', 'worker_timeout', 'worker_max_retries',
-                  'started_at', 'updated_at'))
 
 # The random part of this process's ids: of their third group, and of the last two, where the variant is on top.
 SERIES, SERIAL = random.getrandbits(12), itertools.count(8 << 60 | random.getrandbits(61))
@@ -973,10 +864,6 @@ def new_id(now):
 def size_of(row):
     """Characters of a job that may be many."""
     return sum(len(row[field] or '') for field in ('payload', 'result', 'error', 'progress', 'after')) + 500
-
-def limits_of(row):
-    """The limits of a queue as clients see them."""
-    return {'max_running': row['max_running'], 'rate': row['rate'], 'per': row['per'] and as_seconds(row['per'])}
 
 def full_at(queue, now):
     """When the bucket is full again. Each claim puts that off by per / rate (the generic cell rate algorithm, GCRA)."""
@@ -1001,24 +888,25 @@ class Meter:
     """Counts since the start: totals, histograms, the last hour by the minute. Written after each commit."""
 
     def __init__(self):
-        self.lock = threading.Lock()                    # guards all of it
-        self.totals = collections.Counter()             # (event, queue) -> n
-        self.seconds = {}                               # (event, queue) -> [n per bucket ..., beyond, sum]
-        self.groups = [0] * (len(GROUPS) + 2)           # the same of operations in a commit
-        self.minutes = collections.deque(maxlen=60)     # (minute, {(event, queue): n})
-        self.requests = collections.Counter()           # (route, status) -> n
+        self.lock = threading.Lock()                        # guards all of it
+        self.totals = collections.Counter()                 # (event, queue) -> n
+        self.seconds = {}                                   # (event, queue) -> [n per bucket ..., beyond, sum]
+        self.groups = [0] * (len(GROUPS) + 2)               # the same of operations in a commit
+        self.minutes = collections.defaultdict(collections.Counter)     # minute -> (event, queue) -> n
+        self.requests = collections.Counter()               # (route, status) -> n
 
     def record(self, now, noted, group):
         with self.lock:
             observe(self.groups, GROUPS, group)
-            if noted and (not self.minutes or self.minutes[-1][0] != now // 60000000):
-                self.minutes.append((now // 60000000, collections.Counter()))
+            minute = self.minutes[now // 60000000]
             for event, queue, took in noted:
                 self.totals[event, queue] += 1
-                self.minutes[-1][1][event, queue] += 1
+                minute[event, queue] += 1
                 if took is not None:
                     histogram = self.seconds.setdefault((event, queue), [0] * (len(BUCKETS) + 2))
                     observe(histogram, BUCKETS, max(0, took) / 1000000)
+            if len(self.minutes) > 60:
+                del self.minutes[min(self.minutes)]
 
     def request(self, route, status):
         with self.lock:
@@ -1034,8 +922,7 @@ class Meter:
     def last_hour(self, now, queue):
         """Per event 60 counts, the last one of the current minute."""
         with self.lock:
-            minutes = dict(self.minutes)
-            hour = [minutes.get(now // 60000000 - ago, {}) for ago in range(59, -1, -1)]
+            hour = [self.minutes.get(now // 60000000 - ago, {}) for ago in range(59, -1, -1)]
             return {name: [sum(minute.get((event, queue), 0) for event in events) for minute in hour]
                     for name, *events in (('enqueued',) * 2, ('done', 'completed'), ('failed', 'failed', 'lost'))}
 
@@ -1056,21 +943,17 @@ class Store:
             queues = db.execute('SELECT * FROM queues').fetchall()
         self.polled = {row['queue']: row['polled_at'] for row in queues if row['polled_at'] is not None}
         self.limited = {row['queue'] for row in queues if row['max_running'] or row['rate']}    # those that may be
-        self.next_due = 0                                       # engine time at which overdue() has something to do
-        self.next_prune = 0                                     # the same of prune()
-        self.remembered = 0                                     # until then `polled` is in the database
+        self.next_due = self.next_prune = 0                     # when overdue() has something to do, or to prune
         self.hungry = set()                                     # queues with polls for which there was no room
         self.begin(None)
 
     def begin(self, db, room=MAX_ANSWER):
-        """A transaction begins."""
-        self.db, self.now = db, self.clock.now()                # its connection, engine time,
+        self.db, self.now = db, self.clock.now()                # of a transaction: its connection, engine time,
         self.room = room                                        # characters of jobs that polls may claim,
         self.noted, self.said = [], []                          # what the meter and the log get after the commit,
         self.woken = set()                                      # topics whose sleepers may find something now
 
     def committed(self, group):
-        """It is on disk, with so many operations."""
         self.meter.record(self.now, self.noted, group)
         for sentence in self.said:
             log(sentence)
@@ -1088,22 +971,19 @@ class Store:
 
     def enqueue(self, asks):
         """Add the jobs, all or none: (row, created) each, of those that have the `id` or the `key` already if so."""
-        jobs, size = [], 0
         if len(asks) > 1 and sum(len(ask['after']) for ask in asks if 'after' in ask) > MAX_NEEDED:
             raise TooLarge(f'jobs: their `after` names more than {MAX_NEEDED} jobs in all; send fewer at a time')
-        rows = [self._new(ask) for ask in asks]
+        jobs, size, rows = [], 0, [self._new(ask) for ask in asks]
         while rows:
             count = min(TOGETHER, 1 << len(rows).bit_length() - 1)      # a power of two: INSERT has few statements
-            added = self._add(rows[:count])
+            jobs += self._add(rows[:count])
             del rows[:count]
-            jobs += added
-            size += sum(0 if created else size_of(row) for row, created in added)
+            size += sum(0 if created else size_of(row) for row, created in jobs[-count:])
             if size > MAX_UNSENT:
                 raise TooLarge('jobs: those that exist already are too large for one answer; send fewer at a time')
         return jobs
 
     def _new(self, ask):
-        """The row of a job as it is when it is added."""
         now = self.now
         due = ask['run_at'] if 'run_at' in ask else now + ask.get('delay', 0)
         return {**BLANK, **ask, 'id': ask.get('id') or new_id(now), 'created_at': now, 'updated_at': now,
@@ -1121,20 +1001,19 @@ class Store:
         if len(rows) > 1:
             return [self._add([row])[0] for row in rows]
         row, = rows
-        same = self._one('SELECT * FROM jobs WHERE id = ?', row['id']) or self._one("""
-            SELECT * FROM jobs WHERE queue = ? AND key = ? AND status IN ('pending', 'running')""", row['queue'], row['key'])
+        same = self._one('SELECT * FROM jobs WHERE id = ?', row['id']) or self._one(
+            "SELECT * FROM jobs WHERE queue = ? AND key = ? AND status IN ('pending', 'running')",
+            row['queue'], row['key'])
         return [(same, False) if same else (self._add_after(row), True)]
 
     def announced(self, jobs):
         """The JSON texts of jobs that enqueue() gave, with a warning where nobody polls their queue."""
-        texts, warnings = [], {}
+        texts, first = [], jobs[0][0]['queue']
+        names = () if first in self.polled else tuple(self.polled)[-20:]        # to compare takes time: for one queue
         for row, created in jobs:
-            queue, more = row['queue'], ',"created":true' if created else ',"created":false'
-            if created and queue not in self.polled:
-                if queue not in warnings:
-                    near = () if warnings else tuple(self.polled)[-20:]     # a look at names takes time: once
-                    warnings[queue] = quoted(nobody(queue, near))
-                more += ',"warning":' + warnings[queue]
+            more = ',"created":true' if created else ',"created":false'
+            if created and row['queue'] not in self.polled:
+                more += ',"warning":' + quoted(nobody(row['queue'], names if row['queue'] == first else ()))
             texts.append(as_json(row, more))
         return texts
 
@@ -1153,9 +1032,9 @@ class Store:
     def poll(self, ask):
         """Claim jobs: the rows as they are then, no more than may be answered in this pass but one at least."""
         queue, worker = ask['queue'], ask.get('worker')
-        if queue not in self.polled:
+        before, self.polled[queue], span = self.polled.get(queue, 0), self.now, PRUNE * 1000000
+        if before // span != self.now // span:      # on disk that is good enough
             self._set(queue, polled_at=self.now)
-        self.polled[queue] = self.now
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
         self.hungry.discard(queue)
@@ -1170,33 +1049,29 @@ class Store:
         changes = {'status': 'running', 'worker': worker, 'lease': ask.get('lease'), 'started_at': self.now,
                    'updated_at': self.now, 'worker_timeout': ask.get('timeout'),
                    'worker_max_retries': ask.get('max_retries')}
-        rows = self._fitting(self.db.execute(CLAIM, {'queue': queue, 'limit': most}))
-        claims = [self._claim(row, changes) for row in rows]
-        self.db.executemany(START, claims)
+        claims = self._claim(self.db.execute(CLAIM, {'queue': queue, 'limit': most}), changes)
+        self.db.executemany(changing((*changes, 'attempt', 'lease_until')), claims)
         if claims and limits and limits['rate']:
             taken = -(-len(claims) * limits['per'] // limits['rate'])       # rounded up
             self._set(queue, full_at=full_at(limits, self.now) + taken)
         return claims
 
-    def _fitting(self, rows):
-        fitting = []
+    def _claim(self, rows, changes):
+        """The rows as they are once claimed, as many as there is room for."""
+        claims = []
         for row in rows:
             size = size_of(row)
-            if fitting and size > self.room:
+            if claims and size > self.room:
                 break
             self.room -= size
-            fitting.append(dict(zip(COLUMNS, row)))
-        return fitting
-
-    def _claim(self, row, changes):
-        """The row as it is once claimed."""
-        row.update(changes)
-        row['attempt'] += 1
-        last = self.now + timeout_of(row) + GRACE * 1000000
-        row['lease_until'] = min(last, self.now + row['lease']) if row['lease'] else last
-        self._due(row['lease_until'])
-        self.noted.append(('started', row['queue'], self.now - row['next_run_at']))
-        return row
+            claim = dict(zip(COLUMNS, row))
+            claim.update(changes, attempt=row['attempt'] + 1)
+            last = self.now + timeout_of(claim) + micros(GRACE)
+            claim['lease_until'] = min(last, self.now + claim['lease']) if claim['lease'] else last
+            self._due(claim['lease_until'])
+            self.noted.append(('started', claim['queue'], self.now - claim['next_run_at']))
+            claims.append(claim)
+        return claims
 
     def _seen(self, worker, queue, hung=None):
         before = self.workers.pop((worker, queue), (0, 0))
@@ -1213,31 +1088,39 @@ class Store:
         except Refused as error:
             return {'id': error.id if error is ask else ask['id'], 'error': str(error), 'code': error.status}
 
-    def _job(self, ask):
-        return existing(self._one(BY_ID, ask['id']), 'id: there is no job', ask['id'])
-
     def claimed(self, call, ask):
-        """The job `id`, which `call` may change."""
-        return permitted(call, self._job(ask), ask)
+        """The job `id`, and whether `call` may change it: not where it has, and its answer was lost. Else Stale."""
+        job = existing(self._one(BY_ID, ask['id']), 'id: there is no job', ask['id'])
+        current, status = ask.get('attempt', job['attempt']) == job['attempt'], job['status']
+        if current and status in SOURCES[call]:
+            return job, True
+        ended = 'done' if status == 'done' else json.loads(job['attempts'] or '[{}]')[-1].get('outcome')
+        if current and 'attempt' in ask and ENDS.get(call, '') == ended:
+            return job, False
+        if status in SOURCES[call]:
+            raise Stale(f'attempt: {ask["attempt"]} is over, the job is running as attempt {job["attempt"]}')
+        raise Stale(f'id: the job is {status}, so {call} is not possible')
 
     def complete(self, ask):
-        job = self._job(ask)
-        if job['status'] != 'done' or ask.get('attempt') != job['attempt']:     # else a replay: the answer was lost
-            self._move(permitted('complete', job, ask), 'done', 'completed', result=ask.get('result'), error=None)
+        job, new = self.claimed('complete', ask)
+        if new:
+            self._move(job, 'done', 'completed', result=ask.get('result'), error=None)
         return {'id': job['id'], 'status': 'done'}
 
-    def fail(self, ask):
-        job = self._job(ask)
-        if replayed(job, ask, 'failed'):
-            return as_told(job)
-        permitted('fail', job, ask)
-        again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
-        return self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
+    def release(self, ask):
+        job, new = self.claimed('release', ask)
+        if new:
+            self._move(job, 'pending', 'released')
+        return {'id': job['id'], 'status': 'pending'}
 
-    def _lose(self, ask):
-        job = self.claimed('lose', ask)
-        again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
-        return self._give_back(job, 'lost', again, 'worker lost', losses=job['losses'] + 1)
+    def fail(self, ask):
+        job, new = self.claimed('fail', ask)
+        if new:
+            again = ask.get('retry', True) and job['retries'] < max_retries_of(job)
+            self._give_back(job, 'failed', again, ask.get('error'), ask.get('delay'))
+            job = self._one(BY_ID, ask['id'])
+        due = rfc3339(job['next_run_at'])
+        return {'id': job['id'], 'status': job['status'], 'retries': job['retries'], 'next_run_at': due}
 
     def _give_back(self, job, outcome, again, error, delay=None, **changes):
         """The attempt did not work out: pending again after the backoff, or failed."""
@@ -1245,23 +1128,14 @@ class Store:
             retries = job['retries'] + 1
             due = self.now + (micros(BACKOFF * retries ** 2) if delay is None else delay)
             changes.update(retries=retries, next_run_at=due)
-        status = 'pending' if again else 'failed'
-        self._move(job, status, outcome, error=error, **changes)
-        return as_told({**dict(job), **changes, 'status': status})
-
-    def release(self, ask):
-        job = self._job(ask)
-        if not replayed(job, ask, 'released'):
-            self._move(permitted('release', job, ask), 'pending', 'released')
-        return {'id': ask['id'], 'status': 'pending'}
+        self._move(job, 'pending' if again else 'failed', outcome, error=error, **changes)
 
     def heartbeat(self, ask):
-        job = self.claimed('heartbeat', ask)
-        self.db.execute("""
-            UPDATE jobs SET lease_until = MAX(lease_until, MIN(:now + COALESCE(lease, 0), :last)), updated_at = :now,
-                progress = COALESCE(:progress, progress)
-            WHERE seq = :seq""", {'now': self.now, 'last': job['started_at'] + timeout_of(job) + micros(GRACE),
-                                  'progress': ask.get('progress'), 'seq': job['seq']})
+        job, _ = self.claimed('heartbeat', ask)
+        last = job['started_at'] + timeout_of(job) + micros(GRACE)
+        until = max(job['lease_until'], min(self.now + (job['lease'] or 0), last))
+        changes = {'progress': ask['progress']} if 'progress' in ask else {}
+        self._change(job['seq'], **changes, lease_until=until, updated_at=self.now)
         if job['worker']:
             self._seen(job['worker'], job['queue'])
         return {'id': job['id'], 'status': 'running'}
@@ -1287,79 +1161,65 @@ class Store:
 
     def _add_after(self, row):
         """The row of a job that waits for others, once it is added."""
-        needed = []
-        for id in row['after']:
-            needed.append(self._one(BY_ID, id))
-            if not needed[-1]:
-                raise BadRequest(f'after: there is no job {shown(id)}')
+        needed = [existing(self._one(BY_ID, id), 'after: there is no job', id, BadRequest) for id in row['after']]
         states = [STATES.get(job['status'], 0) for job in needed]
-        waits_for, any_end = states.count(0), bool(row['after_any'])
-        row['scheduled'] = WAITS if waits_for else row['scheduled']
-        seq = self.db.execute(INSERT[1], added_values(row)).lastrowid
-        self._change(seq, after=encode(row['after']), after_any=any_end, waits_for=waits_for)
+        seq = self.db.execute(INSERT[1], added_values({**row, 'scheduled': WAITS})).lastrowid
+        self._change(seq, after=encode(row['after']), after_any=bool(row['after_any']))
         self.db.executemany('INSERT INTO needs (job, place, needed, state) VALUES (?, ?, ?, ?)', [
             (seq, place, job['seq'], state) for place, (job, state) in enumerate(zip(needed, states))])
-        self.noted.append(('enqueued', row['queue'], None))
-        if 2 in states and not any_end:
-            bad = needed[states.index(2)]
-            self._give_up(self._one(BY_SEQ, seq), bad['id'], bad['status'])
-        elif not waits_for:
-            self._pending(row['queue'], row['next_run_at'])
+        job = self._one(BY_SEQ, seq)
+        self._move(job, 'pending', 'enqueued', waits_for=states.count(0))
+        if 2 in states and not job['after_any']:
+            self._give_up(job, needed[states.index(2)])
         return self._one('SELECT * FROM jobs WHERE seq = ?', seq)
 
-    def _give_up(self, job, id, outcome):
-        self._move(job, 'cancelled', 'cancelled', error=f'it waits for the job {shown(id)}, which is {outcome}')
+    def _give_up(self, job, needed):
+        error = f'it waits for the job {shown(needed["id"])}, which is {needed["status"]}'
+        self._move(job, 'cancelled', 'cancelled', error=error)
 
     def _told(self, job, outcome):
         """The job has ended, or is purged: whoever waits for it finds out, jobs by overdue() in this transaction."""
         self.woken.add(('job', job['id']))
-        if self._one(WAITERS, job['seq'], 1):
+        if self._one('SELECT 1 FROM needs WHERE needed = ? AND state = 0 LIMIT 1', job['seq']):
             self.db.execute('INSERT OR IGNORE INTO ended VALUES (?, ?, ?)', (job['seq'], job['id'], outcome))
             self._due(self.now)
 
     def _settle(self):
         """A step of telling the jobs that wait for those that have ended."""
-        left = STEP
-        while left:
-            end = self._one('SELECT * FROM ended LIMIT 1')
+        for _ in range(STEP):
+            end = self._one('SELECT ended.job AS seq, id, outcome AS status, needs.job AS waiter, place FROM ended '
+                            'LEFT JOIN needs ON needed = ended.job AND state = 0 LIMIT 1')
             if not end:
                 break
-            waiters = self.db.execute(WAITERS, (end['job'], left)).fetchall()
-            for seq, place in waiters:
-                self._count_down(seq, place, end)
-            left -= len(waiters)
-            if left:
-                self.db.execute('DELETE FROM ended WHERE job = ?', (end['job'],))
+            if end['waiter']:
+                self._count_down(end)
+            else:
+                self.db.execute('DELETE FROM ended WHERE job = ?', (end['seq'],))
 
-    def _count_down(self, seq, place, end):
-        """One job less for it to wait for."""
-        self.db.execute(TELL, (STATES.get(end['outcome'], 2), seq, place))
-        job = self._one(BY_SEQ, seq)
+    def _count_down(self, end):
+        """A job has one job less to wait for."""
+        self.db.execute(TELL, (STATES[end['status']], end['waiter'], end['place']))
+        job = self._one(BY_SEQ, end['waiter'])
         if job['scheduled'] != WAITS:       # it was cancelled meanwhile
             return
-        if end['outcome'] != 'done' and not job['after_any']:
-            return self._give_up(job, end['id'], end['outcome'])
-        left, due = job['waits_for'] - 1, job['next_run_at']
-        if not left:
-            due = max(due, self.now)
-            self._pending(job['queue'], due)
-        self._change(seq, waits_for=left, scheduled=WAITS if left else due > self.now, next_run_at=due,
-                     updated_at=self.now)
+        if end['status'] != 'done' and not job['after_any']:
+            return self._give_up(job, end)
+        due = max(self.now, job['next_run_at'])
+        self._move(job, 'pending', 'told', waits_for=job['waits_for'] - 1, next_run_at=due)
 
     def _wait_anew(self, job):
         """How many jobs this one, which is retried, has to wait for; Stale where it would wait in vain."""
-        states = []
-        for need in self.db.execute('SELECT place, state, id, status FROM needs LEFT JOIN jobs ON seq = needed '
-                                    'WHERE job = ?', (job['seq'],)):
-            state = STATES.get(need['status'], 0) if need['status'] else need['state'] or 2
-            if state == 2 and not job['after_any']:
-                name = shown(need['id']) if need['id'] else 'one'
-                raise Stale(f'id: it waits for the job {name}, which is {need["status"] or "purged"}')
-            states.append((state, job['seq'], need['place']))
-        self.db.executemany(TELL, states)
-        return sum(not state for state, _, _ in states)
+        needs = self.db.execute('SELECT needs.*, id, status FROM needs LEFT JOIN jobs ON seq = needed WHERE job = ? '
+                                'ORDER BY place', (job['seq'],)).fetchall()
+        states = [STATES.get(need['status'], 0) if need['id'] else need['state'] or STATES['purged'] for need in needs]
+        if 2 in states and not job['after_any']:
+            bad = needs[states.index(2)]
+            name = shown(bad['id']) if bad['id'] else 'that is gone'
+            raise Stale(f'id: it waits for the job {name}, which is {bad["status"] or "purged"}')
+        self.db.executemany(TELL, [(state, need['job'], need['place']) for state, need in zip(states, needs)])
+        return states.count(0)
 
-    # limits of queues
+    # calls: operators
 
     def limit(self, ask):
         """Set or lift limits of a queue: what they are then."""
@@ -1370,7 +1230,7 @@ class Store:
         self._set(ask['queue'], **{limit: row[limit] for limit in LIFTED})
         self.limited.add(ask['queue'])
         self.woken.add(('queue', ask['queue']))
-        return {'queue': ask['queue'], **limits_of(row)}
+        return {**{field: row[field] for field in ('queue', *LIFTED)}, 'per': as_seconds(row['per'])}
 
     def _allowed(self, row):
         """How many jobs of the queue may be claimed now; a poll that gets none is woken when its rate allows one."""
@@ -1382,8 +1242,6 @@ class Store:
                 self.hungry.add(row['queue'])
                 self._due(next_token(row, self.now))
         return most
-
-    # schedules
 
     def schedule(self, wanted):
         """Make or change a schedule: (row, created)."""
@@ -1400,7 +1258,6 @@ class Store:
         return {'count': self.db.execute('DELETE FROM schedules WHERE name = ?', (ask['name'],)).rowcount}
 
     def schedules(self, limit=None, after=''):
-        """A page of them by name."""
         with self.database.reading() as db:
             rows = db.execute('SELECT * FROM schedules WHERE name > ? ORDER BY name LIMIT ?', (after, limit or -1))
             return as_page('schedules', 'name', rows, as_schedule, limit)
@@ -1416,11 +1273,9 @@ class Store:
         ask['id'] = f'{row["name"]}@{rfc3339(at)[:19]}Z'
         (job, created), = self.enqueue([ask])
         skipped = not created and job['id'] != ask['id']
-        self.db.execute("""
-            UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, skipped = skipped + ? WHERE name = ?
-            """, (upcoming, at, row['last_id'] if skipped else ask['id'], skipped, row['name']))
-
-    # calls: operators
+        self.db.execute(
+            'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, skipped = skipped + ? WHERE name = ?',
+            (upcoming, at, row['last_id'] if skipped else ask['id'], skipped, row['name']))
 
     def steps(self, ask):
         """The ids that a large change is about, some at a time, found by a reader so that the writer is not held up."""
@@ -1453,10 +1308,8 @@ class Store:
             self._move(job, 'pending', 'retried', retries=0, losses=0, next_run_at=self.now, waits_for=waits_for)
         except sqlite3.IntegrityError:
             raise Stale('key: another job with the same key is pending or running in the queue') from None
-        self.db.execute("""
-            UPDATE jobs SET waits_for = waits_for + 1
-            WHERE scheduled = 2 AND seq IN (SELECT job FROM needs WHERE needed = ? AND state <> 0)
-            """, (job['seq'],))         # whoever waits for it waits on
+        self.db.execute('UPDATE jobs SET waits_for = waits_for + 1 WHERE scheduled = 2 AND seq IN '     # they wait on
+                        '(SELECT job FROM needs WHERE needed = ? AND state <> 0)', (job['seq'],))
         self.db.execute('UPDATE needs SET state = 0 WHERE needed = ?', (job['seq'],))
         self.db.execute('DELETE FROM ended WHERE job = ?', (job['seq'],))
 
@@ -1493,7 +1346,6 @@ class Store:
         return job is None or job['status'] in ENDED
 
     def newest(self, tag):
-        """The JSON text of the newest job with the tag."""
         with self.database.reading() as db:
             row = db.execute('SELECT * FROM jobs WHERE tag = ? ORDER BY seq DESC LIMIT 1', (tag,)).fetchone()
         return as_json(existing(row, 'tag: there is no job tagged', tag))
@@ -1504,16 +1356,14 @@ class Store:
         with self.database.reading() as db:
             for field in {'after', 'needed_by'} & ask.keys():
                 job = db.execute(BY_ID, (ask[field],)).fetchone()
-                if not job:
-                    raise BadRequest(f'{field}: there is no job {shown(ask[field])}')
-                ask[field] = job['seq']
+                ask[field] = existing(job, f'{field}: there is no job', ask[field], BadRequest)['seq']
             if {'after', 'needed_by'} <= ask.keys():
                 ask['beyond'] = ask.pop('after')
             matching = f'SELECT SUM({ask.get("status", 1)}) FROM queues WHERE queue = COALESCE(?, queue)'
             if not db.execute(matching, (ask.get('queue'),)).fetchone()[0]:
                 limit = 0           # else nothing but a look at every job would tell
-            rows = db.execute(f'SELECT {BRIEF if brief else "*"} FROM {source} {where(ask)} '
-                              f'ORDER BY {order} LIMIT :limit', {**ask, 'limit': limit})
+            rows = db.execute(f'SELECT {BRIEF if brief else "*"} FROM {source} {where(ask)} ORDER BY {order} '
+                              'LIMIT :limit', {**ask, 'limit': limit})
             return as_page('jobs', 'id', rows, functools.partial(as_json, brief=brief), limit)
 
     def health(self):
@@ -1535,9 +1385,9 @@ class Store:
         for row, due in zip(rows, oldest):
             queue = row['queue']
             del row['full_at']
-            row.update(limits_of(row), paused=bool(row['paused']), polled_at=rfc3339(self.polled.get(queue)),
-                       oldest_age=None if due is None else max(0, now - due) / 1000000,
-                       workers=names[queue], minutes=self.meter.last_hour(now, queue))
+            row.update(per=as_seconds(row['per']), paused=bool(row['paused']), workers=names[queue],
+                       polled_at=rfc3339(self.polled.get(queue)), minutes=self.meter.last_hour(now, queue),
+                       oldest_age=None if due is None else max(0, now - due) / 1000000)
         after = rows[-1]['queue'] if len(rows) == limit and not busy else None
         return {'queues': rows, 'after': after, 'now': rfc3339(now), 'workers': [
             {'worker': worker, 'queue': queue, 'seen_at': rfc3339(at), 'hung': hung,
@@ -1549,8 +1399,8 @@ class Store:
         with self.database.reading() as db:
             rows = [dict(row) for row in db.execute('SELECT * FROM queues ORDER BY queue LIMIT ?', (MAX_LIMIT,))]
             if len(rows) == MAX_LIMIT:
-                rows.append(dict(db.execute(f"SELECT '(others)' AS queue, {totals}, NULL AS max_running, NULL AS rate "
-                                            'FROM queues WHERE queue > ?', (rows[-1]['queue'],)).fetchone()))
+                rows += map(dict, db.execute(f"SELECT '(others)' AS queue, {totals}, NULL AS max_running, NULL AS rate "
+                                             'FROM queues WHERE queue > ?', (rows[-1]['queue'],)))
             for row in rows:
                 row['oldest'] = db.execute(OLDEST, row).fetchone()[0]
             return rows, db.execute('SELECT * FROM schedules ORDER BY name LIMIT ?', (MAX_LIMIT,)).fetchall()
@@ -1563,8 +1413,9 @@ class Store:
                     f'last sign of life {seen}, lost if there is none by {lost}')
         if row['status'] in ENDED:
             return None
-        queue, ahead = (db.execute(*ask).fetchone() for ask in ((QUEUE, (row['queue'],)), (AHEAD, dict(row))))
-        now, polled, ahead = self.clock.now(), self.polled.get(row['queue']), ahead[0]
+        queue = db.execute(QUEUE, (row['queue'],)).fetchone()
+        ahead = db.execute(AHEAD, dict(row)).fetchone()[0]
+        now, polled = self.clock.now(), self.polled.get(row['queue'])
         silent = (now - (polled or 0)) // 60000000
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
         needed = [shown(id) for id, in db.execute('SELECT id FROM needs JOIN jobs ON seq = needed WHERE job = ? '
@@ -1603,40 +1454,45 @@ class Store:
         self.said.append(f'the system clock went ahead by {ahead:.0f} s')
 
     def overdue(self):
-        """A step of what is due: ticks, scheduled jobs, jobs of lost workers, jobs that wait for others."""
+        """A step of what is due: ticks, scheduled jobs, jobs of lost workers, jobs that wait for others; retention."""
         if self.next_due > self.now:
             return
         step = self.now, STEP
         for row in self.db.execute(TICKS, step).fetchall():
             self._tick(row)
-        due = self.db.execute(DUE, step).fetchall()
-        self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(row['seq'],) for row in due])
-        self.woken.update(('queue', queue) for queue in self.hungry.union(row['queue'] for row in due))
-        for id, in self.db.execute(LOST, step).fetchall():
-            self._lose({'id': id})
-            self.said.append(f'job {shown(id)}: worker lost')
+        due = self.db.execute("""
+            SELECT seq, queue FROM jobs WHERE status = 'pending' AND scheduled = 1 AND next_run_at <= ?
+            ORDER BY next_run_at LIMIT ?""", step).fetchall()
+        self.db.executemany('UPDATE jobs SET scheduled = 0 WHERE seq = ?', [(seq,) for seq, _ in due])
+        self.woken.update(('queue', queue) for queue in self.hungry.union(queue for _, queue in due))
+        for job in self.db.execute(LOST, step).fetchall():
+            again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
+            self._give_back(job, 'lost', again, 'worker lost', losses=job['losses'] + 1)
+            self.said.append(f'job {shown(job["id"])}: worker lost')
         self._settle()
-        self.next_due = self._one(NEXT)[0] or self.now + micros(86400)
+        if self.next_prune <= self.now:
+            self._prune()
+        self.next_due = self._one(NEXT, self.next_prune)[0]
 
-    def prune(self):
-        """A step of retention; of forgetting queues that nobody uses; and of remembering which were polled."""
-        counts = [self.db.execute(PRUNE_JOBS, (status, self.now - keep, STEP)).rowcount
-                  for status, keep in self.keep.items() if keep]
-        for queue, at in self.polled.items():
-            if at > self.remembered:
-                self._set(queue, polled_at=at)
-        unused = self.db.execute(UNUSED, (self.now - micros(RECENT), STEP)).fetchall()
+    def _prune(self):
+        """A step of retention, and of forgetting queues that nobody uses."""
+        counts = [self.db.execute("""
+            DELETE FROM jobs WHERE seq IN (
+                SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
+                    SELECT 1 FROM needs JOIN jobs AS waiter ON waiter.seq = needs.job
+                    WHERE needs.needed = jobs.seq AND waiter.status IN ('pending', 'running'))
+                ORDER BY finished_at LIMIT ?)""", (status, self.now - keep, STEP)).rowcount
+            for status, keep in self.keep.items() if keep]
+        unused = self.db.execute("""
+            SELECT queue FROM queues WHERE pending + running + done + failed + cancelled = 0 AND NOT paused
+                AND max_running IS NULL AND rate IS NULL AND COALESCE(polled_at, 0) < ? LIMIT ?
+            """, (self.now - micros(RECENT), STEP)).fetchall()
         for queue, in unused:
             self.db.execute('DELETE FROM queues WHERE queue = ?', (queue,))
             self.polled.pop(queue, None)
             self.meter.forget(queue)
-        self.remembered = self.now
         if STEP not in [*counts, len(unused)]:
             self.next_prune = self.now + micros(PRUNE)
-
-    def behind(self):
-        """Is something due that has not been done?"""
-        return min(self.next_due, self.next_prune) <= self.clock.now()
 
 # -- Loop -------------------------------------------------------------------------------------------------------------
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -1756,7 +1612,7 @@ class Loop:
 
     def _rest(self, now):
         """Seconds until there is something to do."""
-        due = now + (min(self.store.next_due, self.store.next_prune) - self.store.clock.now()) / 1000000
+        due = now + (self.store.next_due - self.store.clock.now()) / 1000000
         ends = [now + TICK, self.look_at, max(self.resting, now if now - self.heard > DEAF else due)]
         ends += [self.retry_at] if self.ready else []
         return 0 if self.posted else max(0, min(ends) - now)
@@ -1821,7 +1677,6 @@ class Loop:
                 self.ticked, ahead = now, clock.follow()
             due = self.ready or self.store.next_due <= clock.now()      # what arrives may bring it about
             own = [Operation(self.store.overdue)] if due else []
-            own += [Operation(self.store.prune)] if self.store.next_prune <= clock.now() else []
         if not (ahead or own or deaf or self.ready):
             return
         ready, self.ready, offset = self.ready, [], clock.offset
@@ -1897,8 +1752,11 @@ class Loop:
         ended = [operation for operation in ready if not busy or now - operation.since >= BUSY]
         self.retry_at = now + RETRY if busy else 0
         self.resting = self.retry_at if self.ready else now + TICK
-        if busy and ended:
-            self.database.in_trouble(error.__cause__)
+        if ended or not busy:
+            cause = error.__cause__ or error
+            if self.database.trouble is None:
+                log(f'storage trouble: {cause}')
+            self.database.trouble = str(cause)
         for operation in ended:
             operation.error = error
         self._tell(ended)
@@ -2252,7 +2110,7 @@ def change(method):
             raise BadRequest(f'id is missing: {call} needs it, or queue with status')
         store = server.store
         if 'id' in ask:
-            return Operation(lambda: method(store, store.claimed(call, ask)), lambda _: {'count': 1})
+            return Operation(lambda: method(store, store.claimed(call, ask)[0]), lambda _: {'count': 1})
         statuses = [ask['status']] if 'status' in ask else SOURCES[call]
         steps = (functools.partial(store.step, method, ids, statuses) for ids in store.steps(ask))
         return {'count': sum(map(server.loop.run, steps))}
@@ -2400,7 +2258,7 @@ class Server(http.server.ThreadingHTTPServer):
     def tick(self):
         """Have all that is due by now done before this returns: for clocks that are moved by hand."""
         self.loop.ticked = 0
-        while self.loop.run(self.store.behind):
+        while self.loop.run(lambda: self.store.next_due <= self.store.clock.now()):
             pass
 
     def server_close(self):

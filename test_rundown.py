@@ -2710,7 +2710,7 @@ def test_an_engine_whose_lock_file_is_gone_acknowledges_nothing(own, q):
     engine.enqueue(q)
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
-    assert "lock file" in engine.get("/health")["storage"]
+    assert "lock file" in engine.get("/health")["storage"] and "storage trouble" in engine.log()
 
 
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
