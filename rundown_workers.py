@@ -88,14 +88,17 @@ import argparse, atexit, collections, contextlib, contextvars, copy, ctypes, dat
 import hashlib, http.client, importlib.util, inspect, io, itertools, json, logging, multiprocessing, os, pathlib, random
 import re, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time, traceback, types, urllib.parse
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Generic, Iterable, Iterator, TypeVar, Union, overload
+from typing import Any, Callable, Dict, Generic, Iterable, Iterator, Optional, TypeVar, Union, overload
 
 __all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON Refused '
            'Retry Timeout Unfinished enqueue enqueue_in enqueue_many forward forwarding inputs job on progress queue '
            'results run schedule stop task testing unschedule wait').split()
-Fields = Dict[str, Any]                     # what the engine tells or is told, by name
-Span = Union[float, datetime.timedelta]     # seconds, or as they are counted elsewhere
-Moment = Union[str, datetime.datetime]      # RFC 3339, or a datetime, which is local time where it has no zone
+Fields = Dict[str, Any]                             # what the engine tells or is told, by name
+Text = Optional[str]                                # None, here and below: not given
+Whole = Optional[int]
+Seconds = Optional[float]
+Span = Union[float, datetime.timedelta, None]       # seconds, or as they are counted elsewhere
+Moment = Union[str, datetime.datetime, None]        # RFC 3339, or a datetime, which is local time where it has no zone
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
 URL = 'http://localhost:8181'   # of the engine, where neither `host` nor RUNDOWN_URL says
@@ -133,53 +136,34 @@ log = logging.getLogger('rundown')
 # -- Errors -----------------------------------------------------------------------------------------------------------
 class Error(Exception):
     """Whatever this module raises."""
+    status = retry_after = 0        # of what an engine answers: its HTTP status, the seconds that it asks for
 
-class EngineUnavailable(Error):
-    """No engine answers under the URL, or it cannot answer now."""
-    retry_after = 0         # seconds that it asks for
-
-class Refused(Error):
-    """The engine says no: `status` is the HTTP status, the text its sentence."""
-    status = 0
-
-class NotJSON(Error):
-    """A value that JSON cannot hold."""
-
-class Misuse(Error, TypeError):
-    """What was asked for makes no sense, whatever the engine says."""
+class EngineUnavailable(Error): """No engine answers under the URL, or it cannot answer now."""
+class Refused(Error): """The engine says no: `status` is the HTTP status, the text its sentence."""
+class NotJSON(Error): """A value that JSON cannot hold."""
+class Misuse(Error, TypeError): """What was asked for makes no sense, whatever the engine says."""
+class Unfinished(Error, TimeoutError): """The job did not end in the time that wait() had."""
+class Hung(Error): """Too many handlers never came back: the worker has ended, to be started afresh."""
+class Crashed(Error): """An isolated handler failed; the text is its traceback or how its process ended."""
+class Abort(Error): """Raised by a handler: fail the job, and do not try again."""
 
 class Failed(Error):
     """The job whose result was asked for has failed or was cancelled: `job` is it, the text its error."""
     job: Job
 
-class Unfinished(Error, TimeoutError):
-    """The job did not end in the time that wait() had."""
-
-class Hung(Error):
-    """Too many handlers never came back: the worker has ended, to be started afresh."""
-
-class Crashed(Error):
-    """An isolated handler failed; the text is its traceback or how its process ended."""
-
 class Retry(Error):
     """Raised by a handler: fail this attempt, and try again after `delay` seconds (None: the engine's backoff)."""
-    def __init__(self, reason: str = 'the handler asked for a retry', delay: float | None = None) -> None:
+    def __init__(self, reason: str = 'the handler asked for a retry', delay: Seconds = None) -> None:
         super().__init__(reason)
         if delay is not None and not 0 <= delay < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
         self.delay = delay
 
-class Abort(Error):
-    """Raised by a handler: fail the job, and do not try again."""
-
 class Interruption(BaseException):
     """Raised inside a handler from outside. No Exception, so that `except Exception` does not keep a handler alive."""
 
-class Timeout(Interruption):
-    """The handler has had its time; its job has failed."""
-
-class Lost(Interruption):
-    """The job is not this worker's any more: cancelled, given to another, or released."""
+class Timeout(Interruption): """The handler has had its time; its job has failed."""
+class Lost(Interruption): """The job is not this worker's any more: cancelled, given to another, or released."""
 
 # -- Values -----------------------------------------------------------------------------------------------------------
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
@@ -202,28 +186,20 @@ def as_json(value, name, level=0):
         what = value if isinstance(value, float) else f'a {type(value).__name__}'
         raise NotJSON(f'{shorten(name, 200)} is {what}, which JSON cannot hold: {error}') from None
 
-def present(**fields):
-    """The fields that are not None."""
-    return {field: value for field, value in fields.items() if value is not None}
-
-def in_seconds(span):
-    return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+def present(**fields): return {field: value for field, value in fields.items() if value is not None}
+def in_seconds(span): return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+def printable(text): return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
+def backoff(tries): return min(MAX_BACKOFF, BACKOFF * 2 ** min(tries, 10)) * chance.uniform(0.5, 1)
 
 def shorten(text, longest):
     half = longest // 2
     return text if len(text) <= longest else f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
-
-def printable(text):
-    return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
 
 def new_id():
     """A UUID of version 7 (RFC 9562): ordered by time, so that the engine's index grows at its end alone."""
     stamp, noise = time.time_ns() // 1000000, chance.getrandbits(74)
     return (f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{noise >> 62:03x}-{0x8000 | noise >> 48 & 0x3fff:04x}-'
             f'{noise & 0xffffffffffff:012x}')
-
-def backoff(tries):
-    return min(MAX_BACKOFF, BACKOFF * 2 ** min(tries, 10)) * chance.uniform(0.5, 1)
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 # The head of an answer as the engine writes it, or nearly so: only its length bears on where the body ends.
@@ -235,11 +211,7 @@ class Incoming(io.RawIOBase):
     def __init__(self, sock, deadline, data):
         self.sock, self.deadline, self.data = sock, deadline, data
 
-    def makefile(self, mode):
-        return io.BufferedReader(self)
-
-    def readable(self):
-        return True
+    def readable(self): return True
 
     def readinto(self, buffer):
         if not self.data:
@@ -249,18 +221,18 @@ class Incoming(io.RawIOBase):
         buffer[:count], self.data = self.data[:count], self.data[count:]
         return count
 
-def read_answer(sock, deadline, data):
-    """The answer that begins with the data, read to its end. http.client takes ten times as long as what is plain."""
+def read_answer(sock, deadline):
+    """An answer, read to its end. http.client takes ten times as long as what is plain."""
+    sock.settimeout(remaining(deadline))
+    data = sock.recv(65536)
     plain = PLAIN.match(data)
     if plain and len(data) == plain.end() + int(plain[2]):
         return types.SimpleNamespace(status=int(plain[1]), content=data[plain.end():], will_close=False)
-    answer = http.client.HTTPResponse(Incoming(sock, deadline, data))
+    file = io.BufferedReader(Incoming(sock, deadline, data))
+    answer = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
     answer.begin()
-    while answer.status < 200:              # of those before the last it skips 100 alone
-        answer.headers = None
-        answer.begin()
-    if answer.length is None and not answer.chunked and 'content-length' in answer.headers:
-        raise http.client.HTTPException('its length is no number')      # which http.client lets pass
+    if answer.length is None and not answer.chunked and 'content-length' in answer.headers or answer.status < 200:
+        raise http.client.HTTPException('its length is no number, or it is not the last')   # http.client lets both pass
     answer.content = answer.read()
     return answer
 
@@ -320,10 +292,7 @@ class Wire:
             sock.settimeout(remaining(deadline))
             with contextlib.suppress(ConnectionError):      # a refusal that came before all was sent can still be read
                 sock.sendall(request)
-            sock.settimeout(remaining(deadline))
-            data = sock.recv(65536)
-            connection.rested = connection.rested and not data      # else it was not closed while it was idle
-            answer = read_answer(sock, deadline, data)
+            answer = read_answer(sock, deadline)
         except BaseException:
             connection.close()
             raise
@@ -352,12 +321,10 @@ KEEP = object()     # leave it as it is
 
 class Client:
     """An engine's calls, one method each; every method takes the fields of its call, and returns the answer.
-    `host` may name several engines, separated by blanks: the first that answers is used until it does not any more,
-    then the next one, round and round. `timeout` is how long a call is tried again (seconds) while no engine answers or
-    it cannot answer now; then EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads
-    and after a fork."""
-    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = TIMEOUT,
-                 ca: str | None = None) -> None:
+    `host` may name several engines, separated by blanks: each is used until it does not answer any more, then the next.
+    `timeout` is how long a call is tried again (seconds) while none answers or it cannot answer now; then
+    EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads and after a fork."""
+    def __init__(self, host: Text = None, token: Text = None, timeout: float = TIMEOUT, ca: Text = None) -> None:
         self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or URL).split()] or ['']
         self.timeout, self.used = timeout, self.hosts[:1]       # the latter is the engine in use; twins share it
         token, ca = token or os.environ.get('RUNDOWN_TOKEN'), ca or os.environ.get('RUNDOWN_CA')
@@ -373,15 +340,14 @@ class Client:
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         self.wire = Wire(headers, context)
 
+    @property
+    def host(self): return self.used[0]
+
     def twin(self):
         """A client with connections of its own, which goes on to the next engine together with this one."""
         twin = copy.copy(self)
         twin.wire = Wire(self.wire.headers, self.wire.context)
         return twin
-
-    @property
-    def host(self):
-        return self.used[0]
 
     def send(self, path: str, body: Any = None, seconds: float = TIMEOUT) -> Any:
         """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
@@ -398,7 +364,7 @@ class Client:
             raise EngineUnavailable(f'no engine answers at {host}: {reason}') from error
         raise refusal(answer)
 
-    def call(self, path: str, body: Any = None, wait: float = 0, give_up: float | None = None) -> Any:
+    def call(self, path: str, body: Any = None, wait: float = 0, give_up: Seconds = None) -> Any:
         """send(), tried again for `give_up` seconds (None: the client's timeout), and the `wait` that the engine takes.
         The last try gets a second at least, so an engine that is there but silent is noticed that much later."""
         give_up = self.timeout if give_up is None else give_up
@@ -415,10 +381,9 @@ class Client:
                     raise EngineUnavailable(f'{" ".join(self.hosts)} was tried for {give_up:g} s: {error}') from None
             time.sleep(pause)
 
-    def enqueue(self, queue: str, payload: Any = None, timeout: float | None = None, max_retries: int | None = None,
-                tag: str | None = None, delay: Span | None = None, run_at: Moment | None = None,
-                priority: int | None = None, key: str | None = None, id: str | None = None,
-                give_up: float | None = None, after: Iterable[Any] | Any = None, after_any: bool | None = None) -> Job:
+    def enqueue(self, queue: str, payload: Any = None, timeout: Seconds = None, max_retries: Whole = None,
+                tag: Text = None, delay: Span = None, run_at: Moment = None, priority: Whole = None, key: Text = None,
+                id: Text = None, give_up: Seconds = None, after: Any = None, after_any: bool | None = None) -> Job:
         """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before.
         `after` are the jobs, or their ids, that have to be done before it is handed out; one that fails or is cancelled
         cancels it, unless `after_any` is true."""
@@ -427,7 +392,7 @@ class Client:
         return Job(self.call('/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(self, queue: str, payloads: Iterable[Any], ids: Iterable[str] | None = None,
-                     give_up: float | None = None, **options: Any) -> list[Job]:
+                     give_up: Seconds = None, **options: Any) -> list[Job]:
         """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
         `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all."""
         if isinstance(payloads, (str, bytes, dict)):
@@ -442,47 +407,40 @@ class Client:
         bodies = ('{"jobs":[' + ','.join(batch) + ']}' for batch in batches(texts, len))
         return [Job(job, self) for body in bodies for job in self.call('/enqueue', body, give_up=give_up)['jobs']]
 
-    def _post(self, path, **fields):
-        return self.call(path, present(**fields), fields.get('wait') or 0)
+    def _post(self, path, **fields): return self.call(path, present(**fields), fields.get('wait') or 0)
 
-    def poll(self, queue: str, limit: int | None = None, wait: float | None = None, worker: str | None = None,
-             lease: float | None = None, max_retries: int | None = None, timeout: float | None = None,
-             hung: int | None = None) -> Any:
+    def poll(self, queue: str, limit: Whole = None, wait: Seconds = None, worker: Text = None, lease: Seconds = None,
+             max_retries: Whole = None, timeout: Seconds = None, hung: Whole = None) -> Any:
         """Claim a job, or None; with `limit` a list of jobs, or None. `wait`, `lease` and `timeout` are in seconds."""
         return self._post('/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
                           max_retries=max_retries, timeout=timeout, hung=hung)
 
-    def complete(self, id: str, attempt: int | None = None, result: Any = None) -> Fields:
+    def complete(self, id: str, attempt: Whole = None, result: Any = None) -> Fields:
         return self._post('/complete', id=id, attempt=attempt, result=result)
 
-    def fail(self, id: str, attempt: int | None = None, error: str | None = None, retry: bool | None = None,
-             delay: float | None = None) -> Fields:
+    def fail(self, id: str, attempt: Whole = None, error: Text = None, retry: bool | None = None,
+             delay: Seconds = None) -> Fields:
         """Report a failure; with retry False for good, with `delay` (seconds) in place of the engine's backoff."""
         return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
 
-    def heartbeat(self, id: str, attempt: int | None = None, progress: Any = None) -> Fields:
+    def heartbeat(self, id: str, attempt: Whole = None, progress: Any = None) -> Fields:
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
-    def release(self, id: str, attempt: int | None = None) -> Fields:
-        return self._post('/release', id=id, attempt=attempt)
+    def release(self, id: str, attempt: Whole = None) -> Fields: return self._post('/release', id=id, attempt=attempt)
+    def pause(self, queue: str) -> Fields: return self._post('/pause', queue=queue)
+    def resume(self, queue: str) -> Fields: return self._post('/resume', queue=queue)
 
-    def cancel(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> Fields:
+    def cancel(self, id: Text = None, queue: Text = None, status: Text = None) -> Fields:
         """Cancel a job, or all of a queue and status; {"count": n}."""
         return self._post('/cancel', id=id, queue=queue, status=status)
 
-    def retry(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> Fields:
+    def retry(self, id: Text = None, queue: Text = None, status: Text = None) -> Fields:
         """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
         return self._post('/retry', id=id, queue=queue, status=status)
 
-    def purge(self, queue: str | None = None, status: str | None = None) -> Fields:
+    def purge(self, queue: Text = None, status: Text = None) -> Fields:
         """Delete the jobs of a queue and/or status, but for those that run; {"count": n}."""
         return self._post('/purge', queue=queue, status=status)
-
-    def pause(self, queue: str) -> Fields:
-        return self._post('/pause', queue=queue)
-
-    def resume(self, queue: str) -> Fields:
-        return self._post('/resume', queue=queue)
 
     def limit(self, queue: str, max_running: Any = KEEP, rate: Any = KEEP, per: Any = KEEP) -> Fields:
         """Limit how many jobs of a queue run at a time, and its claims: `rate` at once, one each per / rate seconds.
@@ -490,15 +448,13 @@ class Client:
         fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per}
         return self.call('/limit', {name: value for name, value in fields.items() if value is not KEEP})
 
-    def schedule(self, name: str, queue: str, cron: str | None = None, every: Span | None = None,
-                 zone: str | None = None, payload: Any = None, timeout: float | None = None,
-                 max_retries: int | None = None, tag: str | None = None, priority: int | None = None,
-                 key: str | None = None) -> Fields:
+    def schedule(self, name: str, queue: str, cron: Text = None, every: Span = None, zone: Text = None,
+                 payload: Any = None, timeout: Seconds = None, max_retries: Whole = None, tag: Text = None,
+                 priority: Whole = None, key: Text = None) -> Fields:
         """Have a job made at each tick: of `cron`, five fields in a time zone (UTC), or `every` so many seconds.
         Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over."""
-        return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
-                          payload=payload, timeout=timeout, max_retries=max_retries, tag=tag, priority=priority,
-                          key=key)
+        return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone, tag=tag,
+                          payload=payload, timeout=timeout, max_retries=max_retries, priority=priority, key=key)
 
     def unschedule(self, name: str) -> Fields:
         """End a schedule; the jobs that it made stay. {"count": 0 or 1}."""
@@ -507,23 +463,20 @@ class Client:
     def _get(self, path, **fields):
         return self.call(f'{path}?{urllib.parse.urlencode(present(**fields))}', wait=fields.get('wait') or 0)
 
-    def schedules(self, limit: int | None = None, after: str | None = None) -> Fields:
+    def schedules(self, limit: Whole = None, after: Text = None) -> Fields:
         return self._get('/schedules', limit=limit, after=after)
 
-    def jobs(self, queue: str | None = None, status: str | None = None, tag: str | None = None,
-             limit: int | None = None, after: str | None = None, needed_by: str | None = None) -> Fields:
+    def jobs(self, queue: Text = None, status: Text = None, tag: Text = None, limit: Whole = None, after: Text = None,
+             needed_by: Text = None) -> Fields:
         """A page of jobs, newest first; the next one is `after` the id in its `after`, null on the last page.
         `needed_by` an id: what that job waits or waited for, in its order."""
         return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after, needed_by=needed_by)
 
-    def queues(self, limit: int | None = None, after: str | None = None) -> Fields:
+    def queues(self, limit: Whole = None, after: Text = None) -> Fields:
         """Counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
-    def health(self) -> Fields:
-        return self._get('/health')
-
-    def job(self, id: str, wait: float | None = None) -> Fields:
+    def job(self, id: str, wait: Seconds = None) -> Fields:
         """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
@@ -531,11 +484,12 @@ class Client:
         """The newest job with that tag."""
         return self._get('/details/' + quote(tag))
 
-    def wait(self, job: Any, timeout: float | None = None, give_up: float | None = None) -> Job:
+    def health(self) -> Fields: return self._get('/health')
+
+    def wait(self, job: Any, timeout: Seconds = None, give_up: Seconds = None) -> Job:
         """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds.
         Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout."""
-        id = job if isinstance(job, str) else job['id']
-        deadline = float('inf') if timeout is None else time.monotonic() + timeout
+        id, deadline = job if isinstance(job, str) else job['id'], ending_after(timeout)
         while True:
             left = max(0, deadline - time.monotonic())
             span, most = round(min(WAIT, left), 3), min(self.timeout if give_up is None else give_up, left)
@@ -560,12 +514,12 @@ class Job(dict):
         self.update(self.client.job(self['id']))
         return self
 
-    def wait(self, timeout: float | None = None, give_up: float | None = None) -> Job:
+    def wait(self, timeout: Seconds = None, give_up: Seconds = None) -> Job:
         """Bring it up to date once it has ended, and return it; see Client.wait."""
         self.update(self.client.wait(self, timeout, give_up))
         return self
 
-    def result(self, timeout: float | None = None, give_up: float | None = None) -> Any:
+    def result(self, timeout: Seconds = None, give_up: Seconds = None) -> Any:
         """What the handler returned, once it has; Failed with the job's error when it failed or was cancelled."""
         if self.wait(timeout, give_up)['status'] != 'done':
             error = Failed(self['error'] or f'the job was {self["status"]}')
@@ -576,10 +530,12 @@ class Job(dict):
     def __reduce__(self):
         return dict, (dict(self),)      # in another process, and in a copy, it is a plain dict
 
-def results(jobs: Iterable[Job], timeout: float | None = None, give_up: float | None = None) -> list[Any]:
+def ending_after(timeout): return time.monotonic() + (float('inf') if timeout is None else timeout)
+
+def results(jobs: Iterable[Job], timeout: Seconds = None, give_up: Seconds = None) -> list[Any]:
     """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
-    deadline = float('inf') if timeout is None else time.monotonic() + timeout
-    return [job.result(None if timeout is None else max(0, deadline - time.monotonic()), give_up) for job in jobs]
+    deadline = ending_after(timeout)
+    return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 def refusal(answer):
     """The exception for an answer that is no success."""
@@ -588,12 +544,12 @@ def refusal(answer):
     except (ValueError, TypeError, LookupError, RecursionError):
         where = f', which points to {answer.headers["location"]}' if 'location' in answer.headers else ''
         sentence = f'HTTP status {answer.status} {answer.reason}{where}'
-    kind = Refused if is_final(answer.status) else EngineUnavailable
-    error, pause = kind(printable(sentence)), answer.headers.get('retry-after', '')
-    error.status = answer.status
-    if re.fullmatch('[0-9]{1,9}', pause):
-        error.retry_after = min(int(pause), MAX_RETRY_AFTER)
+    error = (Refused if is_final(answer.status) else EngineUnavailable)(printable(sentence))
+    error.status, pause = answer.status, answer.headers.get('retry-after', '')
+    error.retry_after = min(int(pause), MAX_RETRY_AFTER) if re.fullmatch('[0-9]{1,9}', pause) else 0
     return error
+
+def is_final(status): return status < 500 and status != 429     # there is no use in sending it again
 
 def is_claim(job):
     return (isinstance(job, dict) and isinstance(job.get('id'), str) and type(job.get('attempt')) is int
@@ -601,9 +557,6 @@ def is_claim(job):
 
 def is_outcome(item):
     return isinstance(item, dict) and type(item.get('code', 0)) is int and isinstance(item.get('error', ''), str)
-
-def is_final(status):
-    return status < 500 and status != 429       # there is no use in sending it again
 
 def job_text(payload, id=None, run_at=None, delay=None, after=None, **fields):
     """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
@@ -628,7 +581,6 @@ def batches(items, size):
         yield batch
 
 # -- Running a handler ------------------------------------------------------------------------------------------------
-TASK_FIELDS = 'task', 'args', 'kwargs'
 current = contextvars.ContextVar('rundown_task', default=None)      # what the handler of this context works at
 
 def job() -> Fields:
@@ -650,8 +602,6 @@ def inputs() -> list[Any]:
 
 class Outcome:
     """How a run ended: the call that reports it, its fields, each as JSON text, and what hooks get to see."""
-    __slots__ = ('call', 'fields', 'value')
-
     def __init__(self, call, value=None, **fields):
         self.call, self.value, self.fields = call, value, fields
 
@@ -659,64 +609,64 @@ def failed(error, text=None, retry=True, delay=None):
     text = shorten(text or trace(error), MAX_ERROR)
     return Outcome('fail', error, error=encode(text), retry=encode(retry), delay=encode(delay))
 
-class Policy(collections.namedtuple('Policy', 'backoff retry_on abort_on', defaults=((), (), ()))):
+class Policy:
     """After which failures, and after how many seconds, a job is tried again."""
+    def __init__(self, backoff=None, retry_on=None, abort_on=None):
+        self.backoff, self.retry_on, self.abort_on = listed(backoff), listed(retry_on), listed(abort_on)
+        for name, given in (('retry_on', self.retry_on), ('abort_on', self.abort_on)):
+            if not all(isinstance(one, type) and issubclass(one, BaseException) for one in given):
+                raise Misuse(f'{name} must be a class of exceptions or a tuple of them, not {given!r}')
+        for step in self.backoff:
+            if not callable(step):
+                check('backoff', step, 0, NUMBER)
+
     def verdict(self, error, retries):
         """The fields `retry` and `delay` of the failure. retry_on is about what the handler raised by itself."""
         own = not isinstance(error, (Retry, Timeout, Crashed))
         if isinstance(error, (Abort, *self.abort_on)) or self.retry_on and own and not isinstance(error, self.retry_on):
             return {'retry': False}
-        asked = getattr(error, 'delay', None) if isinstance(error, Retry) else None
+        asked = error.delay if isinstance(error, Retry) else None
         return {'delay': self.delay(retries + 1) if asked is None else asked}
 
     def delay(self, number):
         """Seconds until the retry of that number (1, 2 ...); None leaves it to the engine."""
-        if not self.backoff:
-            return None
+        step = self.backoff[min(number, len(self.backoff)) - 1] if self.backoff else None
+        if not callable(step):
+            return step
         try:
-            steps = self.backoff
-            delay = steps(number) if callable(steps) else steps[min(number, len(steps)) - 1]
-            if 0 <= delay < float('inf'):
-                return delay
-            raise ValueError(f'it gave {delay!r}, not a number of seconds')
+            delay = step(number)
+            check('backoff', delay, 0, NUMBER)
+            return delay
         except Exception as error:
             return note(logging.ERROR, 'backoff of retry %d failed: %s', number, summary(error))
 
-def policy(backoff, retry_on, abort_on):
-    """A Policy as the decorators are given it."""
-    def listed(given):
-        return tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
-    for name, given in (('retry_on', retry_on), ('abort_on', abort_on)):
-        if not all(isinstance(one, type) and issubclass(one, BaseException) for one in listed(given)):
-            raise Misuse(f'{name} must be a class of exceptions or a tuple of them, not {given!r}')
-    for delay in () if callable(backoff) else listed(backoff):
-        check('backoff', delay, 0, (int, float))
-    return Policy(backoff if callable(backoff) else listed(backoff), listed(retry_on), listed(abort_on))
+def listed(given): return tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
+policy = Policy     # for App, until it calls it by its name
 
 class Handler:
     """What works a queue's payloads: its one function, which has no name, or the task that the payload names."""
     def __init__(self, functions):
         self.functions = {name: as_handler(function) for name, function in functions.items()}
-        self.policies = {name: getattr(function, 'policy', Policy()) for name, function in functions.items()}
 
     def find(self, payload):
         """The function for the payload, and its arguments."""
         if None in self.functions:
             return self.functions[None], [payload], {}
-        name, args, kwargs = (payload.get(field) if isinstance(payload, dict) else None for field in TASK_FIELDS)
-        if not isinstance(name, str) or not isinstance(args or [], list) or not isinstance(kwargs or {}, dict):
+        call = payload if isinstance(payload, dict) else {}
+        name, args, kwargs = call.get('task'), call.get('args') or [], call.get('kwargs') or {}
+        if not isinstance(name, str) or not isinstance(args, list) or not isinstance(kwargs, dict):
             raise Abort('the payload of a task must be {"task": "its name", "args": [...], "kwargs": {...}}')
         if name in self.functions:
-            return self.functions[name], args or [], kwargs or {}
+            return self.functions[name], args, kwargs
         near = difflib.get_close_matches(name, self.functions) or sorted(self.functions)[:10]
         raise Abort(f'no worker here knows the task {name}; near it are {", ".join(near)}')
 
     def verdict(self, error, job):
         """What the policy says of a failure of the job, which the handler may have changed."""
         payload, retries = job.get('payload'), job.get('retries')
-        name = payload.get('task') if None not in self.policies and isinstance(payload, dict) else None
-        found = self.policies.get(name if isinstance(name, str) else None, Policy())
-        return found.verdict(error, retries if type(retries) is int else 0)
+        name = payload.get('task') if None not in self.functions and isinstance(payload, dict) else None
+        rule = getattr(self.functions.get(name if isinstance(name, str) else None), 'policy', Policy())
+        return rule.verdict(error, retries if type(retries) is int else 0)
 
 def perform(handler, job):
     """One run of a handler, as its outcome. It knows no network, and raises nothing, whatever the handler does."""
@@ -759,13 +709,10 @@ def as_handler(function):
         task.cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, running.cancel)
         return await function(*args, **kwargs)
 
-    return lambda *args, **kwargs: asyncio.run(main(*args, **kwargs))
+    return functools.wraps(function)(lambda *args, **kwargs: asyncio.run(main(*args, **kwargs)))
 
 class Task:
     """A claimed job on its way through the worker. Who settles it first says how it ends; the rest is dropped."""
-    __slots__ = ('job consumer client claimed timeout address lock outcome slot begun item progress show shown cancel '
-                 'coroutine').split()
-
     def __init__(self, job, consumer, now):
         self.job = job                                  # the handler may change it: the rest does not rely on it
         self.consumer, self.client, self.claimed = consumer, consumer.link.client, now
@@ -822,8 +769,7 @@ class Slot:
                     self.consumer.ended(task, outcome)
         self.close()
 
-    def perform(self, task):
-        return perform(self.consumer.handler, task.job)
+    def perform(self, task): return perform(self.consumer.handler, task.job)
 
     def interrupt(self, task, interruption):
         """Stop the handler, and do without this thread."""
@@ -861,8 +807,7 @@ spawning = threading.Lock()         # multiprocessing may reap a child from any 
 
 class IsolatedSlot(Slot):
     """A slot whose handler runs in a process of its own, which waits for the next task as long as it lives."""
-    process = pipe = None
-    ready = False
+    process, ready = None, False
 
     def prepare(self):
         if self.process is None and not self.consumer.worker.stopping.is_set():
@@ -873,14 +818,14 @@ class IsolatedSlot(Slot):
         self.pipe, theirs = context.Pipe()
         functions = self.consumer.registered.functions.items()
         where = {name: (one.__module__, inspect.getfile(one), one.__qualname__) for name, one in functions}
-        given, name = (theirs, where, self.consumer.link.settings), CHILD + self.consumer.name
-        self.process = context.Process(target=child, args=given, name=name)
+        given = theirs, where, self.consumer.link.settings
+        self.process = context.Process(target=child, args=given, name=CHILD + self.consumer.name)
         with spawning:
             self.process.start()
         theirs.close()
         atexit.register(self.kill)
-        self.greeting = self._receive()
-        self.ready = True           # not earlier: the imports of the handler's module may take long
+        self._receive()             # that it is ready: the imports of the handler's module may take long
+        self.ready = True
 
     def _receive(self):
         """The next word of the child; how it ended when there comes none."""
@@ -895,7 +840,7 @@ class IsolatedSlot(Slot):
 
     def perform(self, task):
         kind, text = self._ask(task)
-        if kind == 'fail' and self.greeting[0] == 'ready' and task.outcome is None:     # it was gone before it began
+        if kind == 'fail' and task.outcome is None:         # the process was gone before it began
             self.close()
             kind, text = self._ask(task)
         while kind in ('begun', 'progress'):
@@ -912,8 +857,6 @@ class IsolatedSlot(Slot):
         """Give the task to the child; its first word of it, or how it ended instead."""
         if self.process is None:
             self._start()
-        if self.greeting[0] != 'ready':
-            return self.greeting
         with contextlib.suppress(OSError):      # it was killed while it had nothing to do
             self.pipe.send(task.job)
         return self._receive()
@@ -926,10 +869,9 @@ class IsolatedSlot(Slot):
 
     def kill(self):
         """End the process, and the processes that it started."""
-        process = self.process
-        signal_group(process, KILL)
+        signal_group(self.process, KILL)
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            process.kill()          # it may not lead its group yet
+            self.process.kill()     # it may not lead its group yet
 
     def close(self):
         if self.process is not None:
@@ -960,7 +902,7 @@ def child(pipe, where, settings):
         os.set_inheritable(pipe.fileno(), False)        # its death would go unnoticed while a child of it has the pipe
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)          # the worker decides; not SIG_IGN, which children would inherit
-    jobs, lock = SimpleQueue(), threading.Lock()
+    jobs, lock, fault = SimpleQueue(), threading.Lock(), None
 
     def say(kind, text=None):
         with lock:
@@ -968,12 +910,14 @@ def child(pipe, where, settings):
     try:
         handler, client = Handler({name: locate(*place) for name, place in where.items()}), Client(*settings)
     except BaseException as error:
-        return say('fail', shorten(trace(error), MAX_ERROR))
+        fault = shorten(trace(error), MAX_ERROR)
     say('ready')
     threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
     while True:
         job = jobs.get()
         say('begun')
+        if fault:
+            return say('fail', fault)
         current.set(types.SimpleNamespace(job=job, client=client, show=functools.partial(say, 'progress')))
         outcome = perform(handler, job)
         say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
