@@ -125,8 +125,7 @@ OPEN = 60                   # seconds after a job was written into an outbox tha
 TERM = 5                    # seconds between SIGTERM and SIGKILL for a program
 MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
 MAX_DEPTH = 100             # levels of a value that are searched for what is no JSON
-BACKOFF = 0.1               # seconds until the second try; doubled from try to try
-MAX_BACKOFF = 3             # seconds
+BACKOFF, MAX_BACKOFF = 0.1, 3       # seconds until the second try; doubled from try to try, up to
 LAST_TRY = 1                # seconds that the last try of a call gets at least
 MAX_RETRY_AFTER = 60        # seconds that an engine may ask for
 REFUSED = 10                # seconds until a worker that is refused (token, queue) asks again
@@ -159,9 +158,7 @@ class Retry(Error):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
         self.delay = delay
 
-class Interruption(BaseException):
-    """Raised inside a handler from outside. No Exception, so that `except Exception` does not keep a handler alive."""
-
+class Interruption(BaseException): """Raised inside a handler from outside; `except Exception` does not catch it."""
 class Timeout(Interruption): """The handler has had its time; its job has failed."""
 class Lost(Interruption): """The job is not this worker's any more: cancelled, given to another, or released."""
 
@@ -272,7 +269,7 @@ class Wire:
         try:
             while True:
                 connection = self.idle.pop()
-                if connection.place == place:
+                if connection.place == place and connection.rested:
                     return connection
                 connection.close()
         except IndexError:
@@ -298,11 +295,8 @@ class Wire:
             raise
         finally:
             self.active.discard(connection)
-        connection.rested = True
-        if answer.will_close:
-            connection.close()
-        else:
-            self.idle.append(connection)
+        connection.rested = not answer.will_close
+        self.idle.append(connection)
         return answer
 
     def hang_up(self, how=socket.SHUT_WR):
@@ -311,9 +305,6 @@ class Wire:
         for connection in self.active.copy():
             with contextlib.suppress(OSError, TypeError):       # its own thread has closed it: it has no socket then
                 socket.socket.shutdown(connection.sock, how)    # not SSLSocket's, which forgets its keys
-
-    def close(self):
-        self.hang_up(socket.SHUT_RDWR)
         while self.idle:
             self.idle.pop().close()
 
@@ -501,7 +492,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
-        self.wire.close()
+        self.wire.hang_up(socket.SHUT_RDWR)
 
 class Job(dict):
     """A job as the engine told of it, a dict that knows whom to ask for news."""
@@ -839,10 +830,15 @@ class IsolatedSlot(Slot):
         return 'fail', "the handler's process " + ('closed its pipe' if code is None else ending(code))
 
     def perform(self, task):
-        kind, text = self._ask(task)
-        if kind == 'fail' and task.outcome is None:         # the process was gone before it began
+        for _ in range(2):          # the first process may be gone before it begins: killed while it had nothing to do
+            if self.process is None:
+                self._start()
+            with contextlib.suppress(OSError):
+                self.pipe.send(task.job)
+            kind, text = self._receive()
+            if kind == 'begun' or task.outcome:
+                break
             self.close()
-            kind, text = self._ask(task)
         while kind in ('begun', 'progress'):
             if kind == 'progress':
                 task.show(text)
@@ -853,14 +849,6 @@ class IsolatedSlot(Slot):
         self.close()
         return failed(Crashed(text), text, **self.consumer.handler.verdict(Crashed(text), task.job))
 
-    def _ask(self, task):
-        """Give the task to the child; its first word of it, or how it ended instead."""
-        if self.process is None:
-            self._start()
-        with contextlib.suppress(OSError):      # it was killed while it had nothing to do
-            self.pipe.send(task.job)
-        return self._receive()
-
     def interrupt(self, task, interruption):
         self.kill()                 # the thread hears of it at once, and goes on with a fresh process
 
@@ -869,9 +857,10 @@ class IsolatedSlot(Slot):
 
     def kill(self):
         """End the process, and the processes that it started."""
-        signal_group(self.process, KILL)
+        process = self.process
+        signal_group(process, KILL)
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.process.kill()     # it may not lead its group yet
+            process.kill()          # it may not lead its group yet
 
     def close(self):
         if self.process is not None:
