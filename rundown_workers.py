@@ -19,60 +19,49 @@ A JOB'S WAY THROUGH A WORKER
                |                 |                       |
                | 1 s not begun   | timeout: fail         | no answer: kept and sent again
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
-
 Per queue there is one long poll and `concurrency` slots, each a thread. When jobs are short the worker claims ahead,
 never more than its slots start within 100 ms at their recent pace. Outcomes pile into one request while another is in
 flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
 
 PRODUCING
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up) -> the job, a dict:
-                            job.wait(timeout), job.result(timeout), job.refresh(); `after`: the jobs (or their ids)
-                            that have to be done first
-    results(jobs, timeout)                what many jobs returned; Failed when one did not
-    enqueue_many(queue, payloads, ...)    many in few requests; each request is all or nothing
-    wait(job, timeout)                    the finished job
+    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up) -> the job, a dict
+                                with wait(timeout), result(timeout), refresh(); `after`: jobs or ids to be done first
+    enqueue_many(queue, payloads, ...)      many in few requests; each request is all or nothing
+    wait(job, timeout), results(jobs, timeout)      the finished job; what many returned, Failed when one did not
     schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
-    Client(host, token, timeout, ca)      one method per call of the engine
-
+    Client(host, token, timeout, ca)        one method per call of the engine
 An enqueue chooses its id, so it is sent again for `timeout` seconds (30) while no engine answers, and still makes one
 job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_at without a zone is local time.
 
 WORKING
     @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on,
            cron, every, zone, max_running, rate)    the last five are sent to the engine by run()
-    @task(queue="default", ...)           any number on a queue: add.delay(4, y=4), add.options(delay=60).delay(4);
-                                          the payload is {"task": name, "args": [], "kwargs": {}}
-    job(), progress(value)                inside a handler: the job; any JSON value, shown while it runs
-    inputs()                              the results of the jobs that it waited for
-    raise Retry(delay=60), Abort("why")   fail and come back in 60 s; fail for good
-    @on("start" | "success" | "failure" | "lost")    hook(job, None | result | exception | exception)
-    run(burst, grace, max_hung), stop()   burst: work off what is due, and return
-    testing()                             with rw.testing() as t: make_thumbnail.enqueue(1); t.run()
-                                          t.advance(60) moves its clock; t.run(delayed=True)
-
+    @task(queue="default", ...)             any number on a queue: add.delay(4, y=4), add.options(delay=60).delay(4);
+                                            the payload is {"task": name, "args": [], "kwargs": {}}
+    job(), inputs(), progress(value)        in a handler: the job; the results of those it waited for; JSON to be shown
+    raise Retry(delay=60), Abort("why")     fail and come back in 60 s; fail for good
+    @on("start" | "success" | "failure" | "lost")       hook(job, None | result | exception | exception)
+    run(burst, grace, max_hung), stop()     burst: work off what is due, and return
+    testing()                               with testing() as t: ...; t.advance(60), of its clock; t.run(delayed=True)
 A handler's return value is the result. Any exception fails the job with its traceback, what is not JSON for good. At
 its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
 cancellation); the slot is free again whatever the thread does. Threads that never come back are hung: after max_hung
 (10) the worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which is killed
 with its children. It is imported there by its name, so a script needs `if __name__ == "__main__":` around its run().
-
 SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), the rest is released, exit with 0. The
 second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up: a line for
 each job, but where more than 100 a second are done the rest are counted.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
-
-The program runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with
---text), RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is
-the result, JSON where it is JSON, else text. 65: failed for good. Anything else: failed, with the end of stderr. At the
-timeout, when the claim is lost and at the end of the grace the group gets SIGTERM, and SIGKILL after 5 s. What a
-program that has ended leaves behind in its group is killed.
+It runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with --text),
+RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is the result,
+JSON where it is JSON, else text. 65: failed for good. Anything else: failed, with the end of stderr. At the timeout,
+when the claim is lost and at the end of the grace its group gets SIGTERM, SIGKILL after 5 s; at its own end the latter.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
     enqueue_in(connection, queue, payload, ...)    write a job into the open transaction of a DB-API connection
     forward(connect, keep), forwarding(...)        send what is committed, once; a context that does so in a thread
-
 The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which is made on first use
 (in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order, once, whoever is killed or away. One that the
 engine refuses stays, with its `error`, and holds up no other; it is sent again when somebody sets that to NULL.
@@ -104,28 +93,23 @@ Moment = Union[str, datetime.datetime, None]        # RFC 3339, or a datetime, w
 URL = 'http://localhost:8181'   # of the engine, where neither `host` nor RUNDOWN_URL says
 TIMEOUT = 30                # seconds that a client keeps trying
 LEASE = 30                  # seconds the engine waits for a sign of life of this worker
-WAIT = 30                   # seconds of a long poll
-PATIENCE = 10               # seconds beyond that until a poll counts as unanswered
-GRACE = 30                  # seconds that running handlers get when the worker stops
-FAREWELL = 2                # seconds that the last outcomes get at least, when the grace is over
+WAIT, PATIENCE = 30, 10     # seconds of a long poll, and beyond that until it counts as unanswered
+GRACE, FAREWELL = 30, 2     # seconds that running handlers get when the worker stops; and their outcomes then, at least
 HANGUP = 0.5                # seconds for jobs that were on their way when the worker stopped, to be released
-MAX_HUNG = 10               # threads that never came back, until the worker gives up
 AHEAD = 0.1                 # seconds of work that are claimed ahead
 STALE = 1                   # seconds a claimed job waits for a slot, until it is released
-HUNG = 1                    # seconds after its interruption that a thread counts as hung
+HUNG, MAX_HUNG = 1, 10      # seconds after its interruption that a thread counts as hung; how many end the worker
 TICK = 0.1                  # seconds between two looks at what runs
 LINES = 10                  # of the log in a tick for jobs of a queue that are done; the others are counted
 PROGRESS = 0.5              # seconds between two reports of a job's progress
-MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue, and
-MAX_BYTES = 1 << 20         # characters of the latter two, unless one job alone has more
+MAX_BATCH, MAX_BYTES = 1000, 1 << 20    # jobs in a poll, a report or an enqueue; characters, unless one job has more
 MAX_BACKLOG = 5000          # outcomes under way, above which no jobs are taken
-MAX_RESULT = 8000000        # characters of a result as JSON
-MAX_STDOUT = 1 << 20        # bytes of a program's result
+MAX_RESULT, MAX_STDOUT = 8000000, 1 << 20   # characters of a result as JSON; bytes of a program's
 OPEN = 60                   # seconds after a job was written into an outbox that its commit is looked out for closely
 TERM = 5                    # seconds between SIGTERM and SIGKILL for a program
 MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
 MAX_DEPTH = 100             # levels of a value that are searched for what is no JSON
-BACKOFF, MAX_BACKOFF = 0.1, 3       # seconds until the second try; doubled from try to try, up to
+BACKOFF, MAX_BACKOFF = 0.1, 3   # seconds until the second try; doubled from try to try, up to
 LAST_TRY = 1                # seconds that the last try of a call gets at least
 MAX_RETRY_AFTER = 60        # seconds that an engine may ask for
 REFUSED = 10                # seconds until a worker that is refused (token, queue) asks again
@@ -145,6 +129,9 @@ class Unfinished(Error, TimeoutError): """The job did not end in the time that w
 class Hung(Error): """Too many handlers never came back: the worker has ended, to be started afresh."""
 class Crashed(Error): """An isolated handler failed; the text is its traceback or how its process ended."""
 class Abort(Error): """Raised by a handler: fail the job, and do not try again."""
+class Interruption(BaseException): """Raised inside a handler from outside; `except Exception` does not catch it."""
+class Timeout(Interruption): """The handler has had its time; its job has failed."""
+class Lost(Interruption): """The job is not this worker's any more: cancelled, given to another, or released."""
 
 class Failed(Error):
     """The job whose result was asked for has failed or was cancelled: `job` is it, the text its error."""
@@ -158,15 +145,11 @@ class Retry(Error):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
         self.delay = delay
 
-class Interruption(BaseException): """Raised inside a handler from outside; `except Exception` does not catch it."""
-class Timeout(Interruption): """The handler has had its time; its job has failed."""
-class Lost(Interruption): """The job is not this worker's any more: cancelled, given to another, or released."""
-
 # -- Values -----------------------------------------------------------------------------------------------------------
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
-decode = json.JSONDecoder().decode
 quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
+KEEP = object()                 # leave it as it is
 chance = random.Random()        # not the module's, which a handler may seed
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=chance.seed)     # else two processes would choose the same ids
@@ -176,10 +159,9 @@ def as_json(value, name, level=0):
     try:
         return encode(value)
     except (TypeError, ValueError, RecursionError) as error:
-        parts = value.items() if isinstance(value, dict) else ()
-        parts = enumerate(value) if isinstance(value, (list, tuple)) else parts
-        for key, part in parts if level < MAX_DEPTH else ():
-            as_json(part, f'{name}[{shorten(repr(key), 100)}]', level + 1)      # raises at the one that is in the way
+        if isinstance(value, (dict, list, tuple)) and level < MAX_DEPTH:
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                as_json(part, f'{name}[{shorten(repr(key), 100)}]', level + 1)      # raises at the one that is in the way
         what = value if isinstance(value, float) else f'a {type(value).__name__}'
         raise NotJSON(f'{shorten(name, 200)} is {what}, which JSON cannot hold: {error}') from None
 
@@ -308,8 +290,6 @@ class Wire:
         while self.idle:
             self.idle.pop().close()
 
-KEEP = object()     # leave it as it is
-
 class Client:
     """An engine's calls, one method each; every method takes the fields of its call, and returns the answer.
     `host` may name several engines, separated by blanks: each is used until it does not answer any more, then the next.
@@ -343,14 +323,14 @@ class Client:
     def send(self, path: str, body: Any = None, seconds: float = TIMEOUT) -> Any:
         """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
         data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
-        host = self.used[0]
+        host = self.host
         try:
             answer = self.wire.exchange(host + path, data, seconds)
             if answer.status in (200, 204):
-                return decode(answer.content.decode()) if answer.status == 200 else None
+                return json.loads(answer.content.decode()) if answer.status == 200 else None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             reason = printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
-            if host == self.used[0]:        # what one thread finds out holds for all, once
+            if host == self.host:           # what one thread finds out holds for all, once
                 self.used[0] = self.hosts[(self.hosts.index(host) + 1) % len(self.hosts)]
             raise EngineUnavailable(f'no engine answers at {host}: {reason}') from error
         raise refusal(answer)
@@ -418,6 +398,7 @@ class Client:
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
     def release(self, id: str, attempt: Whole = None) -> Fields: return self._post('/release', id=id, attempt=attempt)
+    def unschedule(self, name: str) -> Fields: return self._post('/unschedule', name=name)
     def pause(self, queue: str) -> Fields: return self._post('/pause', queue=queue)
     def resume(self, queue: str) -> Fields: return self._post('/resume', queue=queue)
 
@@ -446,10 +427,6 @@ class Client:
         Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over."""
         return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone, tag=tag,
                           payload=payload, timeout=timeout, max_retries=max_retries, priority=priority, key=key)
-
-    def unschedule(self, name: str) -> Fields:
-        """End a schedule; the jobs that it made stay. {"count": 0 or 1}."""
-        return self._post('/unschedule', name=name)
 
     def _get(self, path, **fields):
         return self.call(f'{path}?{urllib.parse.urlencode(present(**fields))}', wait=fields.get('wait') or 0)
@@ -518,10 +495,7 @@ class Job(dict):
             raise error
         return self['result']
 
-    def __reduce__(self):
-        return dict, (dict(self),)      # in another process, and in a copy, it is a plain dict
-
-def ending_after(timeout): return time.monotonic() + (float('inf') if timeout is None else timeout)
+    def __reduce__(self): return dict, (dict(self),)        # in another process, and in a copy, it is a plain dict
 
 def results(jobs: Iterable[Job], timeout: Seconds = None, give_up: Seconds = None) -> list[Any]:
     """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
@@ -540,6 +514,7 @@ def refusal(answer):
     error.retry_after = min(int(pause), MAX_RETRY_AFTER) if re.fullmatch('[0-9]{1,9}', pause) else 0
     return error
 
+def ending_after(timeout): return time.monotonic() + (float('inf') if timeout is None else timeout)
 def is_final(status): return status < 500 and status != 429     # there is no use in sending it again
 
 def is_claim(job):
@@ -607,29 +582,24 @@ class Policy:
         for name, given in (('retry_on', self.retry_on), ('abort_on', self.abort_on)):
             if not all(isinstance(one, type) and issubclass(one, BaseException) for one in given):
                 raise Misuse(f'{name} must be a class of exceptions or a tuple of them, not {given!r}')
-        for step in self.backoff:
-            if not callable(step):
-                check('backoff', step, 0, NUMBER)
+        for step in itertools.filterfalse(callable, self.backoff):
+            check('backoff', step, 0, NUMBER)
 
     def verdict(self, error, retries):
         """The fields `retry` and `delay` of the failure. retry_on is about what the handler raised by itself."""
         own = not isinstance(error, (Retry, Timeout, Crashed))
         if isinstance(error, (Abort, *self.abort_on)) or self.retry_on and own and not isinstance(error, self.retry_on):
             return {'retry': False}
-        asked = error.delay if isinstance(error, Retry) else None
-        return {'delay': self.delay(retries + 1) if asked is None else asked}
-
-    def delay(self, number):
-        """Seconds until the retry of that number (1, 2 ...); None leaves it to the engine."""
-        step = self.backoff[min(number, len(self.backoff)) - 1] if self.backoff else None
-        if not callable(step):
-            return step
+        delay = error.delay if isinstance(error, Retry) else None
         try:
-            delay = step(number)
-            check('backoff', delay, 0, NUMBER)
-            return delay
-        except Exception as error:
-            return note(logging.ERROR, 'backoff of retry %d failed: %s', number, summary(error))
+            if delay is None and self.backoff:
+                step = self.backoff[min(retries, len(self.backoff) - 1)]
+                delay = step(retries + 1) if callable(step) else step
+                check('backoff', delay, 0, NUMBER)
+            return {'delay': delay}
+        except Exception as failure:
+            note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, summary(failure))
+            return {}
 
 def listed(given): return tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
 policy = Policy     # for App, until it calls it by its name
@@ -699,7 +669,6 @@ def as_handler(function):
         task.coroutine = running.get_coro()
         task.cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, running.cancel)
         return await function(*args, **kwargs)
-
     return functools.wraps(function)(lambda *args, **kwargs: asyncio.run(main(*args, **kwargs)))
 
 class Task:
@@ -710,10 +679,9 @@ class Task:
         self.address = f'{{"id":{encode(job["id"])},"attempt":{job["attempt"]}'     # how an item of a batch begins
         self.timeout, self.lock = job['timeout'], threading.Lock()      # the lock guards the next three
         self.outcome = self.slot = self.begun = None    # how it ended, and all is over; who runs it, since when
-        self.item = None                                # of the report: JSON text
         self.progress, self.shown = collections.deque(maxlen=1), now    # JSON text that is not sent; when it last was
         self.show = self.progress.append
-        self.cancel = self.coroutine = None             # of an async handler: how to reach it
+        self.item = self.cancel = self.coroutine = None     # of the report: JSON text; how to reach an async handler
 
     def begin(self, slot, now):
         """True when the slot may run it: it was neither released nor lost meanwhile."""
@@ -739,8 +707,7 @@ class Task:
 class Slot:
     """A thread that runs the tasks of a queue, one after the other, until a handler does not come back in time."""
     ready = True            # for a task
-    ending = False          # what it runs was told to end, and is waited for
-    abandoned = False
+    ending = abandoned = False      # what it runs was told to end, and is waited for; or is not
 
     def __init__(self, consumer):
         self.consumer = consumer
@@ -785,9 +752,7 @@ class Slot:
         stack, ours = traceback.StackSummary.extract(frames[-50:]), (__file__, threading.__file__)
         return ''.join(traceback.format_list(itertools.dropwhile(lambda one: one.filename in ours, stack)))
 
-    def close(self):
-        """End what the slot has started: nothing. Those below have more to do in all three."""
-
+    def close(self): """End what the slot has started: nothing. Those below have more to do in all three."""
     prepare = kill = close
 
 # -- Handlers in processes of their own -------------------------------------------------------------------------------
@@ -852,8 +817,7 @@ class IsolatedSlot(Slot):
     def interrupt(self, task, interruption):
         self.kill()                 # the thread hears of it at once, and goes on with a fresh process
 
-    def where(self, task):
-        return 'its process was killed\n'
+    def where(self, task): return 'its process was killed\n'
 
     def kill(self):
         """End the process, and the processes that it started."""
@@ -915,8 +879,7 @@ def listen(pipe, jobs):
     with contextlib.suppress(EOFError, OSError):
         while True:
             jobs.put(pipe.recv())
-    if hasattr(os, 'killpg'):
-        os.killpg(os.getpid(), signal.SIGKILL)
+    signal_group(multiprocessing.current_process(), KILL)
     os._exit(1)
 
 def locate(module, file, name):
