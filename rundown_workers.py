@@ -42,7 +42,7 @@ WORKING
     raise Retry(delay=60), Abort("why")     fail and come back in 60 s; fail for good
     @on("start" | "success" | "failure" | "lost")       hook(job, None | result | exception | exception)
     run(burst, grace, max_hung), stop()     burst: work off what is due, and return
-    testing()                               with testing() as t: ...; t.advance(60), of its clock; t.run(delayed=True)
+    testing()                               with testing() as t: t.run(delayed=True); t.advance(60) moves its clock
 A handler's return value is the result. Any exception fails the job with its traceback, what is not JSON for good. At
 its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
 cancellation); the slot is free again whatever the thread does. Threads that never come back are hung: after max_hung
@@ -56,8 +56,9 @@ ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
 It runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with --text),
 RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is the result,
-JSON where it is JSON, else text. 65: failed for good. Anything else: failed, with the end of stderr. At the timeout,
-when the claim is lost and at the end of the grace its group gets SIGTERM, SIGKILL after 5 s; at its own end the latter.
+JSON or else text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the claim is
+lost and at the end of the grace its group gets SIGTERM, SIGKILL after 5 s. What it leaves behind in its group is
+killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
     enqueue_in(connection, queue, payload, ...)    write a job into the open transaction of a DB-API connection
@@ -149,7 +150,6 @@ class Retry(Error):
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
-KEEP = object()                 # leave it as it is
 chance = random.Random()        # not the module's, which a handler may seed
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=chance.seed)     # else two processes would choose the same ids
@@ -161,7 +161,7 @@ def as_json(value, name, level=0):
     except (TypeError, ValueError, RecursionError) as error:
         if isinstance(value, (dict, list, tuple)) and level < MAX_DEPTH:
             for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                as_json(part, f'{name}[{shorten(repr(key), 100)}]', level + 1)      # raises at the one that is in the way
+                as_json(part, f'{name}[{shorten(repr(key), 100)}]', level + 1)      # raises at what is in the way
         what = value if isinstance(value, float) else f'a {type(value).__name__}'
         raise NotJSON(f'{shorten(name, 200)} is {what}, which JSON cannot hold: {error}') from None
 
@@ -234,12 +234,11 @@ class Wire:
         scheme, _, rest = url.partition('://')
         host, _, path = rest.partition('/')
         verb, data = ('GET', b'') if data is None else ('POST', data)
-        head = f'{verb} /{path} HTTP/1.1\r\nHost: {host}\r\n{self.headers}Content-Length: {len(data)}\r\n\r\n'
-        request = head.encode('latin-1') + data
+        head = f'{verb} /{path} HTTP/1.1\r\nHost: {host}\r\n{self.headers}Content-Length: {len(data)}\r\n\r\n'.encode()
         while True:
             connection = self._connection((scheme, host), deadline)
             try:
-                return self._exchange(connection, request, deadline)
+                return self._exchange(connection, head + data, deadline)
             except ConnectionError:         # closed while it was idle: that is no reason to give up
                 if not connection.rested:
                     raise
@@ -356,8 +355,7 @@ class Client:
                 tag: Text = None, delay: Span = None, run_at: Moment = None, priority: Whole = None, key: Text = None,
                 id: Text = None, give_up: Seconds = None, after: Any = None, after_any: bool | None = None) -> Job:
         """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before.
-        `after` are the jobs, or their ids, that have to be done before it is handed out; one that fails or is cancelled
-        cancels it, unless `after_any` is true."""
+        It waits until the jobs `after` (or their ids) are done; one that is not cancels it, unless `after_any`."""
         text = job_text(payload, id, run_at, delay, after, queue=queue, timeout=timeout, max_retries=max_retries,
                         tag=tag, priority=priority, key=key, after_any=after_any)
         return Job(self.call('/enqueue', text, give_up=give_up), self)
@@ -414,11 +412,11 @@ class Client:
         """Delete the jobs of a queue and/or status, but for those that run; {"count": n}."""
         return self._post('/purge', queue=queue, status=status)
 
-    def limit(self, queue: str, max_running: Any = KEEP, rate: Any = KEEP, per: Any = KEEP) -> Fields:
+    def limit(self, queue: str, max_running: Any = ..., rate: Any = ..., per: Any = ...) -> Fields:
         """Limit how many jobs of a queue run at a time, and its claims: `rate` at once, one each per / rate seconds.
         None lifts a limit; what is not given stays as it is. Returns what holds then."""
         fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per}
-        return self.call('/limit', {name: value for name, value in fields.items() if value is not KEEP})
+        return self.call('/limit', {name: value for name, value in fields.items() if value is not ...})
 
     def schedule(self, name: str, queue: str, cron: Text = None, every: Span = None, zone: Text = None,
                  payload: Any = None, timeout: Seconds = None, max_retries: Whole = None, tag: Text = None,
