@@ -57,8 +57,7 @@ ANY PROGRAM AS A WORKER
 It runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with --text),
 RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is the result,
 JSON or else text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the claim is
-lost and at the end of the grace its group gets SIGTERM, SIGKILL after 5 s. What it leaves behind in its group is
-killed.
+lost and at the end of the grace its group gets SIGTERM, SIGKILL after 5 s. What it leaves in its group is killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
     enqueue_in(connection, queue, payload, ...)    write a job into the open transaction of a DB-API connection
