@@ -19,60 +19,49 @@ A JOB'S WAY THROUGH A WORKER
                |                 |                       |
                | 1 s not begun   | timeout: fail         | no answer: kept and sent again
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
-
 Per queue there is one long poll and `concurrency` slots, each a thread. When jobs are short the worker claims ahead,
 never more than its slots start within 100 ms at their recent pace. Outcomes pile into one request while another is in
 flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
 
 PRODUCING
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up) -> the job, a dict:
-                            job.wait(timeout), job.result(timeout), job.refresh(); `after`: the jobs (or their ids)
-                            that have to be done first
-    results(jobs, timeout)                what many jobs returned; Failed when one did not
-    enqueue_many(queue, payloads, ...)    many in few requests; each request is all or nothing
-    wait(job, timeout)                    the finished job
+    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up) -> the job, a dict
+                                with wait(timeout), result(timeout), refresh(); `after`: jobs or ids to be done first
+    enqueue_many(queue, payloads, ...)      many in few requests; each request is all or nothing
+    wait(job, timeout), results(jobs, timeout)      the finished job; what many returned, Failed when one did not
     schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
-    Client(host, token, timeout, ca)      one method per call of the engine
-
+    Client(host, token, timeout, ca)        one method per call of the engine
 An enqueue chooses its id, so it is sent again for `timeout` seconds (30) while no engine answers, and still makes one
 job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_at without a zone is local time.
 
 WORKING
     @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on,
            cron, every, zone, max_running, rate)    the last five are sent to the engine by run()
-    @task(queue="default", ...)           any number on a queue: add.delay(4, y=4), add.options(delay=60).delay(4);
-                                          the payload is {"task": name, "args": [], "kwargs": {}}
-    job(), progress(value)                inside a handler: the job; any JSON value, shown while it runs
-    inputs()                              the results of the jobs that it waited for
-    raise Retry(delay=60), Abort("why")   fail and come back in 60 s; fail for good
-    @on("start" | "success" | "failure" | "lost")    hook(job, None | result | exception | exception)
-    run(burst, grace, max_hung), stop()   burst: work off what is due, and return
-    testing()                             with rw.testing() as t: make_thumbnail.enqueue(1); t.run()
-                                          t.advance(60) moves its clock; t.run(delayed=True)
-
+    @task(queue="default", ...)             any number on a queue: add.delay(4, y=4), add.options(delay=60).delay(4);
+                                            the payload is {"task": name, "args": [], "kwargs": {}}
+    job(), inputs(), progress(value)        in a handler: the job; the results of those it waited for; JSON to be shown
+    raise Retry(delay=60), Abort("why")     fail and come back in 60 s; fail for good
+    @on("start" | "success" | "failure" | "lost")       hook(job, None | result | exception | exception)
+    run(burst, grace, max_hung), stop()     burst: work off what is due, and return
+    testing()                               with testing() as t: t.run(delayed=True); t.advance(60) moves its clock
 A handler's return value is the result. Any exception fails the job with its traceback, what is not JSON for good. At
 its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
 cancellation); the slot is free again whatever the thread does. Threads that never come back are hung: after max_hung
 (10) the worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which is killed
 with its children. It is imported there by its name, so a script needs `if __name__ == "__main__":` around its run().
-
 SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), the rest is released, exit with 0. The
 second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up: a line for
 each job, but where more than 100 a second are done the rest are counted.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
-
-The program runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with
---text), RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is
-the result, JSON where it is JSON, else text. 65: failed for good. Anything else: failed, with the end of stderr. At the
-timeout, when the claim is lost and at the end of the grace the group gets SIGTERM, and SIGKILL after 5 s. What a
-program that has ended leaves behind in its group is killed.
+It runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with --text),
+RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is the result,
+JSON or else text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the claim is
+lost and at the end of the grace its group gets SIGTERM, SIGKILL after 5 s. What it leaves in its group is killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
     enqueue_in(connection, queue, payload, ...)    write a job into the open transaction of a DB-API connection
     forward(connect, keep), forwarding(...)        send what is committed, once; a context that does so in a thread
-
 The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which is made on first use
 (in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order, once, whoever is killed or away. One that the
 engine refuses stays, with its `error`, and holds up no other; it is sent again when somebody sets that to NULL.
@@ -88,42 +77,39 @@ import argparse, atexit, collections, contextlib, contextvars, copy, ctypes, dat
 import hashlib, http.client, importlib.util, inspect, io, itertools, json, logging, multiprocessing, os, pathlib, random
 import re, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time, traceback, types, urllib.parse
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Generic, Iterable, Iterator, TypeVar, Union, overload
+from typing import Any, Callable, Dict, Generic, Iterable, Iterator, Optional, TypeVar, Union, overload
 
 __all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON Refused '
            'Retry Timeout Unfinished enqueue enqueue_in enqueue_many forward forwarding inputs job on progress queue '
            'results run schedule stop task testing unschedule wait').split()
-Fields = Dict[str, Any]                     # what the engine tells or is told, by name
-Span = Union[float, datetime.timedelta]     # seconds, or as they are counted elsewhere
-Moment = Union[str, datetime.datetime]      # RFC 3339, or a datetime, which is local time where it has no zone
+Fields = Dict[str, Any]                             # what the engine tells or is told, by name
+Text = Optional[str]                                # None, here and below: not given
+Whole = Optional[int]
+Seconds = Optional[float]
+Span = Union[float, datetime.timedelta, None]       # seconds, or as they are counted elsewhere
+Moment = Union[str, datetime.datetime, None]        # RFC 3339, or a datetime, which is local time where it has no zone
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
 URL = 'http://localhost:8181'   # of the engine, where neither `host` nor RUNDOWN_URL says
 TIMEOUT = 30                # seconds that a client keeps trying
 LEASE = 30                  # seconds the engine waits for a sign of life of this worker
-WAIT = 30                   # seconds of a long poll
-PATIENCE = 10               # seconds beyond that until a poll counts as unanswered
-GRACE = 30                  # seconds that running handlers get when the worker stops
-FAREWELL = 2                # seconds that the last outcomes get at least, when the grace is over
+WAIT, PATIENCE = 30, 10     # seconds of a long poll, and beyond that until it counts as unanswered
+GRACE, FAREWELL = 30, 2     # seconds that running handlers get when the worker stops; and their outcomes then, at least
 HANGUP = 0.5                # seconds for jobs that were on their way when the worker stopped, to be released
-MAX_HUNG = 10               # threads that never came back, until the worker gives up
 AHEAD = 0.1                 # seconds of work that are claimed ahead
 STALE = 1                   # seconds a claimed job waits for a slot, until it is released
-HUNG = 1                    # seconds after its interruption that a thread counts as hung
+HUNG, MAX_HUNG = 1, 10      # seconds after its interruption that a thread counts as hung; how many end the worker
 TICK = 0.1                  # seconds between two looks at what runs
 LINES = 10                  # of the log in a tick for jobs of a queue that are done; the others are counted
 PROGRESS = 0.5              # seconds between two reports of a job's progress
-MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue, and
-MAX_BYTES = 1 << 20         # characters of the latter two, unless one job alone has more
+MAX_BATCH, MAX_BYTES = 1000, 1 << 20    # jobs in a poll, a report or an enqueue; characters, unless one job has more
 MAX_BACKLOG = 5000          # outcomes under way, above which no jobs are taken
-MAX_RESULT = 8000000        # characters of a result as JSON
-MAX_STDOUT = 1 << 20        # bytes of a program's result
+MAX_RESULT, MAX_STDOUT = 8000000, 1 << 20   # characters of a result as JSON; bytes of a program's
 OPEN = 60                   # seconds after a job was written into an outbox that its commit is looked out for closely
 TERM = 5                    # seconds between SIGTERM and SIGKILL for a program
 MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
 MAX_DEPTH = 100             # levels of a value that are searched for what is no JSON
-BACKOFF = 0.1               # seconds until the second try; doubled from try to try
-MAX_BACKOFF = 3             # seconds
+BACKOFF, MAX_BACKOFF = 0.1, 3   # seconds until the second try; doubled from try to try, up to
 LAST_TRY = 1                # seconds that the last try of a call gets at least
 MAX_RETRY_AFTER = 60        # seconds that an engine may ask for
 REFUSED = 10                # seconds until a worker that is refused (token, queue) asks again
@@ -133,58 +119,35 @@ log = logging.getLogger('rundown')
 # -- Errors -----------------------------------------------------------------------------------------------------------
 class Error(Exception):
     """Whatever this module raises."""
+    status = retry_after = 0        # of what an engine answers: its HTTP status, the seconds that it asks for
 
-class EngineUnavailable(Error):
-    """No engine answers under the URL, or it cannot answer now."""
-    retry_after = 0         # seconds that it asks for
-
-class Refused(Error):
-    """The engine says no: `status` is the HTTP status, the text its sentence."""
-    status = 0
-
-class NotJSON(Error):
-    """A value that JSON cannot hold."""
-
-class Misuse(Error, TypeError):
-    """What was asked for makes no sense, whatever the engine says."""
+class EngineUnavailable(Error): """No engine answers under the URL, or it cannot answer now."""
+class Refused(Error): """The engine says no: `status` is the HTTP status, the text its sentence."""
+class NotJSON(Error): """A value that JSON cannot hold."""
+class Misuse(Error, TypeError): """What was asked for makes no sense, whatever the engine says."""
+class Unfinished(Error, TimeoutError): """The job did not end in the time that wait() had."""
+class Hung(Error): """Too many handlers never came back: the worker has ended, to be started afresh."""
+class Crashed(Error): """An isolated handler failed; the text is its traceback or how its process ended."""
+class Abort(Error): """Raised by a handler: fail the job, and do not try again."""
+class Interruption(BaseException): """Raised inside a handler from outside; `except Exception` does not catch it."""
+class Timeout(Interruption): """The handler has had its time; its job has failed."""
+class Lost(Interruption): """The job is not this worker's any more: cancelled, given to another, or released."""
 
 class Failed(Error):
     """The job whose result was asked for has failed or was cancelled: `job` is it, the text its error."""
     job: Job
 
-class Unfinished(Error, TimeoutError):
-    """The job did not end in the time that wait() had."""
-
-class Hung(Error):
-    """Too many handlers never came back: the worker has ended, to be started afresh."""
-
-class Crashed(Error):
-    """An isolated handler failed; the text is its traceback or how its process ended."""
-
 class Retry(Error):
     """Raised by a handler: fail this attempt, and try again after `delay` seconds (None: the engine's backoff)."""
-    def __init__(self, reason: str = 'the handler asked for a retry', delay: float | None = None) -> None:
+    def __init__(self, reason: str = 'the handler asked for a retry', delay: Seconds = None) -> None:
         super().__init__(reason)
         if delay is not None and not 0 <= delay < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
         self.delay = delay
 
-class Abort(Error):
-    """Raised by a handler: fail the job, and do not try again."""
-
-class Interruption(BaseException):
-    """Raised inside a handler from outside. No Exception, so that `except Exception` does not keep a handler alive."""
-
-class Timeout(Interruption):
-    """The handler has had its time; its job has failed."""
-
-class Lost(Interruption):
-    """The job is not this worker's any more: cancelled, given to another, or released."""
-
 # -- Values -----------------------------------------------------------------------------------------------------------
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
-decode = json.JSONDecoder().decode
 quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
 chance = random.Random()        # not the module's, which a handler may seed
 if hasattr(os, 'register_at_fork'):
@@ -195,35 +158,26 @@ def as_json(value, name, level=0):
     try:
         return encode(value)
     except (TypeError, ValueError, RecursionError) as error:
-        parts = value.items() if isinstance(value, dict) else ()
-        parts = enumerate(value) if isinstance(value, (list, tuple)) else parts
-        for key, part in parts if level < MAX_DEPTH else ():
-            as_json(part, f'{name}[{shorten(repr(key), 100)}]', level + 1)      # raises at the one that is in the way
+        if isinstance(value, (dict, list, tuple)) and level < MAX_DEPTH:
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                as_json(part, f'{name}[{shorten(repr(key), 100)}]', level + 1)      # raises at what is in the way
         what = value if isinstance(value, float) else f'a {type(value).__name__}'
         raise NotJSON(f'{shorten(name, 200)} is {what}, which JSON cannot hold: {error}') from None
 
-def present(**fields):
-    """The fields that are not None."""
-    return {field: value for field, value in fields.items() if value is not None}
-
-def in_seconds(span):
-    return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+def present(**fields): return {field: value for field, value in fields.items() if value is not None}
+def in_seconds(span): return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+def printable(text): return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
+def backoff(tries): return min(MAX_BACKOFF, BACKOFF * 2 ** min(tries, 10)) * chance.uniform(0.5, 1)
 
 def shorten(text, longest):
     half = longest // 2
     return text if len(text) <= longest else f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
-
-def printable(text):
-    return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
 
 def new_id():
     """A UUID of version 7 (RFC 9562): ordered by time, so that the engine's index grows at its end alone."""
     stamp, noise = time.time_ns() // 1000000, chance.getrandbits(74)
     return (f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{noise >> 62:03x}-{0x8000 | noise >> 48 & 0x3fff:04x}-'
             f'{noise & 0xffffffffffff:012x}')
-
-def backoff(tries):
-    return min(MAX_BACKOFF, BACKOFF * 2 ** min(tries, 10)) * chance.uniform(0.5, 1)
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 # The head of an answer as the engine writes it, or nearly so: only its length bears on where the body ends.
@@ -235,11 +189,7 @@ class Incoming(io.RawIOBase):
     def __init__(self, sock, deadline, data):
         self.sock, self.deadline, self.data = sock, deadline, data
 
-    def makefile(self, mode):
-        return io.BufferedReader(self)
-
-    def readable(self):
-        return True
+    def readable(self): return True
 
     def readinto(self, buffer):
         if not self.data:
@@ -249,18 +199,18 @@ class Incoming(io.RawIOBase):
         buffer[:count], self.data = self.data[:count], self.data[count:]
         return count
 
-def read_answer(sock, deadline, data):
-    """The answer that begins with the data, read to its end. http.client takes ten times as long as what is plain."""
+def read_answer(sock, deadline):
+    """An answer, read to its end. http.client takes ten times as long as what is plain."""
+    sock.settimeout(remaining(deadline))
+    data = sock.recv(65536)
     plain = PLAIN.match(data)
     if plain and len(data) == plain.end() + int(plain[2]):
         return types.SimpleNamespace(status=int(plain[1]), content=data[plain.end():], will_close=False)
-    answer = http.client.HTTPResponse(Incoming(sock, deadline, data))
+    file = io.BufferedReader(Incoming(sock, deadline, data))
+    answer = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
     answer.begin()
-    while answer.status < 200:              # of those before the last it skips 100 alone
-        answer.headers = None
-        answer.begin()
-    if answer.length is None and not answer.chunked and 'content-length' in answer.headers:
-        raise http.client.HTTPException('its length is no number')      # which http.client lets pass
+    if answer.length is None and not answer.chunked and 'content-length' in answer.headers or answer.status < 200:
+        raise http.client.HTTPException('its length is no number, or it is not the last')   # http.client lets both pass
     answer.content = answer.read()
     return answer
 
@@ -283,12 +233,11 @@ class Wire:
         scheme, _, rest = url.partition('://')
         host, _, path = rest.partition('/')
         verb, data = ('GET', b'') if data is None else ('POST', data)
-        head = f'{verb} /{path} HTTP/1.1\r\nHost: {host}\r\n{self.headers}Content-Length: {len(data)}\r\n\r\n'
-        request = head.encode('latin-1') + data
+        head = f'{verb} /{path} HTTP/1.1\r\nHost: {host}\r\n{self.headers}Content-Length: {len(data)}\r\n\r\n'.encode()
         while True:
             connection = self._connection((scheme, host), deadline)
             try:
-                return self._exchange(connection, request, deadline)
+                return self._exchange(connection, head + data, deadline)
             except ConnectionError:         # closed while it was idle: that is no reason to give up
                 if not connection.rested:
                     raise
@@ -300,7 +249,7 @@ class Wire:
         try:
             while True:
                 connection = self.idle.pop()
-                if connection.place == place:
+                if connection.place == place and connection.rested:
                     return connection
                 connection.close()
         except IndexError:
@@ -320,20 +269,14 @@ class Wire:
             sock.settimeout(remaining(deadline))
             with contextlib.suppress(ConnectionError):      # a refusal that came before all was sent can still be read
                 sock.sendall(request)
-            sock.settimeout(remaining(deadline))
-            data = sock.recv(65536)
-            connection.rested = connection.rested and not data      # else it was not closed while it was idle
-            answer = read_answer(sock, deadline, data)
+            answer = read_answer(sock, deadline)
         except BaseException:
             connection.close()
             raise
         finally:
             self.active.discard(connection)
-        connection.rested = True
-        if answer.will_close:
-            connection.close()
-        else:
-            self.idle.append(connection)
+        connection.rested = not answer.will_close
+        self.idle.append(connection)
         return answer
 
     def hang_up(self, how=socket.SHUT_WR):
@@ -342,22 +285,15 @@ class Wire:
         for connection in self.active.copy():
             with contextlib.suppress(OSError, TypeError):       # its own thread has closed it: it has no socket then
                 socket.socket.shutdown(connection.sock, how)    # not SSLSocket's, which forgets its keys
-
-    def close(self):
-        self.hang_up(socket.SHUT_RDWR)
         while self.idle:
             self.idle.pop().close()
 
-KEEP = object()     # leave it as it is
-
 class Client:
     """An engine's calls, one method each; every method takes the fields of its call, and returns the answer.
-    `host` may name several engines, separated by blanks: the first that answers is used until it does not any more,
-    then the next one, round and round. `timeout` is how long a call is tried again (seconds) while no engine answers or
-    it cannot answer now; then EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads
-    and after a fork."""
-    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = TIMEOUT,
-                 ca: str | None = None) -> None:
+    `host` may name several engines, separated by blanks: each is used until it does not answer any more, then the next.
+    `timeout` is how long a call is tried again (seconds) while none answers or it cannot answer now; then
+    EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads and after a fork."""
+    def __init__(self, host: Text = None, token: Text = None, timeout: float = TIMEOUT, ca: Text = None) -> None:
         self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or URL).split()] or ['']
         self.timeout, self.used = timeout, self.hosts[:1]       # the latter is the engine in use; twins share it
         token, ca = token or os.environ.get('RUNDOWN_TOKEN'), ca or os.environ.get('RUNDOWN_CA')
@@ -373,32 +309,31 @@ class Client:
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         self.wire = Wire(headers, context)
 
+    @property
+    def host(self): return self.used[0]
+
     def twin(self):
         """A client with connections of its own, which goes on to the next engine together with this one."""
         twin = copy.copy(self)
         twin.wire = Wire(self.wire.headers, self.wire.context)
         return twin
 
-    @property
-    def host(self):
-        return self.used[0]
-
     def send(self, path: str, body: Any = None, seconds: float = TIMEOUT) -> Any:
         """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
         data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
-        host = self.used[0]
+        host = self.host
         try:
             answer = self.wire.exchange(host + path, data, seconds)
             if answer.status in (200, 204):
-                return decode(answer.content.decode()) if answer.status == 200 else None
+                return json.loads(answer.content.decode()) if answer.status == 200 else None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             reason = printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
-            if host == self.used[0]:        # what one thread finds out holds for all, once
+            if host == self.host:           # what one thread finds out holds for all, once
                 self.used[0] = self.hosts[(self.hosts.index(host) + 1) % len(self.hosts)]
             raise EngineUnavailable(f'no engine answers at {host}: {reason}') from error
         raise refusal(answer)
 
-    def call(self, path: str, body: Any = None, wait: float = 0, give_up: float | None = None) -> Any:
+    def call(self, path: str, body: Any = None, wait: float = 0, give_up: Seconds = None) -> Any:
         """send(), tried again for `give_up` seconds (None: the client's timeout), and the `wait` that the engine takes.
         The last try gets a second at least, so an engine that is there but silent is noticed that much later."""
         give_up = self.timeout if give_up is None else give_up
@@ -415,19 +350,17 @@ class Client:
                     raise EngineUnavailable(f'{" ".join(self.hosts)} was tried for {give_up:g} s: {error}') from None
             time.sleep(pause)
 
-    def enqueue(self, queue: str, payload: Any = None, timeout: float | None = None, max_retries: int | None = None,
-                tag: str | None = None, delay: Span | None = None, run_at: Moment | None = None,
-                priority: int | None = None, key: str | None = None, id: str | None = None,
-                give_up: float | None = None, after: Iterable[Any] | Any = None, after_any: bool | None = None) -> Job:
+    def enqueue(self, queue: str, payload: Any = None, timeout: Seconds = None, max_retries: Whole = None,
+                tag: Text = None, delay: Span = None, run_at: Moment = None, priority: Whole = None, key: Text = None,
+                id: Text = None, give_up: Seconds = None, after: Any = None, after_any: bool | None = None) -> Job:
         """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before.
-        `after` are the jobs, or their ids, that have to be done before it is handed out; one that fails or is cancelled
-        cancels it, unless `after_any` is true."""
+        It waits until the jobs `after` (or their ids) are done; one that is not cancels it, unless `after_any`."""
         text = job_text(payload, id, run_at, delay, after, queue=queue, timeout=timeout, max_retries=max_retries,
                         tag=tag, priority=priority, key=key, after_any=after_any)
         return Job(self.call('/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(self, queue: str, payloads: Iterable[Any], ids: Iterable[str] | None = None,
-                     give_up: float | None = None, **options: Any) -> list[Job]:
+                     give_up: Seconds = None, **options: Any) -> list[Job]:
         """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
         `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all."""
         if isinstance(payloads, (str, bytes, dict)):
@@ -442,88 +375,73 @@ class Client:
         bodies = ('{"jobs":[' + ','.join(batch) + ']}' for batch in batches(texts, len))
         return [Job(job, self) for body in bodies for job in self.call('/enqueue', body, give_up=give_up)['jobs']]
 
-    def _post(self, path, **fields):
-        return self.call(path, present(**fields), fields.get('wait') or 0)
+    def _post(self, path, **fields): return self.call(path, present(**fields), fields.get('wait') or 0)
 
-    def poll(self, queue: str, limit: int | None = None, wait: float | None = None, worker: str | None = None,
-             lease: float | None = None, max_retries: int | None = None, timeout: float | None = None,
-             hung: int | None = None) -> Any:
+    def poll(self, queue: str, limit: Whole = None, wait: Seconds = None, worker: Text = None, lease: Seconds = None,
+             max_retries: Whole = None, timeout: Seconds = None, hung: Whole = None) -> Any:
         """Claim a job, or None; with `limit` a list of jobs, or None. `wait`, `lease` and `timeout` are in seconds."""
         return self._post('/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
                           max_retries=max_retries, timeout=timeout, hung=hung)
 
-    def complete(self, id: str, attempt: int | None = None, result: Any = None) -> Fields:
+    def complete(self, id: str, attempt: Whole = None, result: Any = None) -> Fields:
         return self._post('/complete', id=id, attempt=attempt, result=result)
 
-    def fail(self, id: str, attempt: int | None = None, error: str | None = None, retry: bool | None = None,
-             delay: float | None = None) -> Fields:
+    def fail(self, id: str, attempt: Whole = None, error: Text = None, retry: bool | None = None,
+             delay: Seconds = None) -> Fields:
         """Report a failure; with retry False for good, with `delay` (seconds) in place of the engine's backoff."""
         return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
 
-    def heartbeat(self, id: str, attempt: int | None = None, progress: Any = None) -> Fields:
+    def heartbeat(self, id: str, attempt: Whole = None, progress: Any = None) -> Fields:
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
-    def release(self, id: str, attempt: int | None = None) -> Fields:
-        return self._post('/release', id=id, attempt=attempt)
+    def release(self, id: str, attempt: Whole = None) -> Fields: return self._post('/release', id=id, attempt=attempt)
+    def unschedule(self, name: str) -> Fields: return self._post('/unschedule', name=name)
+    def pause(self, queue: str) -> Fields: return self._post('/pause', queue=queue)
+    def resume(self, queue: str) -> Fields: return self._post('/resume', queue=queue)
 
-    def cancel(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> Fields:
+    def cancel(self, id: Text = None, queue: Text = None, status: Text = None) -> Fields:
         """Cancel a job, or all of a queue and status; {"count": n}."""
         return self._post('/cancel', id=id, queue=queue, status=status)
 
-    def retry(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> Fields:
+    def retry(self, id: Text = None, queue: Text = None, status: Text = None) -> Fields:
         """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
         return self._post('/retry', id=id, queue=queue, status=status)
 
-    def purge(self, queue: str | None = None, status: str | None = None) -> Fields:
+    def purge(self, queue: Text = None, status: Text = None) -> Fields:
         """Delete the jobs of a queue and/or status, but for those that run; {"count": n}."""
         return self._post('/purge', queue=queue, status=status)
 
-    def pause(self, queue: str) -> Fields:
-        return self._post('/pause', queue=queue)
-
-    def resume(self, queue: str) -> Fields:
-        return self._post('/resume', queue=queue)
-
-    def limit(self, queue: str, max_running: Any = KEEP, rate: Any = KEEP, per: Any = KEEP) -> Fields:
+    def limit(self, queue: str, max_running: Any = ..., rate: Any = ..., per: Any = ...) -> Fields:
         """Limit how many jobs of a queue run at a time, and its claims: `rate` at once, one each per / rate seconds.
         None lifts a limit; what is not given stays as it is. Returns what holds then."""
         fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per}
-        return self.call('/limit', {name: value for name, value in fields.items() if value is not KEEP})
+        return self.call('/limit', {name: value for name, value in fields.items() if value is not ...})
 
-    def schedule(self, name: str, queue: str, cron: str | None = None, every: Span | None = None,
-                 zone: str | None = None, payload: Any = None, timeout: float | None = None,
-                 max_retries: int | None = None, tag: str | None = None, priority: int | None = None,
-                 key: str | None = None) -> Fields:
+    def schedule(self, name: str, queue: str, cron: Text = None, every: Span = None, zone: Text = None,
+                 payload: Any = None, timeout: Seconds = None, max_retries: Whole = None, tag: Text = None,
+                 priority: Whole = None, key: Text = None) -> Fields:
         """Have a job made at each tick: of `cron`, five fields in a time zone (UTC), or `every` so many seconds.
         Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over."""
-        return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
-                          payload=payload, timeout=timeout, max_retries=max_retries, tag=tag, priority=priority,
-                          key=key)
-
-    def unschedule(self, name: str) -> Fields:
-        """End a schedule; the jobs that it made stay. {"count": 0 or 1}."""
-        return self._post('/unschedule', name=name)
+        return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone, tag=tag,
+                          payload=payload, timeout=timeout, max_retries=max_retries, priority=priority, key=key)
 
     def _get(self, path, **fields):
         return self.call(f'{path}?{urllib.parse.urlencode(present(**fields))}', wait=fields.get('wait') or 0)
 
-    def schedules(self, limit: int | None = None, after: str | None = None) -> Fields:
+    def schedules(self, limit: Whole = None, after: Text = None) -> Fields:
         return self._get('/schedules', limit=limit, after=after)
 
-    def jobs(self, queue: str | None = None, status: str | None = None, tag: str | None = None,
-             limit: int | None = None, after: str | None = None, needed_by: str | None = None) -> Fields:
+    def jobs(self, queue: Text = None, status: Text = None, tag: Text = None, limit: Whole = None, after: Text = None,
+             needed_by: Text = None) -> Fields:
         """A page of jobs, newest first; the next one is `after` the id in its `after`, null on the last page.
         `needed_by` an id: what that job waits or waited for, in its order."""
         return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after, needed_by=needed_by)
 
-    def queues(self, limit: int | None = None, after: str | None = None) -> Fields:
+    def queues(self, limit: Whole = None, after: Text = None) -> Fields:
         """Counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
-    def health(self) -> Fields:
-        return self._get('/health')
-
-    def job(self, id: str, wait: float | None = None) -> Fields:
+    def job(self, id: str, wait: Seconds = None) -> Fields:
         """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
@@ -531,11 +449,12 @@ class Client:
         """The newest job with that tag."""
         return self._get('/details/' + quote(tag))
 
-    def wait(self, job: Any, timeout: float | None = None, give_up: float | None = None) -> Job:
+    def health(self) -> Fields: return self._get('/health')
+
+    def wait(self, job: Any, timeout: Seconds = None, give_up: Seconds = None) -> Job:
         """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds.
         Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout."""
-        id = job if isinstance(job, str) else job['id']
-        deadline = float('inf') if timeout is None else time.monotonic() + timeout
+        id, deadline = job if isinstance(job, str) else job['id'], ending_after(timeout)
         while True:
             left = max(0, deadline - time.monotonic())
             span, most = round(min(WAIT, left), 3), min(self.timeout if give_up is None else give_up, left)
@@ -547,7 +466,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
-        self.wire.close()
+        self.wire.hang_up(socket.SHUT_RDWR)
 
 class Job(dict):
     """A job as the engine told of it, a dict that knows whom to ask for news."""
@@ -560,12 +479,12 @@ class Job(dict):
         self.update(self.client.job(self['id']))
         return self
 
-    def wait(self, timeout: float | None = None, give_up: float | None = None) -> Job:
+    def wait(self, timeout: Seconds = None, give_up: Seconds = None) -> Job:
         """Bring it up to date once it has ended, and return it; see Client.wait."""
         self.update(self.client.wait(self, timeout, give_up))
         return self
 
-    def result(self, timeout: float | None = None, give_up: float | None = None) -> Any:
+    def result(self, timeout: Seconds = None, give_up: Seconds = None) -> Any:
         """What the handler returned, once it has; Failed with the job's error when it failed or was cancelled."""
         if self.wait(timeout, give_up)['status'] != 'done':
             error = Failed(self['error'] or f'the job was {self["status"]}')
@@ -573,13 +492,12 @@ class Job(dict):
             raise error
         return self['result']
 
-    def __reduce__(self):
-        return dict, (dict(self),)      # in another process, and in a copy, it is a plain dict
+    def __reduce__(self): return dict, (dict(self),)        # in another process, and in a copy, it is a plain dict
 
-def results(jobs: Iterable[Job], timeout: float | None = None, give_up: float | None = None) -> list[Any]:
+def results(jobs: Iterable[Job], timeout: Seconds = None, give_up: Seconds = None) -> list[Any]:
     """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
-    deadline = float('inf') if timeout is None else time.monotonic() + timeout
-    return [job.result(None if timeout is None else max(0, deadline - time.monotonic()), give_up) for job in jobs]
+    deadline = ending_after(timeout)
+    return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 def refusal(answer):
     """The exception for an answer that is no success."""
@@ -588,12 +506,13 @@ def refusal(answer):
     except (ValueError, TypeError, LookupError, RecursionError):
         where = f', which points to {answer.headers["location"]}' if 'location' in answer.headers else ''
         sentence = f'HTTP status {answer.status} {answer.reason}{where}'
-    kind = Refused if is_final(answer.status) else EngineUnavailable
-    error, pause = kind(printable(sentence)), answer.headers.get('retry-after', '')
-    error.status = answer.status
-    if re.fullmatch('[0-9]{1,9}', pause):
-        error.retry_after = min(int(pause), MAX_RETRY_AFTER)
+    error = (Refused if is_final(answer.status) else EngineUnavailable)(printable(sentence))
+    error.status, pause = answer.status, answer.headers.get('retry-after', '')
+    error.retry_after = min(int(pause), MAX_RETRY_AFTER) if re.fullmatch('[0-9]{1,9}', pause) else 0
     return error
+
+def ending_after(timeout): return time.monotonic() + (float('inf') if timeout is None else timeout)
+def is_final(status): return status < 500 and status != 429     # there is no use in sending it again
 
 def is_claim(job):
     return (isinstance(job, dict) and isinstance(job.get('id'), str) and type(job.get('attempt')) is int
@@ -601,9 +520,6 @@ def is_claim(job):
 
 def is_outcome(item):
     return isinstance(item, dict) and type(item.get('code', 0)) is int and isinstance(item.get('error', ''), str)
-
-def is_final(status):
-    return status < 500 and status != 429       # there is no use in sending it again
 
 def job_text(payload, id=None, run_at=None, delay=None, after=None, **fields):
     """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
@@ -628,7 +544,6 @@ def batches(items, size):
         yield batch
 
 # -- Running a handler ------------------------------------------------------------------------------------------------
-TASK_FIELDS = 'task', 'args', 'kwargs'
 current = contextvars.ContextVar('rundown_task', default=None)      # what the handler of this context works at
 
 def job() -> Fields:
@@ -650,8 +565,6 @@ def inputs() -> list[Any]:
 
 class Outcome:
     """How a run ended: the call that reports it, its fields, each as JSON text, and what hooks get to see."""
-    __slots__ = ('call', 'fields', 'value')
-
     def __init__(self, call, value=None, **fields):
         self.call, self.value, self.fields = call, value, fields
 
@@ -659,64 +572,59 @@ def failed(error, text=None, retry=True, delay=None):
     text = shorten(text or trace(error), MAX_ERROR)
     return Outcome('fail', error, error=encode(text), retry=encode(retry), delay=encode(delay))
 
-class Policy(collections.namedtuple('Policy', 'backoff retry_on abort_on', defaults=((), (), ()))):
+class Policy:
     """After which failures, and after how many seconds, a job is tried again."""
+    def __init__(self, backoff=None, retry_on=None, abort_on=None):
+        self.backoff, self.retry_on, self.abort_on = listed(backoff), listed(retry_on), listed(abort_on)
+        for name, given in (('retry_on', self.retry_on), ('abort_on', self.abort_on)):
+            if not all(isinstance(one, type) and issubclass(one, BaseException) for one in given):
+                raise Misuse(f'{name} must be a class of exceptions or a tuple of them, not {given!r}')
+        for step in itertools.filterfalse(callable, self.backoff):
+            check('backoff', step, 0, NUMBER)
+
     def verdict(self, error, retries):
         """The fields `retry` and `delay` of the failure. retry_on is about what the handler raised by itself."""
         own = not isinstance(error, (Retry, Timeout, Crashed))
         if isinstance(error, (Abort, *self.abort_on)) or self.retry_on and own and not isinstance(error, self.retry_on):
             return {'retry': False}
-        asked = getattr(error, 'delay', None) if isinstance(error, Retry) else None
-        return {'delay': self.delay(retries + 1) if asked is None else asked}
-
-    def delay(self, number):
-        """Seconds until the retry of that number (1, 2 ...); None leaves it to the engine."""
-        if not self.backoff:
-            return None
+        delay = error.delay if isinstance(error, Retry) else None
         try:
-            steps = self.backoff
-            delay = steps(number) if callable(steps) else steps[min(number, len(steps)) - 1]
-            if 0 <= delay < float('inf'):
-                return delay
-            raise ValueError(f'it gave {delay!r}, not a number of seconds')
-        except Exception as error:
-            return note(logging.ERROR, 'backoff of retry %d failed: %s', number, summary(error))
+            if delay is None and self.backoff:
+                step = self.backoff[min(retries, len(self.backoff) - 1)]
+                delay = step(retries + 1) if callable(step) else step
+                check('backoff', delay, 0, NUMBER)
+            return {'delay': delay}
+        except Exception as failure:
+            note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, summary(failure))
+            return {}
 
-def policy(backoff, retry_on, abort_on):
-    """A Policy as the decorators are given it."""
-    def listed(given):
-        return tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
-    for name, given in (('retry_on', retry_on), ('abort_on', abort_on)):
-        if not all(isinstance(one, type) and issubclass(one, BaseException) for one in listed(given)):
-            raise Misuse(f'{name} must be a class of exceptions or a tuple of them, not {given!r}')
-    for delay in () if callable(backoff) else listed(backoff):
-        check('backoff', delay, 0, (int, float))
-    return Policy(backoff if callable(backoff) else listed(backoff), listed(retry_on), listed(abort_on))
+def listed(given): return tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
+policy = Policy     # for App, until it calls it by its name
 
 class Handler:
     """What works a queue's payloads: its one function, which has no name, or the task that the payload names."""
     def __init__(self, functions):
         self.functions = {name: as_handler(function) for name, function in functions.items()}
-        self.policies = {name: getattr(function, 'policy', Policy()) for name, function in functions.items()}
 
     def find(self, payload):
         """The function for the payload, and its arguments."""
         if None in self.functions:
             return self.functions[None], [payload], {}
-        name, args, kwargs = (payload.get(field) if isinstance(payload, dict) else None for field in TASK_FIELDS)
-        if not isinstance(name, str) or not isinstance(args or [], list) or not isinstance(kwargs or {}, dict):
+        call = payload if isinstance(payload, dict) else {}
+        name, args, kwargs = call.get('task'), call.get('args') or [], call.get('kwargs') or {}
+        if not isinstance(name, str) or not isinstance(args, list) or not isinstance(kwargs, dict):
             raise Abort('the payload of a task must be {"task": "its name", "args": [...], "kwargs": {...}}')
         if name in self.functions:
-            return self.functions[name], args or [], kwargs or {}
+            return self.functions[name], args, kwargs
         near = difflib.get_close_matches(name, self.functions) or sorted(self.functions)[:10]
         raise Abort(f'no worker here knows the task {name}; near it are {", ".join(near)}')
 
     def verdict(self, error, job):
         """What the policy says of a failure of the job, which the handler may have changed."""
         payload, retries = job.get('payload'), job.get('retries')
-        name = payload.get('task') if None not in self.policies and isinstance(payload, dict) else None
-        found = self.policies.get(name if isinstance(name, str) else None, Policy())
-        return found.verdict(error, retries if type(retries) is int else 0)
+        name = payload.get('task') if None not in self.functions and isinstance(payload, dict) else None
+        rule = getattr(self.functions.get(name if isinstance(name, str) else None), 'policy', Policy())
+        return rule.verdict(error, retries if type(retries) is int else 0)
 
 def perform(handler, job):
     """One run of a handler, as its outcome. It knows no network, and raises nothing, whatever the handler does."""
@@ -758,24 +666,19 @@ def as_handler(function):
         task.coroutine = running.get_coro()
         task.cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, running.cancel)
         return await function(*args, **kwargs)
-
-    return lambda *args, **kwargs: asyncio.run(main(*args, **kwargs))
+    return functools.wraps(function)(lambda *args, **kwargs: asyncio.run(main(*args, **kwargs)))
 
 class Task:
     """A claimed job on its way through the worker. Who settles it first says how it ends; the rest is dropped."""
-    __slots__ = ('job consumer client claimed timeout address lock outcome slot begun item progress show shown cancel '
-                 'coroutine').split()
-
     def __init__(self, job, consumer, now):
         self.job = job                                  # the handler may change it: the rest does not rely on it
         self.consumer, self.client, self.claimed = consumer, consumer.link.client, now
         self.address = f'{{"id":{encode(job["id"])},"attempt":{job["attempt"]}'     # how an item of a batch begins
         self.timeout, self.lock = job['timeout'], threading.Lock()      # the lock guards the next three
         self.outcome = self.slot = self.begun = None    # how it ended, and all is over; who runs it, since when
-        self.item = None                                # of the report: JSON text
         self.progress, self.shown = collections.deque(maxlen=1), now    # JSON text that is not sent; when it last was
         self.show = self.progress.append
-        self.cancel = self.coroutine = None             # of an async handler: how to reach it
+        self.item = self.cancel = self.coroutine = None     # of the report: JSON text; how to reach an async handler
 
     def begin(self, slot, now):
         """True when the slot may run it: it was neither released nor lost meanwhile."""
@@ -801,8 +704,7 @@ class Task:
 class Slot:
     """A thread that runs the tasks of a queue, one after the other, until a handler does not come back in time."""
     ready = True            # for a task
-    ending = False          # what it runs was told to end, and is waited for
-    abandoned = False
+    ending = abandoned = False      # what it runs was told to end, and is waited for; or is not
 
     def __init__(self, consumer):
         self.consumer = consumer
@@ -822,8 +724,7 @@ class Slot:
                     self.consumer.ended(task, outcome)
         self.close()
 
-    def perform(self, task):
-        return perform(self.consumer.handler, task.job)
+    def perform(self, task): return perform(self.consumer.handler, task.job)
 
     def interrupt(self, task, interruption):
         """Stop the handler, and do without this thread."""
@@ -848,9 +749,7 @@ class Slot:
         stack, ours = traceback.StackSummary.extract(frames[-50:]), (__file__, threading.__file__)
         return ''.join(traceback.format_list(itertools.dropwhile(lambda one: one.filename in ours, stack)))
 
-    def close(self):
-        """End what the slot has started: nothing. Those below have more to do in all three."""
-
+    def close(self): """End what the slot has started: nothing. Those below have more to do in all three."""
     prepare = kill = close
 
 # -- Handlers in processes of their own -------------------------------------------------------------------------------
@@ -861,8 +760,7 @@ spawning = threading.Lock()         # multiprocessing may reap a child from any 
 
 class IsolatedSlot(Slot):
     """A slot whose handler runs in a process of its own, which waits for the next task as long as it lives."""
-    process = pipe = None
-    ready = False
+    process, ready = None, False
 
     def prepare(self):
         if self.process is None and not self.consumer.worker.stopping.is_set():
@@ -873,14 +771,14 @@ class IsolatedSlot(Slot):
         self.pipe, theirs = context.Pipe()
         functions = self.consumer.registered.functions.items()
         where = {name: (one.__module__, inspect.getfile(one), one.__qualname__) for name, one in functions}
-        given, name = (theirs, where, self.consumer.link.settings), CHILD + self.consumer.name
-        self.process = context.Process(target=child, args=given, name=name)
+        given = theirs, where, self.consumer.link.settings
+        self.process = context.Process(target=child, args=given, name=CHILD + self.consumer.name)
         with spawning:
             self.process.start()
         theirs.close()
         atexit.register(self.kill)
-        self.greeting = self._receive()
-        self.ready = True           # not earlier: the imports of the handler's module may take long
+        self._receive()             # that it is ready: the imports of the handler's module may take long
+        self.ready = True
 
     def _receive(self):
         """The next word of the child; how it ended when there comes none."""
@@ -894,10 +792,15 @@ class IsolatedSlot(Slot):
         return 'fail', "the handler's process " + ('closed its pipe' if code is None else ending(code))
 
     def perform(self, task):
-        kind, text = self._ask(task)
-        if kind == 'fail' and self.greeting[0] == 'ready' and task.outcome is None:     # it was gone before it began
+        for _ in range(2):          # the first process may be gone before it begins: killed while it had nothing to do
+            if self.process is None:
+                self._start()
+            with contextlib.suppress(OSError):
+                self.pipe.send(task.job)
+            kind, text = self._receive()
+            if kind == 'begun' or task.outcome:
+                break
             self.close()
-            kind, text = self._ask(task)
         while kind in ('begun', 'progress'):
             if kind == 'progress':
                 task.show(text)
@@ -908,21 +811,10 @@ class IsolatedSlot(Slot):
         self.close()
         return failed(Crashed(text), text, **self.consumer.handler.verdict(Crashed(text), task.job))
 
-    def _ask(self, task):
-        """Give the task to the child; its first word of it, or how it ended instead."""
-        if self.process is None:
-            self._start()
-        if self.greeting[0] != 'ready':
-            return self.greeting
-        with contextlib.suppress(OSError):      # it was killed while it had nothing to do
-            self.pipe.send(task.job)
-        return self._receive()
-
     def interrupt(self, task, interruption):
         self.kill()                 # the thread hears of it at once, and goes on with a fresh process
 
-    def where(self, task):
-        return 'its process was killed\n'
+    def where(self, task): return 'its process was killed\n'
 
     def kill(self):
         """End the process, and the processes that it started."""
@@ -960,7 +852,7 @@ def child(pipe, where, settings):
         os.set_inheritable(pipe.fileno(), False)        # its death would go unnoticed while a child of it has the pipe
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)          # the worker decides; not SIG_IGN, which children would inherit
-    jobs, lock = SimpleQueue(), threading.Lock()
+    jobs, lock, fault = SimpleQueue(), threading.Lock(), None
 
     def say(kind, text=None):
         with lock:
@@ -968,12 +860,14 @@ def child(pipe, where, settings):
     try:
         handler, client = Handler({name: locate(*place) for name, place in where.items()}), Client(*settings)
     except BaseException as error:
-        return say('fail', shorten(trace(error), MAX_ERROR))
+        fault = shorten(trace(error), MAX_ERROR)
     say('ready')
     threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
     while True:
         job = jobs.get()
         say('begun')
+        if fault:
+            return say('fail', fault)
         current.set(types.SimpleNamespace(job=job, client=client, show=functools.partial(say, 'progress')))
         outcome = perform(handler, job)
         say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
@@ -982,8 +876,7 @@ def listen(pipe, jobs):
     with contextlib.suppress(EOFError, OSError):
         while True:
             jobs.put(pipe.recv())
-    if hasattr(os, 'killpg'):
-        os.killpg(os.getpid(), signal.SIGKILL)
+    signal_group(multiprocessing.current_process(), KILL)
     os._exit(1)
 
 def locate(module, file, name):
