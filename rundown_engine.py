@@ -951,9 +951,10 @@ class Store:
         self.db, self.now = db, self.clock.now()                # of a transaction: its connection, engine time,
         self.room = room                                        # characters of jobs that polls may claim,
         self.noted, self.said = [], []                          # what the meter and the log get after the commit,
-        self.woken = set()                                      # topics whose sleepers may find something now
+        self.woken, self.fed = set(), set()     # topics whose sleepers may find something; queues not hungry any more
 
     def committed(self, group):
+        self.hungry -= self.fed
         self.meter.record(self.now, self.noted, group)
         for sentence in self.said:
             log(sentence)
@@ -1037,10 +1038,9 @@ class Store:
             self._set(queue, polled_at=self.now)
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
-        self.hungry.discard(queue)
+        self.fed.add(queue)
         if self.room <= 0:      # enough is being handed out; those that sleep are woken when there is room
-            self.hungry.add(queue)
-            self._due(self.now + micros(RETRY))
+            self._starve(queue, self.now + micros(RETRY))
             if not ask.get('wait'):
                 raise Unavailable('too much is being handed out at a time; try again')
             return []
@@ -1239,9 +1239,13 @@ class Store:
             most = min(most, tokens(row, self.now))
             if not most:
                 self._set(row['queue'], full_at=full_at(row, self.now))     # it fills, even if the clock was set back
-                self.hungry.add(row['queue'])
-                self._due(next_token(row, self.now))
+                self._starve(row['queue'], next_token(row, self.now))
         return most
+
+    def _starve(self, queue, until):
+        self.hungry.add(queue)
+        self.fed.discard(queue)
+        self._due(until)
 
     def schedule(self, wanted):
         """Make or change a schedule: (row, created)."""
