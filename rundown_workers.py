@@ -1001,10 +1001,8 @@ def load(file, name):
     return module
 
 # -- Worker -----------------------------------------------------------------------------------------------------------
-RELEASED = Outcome('release')
-LOST = Outcome(None)                # nothing is reported
-REFUSALS = (400, 413)               # statuses that blame what was sent
-GONE = (404, 409)                   # statuses that blame the claim
+RELEASED, LOST = Outcome('release'), Outcome(None)      # of the latter nothing is reported
+REFUSALS, GONE = (400, 413), (404, 409)     # statuses that blame what was sent, and that blame the claim
 
 def note(level, text, *values):
     """A line in the log, whatever is in the values, and whatever a handler did to the log's streams."""
@@ -1027,8 +1025,7 @@ class Consumer:
         self.enough, self.dry = 0, None     # open tasks above which it sleeps; worker.reported when there was nothing
         self.inbox, self.open = SimpleQueue(), {}   # safe by themselves: tasks for the slots; claimed and not settled
         self.hungry = threading.Event()     # there may be room for more
-        self.pace = None                    # seconds that a slot takes for a task lately; losing one in a race is fine
-        self.lines = 0                      # of the log in this tick, for jobs that are done; likewise
+        self.pace, self.lines = None, 0     # seconds of a slot for a task; of the log in this tick. Races are harmless
         self.slots, self.thread = [], None
 
     def start(self):
@@ -1050,8 +1047,12 @@ class Consumer:
             except Error as error:
                 self._unanswered(error)
                 continue
-            for job in jobs:
-                self._take(job)
+            for task in [Task(job, self, time.monotonic()) for job in jobs]:
+                self.link.tasks[task] = self.open[task] = None
+                if not self.worker.stopping.is_set():
+                    self.inbox.put(task)
+            if self.worker.stopping.is_set():
+                self.worker.release()   # these may have come after the others were
             time.sleep(0)               # lets the slots begin, before the next poll is put together
             self.link.back()
             if not jobs:
@@ -1097,13 +1098,6 @@ class Consumer:
         elif time.monotonic() - began < min(1, WAIT / 2):       # an engine that does not wait: do not press it
             worker.stopping.wait(self.registered.poll_interval)
 
-    def _take(self, job):
-        task = Task(job, self, time.monotonic())
-        self.link.tasks[task] = self.open[task] = None
-        if self.worker.stopping.is_set():
-            self.settle(task, RELEASED)
-        else:
-            self.inbox.put(task)
 
     def ended(self, task, outcome):
         """A slot has run the task to its end. It goes on after the hooks; the report does not wait for them."""
@@ -1148,7 +1142,11 @@ class Consumer:
                 if now - task.claimed > STALE and self.settle(task, RELEASED):
                     self.pace = None        # it was wrong
             elif now - task.begun > task.timeout and task.outcome is None:
-                self._time_out(task)
+                text = f'timed out after {task.timeout:g} s\n{task.slot.where(task)}'
+                error = Timeout(text)
+                if self.settle(task, failed(error, text, **self.handler.verdict(error, task.job)), Timeout):
+                    hung = self.worker.hung()
+                    self.tell('failure', task, error, 'timed out after %g s; hung threads: %d', task.timeout, hung)
             elif task.progress and now - task.shown > PROGRESS:
                 task.shown = now
                 self.link.pile.put(task)
@@ -1156,12 +1154,6 @@ class Consumer:
         if rest > 0:        # a line for each would take longer than they do
             note(logging.INFO, '%s: %d more done', self.name, rest)
 
-    def _time_out(self, task):
-        text = f'timed out after {task.timeout:g} s\n{task.slot.where(task)}'
-        error = Timeout(text)
-        if self.settle(task, failed(error, text, **self.handler.verdict(error, task.job)), Timeout):
-            hung = self.worker.hung()
-            self.tell('failure', task, error, 'timed out after %g s; hung threads: %d', task.timeout, hung)
 
     def replace(self, slot):
         """Go on with a fresh thread. The lock of the slot's task is held, so no other does it too."""
@@ -1197,7 +1189,7 @@ class Link:
         self.tasks = {}                     # safe by themselves: tasks, until their outcome is acknowledged
         self.pile = SimpleQueue()           # tasks that have something to report; None: no more
         self.stuck = False                  # the reporter's: it has something that the engine did not take yet
-        self.since, self.tries = None, 0    # when the engine went away; what was tried in vain since then
+        self.since = None                   # when the engine went away
 
     def start(self):
         self.worker.thread(self._report, 'report')
@@ -1207,12 +1199,12 @@ class Link:
         """Say once that the engine is away, which ends a burst in time. How long to wait until the next try."""
         now, since = time.monotonic(), self.since
         if since is None:
-            self.since, self.tries, since = now, 0, now
+            self.since = since = now
             note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
         if self.worker.burst and now - since >= TIMEOUT:
             self.worker.stop(error)
-        self.tries += 1
-        return max(backoff(self.tries - 1), REFUSED if isinstance(error, Refused) else error.retry_after)
+        pause = min(MAX_BACKOFF, max(BACKOFF, now - since)) * chance.uniform(0.5, 1)       # as long as it is away
+        return max(pause, REFUSED if isinstance(error, Refused) else error.retry_after)
 
     def back(self):
         since, self.since = self.since, None
@@ -1332,8 +1324,8 @@ class Worker:
     def stop(self, error=None):
         self.events.put(error)
 
-    def busy(self):
-        return any(link.tasks for link in self.links.values())
+    def busy(self): return sum(len(link.tasks) for link in self.links.values())
+    def slots(self): return [slot for consumer in self.consumers for slot in consumer.slots]
 
     def hung(self, seconds=HUNG):
         """How many threads did not come back within so many seconds of their interruption."""
@@ -1373,7 +1365,8 @@ class Worker:
 
     def _signalled(self, number, frame):
         if self.signalled:
-            self._kill()
+            for slot in self.slots():
+                slot.kill()
             os._exit(128 + number)
         self.signalled = True
         self.stop()
@@ -1382,16 +1375,18 @@ class Worker:
         """Let what runs come to its end, within the grace, and be reported; release the rest; end the threads."""
         ends = time.monotonic() + self.grace
         self.stopping.set()
-        self._release()
-        self._hang_up()
+        self.release()
+        for how in (socket.SHUT_WR, socket.SHUT_RDWR):      # a job that is on its way may still come in, for release
+            for consumer in self.consumers:
+                consumer.client.wire.hang_up(how)
+            until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + HANGUP)
         until(lambda: not any(consumer.open for consumer in self.consumers), ends)
-        self._release(Lost)
+        self.release(Lost)
         until(lambda: not self.busy(), max(ends, time.monotonic() + FAREWELL))
-        left = sum(len(link.tasks) for link in self.links.values())
-        if left:
-            note(logging.ERROR, 'the outcomes of %d jobs were not reported; the engine will hand them out again', left)
+        if self.busy():
+            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out again', self.busy())
         self.closed.set()
-        slots = [slot for consumer in self.consumers for slot in consumer.slots]
+        slots = self.slots()
         for slot in slots:
             slot.consumer.inbox.put(None)
         for link in self.links.values():
@@ -1399,36 +1394,22 @@ class Worker:
         for one in (*self.links.values(), *self.consumers):
             one.client.close()
         until(lambda: not any(slot.ending for slot in slots), time.monotonic() + TERM + 1)
-        self._kill()
+        for slot in self.slots():
+            slot.kill()
         until(lambda: float('inf') not in self.threads.copy().values(), time.monotonic() + FAREWELL)
 
-    def _release(self, interruption=None):
+    def release(self, interruption=None):
         for consumer in self.consumers:
             for task in consumer.open.copy():
                 if consumer.settle(task, RELEASED, interruption):
                     note(logging.INFO, '%s released', task)
 
-    def _hang_up(self):
-        """End the polls. For a moment jobs that are on their way still come in, and are released."""
-        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
-            for consumer in self.consumers:
-                consumer.client.wire.hang_up(how)
-            until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + HANGUP)
-
-    def _kill(self):
-        for consumer in self.consumers:
-            for slot in consumer.slots:
-                slot.kill()
 
 # -- The module's API: one column over a default App ------------------------------------------------------------------
-EVENTS = ('start', 'success', 'failure', 'lost')
 Registered = collections.namedtuple(
     'Registered', 'name host poll_interval max_retries timeout concurrency isolate functions told')
 TASK_SETTINGS = {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'}     # of its queue
-NUMBER = int, float
-LEAST = {       # of a setting that is a number, and its type
-    'poll_interval': (0, NUMBER), 'timeout': (0, NUMBER), 'every': (1, NUMBER), 'per': (0, NUMBER),
-    'max_retries': (0, int), 'concurrency': (1, int), 'max_running': (1, int), 'rate': (1, int)}
+LEAST = dict(poll_interval=0.0, timeout=0.0, every=1.0, per=0.0, max_retries=0, concurrency=1, max_running=1, rate=1)
 R = TypeVar('R')
 F = TypeVar('F')
 
@@ -1445,15 +1426,12 @@ class TaskFunction(Generic[R]):
 
 class App:
     """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
-
-    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call.
-    """
-
+    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call."""
     def __init__(self, host: str | None = None, token: str | None = None, timeout: float = TIMEOUT,
                  ca: str | None = None) -> None:
         self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
         self.registered = {}                            # (queue, host) -> Registered
-        self.hooks = {event: [] for event in EVENTS}
+        self.hooks = {'start': [], 'success': [], 'failure': [], 'lost': []}
         self.clients = {}                               # safe by itself: (host, token, timeout, ca) -> Client
         self.workers = []                               # safe by itself: those that run
 
@@ -1468,24 +1446,22 @@ class App:
 
     def queue(self, name: str, host: str | None = None, poll_interval: float = 1.0, max_retries: int = 3,
               timeout: float | None = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
-              retry_on: Any = None, abort_on: Any = None, cron: str | None = None,
-              every: Span | None = None, zone: str | None = None, max_running: Any = None,
-              rate: Any = None) -> Callable[[Callable[..., R]], QueueFunction[R]]:
+              retry_on: Any = None, abort_on: Any = None, cron: str | None = None, every: Span | None = None,
+              zone: str | None = None, max_running: Any = None, rate: Any = None,
+              ) -> Callable[[Callable[..., R]], QueueFunction[R]]:
         """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
-
         `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
         run at a time; with `isolate` each in a process of its own. `backoff` is the seconds until each retry, the last
         for all that follow, or a function of the retry's number; after exceptions that are not in `retry_on`, where it
         is given, or are in `abort_on`, there is none. `poll_interval` (seconds) is for engines that do not wait in a
         poll. run() tells the engine of a schedule under the queue's name (`cron` in a `zone`, or `every` so many
-        seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds).
-        """
+        seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds)."""
         if not isinstance(name, str) or not name:
             raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
         told, rule = calls(name, max_running, rate, cron, every, zone), policy(backoff, retry_on, abort_on)
         registered = Registered(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
-        check_settings(poll_interval=poll_interval, concurrency=concurrency,
-                       **present(max_retries=max_retries, timeout=timeout))
+        optional = present(max_retries=max_retries, timeout=timeout)
+        check_settings(poll_interval=poll_interval, concurrency=concurrency, **optional)
 
         def enqueue(payload=None, *more, **options):
             """Add a job to the queue, with the options of rw.enqueue; returns it."""
@@ -1510,10 +1486,8 @@ class App:
              timeout: float | None = None, backoff: Any = None, retry_on: Any = None, abort_on: Any = None,
              **settings: Any) -> Any:
         """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
-
         `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
-        each job. `settings` are those of the queue, as queue() has them; what was given last holds.
-        """
+        each job. `settings` are those of the queue, as queue() has them; what was given last holds."""
         rule, unknown = policy(backoff, retry_on, abort_on), sorted(set(settings) - TASK_SETTINGS)
         if unknown:
             raise Misuse(f'a task has no setting {unknown[0]}')
@@ -1524,9 +1498,8 @@ class App:
         def register(function):
             known = self.registered.get((queue, host)) or Registered(queue, host, 1.0, 3, None, 1, False, {}, [])
             self._register(known._replace(told=told or known.told, **settings), function, True)
-            sender = Sender(function, send)
-            function.policy, function.delay, function.options = rule, sender.delay, sender.options
-            return function
+            function.policy = rule
+            return deferrable(function, function, send)
         return register if function is None else register(function)
 
     def _register(self, registered, function, is_task):
@@ -1537,16 +1510,16 @@ class App:
             raise Misuse(f'{function!r} cannot be isolated: its process has to find it by its name in a module')
         queue, name = (registered.name, registered.host), task_name(function) if is_task else None
         known = self.registered.get(queue, registered).functions
-        for taken, other in known.items():
-            if None in (taken, name) and (taken, task_name(other)) != (name, task_name(function)):
-                raise Misuse(f'the queue {queue[0]} has {taken or "a handler"} already; only tasks can share a queue')
+        if (known and (None in known) == is_task) or source(known.get(name, function)) != source(function):
+            taken = ', '.join(map(str, known)).replace('None', 'a handler')
+            raise Misuse(f'the queue {queue[0]} has {taken} already; only tasks of different names can share a queue')
         self.registered[queue] = registered._replace(functions={**known, name: function})
 
     def on(self, event: str) -> Callable[[F], F]:
         """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result),
         "failure" or "lost" (the exception) of a run. What it raises is logged and changes nothing."""
-        if event not in EVENTS:
-            raise Error(f'there is no event {event!r}; there are {", ".join(EVENTS)}')
+        if event not in self.hooks:
+            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
 
         def register(function):
             self.hooks[event].append(function)
@@ -1568,8 +1541,7 @@ class App:
         return self.client(host).enqueue_many(queue, payloads, ids, give_up, **options)
 
     def schedule(self, name: str, queue: str, cron: str | None = None, every: Span | None = None,
-                 zone: str | None = None, payload: Any = None, *, host: str | None = None,
-                 **options: Any) -> Fields:
+                 zone: str | None = None, payload: Any = None, *, host: str | None = None, **options: Any) -> Fields:
         """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
         return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
 
@@ -1585,10 +1557,8 @@ class App:
     def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
             concurrency: int | None = None) -> None:
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
-
         Returns after an orderly end. In the main thread, and with handlers that do not come back, it ends the process
-        instead, for nobody can end their threads; SystemExit(1) when those were `max_hung`.
-        """
+        instead, for nobody can end their threads; SystemExit(1) when those were `max_hung`."""
         if multiprocessing.current_process().name.startswith(CHILD):
             raise Error("run() runs where isolate=True imports the script: put it behind if __name__ == '__main__':")
         if not self.registered:
@@ -1619,10 +1589,8 @@ class App:
     @contextlib.contextmanager
     def testing(self) -> Iterator[Testing]:
         """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
-
         t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting.
-        `t.client` is its client. It needs rundown_engine.py to be importable. Queues with their own `host` stay there.
-        """
+        `t.client` is its client. It needs rundown_engine.py to be importable. Queues with a `host` stay there."""
         before = self.host, self.clients, os.environ.get('RUNDOWN_URL', '')     # which counts as none
         with tempfile.TemporaryDirectory() as folder:
             test = Testing(self, folder)
@@ -1657,32 +1625,30 @@ class Testing:
 
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
-        self.app.run(burst=True, **options)
-        while delayed:
-            queues = {queue for queue, _ in self.app.registered}
-            due = [datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')).timestamp()
-                   for job in all_jobs(self.client, status='pending') if job['queue'] in queues]
-            later = [at for at in due if at > self.clock.time()]
-            if not later:
-                return
-            self.advance(min(later) - self.clock.time() + 0.01)
+        queues, later = {queue for queue, _ in self.app.registered}, [None]
+        while later:
             self.app.run(burst=True, **options)
+            jobs = [job for job in all_jobs(self.client, status='pending') if job['queue'] in queues] if delayed else []
+            due = [datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')) for job in jobs]
+            later = [at.timestamp() for at in due if at.timestamp() > self.clock.time()]
+            if later:
+                self.advance(min(later) - self.clock.time() + 0.01)
 
-class Sender:
-    """Sends jobs for a task; `send` enqueues a payload."""
-    def __init__(self, function, send):
-        def delay(*args, **kwargs):
-            """Add a job that calls the task with these arguments, and return it; see enqueue()."""
-            check_call(function, *args, **kwargs)
-            return send({'task': task_name(function), 'args': list(args), 'kwargs': kwargs})
+def deferrable(target, function, send):
+    """Give an object the `delay` and `options` of a task; `send` enqueues a payload. Returns the object."""
+    def delay(*args, **kwargs):
+        """Add a job that calls the task with these arguments, and return it; see enqueue()."""
+        check_call(function, *args, **kwargs)
+        return send({'task': task_name(function), 'args': list(args), 'kwargs': kwargs})
 
-        def options(**more):
-            """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
-            return Sender(function, functools.partial(send, **more))
+    def options(**more):
+        """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
+        return deferrable(types.SimpleNamespace(), function, functools.partial(send, **more))
 
-        with contextlib.suppress(ValueError):       # it has no signature to look at
-            delay.__signature__ = inspect.signature(function)
-        self.delay, self.options = delay, options
+    with contextlib.suppress(ValueError):       # it has no signature to look at
+        delay.__signature__ = inspect.signature(function)
+    target.delay, target.options = delay, options
+    return target
 
 def task_name(function):
     """The name that producers and workers call a task by; of a script's the same as where it is imported."""
@@ -1691,29 +1657,31 @@ def task_name(function):
         module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
     return f'{module}.{function.__qualname__}'
 
+def source(function):
+    """Where a function is written: the same when it comes anew, as on a reload."""
+    file = getattr(getattr(function, '__code__', None), 'co_filename', None)
+    return file, getattr(function, '__qualname__', repr(function))
+
 def check(name, value, least, types=int):
     """Misuse unless the setting is a number from `least`."""
     if isinstance(value, bool) or not isinstance(value, types) or not least <= value < float('inf'):
         kind = 'whole number' if types is int else 'number of seconds'
-        raise Misuse(f'{name} must be a {kind} from {least}, not {value!r}')
+        raise Misuse(f'{name} must be a {kind} from {least:g}, not {value!r}')
 
 def check_settings(**settings):
-    for name, value in settings.items():
-        if name in LEAST:
-            check(name, value, *LEAST[name])
+    for name in settings.keys() & LEAST.keys():
+        check(name, settings[name], LEAST[name], int if type(LEAST[name]) is int else (int, float))
 
 def calls(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     """The calls that tell an engine of a queue's limits, and of its schedule."""
     claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
     limits = present(max_running=max_running, rate=claims, per=None if rate is None else seconds)
-    every = in_seconds(every)
-    check_settings(**limits, **present(every=every))
-    if cron is not None and (every is not None or not isinstance(cron, str)):
+    ticks = present(name=queue, cron=cron, every=in_seconds(every), zone=zone)
+    check_settings(**limits, **ticks)
+    if 'cron' in ticks and ('every' in ticks or not isinstance(cron, str)):
         raise Misuse(f'cron must be a string like "0 3 * * *", without every, not {cron!r}')
-    found = [('/limit', {'queue': queue, **limits})] if limits else []
-    if cron or every:
-        found.append(('/schedule', present(name=queue, queue=queue, cron=cron, every=every, zone=zone)))
-    return found
+    told = ('/limit', limits), ('/schedule', ticks if cron or every else None)
+    return [(path, {'queue': queue, **fields}) for path, fields in told if fields]
 
 def check_call(function, *args, **kwargs):
     """Misuse unless the function can be called like this, as far as one can tell."""
@@ -1739,10 +1707,10 @@ def set_up_log():
         log.setLevel(log.level or logging.INFO)
 
 default = App()
-queue, task, on = default.queue, default.task, default.on
-enqueue, enqueue_many, wait = default.enqueue, default.enqueue_many, default.wait
-schedule, unschedule = default.schedule, default.unschedule
-run, stop, testing = default.run, default.stop, default.testing
+queue, task, on, testing, run, stop = (
+    default.queue, default.task, default.on, default.testing, default.run, default.stop)
+enqueue, enqueue_many, schedule, unschedule, wait = (
+    default.enqueue, default.enqueue_many, default.schedule, default.unschedule, default.wait)
 
 # -- Any program as a worker ------------------------------------------------------------------------------------------
 class Program(types.SimpleNamespace):
