@@ -1029,8 +1029,8 @@ class Consumer:
         self.slots, self.thread = [], None
 
     def start(self):
-        program = isinstance(self.registered.functions.get(None), Program)
-        kind = ProgramSlot if program else IsolatedSlot if self.registered.isolate else Slot
+        kind = IsolatedSlot if self.registered.isolate else Slot
+        kind = getattr(self.registered.functions.get(None), 'slot', kind)
         self.slots = [kind(self) for _ in range(self.concurrency)]
         self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
 
@@ -1045,7 +1045,10 @@ class Consumer:
             try:
                 jobs = self._poll(limit)
             except Error as error:
-                self._unanswered(error)
+                if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
+                    raise               # asking again does not mend it: that ends the worker
+                if not self.worker.stopping.is_set():
+                    self.worker.stopping.wait(self.link.away(error))
                 continue
             for task in [Task(job, self, time.monotonic()) for job in jobs]:
                 self.link.tasks[task] = self.open[task] = None
@@ -1080,15 +1083,6 @@ class Consumer:
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
         return jobs
-
-    def _unanswered(self, error):
-        worker = self.worker
-        if isinstance(error, Refused) and (worker.burst or error.status == 400):    # asking again does not mend it
-            note(logging.ERROR, 'the engine refuses what is asked for the queue %s: %s', self.name, error)
-            worker.stop(error)
-            worker.stopping.wait(REFUSED)
-        elif not worker.stopping.is_set():
-            worker.stopping.wait(self.link.away(error))
 
     def _rest(self, reported, began):
         """There was nothing. In a burst there may be more once another task is over, and only then."""
@@ -1154,7 +1148,6 @@ class Consumer:
         if rest > 0:        # a line for each would take longer than they do
             note(logging.INFO, '%s: %d more done', self.name, rest)
 
-
     def replace(self, slot):
         """Go on with a fresh thread. The lock of the slot's task is held, so no other does it too."""
         self.worker.threads[slot.thread] = time.monotonic()
@@ -1188,8 +1181,7 @@ class Link:
         self.client = Client(*self.settings)
         self.tasks = {}                     # safe by themselves: tasks, until their outcome is acknowledged
         self.pile = SimpleQueue()           # tasks that have something to report; None: no more
-        self.stuck = False                  # the reporter's: it has something that the engine did not take yet
-        self.since = None                   # when the engine went away
+        self.stuck, self.since = False, None        # what was sent last was not taken; when the engine went away
 
     def start(self):
         self.worker.thread(self._report, 'report')
@@ -1232,37 +1224,29 @@ class Link:
                     requests[task.outcome.call].append((task, task.item))
             for call, items in requests.items():
                 for batch in batches(items, lambda item: len(item[1])):
-                    self._deliver(call, batch)
-
-    def _deliver(self, call, items):
-        """Send until the engine answers."""
-        while not self.worker.closed.is_set():
-            try:
-                self._send(call, items, TIMEOUT)
-                self.stuck = False
-                return
-            except Error as error:
-                self.stuck = True
-                self.worker.closed.wait(self.away(error))
+                    self._send(call, batch, TIMEOUT)
 
     def _send(self, call, items, seconds):
-        """One try to send pairs of a task and its text; those that are refused as a whole one by one: which was it?"""
-        try:
-            answer = self.client.send('/' + call, f'{{"jobs":[{",".join([text for _, text in items])}]}}', seconds)
-        except Refused as error:
-            if error.status not in REFUSALS:
-                raise
-            if len(items) > 1:
-                for item in items:
-                    self._send(call, [item], seconds)
-                return
-            answer = {'jobs': [{'code': error.status, 'error': str(error)}]}
-        answers = answer.get('jobs') if isinstance(answer, dict) else None
-        if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_outcome, answers)):
-            raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
-        self.back()
-        for (task, _), answer in zip(items, answers):
-            self._answered(call, task, answer)
+        """Send pairs of a task and its text until the engine answers; what it refuses as a whole is sent one by one."""
+        while not self.worker.closed.is_set():
+            try:
+                answer = self.client.send('/' + call, f'{{"jobs":[{",".join([text for _, text in items])}]}}', seconds)
+                answers = answer.get('jobs') if isinstance(answer, dict) else None
+                if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_outcome, answers)):
+                    raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
+            except Error as error:
+                if getattr(error, 'status', None) not in REFUSALS:
+                    self.stuck = True
+                    self.worker.closed.wait(self.away(error))
+                    continue
+                answers = [{'code': error.status, 'error': str(error)}]
+            self.stuck = False
+            self.back()
+            for (task, _), answer in zip(items, answers) if len(answers) == len(items) else ():
+                self._answered(call, task, answer)
+            for item in items if len(answers) < len(items) else ():
+                self._send(call, [item], seconds)       # which of them was it?
+            return
 
     def _answered(self, call, task, answer):
         code, sentence, beat = answer.get('code'), answer.get('error'), call == 'heartbeat'
@@ -1283,11 +1267,8 @@ class Link:
     def _heartbeat(self):
         """One sign of life for all tasks, also for those whose outcome is waiting."""
         while not self.worker.closed.wait(LEASE / 3):
-            try:
-                for batch in batches([(task, task.address + '}') for task in self.tasks.copy()], lambda item: 100):
-                    self._send('heartbeat', batch, LEASE / 3)
-            except Error as error:
-                self.away(error)
+            for batch in batches([(task, task.address + '}') for task in self.tasks.copy()], lambda item: 100):
+                self._send('heartbeat', batch, LEASE / 3)
 
 class Worker:
     """One run(): the consumers of all registered queues, what they share, and their orderly end."""
@@ -1301,9 +1282,8 @@ class Worker:
         self.links, self.consumers = {}, []
         for registered in app.registered.values():
             host, slots = ' '.join(app.client(registered.host).hosts), concurrency or registered.concurrency
-            if host not in self.links:
-                self.links[host] = Link(self, host)
-            self.consumers.append(Consumer(self, self.links[host], registered, slots))
+            link = self.links[host] = self.links.get(host) or Link(self, host)
+            self.consumers.append(Consumer(self, link, registered, slots))
             note(logging.INFO, 'working on %s (concurrency %d) from %s as %s', registered.name, slots, host, self.name)
 
     def thread(self, loop, name):
@@ -1313,7 +1293,8 @@ class Worker:
                 with contextlib.suppress(Interruption):     # too late for the handler; the thread is abandoned anyway
                     loop()
             except BaseException as error:
-                note(logging.CRITICAL, 'the thread %s failed: %s', name, trace(error))
+                told = summary(error) if isinstance(error, Refused) else trace(error)
+                note(logging.CRITICAL, 'the thread %s failed: %s', name, told)
                 self.stop(error)
             self.threads.pop(thread, None)
         thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
@@ -1409,6 +1390,7 @@ class Worker:
 Registered = collections.namedtuple(
     'Registered', 'name host poll_interval max_retries timeout concurrency isolate functions told')
 TASK_SETTINGS = {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'}     # of its queue
+NUMBER = int, float
 LEAST = dict(poll_interval=0.0, timeout=0.0, every=1.0, per=0.0, max_retries=0, concurrency=1, max_running=1, rate=1)
 R = TypeVar('R')
 F = TypeVar('F')
@@ -1591,10 +1573,14 @@ class App:
         """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
         t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting.
         `t.client` is its client. It needs rundown_engine.py to be importable. Queues with a `host` stay there."""
-        before = self.host, self.clients, os.environ.get('RUNDOWN_URL', '')     # which counts as none
+        import rundown_engine       # here, since only tests need it
+        test, before = Testing(self), (self.host, self.clients, os.environ.get('RUNDOWN_URL', ''))     # '' is none
         with tempfile.TemporaryDirectory() as folder:
-            test = Testing(self, folder)
-            self.host, self.clients, os.environ['RUNDOWN_URL'] = test.url, {}, test.url     # for isolated handlers
+            file = os.path.join(folder, 'jobs.db')
+            test.server = rundown_engine.make_server(file, port=0, sync='normal', clock=test.clock)
+            threading.Thread(target=test.server.serve_forever, args=(0.005,), daemon=True).start()
+            self.host = os.environ['RUNDOWN_URL'] = test.server.url        # the latter for isolated handlers
+            self.clients = {}
             test.client = self.client()
             try:
                 yield test
@@ -1606,17 +1592,10 @@ class App:
 
 class Testing:
     """What testing() gives: an engine for a test, its client, and its clock, which is `seconds` ahead."""
-    def __init__(self, app, folder):
-        try:
-            import rundown_engine
-        except ModuleNotFoundError:
-            raise Error('testing() needs rundown_engine.py to be importable, such as beside this module') from None
-        self.app, self.seconds, database = app, 0.0, os.path.join(folder, 'jobs.db')
+    def __init__(self, app):
+        self.app, self.seconds = app, 0.0
         self.clock = types.SimpleNamespace(time=lambda: time.time() + self.seconds,
                                            monotonic=lambda: time.monotonic() + self.seconds)
-        self.server = rundown_engine.make_server(database, port=0, sync='normal', clock=self.clock)
-        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
-        self.url = self.server.url
 
     def advance(self, seconds: float) -> None:
         """Move the engine's clock on; it sees at once what is due by then."""
@@ -1670,7 +1649,7 @@ def check(name, value, least, types=int):
 
 def check_settings(**settings):
     for name in settings.keys() & LEAST.keys():
-        check(name, settings[name], LEAST[name], int if type(LEAST[name]) is int else (int, float))
+        check(name, settings[name], LEAST[name], int if type(LEAST[name]) is int else NUMBER)
 
 def calls(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     """The calls that tell an engine of a queue's limits, and of its schedule."""
@@ -1690,8 +1669,7 @@ def check_call(function, *args, **kwargs):
     except ValueError:      # it has no signature to look at
         pass
     except TypeError as error:
-        name = getattr(function, '__qualname__', function)
-        raise Misuse(f'{name} cannot be called with {len(args) + len(kwargs)} argument(s): {error}') from None
+        raise Misuse(f'{getattr(function, "__qualname__", function)} cannot be called like this: {error}') from None
 
 def all_jobs(client, **aim):
     page = {'after': None}
@@ -1713,12 +1691,6 @@ enqueue, enqueue_many, schedule, unschedule, wait = (
     default.enqueue, default.enqueue_many, default.schedule, default.unschedule, default.wait)
 
 # -- Any program as a worker ------------------------------------------------------------------------------------------
-class Program(types.SimpleNamespace):
-    """A handler that runs a `command`, which gets a string payload as it is where `text` says so."""
-    def __call__(self, payload):
-        text = payload if self.text and isinstance(payload, str) else as_json(payload, 'payload')
-        return current.get().slot.execute(self.command, text.encode(), current.get())
-
 class ProgramSlot(Slot):
     """A slot that runs a program for each job. Its streams are files, since pipes fill up, and are kept by children."""
     process = errors = None
@@ -1739,18 +1711,14 @@ class ProgramSlot(Slot):
                     self.errors.truncate(0)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(TICK)
-            self._end()
+            if self.process.returncode is None:
+                signal_group(self.process, signal.SIGTERM)
+                over = time.monotonic() + TERM
+                until(lambda: self.process.poll() is not None and not signal_group(self.process, 0), over)
+            signal_group(self.process, KILL)            # whoever is left of its group
+            self.process.wait()
             out.seek(0)
             return self._result(self.process.returncode, out.read(MAX_STDOUT + 1))
-
-    def _end(self):
-        """SIGTERM and some time where it runs; SIGKILL to who is left of its group."""
-        if self.process.returncode is None:
-            signal_group(self.process, signal.SIGTERM)
-            over = time.monotonic() + TERM
-            until(lambda: self.process.poll() is not None and not signal_group(self.process, 0), over)
-        signal_group(self.process, KILL)
-        self.process.wait()
 
     def _result(self, code, output):
         if len(output) > MAX_STDOUT:
@@ -1780,14 +1748,18 @@ class ProgramSlot(Slot):
         if self.process and self.process.returncode is None:
             signal_group(self.process, KILL)
 
-def size(file):
-    return os.fstat(file.fileno()).st_size
+def size(file): return os.fstat(file.fileno()).st_size
 
 def command_exec(client, options):
     """Work on a queue by running a program."""
     if not shutil.which(options.program[0]):
         raise Misuse(f'there is no program {options.program[0]}')
-    default.queue(options.queue, timeout=options.timeout)(Program(command=options.program, text=options.text))
+
+    def program(payload):
+        text = payload if options.text and isinstance(payload, str) else as_json(payload, 'payload')
+        return current.get().slot.execute(options.program, text.encode(), current.get())
+    program.slot = ProgramSlot
+    default.queue(options.queue, timeout=options.timeout)(program)
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 # -- Outbox -----------------------------------------------------------------------------------------------------------
@@ -1798,17 +1770,15 @@ recent = types.SimpleNamespace(written=float('-inf'))       # when this process 
 def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: Span | None = None,
                run_at: Moment | None = None, id: str | None = None, **options: Any) -> str:
     """Write a job into the transaction that is open on a connection; it is enqueued if that commits. Returns its id.
-
-    The driver is sqlite3 or one that writes parameters as %s. The options are those of enqueue(); a delay begins now.
-    """
+    The driver is sqlite3, or writes parameters as %s. The options are those of enqueue(); a delay begins now."""
     inspect.signature(Client.enqueue).bind(None, queue, **options)      # TypeError for what is none
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
     if delay is not None:
         run_at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=in_seconds(delay))
     id = id or new_id()
-    with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)',
-               job_text(payload, id, run_at, queue=queue, **options))
+    text = job_text(payload, id, run_at, queue=queue, **options)
+    with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)', text)
     recent.written = time.monotonic()
     return id
 
@@ -1837,47 +1807,42 @@ def with_table(connection, statement, *values):
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
     """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took.
-
-    Rows are kept for `keep` seconds after that, and sent again to a standby that takes over meanwhile.
-    """
+    Rows are kept for `keep` seconds after that, and sent again to a standby that takes over meanwhile."""
     client = default.client(host)
     with contextlib.closing(connect()) as connection:
         return drain(connection, client, client.call, keep)
 
 def drain(connection, client, send, keep):
-    """Send in order, and delete what was taken `keep` seconds ago; how many jobs were taken."""
-    count, sql = 0, functools.partial(with_table, connection)
+    """Send in order, and delete what was taken `keep` seconds ago; how many jobs were taken. An id is taken once."""
+    count, parts, sql = 0, [], functools.partial(with_table, connection)
     if keep:
         send('/health')         # only who asks finds out that a standby has taken over
     while True:
-        over = int(time.time() - keep)
-        if sql('SELECT 1 FROM rundown_outbox WHERE taken_at <= ?', over).fetchone():    # a look takes no write lock
-            sql('DELETE FROM rundown_outbox WHERE taken_at <= ?', over)
-        rows = sql('SELECT number, job FROM rundown_outbox WHERE error IS NULL AND (taken_by IS NULL OR taken_by <> ?) '
-                   'ORDER BY number LIMIT 500', client.host).fetchall()
-        connection.commit()
-        if not rows:
+        if not parts:
+            over = int(time.time() - keep)
+            if sql('SELECT 1 FROM rundown_outbox WHERE taken_at <= ?', over).fetchone():    # a look takes no write lock
+                sql('DELETE FROM rundown_outbox WHERE taken_at <= ?', over)
+            rows = sql('SELECT number, job FROM rundown_outbox WHERE error IS NULL AND '
+                       '(taken_by IS NULL OR taken_by <> ?) ORDER BY number LIMIT 500', client.host).fetchall()
+            parts = list(batches(rows, lambda row: len(row[1])))
+        connection.commit()     # no transaction is open while the engine is away
+        if not parts:
             return count
-        count += sum(deliver(connection, client, send, batch) for batch in batches(rows, lambda row: len(row[1])))
-
-def deliver(connection, client, send, rows):
-    """Have the engine take jobs, in order; how many it took. What is sent twice, after a kill or by two, has one id."""
-    connection.commit()                 # no transaction is open while the engine is away
-    try:
-        send('/enqueue', f'{{"jobs":[{",".join([text for _, text in rows])}]}}')
-    except Refused as error:
-        if error.status not in REFUSALS:
-            raise
-        half = len(rows) // 2           # which of them was it?
-        if half:
-            return sum(deliver(connection, client, send, part) for part in (rows[:half], rows[half:]))
-        note(logging.ERROR, 'the engine refused job %d of the outbox: %s', rows[0][0], error)
-        with_table(connection, 'UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), rows[0][0])
-        return 0
-    numbers = ','.join([str(number) for number, _ in rows])
-    with_table(connection, f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
-               client.host, int(time.time()))
-    return len(rows)
+        part = parts.pop(0)
+        numbers, half = ','.join([str(number) for number, _ in part]), len(part) // 2
+        try:
+            send('/enqueue', f'{{"jobs":[{",".join([text for _, text in part])}]}}')
+            sql(f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
+                client.host, int(time.time()))
+            count += len(part)
+        except Refused as error:
+            if error.status not in REFUSALS:
+                raise
+            if half:
+                parts[:0] = part[:half], part[half:]        # which of them was it?
+                continue
+            note(logging.ERROR, 'the engine refused job %s of the outbox: %s', numbers, error)
+            sql('UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), part[0][0])
 
 @contextlib.contextmanager
 def forwarding(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> Iterator[None]:
@@ -1942,17 +1907,11 @@ def show(answer):
         lines = [printable(line) for line in plain(value).splitlines()]
         print('\n'.join([f'{field}:', *lines]) if len(lines) > 1 else f'{field:14}{"".join(lines)}')
 
+def json_value(text): return json.loads(sys.stdin.read() if text == '-' else text)
+def limit(text): return None if text == 'none' else json.loads(text)
+
 def plain(value):
     return '' if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-def json_value(text):
-    try:
-        return json.loads(sys.stdin.read() if text == '-' else text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f'is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
-
-def limit(text):
-    return None if text == 'none' else json.loads(text)
 
 def command_call(client, options):
     """The client's method of that name, with what the command line says of its fields."""
@@ -1993,12 +1952,11 @@ def command_demo(client, options):
     def digest(path):
         if job() and job()['attempt'] == 1 and hash(path) % 20 == 0:
             raise Retry('one in 20 fails once, for the show', delay=0)
-        with open(path, 'rb') as file:
-            return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
-    paths = [str(path) for path in files if os.access(path, os.R_OK)]
     with app.testing() as engine:
-        began, jobs = time.monotonic(), app.enqueue_many('demo', paths)
+        began = time.monotonic()
+        jobs = app.enqueue_many('demo', [str(path) for path in files if os.access(path, os.R_OK)])
         engine.run()
         took = time.monotonic() - began
         right = sum(job.refresh()['result'] == digest(job['payload']) for job in jobs)
@@ -2026,26 +1984,23 @@ COMMANDS = [    # name, function, arguments, what it does
     ('run', command_run, f'tasks {WORK}', 'import tasks, and work on them'),
     ('exec', command_exec, f'queue program --timeout --text {WORK}', 'run a program for each job of a queue'),
     ('forward', command_forward, 'file --keep', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT'),
-    ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own'),
-]
+    ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own')]
 ARGUMENTS = {   # what is not plain text; of one command alone where that is named
-    **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS),
+    **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS), '--grace': dict(SECONDS, default=GRACE),
     **dict.fromkeys(('--priority', '--max-retries', '--limit', '--concurrency'), WHOLE),
-    **dict.fromkeys(('--max-running', '--rate'), LIMIT),
-    **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
-    '--per': dict(LIMIT, metavar='S', help='seconds that --rate claims take (1)'),
-    'payload': dict(nargs='?', default='null', type=json_value, help='JSON; - reads it from stdin'),
+    **dict.fromkeys(('--max-running', '--rate'), LIMIT), **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
+    '--per': dict(LIMIT, metavar='S', help='seconds that --rate claims take (1)'), '--cron': dict(metavar='"* * * * *"'),
+    'payload': dict(nargs='?', default='null', type=json_value, help='JSON (a string has quotes); - is stdin'),
     'enqueue --after': dict(nargs='+', metavar='ID', help='jobs that have to be done first'),
     'status --wait': dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
-    '--minutes': dict(FLAG, help='with the counts of the last hour'),
-    '--burst': dict(FLAG, help='work off what is due, and end'), '--grace': dict(SECONDS, default=GRACE),
-    '--text': dict(FLAG, help='give it a string payload as it is'), '--cron': dict(metavar='"* * * * *"'),
+    '--minutes': dict(FLAG, help='with the counts of the last hour'), 'program': dict(nargs='+', metavar='PROGRAM'),
+    '--burst': dict(FLAG, help='work off what is due, and end'), 'tasks': dict(metavar='FILE_OR_MODULE'),
+    '--text': dict(FLAG, help='give it a string payload as it is'),
     '--keep': dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
-    'tasks': dict(metavar='FILE_OR_MODULE'), 'program': dict(nargs='+', metavar='PROGRAM'),
-    'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__)),
-}
+    'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))}
 
-def arguments(argv):
+def main(argv=None):
+    """The command line; the exit code."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
     parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {URL})')
@@ -2056,11 +2011,7 @@ def arguments(argv):
         command.set_defaults(function=function)
         for argument in taken.split():
             command.add_argument(argument, **ARGUMENTS.get(f'{name} {argument}', ARGUMENTS.get(argument, {})))
-    return parser.parse_args(argv)
-
-def main(argv=None):
-    """The command line; the exit code."""
-    options = arguments(argv)
+    options = parser.parse_args(argv)
     try:
         if options.host:
             os.environ['RUNDOWN_URL'] = options.host        # for tasks that are imported, and for isolated ones
