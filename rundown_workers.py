@@ -1024,13 +1024,11 @@ class Consumer:
         self.told = list(registered.told)   # the fetcher's, as the next two: what the engine has to be told first
         self.enough, self.dry = 0, None     # open tasks above which it sleeps; worker.reported when there was nothing
         self.inbox, self.open = SimpleQueue(), {}   # safe by themselves: tasks for the slots; claimed and not settled
-        self.hungry = threading.Event()     # there may be room for more
         self.pace, self.lines = None, 0     # seconds of a slot for a task; of the log in this tick. Races are harmless
-        self.slots, self.thread = [], None
+        self.slots, self.thread, self.hungry = [], None, threading.Event()      # the last: there may be room for more
 
     def start(self):
-        kind = IsolatedSlot if self.registered.isolate else Slot
-        kind = getattr(self.registered.functions.get(None), 'slot', kind)
+        kind = getattr(self.registered.functions.get(None), 'slot', IsolatedSlot if self.registered.isolate else Slot)
         self.slots = [kind(self) for _ in range(self.concurrency)]
         self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
 
@@ -1058,8 +1056,11 @@ class Consumer:
                 self.worker.release()   # these may have come after the others were
             time.sleep(0)               # lets the slots begin, before the next poll is put together
             self.link.back()
-            if not jobs:
-                self._rest(reported, began)
+            if not jobs and self.worker.burst:      # there may be some once another task is over, and only then
+                self.dry = reported
+                until(lambda: self.worker.reported is not self.dry or self.worker.stopping.is_set(), float('inf'))
+            elif not jobs and time.monotonic() - began < min(1, WAIT / 2):      # from an engine that does not wait
+                self.worker.stopping.wait(self.registered.poll_interval)
 
     def _room(self):
         """How many jobs to claim now: for the free slots, and as many as those will start within AHEAD seconds."""
@@ -1083,15 +1084,6 @@ class Consumer:
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
         return jobs
-
-    def _rest(self, reported, began):
-        """There was nothing. In a burst there may be more once another task is over, and only then."""
-        worker, self.dry = self.worker, reported
-        if worker.burst:
-            until(lambda: worker.reported is not reported or worker.stopping.is_set(), float('inf'))
-        elif time.monotonic() - began < min(1, WAIT / 2):       # an engine that does not wait: do not press it
-            worker.stopping.wait(self.registered.poll_interval)
-
 
     def ended(self, task, outcome):
         """A slot has run the task to its end. It goes on after the hooks; the report does not wait for them."""
@@ -1136,11 +1128,10 @@ class Consumer:
                 if now - task.claimed > STALE and self.settle(task, RELEASED):
                     self.pace = None        # it was wrong
             elif now - task.begun > task.timeout and task.outcome is None:
-                text = f'timed out after {task.timeout:g} s\n{task.slot.where(task)}'
-                error = Timeout(text)
-                if self.settle(task, failed(error, text, **self.handler.verdict(error, task.job)), Timeout):
-                    hung = self.worker.hung()
-                    self.tell('failure', task, error, 'timed out after %g s; hung threads: %d', task.timeout, hung)
+                text = f'timed out after {task.timeout:g} s'
+                error = Timeout(f'{text}\n{task.slot.where(task)}')
+                if self.settle(task, failed(error, str(error), **self.handler.verdict(error, task.job)), Timeout):
+                    self.tell('failure', task, error, '%s; hung threads: %d', text, self.worker.hung())
             elif task.progress and now - task.shown > PROGRESS:
                 task.shown = now
                 self.link.pile.put(task)
@@ -1179,13 +1170,9 @@ class Link:
     def __init__(self, worker, host):
         self.worker, self.settings = worker, (host, worker.app.token, TIMEOUT, worker.app.ca)       # constant
         self.client = Client(*self.settings)
-        self.tasks = {}                     # safe by themselves: tasks, until their outcome is acknowledged
-        self.pile = SimpleQueue()           # tasks that have something to report; None: no more
+        # Safe by themselves: tasks until they are over and acknowledged; those with something to report, None: no more.
+        self.tasks, self.pile = {}, SimpleQueue()
         self.stuck, self.since = False, None        # what was sent last was not taken; when the engine went away
-
-    def start(self):
-        self.worker.thread(self._report, 'report')
-        self.worker.thread(self._heartbeat, 'heartbeat')
 
     def away(self, error):
         """Say once that the engine is away, which ends a burst in time. How long to wait until the next try."""
@@ -1208,7 +1195,7 @@ class Link:
         self.worker.reported = object()     # first: who sees the task gone sees this too
         self.tasks.pop(task, None)
 
-    def _report(self):
+    def report(self):
         """Send what piles up while the last request is in flight."""
         tasks = []
         while None not in tasks:
@@ -1264,7 +1251,7 @@ class Link:
         if not beat:
             self.forget(task)           # one that was refused is ended by its lease
 
-    def _heartbeat(self):
+    def heartbeat(self):
         """One sign of life for all tasks, also for those whose outcome is waiting."""
         while not self.worker.closed.wait(LEASE / 3):
             for batch in batches([(task, task.address + '}') for task in self.tasks.copy()], lambda item: 100):
@@ -1278,8 +1265,7 @@ class Worker:
         self.events = SimpleQueue()         # safe by themselves, in signal handlers too: None or an exception
         self.stopping, self.closed = threading.Event(), threading.Event()       # no more jobs; no more reports
         self.threads = {}                   # those that are not over, and when each was interrupted: inf, it was not
-        self.reported = object()            # another one each time a task is over and acknowledged
-        self.links, self.consumers = {}, []
+        self.links, self.consumers, self.reported = {}, [], object()        # another one whenever a task is over
         for registered in app.registered.values():
             host, slots = ' '.join(app.client(registered.host).hosts), concurrency or registered.concurrency
             link = self.links[host] = self.links.get(host) or Link(self, host)
@@ -1310,8 +1296,7 @@ class Worker:
 
     def hung(self, seconds=HUNG):
         """How many threads did not come back within so many seconds of their interruption."""
-        latest = time.monotonic() - seconds
-        return sum(at <= latest and thread.is_alive() for thread, at in self.threads.copy().items())
+        return sum(at <= time.monotonic() - seconds and thread.is_alive() for thread, at in self.threads.copy().items())
 
     def _watch(self):
         closed = False
@@ -1327,8 +1312,11 @@ class Worker:
         ours = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()    # who else may not
         before = {number: signal.signal(number, self._signalled) for number in ours}
         try:
-            for one in (*self.links.values(), *self.consumers):
-                one.start()
+            for link in self.links.values():
+                self.thread(link.report, 'report')
+                self.thread(link.heartbeat, 'heartbeat')
+            for consumer in self.consumers:
+                consumer.start()
             self.thread(self._watch, 'watch')
             error = self._wait()
             self._drain()
@@ -1357,9 +1345,9 @@ class Worker:
         ends = time.monotonic() + self.grace
         self.stopping.set()
         self.release()
-        for how in (socket.SHUT_WR, socket.SHUT_RDWR):      # a job that is on its way may still come in, for release
+        for end in Wire.hang_up, Wire.close:        # after the first, jobs that are on their way come in, for release
             for consumer in self.consumers:
-                consumer.client.wire.hang_up(how)
+                end(consumer.client.wire)
             until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + HANGUP)
         until(lambda: not any(consumer.open for consumer in self.consumers), ends)
         self.release(Lost)
@@ -1367,14 +1355,12 @@ class Worker:
         if self.busy():
             note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out again', self.busy())
         self.closed.set()
-        slots = self.slots()
-        for slot in slots:
+        for slot in self.slots():
             slot.consumer.inbox.put(None)
         for link in self.links.values():
             link.pile.put(None)
-        for one in (*self.links.values(), *self.consumers):
-            one.client.close()
-        until(lambda: not any(slot.ending for slot in slots), time.monotonic() + TERM + 1)
+            link.client.close()
+        until(lambda: not any(slot.ending for slot in self.slots()), time.monotonic() + TERM + 1)
         for slot in self.slots():
             slot.kill()
         until(lambda: float('inf') not in self.threads.copy().values(), time.monotonic() + FAREWELL)
@@ -1385,7 +1371,6 @@ class Worker:
                 if consumer.settle(task, RELEASED, interruption):
                     note(logging.INFO, '%s released', task)
 
-
 # -- The module's API: one column over a default App ------------------------------------------------------------------
 Registered = collections.namedtuple(
     'Registered', 'name host poll_interval max_retries timeout concurrency isolate functions told')
@@ -1395,13 +1380,11 @@ LEAST = dict(poll_interval=0.0, timeout=0.0, every=1.0, per=0.0, max_retries=0, 
 R = TypeVar('R')
 F = TypeVar('F')
 
-class QueueFunction(Generic[R]):
-    """What @queue makes of a function, for those who check types: the function, and its `enqueue`."""
+class QueueFunction(Generic[R]):        # what @queue makes of a function, for those who check types
     __call__: Callable[..., R]
     enqueue: Callable[..., Job]
 
-class TaskFunction(Generic[R]):
-    """The same of @task."""
+class TaskFunction(Generic[R]):         # the same of @task
     __call__: Callable[..., R]
     delay: Callable[..., Job]
     options: Callable[..., TaskFunction[R]]
@@ -1419,9 +1402,8 @@ class App:
 
     def client(self, host: str | None = None) -> Client:
         """The client for an engine; its connections are kept."""
-        env = os.environ.get
-        settings = (host or self.host or env('RUNDOWN_URL'), self.token or env('RUNDOWN_TOKEN'), self.timeout,
-                    self.ca or env('RUNDOWN_CA'))
+        host, token = host or self.host or os.environ.get('RUNDOWN_URL'), self.token or os.environ.get('RUNDOWN_TOKEN')
+        settings = host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA')
         if settings not in self.clients:
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
@@ -1442,8 +1424,8 @@ class App:
             raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
         told, rule = calls(name, max_running, rate, cron, every, zone), policy(backoff, retry_on, abort_on)
         registered = Registered(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
-        optional = present(max_retries=max_retries, timeout=timeout)
-        check_settings(poll_interval=poll_interval, concurrency=concurrency, **optional)
+        check_all(poll_interval=poll_interval, concurrency=concurrency,
+                  **present(max_retries=max_retries, timeout=timeout))
 
         def enqueue(payload=None, *more, **options):
             """Add a job to the queue, with the options of rw.enqueue; returns it."""
@@ -1474,7 +1456,7 @@ class App:
         if unknown:
             raise Misuse(f'a task has no setting {unknown[0]}')
         host, told = settings.get('host'), calls(queue, settings.pop('max_running', None), settings.pop('rate', None))
-        check_settings(**settings, **present(max_retries=max_retries, timeout=timeout))
+        check_all(**settings, **present(max_retries=max_retries, timeout=timeout))
         send = functools.partial(self.enqueue, queue, host=host, max_retries=max_retries, timeout=timeout)
 
         def register(function):
@@ -1493,8 +1475,7 @@ class App:
         queue, name = (registered.name, registered.host), task_name(function) if is_task else None
         known = self.registered.get(queue, registered).functions
         if (known and (None in known) == is_task) or source(known.get(name, function)) != source(function):
-            taken = ', '.join(map(str, known)).replace('None', 'a handler')
-            raise Misuse(f'the queue {queue[0]} has {taken} already; only tasks of different names can share a queue')
+            raise Misuse(f'the queue {queue[0]} has another handler already; only tasks, each of a name, can share one')
         self.registered[queue] = registered._replace(functions={**known, name: function})
 
     def on(self, event: str) -> Callable[[F], F]:
@@ -1518,9 +1499,9 @@ class App:
             queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
 
     def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
-                     ids: Iterable[str] | None = None, give_up: float | None = None, **options: Any) -> list[Job]:
+                     ids: Iterable[str] | None = None, **options: Any) -> list[Job]:
         """Add a job per payload: see Client.enqueue_many."""
-        return self.client(host).enqueue_many(queue, payloads, ids, give_up, **options)
+        return self.client(host).enqueue_many(queue, payloads, ids, **options)
 
     def schedule(self, name: str, queue: str, cron: str | None = None, every: Span | None = None,
                  zone: str | None = None, payload: Any = None, *, host: str | None = None, **options: Any) -> Fields:
@@ -1570,17 +1551,14 @@ class App:
 
     @contextlib.contextmanager
     def testing(self) -> Iterator[Testing]:
-        """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
-        t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting.
-        `t.client` is its client. It needs rundown_engine.py to be importable. Queues with a `host` stay there."""
+        """A throwaway engine for the time of the block, in place of the default one: see Testing. `t.client` is its
+        client. It needs rundown_engine.py to be importable. Queues with their own `host` stay there."""
         import rundown_engine       # here, since only tests need it
         test, before = Testing(self), (self.host, self.clients, os.environ.get('RUNDOWN_URL', ''))     # '' is none
         with tempfile.TemporaryDirectory() as folder:
-            file = os.path.join(folder, 'jobs.db')
-            test.server = rundown_engine.make_server(file, port=0, sync='normal', clock=test.clock)
+            test.server = rundown_engine.make_server(f'{folder}/jobs.db', port=0, sync='normal', clock=test.clock)
             threading.Thread(target=test.server.serve_forever, args=(0.005,), daemon=True).start()
-            self.host = os.environ['RUNDOWN_URL'] = test.server.url        # the latter for isolated handlers
-            self.clients = {}
+            self.host, self.clients, os.environ['RUNDOWN_URL'] = test.server.url, {}, test.server.url
             test.client = self.client()
             try:
                 yield test
@@ -1638,8 +1616,8 @@ def task_name(function):
 
 def source(function):
     """Where a function is written: the same when it comes anew, as on a reload."""
-    file = getattr(getattr(function, '__code__', None), 'co_filename', None)
-    return file, getattr(function, '__qualname__', repr(function))
+    code = getattr(function, '__code__', None)
+    return getattr(code, 'co_filename', None), getattr(function, '__qualname__', function)
 
 def check(name, value, least, types=int):
     """Misuse unless the setting is a number from `least`."""
@@ -1647,7 +1625,7 @@ def check(name, value, least, types=int):
         kind = 'whole number' if types is int else 'number of seconds'
         raise Misuse(f'{name} must be a {kind} from {least:g}, not {value!r}')
 
-def check_settings(**settings):
+def check_all(**settings):
     for name in settings.keys() & LEAST.keys():
         check(name, settings[name], LEAST[name], int if type(LEAST[name]) is int else NUMBER)
 
@@ -1656,7 +1634,7 @@ def calls(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
     limits = present(max_running=max_running, rate=claims, per=None if rate is None else seconds)
     ticks = present(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_settings(**limits, **ticks)
+    check_all(**limits, **ticks)
     if 'cron' in ticks and ('every' in ticks or not isinstance(cron, str)):
         raise Misuse(f'cron must be a string like "0 3 * * *", without every, not {cron!r}')
     told = ('/limit', limits), ('/schedule', ticks if cron or every else None)
@@ -1685,10 +1663,9 @@ def set_up_log():
         log.setLevel(log.level or logging.INFO)
 
 default = App()
-queue, task, on, testing, run, stop = (
-    default.queue, default.task, default.on, default.testing, default.run, default.stop)
-enqueue, enqueue_many, schedule, unschedule, wait = (
-    default.enqueue, default.enqueue_many, default.schedule, default.unschedule, default.wait)
+queue, task, on, testing, stop = default.queue, default.task, default.on, default.testing, default.stop
+enqueue, enqueue_many, run, wait = default.enqueue, default.enqueue_many, default.run, default.wait
+schedule, unschedule = default.schedule, default.unschedule
 
 # -- Any program as a worker ------------------------------------------------------------------------------------------
 class ProgramSlot(Slot):
@@ -1989,13 +1966,12 @@ ARGUMENTS = {   # what is not plain text; of one command alone where that is nam
     **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS), '--grace': dict(SECONDS, default=GRACE),
     **dict.fromkeys(('--priority', '--max-retries', '--limit', '--concurrency'), WHOLE),
     **dict.fromkeys(('--max-running', '--rate'), LIMIT), **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
-    '--per': dict(LIMIT, metavar='S', help='seconds that --rate claims take (1)'), '--cron': dict(metavar='"* * * * *"'),
+    '--per': dict(LIMIT, metavar='S', help='seconds for --rate claims (1)'), '--cron': dict(metavar='"* * * * *"'),
     'payload': dict(nargs='?', default='null', type=json_value, help='JSON (a string has quotes); - is stdin'),
-    'enqueue --after': dict(nargs='+', metavar='ID', help='jobs that have to be done first'),
+    'enqueue --after': dict(nargs='+', metavar='ID', help='to be done first'), 'tasks': dict(metavar='FILE_OR_MODULE'),
     'status --wait': dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
-    '--minutes': dict(FLAG, help='with the counts of the last hour'), 'program': dict(nargs='+', metavar='PROGRAM'),
-    '--burst': dict(FLAG, help='work off what is due, and end'), 'tasks': dict(metavar='FILE_OR_MODULE'),
-    '--text': dict(FLAG, help='give it a string payload as it is'),
+    '--minutes': dict(FLAG, help='with counts of the last hour'), 'program': dict(nargs='+', metavar='PROGRAM'),
+    '--burst': dict(FLAG, help='work off what is due, and end'), '--text': dict(FLAG, help='a string as it is'),
     '--keep': dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
     'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))}
 
@@ -2015,8 +1991,7 @@ def main(argv=None):
     try:
         if options.host:
             os.environ['RUNDOWN_URL'] = options.host        # for tasks that are imported, and for isolated ones
-        client = Client(timeout=options.give_up)
-        return int(options.function(client, options) or 0)
+        return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
         print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
         return 3 if isinstance(error, EngineUnavailable) else 2 if isinstance(error, Misuse) else 1
