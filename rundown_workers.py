@@ -1028,7 +1028,8 @@ class Consumer:
         self.slots, self.thread, self.hungry = [], None, threading.Event()      # the last: there may be room for more
 
     def start(self):
-        kind = getattr(self.registered.functions.get(None), 'slot', IsolatedSlot if self.registered.isolate else Slot)
+        handler = self.registered.functions.get(None)
+        kind = getattr(handler, 'rundown_slot', IsolatedSlot if self.registered.isolate else Slot)
         self.slots = [kind(self) for _ in range(self.concurrency)]
         self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
 
@@ -1172,7 +1173,7 @@ class Link:
         self.client = Client(*self.settings)
         # Safe by themselves: tasks until they are over and acknowledged; those with something to report, None: no more.
         self.tasks, self.pile = {}, SimpleQueue()
-        self.stuck, self.since = False, None        # what was sent last was not taken; when the engine went away
+        self.stuck, self.since = False, None        # outcomes were not taken at the last try; when the engine went away
 
     def away(self, error):
         """Say once that the engine is away, which ends a burst in time. How long to wait until the next try."""
@@ -1223,7 +1224,7 @@ class Link:
                     raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
             except Error as error:
                 if getattr(error, 'status', None) not in REFUSALS:
-                    self.stuck = True
+                    self.stuck = self.stuck or call != 'heartbeat'
                     self.worker.closed.wait(self.away(error))
                     continue
                 answers = [{'code': error.status, 'error': str(error)}]
@@ -1735,7 +1736,7 @@ def command_exec(client, options):
     def program(payload):
         text = payload if options.text and isinstance(payload, str) else as_json(payload, 'payload')
         return current.get().slot.execute(options.program, text.encode(), current.get())
-    program.slot = ProgramSlot
+    program.rundown_slot = ProgramSlot
     default.queue(options.queue, timeout=options.timeout)(program)
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
@@ -1858,8 +1859,7 @@ def command_forward(client, options):
         raise Misuse(f'there is no file {options.file}')
     set_up_log()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    connect = functools.partial(sqlite3.connect, options.file)
-    with contextlib.suppress(KeyboardInterrupt), forwarding(connect, keep=options.keep):
+    with contextlib.suppress(KeyboardInterrupt), forwarding(lambda: sqlite3.connect(options.file), keep=options.keep):
         while True:
             time.sleep(1)
 
