@@ -1171,8 +1171,7 @@ class Link:
     def __init__(self, worker, host):
         self.worker, self.settings = worker, (host, worker.app.token, TIMEOUT, worker.app.ca)       # constant
         self.client = Client(*self.settings)
-        # Safe by themselves: tasks until they are over and acknowledged; those with something to report, None: no more.
-        self.tasks, self.pile = {}, SimpleQueue()
+        self.tasks, self.pile = {}, SimpleQueue()       # safe: those not acknowledged; to be reported, None: no more
         self.stuck, self.since = False, None        # outcomes were not taken at the last try; when the engine went away
 
     def away(self, error):
@@ -1346,9 +1345,9 @@ class Worker:
         ends = time.monotonic() + self.grace
         self.stopping.set()
         self.release()
-        for end in Wire.hang_up, Wire.close:        # after the first, jobs that are on their way come in, for release
+        for how in socket.SHUT_WR, socket.SHUT_RDWR:        # between the two, jobs on their way come in, for release
             for consumer in self.consumers:
-                end(consumer.client.wire)
+                consumer.client.wire.hang_up(how)
             until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + HANGUP)
         until(lambda: not any(consumer.open for consumer in self.consumers), ends)
         self.release(Lost)
@@ -1360,7 +1359,8 @@ class Worker:
             slot.consumer.inbox.put(None)
         for link in self.links.values():
             link.pile.put(None)
-            link.client.close()
+        for one in (*self.links.values(), *self.consumers):
+            one.client.close()
         until(lambda: not any(slot.ending for slot in self.slots()), time.monotonic() + TERM + 1)
         for slot in self.slots():
             slot.kill()
