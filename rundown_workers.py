@@ -894,10 +894,8 @@ def load(file, name):
     return module
 
 # -- Worker -----------------------------------------------------------------------------------------------------------
-RELEASED = Outcome('release')
-LOST = Outcome(None)                # nothing is reported
-REFUSALS = (400, 413)               # statuses that blame what was sent
-GONE = (404, 409)                   # statuses that blame the claim
+RELEASED, LOST = Outcome('release'), Outcome(None)      # of the latter nothing is reported
+REFUSALS, GONE = (400, 413), (404, 409)     # statuses that blame what was sent, and that blame the claim
 
 def note(level, text, *values):
     """A line in the log, whatever is in the values, and whatever a handler did to the log's streams."""
@@ -919,14 +917,12 @@ class Consumer:
         self.told = list(registered.told)   # the fetcher's, as the next two: what the engine has to be told first
         self.enough, self.dry = 0, None     # open tasks above which it sleeps; worker.reported when there was nothing
         self.inbox, self.open = SimpleQueue(), {}   # safe by themselves: tasks for the slots; claimed and not settled
-        self.hungry = threading.Event()     # there may be room for more
-        self.pace = None                    # seconds that a slot takes for a task lately; losing one in a race is fine
-        self.lines = 0                      # of the log in this tick, for jobs that are done; likewise
-        self.slots, self.thread = [], None
+        self.pace, self.lines = None, 0     # seconds of a slot for a task; of the log in this tick. Races are harmless
+        self.slots, self.thread, self.hungry = [], None, threading.Event()      # the last: there may be room for more
 
     def start(self):
-        program = isinstance(self.registered.functions.get(None), Program)
-        kind = ProgramSlot if program else IsolatedSlot if self.registered.isolate else Slot
+        handler = self.registered.functions.get(None)
+        kind = getattr(handler, 'rundown_slot', IsolatedSlot if self.registered.isolate else Slot)
         self.slots = [kind(self) for _ in range(self.concurrency)]
         self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
 
@@ -941,14 +937,24 @@ class Consumer:
             try:
                 jobs = self._poll(limit)
             except Error as error:
-                self._unanswered(error)
+                if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
+                    raise               # asking again does not mend it: that ends the worker
+                if not self.worker.stopping.is_set():
+                    self.worker.stopping.wait(self.link.away(error))
                 continue
-            for job in jobs:
-                self._take(job)
+            for task in [Task(job, self, time.monotonic()) for job in jobs]:
+                self.link.tasks[task] = self.open[task] = None
+                if not self.worker.stopping.is_set():
+                    self.inbox.put(task)
+            if self.worker.stopping.is_set():
+                self.worker.release()   # these may have come after the others were
             time.sleep(0)               # lets the slots begin, before the next poll is put together
             self.link.back()
-            if not jobs:
-                self._rest(reported, began)
+            if not jobs and self.worker.burst:      # there may be some once another task is over, and only then
+                self.dry = reported
+                until(lambda: self.worker.reported is not self.dry or self.worker.stopping.is_set(), float('inf'))
+            elif not jobs and time.monotonic() - began < min(1, WAIT / 2):      # from an engine that does not wait
+                self.worker.stopping.wait(self.registered.poll_interval)
 
     def _room(self):
         """How many jobs to claim now: for the free slots, and as many as those will start within AHEAD seconds."""
@@ -972,31 +978,6 @@ class Consumer:
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
         return jobs
-
-    def _unanswered(self, error):
-        worker = self.worker
-        if isinstance(error, Refused) and (worker.burst or error.status == 400):    # asking again does not mend it
-            note(logging.ERROR, 'the engine refuses what is asked for the queue %s: %s', self.name, error)
-            worker.stop(error)
-            worker.stopping.wait(REFUSED)
-        elif not worker.stopping.is_set():
-            worker.stopping.wait(self.link.away(error))
-
-    def _rest(self, reported, began):
-        """There was nothing. In a burst there may be more once another task is over, and only then."""
-        worker, self.dry = self.worker, reported
-        if worker.burst:
-            until(lambda: worker.reported is not reported or worker.stopping.is_set(), float('inf'))
-        elif time.monotonic() - began < min(1, WAIT / 2):       # an engine that does not wait: do not press it
-            worker.stopping.wait(self.registered.poll_interval)
-
-    def _take(self, job):
-        task = Task(job, self, time.monotonic())
-        self.link.tasks[task] = self.open[task] = None
-        if self.worker.stopping.is_set():
-            self.settle(task, RELEASED)
-        else:
-            self.inbox.put(task)
 
     def ended(self, task, outcome):
         """A slot has run the task to its end. It goes on after the hooks; the report does not wait for them."""
@@ -1041,20 +1022,16 @@ class Consumer:
                 if now - task.claimed > STALE and self.settle(task, RELEASED):
                     self.pace = None        # it was wrong
             elif now - task.begun > task.timeout and task.outcome is None:
-                self._time_out(task)
+                text = f'timed out after {task.timeout:g} s'
+                error = Timeout(f'{text}\n{task.slot.where(task)}')
+                if self.settle(task, failed(error, str(error), **self.handler.verdict(error, task.job)), Timeout):
+                    self.tell('failure', task, error, '%s; hung threads: %d', text, self.worker.hung())
             elif task.progress and now - task.shown > PROGRESS:
                 task.shown = now
                 self.link.pile.put(task)
         rest, self.lines = self.lines - LINES, 0
         if rest > 0:        # a line for each would take longer than they do
             note(logging.INFO, '%s: %d more done', self.name, rest)
-
-    def _time_out(self, task):
-        text = f'timed out after {task.timeout:g} s\n{task.slot.where(task)}'
-        error = Timeout(text)
-        if self.settle(task, failed(error, text, **self.handler.verdict(error, task.job)), Timeout):
-            hung = self.worker.hung()
-            self.tell('failure', task, error, 'timed out after %g s; hung threads: %d', task.timeout, hung)
 
     def replace(self, slot):
         """Go on with a fresh thread. The lock of the slot's task is held, so no other does it too."""
@@ -1087,25 +1064,19 @@ class Link:
     def __init__(self, worker, host):
         self.worker, self.settings = worker, (host, worker.app.token, TIMEOUT, worker.app.ca)       # constant
         self.client = Client(*self.settings)
-        self.tasks = {}                     # safe by themselves: tasks, until their outcome is acknowledged
-        self.pile = SimpleQueue()           # tasks that have something to report; None: no more
-        self.stuck = False                  # the reporter's: it has something that the engine did not take yet
-        self.since, self.tries = None, 0    # when the engine went away; what was tried in vain since then
-
-    def start(self):
-        self.worker.thread(self._report, 'report')
-        self.worker.thread(self._heartbeat, 'heartbeat')
+        self.tasks, self.pile = {}, SimpleQueue()       # safe: those not acknowledged; to be reported, None: no more
+        self.stuck, self.since = False, None        # outcomes were not taken at the last try; when the engine went away
 
     def away(self, error):
         """Say once that the engine is away, which ends a burst in time. How long to wait until the next try."""
         now, since = time.monotonic(), self.since
         if since is None:
-            self.since, self.tries, since = now, 0, now
+            self.since = since = now
             note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
         if self.worker.burst and now - since >= TIMEOUT:
             self.worker.stop(error)
-        self.tries += 1
-        return max(backoff(self.tries - 1), REFUSED if isinstance(error, Refused) else error.retry_after)
+        pause = min(MAX_BACKOFF, max(BACKOFF, now - since)) * chance.uniform(0.5, 1)       # as long as it is away
+        return max(pause, REFUSED if isinstance(error, Refused) else error.retry_after)
 
     def back(self):
         since, self.since = self.since, None
@@ -1117,7 +1088,7 @@ class Link:
         self.worker.reported = object()     # first: who sees the task gone sees this too
         self.tasks.pop(task, None)
 
-    def _report(self):
+    def report(self):
         """Send what piles up while the last request is in flight."""
         tasks = []
         while None not in tasks:
@@ -1133,37 +1104,29 @@ class Link:
                     requests[task.outcome.call].append((task, task.item))
             for call, items in requests.items():
                 for batch in batches(items, lambda item: len(item[1])):
-                    self._deliver(call, batch)
-
-    def _deliver(self, call, items):
-        """Send until the engine answers."""
-        while not self.worker.closed.is_set():
-            try:
-                self._send(call, items, TIMEOUT)
-                self.stuck = False
-                return
-            except Error as error:
-                self.stuck = True
-                self.worker.closed.wait(self.away(error))
+                    self._send(call, batch, TIMEOUT)
 
     def _send(self, call, items, seconds):
-        """One try to send pairs of a task and its text; those that are refused as a whole one by one: which was it?"""
-        try:
-            answer = self.client.send('/' + call, f'{{"jobs":[{",".join([text for _, text in items])}]}}', seconds)
-        except Refused as error:
-            if error.status not in REFUSALS:
-                raise
-            if len(items) > 1:
-                for item in items:
-                    self._send(call, [item], seconds)
-                return
-            answer = {'jobs': [{'code': error.status, 'error': str(error)}]}
-        answers = answer.get('jobs') if isinstance(answer, dict) else None
-        if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_outcome, answers)):
-            raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
-        self.back()
-        for (task, _), answer in zip(items, answers):
-            self._answered(call, task, answer)
+        """Send pairs of a task and its text until the engine answers; what it refuses as a whole is sent one by one."""
+        while not self.worker.closed.is_set():
+            try:
+                answer = self.client.send('/' + call, f'{{"jobs":[{",".join([text for _, text in items])}]}}', seconds)
+                answers = answer.get('jobs') if isinstance(answer, dict) else None
+                if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_outcome, answers)):
+                    raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
+            except Error as error:
+                if getattr(error, 'status', None) not in REFUSALS:
+                    self.stuck = self.stuck or call != 'heartbeat'
+                    self.worker.closed.wait(self.away(error))
+                    continue
+                answers = [{'code': error.status, 'error': str(error)}]
+            self.stuck = False
+            self.back()
+            for (task, _), answer in zip(items, answers) if len(answers) == len(items) else ():
+                self._answered(call, task, answer)
+            for item in items if len(answers) < len(items) else ():
+                self._send(call, [item], seconds)       # which of them was it?
+            return
 
     def _answered(self, call, task, answer):
         code, sentence, beat = answer.get('code'), answer.get('error'), call == 'heartbeat'
@@ -1181,14 +1144,11 @@ class Link:
         if not beat:
             self.forget(task)           # one that was refused is ended by its lease
 
-    def _heartbeat(self):
+    def heartbeat(self):
         """One sign of life for all tasks, also for those whose outcome is waiting."""
         while not self.worker.closed.wait(LEASE / 3):
-            try:
-                for batch in batches([(task, task.address + '}') for task in self.tasks.copy()], lambda item: 100):
-                    self._send('heartbeat', batch, LEASE / 3)
-            except Error as error:
-                self.away(error)
+            for batch in batches([(task, task.address + '}') for task in self.tasks.copy()], lambda item: 100):
+                self._send('heartbeat', batch, LEASE / 3)
 
 class Worker:
     """One run(): the consumers of all registered queues, what they share, and their orderly end."""
@@ -1198,13 +1158,11 @@ class Worker:
         self.events = SimpleQueue()         # safe by themselves, in signal handlers too: None or an exception
         self.stopping, self.closed = threading.Event(), threading.Event()       # no more jobs; no more reports
         self.threads = {}                   # those that are not over, and when each was interrupted: inf, it was not
-        self.reported = object()            # another one each time a task is over and acknowledged
-        self.links, self.consumers = {}, []
+        self.links, self.consumers, self.reported = {}, [], object()        # another one whenever a task is over
         for registered in app.registered.values():
             host, slots = ' '.join(app.client(registered.host).hosts), concurrency or registered.concurrency
-            if host not in self.links:
-                self.links[host] = Link(self, host)
-            self.consumers.append(Consumer(self, self.links[host], registered, slots))
+            link = self.links[host] = self.links.get(host) or Link(self, host)
+            self.consumers.append(Consumer(self, link, registered, slots))
             note(logging.INFO, 'working on %s (concurrency %d) from %s as %s', registered.name, slots, host, self.name)
 
     def thread(self, loop, name):
@@ -1214,7 +1172,8 @@ class Worker:
                 with contextlib.suppress(Interruption):     # too late for the handler; the thread is abandoned anyway
                     loop()
             except BaseException as error:
-                note(logging.CRITICAL, 'the thread %s failed: %s', name, trace(error))
+                told = summary(error) if isinstance(error, Refused) else trace(error)
+                note(logging.CRITICAL, 'the thread %s failed: %s', name, told)
                 self.stop(error)
             self.threads.pop(thread, None)
         thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
@@ -1225,13 +1184,12 @@ class Worker:
     def stop(self, error=None):
         self.events.put(error)
 
-    def busy(self):
-        return any(link.tasks for link in self.links.values())
+    def busy(self): return sum(len(link.tasks) for link in self.links.values())
+    def slots(self): return [slot for consumer in self.consumers for slot in consumer.slots]
 
     def hung(self, seconds=HUNG):
         """How many threads did not come back within so many seconds of their interruption."""
-        latest = time.monotonic() - seconds
-        return sum(at <= latest and thread.is_alive() for thread, at in self.threads.copy().items())
+        return sum(at <= time.monotonic() - seconds and thread.is_alive() for thread, at in self.threads.copy().items())
 
     def _watch(self):
         closed = False
@@ -1247,8 +1205,11 @@ class Worker:
         ours = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()    # who else may not
         before = {number: signal.signal(number, self._signalled) for number in ours}
         try:
-            for one in (*self.links.values(), *self.consumers):
-                one.start()
+            for link in self.links.values():
+                self.thread(link.report, 'report')
+                self.thread(link.heartbeat, 'heartbeat')
+            for consumer in self.consumers:
+                consumer.start()
             self.thread(self._watch, 'watch')
             error = self._wait()
             self._drain()
@@ -1266,7 +1227,8 @@ class Worker:
 
     def _signalled(self, number, frame):
         if self.signalled:
-            self._kill()
+            for slot in self.slots():
+                slot.kill()
             os._exit(128 + number)
         self.signalled = True
         self.stop()
@@ -1275,110 +1237,89 @@ class Worker:
         """Let what runs come to its end, within the grace, and be reported; release the rest; end the threads."""
         ends = time.monotonic() + self.grace
         self.stopping.set()
-        self._release()
-        self._hang_up()
+        self.release()
+        for how in socket.SHUT_WR, socket.SHUT_RDWR:        # between the two, jobs on their way come in, for release
+            for consumer in self.consumers:
+                consumer.client.wire.hang_up(how)
+            until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + HANGUP)
         until(lambda: not any(consumer.open for consumer in self.consumers), ends)
-        self._release(Lost)
+        self.release(Lost)
         until(lambda: not self.busy(), max(ends, time.monotonic() + FAREWELL))
-        left = sum(len(link.tasks) for link in self.links.values())
-        if left:
-            note(logging.ERROR, 'the outcomes of %d jobs were not reported; the engine will hand them out again', left)
+        if self.busy():
+            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out again', self.busy())
         self.closed.set()
-        slots = [slot for consumer in self.consumers for slot in consumer.slots]
-        for slot in slots:
+        for slot in self.slots():
             slot.consumer.inbox.put(None)
         for link in self.links.values():
             link.pile.put(None)
         for one in (*self.links.values(), *self.consumers):
             one.client.close()
-        until(lambda: not any(slot.ending for slot in slots), time.monotonic() + TERM + 1)
-        self._kill()
+        until(lambda: not any(slot.ending for slot in self.slots()), time.monotonic() + TERM + 1)
+        for slot in self.slots():
+            slot.kill()
         until(lambda: float('inf') not in self.threads.copy().values(), time.monotonic() + FAREWELL)
 
-    def _release(self, interruption=None):
+    def release(self, interruption=None):
         for consumer in self.consumers:
             for task in consumer.open.copy():
                 if consumer.settle(task, RELEASED, interruption):
                     note(logging.INFO, '%s released', task)
 
-    def _hang_up(self):
-        """End the polls. For a moment jobs that are on their way still come in, and are released."""
-        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
-            for consumer in self.consumers:
-                consumer.client.wire.hang_up(how)
-            until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + HANGUP)
-
-    def _kill(self):
-        for consumer in self.consumers:
-            for slot in consumer.slots:
-                slot.kill()
-
 # -- The module's API: one column over a default App ------------------------------------------------------------------
-EVENTS = ('start', 'success', 'failure', 'lost')
 Registered = collections.namedtuple(
     'Registered', 'name host poll_interval max_retries timeout concurrency isolate functions told')
 TASK_SETTINGS = {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'}     # of its queue
 NUMBER = int, float
-LEAST = {       # of a setting that is a number, and its type
-    'poll_interval': (0, NUMBER), 'timeout': (0, NUMBER), 'every': (1, NUMBER), 'per': (0, NUMBER),
-    'max_retries': (0, int), 'concurrency': (1, int), 'max_running': (1, int), 'rate': (1, int)}
+LEAST = dict(poll_interval=0.0, timeout=0.0, every=1.0, per=0.0, max_retries=0, concurrency=1, max_running=1, rate=1)
 R = TypeVar('R')
 F = TypeVar('F')
 
-class QueueFunction(Generic[R]):
-    """What @queue makes of a function, for those who check types: the function, and its `enqueue`."""
+class QueueFunction(Generic[R]):        # what @queue makes of a function, for those who check types
     __call__: Callable[..., R]
     enqueue: Callable[..., Job]
 
-class TaskFunction(Generic[R]):
-    """The same of @task."""
+class TaskFunction(Generic[R]):         # the same of @task
     __call__: Callable[..., R]
     delay: Callable[..., Job]
     options: Callable[..., TaskFunction[R]]
 
 class App:
     """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
-
-    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call.
-    """
-
+    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call."""
     def __init__(self, host: str | None = None, token: str | None = None, timeout: float = TIMEOUT,
                  ca: str | None = None) -> None:
         self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
         self.registered = {}                            # (queue, host) -> Registered
-        self.hooks = {event: [] for event in EVENTS}
+        self.hooks = {'start': [], 'success': [], 'failure': [], 'lost': []}
         self.clients = {}                               # safe by itself: (host, token, timeout, ca) -> Client
         self.workers = []                               # safe by itself: those that run
 
     def client(self, host: str | None = None) -> Client:
         """The client for an engine; its connections are kept."""
-        env = os.environ.get
-        settings = (host or self.host or env('RUNDOWN_URL'), self.token or env('RUNDOWN_TOKEN'), self.timeout,
-                    self.ca or env('RUNDOWN_CA'))
+        host, token = host or self.host or os.environ.get('RUNDOWN_URL'), self.token or os.environ.get('RUNDOWN_TOKEN')
+        settings = host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA')
         if settings not in self.clients:
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
 
     def queue(self, name: str, host: str | None = None, poll_interval: float = 1.0, max_retries: int = 3,
               timeout: float | None = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
-              retry_on: Any = None, abort_on: Any = None, cron: str | None = None,
-              every: Span | None = None, zone: str | None = None, max_running: Any = None,
-              rate: Any = None) -> Callable[[Callable[..., R]], QueueFunction[R]]:
+              retry_on: Any = None, abort_on: Any = None, cron: str | None = None, every: Span | None = None,
+              zone: str | None = None, max_running: Any = None, rate: Any = None,
+              ) -> Callable[[Callable[..., R]], QueueFunction[R]]:
         """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
-
         `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
         run at a time; with `isolate` each in a process of its own. `backoff` is the seconds until each retry, the last
         for all that follow, or a function of the retry's number; after exceptions that are not in `retry_on`, where it
         is given, or are in `abort_on`, there is none. `poll_interval` (seconds) is for engines that do not wait in a
         poll. run() tells the engine of a schedule under the queue's name (`cron` in a `zone`, or `every` so many
-        seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds).
-        """
+        seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds)."""
         if not isinstance(name, str) or not name:
             raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
         told, rule = calls(name, max_running, rate, cron, every, zone), policy(backoff, retry_on, abort_on)
         registered = Registered(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
-        check_settings(poll_interval=poll_interval, concurrency=concurrency,
-                       **present(max_retries=max_retries, timeout=timeout))
+        check_all(poll_interval=poll_interval, concurrency=concurrency,
+                  **present(max_retries=max_retries, timeout=timeout))
 
         def enqueue(payload=None, *more, **options):
             """Add a job to the queue, with the options of rw.enqueue; returns it."""
@@ -1403,23 +1344,20 @@ class App:
              timeout: float | None = None, backoff: Any = None, retry_on: Any = None, abort_on: Any = None,
              **settings: Any) -> Any:
         """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
-
         `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
-        each job. `settings` are those of the queue, as queue() has them; what was given last holds.
-        """
+        each job. `settings` are those of the queue, as queue() has them; what was given last holds."""
         rule, unknown = policy(backoff, retry_on, abort_on), sorted(set(settings) - TASK_SETTINGS)
         if unknown:
             raise Misuse(f'a task has no setting {unknown[0]}')
         host, told = settings.get('host'), calls(queue, settings.pop('max_running', None), settings.pop('rate', None))
-        check_settings(**settings, **present(max_retries=max_retries, timeout=timeout))
+        check_all(**settings, **present(max_retries=max_retries, timeout=timeout))
         send = functools.partial(self.enqueue, queue, host=host, max_retries=max_retries, timeout=timeout)
 
         def register(function):
             known = self.registered.get((queue, host)) or Registered(queue, host, 1.0, 3, None, 1, False, {}, [])
             self._register(known._replace(told=told or known.told, **settings), function, True)
-            sender = Sender(function, send)
-            function.policy, function.delay, function.options = rule, sender.delay, sender.options
-            return function
+            function.policy = rule
+            return deferrable(function, function, send)
         return register if function is None else register(function)
 
     def _register(self, registered, function, is_task):
@@ -1430,16 +1368,15 @@ class App:
             raise Misuse(f'{function!r} cannot be isolated: its process has to find it by its name in a module')
         queue, name = (registered.name, registered.host), task_name(function) if is_task else None
         known = self.registered.get(queue, registered).functions
-        for taken, other in known.items():
-            if None in (taken, name) and (taken, task_name(other)) != (name, task_name(function)):
-                raise Misuse(f'the queue {queue[0]} has {taken or "a handler"} already; only tasks can share a queue')
+        if (known and (None in known) == is_task) or source(known.get(name, function)) != source(function):
+            raise Misuse(f'the queue {queue[0]} has another handler already; only tasks, each of a name, can share one')
         self.registered[queue] = registered._replace(functions={**known, name: function})
 
     def on(self, event: str) -> Callable[[F], F]:
         """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result),
         "failure" or "lost" (the exception) of a run. What it raises is logged and changes nothing."""
-        if event not in EVENTS:
-            raise Error(f'there is no event {event!r}; there are {", ".join(EVENTS)}')
+        if event not in self.hooks:
+            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
 
         def register(function):
             self.hooks[event].append(function)
@@ -1456,13 +1393,12 @@ class App:
             queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
 
     def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
-                     ids: Iterable[str] | None = None, give_up: float | None = None, **options: Any) -> list[Job]:
+                     ids: Iterable[str] | None = None, **options: Any) -> list[Job]:
         """Add a job per payload: see Client.enqueue_many."""
-        return self.client(host).enqueue_many(queue, payloads, ids, give_up, **options)
+        return self.client(host).enqueue_many(queue, payloads, ids, **options)
 
     def schedule(self, name: str, queue: str, cron: str | None = None, every: Span | None = None,
-                 zone: str | None = None, payload: Any = None, *, host: str | None = None,
-                 **options: Any) -> Fields:
+                 zone: str | None = None, payload: Any = None, *, host: str | None = None, **options: Any) -> Fields:
         """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
         return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
 
@@ -1478,10 +1414,8 @@ class App:
     def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
             concurrency: int | None = None) -> None:
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
-
         Returns after an orderly end. In the main thread, and with handlers that do not come back, it ends the process
-        instead, for nobody can end their threads; SystemExit(1) when those were `max_hung`.
-        """
+        instead, for nobody can end their threads; SystemExit(1) when those were `max_hung`."""
         if multiprocessing.current_process().name.startswith(CHILD):
             raise Error("run() runs where isolate=True imports the script: put it behind if __name__ == '__main__':")
         if not self.registered:
@@ -1511,15 +1445,14 @@ class App:
 
     @contextlib.contextmanager
     def testing(self) -> Iterator[Testing]:
-        """A throwaway engine for the time of the block, in place of the default one: t.run() works off what is due.
-
-        t.advance(seconds) moves its clock; t.run(delayed=True) works off what is due later too, without waiting.
-        `t.client` is its client. It needs rundown_engine.py to be importable. Queues with their own `host` stay there.
-        """
-        before = self.host, self.clients, os.environ.get('RUNDOWN_URL', '')     # which counts as none
+        """A throwaway engine for the time of the block, in place of the default one: see Testing. `t.client` is its
+        client. It needs rundown_engine.py to be importable. Queues with their own `host` stay there."""
+        import rundown_engine       # here, since only tests need it
+        test, before = Testing(self), (self.host, self.clients, os.environ.get('RUNDOWN_URL', ''))     # '' is none
         with tempfile.TemporaryDirectory() as folder:
-            test = Testing(self, folder)
-            self.host, self.clients, os.environ['RUNDOWN_URL'] = test.url, {}, test.url     # for isolated handlers
+            test.server = rundown_engine.make_server(f'{folder}/jobs.db', port=0, sync='normal', clock=test.clock)
+            threading.Thread(target=test.server.serve_forever, args=(0.005,), daemon=True).start()
+            self.host, self.clients, os.environ['RUNDOWN_URL'] = test.server.url, {}, test.server.url
             test.client = self.client()
             try:
                 yield test
@@ -1531,17 +1464,10 @@ class App:
 
 class Testing:
     """What testing() gives: an engine for a test, its client, and its clock, which is `seconds` ahead."""
-    def __init__(self, app, folder):
-        try:
-            import rundown_engine
-        except ModuleNotFoundError:
-            raise Error('testing() needs rundown_engine.py to be importable, such as beside this module') from None
-        self.app, self.seconds, database = app, 0.0, os.path.join(folder, 'jobs.db')
+    def __init__(self, app):
+        self.app, self.seconds = app, 0.0
         self.clock = types.SimpleNamespace(time=lambda: time.time() + self.seconds,
                                            monotonic=lambda: time.monotonic() + self.seconds)
-        self.server = rundown_engine.make_server(database, port=0, sync='normal', clock=self.clock)
-        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
-        self.url = self.server.url
 
     def advance(self, seconds: float) -> None:
         """Move the engine's clock on; it sees at once what is due by then."""
@@ -1550,32 +1476,30 @@ class Testing:
 
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
-        self.app.run(burst=True, **options)
-        while delayed:
-            queues = {queue for queue, _ in self.app.registered}
-            due = [datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')).timestamp()
-                   for job in all_jobs(self.client, status='pending') if job['queue'] in queues]
-            later = [at for at in due if at > self.clock.time()]
-            if not later:
-                return
-            self.advance(min(later) - self.clock.time() + 0.01)
+        queues, later = {queue for queue, _ in self.app.registered}, [None]
+        while later:
             self.app.run(burst=True, **options)
+            jobs = [job for job in all_jobs(self.client, status='pending') if job['queue'] in queues] if delayed else []
+            due = [datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')) for job in jobs]
+            later = [at.timestamp() for at in due if at.timestamp() > self.clock.time()]
+            if later:
+                self.advance(min(later) - self.clock.time() + 0.01)
 
-class Sender:
-    """Sends jobs for a task; `send` enqueues a payload."""
-    def __init__(self, function, send):
-        def delay(*args, **kwargs):
-            """Add a job that calls the task with these arguments, and return it; see enqueue()."""
-            check_call(function, *args, **kwargs)
-            return send({'task': task_name(function), 'args': list(args), 'kwargs': kwargs})
+def deferrable(target, function, send):
+    """Give an object the `delay` and `options` of a task; `send` enqueues a payload. Returns the object."""
+    def delay(*args, **kwargs):
+        """Add a job that calls the task with these arguments, and return it; see enqueue()."""
+        check_call(function, *args, **kwargs)
+        return send({'task': task_name(function), 'args': list(args), 'kwargs': kwargs})
 
-        def options(**more):
-            """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
-            return Sender(function, functools.partial(send, **more))
+    def options(**more):
+        """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
+        return deferrable(types.SimpleNamespace(), function, functools.partial(send, **more))
 
-        with contextlib.suppress(ValueError):       # it has no signature to look at
-            delay.__signature__ = inspect.signature(function)
-        self.delay, self.options = delay, options
+    with contextlib.suppress(ValueError):       # it has no signature to look at
+        delay.__signature__ = inspect.signature(function)
+    target.delay, target.options = delay, options
+    return target
 
 def task_name(function):
     """The name that producers and workers call a task by; of a script's the same as where it is imported."""
@@ -1584,29 +1508,31 @@ def task_name(function):
         module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
     return f'{module}.{function.__qualname__}'
 
+def source(function):
+    """Where a function is written: the same when it comes anew, as on a reload."""
+    code = getattr(function, '__code__', None)
+    return getattr(code, 'co_filename', None), getattr(function, '__qualname__', function)
+
 def check(name, value, least, types=int):
     """Misuse unless the setting is a number from `least`."""
     if isinstance(value, bool) or not isinstance(value, types) or not least <= value < float('inf'):
         kind = 'whole number' if types is int else 'number of seconds'
-        raise Misuse(f'{name} must be a {kind} from {least}, not {value!r}')
+        raise Misuse(f'{name} must be a {kind} from {least:g}, not {value!r}')
 
-def check_settings(**settings):
-    for name, value in settings.items():
-        if name in LEAST:
-            check(name, value, *LEAST[name])
+def check_all(**settings):
+    for name in settings.keys() & LEAST.keys():
+        check(name, settings[name], LEAST[name], int if type(LEAST[name]) is int else NUMBER)
 
 def calls(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     """The calls that tell an engine of a queue's limits, and of its schedule."""
     claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
     limits = present(max_running=max_running, rate=claims, per=None if rate is None else seconds)
-    every = in_seconds(every)
-    check_settings(**limits, **present(every=every))
-    if cron is not None and (every is not None or not isinstance(cron, str)):
+    ticks = present(name=queue, cron=cron, every=in_seconds(every), zone=zone)
+    check_all(**limits, **ticks)
+    if 'cron' in ticks and ('every' in ticks or not isinstance(cron, str)):
         raise Misuse(f'cron must be a string like "0 3 * * *", without every, not {cron!r}')
-    found = [('/limit', {'queue': queue, **limits})] if limits else []
-    if cron or every:
-        found.append(('/schedule', present(name=queue, queue=queue, cron=cron, every=every, zone=zone)))
-    return found
+    told = ('/limit', limits), ('/schedule', ticks if cron or every else None)
+    return [(path, {'queue': queue, **fields}) for path, fields in told if fields]
 
 def check_call(function, *args, **kwargs):
     """Misuse unless the function can be called like this, as far as one can tell."""
@@ -1615,8 +1541,7 @@ def check_call(function, *args, **kwargs):
     except ValueError:      # it has no signature to look at
         pass
     except TypeError as error:
-        name = getattr(function, '__qualname__', function)
-        raise Misuse(f'{name} cannot be called with {len(args) + len(kwargs)} argument(s): {error}') from None
+        raise Misuse(f'{getattr(function, "__qualname__", function)} cannot be called like this: {error}') from None
 
 def all_jobs(client, **aim):
     page = {'after': None}
@@ -1632,18 +1557,11 @@ def set_up_log():
         log.setLevel(log.level or logging.INFO)
 
 default = App()
-queue, task, on = default.queue, default.task, default.on
-enqueue, enqueue_many, wait = default.enqueue, default.enqueue_many, default.wait
+queue, task, on, testing, stop = default.queue, default.task, default.on, default.testing, default.stop
+enqueue, enqueue_many, run, wait = default.enqueue, default.enqueue_many, default.run, default.wait
 schedule, unschedule = default.schedule, default.unschedule
-run, stop, testing = default.run, default.stop, default.testing
 
 # -- Any program as a worker ------------------------------------------------------------------------------------------
-class Program(types.SimpleNamespace):
-    """A handler that runs a `command`, which gets a string payload as it is where `text` says so."""
-    def __call__(self, payload):
-        text = payload if self.text and isinstance(payload, str) else as_json(payload, 'payload')
-        return current.get().slot.execute(self.command, text.encode(), current.get())
-
 class ProgramSlot(Slot):
     """A slot that runs a program for each job. Its streams are files, since pipes fill up, and are kept by children."""
     process = errors = None
@@ -1664,18 +1582,14 @@ class ProgramSlot(Slot):
                     self.errors.truncate(0)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(TICK)
-            self._end()
+            if self.process.returncode is None:
+                signal_group(self.process, signal.SIGTERM)
+                over = time.monotonic() + TERM
+                until(lambda: self.process.poll() is not None and not signal_group(self.process, 0), over)
+            signal_group(self.process, KILL)            # whoever is left of its group
+            self.process.wait()
             out.seek(0)
             return self._result(self.process.returncode, out.read(MAX_STDOUT + 1))
-
-    def _end(self):
-        """SIGTERM and some time where it runs; SIGKILL to who is left of its group."""
-        if self.process.returncode is None:
-            signal_group(self.process, signal.SIGTERM)
-            over = time.monotonic() + TERM
-            until(lambda: self.process.poll() is not None and not signal_group(self.process, 0), over)
-        signal_group(self.process, KILL)
-        self.process.wait()
 
     def _result(self, code, output):
         if len(output) > MAX_STDOUT:
@@ -1705,14 +1619,18 @@ class ProgramSlot(Slot):
         if self.process and self.process.returncode is None:
             signal_group(self.process, KILL)
 
-def size(file):
-    return os.fstat(file.fileno()).st_size
+def size(file): return os.fstat(file.fileno()).st_size
 
 def command_exec(client, options):
     """Work on a queue by running a program."""
     if not shutil.which(options.program[0]):
         raise Misuse(f'there is no program {options.program[0]}')
-    default.queue(options.queue, timeout=options.timeout)(Program(command=options.program, text=options.text))
+
+    def program(payload):
+        text = payload if options.text and isinstance(payload, str) else as_json(payload, 'payload')
+        return current.get().slot.execute(options.program, text.encode(), current.get())
+    program.rundown_slot = ProgramSlot
+    default.queue(options.queue, timeout=options.timeout)(program)
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 # -- Outbox -----------------------------------------------------------------------------------------------------------
@@ -1723,17 +1641,15 @@ recent = types.SimpleNamespace(written=float('-inf'))       # when this process 
 def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: Span | None = None,
                run_at: Moment | None = None, id: str | None = None, **options: Any) -> str:
     """Write a job into the transaction that is open on a connection; it is enqueued if that commits. Returns its id.
-
-    The driver is sqlite3 or one that writes parameters as %s. The options are those of enqueue(); a delay begins now.
-    """
+    The driver is sqlite3, or writes parameters as %s. The options are those of enqueue(); a delay begins now."""
     inspect.signature(Client.enqueue).bind(None, queue, **options)      # TypeError for what is none
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
     if delay is not None:
         run_at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=in_seconds(delay))
     id = id or new_id()
-    with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)',
-               job_text(payload, id, run_at, queue=queue, **options))
+    text = job_text(payload, id, run_at, queue=queue, **options)
+    with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)', text)
     recent.written = time.monotonic()
     return id
 
@@ -1762,47 +1678,42 @@ def with_table(connection, statement, *values):
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
     """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took.
-
-    Rows are kept for `keep` seconds after that, and sent again to a standby that takes over meanwhile.
-    """
+    Rows are kept for `keep` seconds after that, and sent again to a standby that takes over meanwhile."""
     client = default.client(host)
     with contextlib.closing(connect()) as connection:
         return drain(connection, client, client.call, keep)
 
 def drain(connection, client, send, keep):
-    """Send in order, and delete what was taken `keep` seconds ago; how many jobs were taken."""
-    count, sql = 0, functools.partial(with_table, connection)
+    """Send in order, and delete what was taken `keep` seconds ago; how many jobs were taken. An id is taken once."""
+    count, parts, sql = 0, [], functools.partial(with_table, connection)
     if keep:
         send('/health')         # only who asks finds out that a standby has taken over
     while True:
-        over = int(time.time() - keep)
-        if sql('SELECT 1 FROM rundown_outbox WHERE taken_at <= ?', over).fetchone():    # a look takes no write lock
-            sql('DELETE FROM rundown_outbox WHERE taken_at <= ?', over)
-        rows = sql('SELECT number, job FROM rundown_outbox WHERE error IS NULL AND (taken_by IS NULL OR taken_by <> ?) '
-                   'ORDER BY number LIMIT 500', client.host).fetchall()
-        connection.commit()
-        if not rows:
+        if not parts:
+            over = int(time.time() - keep)
+            if sql('SELECT 1 FROM rundown_outbox WHERE taken_at <= ?', over).fetchone():    # a look takes no write lock
+                sql('DELETE FROM rundown_outbox WHERE taken_at <= ?', over)
+            rows = sql('SELECT number, job FROM rundown_outbox WHERE error IS NULL AND '
+                       '(taken_by IS NULL OR taken_by <> ?) ORDER BY number LIMIT 500', client.host).fetchall()
+            parts = list(batches(rows, lambda row: len(row[1])))
+        connection.commit()     # no transaction is open while the engine is away
+        if not parts:
             return count
-        count += sum(deliver(connection, client, send, batch) for batch in batches(rows, lambda row: len(row[1])))
-
-def deliver(connection, client, send, rows):
-    """Have the engine take jobs, in order; how many it took. What is sent twice, after a kill or by two, has one id."""
-    connection.commit()                 # no transaction is open while the engine is away
-    try:
-        send('/enqueue', f'{{"jobs":[{",".join([text for _, text in rows])}]}}')
-    except Refused as error:
-        if error.status not in REFUSALS:
-            raise
-        half = len(rows) // 2           # which of them was it?
-        if half:
-            return sum(deliver(connection, client, send, part) for part in (rows[:half], rows[half:]))
-        note(logging.ERROR, 'the engine refused job %d of the outbox: %s', rows[0][0], error)
-        with_table(connection, 'UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), rows[0][0])
-        return 0
-    numbers = ','.join([str(number) for number, _ in rows])
-    with_table(connection, f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
-               client.host, int(time.time()))
-    return len(rows)
+        part = parts.pop(0)
+        numbers, half = ','.join([str(number) for number, _ in part]), len(part) // 2
+        try:
+            send('/enqueue', f'{{"jobs":[{",".join([text for _, text in part])}]}}')
+            sql(f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
+                client.host, int(time.time()))
+            count += len(part)
+        except Refused as error:
+            if error.status not in REFUSALS:
+                raise
+            if half:
+                parts[:0] = part[:half], part[half:]        # which of them was it?
+                continue
+            note(logging.ERROR, 'the engine refused job %s of the outbox: %s', numbers, error)
+            sql('UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), part[0][0])
 
 @contextlib.contextmanager
 def forwarding(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> Iterator[None]:
@@ -1841,8 +1752,7 @@ def command_forward(client, options):
         raise Misuse(f'there is no file {options.file}')
     set_up_log()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    connect = functools.partial(sqlite3.connect, options.file)
-    with contextlib.suppress(KeyboardInterrupt), forwarding(connect, keep=options.keep):
+    with contextlib.suppress(KeyboardInterrupt), forwarding(lambda: sqlite3.connect(options.file), keep=options.keep):
         while True:
             time.sleep(1)
 
@@ -1867,17 +1777,11 @@ def show(answer):
         lines = [printable(line) for line in plain(value).splitlines()]
         print('\n'.join([f'{field}:', *lines]) if len(lines) > 1 else f'{field:14}{"".join(lines)}')
 
+def json_value(text): return json.loads(sys.stdin.read() if text == '-' else text)
+def limit(text): return None if text == 'none' else json.loads(text)
+
 def plain(value):
     return '' if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-def json_value(text):
-    try:
-        return json.loads(sys.stdin.read() if text == '-' else text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f'is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
-
-def limit(text):
-    return None if text == 'none' else json.loads(text)
 
 def command_call(client, options):
     """The client's method of that name, with what the command line says of its fields."""
@@ -1918,12 +1822,11 @@ def command_demo(client, options):
     def digest(path):
         if job() and job()['attempt'] == 1 and hash(path) % 20 == 0:
             raise Retry('one in 20 fails once, for the show', delay=0)
-        with open(path, 'rb') as file:
-            return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
-    paths = [str(path) for path in files if os.access(path, os.R_OK)]
     with app.testing() as engine:
-        began, jobs = time.monotonic(), app.enqueue_many('demo', paths)
+        began = time.monotonic()
+        jobs = app.enqueue_many('demo', [str(path) for path in files if os.access(path, os.R_OK)])
         engine.run()
         took = time.monotonic() - began
         right = sum(job.refresh()['result'] == digest(job['payload']) for job in jobs)
@@ -1951,26 +1854,22 @@ COMMANDS = [    # name, function, arguments, what it does
     ('run', command_run, f'tasks {WORK}', 'import tasks, and work on them'),
     ('exec', command_exec, f'queue program --timeout --text {WORK}', 'run a program for each job of a queue'),
     ('forward', command_forward, 'file --keep', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT'),
-    ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own'),
-]
+    ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own')]
 ARGUMENTS = {   # what is not plain text; of one command alone where that is named
-    **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS),
+    **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS), '--grace': dict(SECONDS, default=GRACE),
     **dict.fromkeys(('--priority', '--max-retries', '--limit', '--concurrency'), WHOLE),
-    **dict.fromkeys(('--max-running', '--rate'), LIMIT),
-    **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
-    '--per': dict(LIMIT, metavar='S', help='seconds that --rate claims take (1)'),
-    'payload': dict(nargs='?', default='null', type=json_value, help='JSON; - reads it from stdin'),
-    'enqueue --after': dict(nargs='+', metavar='ID', help='jobs that have to be done first'),
+    **dict.fromkeys(('--max-running', '--rate'), LIMIT), **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
+    '--per': dict(LIMIT, metavar='S', help='seconds for --rate claims (1)'), '--cron': dict(metavar='"* * * * *"'),
+    'payload': dict(nargs='?', default='null', type=json_value, help='JSON (a string has quotes); - is stdin'),
+    'enqueue --after': dict(nargs='+', metavar='ID', help='to be done first'), 'tasks': dict(metavar='FILE_OR_MODULE'),
     'status --wait': dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
-    '--minutes': dict(FLAG, help='with the counts of the last hour'),
-    '--burst': dict(FLAG, help='work off what is due, and end'), '--grace': dict(SECONDS, default=GRACE),
-    '--text': dict(FLAG, help='give it a string payload as it is'), '--cron': dict(metavar='"* * * * *"'),
+    '--minutes': dict(FLAG, help='with counts of the last hour'), 'program': dict(nargs='+', metavar='PROGRAM'),
+    '--burst': dict(FLAG, help='work off what is due, and end'), '--text': dict(FLAG, help='a string as it is'),
     '--keep': dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
-    'tasks': dict(metavar='FILE_OR_MODULE'), 'program': dict(nargs='+', metavar='PROGRAM'),
-    'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__)),
-}
+    'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))}
 
-def arguments(argv):
+def main(argv=None):
+    """The command line; the exit code."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
     parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {URL})')
@@ -1981,16 +1880,11 @@ def arguments(argv):
         command.set_defaults(function=function)
         for argument in taken.split():
             command.add_argument(argument, **ARGUMENTS.get(f'{name} {argument}', ARGUMENTS.get(argument, {})))
-    return parser.parse_args(argv)
-
-def main(argv=None):
-    """The command line; the exit code."""
-    options = arguments(argv)
+    options = parser.parse_args(argv)
     try:
         if options.host:
             os.environ['RUNDOWN_URL'] = options.host        # for tasks that are imported, and for isolated ones
-        client = Client(timeout=options.give_up)
-        return int(options.function(client, options) or 0)
+        return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
         print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
         return 3 if isinstance(error, EngineUnavailable) else 2 if isinstance(error, Misuse) else 1

@@ -5214,6 +5214,28 @@ def test_schedules_and_limits_that_make_no_sense_are_refused_at_the_decorator(se
         rw.App().queue("q", **settings)
 
 
+@pytest.mark.parametrize("kind", ["queue", "task"])
+def test_a_function_may_come_anew_as_on_a_reload_but_no_other_may_take_its_name(kind):
+    def made_in(file, name="work"):
+        space = {"__name__": "tasks"}
+        exec(compile("def %s(payload): pass" % name, file, "exec"), space)
+        return space[name]
+    app = rw.App()
+    register = app.queue("q") if kind == "queue" else app.task(queue="q")
+    register(made_in("a/tasks.py"))
+    register(made_in("a/tasks.py"))
+    with pytest.raises(rw.Misuse):
+        register(made_in("b/tasks.py"))
+    with pytest.raises(rw.Misuse):
+        (app.task(queue="q") if kind == "queue" else app.queue("q"))(made_in("a/tasks.py"))
+    if kind == "task":
+        register(made_in("b/tasks.py", "other"))
+        assert set(app.registered["q", None].functions) == {"tasks.work", "tasks.other"}
+        return
+    with pytest.raises(rw.Misuse):
+        register(made_in("a/tasks.py", "other"))
+
+
 def test_a_cron_expression_that_the_engine_refuses_ends_the_worker(engine, work, q):
     worker = work(handler(q, "pass", cron="* 25 * * *"))
     assert worker.wait() != 0 and "hour: 25 is not 0-23" in worker.log()
