@@ -285,8 +285,9 @@ class Wire:
         for connection in self.active.copy():
             with contextlib.suppress(OSError, TypeError):       # its own thread has closed it: it has no socket then
                 socket.socket.shutdown(connection.sock, how)    # not SSLSocket's, which forgets its keys
-        while self.idle:
-            self.idle.pop().close()
+        with contextlib.suppress(IndexError):       # there is none, or its own thread was quicker
+            while True:
+                self.idle.pop().close()
 
 class Client:
     """An engine's calls, one method each; every method takes the fields of its call, and returns the answer.
@@ -599,7 +600,6 @@ class Policy:
             return {}
 
 def listed(given): return tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
-policy = Policy     # for App, until it calls it by its name
 
 class Handler:
     """What works a queue's payloads: its one function, which has no name, or the task that the payload names."""
@@ -1286,15 +1286,14 @@ class TaskFunction(Generic[R]):         # the same of @task
 class App:
     """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
     Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call."""
-    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = TIMEOUT,
-                 ca: str | None = None) -> None:
+    def __init__(self, host: Text = None, token: Text = None, timeout: float = TIMEOUT, ca: Text = None) -> None:
         self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
         self.registered = {}                            # (queue, host) -> Registered
         self.hooks = {'start': [], 'success': [], 'failure': [], 'lost': []}
         self.clients = {}                               # safe by itself: (host, token, timeout, ca) -> Client
         self.workers = []                               # safe by itself: those that run
 
-    def client(self, host: str | None = None) -> Client:
+    def client(self, host: Text = None) -> Client:
         """The client for an engine; its connections are kept."""
         host, token = host or self.host or os.environ.get('RUNDOWN_URL'), self.token or os.environ.get('RUNDOWN_TOKEN')
         settings = host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA')
@@ -1302,11 +1301,10 @@ class App:
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
 
-    def queue(self, name: str, host: str | None = None, poll_interval: float = 1.0, max_retries: int = 3,
-              timeout: float | None = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
-              retry_on: Any = None, abort_on: Any = None, cron: str | None = None, every: Span | None = None,
-              zone: str | None = None, max_running: Any = None, rate: Any = None,
-              ) -> Callable[[Callable[..., R]], QueueFunction[R]]:
+    def queue(self, name: str, host: Text = None, poll_interval: float = 1.0, max_retries: int = 3,
+              timeout: Seconds = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
+              retry_on: Any = None, abort_on: Any = None, cron: Text = None, every: Span = None, zone: Text = None,
+              max_running: Any = None, rate: Any = None) -> Callable[[Callable[..., R]], QueueFunction[R]]:
         """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
         `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
         run at a time; with `isolate` each in a process of its own. `backoff` is the seconds until each retry, the last
@@ -1316,7 +1314,7 @@ class App:
         seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds)."""
         if not isinstance(name, str) or not name:
             raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
-        told, rule = calls(name, max_running, rate, cron, every, zone), policy(backoff, retry_on, abort_on)
+        told, rule = calls(name, max_running, rate, cron, every, zone), Policy(backoff, retry_on, abort_on)
         registered = Registered(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
         check_all(poll_interval=poll_interval, concurrency=concurrency,
                   **present(max_retries=max_retries, timeout=timeout))
@@ -1340,13 +1338,12 @@ class App:
     @overload
     def task(self, *, queue: str = ..., **settings: Any) -> Callable[[Callable[..., R]], TaskFunction[R]]: ...
 
-    def task(self, function: Any = None, *, queue: str = 'default', max_retries: int | None = None,
-             timeout: float | None = None, backoff: Any = None, retry_on: Any = None, abort_on: Any = None,
-             **settings: Any) -> Any:
+    def task(self, function: Any = None, *, queue: str = 'default', max_retries: Whole = None, timeout: Seconds = None,
+             backoff: Any = None, retry_on: Any = None, abort_on: Any = None, **settings: Any) -> Any:
         """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
         `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
         each job. `settings` are those of the queue, as queue() has them; what was given last holds."""
-        rule, unknown = policy(backoff, retry_on, abort_on), sorted(set(settings) - TASK_SETTINGS)
+        rule, unknown = Policy(backoff, retry_on, abort_on), sorted(set(settings) - TASK_SETTINGS)
         if unknown:
             raise Misuse(f'a task has no setting {unknown[0]}')
         host, told = settings.get('host'), calls(queue, settings.pop('max_running', None), settings.pop('rate', None))
@@ -1383,36 +1380,34 @@ class App:
             return function
         return register
 
-    def enqueue(self, queue: str, payload: Any = None, *, host: str | None = None, timeout: float | None = None,
-                max_retries: int | None = None, tag: str | None = None, delay: Span | None = None,
-                run_at: Moment | None = None, priority: int | None = None, key: str | None = None,
-                id: str | None = None, after: Iterable[Any] | Any = None, after_any: bool | None = None,
-                give_up: float | None = None) -> Job:
+    def enqueue(self, queue: str, payload: Any = None, *, host: Text = None, timeout: Seconds = None,
+                max_retries: Whole = None, tag: Text = None, delay: Span = None, run_at: Moment = None,
+                priority: Whole = None, key: Text = None, id: Text = None, after: Any = None,
+                after_any: bool | None = None, give_up: Seconds = None) -> Job:
         """Add a job; returns it, a Job. `run_at` is a datetime or RFC 3339; see Client.enqueue for the rest."""
         return self.client(host).enqueue(
             queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
 
-    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
+    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: Text = None,
                      ids: Iterable[str] | None = None, **options: Any) -> list[Job]:
         """Add a job per payload: see Client.enqueue_many."""
         return self.client(host).enqueue_many(queue, payloads, ids, **options)
 
-    def schedule(self, name: str, queue: str, cron: str | None = None, every: Span | None = None,
-                 zone: str | None = None, payload: Any = None, *, host: str | None = None, **options: Any) -> Fields:
+    def schedule(self, name: str, queue: str, cron: Text = None, every: Span = None, zone: Text = None,
+                 payload: Any = None, *, host: Text = None, **options: Any) -> Fields:
         """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
         return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
 
-    def unschedule(self, name: str, *, host: str | None = None) -> Fields:
+    def unschedule(self, name: str, *, host: Text = None) -> Fields:
         """End a schedule; the jobs that it made stay."""
         return self.client(host).unschedule(name)
 
-    def wait(self, job: Any, timeout: float | None = None, host: str | None = None,
-             give_up: float | None = None) -> Job:
+    def wait(self, job: Any, timeout: Seconds = None, host: Text = None, give_up: Seconds = None) -> Job:
         """The finished job: see Client.wait."""
         return (job.client if isinstance(job, Job) and not host else self.client(host)).wait(job, timeout, give_up)
 
     def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
-            concurrency: int | None = None) -> None:
+            concurrency: Whole = None) -> None:
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
         Returns after an orderly end. In the main thread, and with handlers that do not come back, it ends the process
         instead, for nobody can end their threads; SystemExit(1) when those were `max_hung`."""
@@ -1447,7 +1442,10 @@ class App:
     def testing(self) -> Iterator[Testing]:
         """A throwaway engine for the time of the block, in place of the default one: see Testing. `t.client` is its
         client. It needs rundown_engine.py to be importable. Queues with their own `host` stay there."""
-        import rundown_engine       # here, since only tests need it
+        try:
+            import rundown_engine       # here, since only tests need it
+        except ModuleNotFoundError:
+            raise Error('this needs rundown_engine.py to be importable, such as beside rundown_workers.py') from None
         test, before = Testing(self), (self.host, self.clients, os.environ.get('RUNDOWN_URL', ''))     # '' is none
         with tempfile.TemporaryDirectory() as folder:
             test.server = rundown_engine.make_server(f'{folder}/jobs.db', port=0, sync='normal', clock=test.clock)
@@ -1638,8 +1636,8 @@ OUTBOX = ('CREATE TABLE IF NOT EXISTS rundown_outbox (number %s PRIMARY KEY %s, 
           'taken_by TEXT, taken_at BIGINT)')
 recent = types.SimpleNamespace(written=float('-inf'))       # when this process last wrote into an outbox
 
-def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: Span | None = None,
-               run_at: Moment | None = None, id: str | None = None, **options: Any) -> str:
+def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: Span = None,
+               run_at: Moment = None, id: Text = None, **options: Any) -> str:
     """Write a job into the transaction that is open on a connection; it is enqueued if that commits. Returns its id.
     The driver is sqlite3, or writes parameters as %s. The options are those of enqueue(); a delay begins now."""
     inspect.signature(Client.enqueue).bind(None, queue, **options)      # TypeError for what is none
@@ -1676,7 +1674,7 @@ def with_table(connection, statement, *values):
             guard('ROLLBACK TO')
     raise Error(f'the table rundown_outbox cannot be used, nor made: {"; ".join(reasons)}. What makes it: {create}')
 
-def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
+def forward(connect: Callable[[], Any], host: Text = None, keep: float = 0) -> int:
     """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took.
     Rows are kept for `keep` seconds after that, and sent again to a standby that takes over meanwhile."""
     client = default.client(host)
@@ -1716,7 +1714,7 @@ def drain(connection, client, send, keep):
             sql('UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), part[0][0])
 
 @contextlib.contextmanager
-def forwarding(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> Iterator[None]:
+def forwarding(connect: Callable[[], Any], host: Text = None, keep: float = 0) -> Iterator[None]:
     """forward() in a thread during the block: at once what this process commits, and every second the rest."""
     stopping = threading.Event()
     thread = threading.Thread(target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)
@@ -1777,7 +1775,11 @@ def show(answer):
         lines = [printable(line) for line in plain(value).splitlines()]
         print('\n'.join([f'{field}:', *lines]) if len(lines) > 1 else f'{field:14}{"".join(lines)}')
 
-def json_value(text): return json.loads(sys.stdin.read() if text == '-' else text)
+def json_value(text):
+    try:
+        return json.loads(sys.stdin.read() if text == '-' else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
 def limit(text): return None if text == 'none' else json.loads(text)
 
 def plain(value):
@@ -1860,7 +1862,7 @@ ARGUMENTS = {   # what is not plain text; of one command alone where that is nam
     **dict.fromkeys(('--priority', '--max-retries', '--limit', '--concurrency'), WHOLE),
     **dict.fromkeys(('--max-running', '--rate'), LIMIT), **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
     '--per': dict(LIMIT, metavar='S', help='seconds for --rate claims (1)'), '--cron': dict(metavar='"* * * * *"'),
-    'payload': dict(nargs='?', default='null', type=json_value, help='JSON (a string has quotes); - is stdin'),
+    'payload': dict(nargs='?', default='null', type=json_value, help='JSON; - is stdin'),
     'enqueue --after': dict(nargs='+', metavar='ID', help='to be done first'), 'tasks': dict(metavar='FILE_OR_MODULE'),
     'status --wait': dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
     '--minutes': dict(FLAG, help='with counts of the last hour'), 'program': dict(nargs='+', metavar='PROGRAM'),

@@ -5439,6 +5439,16 @@ def test_a_user_s_program_passes_the_strictest_check_of_types(tmp_path):
     assert check("prog.py").startswith("Success") and "Incompatible types" in check("wrong.py")
 
 
+def test_a_payload_that_is_no_json_and_a_missing_engine_s_file_are_a_sentence(tmp_path):
+    shutil.copy(rw.__file__, str(tmp_path))
+    for arguments, code, sentence in [(["enqueue", "q", "a.jpg"], 2, "a string needs its quotes"),
+                                      (["demo", str(tmp_path)], 1, "needs rundown_engine.py to be importable")]:
+        done = subprocess.run([sys.executable, "-I", "rundown_workers.py", *arguments], cwd=str(tmp_path),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+        said = done.stderr.decode()
+        assert done.returncode == code and sentence in said and "Traceback" not in said, said
+
+
 def test_help_shows_what_a_queue_s_enqueue_and_a_task_s_delay_take():
     app = rw.App()
     handler, add = app.queue("q")(lambda payload: None), app.task(lambda x, y=4: x + y)
