@@ -272,15 +272,16 @@ def checked(path, body):
     """The fields of `body` as the store takes them. BadRequest names the field."""
     if type(body) is not dict:
         raise BadRequest('the body must be a JSON object, such as {"queue": "images"}')
-    needed, rules, ask = ROUTES[path].needed, ROUTES[path].rules, {}
+    rules, ask = ROUTES[path].rules, {}
     for field, value in body.items():
         if field not in rules:
             raise BadRequest(unknown(field, rules))
         if value is not None or field in LIFTED:
             ask[field] = None if value is None else fit(field, value, rules[field])
-    if needed and needed not in ask:
-        raise BadRequest(f'{needed} is missing: {path} needs it')
-    for one, other in (('run_at', 'delay'), ('cron', 'every')):
+    for fields in ROUTES[path].needed:
+        if ask.keys().isdisjoint(fields):
+            raise BadRequest(f'{" or ".join(fields)} is missing: {path} needs it')
+    for one, other in (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone')):
         if one in ask and other in ask:
             raise BadRequest(f'{one} and {other} exclude each other')
     return ask
@@ -1671,21 +1672,18 @@ class Loop:
     """One thread that does all that is quick, in passes: receive, run what has arrived in one transaction, answer.
 
     It owns the connections, the connection that writes the database, the memory of the store, and the polls and waits
-    that are parked. None of that has a lock: no other thread touches it. Others hand something in with post() and
-    run(), and read what is committed.
+    that are parked. None of that has a lock: others hand something in with post() and run(), and read what is committed.
 
     In a pass all that writes comes first, then what is due, then the polls: those that are parked, in the order in
     which they came, as many as there are jobs, then the new ones. So what arrives and the poll that takes it meet in
     one commit, whichever came first. A wait for a job's end is looked at before it is parked, and after each commit.
     """
-
     def __init__(self, server, store):
         self.server, self.store, self.database = server, store, store.database      # constant after start
         self.posted = collections.deque()   # safe by itself: functions of other threads for this one to call
         self.ended = False                  # written by the loop, read by all: nobody answers any more
         self.waker, self.alarm = socket.socketpair()
         self.alarm.setblocking(False)
-        self.ring = self.alarm.send if os.name == 'nt' else functools.partial(os.write, self.alarm.fileno())
         self.selector = selectors.DefaultSelector()     # calls what is registered with a socket
         self.selector.register(self.waker, READ, lambda news: self.waker.recv(4096))
         self.most = 500 if isinstance(self.selector, selectors.SelectSelector) else NEVER       # connections
@@ -1693,7 +1691,7 @@ class Loop:
         self.look_at = NEVER                # no deadline of a connection is over before that
         self.ready = []                     # operations for the next transaction
         self.parked = {}                    # topic -> {operation: True}, in the order in which they came
-        self.held = self.unsent = 0         # bytes: see Connection._weigh()
+        self.held = self.unsent = 0         # bytes of requests that are not done with, of answers that are not taken
         self.heard = -NEVER                 # until then clients could be heard: not before the start
         self.ticked = 0                     # on the monotonic clock, as is the rest: the last look at the wall clock
         self.retry_at = 0                   # another program has the write lock, which is tried again then
@@ -1701,13 +1699,11 @@ class Loop:
         self.draining = None                # when the engine ends, whoever is still there
         self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
 
-    # from other threads
-
     def post(self, function):
-        """Have the loop call it."""
+        """Have the loop call it. For other threads, as is run()."""
         self.posted.append(function)
         with contextlib.suppress(OSError):      # full: it has been woken often enough
-            self.ring(b'.')
+            self.alarm.send(b'.')
 
     def run(self, work):
         """The result of work() in a transaction, once it is on disk."""
@@ -1720,8 +1716,6 @@ class Loop:
                     raise news
                 return news
         raise Unavailable('the engine is stopping')
-
-    # passes
 
     def _run(self):
         try:
@@ -1738,10 +1732,13 @@ class Loop:
 
     def _pass(self):
         asked = time.monotonic()
+        hears = asked - self.heard < DEAF and not self.retry_at and self.database.trouble is None
+        if not hears:       # leases have to be looked at
+            self.store.next_due = 0
         rest = self._rest(asked)
         events = self.selector.select(rest)
         now = time.monotonic()
-        if asked - self.heard < DEAF and not self.retry_at and self.database.trouble is None:
+        if hears:
             self.heard = min(now, asked + rest)
         for key, _ in events:
             key.data(READY)
@@ -1757,19 +1754,16 @@ class Loop:
     def _rest(self, now):
         """Seconds until there is something to do."""
         due = now + (min(self.store.next_due, self.store.next_prune) - self.store.clock.now()) / 1000000
-        ends = [now + TICK, self.look_at, max(self.resting, now if now - self.heard > DEAF else due)]
-        ends += [self.retry_at] if self.ready else []
-        return 0 if self.posted else max(0, min(ends) - now)
+        retry = self.retry_at if self.ready else NEVER
+        return 0 if self.posted else max(0, min(now + TICK, self.look_at, max(self.resting, due), retry) - now)
 
     def drain(self):
         """Answer what has been received, end what is parked, and come to an end."""
         self.draining = time.monotonic() + DRAIN
         for operation in [operation for line in self.parked.values() for operation in line]:
             operation.client.late()
-        for connection in [one for one in self.connections if one.began is None]:
+        for connection in [one for one in self.connections if one.due is None]:
             connection.close()
-
-    # connections
 
     def _end_waits(self, now):
         """Tell the connections whose deadline is over. This looks at all of them, so it is not done at any moment."""
@@ -1779,16 +1773,14 @@ class Loop:
 
     def _relieve(self):
         """Requests hold more than MAX_HELD: the newest of the large ones is one too many."""
-        large = [one for one in self.connections if one.began and len(one.received) > SMALL]
+        large = [one for one in self.connections if one.due and len(one.received) > SMALL]
         if large:
-            max(large, key=lambda one: one.began).go_on(Unavailable('too much is being sent; try again'))
+            max(large, key=lambda one: one.due).go_on(Unavailable('too much is being sent; try again'))
 
     def make_room(self, size):
         """An answer of so many bytes is to be given: a small one always may."""
         if size > SMALL and self.unsent + size > MAX_UNSENT:
             raise Unavailable('too many answers wait to be taken; try again')
-
-    # operations
 
     def submit(self, operation):
         """Put it into the next transaction, or look at once. True when its client has to wait."""
@@ -1814,15 +1806,14 @@ class Loop:
 
     def _transact(self, now):
         """All that has arrived and all that is due, in one transaction, and the answers to it."""
-        clock, ahead, deaf, own = self.store.clock, 0, False, []
+        clock, ahead, own = self.store.clock, 0, []
         if now >= self.resting:     # what has to be done on the engine's own account
-            deaf = now - self.heard > DEAF or self.database.trouble
             if now - self.ticked >= TICK:
                 self.ticked, ahead = now, clock.follow()
-            due = self.ready or self.store.next_due <= clock.now()      # what arrives may bring it about
-            own = [Operation(self.store.overdue)] if due else []
-            own += [Operation(self.store.prune)] if self.store.next_prune <= clock.now() else []
-        if not (ahead or own or deaf or self.ready):
+            if self.ready or ahead or self.store.behind():      # what arrives may make something due
+                own = [Operation(self.store.overdue)]
+                own += [Operation(self.store.prune)] if self.store.next_prune <= clock.now() else []
+        if not (own or self.ready):
             return
         ready, self.ready, offset = self.ready, [], clock.offset
         writes = [operation for operation in ready if not operation.topic]
@@ -1865,8 +1856,6 @@ class Loop:
     def _together(self, operations):
         """Add the jobs of those that add one each, in as few statements as it takes; what is left to be run."""
         adds = [operation for operation in operations if operation.adds and operation.error is None]
-        if len(adds) < 2:
-            return operations
         try:
             jobs = self.store.enqueue([operation.adds for operation in adds])
         except Exception as error:
@@ -1900,31 +1889,26 @@ class Loop:
         if busy and ended:
             self.database.in_trouble(error.__cause__)
         for operation in ended:
-            operation.error = error
-        self._tell(ended)
+            operation.client.go_on(error)
 
     def _tell(self, operations):
         """Answer them, and park the polls that found nothing."""
         for operation in operations:
             if not self._parks(operation):
-                self.withdraw(operation)
                 operation.client.go_on(operation.error or operation.result)
 
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
-BARE_LINE_FEED = re.compile(rb'(?<!\r)\n')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-ONCE = {'host', 'content-length', 'content-type', 'authorization', 'origin'}
+ONCE = 'host', 'content-length', 'content-type', 'authorization', 'origin'
 COMMON = 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
 STATUS_LINES = {status: f'HTTP/1.1 {status:d} {meaning}\r\n' for status, meaning in http.client.responses.items()}
-OPEN_TO_PAGES = ('/', '/docs', '/health')       # a link on any page may lead there
 NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 Answer = collections.namedtuple('Answer', 'body status kind headers', defaults=(200, 'application/json', ()))
 
 class Head:
     """The line and headers of a request, strictly read: what two programs could read in two ways is refused."""
-
     def __init__(self, raw):
         lines = raw.split(b'\r\n')
         if len(lines) > MAX_HEADERS + 1:
@@ -1965,11 +1949,12 @@ class Connection:
     Its life is a generator that yields the events to wait for. It is sent READY when one of them came, else what it
     waits for; news that are an exception, as when its deadline is over, are raised where it waits.
     """
-    asked = body = began = None         # head and body of the request at hand; when its first byte came
+    asked = due = body = None           # of the request at hand: its head, when it has to be here, its body
+    size = 0                            # bytes of the body, as long as it or what it became is held
+    answer = b''                        # what is not taken of it
     operation = None                    # that the loop runs, or that is parked
-    held = unsent = 0                   # see _weigh()
-    watched = 0                         # events for which the selector looks
-    deadline = NEVER                    # see late()
+    held = unsent = 0                   # what the loop knows of
+    watched, deadline = 0, NEVER        # events for which the selector looks; see late()
 
     def __init__(self, loop, sock, address):
         self.loop, self.server, self.sock, self.address = loop, loop.server, sock, address      # constant after start
@@ -1980,13 +1965,26 @@ class Connection:
 
     def go_on(self, news):
         """Live on, until it has to wait again."""
-        if self.life:
-            try:
-                self._watch(self.life.throw(news) if isinstance(news, Exception) else self.life.send(news))
-            except Exception as error:
-                if not isinstance(error, (OSError, EOFError, StopIteration)):       # the client is gone, or it ends
-                    fault('a connection', error)
-                self.close()
+        if not self.life:
+            return
+        try:
+            if news is READY and self.watched == READ:
+                news = self._receive()
+            self._watch(self.life.throw(news) if isinstance(news, Exception) else self.life.send(news))
+            self._weigh(len(self.received) + self.size, len(self.answer))
+        except Exception as error:
+            if not isinstance(error, (OSError, EOFError, Refused, StopIteration)):      # it is gone, late, served
+                fault('a connection', error)
+            self.close()
+
+    def _receive(self):
+        """Take what has come, so little at a time that what comes during a wait is no more than SMALL."""
+        try:
+            data = self.sock.recv(MAX_HEAD)
+        except NOT_YET:
+            return READY
+        self.received += data
+        return READY if data else EOFError()
 
     def _watch(self, events):
         if events != self.watched:
@@ -1996,6 +1994,11 @@ class Connection:
                 self.loop.selector.register(self.sock, events, self.go_on)
             self.watched = events
 
+    def _weigh(self, held, unsent):
+        self.loop.held += held - self.held
+        self.loop.unsent += unsent - self.unsent
+        self.held, self.unsent = held, unsent
+
     def until(self, seconds):
         """Its deadline is so far away."""
         self.deadline = time.monotonic() + seconds
@@ -2003,109 +2006,74 @@ class Connection:
 
     def late(self):
         """Its deadline is over: what it sleeps on has not come, or its request."""
-        if self.operation:
-            self.loop.withdraw(self.operation)
         self.go_on(() if self.operation else TooSlow(f'the request did not arrive within {DEADLINE} seconds'))
 
     def close(self):
         if self.life:
+            self.life.close()
             self.life = None
             self.loop.connections.discard(self)
-            if self.operation:
-                self.loop.withdraw(self.operation)
             self._watch(0)
-            self._weigh(0)
+            self._weigh(0, 0)
             self.sock.close()
-
-    def _weigh(self, held, unsent=0):
-        """It holds so many bytes of requests that are not done with, and of an answer that is not taken."""
-        self.loop.held += held - self.held
-        self.loop.unsent += unsent - self.unsent
-        self.held, self.unsent = held, unsent
-
-    # its life
 
     def _live(self):
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.server.tls:     # receiving shakes hands first
             self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        with contextlib.suppress(Refused):      # it has nothing to ask, or does not take its answer
-            keep = True
-            while keep and (self.loop.draining is None or self.received):
-                self.until(IDLE if self.asked else DEADLINE)
-                self.asked = self.began = None
-                while not self._begun():
-                    yield from self._receive()
-                self.began = time.monotonic()
-                self.until(DEADLINE)
-                keep = yield from self._serve()
-
-    def _begun(self):
-        """What is there of a request; blank lines before it are none of it (RFC 9112, 2.2)."""
-        self.received = self.received.lstrip(b'\r\n')
-        self._weigh(len(self.received))
-        return self.received
-
-    def _receive(self, events=READ, most=CHUNK):
-        """Take what comes, or other news: the news."""
-        news = yield events
-        if news is READY:
-            try:
-                data = self.sock.recv(most)
-            except NOT_YET:
-                return READY
-            if not data:
-                raise EOFError
-            self.received += data
-            self._weigh(self.held + len(data))
-        return news
+        keep = True
+        self.until(DEADLINE)
+        while keep and (self.loop.draining is None or self.received):
+            self.received = self.received.lstrip(b'\r\n')       # blank lines before a request are none of it (RFC 9112)
+            while not self.received:
+                yield READ
+                self.received = self.received.lstrip(b'\r\n')
+            self.until(DEADLINE)
+            self.due = self.deadline
+            keep = yield from self._serve()
+            self.asked, self.due, self.answer = None, None, b''
+            self.until(IDLE if keep else LINGER)
+        if not keep:    # to close at once, while it sends, would reset the connection and lose the answer
+            self.sock.shutdown(socket.SHUT_WR)
+        while not keep and self.loop.draining is None:
+            self.received.clear()
+            yield READ
 
     def _serve(self):
         """Answer one request. True when another one may follow on this connection."""
-        keep = farewell = False
+        keep = False
         try:
             yield from self._request()
             keep = self.asked.keep_alive
             answer = self._answer((yield from self._outcome()), keep)
         except Refused as error:
-            answer, farewell = self._answer(error, keep), not keep
-        self.operation = self.body = None
-        if not keep:
-            self.received.clear()
-        self._weigh(len(self.received))
+            answer = self._answer(error, keep)
+        self.operation, self.body, self.size = None, None, 0
         yield from self._send(*answer)
-        if farewell:    # to close at once, while it sends, would reset the connection and lose the answer
-            self.sock.shutdown(socket.SHUT_WR)
-            self.until(LINGER)
-        while farewell:
-            yield from self._receive()
-            self.received.clear()
-            self._weigh(0)
         return keep
 
     def _request(self):
         """Receive a request, which this client may send like this."""
-        end, known = -1, 0
-        while end < 0:
-            scanned, end = known, self.received.find(b'\r\n\r\n', max(0, known - 3))
-            known = end if end >= 0 else len(self.received)
-            if known > MAX_HEAD:
+        end = b''
+        while not end:
+            head, end, rest = self.received.partition(b'\r\n\r\n')
+            if len(head) > MAX_HEAD:
                 raise HeadTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
-            if not self.received[:1].isalpha() or BARE_LINE_FEED.search(self.received, scanned, known):
+            if not head[:1].isalpha() or head.count(b'\n') != head.count(b'\r\n'):
                 raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
-            if end < 0:
-                yield from self._receive()
-        self.asked = self.server.head_of(bytes(self.received[:end]))
-        del self.received[:end + 4]
-        self.server.admit(self.asked)
+            if not end:
+                yield READ
+        self.asked, self.received = self.server.head_of(bytes(head)), rest
+        if not self.asked.rule:     # else it was let in before
+            self.server.admit(self.asked)
         length = self.asked.length
         self.loop.make_room(length)
-        if length > len(self.received) and 'expect' in self.asked.headers:
+        if length > len(rest) and 'expect' in self.asked.headers:
             self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
         while len(self.received) < length:
-            yield from self._receive()
-        self.body = bytes(self.received[:length])
+            yield READ
+        self.body, self.size = bytes(self.received[:length]), length
         del self.received[:length]
 
     def _outcome(self):
@@ -2114,9 +2082,11 @@ class Connection:
         outcome = yield from self._do(slow, self.server.handle, self.asked, self.body)
         if isinstance(outcome, Operation):
             self.operation, self.body, outcome.client = outcome, None, self
-            if outcome.topic:       # what sleeps needs no memory
-                self._weigh(len(self.received))
-            result = (yield from self._done()) if self.loop.submit(outcome) else None
+            self.size = 0 if outcome.topic else self.size       # what sleeps needs no memory
+            try:
+                result = (yield from self._done()) if self.loop.submit(outcome) else None
+            finally:
+                self.loop.withdraw(outcome)
             outcome = yield from self._do(not outcome.work, outcome.render, result)
         return outcome
 
@@ -2132,11 +2102,11 @@ class Connection:
             raise fault(self.asked.route, error) from None
 
     def _done(self):
-        """What is waited for. Bytes that come are the next request, few enough for SMALL; who leaves may yet read."""
+        """What is waited for. Bytes that come are the next request; who leaves may yet read."""
         news, events = READY, READ
         while news is READY:
             try:
-                news = yield from self._receive(events if len(self.received) <= MAX_HEAD else 0, MAX_HEAD)
+                news = yield events if len(self.received) <= MAX_HEAD else 0
             except EOFError:
                 if self.operation and self.operation.topic:
                     raise       # what a poll would get is for somebody who is there
@@ -2155,7 +2125,7 @@ class Connection:
             body = (body if body.endswith('\n') else body + '\n').encode()
         file = body if hasattr(body, 'read') else None
         length = os.fstat(file.fileno()).st_size if file else len(body)
-        if method in ('GET', 'HEAD') and not file:
+        if method == 'GET' and not file:
             self.loop.make_room(length)
         self.server.store.meter.request(route, status)
         if self.server.verbose:
@@ -2167,18 +2137,18 @@ class Connection:
 
     def _send(self, data, file):
         """Send the answer as the client takes it, of a file one piece at a time."""
+        self.answer = data
         self.until(DEADLINE)
         with file or contextlib.nullcontext():
-            while data:
+            while self.answer:
                 try:
-                    data = memoryview(data)[self.sock.send(data):]
+                    self.answer = memoryview(self.answer)[self.sock.send(self.answer):]
                 except NOT_YET:
                     pass
-                if not data and file:
-                    data = file.read(CHUNK)
+                if not self.answer and file:
+                    self.answer = file.read(CHUNK)
                     self.until(DEADLINE)
-                self._weigh(self.held, len(data))
-                if data:
+                if self.answer:
                     yield WRITE
 
 def fault(where, error):
@@ -2193,8 +2163,10 @@ def query(asked):
     if asked.query.count('&') > len(FIELDS):
         raise BadRequest('the query has more fields than there are')
     pairs = urllib.parse.parse_qsl(asked.query, keep_blank_values=True, errors='surrogateescape')
+    if asked.rest:
+        pairs.append((asked.rule.needed[0][0], asked.rest))
     fields = {}
-    for field, value in pairs + [(asked.rule.needed, asked.rest)] * bool(asked.rest):
+    for field, value in pairs:
         if field in fields:
             raise BadRequest(f'{shown(field)} is there twice')
         fields[field] = value
@@ -2228,11 +2200,6 @@ def report(method):
     return handler
 
 def schedule(server, ask):
-    for fields in (('queue',), ('cron', 'every')):
-        if not ask.keys() & fields:
-            raise BadRequest(f'{" or ".join(fields)} is missing: /schedule needs it')
-    if 'every' in ask and 'zone' in ask:
-        raise BadRequest('zone belongs to cron, not to every')
     wanted = {**dict.fromkeys(DEFINED), 'priority': 0, 'zone': 'UTC' if 'cron' in ask else None, **ask}
     if 'cron' in ask:
         cron_of(wanted['cron'], wanted['zone'])         # refused before a transaction begins
@@ -2241,16 +2208,10 @@ def schedule(server, ask):
 
 def change(method):
     """The handler of cancel, retry and purge: of the job `id`, or of all of a queue and status, step by step."""
-    call = method.__name__
-
     def handler(server, ask):
-        if 'status' in ask and ask['status'] not in SOURCES[call]:
-            raise BadRequest(f'status must be one of {", ".join(SOURCES[call])} for {call}, not {ask["status"]}')
-        if call == 'purge' and not ask:
-            raise BadRequest('queue or status is missing: purge needs one of them')
-        if call != 'purge' and sorted(ask) not in (['id'], ['queue', 'status']):
-            raise BadRequest(f'id is missing: {call} needs it, or queue with status')
-        store = server.store
+        store, call = server.store, method.__name__
+        if 'id' in ask and len(ask) > 1:
+            raise BadRequest('id names one job, and stands without queue and status')
         if 'id' in ask:
             return Operation(lambda: method(store, store.claimed(call, ask)), lambda _: {'count': 1})
         statuses = [ask['status']] if 'status' in ask else SOURCES[call]
@@ -2264,29 +2225,26 @@ def job(server, ask):
         return server.store.job(ask['id']) if 'id' in ask else server.store.jobs(**ask)
     return Operation(None, render, ('job', ask['id']), ask['wait'] / 1000000) if 'wait' in ask else render()
 
-def read(method):
-    """The handler that answers with what the method of the store makes of the fields."""
-    return lambda server, ask: method(server.store, **ask)
-
 def backup(server, ask):
     name = urllib.parse.quote(os.path.basename(server.store.database.path))
     headers = [('Content-Disposition', f"attachment; filename*=UTF-8''{name}")]
     return Answer(server.store.database.backup(), kind='application/vnd.sqlite3', headers=headers)
 
-def metrics(server, ask):
-    return Answer(exposition(server.store), kind='text/plain; version=0.0.4; charset=utf-8')
-
-def page(status=200):
-    return Answer(DASHBOARD, status, 'text/html; charset=utf-8', [('Content-Security-Policy', POLICY)])
+def read(method): return lambda server, ask: method(server.store, **ask)
+def text(body, kind=''): return Answer(body, kind=f'text/plain; {kind}charset=utf-8')
+def metrics(server, ask): return text(exposition(server.store), 'version=0.0.4; ')
+def page(status=200): return Answer(DASHBOARD, status, 'text/html; charset=utf-8', [('Content-Security-Policy', POLICY)])
+def one_of(*values): return 'one of ' + ', '.join(values), lambda value: value in values, as_is
 
 Route = collections.namedtuple('Route', 'method handler needed rules slow')
 
 def route(method, handler, needed='', taken='', slow=False, **rules):
-    rules = {field: rules.get(field, FIELDS[field]) for field in f'{needed} {taken}'.split()}
-    return Route(method, handler, needed, rules, slow)
+    needed = [fields.split('|') for fields in needed.split()]
+    fields = [*itertools.chain(*needed), *taken.split()]
+    return Route(method, handler, needed, {field: rules.get(field, FIELDS[field]) for field in fields}, slow)
 
 ROUTES = {
-    # path             method  handler         field it needs, fields it takes (jobs: a list of the like)
+    # path             method  handler         fields it needs (this|that: either), fields it takes (jobs: the like)
     '/enqueue':    route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id '
                          'jobs after after_any', after=IDS),
     '/poll':       route('POST', poll, 'queue', 'limit wait worker lease max_retries timeout hung'),
@@ -2294,14 +2252,13 @@ ROUTES = {
     '/fail':       route('POST', report(Store.fail), 'id', 'attempt error retry delay jobs'),
     '/heartbeat':  route('POST', report(Store.heartbeat), 'id', 'attempt progress jobs'),
     '/release':    route('POST', report(Store.release), 'id', 'attempt jobs'),
-    '/cancel':     route('POST', change(Store.cancel), '', 'id queue status', slow=True),
-    '/retry':      route('POST', change(Store.retry), '', 'id queue status', slow=True),
-    '/purge':      route('POST', change(Store.purge), '', 'queue status', slow=True),
+    '/cancel':     route('POST', change(Store.cancel), 'id|queue id|status', slow=True, status=one_of(*SOURCES['cancel'])),
+    '/retry':      route('POST', change(Store.retry), 'id|queue id|status', slow=True, status=one_of(*SOURCES['retry'])),
+    '/purge':      route('POST', change(Store.purge), 'queue|status', slow=True, status=one_of(*SOURCES['purge'])),
     '/pause':      route('POST', report(Store.pause), 'queue'),
     '/resume':     route('POST', report(Store.resume), 'queue'),
     '/limit':      route('POST', report(Store.limit), 'queue', 'max_running rate per'),
-    '/schedule':   route('POST', schedule, 'name', 'queue cron every zone payload timeout max_retries tag priority '
-                         'key'),
+    '/schedule':   route('POST', schedule, 'name queue cron|every', 'zone payload timeout max_retries tag priority key'),
     '/unschedule': route('POST', report(Store.unschedule), 'name'),
     '/schedules':  route('GET', read(Store.schedules), '', 'limit after', slow=True),
     '/jobs/':      route('GET', job, 'id', 'wait', slow=True),
@@ -2329,7 +2286,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.local = is_loopback(address[0])
         self.names = {'localhost', address[0].lower(), *(name.lower() for name in names)}
         self.head_of = functools.lru_cache(maxsize=1024)(Head)      # clients send the same head again and again
-        self.line = SimpleQueue()     # (connection, function, values) that waits for a thread
+        self.line = SimpleQueue()           # (connection, function, values) that waits for a thread
         self.failed = False                 # the loop has come to a bad end
         super().__init__(address, None)
         host = f'[{address[0]}]' if ':' in address[0] else address[0]
@@ -2367,13 +2324,11 @@ class Server(http.server.ThreadingHTTPServer):
             del connection, function, values, news      # which may be large
 
     def admit(self, asked):
-        """Let the request in if this client may call it like this. What was let in once is known by its head."""
-        if asked.rule:
-            return
+        """Let the request in if this client may call it like this: then its head gets a rule, and a length."""
         header, rule = asked.headers.get, ROUTES.get(asked.route)
         host = re.sub(r':\d*$', '', header('host', 'localhost')).lower()
         name = host.strip('[]')
-        if not (host in self.names or is_loopback(name) or is_address(name) and not self.local):    # DNS rebinding
+        if not (host in self.names or is_loopback(name) or address_of(name) and not self.local):    # DNS rebinding
             raise Misdirected(f'Host {shown(header("host"))} is not a name of this engine; see --allow-host')
         if self.token and asked.route != '/health' and not hmac.compare_digest(
                 header('authorization', '').encode('latin-1'), b'Bearer ' + self.token):
@@ -2385,7 +2340,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise NotAllowed(f'{asked.route} takes {rule.method}', Allow=allowed)
         foreign = 'origin' in asked.headers and header('origin').partition('://')[2] != header('host')
         foreign = foreign or header('sec-fetch-site', 'none') not in ('none', 'same-origin')
-        if foreign and asked.route not in OPEN_TO_PAGES:
+        if foreign and asked.route not in ('/', '/docs', '/health'):       # a link on any page may lead there
             raise Forbidden('Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
         if rule.method == 'POST' and not JSON_TYPE.fullmatch(header('content-type', '')):
             raise NotJSON('Content-Type must be application/json')
@@ -2394,7 +2349,6 @@ class Server(http.server.ThreadingHTTPServer):
         asked.length, asked.rule = asked.body_length(), rule
 
     def handle(self, asked, body):
-        """What the handler makes of the request."""
         return asked.rule.handler(self, batch(asked.route, parsed(body)) if asked.method == 'POST' else query(asked))
 
     def tick(self):
@@ -2414,13 +2368,11 @@ class Server(http.server.ThreadingHTTPServer):
         for _ in range(THREADS):
             self.line.put(None)
 
-def is_address(name):
+def address_of(name):
     with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return False
+        return ipaddress.ip_address(name)
 
-def is_loopback(name):
-    return name == 'localhost' or is_address(name) and ipaddress.ip_address(name).is_loopback
+def is_loopback(name): return name == 'localhost' or getattr(address_of(name), 'is_loopback', False)
 
 def log(sentence):
     """One line on stderr, whatever is in the sentence; nothing where stderr is gone."""
