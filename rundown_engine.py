@@ -1671,8 +1671,8 @@ class Operation:
 class Loop:
     """One thread that does all that is quick, in passes: receive, run what has arrived in one transaction, answer.
 
-    It owns the connections, the connection that writes the database, the memory of the store, and the polls and waits
-    that are parked. None of that has a lock: others hand something in with post() and run(), and read what is committed.
+    It owns the connections, the connection that writes the database, the memory of the store, and what is parked,
+    without a lock. Other threads hand something in with post() and run(), and read what is committed.
 
     In a pass all that writes comes first, then what is due, then the polls: those that are parked, in the order in
     which they came, as many as there are jobs, then the new ones. So what arrives and the poll that takes it meet in
@@ -1693,14 +1693,13 @@ class Loop:
         self.parked = {}                    # topic -> {operation: True}, in the order in which they came
         self.held = self.unsent = 0         # bytes of requests that are not done with, of answers that are not taken
         self.heard = -NEVER                 # until then clients could be heard: not before the start
-        self.ticked = 0                     # on the monotonic clock, as is the rest: the last look at the wall clock
-        self.retry_at = 0                   # another program has the write lock, which is tried again then
+        self.ticked = self.retry_at = 0     # when it looked at the wall clock, and tries for a foreign write lock again
         self.resting = 0                    # after trouble: no work on the engine's own account until then
         self.draining = None                # when the engine ends, whoever is still there
         self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
 
     def post(self, function):
-        """Have the loop call it. For other threads, as is run()."""
+        """Have the loop call it."""
         self.posted.append(function)
         with contextlib.suppress(OSError):      # full: it has been woken often enough
             self.alarm.send(b'.')
@@ -1735,9 +1734,10 @@ class Loop:
         hears = asked - self.heard < DEAF and not self.retry_at and self.database.trouble is None
         if not hears:       # leases have to be looked at
             self.store.next_due = 0
-        rest = self._rest(asked)
-        events = self.selector.select(rest)
-        now = time.monotonic()
+        due = asked + (min(self.store.next_due, self.store.next_prune) - self.store.clock.now()) / 1000000
+        retry = self.retry_at if self.ready else NEVER
+        rest = 0 if self.posted else max(0, min(asked + TICK, self.look_at, max(self.resting, due), retry) - asked)
+        events, now = self.selector.select(rest), time.monotonic()
         if hears:
             self.heard = min(now, asked + rest)
         for key, _ in events:
@@ -1750,12 +1750,6 @@ class Loop:
             self._end_waits(now)
         if now >= self.retry_at:
             self._transact(now)
-
-    def _rest(self, now):
-        """Seconds until there is something to do."""
-        due = now + (min(self.store.next_due, self.store.next_prune) - self.store.clock.now()) / 1000000
-        retry = self.retry_at if self.ready else NEVER
-        return 0 if self.posted else max(0, min(now + TICK, self.look_at, max(self.resting, due), retry) - now)
 
     def drain(self):
         """Answer what has been received, end what is parked, and come to an end."""
@@ -1799,7 +1793,6 @@ class Loop:
         return parks
 
     def withdraw(self, operation):
-        """It is not parked any more."""
         line = self.parked.get(operation.topic, {})
         if line.pop(operation, False) and not line:
             del self.parked[operation.topic]
@@ -1901,8 +1894,6 @@ class Loop:
 REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-ONCE = 'host', 'content-length', 'content-type', 'authorization', 'origin'
-COMMON = 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
 STATUS_LINES = {status: f'HTTP/1.1 {status:d} {meaning}\r\n' for status, meaning in http.client.responses.items()}
 NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 Answer = collections.namedtuple('Answer', 'body status kind headers', defaults=(200, 'application/json', ()))
@@ -1921,7 +1912,7 @@ class Head:
         self.headers, names, new = dict(fields), [name for name, _ in fields], request[3] == b'1'
         if new and 'host' not in names:
             raise BadRequest('the header Host is missing')
-        for name in ONCE:
+        for name in ('host', 'content-length', 'content-type', 'authorization', 'origin'):
             if names.count(name) > 1:
                 raise BadRequest(f'the header {name} is there twice')
         connection = self.headers.get('connection', '').lower()
@@ -1932,16 +1923,6 @@ class Head:
         self.path, self.route, self.rule = path, path[:cut], None       # a rule once the request is admitted
         if self.route not in ROUTES or bool(self.rest) != (self.route != '/' and self.route.endswith('/')):
             self.route = 'other'
-
-    def body_length(self):
-        told = self.headers.get('content-length', '0' if self.method != 'POST' else None)
-        if told is None or 'transfer-encoding' in self.headers:
-            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
-        if not re.fullmatch('[0-9]{1,15}', told):
-            raise BadRequest(f'Content-Length must be a number of bytes, not {shown(told)}')
-        if int(told) > MAX_BODY:
-            raise TooLarge(f'the body has {int(told)} bytes; at most {MAX_BODY} are taken')
-        return int(told)
 
 class Connection:
     """One client's connection, the loop's own: requests are received, served and answered one after the other.
@@ -1964,7 +1945,6 @@ class Connection:
         self.go_on(None)
 
     def go_on(self, news):
-        """Live on, until it has to wait again."""
         if not self.life:
             return
         try:
@@ -2000,7 +1980,6 @@ class Connection:
         self.held, self.unsent = held, unsent
 
     def until(self, seconds):
-        """Its deadline is so far away."""
         self.deadline = time.monotonic() + seconds
         self.loop.look_at = min(self.loop.look_at, self.deadline)
 
@@ -2031,7 +2010,15 @@ class Connection:
                 self.received = self.received.lstrip(b'\r\n')
             self.until(DEADLINE)
             self.due = self.deadline
-            keep = yield from self._serve()
+            keep = False        # not after a request that is not read to its end
+            try:
+                yield from self._request()
+                keep = self.asked.keep_alive
+                file = self._answer((yield from self._outcome()), keep)
+            except Refused as error:
+                file = self._answer(error, keep)
+            self.operation, self.body, self.size = None, None, 0
+            yield from self._send(file)
             self.asked, self.due, self.answer = None, None, b''
             self.until(IDLE if keep else LINGER)
         if not keep:    # to close at once, while it sends, would reset the connection and lose the answer
@@ -2039,19 +2026,6 @@ class Connection:
         while not keep and self.loop.draining is None:
             self.received.clear()
             yield READ
-
-    def _serve(self):
-        """Answer one request. True when another one may follow on this connection."""
-        keep = False
-        try:
-            yield from self._request()
-            keep = self.asked.keep_alive
-            answer = self._answer((yield from self._outcome()), keep)
-        except Refused as error:
-            answer = self._answer(error, keep)
-        self.operation, self.body, self.size = None, None, 0
-        yield from self._send(*answer)
-        return keep
 
     def _request(self):
         """Receive a request, which this client may send like this."""
@@ -2114,15 +2088,14 @@ class Connection:
         return news
 
     def _answer(self, answer, keep):
-        """The bytes of the answer, and the file that follows them if one does."""
+        """Make the bytes of the answer; the file that follows them if one does."""
         method, route = (self.asked.method, self.asked.route) if self.asked else ('-', 'other')
         if isinstance(answer, Refused):
             asks = answer.status == 401 and route == '/'        # the page is no secret, and asks for the token
             answer = page(401) if asks else Answer({'error': str(answer)}, answer.status, headers=answer.headers)
         body, status, kind, headers = answer if isinstance(answer, Answer) else Answer(answer)
-        body = encode(body) if isinstance(body, (dict, list)) else body
-        if isinstance(body, str):
-            body = (body if body.endswith('\n') else body + '\n').encode()
+        body = encode(body) if isinstance(body, dict) else body
+        body = f'{body}\n'.encode() if isinstance(body, str) else body
         file = body if hasattr(body, 'read') else None
         length = os.fstat(file.fileno()).st_size if file else len(body)
         if method == 'GET' and not file:
@@ -2132,12 +2105,13 @@ class Connection:
             log(f'{self.address[0]} {method} {route} {status}')
         told = '' if status == 204 else f'Content-Type: {kind}\r\nContent-Length: {length}\r\n'
         told += ''.join(['%s: %s\r\n' % header for header in headers]) + ('' if keep else 'Connection: close\r\n')
-        head = f'{STATUS_LINES[status]}{told}{COMMON}'.encode('latin-1')
-        return (head, None) if method == 'HEAD' else (head, file) if file else (head + body, None)
+        told += 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
+        head = (STATUS_LINES[status] + told).encode('latin-1')
+        self.answer = head if method == 'HEAD' or file else head + body
+        return file if method != 'HEAD' else None
 
-    def _send(self, data, file):
+    def _send(self, file):
         """Send the answer as the client takes it, of a file one piece at a time."""
-        self.answer = data
         self.until(DEADLINE)
         with file or contextlib.nullcontext():
             while self.answer:
@@ -2176,26 +2150,24 @@ def query(asked):
     return checked(asked.route, fields)
 
 def enqueue(server, ask):
-    one = type(ask) is dict
-
     def render(jobs):
         texts = server.store.announced(jobs)
         return texts[0] if one else f'{{"jobs":{as_list(texts)}}}'
-    work = functools.partial(server.store.enqueue, [ask] if one else ask)
-    return Operation(work, render, adds=ask if one and 'after' not in ask else None)
+    one = type(ask) is dict
+    adds = ask if one and 'after' not in ask else None
+    return Operation(lambda: server.store.enqueue([ask] if one else ask), render, adds=adds)
 
 def poll(server, ask):
     def render(jobs):
         texts = [as_json(job) for job in jobs]
         return (as_list(texts) if 'limit' in ask else texts[0]) if texts else Answer(b'', 204)
-    work = functools.partial(server.store.poll, ask)
-    return Operation(work, render, ('queue', ask['queue']), ask.get('wait', 0) / 1000000)
+    return Operation(lambda: server.store.poll(ask), render, ('queue', ask['queue']), ask.get('wait', 0) / 1000000)
 
 def report(method):
     """The handler of complete, fail, heartbeat and release, of one job or of many, and of the like."""
     def handler(server, ask):
         if type(ask) is dict:
-            return Operation(functools.partial(method, server.store, ask))
+            return Operation(lambda: method(server.store, ask))
         return Operation(lambda: {'jobs': [server.store.outcome(method, item) for item in ask]})
     return handler
 
@@ -2203,21 +2175,23 @@ def schedule(server, ask):
     wanted = {**dict.fromkeys(DEFINED), 'priority': 0, 'zone': 'UTC' if 'cron' in ask else None, **ask}
     if 'cron' in ask:
         cron_of(wanted['cron'], wanted['zone'])         # refused before a transaction begins
-    work = functools.partial(server.store.schedule, wanted)
-    return Operation(work, lambda found: as_schedule(found[0], created=found[1]))
+    return Operation(lambda: server.store.schedule(wanted), lambda found: as_schedule(found[0], created=found[1]))
 
-def change(method):
-    """The handler of cancel, retry and purge: of the job `id`, or of all of a queue and status, step by step."""
+def change(method, needed):
+    """The route of cancel, retry and purge: of the job `id`, or of all of a queue and status, step by step."""
+    call, sources = method.__name__, SOURCES[method.__name__]
+
     def handler(server, ask):
-        store, call = server.store, method.__name__
+        store = server.store
         if 'id' in ask and len(ask) > 1:
             raise BadRequest('id names one job, and stands without queue and status')
         if 'id' in ask:
             return Operation(lambda: method(store, store.claimed(call, ask)), lambda _: {'count': 1})
-        statuses = [ask['status']] if 'status' in ask else SOURCES[call]
+        statuses = [ask['status']] if 'status' in ask else sources
         steps = (functools.partial(store.step, method, ids, statuses) for ids in store.steps(ask))
         return {'count': sum(map(server.loop.run, steps))}
-    return handler
+    status = 'one of ' + ', '.join(sources), lambda value: value in sources, as_is
+    return route('POST', handler, needed, slow=True, status=status)
 
 def job(server, ask):
     """The job, with `wait` once it has ended; without `id`, which may be one like `..` in a query, a page of jobs."""
@@ -2231,10 +2205,8 @@ def backup(server, ask):
     return Answer(server.store.database.backup(), kind='application/vnd.sqlite3', headers=headers)
 
 def read(method): return lambda server, ask: method(server.store, **ask)
-def text(body, kind=''): return Answer(body, kind=f'text/plain; {kind}charset=utf-8')
-def metrics(server, ask): return text(exposition(server.store), 'version=0.0.4; ')
-def page(status=200): return Answer(DASHBOARD, status, 'text/html; charset=utf-8', [('Content-Security-Policy', POLICY)])
-def one_of(*values): return 'one of ' + ', '.join(values), lambda value: value in values, as_is
+def metrics(server, ask): return Answer(exposition(server.store), kind='text/plain; version=0.0.4; charset=utf-8')
+def page(code=200): return Answer(DASHBOARD, code, 'text/html; charset=utf-8', [('Content-Security-Policy', POLICY)])
 
 Route = collections.namedtuple('Route', 'method handler needed rules slow')
 
@@ -2252,13 +2224,14 @@ ROUTES = {
     '/fail':       route('POST', report(Store.fail), 'id', 'attempt error retry delay jobs'),
     '/heartbeat':  route('POST', report(Store.heartbeat), 'id', 'attempt progress jobs'),
     '/release':    route('POST', report(Store.release), 'id', 'attempt jobs'),
-    '/cancel':     route('POST', change(Store.cancel), 'id|queue id|status', slow=True, status=one_of(*SOURCES['cancel'])),
-    '/retry':      route('POST', change(Store.retry), 'id|queue id|status', slow=True, status=one_of(*SOURCES['retry'])),
-    '/purge':      route('POST', change(Store.purge), 'queue|status', slow=True, status=one_of(*SOURCES['purge'])),
+    '/cancel':     change(Store.cancel, 'id|queue id|status'),
+    '/retry':      change(Store.retry, 'id|queue id|status'),
+    '/purge':      change(Store.purge, 'queue|status'),
     '/pause':      route('POST', report(Store.pause), 'queue'),
     '/resume':     route('POST', report(Store.resume), 'queue'),
     '/limit':      route('POST', report(Store.limit), 'queue', 'max_running rate per'),
-    '/schedule':   route('POST', schedule, 'name queue cron|every', 'zone payload timeout max_retries tag priority key'),
+    '/schedule':   route('POST', schedule, 'name queue cron|every', 'zone payload timeout max_retries tag priority '
+                         'key'),
     '/unschedule': route('POST', report(Store.unschedule), 'name'),
     '/schedules':  route('GET', read(Store.schedules), '', 'limit after', slow=True),
     '/jobs/':      route('GET', job, 'id', 'wait', slow=True),
@@ -2278,7 +2251,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 1024
     allow_reuse_address = os.name != 'nt'
     server_bind = socketserver.TCPServer.server_bind    # HTTPServer's asks the resolver for a name that nobody needs
-    loop = None
+    loop, failed = None, False      # failed: the loop has come to a bad end
 
     def __init__(self, address, token=None, tls=None, names=(), verbose=False):
         self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
@@ -2287,13 +2260,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.names = {'localhost', address[0].lower(), *(name.lower() for name in names)}
         self.head_of = functools.lru_cache(maxsize=1024)(Head)      # clients send the same head again and again
         self.line = SimpleQueue()           # (connection, function, values) that waits for a thread
-        self.failed = False                 # the loop has come to a bad end
         super().__init__(address, None)
         host = f'[{address[0]}]' if ':' in address[0] else address[0]
         self.url = f'{"https" if tls else "http"}://{host}:{self.server_address[1]}'
 
     def serve(self, store):
-        """Begin to answer."""
         self.store, self.loop = store, Loop(self, store)
         for _ in range(THREADS):
             super().process_request(None, None)
@@ -2310,7 +2281,6 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
-        """A new connection is the loop's."""
         self.loop.post(functools.partial(Connection, self.loop, request, client_address))
 
     def process_request_thread(self, request, client_address):
@@ -2346,7 +2316,14 @@ class Server(http.server.ThreadingHTTPServer):
             raise NotJSON('Content-Type must be application/json')
         if rule.method == 'POST' and asked.query:
             raise BadRequest(f'{asked.route} takes its fields in the body, not in the query')
-        asked.length, asked.rule = asked.body_length(), rule
+        told = header('content-length', '0' if rule.method != 'POST' else None)
+        if told is None or 'transfer-encoding' in asked.headers:
+            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
+        if not re.fullmatch('[0-9]{1,15}', told):
+            raise BadRequest(f'Content-Length must be a number of bytes, not {shown(told)}')
+        if int(told) > MAX_BODY:
+            raise TooLarge(f'the body has {int(told)} bytes; at most {MAX_BODY} are taken')
+        asked.length, asked.rule = int(told), rule
 
     def handle(self, asked, body):
         return asked.rule.handler(self, batch(asked.route, parsed(body)) if asked.method == 'POST' else query(asked))
