@@ -1653,8 +1653,7 @@ class Operation:
     def __init__(self, work, render=as_is, topic=None, wait=0, adds=None, client=None):
         self.work, self.render = work, render       # () -> result, perhaps more than once; result -> answer
         self.topic, self.wait = topic, wait         # what it sleeps on while its result is empty, so many seconds
-        self.adds = adds                            # the job that it adds, if that is all
-        self.client, self.since = client, time.monotonic()
+        self.adds, self.client, self.since = adds, client, time.monotonic()     # adds: the job, if it adds only one
 
     def run(self, db):
         """Do it, unless it is known to fail. Spoilt when it fails and leaves a mark on the transaction."""
@@ -1687,13 +1686,11 @@ class Loop:
         self.selector = selectors.DefaultSelector()     # calls what is registered with a socket
         self.selector.register(self.waker, READ, lambda news: self.waker.recv(4096))
         self.most = 500 if isinstance(self.selector, selectors.SelectSelector) else NEVER       # connections
-        self.connections = set()
-        self.look_at = NEVER                # no deadline of a connection is over before that
-        self.ready = []                     # operations for the next transaction
-        self.parked = {}                    # topic -> {operation: True}, in the order in which they came
+        self.connections, self.look_at = set(), NEVER       # no deadline of one is over before that
+        self.ready, self.parked = [], {}    # operations: next to be run; topic -> {operation: True}, in order
         self.held = self.unsent = 0         # bytes of requests that are not done with, of answers that are not taken
         self.heard = -NEVER                 # until then clients could be heard: not before the start
-        self.ticked = self.retry_at = 0     # when it looked at the wall clock, and tries for a foreign write lock again
+        self.ticked = self.retry_at = 0     # when it looked at the wall clock, and tries for a foreign lock again
         self.resting = 0                    # after trouble: no work on the engine's own account until then
         self.draining = None                # when the engine ends, whoever is still there
         self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
@@ -1742,8 +1739,10 @@ class Loop:
             self.heard = min(now, asked + rest)
         for key, _ in events:
             key.data(READY)
-            if self.held > MAX_HELD:
-                self._relieve()
+            if self.held > MAX_HELD:    # the newest of the large requests is one too many
+                large = [one for one in self.connections if one.due and len(one.received) > SMALL]
+                for one in sorted(large, key=lambda one: one.due)[-1:]:
+                    one.go_on(Unavailable('too much is being sent; try again'))
         while self.posted:
             self.posted.popleft()()
         if now >= self.look_at:
@@ -1765,14 +1764,7 @@ class Loop:
             connection.late()
         self.look_at = max(now + LOOK, min((one.deadline for one in self.connections), default=NEVER))
 
-    def _relieve(self):
-        """Requests hold more than MAX_HELD: the newest of the large ones is one too many."""
-        large = [one for one in self.connections if one.due and len(one.received) > SMALL]
-        if large:
-            max(large, key=lambda one: one.due).go_on(Unavailable('too much is being sent; try again'))
-
-    def make_room(self, size):
-        """An answer of so many bytes is to be given: a small one always may."""
+    def make_room(self, size):      # for an answer
         if size > SMALL and self.unsent + size > MAX_UNSENT:
             raise Unavailable('too many answers wait to be taken; try again')
 
@@ -1786,7 +1778,8 @@ class Loop:
 
     def _parks(self, operation):
         """Park it if it has found nothing, and has a mind to wait."""
-        parks = operation.wait and not operation.result and operation.error is None and self.draining is None
+        found = operation.result or operation.error
+        parks = operation.wait and not found and operation.client.life and self.draining is None
         if parks:
             self.parked.setdefault(operation.topic, {})[operation] = True
             operation.client.until(operation.wait)
@@ -1809,21 +1802,31 @@ class Loop:
         if not (own or self.ready):
             return
         ready, self.ready, offset = self.ready, [], clock.offset
-        writes = [operation for operation in ready if not operation.topic]
-        polls = [operation for operation in ready if operation.topic and operation.client.life]     # is still there
         try:
-            roused = self._commit(ahead and (offset + ahead, ahead), writes, own, polls)
+            roused = self._commit(ahead and (offset + ahead, ahead), ready, own)
         except Unavailable as error:
             clock.offset = offset       # a leap that is not on disk; renew() looks anew at what is due
-            self._not_done(now, ready, error)
-        else:
-            self.retry_at, self.resting = 0, now + TICK if any(operation.error for operation in own) else 0
-            self._tell([*roused, *writes, *polls])
-            self.store.committed(len(ready) + len(roused))      # nobody waits for that
+            # whoever waits for another program's lock tries again; who has waited for too long is told, as all else
+            busy = isinstance(error, Busy)
+            self.ready = [operation for operation in ready if busy and now - operation.since < BUSY]
+            ended = [operation for operation in ready if not busy or now - operation.since >= BUSY]
+            self.retry_at = now + RETRY if busy else 0
+            self.resting = self.retry_at if self.ready else now + TICK
+            if busy and ended:
+                self.database.in_trouble(error.__cause__)
+            for operation in ended:
+                operation.client.go_on(error)
+            return
+        self.retry_at, self.resting = 0, now + TICK if any(operation.error for operation in own) else 0
+        for operation in roused + ready:
+            if not self._parks(operation):
+                operation.client.go_on(operation.error or operation.result)
+        self.store.committed(len(ready) + len(roused))      # nobody waits for that
 
-    def _commit(self, leap, writes, own, polls):
+    def _commit(self, leap, ready, own):
         """Run it all in one transaction. The parked operations that got something."""
-        merged = self._together
+        merged, writes = self._together, [operation for operation in ready if not operation.topic]
+        polls = [operation for operation in ready if operation.topic and operation.client.life]     # is still there
         while True:
             try:
                 with self.database.transaction() as db:
@@ -1839,8 +1842,7 @@ class Loop:
                     roused = self._rouse(db)
                     for operation in polls:
                         operation.run(db)
-                if deaf:
-                    self.heard, self.database.trouble = begun, None
+                self.heard, self.database.trouble = begun, None
                 return roused
             except Spoilt:
                 merged = as_is              # one by one it shows whose fault it is
@@ -1872,29 +1874,10 @@ class Loop:
                 roused.append(operation)
         return roused
 
-    def _not_done(self, now, ready, error):
-        """Whoever waits for another program's lock tries again; who has waited for too long is told, as all else."""
-        busy = isinstance(error, Busy)
-        self.ready = [operation for operation in ready if busy and now - operation.since < BUSY]
-        ended = [operation for operation in ready if not busy or now - operation.since >= BUSY]
-        self.retry_at = now + RETRY if busy else 0
-        self.resting = self.retry_at if self.ready else now + TICK
-        if busy and ended:
-            self.database.in_trouble(error.__cause__)
-        for operation in ended:
-            operation.client.go_on(error)
-
-    def _tell(self, operations):
-        """Answer them, and park the polls that found nothing."""
-        for operation in operations:
-            if not self._parks(operation):
-                operation.client.go_on(operation.error or operation.result)
-
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-STATUS_LINES = {status: f'HTTP/1.1 {status:d} {meaning}\r\n' for status, meaning in http.client.responses.items()}
 NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 Answer = collections.namedtuple('Answer', 'body status kind headers', defaults=(200, 'application/json', ()))
 
@@ -1906,8 +1889,7 @@ class Head:
             raise HeadTooLarge(f'a request has at most {MAX_HEADERS} headers')
         request, *headers = matches = [REQUEST_LINE.fullmatch(lines[0]), *map(HEADER.fullmatch, lines[1:])]
         if None in matches:
-            bad = lines[matches.index(None)].decode('latin-1')
-            raise BadRequest(f'{shown(bad)} is no line of a head of HTTP/1.1')
+            raise BadRequest(f'{shown(lines[matches.index(None)].decode("latin-1"))} is no line of an HTTP/1.1 head')
         fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1')) for match in headers]
         self.headers, names, new = dict(fields), [name for name, _ in fields], request[3] == b'1'
         if new and 'host' not in names:
@@ -1930,12 +1912,10 @@ class Connection:
     Its life is a generator that yields the events to wait for. It is sent READY when one of them came, else what it
     waits for; news that are an exception, as when its deadline is over, are raised where it waits.
     """
-    asked = due = body = None           # of the request at hand: its head, when it has to be here, its body
-    size = 0                            # bytes of the body, as long as it or what it became is held
-    answer = b''                        # what is not taken of it
-    operation = None                    # that the loop runs, or that is parked
-    held = unsent = 0                   # what the loop knows of
-    watched, deadline = 0, NEVER        # events for which the selector looks; see late()
+    asked = due = body = operation = None   # of the request: head, when it has to be here, body, what the loop does
+    answer = b''                            # what is not taken of it
+    held = unsent = size = 0                # bytes that the loop knows of; of the body or of what it became
+    watched, deadline = 0, NEVER            # events for which the selector looks; see late()
 
     def __init__(self, loop, sock, address):
         self.loop, self.server, self.sock, self.address = loop, loop.server, sock, address      # constant after start
@@ -1945,13 +1925,15 @@ class Connection:
         self.go_on(None)
 
     def go_on(self, news):
-        if not self.life:
-            return
         try:
-            if news is READY and self.watched == READ:
+            if self.life and news is READY and self.watched == READ:
                 news = self._receive()
-            self._watch(self.life.throw(news) if isinstance(news, Exception) else self.life.send(news))
-            self._weigh(len(self.received) + self.size, len(self.answer))
+            if self.life:
+                self._watch(self.life.throw(news) if isinstance(news, Exception) else self.life.send(news))
+                held, unsent = len(self.received) + self.size, len(self.answer)
+                self.loop.held += held - self.held
+                self.loop.unsent += unsent - self.unsent
+                self.held, self.unsent = held, unsent
         except Exception as error:
             if not isinstance(error, (OSError, EOFError, Refused, StopIteration)):      # it is gone, late, served
                 fault('a connection', error)
@@ -1974,17 +1956,11 @@ class Connection:
                 self.loop.selector.register(self.sock, events, self.go_on)
             self.watched = events
 
-    def _weigh(self, held, unsent):
-        self.loop.held += held - self.held
-        self.loop.unsent += unsent - self.unsent
-        self.held, self.unsent = held, unsent
-
     def until(self, seconds):
         self.deadline = time.monotonic() + seconds
         self.loop.look_at = min(self.loop.look_at, self.deadline)
 
-    def late(self):
-        """Its deadline is over: what it sleeps on has not come, or its request."""
+    def late(self):     # what it sleeps on has not come, or its request
         self.go_on(() if self.operation else TooSlow(f'the request did not arrive within {DEADLINE} seconds'))
 
     def close(self):
@@ -1993,7 +1969,8 @@ class Connection:
             self.life = None
             self.loop.connections.discard(self)
             self._watch(0)
-            self._weigh(0, 0)
+            self.loop.held -= self.held
+            self.loop.unsent -= self.unsent
             self.sock.close()
 
     def _live(self):
@@ -2004,7 +1981,7 @@ class Connection:
         keep = True
         self.until(DEADLINE)
         while keep and (self.loop.draining is None or self.received):
-            self.received = self.received.lstrip(b'\r\n')       # blank lines before a request are none of it (RFC 9112)
+            self.received = self.received.lstrip(b'\r\n')   # blank lines before a request are none of it: RFC 9112
             while not self.received:
                 yield READ
                 self.received = self.received.lstrip(b'\r\n')
@@ -2015,8 +1992,10 @@ class Connection:
                 yield from self._request()
                 keep = self.asked.keep_alive
                 file = self._answer((yield from self._outcome()), keep)
-            except Refused as error:
-                file = self._answer(error, keep)
+            except (OSError, EOFError):     # the client is gone
+                raise
+            except Exception as error:
+                file = self._answer(fault(self.asked and self.asked.route, error), keep)
             self.operation, self.body, self.size = None, None, 0
             yield from self._send(file)
             self.asked, self.due, self.answer = None, None, b''
@@ -2067,13 +2046,10 @@ class Connection:
     def _do(self, slow, function, *values):
         """What the function makes of the values, in a thread of the server's where that may take long."""
         self.deadline = NEVER
-        if slow:
-            self.server.line.put((self, function, values))
-            return (yield from self._done())
-        try:
+        if not slow:
             return function(*values)
-        except Exception as error:
-            raise fault(self.asked.route, error) from None
+        self.server.line.put((self, function, values))
+        return (yield from self._done())
 
     def _done(self):
         """What is waited for. Bytes that come are the next request; who leaves may yet read."""
@@ -2106,7 +2082,7 @@ class Connection:
         told = '' if status == 204 else f'Content-Type: {kind}\r\nContent-Length: {length}\r\n'
         told += ''.join(['%s: %s\r\n' % header for header in headers]) + ('' if keep else 'Connection: close\r\n')
         told += 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
-        head = (STATUS_LINES[status] + told).encode('latin-1')
+        head = f'HTTP/1.1 {status} {http.client.responses[status]}\r\n{told}'.encode('latin-1')
         self.answer = head if method == 'HEAD' or file else head + body
         return file if method != 'HEAD' else None
 
@@ -2136,10 +2112,9 @@ def query(asked):
     """The checked fields of a query; the rest of the path is the field that the call needs."""
     if asked.query.count('&') > len(FIELDS):
         raise BadRequest('the query has more fields than there are')
-    pairs = urllib.parse.parse_qsl(asked.query, keep_blank_values=True, errors='surrogateescape')
+    pairs, fields = urllib.parse.parse_qsl(asked.query, keep_blank_values=True, errors='surrogateescape'), {}
     if asked.rest:
         pairs.append((asked.rule.needed[0][0], asked.rest))
-    fields = {}
     for field, value in pairs:
         if field in fields:
             raise BadRequest(f'{shown(field)} is there twice')
@@ -2179,17 +2154,15 @@ def schedule(server, ask):
 
 def change(method, needed):
     """The route of cancel, retry and purge: of the job `id`, or of all of a queue and status, step by step."""
-    call, sources = method.__name__, SOURCES[method.__name__]
-
     def handler(server, ask):
-        store = server.store
         if 'id' in ask and len(ask) > 1:
             raise BadRequest('id names one job, and stands without queue and status')
         if 'id' in ask:
-            return Operation(lambda: method(store, store.claimed(call, ask)), lambda _: {'count': 1})
+            return Operation(lambda: method(server.store, server.store.claimed(call, ask)), lambda _: {'count': 1})
         statuses = [ask['status']] if 'status' in ask else sources
-        steps = (functools.partial(store.step, method, ids, statuses) for ids in store.steps(ask))
+        steps = (functools.partial(server.store.step, method, ids, statuses) for ids in server.store.steps(ask))
         return {'count': sum(map(server.loop.run, steps))}
+    call, sources = method.__name__, SOURCES[method.__name__]
     status = 'one of ' + ', '.join(sources), lambda value: value in sources, as_is
     return route('POST', handler, needed, slow=True, status=status)
 
@@ -2248,8 +2221,7 @@ ROUTES = {
 
 class Server(http.server.ThreadingHTTPServer):
     """Listens, and knows who may come in. The loop serves what is quick, a few threads what may take long."""
-    daemon_threads, block_on_close, request_queue_size = True, False, 1024
-    allow_reuse_address = os.name != 'nt'
+    daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 1024, os.name != 'nt'
     server_bind = socketserver.TCPServer.server_bind    # HTTPServer's asks the resolver for a name that nobody needs
     loop, failed = None, False      # failed: the loop has come to a bad end
 
@@ -2296,9 +2268,8 @@ class Server(http.server.ThreadingHTTPServer):
     def admit(self, asked):
         """Let the request in if this client may call it like this: then its head gets a rule, and a length."""
         header, rule = asked.headers.get, ROUTES.get(asked.route)
-        host = re.sub(r':\d*$', '', header('host', 'localhost')).lower()
-        name = host.strip('[]')
-        if not (host in self.names or is_loopback(name) or address_of(name) and not self.local):    # DNS rebinding
+        host = re.sub(r':\d*$', '', header('host', 'localhost')).strip('[]').lower()
+        if not (host in self.names or is_loopback(host) or address_of(host) and not self.local):    # DNS rebinding
             raise Misdirected(f'Host {shown(header("host"))} is not a name of this engine; see --allow-host')
         if self.token and asked.route != '/health' and not hmac.compare_digest(
                 header('authorization', '').encode('latin-1'), b'Bearer ' + self.token):
