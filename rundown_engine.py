@@ -1683,6 +1683,7 @@ class Loop:
         self.ended = False                  # written by the loop, read by all: nobody answers any more
         self.waker, self.alarm = socket.socketpair()
         self.alarm.setblocking(False)
+        self.ring = self.alarm.send if os.name == 'nt' else functools.partial(os.write, self.alarm.fileno())
         self.selector = selectors.DefaultSelector()     # calls what is registered with a socket
         self.selector.register(self.waker, READ, lambda news: self.waker.recv(4096))
         self.most = 500 if isinstance(self.selector, selectors.SelectSelector) else NEVER       # connections
@@ -1699,7 +1700,7 @@ class Loop:
         """Have the loop call it."""
         self.posted.append(function)
         with contextlib.suppress(OSError):      # full: it has been woken often enough
-            self.alarm.send(b'.')
+            self.ring(b'.')
 
     def run(self, work):
         """The result of work() in a transaction, once it is on disk."""
@@ -1889,7 +1890,7 @@ class Head:
             raise HeadTooLarge(f'a request has at most {MAX_HEADERS} headers')
         request, *headers = matches = [REQUEST_LINE.fullmatch(lines[0]), *map(HEADER.fullmatch, lines[1:])]
         if None in matches:
-            raise BadRequest(f'{shown(lines[matches.index(None)].decode("latin-1"))} is no line of an HTTP/1.1 head')
+            raise BadRequest(f'{shown(lines[matches.index(None)].decode("latin-1"))} is no line of a request head')
         fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1')) for match in headers]
         self.headers, names, new = dict(fields), [name for name, _ in fields], request[3] == b'1'
         if new and 'host' not in names:
@@ -2071,7 +2072,7 @@ class Connection:
             answer = page(401) if asks else Answer({'error': str(answer)}, answer.status, headers=answer.headers)
         body, status, kind, headers = answer if isinstance(answer, Answer) else Answer(answer)
         body = encode(body) if isinstance(body, dict) else body
-        body = f'{body}\n'.encode() if isinstance(body, str) else body
+        body = (body.rstrip('\n') + '\n').encode() if isinstance(body, str) else body
         file = body if hasattr(body, 'read') else None
         length = os.fstat(file.fileno()).st_size if file else len(body)
         if method == 'GET' and not file:
