@@ -271,15 +271,16 @@ def checked(path, body):
     """The fields of `body` as the store takes them. BadRequest names the field."""
     if type(body) is not dict:
         raise BadRequest('the body must be a JSON object, such as {"queue": "images"}')
-    needed, rules, ask = ROUTES[path].needed, ROUTES[path].rules, {}
+    rules, ask = ROUTES[path].rules, {}
     for field, value in body.items():
         if field not in rules:
             raise BadRequest(unknown(field, rules))
         if value is not None or field in LIFTED:
             ask[field] = None if value is None else fit(field, value, rules[field])
-    if needed and needed not in ask:
-        raise BadRequest(f'{needed} is missing: {path} needs it')
-    for one, other in (('run_at', 'delay'), ('cron', 'every')):
+    for fields in ROUTES[path].needed:
+        if ask.keys().isdisjoint(fields):
+            raise BadRequest(f'{" or ".join(fields)} is missing: {path} needs it')
+    for one, other in (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone')):
         if one in ask and other in ask:
             raise BadRequest(f'{one} and {other} exclude each other')
     return ask
@@ -1512,8 +1513,7 @@ class Operation:
     def __init__(self, work, render=as_is, topic=None, wait=0, adds=None, client=None):
         self.work, self.render = work, render       # () -> result, perhaps more than once; result -> answer
         self.topic, self.wait = topic, wait         # what it sleeps on while its result is empty, so many seconds
-        self.adds = adds                            # the job that it adds, if that is all
-        self.client, self.since = client, time.monotonic()
+        self.adds, self.client, self.since = adds, client, time.monotonic()     # adds: the job, if it adds only one
 
     def run(self, db):
         """Do it, unless it is known to fail. Spoilt when it fails and leaves a mark on the transaction."""
@@ -1525,20 +1525,18 @@ class Operation:
                 raise
             self.error = fault('an operation', error)
             if db.total_changes != before:
-                raise Spoilt from error
+                raise Spoilt(self) from error
 
 class Loop:
     """One thread that does all that is quick, in passes: receive, run what has arrived in one transaction, answer.
 
-    It owns the connections, the connection that writes the database, the memory of the store, and the polls and waits
-    that are parked. None of that has a lock: no other thread touches it. Others hand something in with post() and
-    run(), and read what is committed.
+    It owns the connections, the connection that writes the database, the memory of the store, and what is parked,
+    without a lock. Other threads hand something in with post() and run(), and read what is committed.
 
     In a pass all that writes comes first, then what is due, then the polls: those that are parked, in the order in
     which they came, as many as there are jobs, then the new ones. So what arrives and the poll that takes it meet in
     one commit, whichever came first. A wait for a job's end is looked at before it is parked, and after each commit.
     """
-
     def __init__(self, server, store):
         self.server, self.store, self.database = server, store, store.database      # constant after start
         self.posted = collections.deque()   # safe by itself: functions of other threads for this one to call
@@ -1549,19 +1547,14 @@ class Loop:
         self.selector = selectors.DefaultSelector()     # calls what is registered with a socket
         self.selector.register(self.waker, READ, lambda news: self.waker.recv(4096))
         self.most = 500 if isinstance(self.selector, selectors.SelectSelector) else NEVER       # connections
-        self.connections = set()
-        self.look_at = NEVER                # no deadline of a connection is over before that
-        self.ready = []                     # operations for the next transaction
-        self.parked = {}                    # topic -> {operation: True}, in the order in which they came
-        self.held = self.unsent = 0         # bytes: see Connection._weigh()
+        self.connections, self.look_at = set(), NEVER       # no deadline of one is over before that
+        self.ready, self.parked = [], {}    # operations: next to be run; topic -> {operation: True}, in order
+        self.held = self.unsent = 0         # bytes of requests that are not done with, of answers that are not taken
         self.heard = -NEVER                 # until then clients could be heard: not before the start
-        self.ticked = 0                     # on the monotonic clock, as is the rest: the last look at the wall clock
-        self.retry_at = 0                   # another program has the write lock, which is tried again then
+        self.ticked = self.retry_at = 0     # when it looked at the wall clock, and tries for a foreign lock again
         self.resting = 0                    # after trouble: no work on the engine's own account until then
         self.draining = None                # when the engine ends, whoever is still there
         self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
-
-    # from other threads
 
     def post(self, function):
         """Have the loop call it."""
@@ -1581,8 +1574,6 @@ class Loop:
                 return news
         raise Unavailable('the engine is stopping')
 
-    # passes
-
     def _run(self):
         try:
             while self.draining is None or self.connections and time.monotonic() < self.draining:
@@ -1598,15 +1589,21 @@ class Loop:
 
     def _pass(self):
         asked = time.monotonic()
-        rest = self._rest(asked)
-        events = self.selector.select(rest)
-        now = time.monotonic()
-        if asked - self.heard < DEAF and not self.retry_at and self.database.trouble is None:
+        hears = asked - self.heard < DEAF and not self.retry_at and self.database.trouble is None
+        if not hears:       # leases have to be looked at
+            self.store.next_due = 0
+        due = asked + (self.store.next_due - self.store.clock.now()) / 1000000
+        ends = asked + TICK, self.look_at, max(self.resting, due), self.retry_at if self.ready else NEVER
+        rest = 0 if self.posted else max(0, min(*ends, self.draining or NEVER) - asked)
+        events, now = self.selector.select(rest), time.monotonic()
+        if hears:
             self.heard = min(now, asked + rest)
         for key, _ in events:
             key.data(READY)
-            if self.held > MAX_HELD:
-                self._relieve()
+            if self.held > MAX_HELD:    # the newest of the large requests is one too many
+                large = [one for one in self.connections if one.due and len(one.received) > SMALL]
+                for one in sorted(large, key=lambda one: one.due)[-1:]:
+                    one.go_on(Unavailable('too much is being sent; try again'))
         while self.posted:
             self.posted.popleft()()
         if now >= self.look_at:
@@ -1614,22 +1611,13 @@ class Loop:
         if now >= self.retry_at:
             self._transact(now)
 
-    def _rest(self, now):
-        """Seconds until there is something to do."""
-        due = now + (self.store.next_due - self.store.clock.now()) / 1000000
-        ends = [now + TICK, self.look_at, max(self.resting, now if now - self.heard > DEAF else due)]
-        ends += [self.retry_at] if self.ready else []
-        return 0 if self.posted else max(0, min(ends) - now)
-
     def drain(self):
         """Answer what has been received, end what is parked, and come to an end."""
         self.draining = time.monotonic() + DRAIN
         for operation in [operation for line in self.parked.values() for operation in line]:
             operation.client.late()
-        for connection in [one for one in self.connections if one.began is None]:
+        for connection in [one for one in self.connections if one.due is None]:
             connection.close()
-
-    # connections
 
     def _end_waits(self, now):
         """Tell the connections whose deadline is over. This looks at all of them, so it is not done at any moment."""
@@ -1637,18 +1625,9 @@ class Loop:
             connection.late()
         self.look_at = max(now + LOOK, min((one.deadline for one in self.connections), default=NEVER))
 
-    def _relieve(self):
-        """Requests hold more than MAX_HELD: the newest of the large ones is one too many."""
-        large = [one for one in self.connections if one.began and len(one.received) > SMALL]
-        if large:
-            max(large, key=lambda one: one.began).go_on(Unavailable('too much is being sent; try again'))
-
-    def make_room(self, size):
-        """An answer of so many bytes is to be given: a small one always may."""
+    def make_room(self, size):      # for an answer
         if size > SMALL and self.unsent + size > MAX_UNSENT:
             raise Unavailable('too many answers wait to be taken; try again')
-
-    # operations
 
     def submit(self, operation):
         """Put it into the next transaction, or look at once. True when its client has to wait."""
@@ -1660,46 +1639,60 @@ class Loop:
 
     def _parks(self, operation):
         """Park it if it has found nothing, and has a mind to wait."""
-        parks = operation.wait and not operation.result and operation.error is None and self.draining is None
+        found = operation.result or operation.error
+        parks = operation.wait and not found and operation.client.life and self.draining is None
         if parks:
             self.parked.setdefault(operation.topic, {})[operation] = True
             operation.client.until(operation.wait)
         return parks
 
     def withdraw(self, operation):
-        """It is not parked any more."""
         line = self.parked.get(operation.topic, {})
         if line.pop(operation, False) and not line:
             del self.parked[operation.topic]
 
     def _transact(self, now):
         """All that has arrived and all that is due, in one transaction, and the answers to it."""
-        clock, ahead, deaf, own = self.store.clock, 0, False, []
+        clock, ahead, own = self.store.clock, 0, []
         if now >= self.resting:     # what has to be done on the engine's own account
-            deaf = now - self.heard > DEAF or self.database.trouble
             if now - self.ticked >= TICK:
                 self.ticked, ahead = now, clock.follow()
-            due = self.ready or self.store.next_due <= clock.now()      # what arrives may bring it about
-            own = [Operation(self.store.overdue)] if due else []
-        if not (ahead or own or deaf or self.ready):
+            if self.ready or ahead or self.store.next_due <= clock.now():       # what arrives may make something due
+                own = [Operation(self.store.overdue)]
+        if not (own or self.ready):
             return
         ready, self.ready, offset = self.ready, [], clock.offset
-        writes = [operation for operation in ready if not operation.topic]
-        polls = [operation for operation in ready if operation.topic and operation.client.life]     # is still there
         try:
-            roused = self._commit(ahead and (offset + ahead, ahead), writes, own, polls)
+            roused = self._commit(ahead and (offset + ahead, ahead), ready, own)
         except Unavailable as error:
             clock.offset = offset       # a leap that is not on disk; renew() looks anew at what is due
-            self._not_done(now, ready, error)
-        else:
-            self.retry_at, self.resting = 0, now + TICK if any(operation.error for operation in own) else 0
-            self._tell([*roused, *writes, *polls])
-            self.store.committed(len(ready) + len(roused))      # nobody waits for that
+            # whoever waits for another program's lock tries again; who has waited for too long is told, as all else
+            busy, ends = isinstance(error, Busy), NEVER if self.draining is None else self.draining - 1
+            kept = [operation for operation in ready if busy and now < min(operation.since + BUSY, ends)]
+            ended, self.ready = [operation for operation in ready if operation not in kept], kept + self.ready
+            self.retry_at = now + RETRY if busy else 0
+            self.resting = self.retry_at or now + TICK
+            if ended or not busy:
+                cause = error.__cause__ or error
+                if self.database.trouble is None:
+                    log(f'storage trouble: {cause}')
+                self.database.trouble = str(cause)
+            for operation in ended:
+                operation.client.go_on(error)
+            return
+        self.retry_at, self.resting = 0, now + TICK if any(operation.error for operation in own) else 0
+        for operation in roused + ready:
+            if not self._parks(operation):      # its error, which knows it by its traceback, is to be forgotten with it
+                news, operation.error = operation.error or operation.result, None
+                operation.client.go_on(news)
+        self.store.committed(len(ready) + len(roused))      # nobody waits for that
 
-    def _commit(self, leap, writes, own, polls):
+    def _commit(self, leap, ready, own):
         """Run it all in one transaction. The parked operations that got something."""
         merged = self._together
         while True:
+            writes = [operation for operation in ready if not operation.topic]
+            polls = [operation for operation in ready if operation.topic and operation.client.life]     # is still there
             try:
                 with self.database.transaction() as db:
                     self.store.begin(db, min(MAX_ANSWER, MAX_UNSENT - self.unsent))
@@ -1714,24 +1707,24 @@ class Loop:
                     roused = self._rouse(db)
                     for operation in polls:
                         operation.run(db)
-                if deaf:
-                    self.heard, self.database.trouble = begun, None
+                self.heard, self.database.trouble = begun, None
                 return roused
-            except Spoilt:
+            except Spoilt as error:
                 merged = as_is              # one by one it shows whose fault it is
                 self.store.next_due = 0     # what was done of that is undone
+                if error.args[0] in writes:     # what comes after it has its turn in the next pass, so none runs often
+                    after = ready.index(error.args[0]) + 1
+                    self.ready, ready[after:] = ready[after:], []
 
     def _together(self, operations):
         """Add the jobs of those that add one each, in as few statements as it takes; what is left to be run."""
         adds = [operation for operation in operations if operation.adds and operation.error is None]
-        if len(adds) < 2:
-            return operations
         try:
             jobs = self.store.enqueue([operation.adds for operation in adds])
         except Exception as error:
             if of_storage(error):
                 raise
-            raise Spoilt from error
+            raise Spoilt(None) from error
         for operation, job in zip(adds, jobs):
             operation.result = [job]
         return [operation for operation in operations if not operation.adds]
@@ -1749,57 +1742,27 @@ class Loop:
                 roused.append(operation)
         return roused
 
-    def _not_done(self, now, ready, error):
-        """Whoever waits for another program's lock tries again; who has waited for too long is told, as all else."""
-        busy = isinstance(error, Busy)
-        self.ready = [operation for operation in ready if busy and now - operation.since < BUSY]
-        ended = [operation for operation in ready if not busy or now - operation.since >= BUSY]
-        self.retry_at = now + RETRY if busy else 0
-        self.resting = self.retry_at if self.ready else now + TICK
-        if ended or not busy:
-            cause = error.__cause__ or error
-            if self.database.trouble is None:
-                log(f'storage trouble: {cause}')
-            self.database.trouble = str(cause)
-        for operation in ended:
-            operation.error = error
-        self._tell(ended)
-
-    def _tell(self, operations):
-        """Answer them, and park the polls that found nothing."""
-        for operation in operations:
-            if not self._parks(operation):
-                self.withdraw(operation)
-                operation.client.go_on(operation.error or operation.result)
-
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
-BARE_LINE_FEED = re.compile(rb'(?<!\r)\n')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-ONCE = {'host', 'content-length', 'content-type', 'authorization', 'origin'}
-COMMON = 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
-STATUS_LINES = {status: f'HTTP/1.1 {status:d} {meaning}\r\n' for status, meaning in http.client.responses.items()}
-OPEN_TO_PAGES = ('/', '/docs', '/health')       # a link on any page may lead there
 NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 Answer = collections.namedtuple('Answer', 'body status kind headers', defaults=(200, 'application/json', ()))
 
 class Head:
     """The line and headers of a request, strictly read: what two programs could read in two ways is refused."""
-
     def __init__(self, raw):
         lines = raw.split(b'\r\n')
         if len(lines) > MAX_HEADERS + 1:
             raise HeadTooLarge(f'a request has at most {MAX_HEADERS} headers')
         request, *headers = matches = [REQUEST_LINE.fullmatch(lines[0]), *map(HEADER.fullmatch, lines[1:])]
         if None in matches:
-            bad = lines[matches.index(None)].decode('latin-1')
-            raise BadRequest(f'{shown(bad)} is no line of a head of HTTP/1.1')
+            raise BadRequest(f'{shown(lines[matches.index(None)].decode("latin-1"))} is no line of a request head')
         fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1')) for match in headers]
         self.headers, names, new = dict(fields), [name for name, _ in fields], request[3] == b'1'
         if new and 'host' not in names:
             raise BadRequest('the header Host is missing')
-        for name in ONCE:
+        for name in ('host', 'content-length', 'content-type', 'authorization', 'origin'):
             if names.count(name) > 1:
                 raise BadRequest(f'the header {name} is there twice')
         connection = self.headers.get('connection', '').lower()
@@ -1811,27 +1774,16 @@ class Head:
         if self.route not in ROUTES or bool(self.rest) != (self.route != '/' and self.route.endswith('/')):
             self.route = 'other'
 
-    def body_length(self):
-        told = self.headers.get('content-length', '0' if self.method != 'POST' else None)
-        if told is None or 'transfer-encoding' in self.headers:
-            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
-        if not re.fullmatch('[0-9]{1,15}', told):
-            raise BadRequest(f'Content-Length must be a number of bytes, not {shown(told)}')
-        if int(told) > MAX_BODY:
-            raise TooLarge(f'the body has {int(told)} bytes; at most {MAX_BODY} are taken')
-        return int(told)
-
 class Connection:
     """One client's connection, the loop's own: requests are received, served and answered one after the other.
 
     Its life is a generator that yields the events to wait for. It is sent READY when one of them came, else what it
     waits for; news that are an exception, as when its deadline is over, are raised where it waits.
     """
-    asked = body = began = None         # head and body of the request at hand; when its first byte came
-    operation = None                    # that the loop runs, or that is parked
-    held = unsent = 0                   # see _weigh()
-    watched = 0                         # events for which the selector looks
-    deadline = NEVER                    # see late()
+    asked = due = body = operation = None   # of the request: head, when it has to be here, body, what the loop does
+    answer = b''                            # what is not taken of it
+    held = unsent = size = 0                # bytes that the loop knows of; of the body or of what it became
+    watched, deadline = 0, NEVER            # events for which the selector looks; see late()
 
     def __init__(self, loop, sock, address):
         self.loop, self.server, self.sock, self.address = loop, loop.server, sock, address      # constant after start
@@ -1841,14 +1793,28 @@ class Connection:
         self.go_on(None)
 
     def go_on(self, news):
-        """Live on, until it has to wait again."""
-        if self.life:
-            try:
+        try:
+            if self.life and news is READY and self.watched == READ:
+                news = self._receive()
+            if self.life:
                 self._watch(self.life.throw(news) if isinstance(news, Exception) else self.life.send(news))
-            except Exception as error:
-                if not isinstance(error, (OSError, EOFError, StopIteration)):       # the client is gone, or it ends
-                    fault('a connection', error)
-                self.close()
+                held, unsent = len(self.received) + self.size, len(self.answer)
+                self.loop.held += held - self.held
+                self.loop.unsent += unsent - self.unsent
+                self.held, self.unsent = held, unsent
+        except Exception as error:
+            if not isinstance(error, (OSError, EOFError, Refused, StopIteration)):      # it is gone, late, served
+                fault('a connection', error)
+            self.close()
+
+    def _receive(self):
+        """Take what has come, so little at a time that what comes during a wait is no more than SMALL."""
+        try:
+            data = self.sock.recv(MAX_HEAD)
+        except NOT_YET:
+            return READY
+        self.received += data
+        return READY if data else EOFError()
 
     def _watch(self, events):
         if events != self.watched:
@@ -1859,115 +1825,77 @@ class Connection:
             self.watched = events
 
     def until(self, seconds):
-        """Its deadline is so far away."""
         self.deadline = time.monotonic() + seconds
         self.loop.look_at = min(self.loop.look_at, self.deadline)
 
-    def late(self):
-        """Its deadline is over: what it sleeps on has not come, or its request."""
-        if self.operation:
-            self.loop.withdraw(self.operation)
+    def late(self):     # what it sleeps on has not come, or its request
         self.go_on(() if self.operation else TooSlow(f'the request did not arrive within {DEADLINE} seconds'))
 
     def close(self):
         if self.life:
+            self.life.close()
             self.life = None
             self.loop.connections.discard(self)
-            if self.operation:
-                self.loop.withdraw(self.operation)
             self._watch(0)
-            self._weigh(0)
+            self.loop.held -= self.held
+            self.loop.unsent -= self.unsent
             self.sock.close()
-
-    def _weigh(self, held, unsent=0):
-        """It holds so many bytes of requests that are not done with, and of an answer that is not taken."""
-        self.loop.held += held - self.held
-        self.loop.unsent += unsent - self.unsent
-        self.held, self.unsent = held, unsent
-
-    # its life
 
     def _live(self):
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.server.tls:     # receiving shakes hands first
             self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        with contextlib.suppress(Refused):      # it has nothing to ask, or does not take its answer
-            keep = True
-            while keep and (self.loop.draining is None or self.received):
-                self.until(IDLE if self.asked else DEADLINE)
-                self.asked = self.began = None
-                while not self._begun():
-                    yield from self._receive()
-                self.began = time.monotonic()
-                self.until(DEADLINE)
-                keep = yield from self._serve()
-
-    def _begun(self):
-        """What is there of a request; blank lines before it are none of it (RFC 9112, 2.2)."""
-        self.received = self.received.lstrip(b'\r\n')
-        self._weigh(len(self.received))
-        return self.received
-
-    def _receive(self, events=READ, most=CHUNK):
-        """Take what comes, or other news: the news."""
-        news = yield events
-        if news is READY:
+        keep = True
+        self.until(DEADLINE)
+        while keep and (self.loop.draining is None or self.received):
+            self.received = self.received.lstrip(b'\r\n')   # blank lines before a request are none of it: RFC 9112
+            while not self.received:
+                yield READ
+                self.received = self.received.lstrip(b'\r\n')
+            self.until(DEADLINE)
+            self.due = self.deadline
+            keep = False        # not after a request that is not read to its end
             try:
-                data = self.sock.recv(most)
-            except NOT_YET:
-                return READY
-            if not data:
-                raise EOFError
-            self.received += data
-            self._weigh(self.held + len(data))
-        return news
-
-    def _serve(self):
-        """Answer one request. True when another one may follow on this connection."""
-        keep = farewell = False
-        try:
-            yield from self._request()
-            keep = self.asked.keep_alive
-            answer = self._answer((yield from self._outcome()), keep)
-        except Refused as error:
-            answer, farewell = self._answer(error, keep), not keep
-        self.operation = self.body = None
-        if not keep:
-            self.received.clear()
-        self._weigh(len(self.received))
-        yield from self._send(*answer)
-        if farewell:    # to close at once, while it sends, would reset the connection and lose the answer
+                yield from self._request()
+                keep = self.asked.keep_alive
+                file = self._answer((yield from self._outcome()), keep)
+            except (OSError, EOFError):     # the client is gone
+                raise
+            except Exception as error:
+                file = self._answer(fault(self.asked and self.asked.route, error), keep)
+            self.operation, self.body, self.size = None, None, 0
+            yield from self._send(file)
+            self.asked, self.due, self.answer = None, None, b''
+            self.until(IDLE if keep else LINGER)
+        if not keep:    # to close at once, while it sends, would reset the connection and lose the answer
             self.sock.shutdown(socket.SHUT_WR)
-            self.until(LINGER)
-        while farewell:
-            yield from self._receive()
+        while not keep and self.loop.draining is None:
             self.received.clear()
-            self._weigh(0)
-        return keep
+            yield READ
 
     def _request(self):
         """Receive a request, which this client may send like this."""
-        end, known = -1, 0
-        while end < 0:
-            scanned, end = known, self.received.find(b'\r\n\r\n', max(0, known - 3))
-            known = end if end >= 0 else len(self.received)
-            if known > MAX_HEAD:
+        end = b''
+        while not end:
+            head, end, rest = self.received.partition(b'\r\n\r\n')
+            if len(head) > MAX_HEAD:
                 raise HeadTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
-            if not self.received[:1].isalpha() or BARE_LINE_FEED.search(self.received, scanned, known):
+            if not head[:1].isalpha() or head.count(b'\n') != head.count(b'\r\n'):
                 raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
-            if end < 0:
-                yield from self._receive()
-        self.asked = self.server.head_of(bytes(self.received[:end]))
-        del self.received[:end + 4]
-        self.server.admit(self.asked)
+            if not end:
+                yield READ
+        self.asked = (self.server.head_of if len(head) < 1024 else Head)(bytes(head))       # large ones are not kept
+        self.received = rest
+        if not self.asked.rule:     # else it was let in before
+            self.server.admit(self.asked)
         length = self.asked.length
         self.loop.make_room(length)
-        if length > len(self.received) and 'expect' in self.asked.headers:
+        if length > len(rest) and 'expect' in self.asked.headers:
             self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
         while len(self.received) < length:
-            yield from self._receive()
-        self.body = bytes(self.received[:length])
+            yield READ
+        self.body, self.size = bytes(self.received[:length]), length
         del self.received[:length]
 
     def _outcome(self):
@@ -1976,29 +1904,28 @@ class Connection:
         outcome = yield from self._do(slow, self.server.handle, self.asked, self.body)
         if isinstance(outcome, Operation):
             self.operation, self.body, outcome.client = outcome, None, self
-            if outcome.topic:       # what sleeps needs no memory
-                self._weigh(len(self.received))
-            result = (yield from self._done()) if self.loop.submit(outcome) else None
+            self.size = 0 if outcome.topic else self.size       # what sleeps needs no memory
+            try:
+                result = (yield from self._done()) if self.loop.submit(outcome) else None
+            finally:
+                self.loop.withdraw(outcome)
             outcome = yield from self._do(not outcome.work, outcome.render, result)
         return outcome
 
     def _do(self, slow, function, *values):
         """What the function makes of the values, in a thread of the server's where that may take long."""
         self.deadline = NEVER
-        if slow:
-            self.server.line.put((self, function, values))
-            return (yield from self._done())
-        try:
+        if not slow:
             return function(*values)
-        except Exception as error:
-            raise fault(self.asked.route, error) from None
+        self.server.line.put((self, function, values))
+        return (yield from self._done())
 
     def _done(self):
-        """What is waited for. Bytes that come are the next request, few enough for SMALL; who leaves may yet read."""
+        """What is waited for. Bytes that come are the next request; who leaves may yet read."""
         news, events = READY, READ
         while news is READY:
             try:
-                news = yield from self._receive(events if len(self.received) <= MAX_HEAD else 0, MAX_HEAD)
+                news = yield events if len(self.received) <= MAX_HEAD else 0
             except EOFError:
                 if self.operation and self.operation.topic:
                     raise       # what a poll would get is for somebody who is there
@@ -2006,41 +1933,41 @@ class Connection:
         return news
 
     def _answer(self, answer, keep):
-        """The bytes of the answer, and the file that follows them if one does."""
+        """Make the bytes of the answer; the file that follows them if one does."""
         method, route = (self.asked.method, self.asked.route) if self.asked else ('-', 'other')
         if isinstance(answer, Refused):
             asks = answer.status == 401 and route == '/'        # the page is no secret, and asks for the token
             answer = page(401) if asks else Answer({'error': str(answer)}, answer.status, headers=answer.headers)
         body, status, kind, headers = answer if isinstance(answer, Answer) else Answer(answer)
-        body = encode(body) if isinstance(body, (dict, list)) else body
-        if isinstance(body, str):
-            body = (body if body.endswith('\n') else body + '\n').encode()
+        body = encode(body) if isinstance(body, dict) else body
+        body = (body.rstrip('\n') + '\n').encode() if isinstance(body, str) else body
         file = body if hasattr(body, 'read') else None
         length = os.fstat(file.fileno()).st_size if file else len(body)
-        if method in ('GET', 'HEAD') and not file:
+        if method == 'GET' and not file:
             self.loop.make_room(length)
         self.server.store.meter.request(route, status)
         if self.server.verbose:
             log(f'{self.address[0]} {method} {route} {status}')
         told = '' if status == 204 else f'Content-Type: {kind}\r\nContent-Length: {length}\r\n'
         told += ''.join(['%s: %s\r\n' % header for header in headers]) + ('' if keep else 'Connection: close\r\n')
-        head = f'{STATUS_LINES[status]}{told}{COMMON}'.encode('latin-1')
-        return (head, None) if method == 'HEAD' else (head, file) if file else (head + body, None)
+        told += 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
+        head = f'HTTP/1.1 {status} {http.client.responses[status]}\r\n{told}'.encode('latin-1')
+        self.answer = head if method == 'HEAD' or file else head + body
+        return file if method != 'HEAD' else None
 
-    def _send(self, data, file):
+    def _send(self, file):
         """Send the answer as the client takes it, of a file one piece at a time."""
         self.until(DEADLINE)
         with file or contextlib.nullcontext():
-            while data:
+            while self.answer:
                 try:
-                    data = memoryview(data)[self.sock.send(data):]
+                    self.answer = memoryview(self.answer)[self.sock.send(self.answer):]
                 except NOT_YET:
                     pass
-                if not data and file:
-                    data = file.read(CHUNK)
+                if not self.answer and file:
+                    self.answer = file.read(CHUNK)
                     self.until(DEADLINE)
-                self._weigh(self.held, len(data))
-                if data:
+                if self.answer:
                     yield WRITE
 
 def fault(where, error):
@@ -2052,73 +1979,66 @@ def fault(where, error):
 
 def query(asked):
     """The checked fields of a query; the rest of the path is the field that the call needs."""
-    if asked.query.count('&') > len(FIELDS):
-        raise BadRequest('the query has more fields than there are')
-    pairs = urllib.parse.parse_qsl(asked.query, keep_blank_values=True, errors='surrogateescape')
-    fields = {}
-    for field, value in pairs + [(asked.rule.needed, asked.rest)] * bool(asked.rest):
+    if asked.query.count('&') > len(FIELDS) or len(asked.query) > 16 << 10:
+        raise BadRequest('the query has more fields than there are, or is too long')
+    pairs, fields = urllib.parse.parse_qsl(asked.query, keep_blank_values=True, errors='surrogateescape'), {}
+    if asked.rest:
+        pairs.append((asked.rule.needed[0][0], asked.rest))
+    for field, value in pairs:
         if field in fields:
             raise BadRequest(f'{shown(field)} is there twice')
         fields[field] = value
-        if field in ('limit', 'wait', 'brief', 'busy') and len(value) <= 30:
+        if field in ('limit', 'wait', 'brief', 'busy') and len(value) <= 30 and value != 'null':
             with contextlib.suppress(ValueError):   # other text stays as it is, for the check to refuse
                 fields[field] = json.loads(value)
     return checked(asked.route, fields)
 
 def enqueue(server, ask):
-    one = type(ask) is dict
-
     def render(jobs):
         texts = server.store.announced(jobs)
         return texts[0] if one else f'{{"jobs":{as_list(texts)}}}'
-    work = functools.partial(server.store.enqueue, [ask] if one else ask)
-    return Operation(work, render, adds=ask if one and 'after' not in ask else None)
+    one = type(ask) is dict
+    adds = ask if one and 'after' not in ask else None
+    return Operation(lambda: server.store.enqueue([ask] if one else ask), render, adds=adds)
 
 def poll(server, ask):
     def render(jobs):
         texts = [as_json(job) for job in jobs]
         return (as_list(texts) if 'limit' in ask else texts[0]) if texts else Answer(b'', 204)
-    work = functools.partial(server.store.poll, ask)
-    return Operation(work, render, ('queue', ask['queue']), ask.get('wait', 0) / 1000000)
+    return Operation(lambda: server.store.poll(ask), render, ('queue', ask['queue']), ask.get('wait', 0) / 1000000)
 
 def report(method):
     """The handler of complete, fail, heartbeat and release, of one job or of many, and of the like."""
     def handler(server, ask):
         if type(ask) is dict:
-            return Operation(functools.partial(method, server.store, ask))
+            return Operation(lambda: method(server.store, ask))
         return Operation(lambda: {'jobs': [server.store.outcome(method, item) for item in ask]})
     return handler
 
 def schedule(server, ask):
-    for fields in (('queue',), ('cron', 'every')):
-        if not ask.keys() & fields:
-            raise BadRequest(f'{" or ".join(fields)} is missing: /schedule needs it')
-    if 'every' in ask and 'zone' in ask:
-        raise BadRequest('zone belongs to cron, not to every')
     wanted = {**dict.fromkeys(DEFINED), 'priority': 0, 'zone': 'UTC' if 'cron' in ask else None, **ask}
     if 'cron' in ask:
         cron_of(wanted['cron'], wanted['zone'])         # refused before a transaction begins
-    work = functools.partial(server.store.schedule, wanted)
-    return Operation(work, lambda found: as_schedule(found[0], created=found[1]))
+    return Operation(lambda: server.store.schedule(wanted), lambda found: as_schedule(found[0], created=found[1]))
 
-def change(method):
-    """The handler of cancel, retry and purge: of the job `id`, or of all of a queue and status, step by step."""
-    call = method.__name__
-
+def change(method, needed):
+    """The route of cancel, retry and purge: of the job `id`, or of all of a queue and status, step by step."""
     def handler(server, ask):
-        if 'status' in ask and ask['status'] not in SOURCES[call]:
-            raise BadRequest(f'status must be one of {", ".join(SOURCES[call])} for {call}, not {ask["status"]}')
-        if call == 'purge' and not ask:
-            raise BadRequest('queue or status is missing: purge needs one of them')
-        if call != 'purge' and sorted(ask) not in (['id'], ['queue', 'status']):
-            raise BadRequest(f'id is missing: {call} needs it, or queue with status')
-        store = server.store
+        if 'id' in ask and len(ask) > 1:
+            raise BadRequest('id names one job, and stands without queue and status')
         if 'id' in ask:
-            return Operation(lambda: method(store, store.claimed(call, ask)[0]), lambda _: {'count': 1})
-        statuses = [ask['status']] if 'status' in ask else SOURCES[call]
-        steps = (functools.partial(store.step, method, ids, statuses) for ids in store.steps(ask))
-        return {'count': sum(map(server.loop.run, steps))}
-    return handler
+            return Operation(lambda: method(server.store, server.store.claimed(call, ask)[0]), lambda _: {'count': 1})
+        statuses = [ask['status']] if 'status' in ask else sources
+        steps = (functools.partial(server.store.step, method, ids, statuses) for ids in server.store.steps(ask))
+        if not server.changing.acquire(blocking=False):     # a thread is left for those who read
+            raise Unavailable('other changes of whole queues are under way; try again')
+        try:
+            return {'count': sum(map(server.loop.run, steps))}
+        finally:
+            server.changing.release()
+    call, sources = method.__name__, SOURCES[method.__name__]
+    status = 'one of ' + ', '.join(sources), lambda value: value in sources, as_is
+    return route('POST', handler, needed, slow=True, status=status)
 
 def job(server, ask):
     """The job, with `wait` once it has ended; without `id`, which may be one like `..` in a query, a page of jobs."""
@@ -2126,29 +2046,24 @@ def job(server, ask):
         return server.store.job(ask['id']) if 'id' in ask else server.store.jobs(**ask)
     return Operation(None, render, ('job', ask['id']), ask['wait'] / 1000000) if 'wait' in ask else render()
 
-def read(method):
-    """The handler that answers with what the method of the store makes of the fields."""
-    return lambda server, ask: method(server.store, **ask)
-
 def backup(server, ask):
     name = urllib.parse.quote(os.path.basename(server.store.database.path))
     headers = [('Content-Disposition', f"attachment; filename*=UTF-8''{name}")]
     return Answer(server.store.database.backup(), kind='application/vnd.sqlite3', headers=headers)
 
-def metrics(server, ask):
-    return Answer(exposition(server.store), kind='text/plain; version=0.0.4; charset=utf-8')
-
-def page(status=200):
-    return Answer(DASHBOARD, status, 'text/html; charset=utf-8', [('Content-Security-Policy', POLICY)])
+def read(method): return lambda server, ask: method(server.store, **ask)
+def metrics(server, ask): return Answer(exposition(server.store), kind='text/plain; version=0.0.4; charset=utf-8')
+def page(code=200): return Answer(DASHBOARD, code, 'text/html; charset=utf-8', [('Content-Security-Policy', POLICY)])
 
 Route = collections.namedtuple('Route', 'method handler needed rules slow')
 
 def route(method, handler, needed='', taken='', slow=False, **rules):
-    rules = {field: rules.get(field, FIELDS[field]) for field in f'{needed} {taken}'.split()}
-    return Route(method, handler, needed, rules, slow)
+    needed = [fields.split('|') for fields in needed.split()]
+    fields = [*itertools.chain(*needed), *taken.split()]
+    return Route(method, handler, needed, {field: rules.get(field, FIELDS[field]) for field in fields}, slow)
 
 ROUTES = {
-    # path             method  handler         field it needs, fields it takes (jobs: a list of the like)
+    # path             method  handler         fields it needs (this|that: either), fields it takes (jobs: the like)
     '/enqueue':    route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id '
                          'jobs after after_any', after=IDS),
     '/poll':       route('POST', poll, 'queue', 'limit wait worker lease max_retries timeout hung'),
@@ -2156,13 +2071,13 @@ ROUTES = {
     '/fail':       route('POST', report(Store.fail), 'id', 'attempt error retry delay jobs'),
     '/heartbeat':  route('POST', report(Store.heartbeat), 'id', 'attempt progress jobs'),
     '/release':    route('POST', report(Store.release), 'id', 'attempt jobs'),
-    '/cancel':     route('POST', change(Store.cancel), '', 'id queue status', slow=True),
-    '/retry':      route('POST', change(Store.retry), '', 'id queue status', slow=True),
-    '/purge':      route('POST', change(Store.purge), '', 'queue status', slow=True),
+    '/cancel':     change(Store.cancel, 'id|queue id|status'),
+    '/retry':      change(Store.retry, 'id|queue id|status'),
+    '/purge':      change(Store.purge, 'queue|status'),
     '/pause':      route('POST', report(Store.pause), 'queue'),
     '/resume':     route('POST', report(Store.resume), 'queue'),
     '/limit':      route('POST', report(Store.limit), 'queue', 'max_running rate per'),
-    '/schedule':   route('POST', schedule, 'name', 'queue cron every zone payload timeout max_retries tag priority '
+    '/schedule':   route('POST', schedule, 'name queue cron|every', 'zone payload timeout max_retries tag priority '
                          'key'),
     '/unschedule': route('POST', report(Store.unschedule), 'name'),
     '/schedules':  route('GET', read(Store.schedules), '', 'limit after', slow=True),
@@ -2180,10 +2095,9 @@ ROUTES = {
 
 class Server(http.server.ThreadingHTTPServer):
     """Listens, and knows who may come in. The loop serves what is quick, a few threads what may take long."""
-    daemon_threads, block_on_close, request_queue_size = True, False, 1024
-    allow_reuse_address = os.name != 'nt'
+    daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 1024, os.name != 'nt'
     server_bind = socketserver.TCPServer.server_bind    # HTTPServer's asks the resolver for a name that nobody needs
-    loop = None
+    loop, failed = None, False      # failed: the loop has come to a bad end
 
     def __init__(self, address, token=None, tls=None, names=(), verbose=False):
         self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
@@ -2191,14 +2105,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.local = is_loopback(address[0])
         self.names = {'localhost', address[0].lower(), *(name.lower() for name in names)}
         self.head_of = functools.lru_cache(maxsize=1024)(Head)      # clients send the same head again and again
-        self.line = SimpleQueue()     # (connection, function, values) that waits for a thread
-        self.failed = False                 # the loop has come to a bad end
+        self.line = SimpleQueue()           # (connection, function, values) that waits for a thread
+        self.changing = threading.Semaphore(THREADS - 1)    # held while a whole queue is changed
         super().__init__(address, None)
         host = f'[{address[0]}]' if ':' in address[0] else address[0]
         self.url = f'{"https" if tls else "http"}://{host}:{self.server_address[1]}'
 
     def serve(self, store):
-        """Begin to answer."""
         self.store, self.loop = store, Loop(self, store)
         for _ in range(THREADS):
             super().process_request(None, None)
@@ -2215,7 +2128,6 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
-        """A new connection is the loop's."""
         self.loop.post(functools.partial(Connection, self.loop, request, client_address))
 
     def process_request_thread(self, request, client_address):
@@ -2229,13 +2141,10 @@ class Server(http.server.ThreadingHTTPServer):
             del connection, function, values, news      # which may be large
 
     def admit(self, asked):
-        """Let the request in if this client may call it like this. What was let in once is known by its head."""
-        if asked.rule:
-            return
+        """Let the request in if this client may call it like this: then its head gets a rule, and a length."""
         header, rule = asked.headers.get, ROUTES.get(asked.route)
-        host = re.sub(r':\d*$', '', header('host', 'localhost')).lower()
-        name = host.strip('[]')
-        if not (host in self.names or is_loopback(name) or is_address(name) and not self.local):    # DNS rebinding
+        host = re.sub(r':\d*$', '', header('host', 'localhost')).strip('[]').lower()
+        if not (host in self.names or is_loopback(host) or address_of(host) and not self.local):    # DNS rebinding
             raise Misdirected(f'Host {shown(header("host"))} is not a name of this engine; see --allow-host')
         if self.token and asked.route != '/health' and not hmac.compare_digest(
                 header('authorization', '').encode('latin-1'), b'Bearer ' + self.token):
@@ -2247,16 +2156,22 @@ class Server(http.server.ThreadingHTTPServer):
             raise NotAllowed(f'{asked.route} takes {rule.method}', Allow=allowed)
         foreign = 'origin' in asked.headers and header('origin').partition('://')[2] != header('host')
         foreign = foreign or header('sec-fetch-site', 'none') not in ('none', 'same-origin')
-        if foreign and asked.route not in OPEN_TO_PAGES:
+        if foreign and asked.route not in ('/', '/docs', '/health'):       # a link on any page may lead there
             raise Forbidden('Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
         if rule.method == 'POST' and not JSON_TYPE.fullmatch(header('content-type', '')):
             raise NotJSON('Content-Type must be application/json')
         if rule.method == 'POST' and asked.query:
             raise BadRequest(f'{asked.route} takes its fields in the body, not in the query')
-        asked.length, asked.rule = asked.body_length(), rule
+        told = header('content-length', '0' if rule.method != 'POST' else None)
+        if told is None or 'transfer-encoding' in asked.headers:
+            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
+        if not re.fullmatch('[0-9]{1,15}', told):
+            raise BadRequest(f'Content-Length must be a number of bytes, not {shown(told)}')
+        if int(told) > MAX_BODY:
+            raise TooLarge(f'the body has {int(told)} bytes; at most {MAX_BODY} are taken')
+        asked.length, asked.rule = int(told), rule
 
     def handle(self, asked, body):
-        """What the handler makes of the request."""
         return asked.rule.handler(self, batch(asked.route, parsed(body)) if asked.method == 'POST' else query(asked))
 
     def tick(self):
@@ -2276,13 +2191,11 @@ class Server(http.server.ThreadingHTTPServer):
         for _ in range(THREADS):
             self.line.put(None)
 
-def is_address(name):
+def address_of(name):
     with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return False
+        return ipaddress.ip_address(name)
 
-def is_loopback(name):
-    return name == 'localhost' or is_address(name) and ipaddress.ip_address(name).is_loopback
+def is_loopback(name): return name == 'localhost' or getattr(address_of(name), 'is_loopback', False)
 
 def log(sentence):
     """One line on stderr, whatever is in the sentence; nothing where stderr is gone."""
