@@ -6,45 +6,38 @@
 One file, standard library alone: copy it and run it. It owns the state of every job, the retries and the storage;
 workers (rundown_workers.py, curl, anything that speaks HTTP) poll it and report back.
 
-LIFECYCLE
-    enqueue -> pending --poll--> running --complete--> done
-                 ^  ^               |
-                 |  +-- fail, lost worker (retries left), release
-                 |                  +-- fail (no retries left) --> failed
-                 +---- retry ------- failed | cancelled
-    pending | running --cancel--> cancelled
-
-A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key, worker, progress, result,
-error, created_at, updated_at, next_run_at, started_at, finished_at. `attempt` counts claims and names the current one;
-`retries` counts failures and lost workers and is what `max_retries` bounds.
+LIFECYCLE                                                          JOB: id, queue, tag, payload, status, priority,
+  enqueue -> pending --poll--> running --complete--> done          attempt, retries, max_retries, timeout, key, worker,
+               ^  ^               |                                progress, result, error, created_at, updated_at,
+               |  +-- fail, lost worker (retries left), release    next_run_at, started_at, finished_at. `attempt`
+               |                  +-- fail (none left) --> failed  counts claims and names the current one; `retries`
+               +---- retry ------- failed | cancelled              counts failures and lost workers and is what
+  pending | running --cancel--> cancelled                          `max_retries` bounds.
 
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id, after, after_any
                      -> the job; {"jobs": [...]}, at most 10,000: all or nothing
-    POST /poll       queue, limit, wait, worker, lease, max_retries, timeout, hung -> a job, 204 when there is none;
-                     with limit a list of jobs; wait: sleep for a job that long (at most 60)
-    POST /complete   id, attempt, result
+    POST /poll       queue, limit, wait (at most 60: sleep for a job that long), worker, lease, max_retries, timeout,
+                     hung -> a job, with limit a list of jobs; 204 when there is none
     POST /fail       id, attempt, error, retry (false: never again), delay (instead of the backoff)
-    POST /heartbeat  id, attempt, progress -> 409 when the claim is gone
-    POST /release    id, attempt -> pending again, nothing counted
-                     these four also take {"jobs": [...]}: each item is answered, with `error` and `code` if refused
-    POST /cancel     id, or queue with status (pending, running)   -> {"count": n}
-    POST /retry      id, or queue with status (failed, cancelled)  -> {"count": n}
-    POST /purge      queue and/or status (never running)           -> {"count": n}
-    POST /pause, /resume   queue
+    POST /complete   id, attempt, result                   POST /release   id, attempt -> pending again, nothing counted
+    POST /heartbeat  id, attempt, progress -> 409 when the claim is gone; these four also take {"jobs": [...]}: each
+                     item is answered, with `error` and `code` if refused
+    POST /cancel     id, or queue with status (pending, running) -> {"count": n}
+    POST /retry      id, or queue with status (failed, cancelled) -> {"count": n}
+    POST /purge      queue and/or status (never running) -> {"count": n}
+    POST /pause      queue                                 POST /resume    queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then one each per / rate
                      seconds); null lifts one, what is not named stays
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority, key -> the schedule
-    POST /unschedule name -> {"count": n}; the jobs that it made stay
-    GET  /schedules  by name, limit, after
+    POST /unschedule name -> {"count": n}; its jobs stay   GET  /schedules  by name, limit, after
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
     GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true leaves out payload,
                      result and all but the last line of the error; id=..: as /jobs/{id}, for any id;
                      needed_by=ID: what that job waits or waited for, in its order
     GET  /queues     limit, after, busy (work first): counts, oldest age, paused, workers seen, last hour by the minute
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
-    GET  /, /docs    the dashboard; this text
-    GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
+    GET  /status/{id}, /details/{tag}  the job; the newest job with that tag   GET  /, /docs  the dashboard; this text
 
 Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign page, 404, 405, 409
 not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 503 storage trouble (with Retry-After).
@@ -52,21 +45,21 @@ not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 503 storage t
 GUARANTEES
 - Acknowledged means on disk: the answer is sent after the commit (synchronous=FULL unless --sync normal).
 - At least once, fenced: a job has one claim at a time; whoever names an older `attempt` gets 409 and changes nothing.
+  Complete, fail and release that are sent again, since the answer was lost, get the same answer and count once.
+- Enqueuing an `id` that exists, or a `key` pending or running in the queue, returns that job with "created": false.
 - Within a queue: higher priority first, then the earliest due, then the oldest. A poll costs the same with any number.
 - The n-th retry is due 5 * n^2 seconds after the failure. A lost worker (no sign of life within its lease) counts as a
   failure, but a job whose retries are used up still survives 3 losses. So a job that kills its worker ends, always.
 - The lease is `timeout` + 5 s from the claim; a poll that names a `lease` must heartbeat within it. It runs on a clock
-  that setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more.
-- Complete, fail and release that are sent again, since the answer was lost, get the same answer and count once.
-- Time in which nobody could be heard (a full disk, a lock, a stopped process) costs no lease: it gets one more period.
+  that setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more, and
+  time in which nobody could be heard (a full disk, a lock, a stopped process) costs none: it gets one more period.
 - A job with `after` is handed out once all jobs that it names are done. It is cancelled when one fails, is cancelled or
   purged before that; with `after_any` it is handed out once all have ended. What a pending job waits for is kept.
 - Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on; missed ticks make
-  one, for the last of them. While its `key` is pending or running a tick makes none and counts in `skipped`.
-- Cron has five fields (minute, hour, day of month, month, day of week: *, lists, ranges, /step, names), or @hourly,
-  @daily, @weekly, @monthly, @yearly. Two restricted days: either suffices. A time that the zone's clock leaps over
-  fires at the first minute after the leap, one that it shows twice the first time.
-- Enqueuing an `id` that exists, or a `key` pending or running in the queue, returns that job with "created": false.
+  one, for the last of them. While its `key` is pending or running a tick makes none and counts in `skipped`. Cron has
+  five fields (minute, hour, day of month, month, day of week: *, lists, ranges, /step, names), or @hourly, @daily,
+  @weekly, @monthly, @yearly. Two restricted days: either suffices. A time that the zone's clock leaps over fires at the
+  first minute after the leap, one that it shows twice the first time.
 
 LIMITS
 One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at most 200 levels, an
@@ -82,45 +75,30 @@ import signal, socket, socketserver, sqlite3, ssl, sys, tempfile, threading, tim
 from queue import Empty, SimpleQueue
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
-VERSION = '1.0'
-PORT = 8181
-DEFAULT_TIMEOUT = 300                   # seconds a handler may take where neither job nor worker says
-GRACE = 5                               # seconds beyond the timeout before a worker counts as lost
-BACKOFF = 5                             # seconds; times the square of the number of retries
-MAX_LOSSES = 3                          # lost workers that a job without retries survives
-MAX_WAIT = 60                           # seconds a long poll may take
-MAX_BATCH = 10000                       # jobs in a body
-MAX_LIMIT = 1000                        # jobs in an answer
-MAX_BODY = 8 << 20                      # bytes of a request's body
-MAX_HEAD, MAX_HEADERS = 32 << 10, 100   # bytes of a request's line and headers, and how many of these
-MAX_DEPTH = 200                         # levels of a JSON value
+VERSION, PORT = '1.0', 8181
+DEFAULT_TIMEOUT, GRACE = 300, 5         # seconds a handler may take where nobody says; more, until its worker is lost
+BACKOFF, MAX_LOSSES = 5, 3              # seconds, times retries squared; lost workers a job survives without retries
+MAX_WAIT, MAX_BATCH, MAX_LIMIT = 60, 10000, 1000        # seconds of a long poll; jobs in a body; jobs in an answer
+MAX_BODY, MAX_HEAD = 8 << 20, 32 << 10  # bytes of a request's body, and of its line and headers
+MAX_HEADERS, MAX_DEPTH = 100, 200       # headers of a request, levels of a JSON value
 MAX_DIGITS = 4300                       # of a JSON integer; beyond it newer Pythons refuse, older take quadratic time
 MAX_ERROR = 64 << 10                    # characters of an error; the middle is cut out
 MAX_ATTEMPTS, MAX_ATTEMPT_ERROR = 10, 4 << 10   # ended attempts that a job remembers, and characters of their errors
-MAX_WORKERS = 1000                      # workers that are remembered
-IDLE = 120                              # seconds until an idle connection is closed
-DEADLINE = 30                           # seconds for a request to arrive, and for its answer to be taken
-BIG_BODY = 256 << 10                    # bytes of a body that a thread parses
-THREADS = 4                             # that serve requests at a time
-CHUNK = 64 << 10                        # bytes that are received or read at a time
-SMALL = 64 << 10                        # bytes of a request or an answer for which there is always room
+MAX_WORKERS, SHOWN = 1000, 100          # workers that are remembered; jobs that wait for a job and are named there
+MAX_AFTER, MAX_NEEDED = 1000, 20000     # jobs that a job waits for, and that all jobs of a body do
+IDLE, DEADLINE, LINGER = 120, 30, 5     # seconds of an idle connection; of a request or answer; after a refusal
+BIG_BODY, THREADS = 256 << 10, 4        # bytes of a body that a thread parses; threads, so requests that they serve
+CHUNK = SMALL = 64 << 10                # bytes that are received or read at a time; and for which there is always room
 MAX_HELD = MAX_UNSENT = 64 << 20        # bytes of requests not done with, and of answers not taken, of all clients
 MAX_ANSWER = 16 << 20                   # characters of the jobs that polls claim in a pass, and of a page
-DRAIN = 4                               # seconds that requests in flight get when the engine stops
-READERS = 4                             # idle connections that read
+DRAIN, READERS = 4, 4                   # seconds that requests get when the engine stops; idle connections that read
 BUSY, RETRY = 5, 0.005                  # seconds to wait for another program's write lock, and between two tries
 DEAF = 0.05                             # seconds in which nobody could be heard, from which on leases are looked at
-TICK = 1                                # seconds between two looks at the clock
-LOOK = 0.05                             # seconds between two looks at the deadlines of all connections
-SHOWN = 100                             # jobs that wait for a job and are named there
-MAX_AFTER, MAX_NEEDED = 1000, 20000     # jobs that a job waits for, and that all jobs of a body do
+TICK, LOOK = 1, 0.05                    # seconds between two looks at the clock, and at all connections' deadlines
 TOGETHER = 64                           # rows a statement adds, a power of two; SQLite before 3.32 takes 999 values
 STEP = 500                              # rows that the engine changes on its own account in one transaction
-LINGER = 5                              # seconds to read on after a refusal, so that the client gets to see it
-PRUNE = 60                              # seconds between two rounds of retention
-RECENT = 600                            # seconds after its last poll until a queue without jobs is forgotten
-CHECKPOINT = 4000                       # pages in the write-ahead log that start a checkpoint
-CHECKED = 64 << 20                      # bytes up to which a database is checked in full at the start
+PRUNE, RECENT = 60, 600                 # seconds between rounds of retention; until an unused queue is forgotten
+CHECKPOINT, CHECKED = 4000, 64 << 20    # pages in the log that start a checkpoint; bytes checked in full at the start
 BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800)  # seconds of a histogram
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)                                              # operations in a commit
 COPY = '.backup-'                       # in the names of copies that are being made
@@ -137,9 +115,9 @@ TRANSITIONS = {     # from each of the first statuses, to one of the others
     'retry':     ('failed cancelled',              'pending'),
     'purge':     ('pending done failed cancelled', ''),
 }
+SOURCES = {call: tuple(sources.split()) for call, (sources, _) in TRANSITIONS.items()}
 STATUSES = ('pending', 'running', 'done', 'failed', 'cancelled')
 ENDED = ('done', 'failed', 'cancelled')
-SOURCES = {call: tuple(sources.split()) for call, (sources, _) in TRANSITIONS.items()}
 EPOCH, MICROSECOND = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc), datetime.timedelta(microseconds=1)
 
 class Clock:
@@ -153,8 +131,7 @@ class Clock:
         self.looked = self.monotonic()
         self.offset = self.wall() - self.looked
 
-    def now(self):
-        return int((self.monotonic() + self.offset) * 1000000)
+    def now(self): return int((self.monotonic() + self.offset) * 1000000)
 
     def follow(self):
         """Draw near to the wall clock. Seconds that it is ahead by, where that is a leap and not a drift; else 0."""
@@ -166,44 +143,37 @@ class Clock:
         self.offset += max(-step, min(step, drift))
         return 0
 
-def micros(seconds):
-    return round(seconds * 1000000)
-
-def as_seconds(interval):
-    return interval / 1000000 if interval % 1000000 else interval // 1000000
+def micros(seconds): return round(seconds * 1000000)
+def as_seconds(interval): return interval / 1000000 if interval % 1000000 else interval // 1000000
+def rfc3339(moment): return None if moment is None else '%s.%06dZ' % (_date(moment // 1000000), moment % 1000000)
 
 @functools.lru_cache(maxsize=4096)
-def _date(second):
-    return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
-
-def rfc3339(moment):
-    return None if moment is None else '%s.%06dZ' % (_date(moment // 1000000), moment % 1000000)
+def _date(second): return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
 
 # -- Errors -----------------------------------------------------------------------------------------------------------
 class Refused(Exception):
     """A refusal, raised anywhere and answered in one place: a status, a sentence that names the field, headers."""
+    headers = ()
+
     def __init__(self, sentence, **headers):
         super().__init__(sentence)
         self.headers = [*self.headers, *headers.items()]
 
-def refusal(name, status, meaning, *headers):
-    return type(name, (Refused,), {'__doc__': meaning, 'status': status, 'headers': headers})
-
-BadRequest     = refusal('BadRequest',     400, 'The input is not what the call takes.')
-Unauthorized   = refusal('Unauthorized',   401, 'The token is missing or wrong.', ('WWW-Authenticate', 'Bearer'))
-Forbidden      = refusal('Forbidden',      403, 'A page of another origin asks.')
-NotFound       = refusal('NotFound',       404, 'There is no such job or path.')
-NotAllowed     = refusal('NotAllowed',     405, 'The path is there, the method is not.')
-TooSlow        = refusal('TooSlow',        408, 'The request did not arrive in time.')
-Stale          = refusal('Stale',          409, 'The job is not, or no longer, in a state that allows the call.')
-LengthRequired = refusal('LengthRequired', 411, 'The length of the body is not told beforehand.')
-TooLarge       = refusal('TooLarge',       413, 'The body is longer than the engine takes.')
-NotJSON        = refusal('NotJSON',        415, 'The body does not claim to be JSON.')
-Misdirected    = refusal('Misdirected',    421, "The Host is none of this engine's names.")
-HeadTooLarge   = refusal('HeadTooLarge',   431, 'The header section is larger than the engine takes.')
-Fault          = refusal('Fault',          500, "A mistake of the engine's own.")
-Unavailable    = refusal('Unavailable',    503, 'Storage trouble: nothing was acknowledged.', ('Retry-After', '1'))
-Unusable       = refusal('Unusable',       503, 'The engine cannot start like this.')
+class BadRequest(Refused):      status = 400    # the input is not what the call takes
+class Unauthorized(Refused):    status, headers = 401, [('WWW-Authenticate', 'Bearer')]     # token missing or wrong
+class Forbidden(Refused):       status = 403    # a page of another origin asks
+class NotFound(Refused):        status = 404    # there is no such job or path
+class NotAllowed(Refused):      status = 405    # the path is there, the method is not
+class TooSlow(Refused):         status = 408    # the request did not arrive in time
+class Stale(Refused):           status = 409    # the job is not, or no longer, in a state that allows the call
+class LengthRequired(Refused):  status = 411    # the length of the body is not told beforehand
+class TooLarge(Refused):        status = 413    # the body is longer than the engine takes
+class NotJSON(Refused):         status = 415    # the body does not claim to be JSON
+class Misdirected(Refused):     status = 421    # the Host is none of this engine's names
+class HeadTooLarge(Refused):    status = 431    # the header section is larger than the engine takes
+class Fault(Refused):           status = 500    # a mistake of the engine's own
+class Unavailable(Refused):     status, headers = 503, [('Retry-After', '1')]   # storage: nothing was acknowledged
+class Unusable(Refused):        status = 503    # the engine cannot start like this
 
 # -- Fields -----------------------------------------------------------------------------------------------------------
 UNPRINTABLE, SURROGATE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]'), re.compile('[\x00\ud800-\udfff]')
@@ -211,22 +181,17 @@ RFC3339 = re.compile(r'(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:
 encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 escape = json.encoder.encode_basestring_ascii
 
-def as_is(value):
-    return value
-
 def json_text(value):
     """A JSON value as text; ValueError or RecursionError when it is too deep for some Python to read it back."""
     text = encode(value)
-    if text.count('[') + text.count('{') > MAX_DEPTH and depth(value) > MAX_DEPTH:
-        raise ValueError
+    if text.count('[') + text.count('{') > MAX_DEPTH:
+        layer = [[value]]
+        for _ in range(MAX_DEPTH + 1):      # to what is one level deeper
+            inside = itertools.chain.from_iterable(v.values() if isinstance(v, dict) else v for v in layer)
+            layer = [v for v in inside if isinstance(v, (dict, list))]
+        if layer:
+            raise ValueError
     return text
-
-def depth(value):
-    levels, layer = -1, [[value]]
-    while layer:
-        inside = itertools.chain.from_iterable(v.values() if isinstance(v, dict) else v for v in layer)
-        levels, layer = levels + 1, [v for v in inside if isinstance(v, (dict, list))]
-    return levels
 
 def parse_time(text):
     """RFC 3339 as microseconds since 1970; OverflowError beyond the years 1 to 9999, where its offset may lead."""
@@ -238,6 +203,13 @@ def shorten(text, longest):
     half, cut = longest // 2, len(text) - longest // 2 * 2
     return text if len(text) <= longest else f'{text[:half]}\n[... {cut} characters ...]\n{text[-half:]}'
 
+def shown(value):
+    """A value as a sentence may hold it: one line, bounded."""
+    kinds = {dict: 'an object', list: 'a list'}
+    return kinds.get(type(value)) or shorten(json.dumps(value), 60).replace('\n', ' ')
+
+# rules of fields: what is allowed, whether a value is, and what the store takes for it
+def as_is(value): return value
 def whole(low, high):
     return f'a whole number from {low} to {high}', lambda v: type(v) is int and low <= v <= high, as_is
 
@@ -249,12 +221,12 @@ def printable(longest):
             lambda v: type(v) is str and 0 < len(v) <= longest and not UNPRINTABLE.search(v), as_is)
 
 NAME = printable(200)
-VALUE = f'JSON of finite numbers that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text
 IDS = (f'a list of 1 to {MAX_AFTER} ids of jobs', lambda v: type(v) is list and 0 < len(v) <= MAX_AFTER and
        all(map(NAME[1], v)), lambda v: list(dict.fromkeys(v)))
-FIELDS = {      # what is allowed, whether a value is, and what the store takes for it
+FIELDS = {
     **dict.fromkeys(('id', 'queue', 'tag', 'key', 'worker', 'after', 'needed_by', 'zone'), NAME),
-    **dict.fromkeys(('payload', 'result', 'progress'), VALUE),
+    **dict.fromkeys(('payload', 'result', 'progress'), (
+        f'JSON of finite numbers that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text)),
     **dict.fromkeys(('retry', 'brief', 'busy', 'after_any'), ('true or false', lambda v: type(v) is bool, as_is)),
     'attempt': whole(0, 2**53), 'priority': whole(-2**31, 2**31 - 1), 'limit': whole(1, MAX_LIMIT),
     'max_retries': whole(0, 1000), 'hung': whole(0, 10**6), 'max_running': whole(1, 10**6), 'rate': whole(1, 10**6),
@@ -275,9 +247,11 @@ def checked(path, body):
     needed, rules, ask = ROUTES[path].needed, ROUTES[path].rules, {}
     for field, value in body.items():
         if field not in rules:
-            raise BadRequest(unknown(field, rules))
+            near = difflib.get_close_matches(field[:200], rules, 1)
+            hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(rules) or "no fields"}'
+            raise BadRequest(f'{shown(field)} is not a field of this call: {hint}')
         if value is not None or field in LIFTED:
-            ask[field] = None if value is None else fit(field, value, rules[field])
+            ask[field] = None if value is None else fit(field, value, *rules[field])
     if needed and needed not in ask:
         raise BadRequest(f'{needed} is missing: {path} needs it')
     for one, other in (('run_at', 'delay'), ('cron', 'every')):
@@ -285,24 +259,11 @@ def checked(path, body):
             raise BadRequest(f'{one} and {other} exclude each other')
     return ask
 
-def fit(field, value, rule):
-    allowed, holds, store = rule
-    try:
+def fit(field, value, allowed, holds, store):
+    with contextlib.suppress(ValueError, OverflowError, RecursionError):
         if holds(value):
             return store(value)
-    except (ValueError, OverflowError, RecursionError):
-        pass
     raise BadRequest(f'{field} must be {allowed}, not {shown(value)}')
-
-def unknown(field, taken):
-    near = difflib.get_close_matches(field[:200], taken, 1)
-    hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(taken) or "no fields"}'
-    return f'{shown(field)} is not a field of this call: {hint}'
-
-def shown(value):
-    """A value as a sentence may hold it: one line, bounded."""
-    kinds = {dict: 'an object', list: 'a list'}
-    return kinds.get(type(value)) or shorten(json.dumps(value), 60).replace('\n', ' ')
 
 def batch(path, body):
     """The checked fields of `body`, or of each item of {"jobs": [...]}; an item that is refused is its refusal."""
@@ -340,10 +301,9 @@ def parsed(body):
 
 # -- Cron -------------------------------------------------------------------------------------------------------------
 CRON = (    # POSIX crontab, and what cron on Linux adds: field, lowest and highest number, names from the lowest on
-    ('minute', 0, 59, ()), ('hour', 0, 23, ()), ('day of month', 1, 31, ()),
-    ('month', 1, 12, 'jan feb mar apr may jun jul aug sep oct nov dec'.split()),
-    ('day of week', 0, 7, 'sun mon tue wed thu fri sat'.split()),       # Sunday is 0 and 7
-)
+    ('minute', 0, 59, ''), ('hour', 0, 23, ''), ('day of month', 1, 31, ''),
+    ('month', 1, 12, 'jan feb mar apr may jun jul aug sep oct nov dec'),
+    ('day of week', 0, 7, 'sun mon tue wed thu fri sat'))       # Sunday is 0 and 7
 NICKNAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@weekly': '0 0 * * 0', '@monthly': '0 0 1 * *',
              '@yearly': '0 0 1 1 *'}
 PART = re.compile('(?:[*]|([a-z0-9]+)-([a-z0-9]+))(?:/([0-9]{1,3}))?|([a-z0-9]+)')  # * or a range, in steps; or one
@@ -356,12 +316,12 @@ class Cron:
         if len(parts) != 5:
             raise BadRequest(f'cron: {shown(expression)} has not five fields (minute, hour, day of month, month, '
                              f'day of week), nor is it one of {", ".join(NICKNAMES)}')
-        self.minutes, self.hours, self.days, self.months, weekdays = map(values_of, parts, CRON)
+        self.minutes, self.hours, self.days, self.months, weekdays = map(values_of, parts, *zip(*CRON))
         self.weekdays = {day % 7 for day in weekdays}
         self.enough = all if parts[2].startswith('*') or parts[4].startswith('*') else any      # of the two days
         if self.enough is all and min(self.days) > max(calendar.monthrange(2000, month)[1] for month in self.months):
             raise BadRequest(f'cron: no month of {shown(parts[3])} has a day {min(self.days)}')
-        self.zone = zone_of(zone)
+        self.zone = datetime.timezone.utc if zone == 'UTC' else zone_of(zone)
 
     def after(self, at):
         """The first tick after a moment of UTC."""
@@ -385,17 +345,15 @@ class Cron:
             at -= MINUTE
         return at
 
-def values_of(text, field):
+def values_of(text, name, low, high, names):
     """The numbers that a field of a cron expression names."""
-    name, low, high, names = field
-    values = set()
+    values, names = set(), names.split()
     for part in text.lower().split(','):
         try:
             first, last, step, one = PART.fullmatch(part).groups()
-            bounds = first or one or low, last or one or high
-            start, end = (names.index(bound) + low if bound in names else int(bound) for bound in bounds)
-            if end == 0 < start and name == 'day of week':      # fri-sun
-                end = 7
+            start, end = (names.index(bound) + low if bound in names else int(bound)
+                          for bound in (first or one or low, last or one or high))
+            end = 7 if end == 0 < start and high == 7 else end      # fri-sun
             if not low <= start <= end <= high:
                 raise ValueError
             values.update(range(start, end + 1, int(step or 1)))
@@ -406,8 +364,6 @@ def values_of(text, field):
     return values
 
 def zone_of(name):
-    if name == 'UTC':
-        return datetime.timezone.utc
     try:
         import zoneinfo
         return zoneinfo.ZoneInfo(name)
