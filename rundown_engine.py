@@ -2441,6 +2441,7 @@ svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-
 let turn = 0, timer = 0, skew = 0, place = {}, armed = "";  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
 const $ = id => document.getElementById(id);
 const show = flags => { for (const id in flags) $(id).hidden = !flags[id]; };
+const fill = contents => { for (const id in contents) put($(id), contents[id]); };
 const age = (time, now = Date.now() + skew) => (now - Date.parse(time)) / 1000;
 const span = s => s < 10 ? Math.max(0, s).toFixed(1) + " s" : s < 120 ? Math.round(s) + " s" : s < 7200 ? Math.round(s / 60) + " min"
   : s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " d";
@@ -2457,11 +2458,15 @@ function el(tag, attributes, ...children) {  // data enters as text and attribut
   return node;
 }
 function put(node, content) {  // text, a node or several; in place, so that focus, selection and a click that has begun are not lost
-  const now = Array.from(node.childNodes), next = Array.from(el("p", {}, content).childNodes);
-  if (String(now.map(child => child.nodeName)) !== String(next.map(child => child.nodeName))) return node.replaceChildren(...next);
-  next.forEach((child, i) => {
-    for (const {name, value} of child.attributes || []) now[i].setAttribute(name, value);
-    if (child.attributes) put(now[i], Array.from(child.childNodes)); else if (now[i].data !== child.data) now[i].data = child.data;
+  const keyed = nodes => new Map(Array.from(nodes, (child, i) => [child.nodeName + (child.dataset?.key ?? i), child]));
+  const old = keyed(node.childNodes), next = keyed(el("p", {}, content).childNodes);
+  for (const [key, child] of old) if (!next.has(key) && !(child.dataset?.key && child.contains(document.activeElement))) child.remove();
+  [...next].forEach(([key, child], i) => {
+    const kept = old.get(key) || child;
+    if (kept.data !== child.data) kept.data = child.data;
+    for (const {name, value} of child.attributes || []) kept.setAttribute(name, value);
+    if (kept !== child && child.attributes) put(kept, [...child.childNodes]);
+    if (node.childNodes[i] !== kept) node.insertBefore(kept, node.childNodes[i]);
   });
 }
 function button(label, able, about, action = label.replace(" ", "-")) {
@@ -2498,8 +2503,7 @@ const CELLS = {job: ({id}) => job(id, id.length > 16 ? "…" + id.slice(-12) : i
   detail: job => [{done: "took " + CELLS.took(job), running: job.progress !== null && "progress " + JSON.stringify(job.progress),
     pending: job.waits_for ? `waits for ${job.waits_for} job(s)` : age(job.next_run_at) < 0 && "due " + ago(job.next_run_at)}[job.status],
     (job.error || "").trim().split("\n").pop()].filter(Boolean).join(" ")};
-for (const status of ["pending", "running", "done", "failed"])
-  CELLS[status] = ({queue, [status]: count}) => link(hash({queue, status}), count);
+for (const status of ["pending", "running", "done", "failed"]) CELLS[status] = item => link(hash({queue: item.queue, status}), item[status]);
 const BAD = /^(failed|hung_threads) [1-9]|^status failed|^state (paused|no worker)/;
 function cells(id, item) {  // of the item's row; without an item the headings
   return TABLES[id].split(" ").map(column => {
@@ -2511,65 +2515,54 @@ function cells(id, item) {  // of the item's row; without an item the headings
     return cell;
   });
 }
-function draw(id, items) {  // the same item keeps its row, so that focus, scroll and selection stay; a row in focus stays anyway
-  const body = $(id).tBodies[0], first = TABLES[id].split(" ")[0], rows = new Map(Array.from(body.rows, tr => [tr.key, tr]));
-  const name = item => item[first] ?? item.id ?? item.name, listed = new Map(items.map(item => [name(item) + " " + item.queue, item]));
-  for (const [key, tr] of rows) if (!listed.has(key) && !tr.contains(document.activeElement)) tr.remove();
-  [...listed].forEach(([key, item], i) => {
-    const tr = rows.get(key) || Object.assign(el("tr", {role: "row", ["data-" + first]: name(item)}), {key});
-    put(tr, cells(id, item));
-    if (body.rows[i] !== tr) body.insertBefore(tr, body.rows[i]);
-  });
+function draw(tables) {  // the same item keeps its row, so that focus, scroll and selection stay; a row in focus stays anyway
+  for (const [id, items] of Object.entries(tables)) put($(id).tBodies[0], items.map(item => {
+    const first = TABLES[id].split(" ")[0], name = item[first] ?? item.id ?? item.name;
+    return el("tr", {role: "row", ["data-" + first]: name, "data-key": name + " " + item.queue}, cells(id, item));
+  }));
 }
-function list({queues, workers}, {jobs, after}, {schedules}) {
+function list({queues, workers}, {schedules}, {jobs, after}) {
   workers.sort((a, b) => a.queue.localeCompare(b.queue) || a.worker.localeCompare(b.worker));  // rows that stay where they are
-  for (const [id, items] of Object.entries({queues, schedules, workers, jobs})) draw(id, items);
-  put($("older"), after && link(hash({...place, after}), "older"));
-  put($("example"), jobs.length ? "" : `# no job here; how to enqueue one:
-curl -H 'Content-Type: application/json' -d '{"queue": "hello", "payload": "world"}' ${location.origin}/enqueue`);
+  draw({queues, schedules, workers, jobs});
+  fill({older: after && link(hash({...place, after}), "older"), example: jobs.length ? "" : `# no job here; how to enqueue one:
+curl -H 'Content-Type: application/json' -d '{"queue": "hello", "payload": "world"}' ${location.origin}/enqueue`});
 }
 function page({why, error, attempts, payload, result, after = [], needed_by = [], ...fields}) {
   const {id, status} = fields, links = ids => ids.flatMap(id => [job(id), " "]);
   const json = (value, text = JSON.stringify(value, null, 2)) =>
     text.length > 200000 ? text.slice(0, 200000) + " ... (cut here; GET /jobs/ID has the rest)" : text;
   const buttons = [button("retry", /failed|cancelled/.test(status), {id}), button("cancel", /pending|running/.test(status), {id})];
-  for (const [box, content] of Object.entries({why, buttons, error, payload: json(payload), result: result === null ? "" : json(result),
-    after: links(after), needed_by: links(needed_by)})) put($(box), content);
-  draw("attempts", attempts);
-  draw("fields", Object.entries(fields).map(([field, value]) => ({field, value: value === null ? "–" : typeof value !== "string"
-    ? JSON.stringify(value) : field.endsWith("_at") ? new Date(value).toLocaleString("sv") + ", " + ago(value) : value})));
+  fill({why, buttons, error, payload: json(payload), result: result === null ? "" : json(result),
+    after: links(after), needed_by: links(needed_by)});
+  draw({attempts, fields: Object.entries(fields).map(([field, value]) => ({field, value: value === null ? "–" : typeof value !== "string"
+    ? JSON.stringify(value) : field.endsWith("_at") ? new Date(value).toLocaleString("sv") + ", " + ago(value) : value}))});
 }
 
 async function call(path, body, reviver) {  // what the engine answers; throws {status, message}
   const {token} = sessionStorage, headers = {"Content-Type": "application/json", ...token && {Authorization: "Bearer " + token}};
   const options = {method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal: AbortSignal.timeout(body ? 60000 : 10000)};
-  let status = 0, message = "engine does not answer, trying again";
-  try {
-    const answer = await fetch(path, options), content = JSON.parse(await answer.text(), reviver);
-    if (answer.ok) return content;
-    [status, message] = [answer.status, "the engine says: " + content.error];
-  } catch (error) { /* no answer, or none in JSON: the message says so */ }
-  throw {status, message};
+  const read = async answer => [answer.status, JSON.parse(await answer.text(), reviver)];
+  const [status, content] = await fetch(path, options).then(read).catch(() => [0]);  // no answer, or none in JSON
+  if (status === 200) return content;
+  throw {status, message: status ? "the engine says: " + content.error : "engine does not answer, trying again"};
 }
 async function refresh() {
   const mine = ++turn, began = Date.now(), {id} = place, {token} = sessionStorage;
   clearTimeout(timer);
   if (document.hidden) return;
+  const path = "/jobs?" + hash(id ? place : {...place, limit: 50, brief: true}).slice(1);  // the path /jobs/ID cannot hold the id ".."
   try {
-    const queues = await call("/queues?busy=true&limit=100"), schedules = await call("/schedules?limit=100");
-    const path = "/jobs?" + hash(id ? place : {...place, limit: 50, brief: true}).slice(1);  // the path /jobs/ID cannot hold the id ".."
-    const found = await call(path, undefined, id && exact).catch(failure => { if (failure.status !== 404) throw failure; });
+    const [queues, schedules, found] = await Promise.all([call("/queues?busy=true&limit=100"), call("/schedules?limit=100"),
+      call(path, undefined, id && exact).catch(failure => { if (failure.status !== 404) throw failure; })]);
     if (mine !== turn) return;
     skew = Date.parse(queues.now) - Date.now();
-    if (!id) list(queues, found, schedules); else if (found) page(found);
+    if (!id) list(queues, schedules, found); else if (found) page(found);
     show({job: found, missing: !found, manual: !token});
-    put($("updated"), "at " + new Date().toLocaleTimeString("sv"));
-    put($("offline"), "");
+    fill({updated: "at " + new Date().toLocaleTimeString("sv"), offline: ""});
   } catch ({status, message}) {
     if (mine !== turn) return;
     show({login: status === 401});
-    put($("offline"), status === 401 ? "" : message);
-    put($("refused"), token ? "the engine refused this token" : "");
+    fill({offline: status === 401 ? "" : message, refused: token ? "the engine refused this token" : ""});
     if (status === 401) return $("token").focus();
   }
   timer = setTimeout(refresh, Math.max(2000, 4 * (Date.now() - began)));
@@ -2579,14 +2572,14 @@ async function press({action, about}) {
   if (action === "purge" && armed !== queue)  // wants a second press, and a double click is not one
     return [setTimeout(arm, 300, queue), setTimeout(arm, 5000, "")];
   const said = await call("/" + action.replace("-failed", ""), {id, queue, status}).catch(failure => failure);
-  put($("notice"), `${action} ${id || queue}: ${said.message || ("count" in said ? said.count + " job(s)" : "ok")}`);
-  setTimeout(put, 6000, $("notice"));
+  fill({notice: `${action} ${id || queue}: ${said.message || ("count" in said ? said.count + " job(s)" : "ok")}`});
+  setTimeout(fill, 6000, {notice: ""});
   arm("");
 }
 function route() {
   place = Object.fromEntries(new URLSearchParams(location.hash.slice(1).replace(/^job\//, "id=")));
   for (const name of ["queue", "status", "tag"]) $("filter")[name].value = place[name] || "";
-  put($("title"), document.title = place.id ? "job " + place.id : "Rundown-Workers");
+  fill({title: document.title = place.id ? "job " + place.id : "Rundown-Workers"});
   show({list: !place.id, page: place.id, job: false, missing: false});
   if (place.id) { $("title").focus(); scrollTo(0, 0); }  // back in the history, the browser restores the scroll
   else if (document.activeElement.closest("#queues, #workers")) $("filter").scrollIntoView({block: "nearest"});
@@ -2610,41 +2603,43 @@ POLICY = '; '.join([*(
 
 def exposition(store):
     """The metrics in the text format of Prometheus, version 0.0.4."""
+    lines = []
+    for name, kind, meaning, samples in families(store):
+        lines += f'# HELP rundown_{name} {meaning}', f'# TYPE rundown_{name} {kind}'
+        lines += (f'rundown_{name}{rest}' for rest in samples)
+    return '\n'.join(lines) + '\n'
+
+def families(store):
+    """The metrics: name, kind, meaning, samples."""
     queues, schedules, meter, now = *store.counts(), store.meter, store.clock.now()
-    named, totals, lines = {q['queue'] for q in queues}, collections.Counter(), []
+    named, totals = {q['queue'] for q in queues}, collections.Counter()
     with meter.lock:
         requests, groups = dict(meter.requests), list(meter.groups)
         histograms = {place: list(histogram) for place, histogram in meter.seconds.items() if place[1] in named}
         for (event, queue), n in meter.totals.items():
             totals[event, queue if queue in named else '(others)'] += n
-
-    def family(name, kind, meaning, samples):
-        lines.extend([f'# HELP rundown_{name} {meaning}', f'# TYPE rundown_{name} {kind}'])
-        lines.extend(f'rundown_{name}{rest}' for rest in samples)
-
-    family('jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', (
-        sample(q[name], queue=q['queue'], status=name) for q in queues for name in (*STATUSES, 'scheduled', 'waiting')))
-    family('max_running', 'gauge', 'Jobs of the queue that may run at a time.', (
-        sample(q['max_running'], queue=q['queue']) for q in queues if q['max_running']))
-    family('rate', 'gauge', 'Claims a second that the queue allows.', (
-        sample(q['rate'] * 1000000 / q['per'], queue=q['queue']) for q in queues if q['rate']))
-    family('schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', (
-        sample((row['next_run_at'] - now) / 1000000, schedule=row['name']) for row in schedules))
-    family('schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', (
-        sample(row['skipped'], schedule=row['name']) for row in schedules))
-    family('oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', (
-        sample(max(0, now - (q['oldest'] or now)) / 1000000, queue=q['queue']) for q in queues))
+    yield 'jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', (
+        sample(q[name], queue=q['queue'], status=name) for q in queues for name in (*STATUSES, 'scheduled', 'waiting'))
+    yield 'max_running', 'gauge', 'Jobs of the queue that may run at a time.', (
+        sample(q['max_running'], queue=q['queue']) for q in queues if q['max_running'])
+    yield 'rate', 'gauge', 'Claims a second that the queue allows.', (
+        sample(q['rate'] * 1000000 / q['per'], queue=q['queue']) for q in queues if q['rate'])
+    yield 'oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', (
+        sample(max(0, now - (q['oldest'] or now)) / 1000000, queue=q['queue']) for q in queues)
+    yield 'schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', (
+        sample((row['next_run_at'] - now) / 1000000, schedule=row['name']) for row in schedules)
+    yield 'schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', (
+        sample(row['skipped'], schedule=row['name']) for row in schedules)
     for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
-        family(f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', (
-            sample(n, queue=queue) for (name, queue), n in totals.items() if name == event))
+        yield f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', (
+            sample(n, queue=queue) for (name, queue), n in totals.items() if name == event)
     for event, name, span in (('started', 'wait', 'due to claimed'), ('completed', 'job', 'claimed to completed')):
-        family(f'{name}_seconds', 'histogram', f'Seconds from {span}.', (
+        yield f'{name}_seconds', 'histogram', f'Seconds from {span}.', (
             rest for (kind, queue), histogram in histograms.items() if kind == event
-            for rest in buckets_of(histogram, BUCKETS, queue=queue)))
-    family('commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS))
-    family('requests_total', 'counter', 'Requests by route and status.', (
-        sample(n, route=route, status=status) for (route, status), n in requests.items()))
-    return '\n'.join(lines) + '\n'
+            for rest in buckets_of(histogram, BUCKETS, queue=queue))
+    yield 'commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS)
+    yield 'requests_total', 'counter', 'Requests by route and status.', (
+        sample(n, route=route, status=status) for (route, status), n in requests.items())
 
 def buckets_of(histogram, bounds, **labels):
     *counts, total = histogram
