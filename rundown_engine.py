@@ -23,10 +23,8 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /complete   id, attempt, result                   POST /release   id, attempt -> pending again, nothing counted
     POST /heartbeat  id, attempt, progress -> 409 when the claim is gone; these four also take {"jobs": [...]}: each
                      item is answered, with `error` and `code` if refused
-    POST /cancel     id, or queue with status (pending, running) -> {"count": n}
-    POST /retry      id, or queue with status (failed, cancelled) -> {"count": n}
-    POST /purge      queue and/or status (never running) -> {"count": n}
-    POST /pause      queue                                 POST /resume    queue
+    POST /cancel, /retry   id, or queue with status (pending, running; failed, cancelled) -> {"count": n}
+    POST /purge            queue and/or status (never running) -> {"count": n}            POST /pause, /resume  queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then one each per / rate
                      seconds); null lifts one, what is not named stays
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority, key -> the schedule
@@ -79,8 +77,8 @@ VERSION, PORT = '1.0', 8181
 DEFAULT_TIMEOUT, GRACE = 300, 5         # seconds a handler may take where nobody says; more, until its worker is lost
 BACKOFF, MAX_LOSSES = 5, 3              # seconds, times retries squared; lost workers a job survives without retries
 MAX_WAIT, MAX_BATCH, MAX_LIMIT = 60, 10000, 1000        # seconds of a long poll; jobs in a body; jobs in an answer
-MAX_BODY, MAX_HEAD = 8 << 20, 32 << 10  # bytes of a request's body, and of its line and headers
-MAX_HEADERS, MAX_DEPTH = 100, 200       # headers of a request, levels of a JSON value
+MAX_BODY, MAX_HEAD, MAX_HEADERS = 8 << 20, 32 << 10, 100    # bytes of a body, of a request's line and headers; of these
+MAX_DEPTH = 200                         # levels of a JSON value
 MAX_DIGITS = 4300                       # of a JSON integer; beyond it newer Pythons refuse, older take quadratic time
 MAX_ERROR = 64 << 10                    # characters of an error; the middle is cut out
 MAX_ATTEMPTS, MAX_ATTEMPT_ERROR = 10, 4 << 10   # ended attempts that a job remembers, and characters of their errors
@@ -116,8 +114,7 @@ TRANSITIONS = {     # from each of the first statuses, to one of the others
     'purge':     ('pending done failed cancelled', ''),
 }
 SOURCES = {call: tuple(sources.split()) for call, (sources, _) in TRANSITIONS.items()}
-STATUSES = ('pending', 'running', 'done', 'failed', 'cancelled')
-ENDED = ('done', 'failed', 'cancelled')
+STATUSES, ENDED = ('pending', 'running', 'done', 'failed', 'cancelled'), ('done', 'failed', 'cancelled')
 EPOCH, MICROSECOND = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc), datetime.timedelta(microseconds=1)
 
 class Clock:
@@ -127,8 +124,7 @@ class Clock:
     millisecond a second, and follows it at once only forward (a machine that slept, a clock that was set).
     """
     def __init__(self, source=time):
-        self.monotonic, self.wall = source.monotonic, source.time
-        self.looked = self.monotonic()
+        self.monotonic, self.wall, self.looked = source.monotonic, source.time, source.monotonic()
         self.offset = self.wall() - self.looked
 
     def now(self): return int((self.monotonic() + self.offset) * 1000000)
@@ -2389,53 +2385,47 @@ DASHBOARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Rund
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; --back: light-dark(#f5f5f2, #121518); --card: light-dark(#fff, #1a1e22);
   --text: light-dark(#1d2328, #e2e6e9); --soft: light-dark(#59636d, #9ba6b0); --line: light-dark(#dcdcd6, #30363c);
-  --accent: light-dark(#0a5fb8, #74b6ff); --bad: light-dark(#b3261e, #ff8f85); }  * { box-sizing: border-box; }
+  --accent: light-dark(#0a5fb8, #74b6ff); --bad: light-dark(#b3261e, #ff8f85); }  * { box-sizing: border-box; }  a { color: var(--accent); }
 body { margin: 0 auto; max-width: 90rem; padding: 0 1rem 4rem; background: var(--back); color: var(--text); overflow-wrap: anywhere;
-  font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+  font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
 [hidden], p:empty, pre:empty, h2:has(+ :empty), table:has(tbody:empty), h2:has(+ table > tbody:empty), #login:not([hidden]) ~ main {
-  display: none !important; }  /* what has nothing to show */
+  display: none !important; }  /* what has nothing to show */  #home { font-weight: 650; margin-right: auto; }
 header, form, #buttons { display: flex; flex-wrap: wrap; gap: .4rem .8rem; align-items: center; margin: .7rem 0; }
-h1, h2 { font-size: 1rem; margin: 1.4rem 0 .4rem; outline: none; }  #home { font-weight: 650; margin-right: auto; }
-a { color: var(--accent); }  td a, #home { text-decoration: none; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
+h1, h2 { font-size: 1rem; margin: 1.4rem 0 .4rem; outline: none; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
 button, input, select, table, pre, .box { font: inherit; color: var(--text); background: var(--card); border: 1px solid var(--line); }
-button, input, select { border-color: var(--soft); border-radius: 5px; padding: .1rem .5rem; }
+button, input, select { border-color: var(--soft); border-radius: 5px; padding: .1rem .5rem; }  #offline { position: sticky; top: 0; }
 button[aria-disabled=true] { color: var(--soft); border-color: var(--line); }  .armed { background: var(--bad); color: var(--card); }
 td button { margin-right: .3rem; min-width: 4.3rem; font-size: .85rem; }  td button:last-child { min-width: 6rem; margin: 0; }
-pre, .box { padding: .6rem .8rem; margin: .5rem 0; max-height: 30rem; overflow: auto; white-space: pre-wrap; }
-pre, td[data-count=error] { font: 12.5px/1.45 ui-monospace, monospace; }  [data-attempt] { vertical-align: top; }
+pre, .box { padding: .6rem .8rem; margin: .5rem 0; max-height: 30rem; overflow: auto; }  [data-attempt] { vertical-align: top; }
 table { width: 100%; border-collapse: collapse; table-layout: fixed; }  tr { border-bottom: 1px solid var(--line); }
 th, td { text-align: left; padding: .3rem .45rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-th, label, #updated, td[data-count=field] { color: var(--soft); font-weight: 400; font-size: .85rem; }  .number { text-align: right; }
-[data-count=error], [data-count=state], [data-count=value] { white-space: pre-wrap; }  th[data-count=field] { width: 8rem; }
-th[data-count=queue] { width: 13%; }  th[data-count=detail] { width: 28%; }  th[data-count=error] { width: 50%; }
-th[data-count=last_hour], th[data-count=state] { width: 8.6rem; }  th[data-count=actions] { width: 18rem; }
-svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
-#offline { position: sticky; top: 0; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
+th, label, #updated, td.field { color: var(--soft); font-weight: 400; font-size: .85rem; }  td a, #home { text-decoration: none; }
+pre, td.error { font: 12.5px/1.45 ui-monospace, monospace; }  pre, .box, .error, .state, .value { white-space: pre-wrap; }
+.number { text-align: right; }  th.error { width: 50%; }  th.detail { width: 28%; }  th.queue { width: 13%; }  th.actions { width: 18rem; }
+th.last_hour, th.state { width: 8.6rem; }  th.field { width: 8rem; }
+svg { display: block; width: 120px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
 @media (max-width: 78rem) { table:not(#fields) {  /* each row becomes a card, its cells carry their headings */
   thead { position: fixed; clip-path: inset(50%); }  &, tbody, td { display: block; padding: 0; text-align: left; white-space: pre-wrap; }
   tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)); gap: .4rem .8rem; padding: .6rem .8rem; }
   td:before { content: attr(data-label); display: block; color: var(--soft); font: .85rem system-ui, sans-serif; }
-  td:is([data-count=queue], [data-count=worker], [data-count=state], [data-count=last_hour]) { grid-column: span 2; }
-  td:is(:first-child, [data-count=actions], [data-count=detail], [data-count=error]) { grid-column: 1 / -1; } } }
+  .queue, .worker, .state, .last_hour { grid-column: span 2; }  td:first-child, .actions, .detail, .error { grid-column: 1 / -1; } } }
 </style><header><a id="home" href="#">Rundown-Workers</a> <noscript>this page needs JavaScript, the engine does not</noscript>
-  <span id="updated"></span> <a id="manual" href="/docs">manual</a></header>
-<p id="offline" class="box bad" role="alert"></p> <p id="notice" class="box" role="status"></p>
-<form id="login" method="dialog" class="box" hidden><label for="token">this engine asks for its token</label>
-  <input id="token" type="password" autocomplete="current-password" required pattern="[!-~]+" title="visible ASCII characters">
-  <button>open</button> <span id="refused" class="bad" role="alert"></span></form>
-<main id="list" hidden>
-  <h2>Queues</h2><table id="queues"></table> <h2>Schedules</h2><table id="schedules"></table>
+  <span id="updated"></span> <a id="manual" href="/docs">manual</a></header> <p id="offline" class="box bad" role="alert"></p>
+<p id="notice" class="box" role="status"></p> <form id="login" method="dialog" class="box" hidden>
+  <label for="token">this engine asks for its token</label> <input id="token" type="password" autocomplete="current-password" required
+    pattern="[!-~]+" title="visible ASCII characters"> <button>open</button> <span id="refused" class="bad" role="alert"></span></form>
+<main id="list" hidden><h2>Queues</h2><table id="queues"></table> <h2>Schedules</h2><table id="schedules"></table>
   <h2>Workers seen</h2><table id="workers"></table> <h2>Newest jobs</h2>
   <form id="filter" method="dialog" role="search"><label>queue <input name="queue" autocomplete="off"></label> <label>status
     <select name="status"><option value="">any<option>pending<option>running<option>done<option>failed<option>cancelled</select></label>
     <label>tag <input name="tag" autocomplete="off"></label> <button>filter</button> <a href="#">all jobs</a></form>
   <table id="jobs"></table> <p id="older"></p> <pre id="example" tabindex="0"></pre></main>
-<main id="page" hidden>
-  <h1 id="title" tabindex="-1"></h1> <p id="missing" class="box" hidden>There is no job with this id. It may have been purged.</p>
+<main id="page" hidden><h1 id="title" tabindex="-1"></h1>
+  <p id="missing" class="box" hidden>There is no job with this id. It may have been purged.</p>
   <div id="job" hidden><p id="why" class="box"></p> <p id="buttons"></p> <h2>Error</h2><pre id="error" tabindex="0"></pre>
-    <h2>Payload</h2><pre id="payload" tabindex="0"></pre> <h2>Result</h2><pre id="result" tabindex="0"></pre> <h2>Waits or waited for</h2>
-    <p id="after"></p> <h2>Needed by</h2><p id="needed_by"></p> <h2>Attempts</h2><table id="attempts"></table> <h2>Fields</h2>
-    <table id="fields"></table></div></main>
+  <h2>Payload</h2><pre id="payload" tabindex="0"></pre> <h2>Result</h2><pre id="result" tabindex="0"></pre> <h2>Waits or waited for</h2>
+  <p id="after"></p> <h2>Needed by</h2><p id="needed_by"></p> <h2>Attempts</h2><table id="attempts"></table>
+  <h2>Fields</h2><table id="fields"></table></div></main>
 <script>
 "use strict";
 let turn = 0, timer = 0, skew = 0, place = {}, armed = "";  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
@@ -2482,7 +2472,6 @@ function plot({done, failed}) {  // done rises from the base line, failed hangs 
   return el("svg", {role: "img", viewBox: "0 0 120 28", "aria-label": label},
     el("path", {d: bars(done, -1) + `M0 ${base}H120`}), el("path", {d: bars(failed, 1), class: "bad"}));
 }
-
 // tables: the first column names the row; a cell shows the field of its column's name, a time as its age, or what CELLS says; * is a number
 const TABLES = {queues: "queue pending* scheduled* running* done* failed* oldest* jobs/min* last_hour state actions", fields: "field value",
   workers: "worker queue seen_at* running* hung_threads*", jobs: "job queue tag status attempt* worker created_at* detail",
@@ -2503,7 +2492,7 @@ const CELLS = {job: ({id}) => job(id, id.length > 16 ? "…" + id.slice(-12) : i
   detail: job => [{done: "took " + CELLS.took(job), running: job.progress !== null && "progress " + JSON.stringify(job.progress),
     pending: job.waits_for ? `waits for ${job.waits_for} job(s)` : age(job.next_run_at) < 0 && "due " + ago(job.next_run_at)}[job.status],
     (job.error || "").trim().split("\n").pop()].filter(Boolean).join(" ")};
-for (const status of ["pending", "running", "done", "failed"]) CELLS[status] = item => link(hash({queue: item.queue, status}), item[status]);
+for (const status of ["pending", "running", "done", "failed"]) CELLS[status] = row => link(hash({queue: row.queue, status}), row[status]);
 const BAD = /^(failed|hung_threads) [1-9]|^status failed|^state (paused|no worker)/;
 function cells(id, item) {  // of the item's row; without an item the headings
   return TABLES[id].split(" ").map(column => {
@@ -2511,7 +2500,7 @@ function cells(id, item) {  // of the item's row; without an item the headings
     const content = !item ? label : key in CELLS ? CELLS[key](item) : key.endsWith("_at") ? ago(item[key]) : item[key];
     const cell = el(item ? "td" : "th", {role, "data-count": key, "data-label": label}, content), shown = cell.textContent;
     cell.title = key === "actions" ? "" : shown;
-    cell.className = (column === key ? "" : "number ") + (BAD.test(`${key} ${shown}`) ? "bad" : "");
+    cell.className = key + (column === key ? " " : " number ") + (BAD.test(`${key} ${shown}`) ? "bad" : "");
     return cell;
   });
 }
@@ -2537,7 +2526,6 @@ function page({why, error, attempts, payload, result, after = [], needed_by = []
   draw({attempts, fields: Object.entries(fields).map(([field, value]) => ({field, value: value === null ? "–" : typeof value !== "string"
     ? JSON.stringify(value) : field.endsWith("_at") ? new Date(value).toLocaleString("sv") + ", " + ago(value) : value}))});
 }
-
 async function call(path, body, reviver) {  // what the engine answers; throws {status, message}
   const {token} = sessionStorage, headers = {"Content-Type": "application/json", ...token && {Authorization: "Bearer " + token}};
   const options = {method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal: AbortSignal.timeout(body ? 60000 : 10000)};
@@ -2590,9 +2578,8 @@ for (const id in TABLES) Object.assign($(id), {role: "table", ariaLabel: id}).ap
 $("filter").onsubmit = $("filter").onchange = () => { location.hash = hash(Object.fromEntries(new FormData($("filter")))); };
 $("login").onsubmit = () => { sessionStorage.token = $("token").value; location.reload(); };
 document.onclick = ({target}) => { const button = target.closest("[aria-disabled=false]"); if (button) press(button.dataset); };
-window.onhashchange = route;
+window.onload = window.onhashchange = route;
 document.onvisibilitychange = refresh;
-route();
 </script>"""
 
 # The Content-Security-Policy of the page: its own style and script by their digests, its own engine, nothing else.
@@ -2603,11 +2590,8 @@ POLICY = '; '.join([*(
 
 def exposition(store):
     """The metrics in the text format of Prometheus, version 0.0.4."""
-    lines = []
-    for name, kind, meaning, samples in families(store):
-        lines += f'# HELP rundown_{name} {meaning}', f'# TYPE rundown_{name} {kind}'
-        lines += (f'rundown_{name}{rest}' for rest in samples)
-    return '\n'.join(lines) + '\n'
+    return ''.join(f'# HELP rundown_{name} {meaning}\n# TYPE rundown_{name} {kind}\n' + ''.join(
+        f'rundown_{name}{rest}\n' for rest in samples) for name, kind, meaning, samples in families(store))
 
 def families(store):
     """The metrics: name, kind, meaning, samples."""
@@ -2668,18 +2652,17 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
                        'write a secret into a file and give --token-file FILE')
     if token and not re.fullmatch('[!-~]+', token):
         raise Unusable('the token must be of visible ASCII characters, without spaces')
-    tls, ages = tls_context(cert, key) if cert else None, (age(keep), age(keep_failed))
+    tls, ages = tls_context(cert, key) if cert else None, [age(keep), age(keep_failed)]
     try:
         server = Server((host, port), token, tls, allow_host, verbose)     # first: a port that is taken leaves no file
     except (OSError, OverflowError) as error:
         raise Unusable(f'{host}:{port} cannot be listened on: {error}') from None
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(server.server_close)
         database = Database(db, sync)
         database.open()
         server.serve(Store(database, clock, *ages))
-    except BaseException:
-        server.server_close()
-        raise
+        undo.pop_all()
     return server
 
 def tls_context(cert, key):
@@ -2702,7 +2685,7 @@ def read_token(path):
     try:
         token = pathlib.Path(path).read_text('ascii').strip()
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or 'it is not ASCII'
+        reason = getattr(error, 'strerror', 'it is not ASCII')
         raise Unusable(f'the token file {path} cannot be read: {reason}') from None
     if not token:
         raise Unusable(f'the token file {path} is empty')
