@@ -85,7 +85,7 @@ MAX_ATTEMPTS, MAX_ATTEMPT_ERROR = 10, 4 << 10   # ended attempts that a job reme
 MAX_WORKERS, SHOWN = 1000, 100          # workers that are remembered; jobs that wait for a job and are named there
 MAX_AFTER, MAX_NEEDED = 1000, 20000     # jobs that a job waits for, and that all jobs of a body do
 IDLE, DEADLINE, LINGER = 120, 30, 5     # seconds of an idle connection; of a request or answer; after a refusal
-BIG_BODY, THREADS = 256 << 10, 4        # bytes of a body that a thread parses; threads, so requests that they serve
+BIG_BODY, THREADS = 256 << 10, 4        # bytes of a body that a thread parses; threads that serve requests
 CHUNK = SMALL = 64 << 10                # bytes that are received or read at a time; and for which there is always room
 MAX_HELD = MAX_UNSENT = 64 << 20        # bytes of requests not done with, and of answers not taken, of all clients
 MAX_ANSWER = 16 << 20                   # characters of the jobs that polls claim in a pass, and of a page
@@ -119,10 +119,8 @@ EPOCH, MICROSECOND = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 class Clock:
     """Engine time, in microseconds since 1970: the wall clock while that behaves, never standing still or going back.
-
     It runs on the monotonic clock from where the wall clock stood at the start, is drawn towards the wall clock by a
-    millisecond a second, and follows it at once only forward (a machine that slept, a clock that was set).
-    """
+    millisecond a second, and follows it at once only forward (a machine that slept, a clock that was set)."""
     def __init__(self, source=time):
         self.monotonic, self.wall, self.looked = source.monotonic, source.time, source.monotonic()
         self.offset = self.wall() - self.looked
@@ -201,20 +199,16 @@ def shorten(text, longest):
 
 def shown(value):
     """A value as a sentence may hold it: one line, bounded."""
-    kinds = {dict: 'an object', list: 'a list'}
-    return kinds.get(type(value)) or shorten(json.dumps(value), 60).replace('\n', ' ')
+    return {dict: 'an object', list: 'a list'}.get(type(value)) or shorten(json.dumps(value), 60).replace('\n', ' ')
 
 # rules of fields: what is allowed, whether a value is, and what the store takes for it
 def as_is(value): return value
-def whole(low, high):
-    return f'a whole number from {low} to {high}', lambda v: type(v) is int and low <= v <= high, as_is
-
-def duration(low, high):
-    return f'a number of seconds from {low} to {high}', lambda v: type(v) in (int, float) and low <= v <= high, micros
-
-def printable(longest):
-    return (f'a string of 1 to {longest} characters without control characters',
-            lambda v: type(v) is str and 0 < len(v) <= longest and not UNPRINTABLE.search(v), as_is)
+def whole(low, top): return f'a whole number from {low} to {top}', lambda v: type(v) is int and low <= v <= top, as_is
+def duration(low, top): return (
+    f'a number of seconds from {low} to {top}', lambda v: type(v) in (int, float) and low <= v <= top, micros)
+def printable(longest): return (
+    f'a string of 1 to {longest} characters without control characters',
+    lambda v: type(v) is str and 0 < len(v) <= longest and not UNPRINTABLE.search(v), as_is)
 
 NAME = printable(200)
 IDS = (f'a list of 1 to {MAX_AFTER} ids of jobs', lambda v: type(v) is list and 0 < len(v) <= MAX_AFTER and
