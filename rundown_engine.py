@@ -241,7 +241,7 @@ def checked(path, body):
             hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(rules) or "no fields"}'
             raise BadRequest(f'{shown(field)} is not a field of this call: {hint}')
         if value is not None or field in LIFTED:
-            ask[field] = None if value is None else fit(field, value, *rules[field])
+            ask[field] = None if value is None else fit(field, value, rules[field])
     if needed and needed not in ask:
         raise BadRequest(f'{needed} is missing: {path} needs it')
     for one, other in (('run_at', 'delay'), ('cron', 'every')):
@@ -249,10 +249,13 @@ def checked(path, body):
             raise BadRequest(f'{one} and {other} exclude each other')
     return ask
 
-def fit(field, value, allowed, holds, store):
-    with contextlib.suppress(ValueError, OverflowError, RecursionError):
+def fit(field, value, rule):
+    allowed, holds, store = rule
+    try:        # a call of suppress() would take half as long again as all of this
         if holds(value):
             return store(value)
+    except (ValueError, OverflowError, RecursionError):
+        pass
     raise BadRequest(f'{field} must be {allowed}, not {shown(value)}')
 
 def batch(path, body):
@@ -348,9 +351,8 @@ def values_of(text, name, low, high, names):
                 raise ValueError
             values.update(range(start, end + 1, int(step or 1)))
         except (AttributeError, ValueError):
-            allowed = f'{low}-{high}' + (f' or {", ".join(names)}' if names else '')
-            raise BadRequest(f'cron: {name}: {part[:60]} is not {allowed}, * or a range (both may have a /step), '
-                             'or a list of these') from None
+            raise BadRequest(f'cron: {name}: {part[:60]} is not {low}-{high}{" or " * bool(names)}{", ".join(names)}, '
+                             '* or a range (both may have a /step), or a list of these') from None
     return values
 
 def zone_of(name):
@@ -2409,22 +2411,19 @@ svg { display: block; width: 120px; stroke: var(--accent); stroke-width: 1.6; } 
   <label for="token">this engine asks for its token</label> <input id="token" type="password" autocomplete="current-password" required
     pattern="[!-~]+" title="visible ASCII characters"> <button>open</button> <span id="refused" class="bad" role="alert"></span></form>
 <main id="list" hidden><h2>Queues</h2><table id="queues"></table> <h2>Schedules</h2><table id="schedules"></table>
-  <h2>Workers seen</h2><table id="workers"></table> <h2>Newest jobs</h2>
-  <form id="filter" method="dialog" role="search"><label>queue <input name="queue" autocomplete="off"></label> <label>status
-    <select name="status"><option value="">any<option>pending<option>running<option>done<option>failed<option>cancelled</select></label>
-    <label>tag <input name="tag" autocomplete="off"></label> <button>filter</button> <a href="#">all jobs</a></form>
-  <table id="jobs"></table> <p id="older"></p> <pre id="example" tabindex="0"></pre></main>
-<main id="page" hidden><h1 id="title" tabindex="-1"></h1>
-  <p id="missing" class="box" hidden>There is no job with this id. It may have been purged.</p>
-  <div id="job" hidden><p id="why" class="box"></p> <p id="buttons"></p> <h2>Error</h2><pre id="error" tabindex="0"></pre>
-  <h2>Payload</h2><pre id="payload" tabindex="0"></pre> <h2>Result</h2><pre id="result" tabindex="0"></pre> <h2>Waits or waited for</h2>
-  <p id="after"></p> <h2>Needed by</h2><p id="needed_by"></p> <h2>Attempts</h2><table id="attempts"></table>
-  <h2>Fields</h2><table id="fields"></table></div></main>
+  <h2>Workers seen</h2><table id="workers"></table> <h2>Newest jobs</h2> <form id="filter" method="dialog" role="search">
+  <label>queue <input name="queue" autocomplete="off"></label> <label>status <select name="status"><option value="">any<option>pending
+  <option>running<option>done<option>failed<option>cancelled</select></label> <label>tag <input name="tag" autocomplete="off"></label>
+  <button>filter</button> <a href="#">all jobs</a></form> <table id="jobs"></table> <p id="older"></p> <pre id="example" tabindex="0"></pre>
+</main><main id="page" hidden><h1 id="title" tabindex="-1"></h1> <div id="job" hidden><p id="why" class="box"></p> <p id="buttons"></p>
+  <h2>Error</h2><pre id="error" tabindex="0"></pre> <h2>Payload</h2><pre id="payload" tabindex="0"></pre> <h2>Result</h2>
+  <pre id="result" tabindex="0"></pre> <h2>Waits or waited for</h2><p id="after"></p> <h2>Needed by</h2><p id="needed_by"></p>
+  <h2>Attempts</h2><table id="attempts"></table> <h2>Fields</h2><table id="fields"></table></div>
+  <p id="missing" class="box" hidden>There is no job with this id. It may have been purged.</p></main>
 <script>
 "use strict";
 let turn = 0, timer = 0, skew = 0, place = {}, armed = "";  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
 const $ = id => document.getElementById(id);
-const show = flags => { for (const id in flags) $(id).hidden = !flags[id]; };
 const fill = contents => { for (const id in contents) put($(id), contents[id]); };
 const age = (time, now = Date.now() + skew) => (now - Date.parse(time)) / 1000;
 const span = s => s < 10 ? Math.max(0, s).toFixed(1) + " s" : s < 120 ? Math.round(s) + " s" : s < 7200 ? Math.round(s / 60) + " min"
@@ -2441,7 +2440,8 @@ function el(tag, attributes, ...children) {  // data enters as text and attribut
   node.append(...children.flat().map(child => typeof child === "number" ? child.toLocaleString("en") : child ?? ""));
   return node;
 }
-function put(node, content) {  // text, a node or several; in place, so that focus, selection and a click that has begun are not lost
+function put(node, content) {  // text, a node or several, in place, so that focus, selection and a click that has begun are not lost
+  if (typeof content === "boolean") { node.hidden = !content; return; }  // or whether it is shown
   const keyed = nodes => new Map(Array.from(nodes, (child, i) => [child.nodeName + (child.dataset?.key ?? i), child]));
   const old = keyed(node.childNodes), next = keyed(el("p", {}, content).childNodes);
   for (const [key, child] of old) if (!next.has(key) && !(child.dataset?.key && child.contains(document.activeElement))) child.remove();
@@ -2493,9 +2493,8 @@ function cells(id, item) {  // of the item's row; without an item the headings
     const key = column.replace("*", ""), label = key.replace(/_at$/, "").replaceAll("_", " "), role = item ? "cell" : "columnheader";
     const content = !item ? label : key in CELLS ? CELLS[key](item) : key.endsWith("_at") ? ago(item[key]) : item[key];
     const cell = el(item ? "td" : "th", {role, "data-count": key, "data-label": label}, content), shown = cell.textContent;
-    cell.title = key === "actions" ? "" : shown;
-    cell.className = key + (column === key ? " " : " number ") + (BAD.test(`${key} ${shown}`) ? "bad" : "");
-    return cell;
+    const className = key + (column === key ? " " : " number ") + (BAD.test(`${key} ${shown}`) ? "bad" : "");
+    return Object.assign(cell, {className, title: key === "actions" ? "" : shown});
   });
 }
 function draw(tables) {  // the same item keeps its row, so that focus, scroll and selection stay; a row in focus stays anyway
@@ -2539,12 +2538,10 @@ async function refresh() {
     if (mine !== turn) return;
     skew = Date.parse(queues.now) - Date.now();
     if (!id) list(queues, schedules, found); else if (found) page(found);
-    show({job: found, missing: !found, manual: !token});
-    fill({updated: "at " + new Date().toLocaleTimeString("sv"), offline: ""});
+    fill({job: !!found, missing: !found, manual: !token, updated: "at " + new Date().toLocaleTimeString("sv"), offline: ""});
   } catch ({status, message}) {
     if (mine !== turn) return;
-    show({login: status === 401});
-    fill({offline: status === 401 ? "" : message, refused: token ? "the engine refused this token" : ""});
+    fill({login: status === 401, offline: status === 401 ? "" : message, refused: token ? "the engine refused this token" : ""});
     if (status === 401) return $("token").focus();
   }
   timer = setTimeout(refresh, Math.max(2000, 4 * (Date.now() - began)));
@@ -2561,8 +2558,8 @@ async function press({action, about}) {
 function route() {
   place = Object.fromEntries(new URLSearchParams(location.hash.slice(1).replace(/^job\//, "id=")));
   for (const name of ["queue", "status", "tag"]) $("filter")[name].value = place[name] || "";
-  fill({title: document.title = place.id ? "job " + place.id : "Rundown-Workers"});
-  show({list: !place.id, page: place.id, job: false, missing: false});
+  const title = document.title = place.id ? "job " + place.id : "Rundown-Workers";
+  fill({title, list: !place.id, page: !!place.id, job: false, missing: false});
   if (place.id) { $("title").focus(); scrollTo(0, 0); }  // back in the history, the browser restores the scroll
   else if (document.activeElement.closest("#queues, #workers")) $("filter").scrollIntoView({block: "nearest"});
   refresh();
