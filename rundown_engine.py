@@ -78,8 +78,7 @@ DEFAULT_TIMEOUT, GRACE = 300, 5         # seconds a handler may take where nobod
 BACKOFF, MAX_LOSSES = 5, 3              # seconds, times retries squared; lost workers a job survives without retries
 MAX_WAIT, MAX_BATCH, MAX_LIMIT = 60, 10000, 1000        # seconds of a long poll; jobs in a body; jobs in an answer
 MAX_BODY, MAX_HEAD, MAX_HEADERS = 8 << 20, 32 << 10, 100    # bytes of a body, of a request's line and headers; of these
-MAX_DEPTH = 200                         # levels of a JSON value
-MAX_DIGITS = 4300                       # of a JSON integer; beyond it newer Pythons refuse, older take quadratic time
+MAX_DEPTH, MAX_DIGITS = 200, 4300       # levels of JSON, digits of integers: newer Pythons refuse more, older are slow
 MAX_ERROR = 64 << 10                    # characters of an error; the middle is cut out
 MAX_ATTEMPTS, MAX_ATTEMPT_ERROR = 10, 4 << 10   # ended attempts that a job remembers, and characters of their errors
 MAX_WORKERS, SHOWN = 1000, 100          # workers that are remembered; jobs that wait for a job and are named there
@@ -172,8 +171,7 @@ class Unusable(Refused):        status = 503    # the engine cannot start like t
 # -- Fields -----------------------------------------------------------------------------------------------------------
 UNPRINTABLE, SURROGATE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]'), re.compile('[\x00\ud800-\udfff]')
 RFC3339 = re.compile(r'(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))', re.ASCII)
-encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
-escape = json.encoder.encode_basestring_ascii
+encode, escape = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode, json.encoder.encode_basestring_ascii
 
 def json_text(value):
     """A JSON value as text; ValueError or RecursionError when it is too deep for some Python to read it back."""
