@@ -6,45 +6,36 @@
 One file, standard library alone: copy it and run it. It owns the state of every job, the retries and the storage;
 workers (rundown_workers.py, curl, anything that speaks HTTP) poll it and report back.
 
-LIFECYCLE
-    enqueue -> pending --poll--> running --complete--> done
-                 ^  ^               |
-                 |  +-- fail, lost worker (retries left), release
-                 |                  +-- fail (no retries left) --> failed
-                 +---- retry ------- failed | cancelled
-    pending | running --cancel--> cancelled
-
-A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key, worker, progress, result,
-error, created_at, updated_at, next_run_at, started_at, finished_at. `attempt` counts claims and names the current one;
-`retries` counts failures and lost workers and is what `max_retries` bounds.
+LIFECYCLE                                                          JOB: id, queue, tag, payload, status, priority,
+  enqueue -> pending --poll--> running --complete--> done          attempt, retries, max_retries, timeout, key, worker,
+               ^  ^               |                                progress, result, error, created_at, updated_at,
+               |  +-- fail, lost worker (retries left), release    next_run_at, started_at, finished_at. `attempt`
+               |                  +-- fail (none left) --> failed  counts claims and names the current one; `retries`
+               +---- retry ------- failed | cancelled              counts failures and lost workers and is what
+  pending | running --cancel--> cancelled                          `max_retries` bounds.
 
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id, after, after_any
                      -> the job; {"jobs": [...]}, at most 10,000: all or nothing
-    POST /poll       queue, limit, wait, worker, lease, max_retries, timeout, hung -> a job, 204 when there is none;
-                     with limit a list of jobs; wait: sleep for a job that long (at most 60)
-    POST /complete   id, attempt, result
+    POST /poll       queue, limit, wait (at most 60: sleep for a job that long), worker, lease, max_retries, timeout,
+                     hung -> a job, with limit a list of jobs; 204 when there is none
     POST /fail       id, attempt, error, retry (false: never again), delay (instead of the backoff)
-    POST /heartbeat  id, attempt, progress -> 409 when the claim is gone
-    POST /release    id, attempt -> pending again, nothing counted
-                     these four also take {"jobs": [...]}: each item is answered, with `error` and `code` if refused
-    POST /cancel     id, or queue with status (pending, running)   -> {"count": n}
-    POST /retry      id, or queue with status (failed, cancelled)  -> {"count": n}
-    POST /purge      queue and/or status (never running)           -> {"count": n}
-    POST /pause, /resume   queue
+    POST /complete   id, attempt, result                   POST /release   id, attempt -> pending again, nothing counted
+    POST /heartbeat  id, attempt, progress -> 409 when the claim is gone; these four also take {"jobs": [...]}: each
+                     item is answered, with `error` and `code` if refused
+    POST /cancel, /retry   id, or queue with status (pending, running; failed, cancelled) -> {"count": n}
+    POST /purge            queue and/or status (never running) -> {"count": n}            POST /pause, /resume  queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then one each per / rate
                      seconds); null lifts one, what is not named stays
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority, key -> the schedule
-    POST /unschedule name -> {"count": n}; the jobs that it made stay
-    GET  /schedules  by name, limit, after
+    POST /unschedule name -> {"count": n}; its jobs stay   GET  /schedules  by name, limit, after
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
     GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true leaves out payload,
                      result and all but the last line of the error; id=..: as /jobs/{id}, for any id;
                      needed_by=ID: what that job waits or waited for, in its order
     GET  /queues     limit, after, busy (work first): counts, oldest age, paused, workers seen, last hour by the minute
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
-    GET  /, /docs    the dashboard; this text
-    GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
+    GET  /status/{id}, /details/{tag}  the job; the newest job with that tag   GET  /, /docs  the dashboard; this text
 
 Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign page, 404, 405, 409
 not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 503 storage trouble (with Retry-After).
@@ -52,21 +43,21 @@ not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 503 storage t
 GUARANTEES
 - Acknowledged means on disk: the answer is sent after the commit (synchronous=FULL unless --sync normal).
 - At least once, fenced: a job has one claim at a time; whoever names an older `attempt` gets 409 and changes nothing.
+  Complete, fail and release that are sent again, since the answer was lost, get the same answer and count once.
+- Enqueuing an `id` that exists, or a `key` pending or running in the queue, returns that job with "created": false.
 - Within a queue: higher priority first, then the earliest due, then the oldest. A poll costs the same with any number.
 - The n-th retry is due 5 * n^2 seconds after the failure. A lost worker (no sign of life within its lease) counts as a
   failure, but a job whose retries are used up still survives 3 losses. So a job that kills its worker ends, always.
 - The lease is `timeout` + 5 s from the claim; a poll that names a `lease` must heartbeat within it. It runs on a clock
-  that setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more.
-- Complete, fail and release that are sent again, since the answer was lost, get the same answer and count once.
-- Time in which nobody could be heard (a full disk, a lock, a stopped process) costs no lease: it gets one more period.
+  that setting the system's clock does not touch; a restart keeps leases and gives those that are overdue one more, and
+  time in which nobody could be heard (a full disk, a lock, a stopped process) costs none: it gets one more period.
 - A job with `after` is handed out once all jobs that it names are done. It is cancelled when one fails, is cancelled or
   purged before that; with `after_any` it is handed out once all have ended. What a pending job waits for is kept.
 - Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on; missed ticks make
-  one, for the last of them. While its `key` is pending or running a tick makes none and counts in `skipped`.
-- Cron has five fields (minute, hour, day of month, month, day of week: *, lists, ranges, /step, names), or @hourly,
-  @daily, @weekly, @monthly, @yearly. Two restricted days: either suffices. A time that the zone's clock leaps over
-  fires at the first minute after the leap, one that it shows twice the first time.
-- Enqueuing an `id` that exists, or a `key` pending or running in the queue, returns that job with "created": false.
+  one, for the last of them. While its `key` is pending or running a tick makes none and counts in `skipped`. Cron has
+  five fields (minute, hour, day of month, month, day of week: *, lists, ranges, /step, names), or @hourly, @daily,
+  @weekly, @monthly, @yearly. Two restricted days: either suffices. A time that the zone's clock leaps over fires at the
+  first minute after the leap, one that it shows twice the first time.
 
 LIMITS
 One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at most 200 levels, an
@@ -82,44 +73,29 @@ import signal, socket, socketserver, sqlite3, ssl, sys, tempfile, threading, tim
 from queue import Empty, SimpleQueue
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
-VERSION = '1.0'
-PORT = 8181
-DEFAULT_TIMEOUT = 300                   # seconds a handler may take where neither job nor worker says
-GRACE = 5                               # seconds beyond the timeout before a worker counts as lost
-BACKOFF = 5                             # seconds; times the square of the number of retries
-MAX_LOSSES = 3                          # lost workers that a job without retries survives
-MAX_WAIT = 60                           # seconds a long poll may take
-MAX_BATCH = 10000                       # jobs in a body
-MAX_LIMIT = 1000                        # jobs in an answer
-MAX_BODY = 8 << 20                      # bytes of a request's body
-MAX_HEAD, MAX_HEADERS = 32 << 10, 100   # bytes of a request's line and headers, and how many of these
-MAX_DEPTH = 200                         # levels of a JSON value
-MAX_DIGITS = 4300                       # of a JSON integer; beyond it newer Pythons refuse, older take quadratic time
+VERSION, PORT = '1.0', 8181
+DEFAULT_TIMEOUT, GRACE = 300, 5         # seconds a handler may take where nobody says; more, until its worker is lost
+BACKOFF, MAX_LOSSES = 5, 3              # seconds, times retries squared; lost workers a job survives without retries
+MAX_WAIT, MAX_BATCH, MAX_LIMIT = 60, 10000, 1000        # seconds of a long poll; jobs in a body; jobs in an answer
+MAX_BODY, MAX_HEAD, MAX_HEADERS = 8 << 20, 32 << 10, 100    # bytes of a body, of a request's line and headers; of these
+MAX_DEPTH, MAX_DIGITS = 200, 4300       # levels of JSON, digits of integers: newer Pythons refuse more, older are slow
 MAX_ERROR = 64 << 10                    # characters of an error; the middle is cut out
 MAX_ATTEMPTS, MAX_ATTEMPT_ERROR = 10, 4 << 10   # ended attempts that a job remembers, and characters of their errors
-MAX_WORKERS = 1000                      # workers that are remembered
-IDLE = 120                              # seconds until an idle connection is closed
-DEADLINE = 30                           # seconds for a request to arrive, and for its answer to be taken
-BIG_BODY = 256 << 10                    # bytes of a body that a thread parses
-THREADS = 4                             # that serve requests at a time
-CHUNK = 64 << 10                        # bytes that are received or read at a time
-SMALL = 64 << 10                        # bytes of a request or an answer for which there is always room
+MAX_WORKERS, SHOWN = 1000, 100          # workers that are remembered; jobs that wait for a job and are named there
+MAX_AFTER, MAX_NEEDED = 1000, 20000     # jobs that a job waits for, and that all jobs of a body do
+IDLE, DEADLINE, LINGER = 120, 30, 5     # seconds of an idle connection; of a request or answer; after a refusal
+BIG_BODY, THREADS = 256 << 10, 4        # bytes of a body that a thread parses; threads that serve requests
+CHUNK = SMALL = 64 << 10                # bytes that are received or read at a time; and for which there is always room
 MAX_HELD = MAX_UNSENT = 64 << 20        # bytes of requests not done with, and of answers not taken, of all clients
 MAX_ANSWER = 16 << 20                   # characters of the jobs that polls claim in a pass, and of a page
 DRAIN = 4                               # seconds that requests in flight get when the engine stops
 BUSY, RETRY = 5, 0.005                  # seconds to wait for another program's write lock, and between two tries
 DEAF = 0.05                             # seconds in which nobody could be heard, from which on leases are looked at
-TICK = 1                                # seconds between two looks at the clock
-LOOK = 0.05                             # seconds between two looks at the deadlines of all connections
-SHOWN = 100                             # jobs that wait for a job and are named there
-MAX_AFTER, MAX_NEEDED = 1000, 20000     # jobs that a job waits for, and that all jobs of a body do
+TICK, LOOK = 1, 0.05                    # seconds between two looks at the clock, and at all connections' deadlines
 TOGETHER = 64                           # rows a statement adds, a power of two; SQLite before 3.32 takes 999 values
 STEP = 500                              # rows that the engine changes on its own account in one transaction
-LINGER = 5                              # seconds to read on after a refusal, so that the client gets to see it
-PRUNE = 60                              # seconds between two rounds of retention
-RECENT = 600                            # seconds after its last poll until a queue without jobs is forgotten
-CHECKPOINT = 4000                       # pages in the write-ahead log that start a checkpoint
-CHECKED = 64 << 20                      # bytes up to which a database is checked in full at the start
+PRUNE, RECENT = 60, 600                 # seconds between rounds of retention; until an unused queue is forgotten
+CHECKPOINT, CHECKED = 4000, 64 << 20    # pages in the log that start a checkpoint; bytes checked in full at the start
 BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800)  # seconds of a histogram
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)                                              # operations in a commit
 COPY = '.backup-'                       # in the names of copies that are being made
@@ -136,24 +112,19 @@ TRANSITIONS = {     # from each of the first statuses, to one of the others
     'retry':     ('failed cancelled',              'pending'),
     'purge':     ('pending done failed cancelled', ''),
 }
-STATUSES = ('pending', 'running', 'done', 'failed', 'cancelled')
-ENDED = ('done', 'failed', 'cancelled')
 SOURCES = {call: tuple(sources.split()) for call, (sources, _) in TRANSITIONS.items()}
+STATUSES, ENDED = ('pending', 'running', 'done', 'failed', 'cancelled'), ('done', 'failed', 'cancelled')
 EPOCH, MICROSECOND = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc), datetime.timedelta(microseconds=1)
 
 class Clock:
     """Engine time, in microseconds since 1970: the wall clock while that behaves, never standing still or going back.
-
     It runs on the monotonic clock from where the wall clock stood at the start, is drawn towards the wall clock by a
-    millisecond a second, and follows it at once only forward (a machine that slept, a clock that was set).
-    """
+    millisecond a second, and follows it at once only forward (a machine that slept, a clock that was set)."""
     def __init__(self, source=time):
-        self.monotonic, self.wall = source.monotonic, source.time
-        self.looked = self.monotonic()
+        self.monotonic, self.wall, self.looked = source.monotonic, source.time, source.monotonic()
         self.offset = self.wall() - self.looked
 
-    def now(self):
-        return int((self.monotonic() + self.offset) * 1000000)
+    def now(self): return int((self.monotonic() + self.offset) * 1000000)
 
     def follow(self):
         """Draw near to the wall clock. Seconds that it is ahead by, where that is a leap and not a drift; else 0."""
@@ -165,67 +136,54 @@ class Clock:
         self.offset += max(-step, min(step, drift))
         return 0
 
-def micros(seconds):
-    return round(seconds * 1000000)
-
-def as_seconds(interval):
-    return interval and (interval / 1000000 if interval % 1000000 else interval // 1000000)
+def micros(seconds): return round(seconds * 1000000)
+def as_seconds(span): return span and (span / 1000000 if span % 1000000 else span // 1000000)
+def rfc3339(moment): return None if moment is None else '%s.%06dZ' % (_date(moment // 1000000), moment % 1000000)
 
 @functools.lru_cache(maxsize=4096)
-def _date(second):
-    return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
-
-def rfc3339(moment):
-    return None if moment is None else '%s.%06dZ' % (_date(moment // 1000000), moment % 1000000)
+def _date(second): return (EPOCH + datetime.timedelta(seconds=second)).isoformat()[:19]
 
 # -- Errors -----------------------------------------------------------------------------------------------------------
 class Refused(Exception):
     """A refusal, raised anywhere and answered in one place: a status, a sentence that names the field, headers."""
+    headers = ()
+
     def __init__(self, sentence, **headers):
         super().__init__(sentence)
         self.headers = [*self.headers, *headers.items()]
 
-def refusal(name, status, meaning, *headers):
-    return type(name, (Refused,), {'__doc__': meaning, 'status': status, 'headers': headers})
-
-BadRequest     = refusal('BadRequest',     400, 'The input is not what the call takes.')
-Unauthorized   = refusal('Unauthorized',   401, 'The token is missing or wrong.', ('WWW-Authenticate', 'Bearer'))
-Forbidden      = refusal('Forbidden',      403, 'A page of another origin asks.')
-NotFound       = refusal('NotFound',       404, 'There is no such job or path.')
-NotAllowed     = refusal('NotAllowed',     405, 'The path is there, the method is not.')
-TooSlow        = refusal('TooSlow',        408, 'The request did not arrive in time.')
-Stale          = refusal('Stale',          409, 'The job is not, or no longer, in a state that allows the call.')
-LengthRequired = refusal('LengthRequired', 411, 'The length of the body is not told beforehand.')
-TooLarge       = refusal('TooLarge',       413, 'The body is longer than the engine takes.')
-NotJSON        = refusal('NotJSON',        415, 'The body does not claim to be JSON.')
-Misdirected    = refusal('Misdirected',    421, "The Host is none of this engine's names.")
-HeadTooLarge   = refusal('HeadTooLarge',   431, 'The header section is larger than the engine takes.')
-Fault          = refusal('Fault',          500, "A mistake of the engine's own.")
-Unavailable    = refusal('Unavailable',    503, 'Storage trouble: nothing was acknowledged.', ('Retry-After', '1'))
-Unusable       = refusal('Unusable',       503, 'The engine cannot start like this.')
+class BadRequest(Refused):      status = 400    # the input is not what the call takes
+class Unauthorized(Refused):    status, headers = 401, [('WWW-Authenticate', 'Bearer')]     # token missing or wrong
+class Forbidden(Refused):       status = 403    # a page of another origin asks
+class NotFound(Refused):        status = 404    # there is no such job or path
+class NotAllowed(Refused):      status = 405    # the path is there, the method is not
+class TooSlow(Refused):         status = 408    # the request did not arrive in time
+class Stale(Refused):           status = 409    # the job is not, or no longer, in a state that allows the call
+class LengthRequired(Refused):  status = 411    # the length of the body is not told beforehand
+class TooLarge(Refused):        status = 413    # the body is longer than the engine takes
+class NotJSON(Refused):         status = 415    # the body does not claim to be JSON
+class Misdirected(Refused):     status = 421    # the Host is none of this engine's names
+class HeadTooLarge(Refused):    status = 431    # the header section is larger than the engine takes
+class Fault(Refused):           status = 500    # a mistake of the engine's own
+class Unavailable(Refused):     status, headers = 503, [('Retry-After', '1')]   # storage: nothing was acknowledged
+class Unusable(Refused):        status = 503    # the engine cannot start like this
 
 # -- Fields -----------------------------------------------------------------------------------------------------------
 UNPRINTABLE, SURROGATE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]'), re.compile('[\x00\ud800-\udfff]')
 RFC3339 = re.compile(r'(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(?:[Zz]|([+-]\d\d:\d\d))', re.ASCII)
-encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
-escape = json.encoder.encode_basestring_ascii
-
-def as_is(value):
-    return value
+encode, escape = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode, json.encoder.encode_basestring_ascii
 
 def json_text(value):
     """A JSON value as text; ValueError or RecursionError when it is too deep for some Python to read it back."""
     text = encode(value)
-    if text.count('[') + text.count('{') > MAX_DEPTH and depth(value) > MAX_DEPTH:
-        raise ValueError
+    if text.count('[') + text.count('{') > MAX_DEPTH:
+        layer = [[value]]
+        for _ in range(MAX_DEPTH + 1):      # to what is one level deeper
+            inside = itertools.chain.from_iterable(v.values() if isinstance(v, dict) else v for v in layer)
+            layer = [v for v in inside if isinstance(v, (dict, list))]
+        if layer:
+            raise ValueError
     return text
-
-def depth(value):
-    levels, layer = -1, [[value]]
-    while layer:
-        inside = itertools.chain.from_iterable(v.values() if isinstance(v, dict) else v for v in layer)
-        levels, layer = levels + 1, [v for v in inside if isinstance(v, (dict, list))]
-    return levels
 
 def parse_time(text):
     """RFC 3339 as microseconds since 1970; OverflowError beyond the years 1 to 9999, where its offset may lead."""
@@ -237,23 +195,26 @@ def shorten(text, longest):
     half, cut = longest // 2, len(text) - longest // 2 * 2
     return text if len(text) <= longest else f'{text[:half]}\n[... {cut} characters ...]\n{text[-half:]}'
 
-def whole(low, high):
-    return f'a whole number from {low} to {high}', lambda v: type(v) is int and low <= v <= high, as_is
+def shown(value):
+    """A value as a sentence may hold it: one line, bounded."""
+    return {dict: 'an object', list: 'a list'}.get(type(value)) or shorten(json.dumps(value), 60).replace('\n', ' ')
 
-def duration(low, high):
-    return f'a number of seconds from {low} to {high}', lambda v: type(v) in (int, float) and low <= v <= high, micros
-
-def printable(longest):
-    return (f'a string of 1 to {longest} characters without control characters',
-            lambda v: type(v) is str and 0 < len(v) <= longest and not UNPRINTABLE.search(v), as_is)
+# rules of fields: what is allowed, whether a value is, and what the store takes for it
+def as_is(value): return value
+def whole(low, top): return f'a whole number from {low} to {top}', lambda v: type(v) is int and low <= v <= top, as_is
+def duration(low, top): return (
+    f'a number of seconds from {low} to {top}', lambda v: type(v) in (int, float) and low <= v <= top, micros)
+def printable(longest): return (
+    f'a string of 1 to {longest} characters without control characters',
+    lambda v: type(v) is str and 0 < len(v) <= longest and not UNPRINTABLE.search(v), as_is)
 
 NAME = printable(200)
-VALUE = f'JSON of finite numbers that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text
 IDS = (f'a list of 1 to {MAX_AFTER} ids of jobs', lambda v: type(v) is list and 0 < len(v) <= MAX_AFTER and
        all(map(NAME[1], v)), lambda v: list(dict.fromkeys(v)))
-FIELDS = {      # what is allowed, whether a value is, and what the store takes for it
+FIELDS = {
     **dict.fromkeys(('id', 'queue', 'tag', 'key', 'worker', 'after', 'needed_by', 'zone'), NAME),
-    **dict.fromkeys(('payload', 'result', 'progress'), VALUE),
+    **dict.fromkeys(('payload', 'result', 'progress'), (
+        f'JSON of finite numbers that is nested at most {MAX_DEPTH} levels', lambda v: True, json_text)),
     **dict.fromkeys(('retry', 'brief', 'busy', 'after_any'), ('true or false', lambda v: type(v) is bool, as_is)),
     'attempt': whole(0, 2**53), 'priority': whole(-2**31, 2**31 - 1), 'limit': whole(1, MAX_LIMIT),
     'max_retries': whole(0, 1000), 'hung': whole(0, 10**6), 'max_running': whole(1, 10**6), 'rate': whole(1, 10**6),
@@ -274,7 +235,9 @@ def checked(path, body):
     rules, ask = ROUTES[path].rules, {}
     for field, value in body.items():
         if field not in rules:
-            raise BadRequest(unknown(field, rules))
+            near = difflib.get_close_matches(field[:200], rules, 1)
+            hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(rules) or "no fields"}'
+            raise BadRequest(f'{shown(field)} is not a field of this call: {hint}')
         if value is not None or field in LIFTED:
             ask[field] = None if value is None else fit(field, value, rules[field])
     for fields in ROUTES[path].needed:
@@ -287,22 +250,12 @@ def checked(path, body):
 
 def fit(field, value, rule):
     allowed, holds, store = rule
-    try:
+    try:        # a call of suppress() would take half as long again as all of this
         if holds(value):
             return store(value)
     except (ValueError, OverflowError, RecursionError):
         pass
     raise BadRequest(f'{field} must be {allowed}, not {shown(value)}')
-
-def unknown(field, taken):
-    near = difflib.get_close_matches(field[:200], taken, 1)
-    hint = f'did you mean {near[0]}?' if near else f'it takes {", ".join(taken) or "no fields"}'
-    return f'{shown(field)} is not a field of this call: {hint}'
-
-def shown(value):
-    """A value as a sentence may hold it: one line, bounded."""
-    kinds = {dict: 'an object', list: 'a list'}
-    return kinds.get(type(value)) or shorten(json.dumps(value), 60).replace('\n', ' ')
 
 def batch(path, body):
     """The checked fields of `body`, or of each item of {"jobs": [...]}; an item that is refused is its refusal."""
@@ -340,10 +293,9 @@ def parsed(body):
 
 # -- Cron -------------------------------------------------------------------------------------------------------------
 CRON = (    # POSIX crontab, and what cron on Linux adds: field, lowest and highest number, names from the lowest on
-    ('minute', 0, 59, ()), ('hour', 0, 23, ()), ('day of month', 1, 31, ()),
-    ('month', 1, 12, 'jan feb mar apr may jun jul aug sep oct nov dec'.split()),
-    ('day of week', 0, 7, 'sun mon tue wed thu fri sat'.split()),       # Sunday is 0 and 7
-)
+    ('minute', 0, 59, ''), ('hour', 0, 23, ''), ('day of month', 1, 31, ''),
+    ('month', 1, 12, 'jan feb mar apr may jun jul aug sep oct nov dec'),
+    ('day of week', 0, 7, 'sun mon tue wed thu fri sat'))       # Sunday is 0 and 7
 NICKNAMES = {'@hourly': '0 * * * *', '@daily': '0 0 * * *', '@weekly': '0 0 * * 0', '@monthly': '0 0 1 * *',
              '@yearly': '0 0 1 1 *'}
 PART = re.compile('(?:[*]|([a-z0-9]+)-([a-z0-9]+))(?:/([0-9]{1,3}))?|([a-z0-9]+)')  # * or a range, in steps; or one
@@ -356,12 +308,12 @@ class Cron:
         if len(parts) != 5:
             raise BadRequest(f'cron: {shown(expression)} has not five fields (minute, hour, day of month, month, '
                              f'day of week), nor is it one of {", ".join(NICKNAMES)}')
-        self.minutes, self.hours, self.days, self.months, weekdays = map(values_of, parts, CRON)
+        self.minutes, self.hours, self.days, self.months, weekdays = map(values_of, parts, *zip(*CRON))
         self.weekdays = {day % 7 for day in weekdays}
         self.enough = all if parts[2].startswith('*') or parts[4].startswith('*') else any      # of the two days
         if self.enough is all and min(self.days) > max(calendar.monthrange(2000, month)[1] for month in self.months):
             raise BadRequest(f'cron: no month of {shown(parts[3])} has a day {min(self.days)}')
-        self.zone = zone_of(zone)
+        self.zone = datetime.timezone.utc if zone == 'UTC' else zone_of(zone)
 
     def after(self, at):
         """The first tick after a moment of UTC."""
@@ -385,29 +337,24 @@ class Cron:
             at -= MINUTE
         return at
 
-def values_of(text, field):
+def values_of(text, name, low, high, names):
     """The numbers that a field of a cron expression names."""
-    name, low, high, names = field
-    values = set()
+    values, names = set(), names.split()
     for part in text.lower().split(','):
         try:
             first, last, step, one = PART.fullmatch(part).groups()
-            bounds = first or one or low, last or one or high
-            start, end = (names.index(bound) + low if bound in names else int(bound) for bound in bounds)
-            if end == 0 < start and name == 'day of week':      # fri-sun
-                end = 7
+            start, end = (names.index(bound) + low if bound in names else int(bound)
+                          for bound in (first or one or low, last or one or high))
+            end = 7 if end == 0 < start and high == 7 else end      # fri-sun
             if not low <= start <= end <= high:
                 raise ValueError
             values.update(range(start, end + 1, int(step or 1)))
         except (AttributeError, ValueError):
-            allowed = f'{low}-{high}' + (f' or {", ".join(names)}' if names else '')
-            raise BadRequest(f'cron: {name}: {part[:60]} is not {allowed}, * or a range (both may have a /step), '
-                             'or a list of these') from None
+            raise BadRequest(f'cron: {name}: {part[:60]} is not {low}-{high}{" or " * bool(names)}{", ".join(names)}, '
+                             '* or a range (both may have a /step), or a list of these') from None
     return values
 
 def zone_of(name):
-    if name == 'UTC':
-        return datetime.timezone.utc
     try:
         import zoneinfo
         return zoneinfo.ZoneInfo(name)
@@ -1523,7 +1470,7 @@ class Operation:
         except Exception as error:
             if of_storage(error):
                 raise
-            self.error = fault('an operation', error)
+            self.error = fault('an operation', error).with_traceback(None)      # which would hold its body
             if db.total_changes != before:
                 raise Spoilt(self) from error
 
@@ -2208,58 +2155,50 @@ DASHBOARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Rund
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; --back: light-dark(#f5f5f2, #121518); --card: light-dark(#fff, #1a1e22);
   --text: light-dark(#1d2328, #e2e6e9); --soft: light-dark(#59636d, #9ba6b0); --line: light-dark(#dcdcd6, #30363c);
-  --accent: light-dark(#0a5fb8, #74b6ff); --bad: light-dark(#b3261e, #ff8f85); }  * { box-sizing: border-box; }
+  --accent: light-dark(#0a5fb8, #74b6ff); --bad: light-dark(#b3261e, #ff8f85); }  * { box-sizing: border-box; }  a { color: var(--accent); }
 body { margin: 0 auto; max-width: 90rem; padding: 0 1rem 4rem; background: var(--back); color: var(--text); overflow-wrap: anywhere;
-  font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+  font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
 [hidden], p:empty, pre:empty, h2:has(+ :empty), table:has(tbody:empty), h2:has(+ table > tbody:empty), #login:not([hidden]) ~ main {
-  display: none !important; }  /* what has nothing to show */
+  display: none !important; }  /* what has nothing to show */  #home { font-weight: 650; margin-right: auto; }
 header, form, #buttons { display: flex; flex-wrap: wrap; gap: .4rem .8rem; align-items: center; margin: .7rem 0; }
-h1, h2 { font-size: 1rem; margin: 1.4rem 0 .4rem; outline: none; }  #home { font-weight: 650; margin-right: auto; }
-a { color: var(--accent); }  td a, #home { text-decoration: none; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
+h1, h2 { font-size: 1rem; margin: 1.4rem 0 .4rem; outline: none; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
 button, input, select, table, pre, .box { font: inherit; color: var(--text); background: var(--card); border: 1px solid var(--line); }
-button, input, select { border-color: var(--soft); border-radius: 5px; padding: .1rem .5rem; }
+button, input, select { border-color: var(--soft); border-radius: 5px; padding: .1rem .5rem; }  #offline { position: sticky; top: 0; }
 button[aria-disabled=true] { color: var(--soft); border-color: var(--line); }  .armed { background: var(--bad); color: var(--card); }
 td button { margin-right: .3rem; min-width: 4.3rem; font-size: .85rem; }  td button:last-child { min-width: 6rem; margin: 0; }
-pre, .box { padding: .6rem .8rem; margin: .5rem 0; max-height: 30rem; overflow: auto; white-space: pre-wrap; }
-pre, td[data-count=error] { font: 12.5px/1.45 ui-monospace, monospace; }  [data-attempt] { vertical-align: top; }
+pre, .box { padding: .6rem .8rem; margin: .5rem 0; max-height: 30rem; overflow: auto; }  [data-attempt] { vertical-align: top; }
 table { width: 100%; border-collapse: collapse; table-layout: fixed; }  tr { border-bottom: 1px solid var(--line); }
 th, td { text-align: left; padding: .3rem .45rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-th, label, #updated, td[data-count=field] { color: var(--soft); font-weight: 400; font-size: .85rem; }  .number { text-align: right; }
-[data-count=error], [data-count=state], [data-count=value] { white-space: pre-wrap; }  th[data-count=field] { width: 8rem; }
-th[data-count=queue] { width: 13%; }  th[data-count=detail] { width: 28%; }  th[data-count=error] { width: 50%; }
-th[data-count=last_hour], th[data-count=state] { width: 8.6rem; }  th[data-count=actions] { width: 18rem; }
-svg { display: block; width: 120px; height: 28px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
-#offline { position: sticky; top: 0; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
+th, label, #updated, td.field { color: var(--soft); font-weight: 400; font-size: .85rem; }  td a, #home { text-decoration: none; }
+pre, td.error { font: 12.5px/1.45 ui-monospace, monospace; }  pre, .box, .error, .state, .value { white-space: pre-wrap; }
+.number { text-align: right; }  th.error { width: 50%; }  th.detail { width: 28%; }  th.queue { width: 13%; }  th.actions { width: 18rem; }
+th.last_hour, th.state { width: 8.6rem; }  th.field { width: 8rem; }
+svg { display: block; width: 120px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
 @media (max-width: 78rem) { table:not(#fields) {  /* each row becomes a card, its cells carry their headings */
   thead { position: fixed; clip-path: inset(50%); }  &, tbody, td { display: block; padding: 0; text-align: left; white-space: pre-wrap; }
   tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)); gap: .4rem .8rem; padding: .6rem .8rem; }
   td:before { content: attr(data-label); display: block; color: var(--soft); font: .85rem system-ui, sans-serif; }
-  td:is([data-count=queue], [data-count=worker], [data-count=state], [data-count=last_hour]) { grid-column: span 2; }
-  td:is(:first-child, [data-count=actions], [data-count=detail], [data-count=error]) { grid-column: 1 / -1; } } }
+  .queue, .worker, .state, .last_hour { grid-column: span 2; }  td:first-child, .actions, .detail, .error { grid-column: 1 / -1; } } }
 </style><header><a id="home" href="#">Rundown-Workers</a> <noscript>this page needs JavaScript, the engine does not</noscript>
-  <span id="updated"></span> <a id="manual" href="/docs">manual</a></header>
-<p id="offline" class="box bad" role="alert"></p> <p id="notice" class="box" role="status"></p>
-<form id="login" method="dialog" class="box" hidden><label for="token">this engine asks for its token</label>
-  <input id="token" type="password" autocomplete="current-password" required pattern="[!-~]+" title="visible ASCII characters">
-  <button>open</button> <span id="refused" class="bad" role="alert"></span></form>
-<main id="list" hidden>
-  <h2>Queues</h2><table id="queues"></table> <h2>Schedules</h2><table id="schedules"></table>
-  <h2>Workers seen</h2><table id="workers"></table> <h2>Newest jobs</h2>
-  <form id="filter" method="dialog" role="search"><label>queue <input name="queue" autocomplete="off"></label> <label>status
-    <select name="status"><option value="">any<option>pending<option>running<option>done<option>failed<option>cancelled</select></label>
-    <label>tag <input name="tag" autocomplete="off"></label> <button>filter</button> <a href="#">all jobs</a></form>
-  <table id="jobs"></table> <p id="older"></p> <pre id="example" tabindex="0"></pre></main>
-<main id="page" hidden>
-  <h1 id="title" tabindex="-1"></h1> <p id="missing" class="box" hidden>There is no job with this id. It may have been purged.</p>
-  <div id="job" hidden><p id="why" class="box"></p> <p id="buttons"></p> <h2>Error</h2><pre id="error" tabindex="0"></pre>
-    <h2>Payload</h2><pre id="payload" tabindex="0"></pre> <h2>Result</h2><pre id="result" tabindex="0"></pre> <h2>Waits or waited for</h2>
-    <p id="after"></p> <h2>Needed by</h2><p id="needed_by"></p> <h2>Attempts</h2><table id="attempts"></table> <h2>Fields</h2>
-    <table id="fields"></table></div></main>
+  <span id="updated"></span> <a id="manual" href="/docs">manual</a></header> <p id="offline" class="box bad" role="alert"></p>
+<p id="notice" class="box" role="status"></p> <form id="login" method="dialog" class="box" hidden>
+  <label for="token">this engine asks for its token</label> <input id="token" type="password" autocomplete="current-password" required
+    pattern="[!-~]+" title="visible ASCII characters"> <button>open</button> <span id="refused" class="bad" role="alert"></span></form>
+<main id="list" hidden><h2>Queues</h2><table id="queues"></table> <h2>Schedules</h2><table id="schedules"></table>
+  <h2>Workers seen</h2><table id="workers"></table> <h2>Newest jobs</h2> <form id="filter" method="dialog" role="search">
+  <label>queue <input name="queue" autocomplete="off"></label> <label>status <select name="status"><option value="">any<option>pending
+  <option>running<option>done<option>failed<option>cancelled</select></label> <label>tag <input name="tag" autocomplete="off"></label>
+  <button>filter</button> <a href="#">all jobs</a></form> <table id="jobs"></table> <p id="older"></p> <pre id="example" tabindex="0"></pre>
+</main><main id="page" hidden><h1 id="title" tabindex="-1"></h1> <div id="job" hidden><p id="why" class="box"></p> <p id="buttons"></p>
+  <h2>Error</h2><pre id="error" tabindex="0"></pre> <h2>Payload</h2><pre id="payload" tabindex="0"></pre> <h2>Result</h2>
+  <pre id="result" tabindex="0"></pre> <h2>Waits or waited for</h2><p id="after"></p> <h2>Needed by</h2><p id="needed_by"></p>
+  <h2>Attempts</h2><table id="attempts"></table> <h2>Fields</h2><table id="fields"></table></div>
+  <p id="missing" class="box" hidden>There is no job with this id. It may have been purged.</p></main>
 <script>
 "use strict";
 let turn = 0, timer = 0, skew = 0, place = {}, armed = "";  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
 const $ = id => document.getElementById(id);
-const show = flags => { for (const id in flags) $(id).hidden = !flags[id]; };
+const fill = contents => { for (const id in contents) put($(id), contents[id]); };
 const age = (time, now = Date.now() + skew) => (now - Date.parse(time)) / 1000;
 const span = s => s < 10 ? Math.max(0, s).toFixed(1) + " s" : s < 120 ? Math.round(s) + " s" : s < 7200 ? Math.round(s / 60) + " min"
   : s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " d";
@@ -2275,12 +2214,17 @@ function el(tag, attributes, ...children) {  // data enters as text and attribut
   node.append(...children.flat().map(child => typeof child === "number" ? child.toLocaleString("en") : child ?? ""));
   return node;
 }
-function put(node, content) {  // text, a node or several; in place, so that focus, selection and a click that has begun are not lost
-  const now = Array.from(node.childNodes), next = Array.from(el("p", {}, content).childNodes);
-  if (String(now.map(child => child.nodeName)) !== String(next.map(child => child.nodeName))) return node.replaceChildren(...next);
-  next.forEach((child, i) => {
-    for (const {name, value} of child.attributes || []) now[i].setAttribute(name, value);
-    if (child.attributes) put(now[i], Array.from(child.childNodes)); else if (now[i].data !== child.data) now[i].data = child.data;
+function put(node, content) {  // text, a node or several, in place, so that focus, selection and a click that has begun are not lost
+  if (typeof content === "boolean") { node.hidden = !content; return; }  // or whether it is shown
+  const keyed = nodes => new Map(Array.from(nodes, (child, i) => [child.nodeName + (child.dataset?.key ?? i), child]));
+  const old = keyed(node.childNodes), next = keyed(el("p", {}, content).childNodes);
+  for (const [key, child] of old) if (!next.has(key) && !(child.dataset?.key && child.contains(document.activeElement))) child.remove();
+  [...next].forEach(([key, child], i) => {
+    const kept = old.get(key) || child;
+    if (kept.data !== child.data) kept.data = child.data;
+    for (const {name, value} of child.attributes || []) kept.setAttribute(name, value);
+    if (kept !== child && child.attributes) put(kept, [...child.childNodes]);
+    if (node.childNodes[i] !== kept) node.insertBefore(kept, node.childNodes[i]);
   });
 }
 function button(label, able, about, action = label.replace(" ", "-")) {
@@ -2296,7 +2240,6 @@ function plot({done, failed}) {  // done rises from the base line, failed hangs 
   return el("svg", {role: "img", viewBox: "0 0 120 28", "aria-label": label},
     el("path", {d: bars(done, -1) + `M0 ${base}H120`}), el("path", {d: bars(failed, 1), class: "bad"}));
 }
-
 // tables: the first column names the row; a cell shows the field of its column's name, a time as its age, or what CELLS says; * is a number
 const TABLES = {queues: "queue pending* scheduled* running* done* failed* oldest* jobs/min* last_hour state actions", fields: "field value",
   workers: "worker queue seen_at* running* hung_threads*", jobs: "job queue tag status attempt* worker created_at* detail",
@@ -2317,78 +2260,62 @@ const CELLS = {job: ({id}) => job(id, id.length > 16 ? "…" + id.slice(-12) : i
   detail: job => [{done: "took " + CELLS.took(job), running: job.progress !== null && "progress " + JSON.stringify(job.progress),
     pending: job.waits_for ? `waits for ${job.waits_for} job(s)` : age(job.next_run_at) < 0 && "due " + ago(job.next_run_at)}[job.status],
     (job.error || "").trim().split("\n").pop()].filter(Boolean).join(" ")};
-for (const status of ["pending", "running", "done", "failed"])
-  CELLS[status] = ({queue, [status]: count}) => link(hash({queue, status}), count);
+for (const status of ["pending", "running", "done", "failed"]) CELLS[status] = row => link(hash({queue: row.queue, status}), row[status]);
 const BAD = /^(failed|hung_threads) [1-9]|^status failed|^state (paused|no worker)/;
 function cells(id, item) {  // of the item's row; without an item the headings
   return TABLES[id].split(" ").map(column => {
     const key = column.replace("*", ""), label = key.replace(/_at$/, "").replaceAll("_", " "), role = item ? "cell" : "columnheader";
     const content = !item ? label : key in CELLS ? CELLS[key](item) : key.endsWith("_at") ? ago(item[key]) : item[key];
     const cell = el(item ? "td" : "th", {role, "data-count": key, "data-label": label}, content), shown = cell.textContent;
-    cell.title = key === "actions" ? "" : shown;
-    cell.className = (column === key ? "" : "number ") + (BAD.test(`${key} ${shown}`) ? "bad" : "");
-    return cell;
+    const className = key + (column === key ? " " : " number ") + (BAD.test(`${key} ${shown}`) ? "bad" : "");
+    return Object.assign(cell, {className, title: key === "actions" ? "" : shown});
   });
 }
-function draw(id, items) {  // the same item keeps its row, so that focus, scroll and selection stay; a row in focus stays anyway
-  const body = $(id).tBodies[0], first = TABLES[id].split(" ")[0], rows = new Map(Array.from(body.rows, tr => [tr.key, tr]));
-  const name = item => item[first] ?? item.id ?? item.name, listed = new Map(items.map(item => [name(item) + " " + item.queue, item]));
-  for (const [key, tr] of rows) if (!listed.has(key) && !tr.contains(document.activeElement)) tr.remove();
-  [...listed].forEach(([key, item], i) => {
-    const tr = rows.get(key) || Object.assign(el("tr", {role: "row", ["data-" + first]: name(item)}), {key});
-    put(tr, cells(id, item));
-    if (body.rows[i] !== tr) body.insertBefore(tr, body.rows[i]);
-  });
+function draw(tables) {  // the same item keeps its row, so that focus, scroll and selection stay; a row in focus stays anyway
+  for (const [id, items] of Object.entries(tables)) put($(id).tBodies[0], items.map(item => {
+    const first = TABLES[id].split(" ")[0], name = item[first] ?? item.id ?? item.name;
+    return el("tr", {role: "row", ["data-" + first]: name, "data-key": name + " " + item.queue}, cells(id, item));
+  }));
 }
-function list({queues, workers}, {jobs, after}, {schedules}) {
+function list({queues, workers}, {schedules}, {jobs, after}) {
   workers.sort((a, b) => a.queue.localeCompare(b.queue) || a.worker.localeCompare(b.worker));  // rows that stay where they are
-  for (const [id, items] of Object.entries({queues, schedules, workers, jobs})) draw(id, items);
-  put($("older"), after && link(hash({...place, after}), "older"));
-  put($("example"), jobs.length ? "" : `# no job here; how to enqueue one:
-curl -H 'Content-Type: application/json' -d '{"queue": "hello", "payload": "world"}' ${location.origin}/enqueue`);
+  draw({queues, schedules, workers, jobs});
+  fill({older: after && link(hash({...place, after}), "older"), example: jobs.length ? "" : `# no job here; how to enqueue one:
+curl -H 'Content-Type: application/json' -d '{"queue": "hello", "payload": "world"}' ${location.origin}/enqueue`});
 }
 function page({why, error, attempts, payload, result, after = [], needed_by = [], ...fields}) {
   const {id, status} = fields, links = ids => ids.flatMap(id => [job(id), " "]);
   const json = (value, text = JSON.stringify(value, null, 2)) =>
     text.length > 200000 ? text.slice(0, 200000) + " ... (cut here; GET /jobs/ID has the rest)" : text;
   const buttons = [button("retry", /failed|cancelled/.test(status), {id}), button("cancel", /pending|running/.test(status), {id})];
-  for (const [box, content] of Object.entries({why, buttons, error, payload: json(payload), result: result === null ? "" : json(result),
-    after: links(after), needed_by: links(needed_by)})) put($(box), content);
-  draw("attempts", attempts);
-  draw("fields", Object.entries(fields).map(([field, value]) => ({field, value: value === null ? "–" : typeof value !== "string"
-    ? JSON.stringify(value) : field.endsWith("_at") ? new Date(value).toLocaleString("sv") + ", " + ago(value) : value})));
+  fill({why, buttons, error, payload: json(payload), result: result === null ? "" : json(result),
+    after: links(after), needed_by: links(needed_by)});
+  draw({attempts, fields: Object.entries(fields).map(([field, value]) => ({field, value: value === null ? "–" : typeof value !== "string"
+    ? JSON.stringify(value) : field.endsWith("_at") ? new Date(value).toLocaleString("sv") + ", " + ago(value) : value}))});
 }
-
 async function call(path, body, reviver) {  // what the engine answers; throws {status, message}
   const {token} = sessionStorage, headers = {"Content-Type": "application/json", ...token && {Authorization: "Bearer " + token}};
   const options = {method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal: AbortSignal.timeout(body ? 60000 : 10000)};
-  let status = 0, message = "engine does not answer, trying again";
-  try {
-    const answer = await fetch(path, options), content = JSON.parse(await answer.text(), reviver);
-    if (answer.ok) return content;
-    [status, message] = [answer.status, "the engine says: " + content.error];
-  } catch (error) { /* no answer, or none in JSON: the message says so */ }
-  throw {status, message};
+  const read = async answer => [answer.status, JSON.parse(await answer.text(), reviver)];
+  const [status, content] = await fetch(path, options).then(read).catch(() => [0]);  // no answer, or none in JSON
+  if (status === 200) return content;
+  throw {status, message: status ? "the engine says: " + content.error : "engine does not answer, trying again"};
 }
 async function refresh() {
   const mine = ++turn, began = Date.now(), {id} = place, {token} = sessionStorage;
   clearTimeout(timer);
   if (document.hidden) return;
+  const path = "/jobs?" + hash(id ? place : {...place, limit: 50, brief: true}).slice(1);  // the path /jobs/ID cannot hold the id ".."
   try {
-    const queues = await call("/queues?busy=true&limit=100"), schedules = await call("/schedules?limit=100");
-    const path = "/jobs?" + hash(id ? place : {...place, limit: 50, brief: true}).slice(1);  // the path /jobs/ID cannot hold the id ".."
-    const found = await call(path, undefined, id && exact).catch(failure => { if (failure.status !== 404) throw failure; });
+    const [queues, schedules, found] = await Promise.all([call("/queues?busy=true&limit=100"), call("/schedules?limit=100"),
+      call(path, undefined, id && exact).catch(failure => { if (failure.status !== 404) throw failure; })]);
     if (mine !== turn) return;
     skew = Date.parse(queues.now) - Date.now();
-    if (!id) list(queues, found, schedules); else if (found) page(found);
-    show({job: found, missing: !found, manual: !token});
-    put($("updated"), "at " + new Date().toLocaleTimeString("sv"));
-    put($("offline"), "");
+    if (!id) list(queues, schedules, found); else if (found) page(found);
+    fill({job: !!found, missing: !found, manual: !token, updated: "at " + new Date().toLocaleTimeString("sv"), offline: ""});
   } catch ({status, message}) {
     if (mine !== turn) return;
-    show({login: status === 401});
-    put($("offline"), status === 401 ? "" : message);
-    put($("refused"), token ? "the engine refused this token" : "");
+    fill({login: status === 401, offline: status === 401 ? "" : message, refused: token ? "the engine refused this token" : ""});
     if (status === 401) return $("token").focus();
   }
   timer = setTimeout(refresh, Math.max(2000, 4 * (Date.now() - began)));
@@ -2398,15 +2325,15 @@ async function press({action, about}) {
   if (action === "purge" && armed !== queue)  // wants a second press, and a double click is not one
     return [setTimeout(arm, 300, queue), setTimeout(arm, 5000, "")];
   const said = await call("/" + action.replace("-failed", ""), {id, queue, status}).catch(failure => failure);
-  put($("notice"), `${action} ${id || queue}: ${said.message || ("count" in said ? said.count + " job(s)" : "ok")}`);
-  setTimeout(put, 6000, $("notice"));
+  fill({notice: `${action} ${id || queue}: ${said.message || ("count" in said ? said.count + " job(s)" : "ok")}`});
+  setTimeout(fill, 6000, {notice: ""});
   arm("");
 }
 function route() {
   place = Object.fromEntries(new URLSearchParams(location.hash.slice(1).replace(/^job\//, "id=")));
   for (const name of ["queue", "status", "tag"]) $("filter")[name].value = place[name] || "";
-  put($("title"), document.title = place.id ? "job " + place.id : "Rundown-Workers");
-  show({list: !place.id, page: place.id, job: false, missing: false});
+  const title = document.title = place.id ? "job " + place.id : "Rundown-Workers";
+  fill({title, list: !place.id, page: !!place.id, job: false, missing: false});
   if (place.id) { $("title").focus(); scrollTo(0, 0); }  // back in the history, the browser restores the scroll
   else if (document.activeElement.closest("#queues, #workers")) $("filter").scrollIntoView({block: "nearest"});
   refresh();
@@ -2416,9 +2343,8 @@ for (const id in TABLES) Object.assign($(id), {role: "table", ariaLabel: id}).ap
 $("filter").onsubmit = $("filter").onchange = () => { location.hash = hash(Object.fromEntries(new FormData($("filter")))); };
 $("login").onsubmit = () => { sessionStorage.token = $("token").value; location.reload(); };
 document.onclick = ({target}) => { const button = target.closest("[aria-disabled=false]"); if (button) press(button.dataset); };
-window.onhashchange = route;
+window.onload = window.onhashchange = route;
 document.onvisibilitychange = refresh;
-route();
 </script>"""
 
 # The Content-Security-Policy of the page: its own style and script by their digests, its own engine, nothing else.
@@ -2429,41 +2355,40 @@ POLICY = '; '.join([*(
 
 def exposition(store):
     """The metrics in the text format of Prometheus, version 0.0.4."""
+    return ''.join(f'# HELP rundown_{name} {meaning}\n# TYPE rundown_{name} {kind}\n' + ''.join(
+        f'rundown_{name}{rest}\n' for rest in samples) for name, kind, meaning, samples in families(store))
+
+def families(store):
+    """The metrics: name, kind, meaning, samples."""
     queues, schedules, meter, now = *store.counts(), store.meter, store.clock.now()
-    named, totals, lines = {q['queue'] for q in queues}, collections.Counter(), []
+    named, totals = {q['queue'] for q in queues}, collections.Counter()
     with meter.lock:
         requests, groups = dict(meter.requests), list(meter.groups)
         histograms = {place: list(histogram) for place, histogram in meter.seconds.items() if place[1] in named}
         for (event, queue), n in meter.totals.items():
             totals[event, queue if queue in named else '(others)'] += n
-
-    def family(name, kind, meaning, samples):
-        lines.extend([f'# HELP rundown_{name} {meaning}', f'# TYPE rundown_{name} {kind}'])
-        lines.extend(f'rundown_{name}{rest}' for rest in samples)
-
-    family('jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', (
-        sample(q[name], queue=q['queue'], status=name) for q in queues for name in (*STATUSES, 'scheduled', 'waiting')))
-    family('max_running', 'gauge', 'Jobs of the queue that may run at a time.', (
-        sample(q['max_running'], queue=q['queue']) for q in queues if q['max_running']))
-    family('rate', 'gauge', 'Claims a second that the queue allows.', (
-        sample(q['rate'] * 1000000 / q['per'], queue=q['queue']) for q in queues if q['rate']))
-    family('schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', (
-        sample((row['next_run_at'] - now) / 1000000, schedule=row['name']) for row in schedules))
-    family('schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', (
-        sample(row['skipped'], schedule=row['name']) for row in schedules))
-    family('oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', (
-        sample(max(0, now - (q['oldest'] or now)) / 1000000, queue=q['queue']) for q in queues))
+    yield 'jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', (
+        sample(q[name], queue=q['queue'], status=name) for q in queues for name in (*STATUSES, 'scheduled', 'waiting'))
+    yield 'max_running', 'gauge', 'Jobs of the queue that may run at a time.', (
+        sample(q['max_running'], queue=q['queue']) for q in queues if q['max_running'])
+    yield 'rate', 'gauge', 'Claims a second that the queue allows.', (
+        sample(q['rate'] * 1000000 / q['per'], queue=q['queue']) for q in queues if q['rate'])
+    yield 'oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', (
+        sample(max(0, now - (q['oldest'] or now)) / 1000000, queue=q['queue']) for q in queues)
+    yield 'schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', (
+        sample((row['next_run_at'] - now) / 1000000, schedule=row['name']) for row in schedules)
+    yield 'schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', (
+        sample(row['skipped'], schedule=row['name']) for row in schedules)
     for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
-        family(f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', (
-            sample(n, queue=queue) for (name, queue), n in totals.items() if name == event))
+        yield f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', (
+            sample(n, queue=queue) for (name, queue), n in totals.items() if name == event)
     for event, name, span in (('started', 'wait', 'due to claimed'), ('completed', 'job', 'claimed to completed')):
-        family(f'{name}_seconds', 'histogram', f'Seconds from {span}.', (
+        yield f'{name}_seconds', 'histogram', f'Seconds from {span}.', (
             rest for (kind, queue), histogram in histograms.items() if kind == event
-            for rest in buckets_of(histogram, BUCKETS, queue=queue)))
-    family('commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS))
-    family('requests_total', 'counter', 'Requests by route and status.', (
-        sample(n, route=route, status=status) for (route, status), n in requests.items()))
-    return '\n'.join(lines) + '\n'
+            for rest in buckets_of(histogram, BUCKETS, queue=queue))
+    yield 'commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS)
+    yield 'requests_total', 'counter', 'Requests by route and status.', (
+        sample(n, route=route, status=status) for (route, status), n in requests.items())
 
 def buckets_of(histogram, bounds, **labels):
     *counts, total = histogram
@@ -2492,18 +2417,17 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
                        'write a secret into a file and give --token-file FILE')
     if token and not re.fullmatch('[!-~]+', token):
         raise Unusable('the token must be of visible ASCII characters, without spaces')
-    tls, ages = tls_context(cert, key) if cert else None, (age(keep), age(keep_failed))
+    tls, ages = tls_context(cert, key) if cert else None, [age(keep), age(keep_failed)]
     try:
         server = Server((host, port), token, tls, allow_host, verbose)     # first: a port that is taken leaves no file
     except (OSError, OverflowError) as error:
         raise Unusable(f'{host}:{port} cannot be listened on: {error}') from None
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(server.server_close)
         database = Database(db, sync)
         database.open()
         server.serve(Store(database, clock, *ages))
-    except BaseException:
-        server.server_close()
-        raise
+        undo.pop_all()
     return server
 
 def tls_context(cert, key):
@@ -2526,7 +2450,7 @@ def read_token(path):
     try:
         token = pathlib.Path(path).read_text('ascii').strip()
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or 'it is not ASCII'
+        reason = getattr(error, 'strerror', 'it is not ASCII')
         raise Unusable(f'the token file {path} cannot be read: {reason}') from None
     if not token:
         raise Unusable(f'the token file {path} is empty')
