@@ -343,7 +343,7 @@ def beside(test):
 
 
 class Shared:
-    """Where all tests are asked for, two more processes run the later ones meanwhile; each is reported in its turn.
+    """Where all tests are asked for, three more processes run the later ones meanwhile; each is reported in its turn.
 
     It is a plugin of pytest, in all of them: the others write their reports into files, the first process reads them.
     """
@@ -351,7 +351,7 @@ class Shared:
 
     def __init__(self, config, items, folder):
         self.config, self.reports, self.processes, self.files = config, collections.defaultdict(list), {}, {}
-        for number, part in enumerate(filter(None, (items[::2], items[1::2]))):
+        for number, part in enumerate(filter(None, (items[::3], items[1::3], items[2::3]))):
             path = folder / str(number)
             path.touch()
             self.files[path.open()] = ""        # what was read of its last line
@@ -396,7 +396,7 @@ class Shared:
 def background(request, tmp_path_factory):
     """Runs the tests that are marked `beside`, if they were asked for; the last, which are the longest, first."""
     items = request.session.items
-    later = items[len(items) * 30 // 100:-1] if len(items) > 1000 and POSIX and not Shared.writes else []
+    later = items[len(items) * 25 // 100:-1] if len(items) > 1000 and POSIX and not Shared.writes else []
     shared = Shared(request.config, later, tmp_path_factory.mktemp("shared"))
     request.config.pluginmanager.register(shared)
     asked = [item.originalname for item in items if item.originalname in BESIDE and item.nodeid not in shared.processes]
