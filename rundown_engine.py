@@ -38,7 +38,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag   GET  /, /docs  the dashboard; this text
 
 Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign page, 404, 405, 409
-not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 503 storage trouble (with Retry-After).
+not (or no longer) possible, 408, 411, 413, 415, 421 foreign Host, 431, 500, 503 try again (with Retry-After).
 
 GUARANTEES
 - Acknowledged means on disk: the answer is sent after the commit (synchronous=FULL unless --sync normal).
@@ -83,17 +83,17 @@ MAX_ERROR = 64 << 10                    # characters of an error; the middle is 
 MAX_ATTEMPTS, MAX_ATTEMPT_ERROR = 10, 4 << 10   # ended attempts that a job remembers, and characters of their errors
 MAX_WORKERS, SHOWN = 1000, 100          # workers that are remembered; jobs that wait for a job and are named there
 MAX_AFTER, MAX_NEEDED = 1000, 20000     # jobs that a job waits for, and that all jobs of a body do
-IDLE, DEADLINE, LINGER = 120, 30, 5     # seconds of an idle connection; of a request or answer; after a refusal
-BIG_BODY, THREADS = 256 << 10, 4        # bytes of a body that a thread parses; threads that serve requests
+IDLE, DEADLINE, LINGER = 120, 30, 5     # seconds of an idle connection; of a request or answer; after the last one
+BIG_BODY, THREADS = 256 << 10, 4        # bytes of a body that a thread parses; threads for what takes long
 CHUNK = SMALL = 64 << 10                # bytes that are received or read at a time; and for which there is always room
 MAX_HELD = MAX_UNSENT = 64 << 20        # bytes of requests not done with, and of answers not taken, of all clients
 MAX_ANSWER = 16 << 20                   # characters of the jobs that polls claim in a pass, and of a page
 DRAIN = 4                               # seconds that requests in flight get when the engine stops
 BUSY, RETRY = 5, 0.005                  # seconds to wait for another program's write lock, and between two tries
-DEAF = 0.05                             # seconds in which nobody could be heard, from which on leases are looked at
+DEAF = 0.05                             # seconds in which no client could be heard that make the engine renew leases
 TICK, LOOK = 1, 0.05                    # seconds between two looks at the clock, and at all connections' deadlines
 TOGETHER = 64                           # rows a statement adds, a power of two; SQLite before 3.32 takes 999 values
-STEP = 500                              # rows that the engine changes on its own account in one transaction
+STEP = 500                              # rows of a kind that a transaction of a long change or of overdue() takes
 PRUNE, RECENT = 60, 600                 # seconds between rounds of retention; until an unused queue is forgotten
 CHECKPOINT, CHECKED = 4000, 64 << 20    # pages in the log that start a checkpoint; bytes checked in full at the start
 BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300, 1800)  # seconds of a histogram
@@ -165,7 +165,7 @@ class NotJSON(Refused):         status = 415    # the body does not claim to be 
 class Misdirected(Refused):     status = 421    # the Host is none of this engine's names
 class HeadTooLarge(Refused):    status = 431    # the header section is larger than the engine takes
 class Fault(Refused):           status = 500    # a mistake of the engine's own
-class Unavailable(Refused):     status, headers = 503, [('Retry-After', '1')]   # storage: nothing was acknowledged
+class Unavailable(Refused):     status, headers = 503, [('Retry-After', '1')]   # storage, no room, stopping: try again
 class Unusable(Refused):        status = 503    # the engine cannot start like this
 
 # -- Fields -----------------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def last_tick(schedule, now):
     if every:
         last += (now - last) // every * every
         return last, last + every
-    while True:     # no tick is after `beyond` and not after `now`: look into the middle of what is left
+    while True:     # invariant: no tick lies in (beyond, now]; halve what is between `last` and `beyond`
         upcoming = first_tick(schedule, last)
         if upcoming > now:
             return last, upcoming
@@ -477,7 +477,7 @@ class Busy(Unavailable):
     """Another program holds the write lock: nothing was begun."""
 
 def lock(path):
-    """An open file that says whose the database is: one of its own, as closing the other one drops SQLite's locks."""
+    """The open, locked file PATH.lock. Not the database: closing a second handle of that drops SQLite's locks on it."""
     file = os.fdopen(os.open(path + '.lock', os.O_RDWR | os.O_CREAT, 0o600), 'r+b')
     try:
         if os.name == 'nt':
@@ -547,7 +547,11 @@ class Database:
 
     def _create(self):
         """Make what is not there yet: all, or what version 1 did not know."""
-        if self.db.execute('PRAGMA user_version').fetchone()[0] == SCHEMA_VERSION:
+        version, application, tables = (self.db.execute(ask).fetchone()[0] for ask in (
+            'PRAGMA user_version', 'PRAGMA application_id', 'SELECT COUNT(*) FROM sqlite_master'))
+        if tables and application != APPLICATION_ID:        # examine() does not look beside a journal
+            raise Unusable(f'{self.path} is not a Rundown database; it was left as it is')
+        if version == SCHEMA_VERSION:
             return
         for table in ('jobs', 'queues'):
             known = {row['name'] for row in self.db.execute(f'PRAGMA table_info({table})')}
@@ -573,7 +577,7 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self):
-        """The one place where the database is changed: all of it is on disk, or nothing and Unavailable, or Busy."""
+        """The one place where the database is changed. Busy: nothing was. Unavailable: perhaps it was."""
         begun = False
         try:
             if self.trouble:
@@ -609,7 +613,7 @@ class Database:
         self.db, self.unsynced = db, False
 
     def _check_files(self):
-        """Where others lie under the path, what is committed is lost, or another engine is at work."""
+        """Unavailable where database, log or lock file was replaced: commits would go to a deleted file."""
         found = None
         with contextlib.suppress(FileNotFoundError):
             found = [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
@@ -673,19 +677,19 @@ added_values = operator.itemgetter(*ADDED)
 VALUES = f'({", ".join("?" * len(ADDED))})'
 INSERT = {2 ** n: f'INSERT INTO jobs ({", ".join(ADDED)}) VALUES {", ".join([VALUES] * 2 ** n)}'
           for n in range(TOGETHER.bit_length())}        # by the number of rows
-READY = "FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0"
+CLAIMABLE = "FROM jobs WHERE queue = :queue AND status = 'pending' AND scheduled = 0"
 CLAIM = f"""
-    SELECT * {READY} AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
+    SELECT * {CLAIMABLE} AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
     ORDER BY priority DESC, next_run_at, seq LIMIT :limit"""
 FIND = """
     SELECT seq, id, queue, status, attempt, retries, losses, max_retries, worker_max_retries, timeout, worker_timeout,
-        lease, lease_until, worker, error, attempts, next_run_at, started_at, scheduled, after_any, waits_for
-    FROM jobs WHERE """     # all that an outcome needs, nothing that may be large
+        lease, lease_until, worker, attempts, next_run_at, started_at, scheduled, after_any, waits_for
+    FROM jobs WHERE """     # all that an outcome needs; no payload, result, error or progress, which may be large
 BY_ID, BY_SEQ, QUEUE = FIND + 'id = ?', FIND + 'seq = ?', 'SELECT * FROM queues WHERE queue = ?'
 LOST = FIND + "status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
 TELL = 'UPDATE needs SET state = ? WHERE job = ? AND place = ?'
 TICKS = 'SELECT * FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?'
-LEASE = 'COALESCE(lease, COALESCE(NULLIF(timeout, 0), worker_timeout, :timeout) + :grace)'      # of a running job
+LEASE = 'COALESCE(lease, COALESCE(NULLIF(timeout, 0), NULLIF(worker_timeout, 0), :timeout) + :grace)'
 RENEW = f"""
     UPDATE jobs SET started_at = MIN(started_at, :now), lease_until =
         CASE WHEN lease_until <= :now THEN :now + MAX(:grace, COALESCE(lease, 0))
@@ -700,14 +704,15 @@ NEXT = """
         UNION ALL SELECT MIN(next_run_at) FROM schedules
         UNION ALL SELECT MIN(1) FROM ended UNION ALL SELECT ?)"""       # 1: long ago
 OLDEST = f"""
-    WITH RECURSIVE levels (priority) AS (SELECT MAX(priority) {READY}   -- each by the index, from the highest on
-        UNION ALL SELECT (SELECT MAX(priority) {READY} AND priority < levels.priority) FROM levels
+    WITH RECURSIVE levels (priority) AS (SELECT MAX(priority) {CLAIMABLE}   -- each by the index, from the highest on
+        UNION ALL SELECT (SELECT MAX(priority) {CLAIMABLE} AND priority < levels.priority) FROM levels
         WHERE priority IS NOT NULL LIMIT 100)
-    SELECT MIN((SELECT MIN(next_run_at) {READY} AND priority = levels.priority)) FROM levels"""
+    SELECT MIN((SELECT MIN(next_run_at) {CLAIMABLE} AND priority = levels.priority)) FROM levels"""
 AHEAD = f"""
-    SELECT COUNT(*) FROM (SELECT 1 {READY} AND priority > :priority UNION ALL SELECT 1 {READY} AND priority = :priority
+    SELECT COUNT(*) FROM (SELECT 1 {CLAIMABLE} AND priority > :priority
+        UNION ALL SELECT 1 {CLAIMABLE} AND priority = :priority
         AND next_run_at <= :next_run_at AND (next_run_at, seq) < (:next_run_at, :seq) LIMIT 1000)"""
-FILTERS = {     # `after`, `last` and what follows them are the seq of a job
+FILTERS = {     # `after`, `last`, `needed_by` and `beyond` are each the seq of a job
     'queue': 'queue = :queue', 'tag': 'tag = :tag', 'after': 'seq < :after', 'last': 'seq > :last',
     'status': '+status = :status',      # the plus: in the order of seq, not by the index on finished_at
     'needed_by': 'job = :needed_by',
@@ -815,7 +820,7 @@ def size_of(row):
 
 def full_at(queue, now):
     """When the bucket is full again. Each claim puts that off by per / rate (the generic cell rate algorithm, GCRA)."""
-    return min(max(queue['full_at'], now), now + queue['per'])      # an empty one: later, if the clock was set back
+    return min(max(queue['full_at'], now), now + queue['per'])      # at most: a clock set back leaves full_at far ahead
 
 def tokens(queue, now):
     return (now + queue['per'] - full_at(queue, now)) * queue['rate'] // queue['per']
@@ -885,14 +890,14 @@ class Store:
         self.database, self.clock = database, Clock(clock)      # constant after start:
         self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # microseconds; 0: for ever
         self.meter = Meter()
-        # the loop's from here on
+        # from here on only the loop writes; threads read `workers` and `polled`, each by one copy of all of it
         self.workers = collections.OrderedDict()                # (worker, queue) -> (seen at, hung)
         with database.reading() as db:
             queues = db.execute('SELECT * FROM queues').fetchall()
         self.polled = {row['queue']: row['polled_at'] for row in queues if row['polled_at'] is not None}
-        self.limited = {row['queue'] for row in queues if row['max_running'] or row['rate']}    # those that may be
+        self.limited = {row['queue'] for row in queues if row['max_running'] or row['rate']}    # or once had one
         self.next_due = self.next_prune = 0                     # when overdue() has something to do, or to prune
-        self.hungry = set()                                     # queues with polls for which there was no room
+        self.hungry = set()         # queues whose polls got nothing for want of room or of a token: woken by overdue()
         self.begin(None)
 
     def begin(self, db, room=MAX_ANSWER):
@@ -919,7 +924,7 @@ class Store:
     # calls: producers
 
     def enqueue(self, asks):
-        """Add the jobs, all or none: (row, created) each, of those that have the `id` or the `key` already if so."""
+        """Add the jobs, all or none. Of each (row, created): the new job, or the one that has its `id` or `key`."""
         if len(asks) > 1 and sum(len(ask['after']) for ask in asks if 'after' in ask) > MAX_NEEDED:
             raise TooLarge(f'jobs: their `after` names more than {MAX_NEEDED} jobs in all; send fewer at a time')
         jobs, size, rows = [], 0, [self._new(ask) for ask in asks]
@@ -982,7 +987,7 @@ class Store:
         """Claim jobs: the rows as they are then, no more than may be answered in this pass but one at least."""
         queue, worker = ask['queue'], ask.get('worker')
         before, self.polled[queue], span = self.polled.get(queue, 0), self.now, PRUNE * 1000000
-        if before // span != self.now // span:      # on disk that is good enough
+        if before // span != self.now // span:      # stored once in PRUNE seconds; self.polled is exact
             self._set(queue, polled_at=self.now)
         if worker:
             self._seen(worker, queue, ask.get('hung', 0))
@@ -1037,7 +1042,7 @@ class Store:
             return {'id': error.id if error is ask else ask['id'], 'error': str(error), 'code': error.status}
 
     def claimed(self, call, ask):
-        """The job `id`, and whether `call` may change it: not where it has, and its answer was lost. Else Stale."""
+        """(the job `id`, True), or False when this attempt already ended by this `call`: sent again. Else Stale."""
         job = existing(self._one(BY_ID, ask['id']), 'id: there is no job', ask['id'])
         current, status = ask.get('attempt', job['attempt']) == job['attempt'], job['status']
         if current and status in SOURCES[call]:
@@ -1126,7 +1131,7 @@ class Store:
         self._move(job, 'cancelled', 'cancelled', error=error)
 
     def _told(self, job, outcome):
-        """The job has ended, or is purged: whoever waits for it finds out, jobs by overdue() in this transaction."""
+        """The job has ended, or is purged: wake the calls that wait for it; overdue() tells the jobs, in steps."""
         self.woken.add(('job', job['id']))
         if self._one('SELECT 1 FROM needs WHERE needed = ? AND state = 0 LIMIT 1', job['seq']):
             self.db.execute('INSERT OR IGNORE INTO ended VALUES (?, ?, ?)', (job['seq'], job['id'], outcome))
@@ -1148,7 +1153,7 @@ class Store:
         """A job has one job less to wait for."""
         self.db.execute(TELL, (STATES[end['status']], end['waiter'], end['place']))
         job = self._one(BY_SEQ, end['waiter'])
-        if job['scheduled'] != WAITS:       # it was cancelled meanwhile
+        if job['scheduled'] != WAITS:       # cancelled, or let go before the needed job was retried and ended again
             return
         if end['status'] != 'done' and not job['after_any']:
             return self._give_up(job, end)
@@ -1390,7 +1395,7 @@ class Store:
     # time
 
     def renew(self, pause):
-        """Nobody could be heard for so many seconds: leases that are not much longer get one more period."""
+        """No client could be heard for `pause` seconds: leases shorter than twice that get one more period."""
         self.db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')     # writes, where a full disk lets the rest pass
         self.db.execute(RENEW, {'now': self.now, 'grace': micros(GRACE), 'timeout': micros(DEFAULT_TIMEOUT),
                                 'pause': micros(min(pause, 1e9))})
@@ -1454,7 +1459,7 @@ class Spoilt(Exception):
     """An operation has broken the transaction: its error is known now, and the others run again."""
 
 class Operation:
-    """Something to be done in a transaction, and whom to tell that it was: a client, which has go_on(news)."""
+    """Work for a transaction (None: a mere wait for a topic), and the client, whose go_on(news) gets the result."""
     result = error = None
 
     def __init__(self, work, render=as_is, topic=None, wait=0, adds=None, client=None):
@@ -1482,7 +1487,7 @@ class Loop:
 
     In a pass all that writes comes first, then what is due, then the polls: those that are parked, in the order in
     which they came, as many as there are jobs, then the new ones. So what arrives and the poll that takes it meet in
-    one commit, whichever came first. A wait for a job's end is looked at before it is parked, and after each commit.
+    one commit, whichever came first. A wait for a job's end looks once, is parked, and is told after that commit.
     """
     def __init__(self, server, store):
         self.server, self.store, self.database = server, store, store.database      # constant after start
@@ -1615,8 +1620,8 @@ class Loop:
             clock.offset = offset       # a leap that is not on disk; renew() looks anew at what is due
             # whoever waits for another program's lock tries again; who has waited for too long is told, as all else
             busy, ends = isinstance(error, Busy), NEVER if self.draining is None else self.draining - 1
-            kept = [operation for operation in ready if busy and now < min(operation.since + BUSY, ends)]
-            ended, self.ready = [operation for operation in ready if operation not in kept], kept + self.ready
+            kept = {operation: True for operation in ready if busy and now < min(operation.since + BUSY, ends)}
+            ended, self.ready = [operation for operation in ready if operation not in kept], [*kept, *self.ready]
             self.retry_at = now + RETRY if busy else 0
             self.resting = self.retry_at or now + TICK
             if ended or not busy:
@@ -1629,14 +1634,14 @@ class Loop:
             return
         self.retry_at, self.resting = 0, now + TICK if any(operation.error for operation in own) else 0
         for operation in roused + ready:
-            if not self._parks(operation):      # its error, which knows it by its traceback, is to be forgotten with it
+            if not self._parks(operation):      # forget the error: what it remembers refers to the operation, a cycle
                 news, operation.error = operation.error or operation.result, None
                 operation.client.go_on(news)
         self.store.committed(len(ready) + len(roused))      # nobody waits for that
 
     def _commit(self, leap, ready, own):
         """Run it all in one transaction. The parked operations that got something."""
-        merged = self._together
+        merge = self._together
         while True:
             writes = [operation for operation in ready if not operation.topic]
             polls = [operation for operation in ready if operation.topic and operation.client.life]     # is still there
@@ -1649,7 +1654,7 @@ class Loop:
                         self.store.renew(begun - self.heard)
                     if leap:
                         self.store.leap(*leap)
-                    for operation in itertools.chain(merged(writes), own):
+                    for operation in itertools.chain(merge(writes), own):
                         operation.run(db)
                     roused = self._rouse(db)
                     for operation in polls:
@@ -1657,7 +1662,7 @@ class Loop:
                 self.heard, self.database.trouble = begun, None
                 return roused
             except Spoilt as error:
-                merged = as_is              # one by one it shows whose fault it is
+                merge = as_is               # one by one it shows whose fault it is
                 self.store.next_due = 0     # what was done of that is undone
                 if error.args[0] in writes:     # what comes after it has its turn in the next pass, so none runs often
                     after = ready.index(error.args[0]) + 1
@@ -1677,7 +1682,7 @@ class Loop:
         return [operation for operation in operations if not operation.adds]
 
     def _rouse(self, db):
-        """The parked waits that are over, and polls that find something, until one does not: it stays the first."""
+        """The parked waits that are over and polls that find something; per queue the first that does not ends it."""
         roused = []
         for topic in self.store.woken:
             for operation in self.parked.get(topic, ()):
@@ -1834,7 +1839,7 @@ class Connection:
                 yield READ
         self.asked = (self.server.head_of if len(head) < 1024 else Head)(bytes(head))       # large ones are not kept
         self.received = rest
-        if not self.asked.rule:     # else it was let in before
+        if not self.asked.rule:     # a kept head that has one was admitted before; that depends on the head alone
             self.server.admit(self.asked)
         length = self.asked.length
         self.loop.make_room(length)
@@ -1868,7 +1873,7 @@ class Connection:
         return (yield from self._done())
 
     def _done(self):
-        """What is waited for. Bytes that come are the next request; who leaves may yet read."""
+        """The news of the loop or a thread. Bytes meanwhile are the next request; at EOF a poll or wait is given up."""
         news, events = READY, READ
         while news is READY:
             try:
@@ -1955,7 +1960,7 @@ def poll(server, ask):
     return Operation(lambda: server.store.poll(ask), render, ('queue', ask['queue']), ask.get('wait', 0) / 1000000)
 
 def report(method):
-    """The handler of complete, fail, heartbeat and release, of one job or of many, and of the like."""
+    """The handler that runs a method of Store in a transaction, for one body or for each item of `jobs`."""
     def handler(server, ask):
         if type(ask) is dict:
             return Operation(lambda: method(server.store, ask))
@@ -1977,12 +1982,12 @@ def change(method, needed):
             return Operation(lambda: method(server.store, server.store.claimed(call, ask)[0]), lambda _: {'count': 1})
         statuses = [ask['status']] if 'status' in ask else sources
         steps = (functools.partial(server.store.step, method, ids, statuses) for ids in server.store.steps(ask))
-        if not server.changing.acquire(blocking=False):     # a thread is left for those who read
+        if not server.change_slots.acquire(blocking=False):     # a thread is left for those who read
             raise Unavailable('other changes of whole queues are under way; try again')
         try:
             return {'count': sum(map(server.loop.run, steps))}
         finally:
-            server.changing.release()
+            server.change_slots.release()
     call, sources = method.__name__, SOURCES[method.__name__]
     status = 'one of ' + ', '.join(sources), lambda value: value in sources, as_is
     return route('POST', handler, needed, slow=True, status=status)
@@ -2053,7 +2058,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.names = {'localhost', address[0].lower(), *(name.lower() for name in names)}
         self.head_of = functools.lru_cache(maxsize=1024)(Head)      # clients send the same head again and again
         self.line = SimpleQueue()           # (connection, function, values) that waits for a thread
-        self.changing = threading.Semaphore(THREADS - 1)    # held while a whole queue is changed
+        self.change_slots = threading.Semaphore(THREADS - 1)    # held while a whole queue is changed
         super().__init__(address, None)
         host = f'[{address[0]}]' if ':' in address[0] else address[0]
         self.url = f'{"https" if tls else "http"}://{host}:{self.server_address[1]}'
@@ -2367,7 +2372,7 @@ def families(store):
         histograms = {place: list(histogram) for place, histogram in meter.seconds.items() if place[1] in named}
         for (event, queue), n in meter.totals.items():
             totals[event, queue if queue in named else '(others)'] += n
-    yield 'jobs', 'gauge', 'Jobs by queue and status; scheduled ones are part of the pending ones.', (
+    yield 'jobs', 'gauge', 'Jobs by queue and status; scheduled and waiting ones are part of the pending ones.', (
         sample(q[name], queue=q['queue'], status=name) for q in queues for name in (*STATUSES, 'scheduled', 'waiting'))
     yield 'max_running', 'gauge', 'Jobs of the queue that may run at a time.', (
         sample(q['max_running'], queue=q['queue']) for q in queues if q['max_running'])
@@ -2426,6 +2431,7 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
         undo.callback(server.server_close)
         database = Database(db, sync)
         database.open()
+        undo.callback(lambda: server.loop or database.close())      # server_close() closes it where there is a loop
         server.serve(Store(database, clock, *ages))
         undo.pop_all()
     return server

@@ -2898,6 +2898,29 @@ def test_null_in_a_query_is_no_value(engine, q, field):
     assert code == 400 and field in answer["error"]
 
 
+def test_a_restart_shortens_no_lease_of_a_worker_whose_timeout_is_the_default(own, q):
+    engine = own()
+    engine.enqueue(q)
+    claim = engine.poll(q, timeout=0)
+    assert claim["timeout"] == 300
+    engine.kill()
+    engine.start("--port", str(engine.port))
+    lost = re.search(r"lost if there is none by (\S+)", engine.job(claim)["why"])[1]
+    assert when(lost) > time.time() + 250
+
+
+def test_a_foreign_database_beside_its_journal_is_left_as_it_is(tmp_path):
+    path = tmp_path / "jobs.db"
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = PERSIST")
+        db.execute("CREATE TABLE theirs (id)")
+        db.execute("INSERT INTO theirs VALUES (1)")
+    assert (tmp_path / "jobs.db-journal").stat().st_size
+    before = path.read_bytes()
+    code, lines = refusal(tmp_path)
+    assert code and "is not a Rundown database; it was left as it is" in lines[0] and path.read_bytes() == before
+
+
 def test_blank_lines_before_a_request_are_none_of_it(engine):
     health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.create_connection((engine.host, engine.port), timeout=5) as connection:
