@@ -30,7 +30,7 @@ PRODUCING
     wait(job, timeout), results(jobs, timeout)      the finished job; what many returned, Failed when one did not
     schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
     Client(host, token, timeout, ca)        one method per call of the engine
-An enqueue chooses its id, so it is sent again for `timeout` seconds (30) while no engine answers, and still makes one
+An enqueue chooses its id, so it is sent again for `give_up` seconds (30) while no engine answers, and still makes one
 job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_at without a zone is local time.
 
 WORKING
@@ -86,7 +86,7 @@ Fields = Dict[str, Any]                             # what the engine tells or i
 Text = Optional[str]                                # None, here and below: not given
 Whole = Optional[int]
 Seconds = Optional[float]
-Span = Union[float, datetime.timedelta, None]       # seconds, or as they are counted elsewhere
+Span = Union[float, datetime.timedelta, None]       # seconds, or a timedelta
 Moment = Union[str, datetime.datetime, None]        # RFC 3339, or a datetime, which is local time where it has no zone
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class Incoming(io.RawIOBase):
         return count
 
 def read_answer(sock, deadline):
-    """An answer, read to its end. http.client takes ten times as long as what is plain."""
+    """An answer, read to its end. What matches PLAIN is cut up here: http.client takes ten times as long."""
     sock.settimeout(remaining(deadline))
     data = sock.recv(65536)
     plain = PLAIN.match(data)
@@ -225,7 +225,7 @@ class Wire:
     def __init__(self, headers='', context=None):
         self.headers, self.context = headers, context       # constant: header lines of all requests; of TLS
         self.process, self.closed = os.getpid(), False      # whose the connections are; a fork must not share them
-        self.idle, self.active = collections.deque(), set()     # safe by themselves; the last used one is the first
+        self.idle, self.active = collections.deque(), set()     # safe by themselves; the one used last is reused first
 
     def exchange(self, url, data, seconds):
         """The answer within so many seconds: of a POST of the bytes, or of a GET where they are None."""
@@ -243,7 +243,7 @@ class Wire:
                     raise
 
     def _connection(self, place, deadline):
-        """One to there that is idle, else a new one. Those to elsewhere go: that engine did not answer any more."""
+        """An idle one to that place, else a new one. Idle ones to elsewhere, or not to be used again, are closed."""
         if self.process != os.getpid():
             self.process, self.idle, self.active = os.getpid(), collections.deque(), set()
         try:
@@ -280,7 +280,7 @@ class Wire:
         return answer
 
     def hang_up(self, how=socket.SHUT_WR):
-        """Send nothing more. An engine gives no job to who hung up; an answer that is on its way still comes in."""
+        """Send nothing more. With SHUT_WR an answer on its way still comes in; an engine gives no job after it."""
         self.closed = True
         for connection in self.active.copy():
             with contextlib.suppress(OSError, TypeError):       # its own thread has closed it: it has no socket then
@@ -674,11 +674,11 @@ class Task:
         self.job = job                                  # the handler may change it: the rest does not rely on it
         self.consumer, self.client, self.claimed = consumer, consumer.link.client, now
         self.address = f'{{"id":{encode(job["id"])},"attempt":{job["attempt"]}'     # how an item of a batch begins
-        self.timeout, self.lock = job['timeout'], threading.Lock()      # the lock guards the next three
-        self.outcome = self.slot = self.begun = None    # how it ended, and all is over; who runs it, since when
+        self.timeout, self.lock = job['timeout'], threading.Lock()      # held to change the next three from None
+        self.outcome = self.slot = self.begun = None    # how it ended (None: it has not); its slot; since when
         self.progress, self.shown = collections.deque(maxlen=1), now    # JSON text that is not sent; when it last was
         self.show = self.progress.append
-        self.item = self.cancel = self.coroutine = None     # of the report: JSON text; how to reach an async handler
+        self.item = self.cancel = self.coroutine = None     # its report as JSON text; cancels an async handler; is it
 
     def begin(self, slot, now):
         """True when the slot may run it: it was neither released nor lost meanwhile."""
@@ -704,7 +704,7 @@ class Task:
 class Slot:
     """A thread that runs the tasks of a queue, one after the other, until a handler does not come back in time."""
     ready = True            # for a task
-    ending = abandoned = False      # what it runs was told to end, and is waited for; or is not
+    ending = abandoned = False      # after interrupt(): its program is waited for; its thread takes no more tasks
 
     def __init__(self, consumer):
         self.consumer = consumer
@@ -749,14 +749,14 @@ class Slot:
         stack, ours = traceback.StackSummary.extract(frames[-50:]), (__file__, threading.__file__)
         return ''.join(traceback.format_list(itertools.dropwhile(lambda one: one.filename in ours, stack)))
 
-    def close(self): """End what the slot has started: nothing. Those below have more to do in all three."""
+    def close(self): """Nothing to do here, nor in prepare() and kill(): only subclasses start processes."""
     prepare = kill = close
 
 # -- Handlers in processes of their own -------------------------------------------------------------------------------
 CHILD = 'rundown-child-'            # how the names of the processes begin
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK') if hasattr(signal, name)]
 KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
-spawning = threading.Lock()         # multiprocessing may reap a child from any thread that starts or joins one
+spawning = threading.Lock()         # held to start or join a process: multiprocessing reaps any ended child in start()
 
 class IsolatedSlot(Slot):
     """A slot whose handler runs in a process of its own, which waits for the next task as long as it lives."""
@@ -785,7 +785,7 @@ class IsolatedSlot(Slot):
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
-            self.kill()             # what it started; its own end, and how it came, is settled
+            self.kill()             # its children; it is exiting itself by now, and keeps its exit code
         with spawning:
             self.process.join(1)
         code = self.process.exitcode
@@ -795,6 +795,8 @@ class IsolatedSlot(Slot):
         for _ in range(2):          # the first process may be gone before it begins: killed while it had nothing to do
             if self.process is None:
                 self._start()
+            if task.outcome:        # it was settled meanwhile, when there was nobody to kill
+                return task.outcome
             with contextlib.suppress(OSError):
                 self.pipe.send(task.job)
             kind, text = self._receive()
@@ -914,10 +916,10 @@ class Consumer:
         self.worker, self.link, self.registered, self.concurrency = worker, link, registered, concurrency   # constant
         self.name, self.handler = registered.name, Handler(registered.functions)
         self.client = link.client.twin()    # of its own, to be hung up
-        self.told = list(registered.told)   # the fetcher's, as the next two: what the engine has to be told first
+        self.told = list(registered.told)   # only the fetcher writes it and the next two: calls to make before polling
         self.enough, self.dry = 0, None     # open tasks above which it sleeps; worker.reported when there was nothing
         self.inbox, self.open = SimpleQueue(), {}   # safe by themselves: tasks for the slots; claimed and not settled
-        self.pace, self.lines = None, 0     # seconds of a slot for a task; of the log in this tick. Races are harmless
+        self.pace, self.lines = None, 0     # seconds a task keeps a slot; jobs done in this tick. Races are harmless
         self.slots, self.thread, self.hungry = [], None, threading.Event()      # the last: there may be room for more
 
     def start(self):
@@ -947,7 +949,7 @@ class Consumer:
                 if not self.worker.stopping.is_set():
                     self.inbox.put(task)
             if self.worker.stopping.is_set():
-                self.worker.release()   # these may have come after the others were
+                self.worker.release()   # these jobs may have come after _drain() released the others
             time.sleep(0)               # lets the slots begin, before the next poll is put together
             self.link.back()
             if not jobs and self.worker.burst:      # there may be some once another task is over, and only then
@@ -957,7 +959,7 @@ class Consumer:
                 self.worker.stopping.wait(self.registered.poll_interval)
 
     def _room(self):
-        """How many jobs to claim now: for the free slots, and as many as those will start within AHEAD seconds."""
+        """How many jobs to claim now: 0, or up to one open task per slot plus what slots start within AHEAD seconds."""
         if self.link.stuck or self.link.pile.qsize() > MAX_BACKLOG:
             return 0
         slots = sum(slot.ready for slot in self.slots)
@@ -1048,13 +1050,13 @@ class Consumer:
                 note(logging.ERROR, '%s: the hook %r failed: %s', task, event, summary(error))
 
     def tell(self, event, task, error, text, *values):
-        """Log what befell a task, and call the hooks if it has begun; who finds out does not wait for them."""
+        """Log what befell a task, and call the hooks in a thread of their own, if it has begun."""
         note(logging.WARNING, '%s ' + text, task, *values)
         if self.worker.app.hooks[event] and task.begun is not None:
             threading.Thread(target=self.hook, args=(event, task, error), daemon=True).start()
 
 def summary(error):
-    """The last line of what an exception says."""
+    """The last line of an exception's traceback; of an exception group the line that names the group."""
     text = trace(error)
     group = re.search(r'^  \| (\S.*)', text, re.M) if text.rstrip().endswith('-----') else None
     return shorten(group[1] if group else (text.strip().splitlines() or [''])[-1], 300)
@@ -1068,7 +1070,7 @@ class Link:
         self.stuck, self.since = False, None        # outcomes were not taken at the last try; when the engine went away
 
     def away(self, error):
-        """Say once that the engine is away, which ends a burst in time. How long to wait until the next try."""
+        """Say once that the engine is away, end a burst after TIMEOUT, and return the seconds until the next try."""
         now, since = time.monotonic(), self.since
         if since is None:
             self.since = since = now
@@ -1115,7 +1117,7 @@ class Link:
                 if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_outcome, answers)):
                     raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
             except Error as error:
-                if getattr(error, 'status', None) not in REFUSALS:
+                if error.status not in REFUSALS:
                     self.stuck = self.stuck or call != 'heartbeat'
                     self.worker.closed.wait(self.away(error))
                     continue
@@ -1158,7 +1160,7 @@ class Worker:
         self.events = SimpleQueue()         # safe by themselves, in signal handlers too: None or an exception
         self.stopping, self.closed = threading.Event(), threading.Event()       # no more jobs; no more reports
         self.threads = {}                   # those that are not over, and when each was interrupted: inf, it was not
-        self.links, self.consumers, self.reported = {}, [], object()        # another one whenever a task is over
+        self.links, self.consumers, self.reported = {}, [], object()        # the last: a new object when a task is over
         for registered in app.registered.values():
             host, slots = ' '.join(app.client(registered.host).hosts), concurrency or registered.concurrency
             link = self.links[host] = self.links.get(host) or Link(self, host)
@@ -1202,7 +1204,7 @@ class Worker:
 
     def run(self):
         """Work until told to stop, then end in good order. Raises what it was stopped by."""
-        ours = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()    # who else may not
+        ours = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()    # others may set none
         before = {number: signal.signal(number, self._signalled) for number in ours}
         try:
             for link in self.links.values():
@@ -1220,7 +1222,7 @@ class Worker:
             raise error
 
     def _wait(self):
-        """What it is to stop for. None too where in a burst no queue had anything since the last report."""
+        """The exception to stop for; None: told to stop, or a burst whose queues were empty since the last report."""
         while not self.burst or self.busy() or any(consumer.dry is not self.reported for consumer in self.consumers):
             with contextlib.suppress(Empty):
                 return self.events.get(timeout=0.005 if self.burst else 1)      # on Windows signals come between two
@@ -1409,8 +1411,8 @@ class App:
     def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
             concurrency: Whole = None) -> None:
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
-        Returns after an orderly end. In the main thread, and with handlers that do not come back, it ends the process
-        instead, for nobody can end their threads; SystemExit(1) when those were `max_hung`."""
+        Returns after an orderly end. In the main thread, unless `burst`, it ends the process if handlers still hang,
+        for nobody can end their threads: with 1 if `max_hung` of them did. In all other cases that is SystemExit(1)."""
         if multiprocessing.current_process().name.startswith(CHILD):
             raise Error("run() runs where isolate=True imports the script: put it behind if __name__ == '__main__':")
         if not self.registered:
@@ -1565,7 +1567,7 @@ class ProgramSlot(Slot):
     process = errors = None
 
     def prepare(self):
-        self.ending = False             # interrupt() has been, or is not going to be, for the last task
+        self.ending = False             # the last task is settled, so no interrupt() for it can come any more
 
     def execute(self, command, data, task):
         file, mine = tempfile.TemporaryFile, {'RUNDOWN_ID': task.job['id'], 'RUNDOWN_QUEUE': self.consumer.name}
@@ -1640,7 +1642,7 @@ def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: Span = N
                run_at: Moment = None, id: Text = None, **options: Any) -> str:
     """Write a job into the transaction that is open on a connection; it is enqueued if that commits. Returns its id.
     The driver is sqlite3, or writes parameters as %s. The options are those of enqueue(); a delay begins now."""
-    inspect.signature(Client.enqueue).bind(None, queue, **options)      # TypeError for what is none
+    inspect.signature(Client.enqueue).bind(None, queue, **options)      # TypeError for an unknown option
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
     if delay is not None:
@@ -1685,7 +1687,7 @@ def drain(connection, client, send, keep):
     """Send in order, and delete what was taken `keep` seconds ago; how many jobs were taken. An id is taken once."""
     count, parts, sql = 0, [], functools.partial(with_table, connection)
     if keep:
-        send('/health')         # only who asks finds out that a standby has taken over
+        send('/health')         # moves client.host on where a standby has taken over; taken_by is compared with it
     while True:
         if not parts:
             over = int(time.time() - keep)
@@ -1736,7 +1738,7 @@ def keep_forwarding(connect, host, keep, stopping):
                     drain(connection, client, client.send, keep)
                     tries, now = 0, time.monotonic()
                     while time.monotonic() < now + 1 and not stopping.wait(TICK / 2) and now > recent.written + OPEN:
-                        pass            # until this process writes, whose transaction may commit at any time then
+                        pass            # look again in TICK / 2 while what this process wrote may commit, else in 1 s
         except Exception as error:      # the database's or the engine's
             if not tries:
                 note(logging.WARNING, 'cannot forward the outbox, trying again until it works: %s', error)
@@ -1803,7 +1805,7 @@ def command_status(client, options):
     return options.wait is not None and job['status'] != 'done'
 
 def command_run(client, options):
-    """Import a person's tasks, and work on them."""
+    """Import a file or a module with handlers, and work on its queues."""
     target, file = options.tasks, os.path.abspath(options.tasks) if os.path.isfile(options.tasks) else None
     sys.path.insert(0, os.path.dirname(file) if file else os.getcwd())
     if file:
