@@ -2083,14 +2083,19 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop.post(functools.partial(Connection, self.loop, request, client_address))
 
     def process_request_thread(self, request, client_address):
-        """Do what stands in the line, and tell the connections."""
+        """Do what stands in the line, and tell the connections: one answer of a thread at a time waits for the loop."""
+        told = threading.Event()
         for connection, function, values in iter(self.line.get, None):
             try:
                 news = function(*values)
             except Exception as error:
                 news = fault(connection.asked.route, error)
-            self.loop.post(functools.partial(connection.go_on, news))
-            del connection, function, values, news      # which may be large
+            for step in functools.partial(connection.go_on, news), told.set:
+                self.loop.post(step)
+            del connection, function, values, news, step        # which may be large
+            while not told.wait(1) and not self.loop.ended:
+                pass
+            told.clear()
 
     def admit(self, asked):
         """Let the request in if this client may call it like this: then its head gets a rule, and a length."""
