@@ -1529,8 +1529,8 @@ def calls(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     limits = present(max_running=max_running, rate=claims, per=None if rate is None else seconds)
     ticks = present(name=queue, cron=cron, every=in_seconds(every), zone=zone)
     check_all(**limits, **ticks)
-    if 'cron' in ticks and ('every' in ticks or not isinstance(cron, str)):
-        raise Misuse(f'cron must be a string like "0 3 * * *", without every, not {cron!r}')
+    if ticks.keys() & {'cron', 'zone'} and ('every' in ticks or not isinstance(cron, str) or not cron):
+        raise Misuse(f'cron must be a string like "0 3 * * *", as zone needs one, without every, not {cron!r}')
     told = ('/limit', limits), ('/schedule', ticks if cron or every else None)
     return [(path, {'queue': queue, **fields}) for path, fields in told if fields]
 
