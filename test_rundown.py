@@ -5789,9 +5789,11 @@ class Outboxes:
         return str(found[-1]) if found else None
 
     def connect(self):
-        if self.kind == "sqlite":
-            return sqlite3.connect(self.file)
-        return psycopg.connect("host=127.0.0.1 port=%s user=postgres dbname=postgres" % self.port)
+        return sqlite3.connect(self.file) if self.kind == "sqlite" else psycopg.connect(self.dsn)
+
+    @property
+    def dsn(self):
+        return "host=127.0.0.1 port=%s user=postgres dbname=postgres" % self.port
 
     def rows(self, columns="number"):
         with contextlib.closing(self.connect()) as connection:
@@ -5843,6 +5845,175 @@ def test_a_job_is_there_if_and_only_if_the_transaction_commits(engine, shop, box
     assert (rw.forward(shop.connect, engine.url), rw.forward(shop.connect, engine.url)) == (6, 0)
     assert payloads(engine, q) == [1, [1], 3, [3], 5, [5]] and shop.rows() == []
     assert box.execute("SELECT count(*) FROM orders WHERE id = '%s'" % q).fetchone() == (3,)
+
+
+def connected(connection, **attributes):
+    for name, value in attributes.items():
+        setattr(connection, name, value)
+    return connection
+
+
+def sqlalchemy_engine(shop):
+    import sqlalchemy
+    if shop.kind == "sqlite":
+        return sqlalchemy.create_engine("sqlite:///" + shop.file)
+    return sqlalchemy.create_engine("postgresql+psycopg://postgres@127.0.0.1:%s/postgres" % shop.port)
+
+
+def sqlalchemy_session(shop):
+    import sqlalchemy.orm
+    return sqlalchemy.orm.Session(sqlalchemy_engine(shop))
+
+
+def django_connection(shop, autocommit=False):
+    import django.conf
+    import django.db.utils
+    if not django.conf.settings.configured:
+        django.conf.settings.configure()
+    database = {"ENGINE": "django.db.backends." + shop.kind, "NAME": shop.file}
+    if shop.kind == "sqlite":
+        database["ENGINE"] += "3"
+    else:
+        database.update(NAME="postgres", USER="postgres", HOST="127.0.0.1", PORT=shop.port)
+    connection = django.db.utils.ConnectionHandler({"default": database}).create_connection("default")
+    connection.set_autocommit(autocommit)
+    return connection
+
+
+def psycopg2_connection(shop, **options):
+    import psycopg2
+    import psycopg2.extras
+    factory = options.get("cursor_factory")
+    return psycopg2.connect(shop.dsn, cursor_factory=factory and getattr(psycopg2.extras, factory))
+
+
+class OddRow:
+    """A row that is neither a sequence nor a mapping."""
+
+    def __init__(self, *values, **fields):
+        self.values = values, fields
+
+
+CONNECTIONS = [     # database, package, how to connect, and the same in autocommit mode
+    ("sqlite", "sqlite3", lambda shop: sqlite3.connect(shop.file),
+     lambda shop: sqlite3.connect(shop.file, isolation_level=None)),
+    ("sqlite", "sqlalchemy", lambda shop: sqlalchemy_engine(shop).connect(),
+     lambda shop: sqlalchemy_engine(shop).connect().execution_options(isolation_level="AUTOCOMMIT")),
+    ("sqlite", "sqlalchemy", sqlalchemy_session,
+     lambda shop: sqlalchemy_session(shop).connection(execution_options={"isolation_level": "AUTOCOMMIT"})),
+    ("sqlite", "django", django_connection, lambda shop: django_connection(shop, autocommit=True)),
+    ("postgresql", "psycopg", lambda shop: psycopg.connect(shop.dsn),
+     lambda shop: psycopg.connect(shop.dsn, autocommit=True)),
+    ("postgresql", "psycopg2", psycopg2_connection,
+     lambda shop: connected(psycopg2_connection(shop), autocommit=True)),
+    ("postgresql", "sqlalchemy", lambda shop: sqlalchemy_engine(shop).connect(),
+     lambda shop: sqlalchemy_engine(shop).connect().execution_options(isolation_level="AUTOCOMMIT")),
+    ("postgresql", "sqlalchemy", sqlalchemy_session,
+     lambda shop: sqlalchemy_session(shop).connection(execution_options={"isolation_level": "AUTOCOMMIT"})),
+    ("postgresql", "django", django_connection, lambda shop: django_connection(shop, autocommit=True)),
+]
+ODD_ROWS = [        # connections that return rows or text of another kind
+    ("sqlite", "sqlite3", lambda shop: connected(sqlite3.connect(shop.file), text_factory=bytes)),
+    ("sqlite", "sqlite3", lambda shop: connected(sqlite3.connect(shop.file), row_factory=sqlite3.Row)),
+    ("sqlite", "sqlite3", lambda shop: connected(
+        sqlite3.connect(shop.file), row_factory=lambda cursor, row: OddRow(*row))),
+    ("sqlite", "sqlite3", lambda shop: sqlite3.connect(shop.file, detect_types=sqlite3.PARSE_DECLTYPES)),
+    ("postgresql", "psycopg", lambda shop: psycopg.connect(shop.dsn, row_factory=psycopg.rows.dict_row)),
+    ("postgresql", "psycopg", lambda shop: psycopg.connect(
+        shop.dsn, row_factory=psycopg.rows.class_row(OddRow))),
+    ("postgresql", "psycopg2", lambda shop: psycopg2_connection(shop, cursor_factory="RealDictCursor")),
+    ("postgresql", "psycopg2", lambda shop: psycopg2_connection(shop, cursor_factory="NamedTupleCursor")),
+]
+
+
+def on_databases(rows):
+    """Test parameters of which the first is the database: PostgreSQL's carry its skip mark."""
+    marks = {"sqlite": (), "postgresql": POSTGRESQL.marks}
+    return [pytest.param(*row, marks=marks[row[0]]) for row in rows]
+
+
+@pytest.mark.parametrize("shop, package, connect",
+                         on_databases([row[:3] for row in CONNECTIONS] + ODD_ROWS), indirect=["shop"])
+def test_a_supported_connection_enqueues_with_its_transaction_and_forwards(
+        engine, shop, box, q, package, connect):
+    pytest.importorskip(package)
+    with contextlib.closing(connect(shop)) as connection:
+        for number in range(6):
+            rw.enqueue_in(connection, q, number)
+            connection.commit() if number % 2 else connection.rollback()
+    assert rw.forward(lambda: connect(shop), engine.url) == 3
+    assert payloads(engine, q) == [1, 3, 5] and shop.rows() == []
+
+
+@pytest.mark.parametrize("shop, package, autocommit",
+                         on_databases([(row[0], row[1], row[3]) for row in CONNECTIONS]), indirect=["shop"])
+def test_a_connection_in_autocommit_mode_is_refused_with_a_sentence_but_forwards(
+        engine, shop, box, q, package, autocommit):
+    pytest.importorskip(package)
+    with contextlib.closing(autocommit(shop)) as connection:
+        with pytest.raises(rw.Misuse, match="autocommit mode.*begin a transaction"):
+            rw.enqueue_in(connection, q, 1)
+    rw.enqueue_in(box, q, 2)
+    box.commit()
+    assert rw.forward(lambda: autocommit(shop), engine.url) == 1
+    assert payloads(engine, q) == [2] and shop.rows() == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sqlite3.connect(autocommit=...) is of Python 3.12")
+def test_sqlite_s_other_autocommit_modes(engine, tmp_path, q):
+    file = str(tmp_path / "shop.db")
+    with contextlib.closing(sqlite3.connect(file, autocommit=True)) as box:
+        with pytest.raises(rw.Misuse, match="autocommit mode"):
+            rw.enqueue_in(box, q, 1)
+        box.execute("BEGIN")
+        rw.enqueue_in(box, q, 2)
+        box.execute("COMMIT")
+    with contextlib.closing(sqlite3.connect(file, autocommit=False)) as box:
+        rw.enqueue_in(box, q, 3)
+        box.commit()
+    assert rw.forward(lambda: sqlite3.connect(file, autocommit=True), engine.url) == 2
+    assert rw.forward(lambda: sqlite3.connect(file, autocommit=False), engine.url) == 0
+    assert payloads(engine, q) == [2, 3]
+
+
+def test_what_is_no_connection_is_refused_with_a_sentence(q):
+    class Asynchronous:
+        cursor = None
+
+        async def commit(self):
+            pass
+
+    for odd in Asynchronous(), object(), None:
+        with pytest.raises(rw.Misuse, match="psycopg2, SQLAlchemy or Django"):
+            rw.enqueue_in(odd, q)
+
+
+def test_the_table_of_an_older_version_is_completed(engine, shop, box, q):
+    key = "INTEGER PRIMARY KEY AUTOINCREMENT" if shop.kind == "sqlite" else "BIGSERIAL PRIMARY KEY"
+    box.execute("CREATE TABLE rundown_outbox (number %s, job TEXT NOT NULL, error TEXT)" % key)
+    for number in range(3):
+        rw.enqueue_in(box, q, number)
+    box.commit()
+    assert rw.forward(shop.connect, engine.url, keep=60) == 3
+    assert rw.forward(shop.connect, engine.url, keep=60) == 0 and payloads(engine, q) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("connect", [
+    lambda file: sqlite3.connect(file), lambda file: sqlite3.connect(file, isolation_level=None)])
+def test_a_table_without_numbers_is_repaired(engine, tmp_path, q, connect):
+    file = str(tmp_path / "shop.db")
+    with contextlib.closing(sqlite3.connect(file)) as box:
+        box.execute("CREATE TABLE rundown_outbox (number BIGSERIAL PRIMARY KEY , job TEXT NOT NULL, "
+                    "error TEXT, taken_by TEXT, taken_at BIGINT)")
+        for number in range(600):
+            rw.enqueue_in(box, q, number)
+        box.commit()
+        assert rw.forward(lambda: connect(file), engine.url) == 600
+        assert payloads(engine, q) == list(range(600))
+        rw.enqueue_in(box, q, "later")
+        box.commit()
+        assert box.execute("SELECT number FROM rundown_outbox").fetchall() == [(601,)]
+        assert rw.forward(lambda: connect(file), engine.url) == 1
 
 
 def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_enqueue(engine, shop, box, q):
@@ -5993,7 +6164,7 @@ with rw.forwarding(connect):
 @posix_signals
 def test_whatever_is_killed_when_each_committed_transaction_has_its_job_once(engine, shop, box, tmp_path):
     connect = "sqlite3.connect(%r)" % shop.file if shop.kind == "sqlite" else (
-        "psycopg.connect('host=127.0.0.1 port=%s user=postgres dbname=postgres')" % shop.port)
+        "psycopg.connect(%r)" % shop.dsn)
     for _ in range(5):
         q = "kill%d" % next(NUMBERS)
         shopkeeper = subprocess.Popen([sys.executable, "-c", SHOP % (connect, q, q)],
