@@ -4837,7 +4837,7 @@ def test_a_handler_may_do_anything_and_its_worker_goes_on(engine, hostile, body)
 @beside
 def test_a_hung_handler_fails_on_time_its_slot_is_free_again_and_the_engine_knows(engine, work, q):
     hung, other = engine.enqueue(q, 30, timeout=1), engine.enqueue(q, 0)
-    work("rw.WAIT = 0.3\n" + handler(q, "time.sleep(payload)", max_retries=0))
+    work("rw.LONG_POLL = 0.3\n" + handler(q, "time.sleep(payload)", max_retries=0))
     hung, other = ended(engine, hung, 8), ended(engine, other, 8)
     assert 0.9 < when(hung["finished_at"]) - when(hung["started_at"]) < 4
     assert hung["status"] == "failed" and "time.sleep(payload)" in hung["error"] and other["status"] == "done"
@@ -4960,7 +4960,7 @@ def test_the_log_counts_the_jobs_that_come_too_fast_for_a_line_each(engine, work
 def test_one_failed_heartbeat_within_a_long_job_does_not_end_a_burst(own, work, q):
     engine = own()
     engine.enqueue(q)
-    constants = "rw.LEASE, rw.TIMEOUT, rw.PATIENCE = 1.5, 1, 1\n"
+    constants = "rw.LEASE, rw.CLIENT_TIMEOUT, rw.RESPONSE_TIMEOUT = 1.5, 1, 1\n"
     worker = work(constants + handler(q, "import time\ntime.sleep(4)\nreturn 7", timeout=60), engine, run="rw.run(burst=True)")
     until(lambda: engine.get("/jobs?status=running")["jobs"])
     suspended(engine, 0.8)
@@ -4969,10 +4969,10 @@ def test_one_failed_heartbeat_within_a_long_job_does_not_end_a_burst(own, work, 
 
 
 def test_hanging_up_does_not_mind_a_connection_that_is_closed_meanwhile(monkeypatch):
-    wire = rw.Wire()
+    wire = rw.ConnectionPool()
     unconnected = http.client.HTTPConnection("127.0.0.1", 1)      # it has no socket (any more)
     monkeypatch.setattr(wire, "active", {unconnected})
-    wire.hang_up()
+    wire.shutdown()
     assert wire.closed
 
 
@@ -5944,7 +5944,7 @@ STUBBORN = "trap 'echo no >> %s' TERM; sh -c \"trap '' TERM; sleep 77 & echo \\$
 def test_a_program_and_its_grandchildren_get_sigterm_and_then_sigkill(engine, tmp_path, q, end):
     job, said, pid = engine.enqueue(q), tmp_path / "said", tmp_path / "pid"
     options = ["--timeout", "1" if end == "timeout" else "60", "--grace", "0.1"]
-    with executing(engine, q, STUBBORN % (said, pid), *options, constants={"TERM": 0.4, "LEASE": 3}) as worker:
+    with executing(engine, q, STUBBORN % (said, pid), *options, constants={"TERM_GRACE": 0.4, "LEASE": 3}) as worker:
         group = os.getpgid(int(until(lambda: pid.exists() and pid.read_text())))
         if end == "cancel":
             engine.post("/cancel", id=job["id"])
@@ -6252,7 +6252,7 @@ def test_whatever_is_killed_when_each_committed_transaction_has_its_job_once(eng
         box.commit()
         orders = sorted(int(row[0].split("-")[1]) for row in rows)
         with contextlib.closing(rw.Client(engine.url)) as client:
-            jobs = [job["payload"] for job in rw.all_jobs(client) if job["queue"] == q][::-1]
+            jobs = [job["payload"] for job in rw.iter_jobs(client) if job["queue"] == q][::-1]
         assert jobs == orders and jobs
 
 
