@@ -2160,7 +2160,161 @@ def log(sentence):
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(time.strftime('%Y-%m-%d %H:%M:%S'), line, file=sys.stderr, flush=True)
 
-# -- Dashboard and metrics --------------------------------------------------------------------------------------------
+# -- Metrics ----------------------------------------------------------------------------------------------------------
+def exposition(store):
+    """The metrics in the text format of Prometheus, version 0.0.4."""
+    return ''.join(f'# HELP rundown_{name} {meaning}\n# TYPE rundown_{name} {kind}\n' + ''.join(
+        f'rundown_{name}{rest}\n' for rest in samples) for name, kind, meaning, samples in families(store))
+
+def families(store):
+    """The metrics: name, kind, meaning, samples."""
+    queues, schedules, meter, now = *store.counts(), store.meter, store.clock.now()
+    named, totals = {q['queue'] for q in queues}, collections.Counter()
+    with meter.lock:
+        requests, groups = dict(meter.requests), list(meter.groups)
+        histograms = {place: list(histogram) for place, histogram in meter.seconds.items() if place[1] in named}
+        for (event, queue), n in meter.totals.items():
+            totals[event, queue if queue in named else '(others)'] += n
+    yield 'jobs', 'gauge', 'Jobs by queue and status; scheduled and waiting ones are part of the pending ones.', (
+        sample(q[name], queue=q['queue'], status=name) for q in queues for name in (*STATUSES, 'scheduled', 'waiting'))
+    yield 'max_running', 'gauge', 'Jobs of the queue that may run at a time.', (
+        sample(q['max_running'], queue=q['queue']) for q in queues if q['max_running'])
+    yield 'rate', 'gauge', 'Claims a second that the queue allows.', (
+        sample(q['rate'] * 1000000 / q['per'], queue=q['queue']) for q in queues if q['rate'])
+    yield 'oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', (
+        sample(max(0, now - (q['oldest'] or now)) / 1000000, queue=q['queue']) for q in queues)
+    yield 'schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', (
+        sample((row['next_run_at'] - now) / 1000000, schedule=row['name']) for row in schedules)
+    yield 'schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', (
+        sample(row['skipped'], schedule=row['name']) for row in schedules)
+    for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
+        yield f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', (
+            sample(n, queue=queue) for (name, queue), n in totals.items() if name == event)
+    for event, name, span in (('started', 'wait', 'due to claimed'), ('completed', 'job', 'claimed to completed')):
+        yield f'{name}_seconds', 'histogram', f'Seconds from {span}.', (
+            rest for (kind, queue), histogram in histograms.items() if kind == event
+            for rest in buckets_of(histogram, BUCKETS, queue=queue))
+    yield 'commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS)
+    yield 'requests_total', 'counter', 'Requests by route and status.', (
+        sample(n, route=route, status=status) for (route, status), n in requests.items())
+
+def buckets_of(histogram, bounds, **labels):
+    *counts, total = histogram
+    below = list(itertools.accumulate(counts))
+    yield from (sample(n, '_bucket', **labels, le=bound) for bound, n in zip((*bounds, '+Inf'), below))
+    yield from (sample(total, '_sum', **labels), sample(below[-1], '_count', **labels))
+
+def sample(value, suffix='', **labels):
+    """A line of a family, but for the family's name."""
+    special = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
+    texts = ','.join(f'{name}="{str(text).translate(special)}"' for name, text in labels.items())
+    return f'{suffix}{{{texts}}} {value}' if texts else f'{suffix} {value}'
+
+# -- Command line -----------------------------------------------------------------------------------------------------
+def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None, key=None, keep='7d',
+                keep_failed='30d', allow_host=(), verbose=False, clock=time):
+    """An engine that listens, ready for serve_forever(), and for server_close() when that has returned.
+
+    Port 0 takes a free one (see `url`). `keep` and `keep_failed` are ages like '7d', '12h', 0 for ever. `clock` has
+    time() and monotonic(). Raises Unusable with a sentence when it cannot start like this.
+    """
+    if sqlite3.sqlite_version_info < (3, 24):
+        raise Unusable(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
+    if not is_loopback(host) and not token:
+        raise Unusable(f'to listen on {host or "all addresses"} a token is needed: '
+                       'write a secret into a file and give --token-file FILE')
+    if token and not re.fullmatch('[!-~]+', token):
+        raise Unusable('the token must be of visible ASCII characters, without spaces')
+    tls, ages = tls_context(cert, key) if cert else None, [age(keep), age(keep_failed)]
+    try:
+        server = Server((host, port), token, tls, allow_host, verbose)     # first: a port that is taken leaves no file
+    except (OSError, OverflowError) as error:
+        raise Unusable(f'{host}:{port} cannot be listened on: {error}') from None
+    with contextlib.ExitStack() as undo:
+        undo.callback(server.server_close)
+        database = Database(db, sync)
+        database.open()
+        undo.callback(lambda: server.loop or database.close())      # server_close() closes it where there is a loop
+        server.serve(Store(database, clock, *ages))
+        undo.pop_all()
+    return server
+
+def tls_context(cert, key):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2        # Pythons before 3.10 take older ones
+    try:
+        context.load_cert_chain(cert, key)
+    except OSError as error:        # SSLError is one
+        raise Unusable(f'--cert {cert} or --key {key} cannot be used: {error.strerror or error}') from None
+    return context
+
+def age(text):
+    """'7d', '12h', '30m', '45s' or '0' as microseconds."""
+    match = re.fullmatch(r'(\d{1,6})([dhms])|0{1,6}', str(text))
+    if not match:
+        raise Unusable(f'--keep and --keep-failed take an age like 7d, 12h, 30m, 45s, or 0 for ever, not {text}')
+    return int(match[1] or 0) * {'d': 86400, 'h': 3600, 'm': 60, 's': 1, None: 0}[match[2]] * 1000000
+
+def read_token(path):
+    try:
+        token = pathlib.Path(path).read_text('ascii').strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', 'it is not ASCII')
+        raise Unusable(f'the token file {path} cannot be read: {reason}') from None
+    if not token:
+        raise Unusable(f'the token file {path} is empty')
+    return token
+
+def arguments(argv):
+    parser = argparse.ArgumentParser('rundown_engine.py', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, env = parser.add_argument, os.environ.get
+    add('--db', default=env('RUNDOWN_DB', 'rundown.db'), help='the database file (rundown.db)')
+    add('--host', default=env('RUNDOWN_HOST', '127.0.0.1'), help='the address to listen on (127.0.0.1)')
+    add('--port', default=env('RUNDOWN_PORT', str(PORT)), help=f'0 takes a free one ({PORT})')
+    add('--sync', default='full', choices=('full', 'normal'), help='normal: a power cut may cost the last commits')
+    add('--token-file', metavar='FILE', help='callers must send the secret in it; else RUNDOWN_TOKEN, else none')
+    add('--cert', metavar='FILE', help='TLS: the certificate chain, PEM')
+    add('--key', metavar='FILE', help='TLS: its key, where that is not in the same file')
+    add('--keep', default='7d', metavar='AGE', help='how long done and cancelled jobs are kept (7d; 0: for ever)')
+    add('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
+    add('--allow-host', action='append', default=[], metavar='NAME', help='another name clients call the engine by')
+    add('--verbose', action='store_true', help='a line per request')
+    return parser.parse_args(argv)
+
+def main(argv=None):
+    """Serve until SIGTERM or SIGINT; the exit code."""
+    options = vars(arguments(argv))
+    port, token_file = options.pop('port'), options.pop('token_file')
+    raise_file_limit()
+    try:
+        if not re.fullmatch('[0-9]{1,5}', port) or int(port) > 65535:
+            raise Unusable(f'--port must be a number from 0 to 65535, not {port}')
+        token = read_token(token_file) if token_file else os.environ.get('RUNDOWN_TOKEN')
+        server = make_server(port=int(port), token=token, **options)
+    except (Refused, OSError, sqlite3.Error) as error:
+        print(f'rundown_engine: {error}', file=sys.stderr)
+        return 2
+    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGBREAK', signal.SIGINT)):      # Windows has three
+        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
+    gc.set_threshold(20000)     # requests leave few cycles; looking for some every 700 objects is felt
+    with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
+        secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if token else ''
+        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
+              f'curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
+              '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
+    server.serve_forever()
+    server.server_close()
+    return int(server.failed)
+
+def raise_file_limit():
+    """A waiting worker is an open file: take as many as the system lets us."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
+
+# -- Dashboard --------------------------------------------------------------------------------------------------------
 DASHBOARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Rundown-Workers</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; --back: light-dark(#f5f5f2, #121518); --card: light-dark(#fff, #1a1e22);
@@ -2362,159 +2516,6 @@ POLICY = '; '.join([*(
     f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     for tag, text in re.findall('<(style|script)>(.*?)</', DASHBOARD, re.DOTALL)), "default-src 'none'",
     "connect-src 'self'", 'img-src data:', "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
-
-def exposition(store):
-    """The metrics in the text format of Prometheus, version 0.0.4."""
-    return ''.join(f'# HELP rundown_{name} {meaning}\n# TYPE rundown_{name} {kind}\n' + ''.join(
-        f'rundown_{name}{rest}\n' for rest in samples) for name, kind, meaning, samples in families(store))
-
-def families(store):
-    """The metrics: name, kind, meaning, samples."""
-    queues, schedules, meter, now = *store.counts(), store.meter, store.clock.now()
-    named, totals = {q['queue'] for q in queues}, collections.Counter()
-    with meter.lock:
-        requests, groups = dict(meter.requests), list(meter.groups)
-        histograms = {place: list(histogram) for place, histogram in meter.seconds.items() if place[1] in named}
-        for (event, queue), n in meter.totals.items():
-            totals[event, queue if queue in named else '(others)'] += n
-    yield 'jobs', 'gauge', 'Jobs by queue and status; scheduled and waiting ones are part of the pending ones.', (
-        sample(q[name], queue=q['queue'], status=name) for q in queues for name in (*STATUSES, 'scheduled', 'waiting'))
-    yield 'max_running', 'gauge', 'Jobs of the queue that may run at a time.', (
-        sample(q['max_running'], queue=q['queue']) for q in queues if q['max_running'])
-    yield 'rate', 'gauge', 'Claims a second that the queue allows.', (
-        sample(q['rate'] * 1000000 / q['per'], queue=q['queue']) for q in queues if q['rate'])
-    yield 'oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', (
-        sample(max(0, now - (q['oldest'] or now)) / 1000000, queue=q['queue']) for q in queues)
-    yield 'schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', (
-        sample((row['next_run_at'] - now) / 1000000, schedule=row['name']) for row in schedules)
-    yield 'schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', (
-        sample(row['skipped'], schedule=row['name']) for row in schedules)
-    for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
-        yield f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', (
-            sample(n, queue=queue) for (name, queue), n in totals.items() if name == event)
-    for event, name, span in (('started', 'wait', 'due to claimed'), ('completed', 'job', 'claimed to completed')):
-        yield f'{name}_seconds', 'histogram', f'Seconds from {span}.', (
-            rest for (kind, queue), histogram in histograms.items() if kind == event
-            for rest in buckets_of(histogram, BUCKETS, queue=queue))
-    yield 'commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS)
-    yield 'requests_total', 'counter', 'Requests by route and status.', (
-        sample(n, route=route, status=status) for (route, status), n in requests.items())
-
-def buckets_of(histogram, bounds, **labels):
-    *counts, total = histogram
-    below = list(itertools.accumulate(counts))
-    yield from (sample(n, '_bucket', **labels, le=bound) for bound, n in zip((*bounds, '+Inf'), below))
-    yield from (sample(total, '_sum', **labels), sample(below[-1], '_count', **labels))
-
-def sample(value, suffix='', **labels):
-    """A line of a family, but for the family's name."""
-    special = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
-    texts = ','.join(f'{name}="{str(text).translate(special)}"' for name, text in labels.items())
-    return f'{suffix}{{{texts}}} {value}' if texts else f'{suffix} {value}'
-
-# -- Command line -----------------------------------------------------------------------------------------------------
-def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None, key=None, keep='7d',
-                keep_failed='30d', allow_host=(), verbose=False, clock=time):
-    """An engine that listens, ready for serve_forever(), and for server_close() when that has returned.
-
-    Port 0 takes a free one (see `url`). `keep` and `keep_failed` are ages like '7d', '12h', 0 for ever. `clock` has
-    time() and monotonic(). Raises Unusable with a sentence when it cannot start like this.
-    """
-    if sqlite3.sqlite_version_info < (3, 24):
-        raise Unusable(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
-    if not is_loopback(host) and not token:
-        raise Unusable(f'to listen on {host or "all addresses"} a token is needed: '
-                       'write a secret into a file and give --token-file FILE')
-    if token and not re.fullmatch('[!-~]+', token):
-        raise Unusable('the token must be of visible ASCII characters, without spaces')
-    tls, ages = tls_context(cert, key) if cert else None, [age(keep), age(keep_failed)]
-    try:
-        server = Server((host, port), token, tls, allow_host, verbose)     # first: a port that is taken leaves no file
-    except (OSError, OverflowError) as error:
-        raise Unusable(f'{host}:{port} cannot be listened on: {error}') from None
-    with contextlib.ExitStack() as undo:
-        undo.callback(server.server_close)
-        database = Database(db, sync)
-        database.open()
-        undo.callback(lambda: server.loop or database.close())      # server_close() closes it where there is a loop
-        server.serve(Store(database, clock, *ages))
-        undo.pop_all()
-    return server
-
-def tls_context(cert, key):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2        # Pythons before 3.10 take older ones
-    try:
-        context.load_cert_chain(cert, key)
-    except OSError as error:        # SSLError is one
-        raise Unusable(f'--cert {cert} or --key {key} cannot be used: {error.strerror or error}') from None
-    return context
-
-def age(text):
-    """'7d', '12h', '30m', '45s' or '0' as microseconds."""
-    match = re.fullmatch(r'(\d{1,6})([dhms])|0{1,6}', str(text))
-    if not match:
-        raise Unusable(f'--keep and --keep-failed take an age like 7d, 12h, 30m, 45s, or 0 for ever, not {text}')
-    return int(match[1] or 0) * {'d': 86400, 'h': 3600, 'm': 60, 's': 1, None: 0}[match[2]] * 1000000
-
-def read_token(path):
-    try:
-        token = pathlib.Path(path).read_text('ascii').strip()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', 'it is not ASCII')
-        raise Unusable(f'the token file {path} cannot be read: {reason}') from None
-    if not token:
-        raise Unusable(f'the token file {path} is empty')
-    return token
-
-def arguments(argv):
-    parser = argparse.ArgumentParser('rundown_engine.py', description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, env = parser.add_argument, os.environ.get
-    add('--db', default=env('RUNDOWN_DB', 'rundown.db'), help='the database file (rundown.db)')
-    add('--host', default=env('RUNDOWN_HOST', '127.0.0.1'), help='the address to listen on (127.0.0.1)')
-    add('--port', default=env('RUNDOWN_PORT', str(PORT)), help=f'0 takes a free one ({PORT})')
-    add('--sync', default='full', choices=('full', 'normal'), help='normal: a power cut may cost the last commits')
-    add('--token-file', metavar='FILE', help='callers must send the secret in it; else RUNDOWN_TOKEN, else none')
-    add('--cert', metavar='FILE', help='TLS: the certificate chain, PEM')
-    add('--key', metavar='FILE', help='TLS: its key, where that is not in the same file')
-    add('--keep', default='7d', metavar='AGE', help='how long done and cancelled jobs are kept (7d; 0: for ever)')
-    add('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
-    add('--allow-host', action='append', default=[], metavar='NAME', help='another name clients call the engine by')
-    add('--verbose', action='store_true', help='a line per request')
-    return parser.parse_args(argv)
-
-def main(argv=None):
-    """Serve until SIGTERM or SIGINT; the exit code."""
-    options = vars(arguments(argv))
-    port, token_file = options.pop('port'), options.pop('token_file')
-    raise_file_limit()
-    try:
-        if not re.fullmatch('[0-9]{1,5}', port) or int(port) > 65535:
-            raise Unusable(f'--port must be a number from 0 to 65535, not {port}')
-        token = read_token(token_file) if token_file else os.environ.get('RUNDOWN_TOKEN')
-        server = make_server(port=int(port), token=token, **options)
-    except (Refused, OSError, sqlite3.Error) as error:
-        print(f'rundown_engine: {error}', file=sys.stderr)
-        return 2
-    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGBREAK', signal.SIGINT)):      # Windows has three
-        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
-    gc.set_threshold(20000)     # requests leave few cycles; looking for some every 700 objects is felt
-    with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
-        secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if token else ''
-        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
-              f'curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
-              '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
-    server.serve_forever()
-    server.server_close()
-    return int(server.failed)
-
-def raise_file_limit():
-    """A waiting worker is an open file: take as many as the system lets us."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -73,48 +73,127 @@ COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or 
 
 from __future__ import annotations
 
-import argparse, atexit, collections, contextlib, contextvars, copy, ctypes, datetime, difflib, encodings, functools
-import hashlib, http.client, importlib.util, inspect, io, itertools, json, logging, multiprocessing, os, pathlib, random
-import re, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time, traceback, types, urllib.parse
+import argparse
+import atexit
+import collections
+import contextlib
+import contextvars
+import copy
+import ctypes
+import datetime
+import difflib
+import encodings
+import functools
+import hashlib
+import http.client
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import urllib.parse
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Generic, Iterable, Iterator, Optional, TypeVar, Union, overload
+from typing import Any, Callable, Generic, Iterable, Iterator, TypeVar, overload
 
-__all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON Refused '
-           'Retry Timeout Unfinished enqueue enqueue_in enqueue_many forward forwarding inputs job on progress queue '
-           'results run schedule stop task testing unschedule wait').split()
-Fields = Dict[str, Any]                             # what the engine tells or is told, by name
-Text = Optional[str]                                # None, here and below: not given
-Whole = Optional[int]
-Seconds = Optional[float]
-Span = Union[float, datetime.timedelta, None]       # seconds, or a timedelta
-Moment = Union[str, datetime.datetime, None]        # RFC 3339, or a datetime, which is local time where it has no zone
+__all__ = [
+    'Abort',
+    'App',
+    'Client',
+    'Crashed',
+    'EngineUnavailable',
+    'Error',
+    'Failed',
+    'Hung',
+    'Interruption',
+    'Job',
+    'Lost',
+    'Misuse',
+    'NotJSON',
+    'Refused',
+    'Retry',
+    'Timeout',
+    'Unfinished',
+    'enqueue',
+    'enqueue_in',
+    'enqueue_many',
+    'forward',
+    'forwarding',
+    'inputs',
+    'job',
+    'on',
+    'progress',
+    'queue',
+    'results',
+    'run',
+    'schedule',
+    'stop',
+    'task',
+    'testing',
+    'unschedule',
+    'wait',
+]
 
-# -- Settings ---------------------------------------------------------------------------------------------------------
-URL = 'http://localhost:8181'   # of the engine, where neither `host` nor RUNDOWN_URL says
-TIMEOUT = 30                # seconds that a client keeps trying
-LEASE = 30                  # seconds the engine waits for a sign of life of this worker
-WAIT, PATIENCE = 30, 10     # seconds of a long poll, and beyond that until it counts as unanswered
-GRACE, FAREWELL = 30, 2     # seconds that running handlers get when the worker stops; and their outcomes then, at least
-HANGUP = 0.5                # seconds for jobs that were on their way when the worker stopped, to be released
-AHEAD = 0.1                 # seconds of work that are claimed ahead
-STALE = 1                   # seconds a claimed job waits for a slot, until it is released
-HUNG, MAX_HUNG = 1, 10      # seconds after its interruption that a thread counts as hung; how many end the worker
-TICK = 0.1                  # seconds between two looks at what runs
-LINES = 10                  # of the log in a tick for jobs of a queue that are done; the others are counted
-PROGRESS = 0.5              # seconds between two reports of a job's progress
-MAX_BATCH, MAX_BYTES = 1000, 1 << 20    # jobs in a poll, a report or an enqueue; characters, unless one job has more
-MAX_BACKLOG = 5000          # outcomes under way, above which no jobs are taken
-MAX_RESULT, MAX_STDOUT = 8000000, 1 << 20   # characters of a result as JSON; bytes of a program's
-OPEN = 60                   # seconds after a job was written into an outbox that its commit is looked out for closely
-TERM = 5                    # seconds between SIGTERM and SIGKILL for a program
-MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
-MAX_DEPTH = 100             # levels of a value that are searched for what is no JSON
-BACKOFF, MAX_BACKOFF = 0.1, 3   # seconds until the second try; doubled from try to try, up to
-LAST_TRY = 1                # seconds that the last try of a call gets at least
-MAX_RETRY_AFTER = 60        # seconds that an engine may ask for
-REFUSED = 10                # seconds until a worker that is refused (token, queue) asks again
-RECENT = 0.25               # weight of the last job in the pace of a slot
+# -- Settings --------------------------------------------------------------------------------------
+DEFAULT_URL = 'http://localhost:8181'   # of the engine if neither `host` nor RUNDOWN_URL names one
+
+# the client
+CLIENT_TIMEOUT = 30         # seconds that a call is tried again while no engine answers
+RESPONSE_TIMEOUT = 10       # seconds until a request counts as unanswered, beyond its own wait
+MIN_LAST_TRY = 1            # seconds that the last try of a call gets at least
+RETRY_PAUSE = 0.1           # seconds before the second try; doubled from try to try
+MAX_RETRY_PAUSE = 3         # seconds that this pause grows to
+MAX_RETRY_AFTER = 60        # seconds of a Retry-After that are obeyed
+MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
+MAX_BATCH_BYTES = 1 << 20   # characters in a request with several jobs
+MAX_DEPTH = 100             # levels of a value that are searched for the part that is not JSON
+
+# the worker
+LEASE = 30                  # seconds that the engine waits for a sign of life
+LONG_POLL = 30              # seconds that a poll waits for a job
+GRACE = 30                  # seconds that running handlers get when the worker stops
+REPORT_GRACE = 2            # seconds, at least, that their outcomes get to be reported
+RELEASE_WINDOW = 0.5        # seconds in which jobs that arrive during a stop are released
+PREFETCH_SECONDS = 0.1      # seconds of work that are claimed ahead
+MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before it is released
+HUNG_AFTER = 1              # seconds after its interruption until a thread counts as hung
+MAX_HUNG = 10               # hung threads that end the worker
+WATCH_INTERVAL = 0.1        # seconds between two looks at the running jobs
+MAX_LOG_LINES_PER_TICK = 10     # finished jobs of a queue that are logged one by one in that time
+PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
+MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
+MAX_RESULT = 8_000_000      # characters of a result as JSON
+MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
+REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
+PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
+
+# programs and the outbox
+MAX_STDOUT = 1 << 20        # bytes of a program's output
+TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
+OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
+OUTBOX_BURST = 60           # seconds after a write in which there are more of them
+OUTBOX_BURST_INTERVAL = 0.05    # seconds between two looks in that time
+OUTBOX_PAGE = 500           # rows that are looked at together
+OUTBOX_TOO_LARGE_PAUSE = 60     # seconds until a job that a proxy found too large is sent again
+
 log = logging.getLogger('rundown')
+
 
 # -- Errors -----------------------------------------------------------------------------------------------------------
 class Error(Exception):
@@ -139,7 +218,7 @@ class Failed(Error):
 
 class Retry(Error):
     """Raised by a handler: fail this attempt, and try again after `delay` seconds (None: the engine's backoff)."""
-    def __init__(self, reason: str = 'the handler asked for a retry', delay: Seconds = None) -> None:
+    def __init__(self, reason: str = 'the handler asked for a retry', delay: float | None = None) -> None:
         super().__init__(reason)
         if delay is not None and not 0 <= delay < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
@@ -147,35 +226,35 @@ class Retry(Error):
 
 # -- Values -----------------------------------------------------------------------------------------------------------
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
-encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
+encode_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
-chance = random.Random()        # not the module's, which a handler may seed
+rng = random.Random()        # not the module's, which a handler may seed
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=chance.seed)     # else two processes would choose the same ids
+    os.register_at_fork(after_in_child=rng.seed)     # else two processes would choose the same ids
 
 def as_json(value, name, level=0):
     """JSON text. NotJSON names what is in the way and where in the value it is."""
     try:
-        return encode(value)
+        return encode_json(value)
     except (TypeError, ValueError, RecursionError) as error:
         if isinstance(value, (dict, list, tuple)) and level < MAX_DEPTH:
             for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                as_json(part, f'{name}[{shorten(repr(key), 100)}]', level + 1)      # raises at what is in the way
+                as_json(part, f'{name}[{truncate_middle(repr(key), 100)}]', level + 1)      # raises at what is in the way
         what = value if isinstance(value, float) else f'a {type(value).__name__}'
-        raise NotJSON(f'{shorten(name, 200)} is {what}, which JSON cannot hold: {error}') from None
+        raise NotJSON(f'{truncate_middle(name, 200)} is {what}, which JSON cannot hold: {error}') from None
 
-def present(**fields): return {field: value for field, value in fields.items() if value is not None}
+def drop_none(**fields): return {field: value for field, value in fields.items() if value is not None}
 def in_seconds(span): return span.total_seconds() if isinstance(span, datetime.timedelta) else span
 def printable(text): return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
-def backoff(tries): return min(MAX_BACKOFF, BACKOFF * 2 ** min(tries, 10)) * chance.uniform(0.5, 1)
+def retry_pause(tries): return min(MAX_RETRY_PAUSE, RETRY_PAUSE * 2 ** min(tries, 10)) * rng.uniform(0.5, 1)
 
-def shorten(text, longest):
+def truncate_middle(text, longest):
     half = longest // 2
     return text if len(text) <= longest else f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
 
 def new_id():
     """A UUID of version 7 (RFC 9562): ordered by time, so that the engine's index grows at its end alone."""
-    stamp, noise = time.time_ns() // 1000000, chance.getrandbits(74)
+    stamp, noise = time.time_ns() // 1000000, rng.getrandbits(74)
     return (f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{noise >> 62:03x}-{0x8000 | noise >> 48 & 0x3fff:04x}-'
             f'{noise & 0xffffffffffff:012x}')
 
@@ -220,7 +299,7 @@ def remaining(deadline):
         raise socket.timeout('timed out')
     return seconds
 
-class Wire:
+class ConnectionPool:
     """Connections that are kept open between requests. It knows of no proxy and no redirect."""
     def __init__(self, headers='', context=None):
         self.headers, self.context = headers, context       # constant: header lines of all requests; of TLS
@@ -255,7 +334,7 @@ class Wire:
         except IndexError:
             tls = {'context': self.context} if place[0] == 'https' else {}
         kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-        connection = kind(place[1], timeout=min(PATIENCE, remaining(deadline)), **tls)
+        connection = kind(place[1], timeout=min(RESPONSE_TIMEOUT, remaining(deadline)), **tls)
         connection.place, connection.rested = place, False
         connection.connect()
         return connection
@@ -279,7 +358,7 @@ class Wire:
         self.idle.append(connection)
         return answer
 
-    def hang_up(self, how=socket.SHUT_WR):
+    def shutdown(self, how=socket.SHUT_WR):
         """Send nothing more. With SHUT_WR an answer on its way still comes in; an engine gives no job after it."""
         self.closed = True
         for connection in self.active.copy():
@@ -294,13 +373,13 @@ class Client:
     `host` may name several engines, separated by blanks: each is used until it does not answer any more, then the next.
     `timeout` is how long a call is tried again (seconds) while none answers or it cannot answer now; then
     EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads and after a fork."""
-    def __init__(self, host: Text = None, token: Text = None, timeout: float = TIMEOUT, ca: Text = None) -> None:
-        self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or URL).split()] or ['']
-        self.timeout, self.used = timeout, self.hosts[:1]       # the latter is the engine in use; twins share it
+    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = CLIENT_TIMEOUT, ca: str | None = None) -> None:
+        self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or DEFAULT_URL).split()] or ['']
+        self.timeout, self.used = timeout, self.hosts[:1]       # the latter is the engine in use; clones share it
         token, ca = token or os.environ.get('RUNDOWN_TOKEN'), ca or os.environ.get('RUNDOWN_CA')
         for url in self.hosts:
             if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
-                raise Error(f'{url!r} is not the URL of an engine, such as {URL}')
+                raise Error(f'{url!r} is not the URL of an engine, such as {DEFAULT_URL}')
         if token and not re.fullmatch('[!-~]+', token):
             raise Error('the token must be of visible ASCII characters')
         headers = 'Content-Type: application/json\r\nAccept-Encoding: identity\r\n'
@@ -308,23 +387,23 @@ class Client:
         context = ssl.create_default_context(cafile=ca) if 'https:' in ' '.join(self.hosts) else None
         if context and ca:      # home-made certificates rarely pass what Python 3.13 asks for
             context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        self.wire = Wire(headers, context)
+        self.pool = ConnectionPool(headers, context)
 
     @property
     def host(self): return self.used[0]
 
-    def twin(self):
+    def clone(self):
         """A client with connections of its own, which goes on to the next engine together with this one."""
-        twin = copy.copy(self)
-        twin.wire = Wire(self.wire.headers, self.wire.context)
-        return twin
+        clone = copy.copy(self)
+        clone.pool = ConnectionPool(self.pool.headers, self.pool.context)
+        return clone
 
-    def send(self, path: str, body: Any = None, seconds: float = TIMEOUT) -> Any:
+    def send(self, path: str, body: Any = None, seconds: float = CLIENT_TIMEOUT) -> Any:
         """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
         data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
         host = self.host
         try:
-            answer = self.wire.exchange(host + path, data, seconds)
+            answer = self.pool.exchange(host + path, data, seconds)
             if answer.status in (200, 204):
                 return json.loads(answer.content.decode()) if answer.status == 200 else None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
@@ -334,7 +413,7 @@ class Client:
             raise EngineUnavailable(f'no engine answers at {host}: {reason}') from error
         raise refusal(answer)
 
-    def call(self, path: str, body: Any = None, wait: float = 0, give_up: Seconds = None) -> Any:
+    def call(self, path: str, body: Any = None, wait: float = 0, give_up: float | None = None) -> Any:
         """send(), tried again for `give_up` seconds (None: the client's timeout), and the `wait` that the engine takes.
         The last try gets a second at least, so an engine that is there but silent is noticed that much later."""
         give_up = self.timeout if give_up is None else give_up
@@ -342,26 +421,26 @@ class Client:
         for tries in itertools.count():
             try:
                 share = (deadline - time.monotonic()) / len(self.hosts)        # so that each of them has a chance
-                return self.send(path, body, max(share, wait + LAST_TRY))
+                return self.send(path, body, max(share, wait + MIN_LAST_TRY))
             except EngineUnavailable as error:
                 rounds, rest = divmod(tries + 1, len(self.hosts))
-                now, pause = time.monotonic(), 0 if rest else max(backoff(rounds - 1), error.retry_after)
+                now, pause = time.monotonic(), 0 if rest else max(retry_pause(rounds - 1), error.retry_after)
                 deadline = min(deadline, now + give_up)        # without the wait, once the first try is over
                 if now + pause >= deadline:
                     raise EngineUnavailable(f'{" ".join(self.hosts)} was tried for {give_up:g} s: {error}') from None
             time.sleep(pause)
 
-    def enqueue(self, queue: str, payload: Any = None, timeout: Seconds = None, max_retries: Whole = None,
-                tag: Text = None, delay: Span = None, run_at: Moment = None, priority: Whole = None, key: Text = None,
-                id: Text = None, give_up: Seconds = None, after: Any = None, after_any: bool | None = None) -> Job:
+    def enqueue(self, queue: str, payload: Any = None, timeout: float | None = None, max_retries: int | None = None,
+                tag: str | None = None, delay: float | datetime.timedelta | None = None, run_at: str | datetime.datetime | None = None, priority: int | None = None, key: str | None = None,
+                id: str | None = None, give_up: float | None = None, after: Any = None, after_any: bool | None = None) -> Job:
         """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before.
         It waits until the jobs `after` (or their ids) are done; one that is not cancels it, unless `after_any`."""
-        text = job_text(payload, id, run_at, delay, after, queue=queue, timeout=timeout, max_retries=max_retries,
+        text = encode_job(payload, id, run_at, delay, after, queue=queue, timeout=timeout, max_retries=max_retries,
                         tag=tag, priority=priority, key=key, after_any=after_any)
         return Job(self.call('/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(self, queue: str, payloads: Iterable[Any], ids: Iterable[str] | None = None,
-                     give_up: Seconds = None, **options: Any) -> list[Job]:
+                     give_up: float | None = None, **options: Any) -> list[Job]:
         """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
         `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all."""
         if isinstance(payloads, (str, bytes, dict)):
@@ -372,102 +451,105 @@ class Client:
         ids = sorted(new_id() for _ in payloads) if ids is None else list(ids)
         if len(ids) != len(payloads):
             raise Misuse(f'ids must be one for each payload: there are {len(ids)} and {len(payloads)}')
-        texts = (job_text(payload, queue=queue, id=id, **options) for payload, id in zip(payloads, ids))
+        texts = (encode_job(payload, queue=queue, id=id, **options) for payload, id in zip(payloads, ids))
         bodies = ('{"jobs":[' + ','.join(batch) + ']}' for batch in batches(texts, len))
         return [Job(job, self) for body in bodies for job in self.call('/enqueue', body, give_up=give_up)['jobs']]
 
-    def _post(self, path, **fields): return self.call(path, present(**fields), fields.get('wait') or 0)
+    def _post(self, path, **fields): return self.call(path, drop_none(**fields), fields.get('wait') or 0)
 
-    def poll(self, queue: str, limit: Whole = None, wait: Seconds = None, worker: Text = None, lease: Seconds = None,
-             max_retries: Whole = None, timeout: Seconds = None, hung: Whole = None) -> Any:
+    def poll(self, queue: str, limit: int | None = None, wait: float | None = None, worker: str | None = None, lease: float | None = None,
+             max_retries: int | None = None, timeout: float | None = None, hung: int | None = None) -> Any:
         """Claim a job, or None; with `limit` a list of jobs, or None. `wait`, `lease` and `timeout` are in seconds."""
         return self._post('/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
                           max_retries=max_retries, timeout=timeout, hung=hung)
 
-    def complete(self, id: str, attempt: Whole = None, result: Any = None) -> Fields:
+    def complete(self, id: str, attempt: int | None = None, result: Any = None) -> dict[str, Any]:
         return self._post('/complete', id=id, attempt=attempt, result=result)
 
-    def fail(self, id: str, attempt: Whole = None, error: Text = None, retry: bool | None = None,
-             delay: Seconds = None) -> Fields:
+    def fail(self, id: str, attempt: int | None = None, error: str | None = None, retry: bool | None = None,
+             delay: float | None = None) -> dict[str, Any]:
         """Report a failure; with retry False for good, with `delay` (seconds) in place of the engine's backoff."""
         return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
 
-    def heartbeat(self, id: str, attempt: Whole = None, progress: Any = None) -> Fields:
+    def heartbeat(self, id: str, attempt: int | None = None, progress: Any = None) -> dict[str, Any]:
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
-    def release(self, id: str, attempt: Whole = None) -> Fields: return self._post('/release', id=id, attempt=attempt)
-    def unschedule(self, name: str) -> Fields: return self._post('/unschedule', name=name)
-    def pause(self, queue: str) -> Fields: return self._post('/pause', queue=queue)
-    def resume(self, queue: str) -> Fields: return self._post('/resume', queue=queue)
+    def release(self, id: str, attempt: int | None = None) -> dict[str, Any]: return self._post('/release', id=id, attempt=attempt)
+    def unschedule(self, name: str) -> dict[str, Any]: return self._post('/unschedule', name=name)
+    def pause(self, queue: str) -> dict[str, Any]: return self._post('/pause', queue=queue)
+    def resume(self, queue: str) -> dict[str, Any]: return self._post('/resume', queue=queue)
 
-    def cancel(self, id: Text = None, queue: Text = None, status: Text = None) -> Fields:
+    def cancel(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
         """Cancel a job, or all of a queue and status; {"count": n}."""
         return self._post('/cancel', id=id, queue=queue, status=status)
 
-    def retry(self, id: Text = None, queue: Text = None, status: Text = None) -> Fields:
+    def retry(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
         """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
         return self._post('/retry', id=id, queue=queue, status=status)
 
-    def purge(self, queue: Text = None, status: Text = None) -> Fields:
+    def purge(self, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
         """Delete the jobs of a queue and/or status, but for those that run; {"count": n}."""
         return self._post('/purge', queue=queue, status=status)
 
-    def limit(self, queue: str, max_running: Any = ..., rate: Any = ..., per: Any = ...) -> Fields:
+    def limit(self, queue: str, max_running: Any = ..., rate: Any = ..., per: Any = ...) -> dict[str, Any]:
         """Limit how many jobs of a queue run at a time, and its claims: `rate` at once, one each per / rate seconds.
         None lifts a limit; what is not given stays as it is. Returns what holds then."""
         fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per}
         return self.call('/limit', {name: value for name, value in fields.items() if value is not ...})
 
-    def schedule(self, name: str, queue: str, cron: Text = None, every: Span = None, zone: Text = None,
-                 payload: Any = None, timeout: Seconds = None, max_retries: Whole = None, tag: Text = None,
-                 priority: Whole = None, key: Text = None) -> Fields:
+    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
+                 payload: Any = None, timeout: float | None = None, max_retries: int | None = None, tag: str | None = None,
+                 priority: int | None = None, key: str | None = None) -> dict[str, Any]:
         """Have a job made at each tick: of `cron`, five fields in a time zone (UTC), or `every` so many seconds.
         Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over."""
         return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone, tag=tag,
                           payload=payload, timeout=timeout, max_retries=max_retries, priority=priority, key=key)
 
     def _get(self, path, **fields):
-        return self.call(f'{path}?{urllib.parse.urlencode(present(**fields))}', wait=fields.get('wait') or 0)
+        return self.call(f'{path}?{urllib.parse.urlencode(drop_none(**fields))}', wait=fields.get('wait') or 0)
 
-    def schedules(self, limit: Whole = None, after: Text = None) -> Fields:
+    def schedules(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
         return self._get('/schedules', limit=limit, after=after)
 
-    def jobs(self, queue: Text = None, status: Text = None, tag: Text = None, limit: Whole = None, after: Text = None,
-             needed_by: Text = None) -> Fields:
+    def jobs(self, queue: str | None = None, status: str | None = None, tag: str | None = None, limit: int | None = None, after: str | None = None,
+             needed_by: str | None = None) -> dict[str, Any]:
         """A page of jobs, newest first; the next one is `after` the id in its `after`, null on the last page.
         `needed_by` an id: what that job waits or waited for, in its order."""
         return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after, needed_by=needed_by)
 
-    def queues(self, limit: Whole = None, after: Text = None) -> Fields:
+    def queues(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
         """Counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
-    def job(self, id: str, wait: Seconds = None) -> Fields:
+    def job(self, id: str, wait: float | None = None) -> dict[str, Any]:
         """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
-    def details(self, tag: str) -> Fields:
+    def details(self, tag: str) -> dict[str, Any]:
         """The newest job with that tag."""
         return self._get('/details/' + quote(tag))
 
-    def health(self) -> Fields: return self._get('/health')
+    def health(self) -> dict[str, Any]: return self._get('/health')
 
-    def wait(self, job: Any, timeout: Seconds = None, give_up: Seconds = None) -> Job:
+    def wait(self, job: Any, timeout: float | None = None, give_up: float | None = None) -> Job:
         """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds.
         Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout."""
-        id, deadline = job if isinstance(job, str) else job['id'], ending_after(timeout)
+        id, deadline = job if isinstance(job, str) else job['id'], deadline_after(timeout)
         while True:
             left = max(0, deadline - time.monotonic())
-            span, most = round(min(WAIT, left), 3), min(self.timeout if give_up is None else give_up, left)
+            span, most = round(min(LONG_POLL, left), 3), min(self.timeout if give_up is None else give_up, left)
             job = self.call(f'/jobs/{quote(id)}?wait={span}', wait=span, give_up=most)
             if job['status'] in ('done', 'failed', 'cancelled'):
                 return Job(job, self)
             if time.monotonic() >= deadline:
                 raise Unfinished(f'job {id} is still {job["status"]} after {timeout:g} s')
 
+    def shutdown(self, how):
+        self.pool.shutdown(how)
+
     def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
-        self.wire.hang_up(socket.SHUT_RDWR)
+        self.shutdown(socket.SHUT_RDWR)
 
 class Job(dict):
     """A job as the engine told of it, a dict that knows whom to ask for news."""
@@ -480,12 +562,12 @@ class Job(dict):
         self.update(self.client.job(self['id']))
         return self
 
-    def wait(self, timeout: Seconds = None, give_up: Seconds = None) -> Job:
+    def wait(self, timeout: float | None = None, give_up: float | None = None) -> Job:
         """Bring it up to date once it has ended, and return it; see Client.wait."""
         self.update(self.client.wait(self, timeout, give_up))
         return self
 
-    def result(self, timeout: Seconds = None, give_up: Seconds = None) -> Any:
+    def result(self, timeout: float | None = None, give_up: float | None = None) -> Any:
         """What the handler returned, once it has; Failed with the job's error when it failed or was cancelled."""
         if self.wait(timeout, give_up)['status'] != 'done':
             error = Failed(self['error'] or f'the job was {self["status"]}')
@@ -495,9 +577,9 @@ class Job(dict):
 
     def __reduce__(self): return dict, (dict(self),)        # in another process, and in a copy, it is a plain dict
 
-def results(jobs: Iterable[Job], timeout: Seconds = None, give_up: Seconds = None) -> list[Any]:
+def results(jobs: Iterable[Job], timeout: float | None = None, give_up: float | None = None) -> list[Any]:
     """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
-    deadline = ending_after(timeout)
+    deadline = deadline_after(timeout)
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 def refusal(answer):
@@ -507,22 +589,22 @@ def refusal(answer):
     except (ValueError, TypeError, LookupError, RecursionError):
         where = f', which points to {answer.headers["location"]}' if 'location' in answer.headers else ''
         sentence = f'HTTP status {answer.status} {answer.reason}{where}'
-    error = (Refused if is_final(answer.status) else EngineUnavailable)(printable(sentence))
+    error = (Refused if is_permanent(answer.status) else EngineUnavailable)(printable(sentence))
     error.status, pause = answer.status, answer.headers.get('retry-after', '')
     error.retry_after = min(int(pause), MAX_RETRY_AFTER) if re.fullmatch('[0-9]{1,9}', pause) else 0
     return error
 
-def ending_after(timeout): return time.monotonic() + (float('inf') if timeout is None else timeout)
-def is_final(status): return status < 500 and status != 429     # there is no use in sending it again
+def deadline_after(timeout): return time.monotonic() + (float('inf') if timeout is None else timeout)
+def is_permanent(status): return status < 500 and status != 429     # there is no use in sending it again
 
 def is_claim(job):
     return (isinstance(job, dict) and isinstance(job.get('id'), str) and type(job.get('attempt')) is int
             and type(job.get('timeout')) in (int, float) and 'payload' in job)
 
-def is_outcome(item):
+def is_item_reply(item):
     return isinstance(item, dict) and type(item.get('code', 0)) is int and isinstance(item.get('error', ''), str)
 
-def job_text(payload, id=None, run_at=None, delay=None, after=None, **fields):
+def encode_job(payload, id=None, run_at=None, delay=None, after=None, **fields):
     """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
     if isinstance(run_at, datetime.datetime):
         run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
@@ -530,14 +612,14 @@ def job_text(payload, id=None, run_at=None, delay=None, after=None, **fields):
         after = [after] if isinstance(after, (str, dict)) else after
         after = [one['id'] if isinstance(one, dict) else one for one in after]
     id, delay = new_id() if id is None else id, in_seconds(delay)
-    return as_json(present(payload=payload, id=id, run_at=run_at, delay=delay, after=after, **fields), 'the job')
+    return as_json(drop_none(payload=payload, id=id, run_at=run_at, delay=delay, after=after, **fields), 'the job')
 
 def batches(items, size):
     """Lists of the items, each short enough for a request."""
     batch, total = [], 0
     for item in items:
         total += size(item)
-        if batch and (total > MAX_BYTES or len(batch) == MAX_BATCH):
+        if batch and (total > MAX_BATCH_BYTES or len(batch) == MAX_BATCH):
             yield batch
             batch, total = [], size(item)
         batch.append(item)
@@ -547,7 +629,7 @@ def batches(items, size):
 # -- Running a handler ------------------------------------------------------------------------------------------------
 current = contextvars.ContextVar('rundown_task', default=None)      # what the handler of this context works at
 
-def job() -> Fields:
+def job() -> dict[str, Any]:
     """The job that the handler at hand works at, a dict; None outside of handlers."""
     return current.get() and current.get().job
 
@@ -561,7 +643,7 @@ def inputs() -> list[Any]:
     """The results of the jobs that the one at hand waited for, in the order of `after`; None where one is not done."""
     task = current.get()
     after = task.job.get('after') if task else None
-    done = {job['id']: job['result'] for job in all_jobs(task.client, needed_by=task.job['id'])} if after else {}
+    done = {job['id']: job['result'] for job in iter_jobs(task.client, needed_by=task.job['id'])} if after else {}
     return [done.get(id) for id in after or ()]
 
 class Outcome:
@@ -570,8 +652,8 @@ class Outcome:
         self.call, self.value, self.fields = call, value, fields
 
 def failed(error, text=None, retry=True, delay=None):
-    text = shorten(text or trace(error), MAX_ERROR)
-    return Outcome('fail', error, error=encode(text), retry=encode(retry), delay=encode(delay))
+    text = truncate_middle(text or trace(error), MAX_ERROR)
+    return Outcome('fail', error, error=encode_json(text), retry=encode_json(retry), delay=encode_json(delay))
 
 class Policy:
     """After which failures, and after how many seconds, a job is tried again."""
@@ -673,7 +755,7 @@ class Task:
     def __init__(self, job, consumer, now):
         self.job = job                                  # the handler may change it: the rest does not rely on it
         self.consumer, self.client, self.claimed = consumer, consumer.link.client, now
-        self.address = f'{{"id":{encode(job["id"])},"attempt":{job["attempt"]}'     # how an item of a batch begins
+        self.address = f'{{"id":{encode_json(job["id"])},"attempt":{job["attempt"]}'     # how an item of a batch begins
         self.timeout, self.lock = job['timeout'], threading.Lock()      # held to change the next three from None
         self.outcome = self.slot = self.begun = None    # how it ended (None: it has not); its slot; since when
         self.progress, self.shown = collections.deque(maxlen=1), now    # JSON text that is not sent; when it last was
@@ -862,7 +944,7 @@ def child(pipe, where, settings):
     try:
         handler, client = Handler({name: locate(*place) for name, place in where.items()}), Client(*settings)
     except BaseException as error:
-        fault = shorten(trace(error), MAX_ERROR)
+        fault = truncate_middle(trace(error), MAX_ERROR)
     say('ready')
     threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
     while True:
@@ -915,7 +997,7 @@ class Consumer:
     def __init__(self, worker, link, registered, concurrency):
         self.worker, self.link, self.registered, self.concurrency = worker, link, registered, concurrency   # constant
         self.name, self.handler = registered.name, Handler(registered.functions)
-        self.client = link.client.twin()    # of its own, to be hung up
+        self.client = link.client.clone()    # of its own, to be hung up
         self.told = list(registered.told)   # only the fetcher writes it and the next two: calls to make before polling
         self.enough, self.dry = 0, None     # open tasks above which it sleeps; worker.reported when there was nothing
         self.inbox, self.open = SimpleQueue(), {}   # safe by themselves: tasks for the slots; claimed and not settled
@@ -934,7 +1016,7 @@ class Consumer:
             self.hungry.clear()
             limit, reported, began = self._room(), self.worker.reported, time.monotonic()
             if not limit:
-                self.hungry.wait(TICK)
+                self.hungry.wait(WATCH_INTERVAL)
                 continue
             try:
                 jobs = self._poll(limit)
@@ -955,7 +1037,7 @@ class Consumer:
             if not jobs and self.worker.burst:      # there may be some once another task is over, and only then
                 self.dry = reported
                 until(lambda: self.worker.reported is not self.dry or self.worker.stopping.is_set(), float('inf'))
-            elif not jobs and time.monotonic() - began < min(1, WAIT / 2):      # from an engine that does not wait
+            elif not jobs and time.monotonic() - began < min(1, LONG_POLL / 2):      # from an engine that does not wait
                 self.worker.stopping.wait(self.registered.poll_interval)
 
     def _room(self):
@@ -963,20 +1045,20 @@ class Consumer:
         if self.link.stuck or self.link.pile.qsize() > MAX_BACKLOG:
             return 0
         slots = sum(slot.ready for slot in self.slots)
-        ahead = min(MAX_BATCH, int(slots * AHEAD / max(self.pace, 1e-5))) if self.pace is not None else 0
+        ahead = min(MAX_BATCH, int(slots * PREFETCH_SECONDS / max(self.pace, 1e-5))) if self.pace is not None else 0
         target, held = slots + ahead, len(self.open)
         self.enough = max(slots - 1, target // 2)
         return min(target - held, MAX_BATCH) if held <= self.enough else 0
 
     def _poll(self, limit):
         while self.told:
-            self.client.send(*self.told[0], PATIENCE)
+            self.client.send(*self.told[0], RESPONSE_TIMEOUT)
             self.told.pop(0)
         registered, worker = self.registered, self.worker
-        wait = 0 if worker.burst or self.link.since else WAIT       # an engine that was away has to show it is back
+        wait = 0 if worker.burst or self.link.since else LONG_POLL       # an engine that was away has to show it is back
         ask = {'queue': self.name, 'limit': limit, 'lease': LEASE, 'worker': worker.name, 'wait': wait,
                'hung': worker.hung(), 'max_retries': registered.max_retries, 'timeout': registered.timeout}
-        jobs = self.client.send('/poll', ask, wait + PATIENCE) or []
+        jobs = self.client.send('/poll', ask, wait + RESPONSE_TIMEOUT) or []
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
             raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
         return jobs
@@ -988,11 +1070,11 @@ class Consumer:
         self.lines += done
         if not done:
             note(logging.WARNING, '%s failed after %.3f s: %s', task, took, summary(outcome.value))
-        elif self.lines <= LINES:
+        elif self.lines <= MAX_LOG_LINES_PER_TICK:
             note(logging.INFO, '%s done in %.3f s', task, took)
         self.hook('success' if done else 'failure', task, outcome.value)
         outcome.value, took = None, time.monotonic() - task.begun
-        self.pace = took if self.pace is None else self.pace + RECENT * (took - self.pace)
+        self.pace = took if self.pace is None else self.pace + PACE_WEIGHT * (took - self.pace)
         self._dismiss(task)
 
     def settle(self, task, outcome, interruption=None):
@@ -1021,17 +1103,17 @@ class Consumer:
         """Look for what waits too long for a slot, has had its time, or has progress to show."""
         for task in self.open.copy():
             if task.begun is None:
-                if now - task.claimed > STALE and self.settle(task, RELEASED):
+                if now - task.claimed > MAX_PREFETCH_AGE and self.settle(task, RELEASED):
                     self.pace = None        # it was wrong
             elif now - task.begun > task.timeout and task.outcome is None:
                 text = f'timed out after {task.timeout:g} s'
                 error = Timeout(f'{text}\n{task.slot.where(task)}')
                 if self.settle(task, failed(error, str(error), **self.handler.verdict(error, task.job)), Timeout):
                     self.tell('failure', task, error, '%s; hung threads: %d', text, self.worker.hung())
-            elif task.progress and now - task.shown > PROGRESS:
+            elif task.progress and now - task.shown > PROGRESS_INTERVAL:
                 task.shown = now
                 self.link.pile.put(task)
-        rest, self.lines = self.lines - LINES, 0
+        rest, self.lines = self.lines - MAX_LOG_LINES_PER_TICK, 0
         if rest > 0:        # a line for each would take longer than they do
             note(logging.INFO, '%s: %d more done', self.name, rest)
 
@@ -1059,12 +1141,12 @@ def summary(error):
     """The last line of an exception's traceback; of an exception group the line that names the group."""
     text = trace(error)
     group = re.search(r'^  \| (\S.*)', text, re.M) if text.rstrip().endswith('-----') else None
-    return shorten(group[1] if group else (text.strip().splitlines() or [''])[-1], 300)
+    return truncate_middle(group[1] if group else (text.strip().splitlines() or [''])[-1], 300)
 
 class Link:
     """What the consumers of one engine share: tasks under way, reporter, heartbeat, and whether the engine is there."""
     def __init__(self, worker, host):
-        self.worker, self.settings = worker, (host, worker.app.token, TIMEOUT, worker.app.ca)       # constant
+        self.worker, self.settings = worker, (host, worker.app.token, CLIENT_TIMEOUT, worker.app.ca)       # constant
         self.client = Client(*self.settings)
         self.tasks, self.pile = {}, SimpleQueue()       # safe: those not acknowledged; to be reported, None: no more
         self.stuck, self.since = False, None        # outcomes were not taken at the last try; when the engine went away
@@ -1075,10 +1157,10 @@ class Link:
         if since is None:
             self.since = since = now
             note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
-        if self.worker.burst and now - since >= TIMEOUT:
+        if self.worker.burst and now - since >= CLIENT_TIMEOUT:
             self.worker.stop(error)
-        pause = min(MAX_BACKOFF, max(BACKOFF, now - since)) * chance.uniform(0.5, 1)       # as long as it is away
-        return max(pause, REFUSED if isinstance(error, Refused) else error.retry_after)
+        pause = min(MAX_RETRY_PAUSE, max(RETRY_PAUSE, now - since)) * rng.uniform(0.5, 1)       # as long as it is away
+        return max(pause, REFUSED_PAUSE if isinstance(error, Refused) else error.retry_after)
 
     def back(self):
         since, self.since = self.since, None
@@ -1106,7 +1188,7 @@ class Link:
                     requests[task.outcome.call].append((task, task.item))
             for call, items in requests.items():
                 for batch in batches(items, lambda item: len(item[1])):
-                    self._send(call, batch, TIMEOUT)
+                    self._send(call, batch, CLIENT_TIMEOUT)
 
     def _send(self, call, items, seconds):
         """Send pairs of a task and its text until the engine answers; what it refuses as a whole is sent one by one."""
@@ -1114,7 +1196,7 @@ class Link:
             try:
                 answer = self.client.send('/' + call, f'{{"jobs":[{",".join([text for _, text in items])}]}}', seconds)
                 answers = answer.get('jobs') if isinstance(answer, dict) else None
-                if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_outcome, answers)):
+                if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_item_reply, answers)):
                     raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
             except Error as error:
                 if error.status not in REFUSALS:
@@ -1132,7 +1214,7 @@ class Link:
 
     def _answered(self, call, task, answer):
         code, sentence, beat = answer.get('code'), answer.get('error'), call == 'heartbeat'
-        if code and not is_final(code):
+        if code and not is_permanent(code):
             return self.pile.put(task)
         if code in GONE:
             if not beat or task.consumer.settle(task, LOST, Lost):
@@ -1189,14 +1271,14 @@ class Worker:
     def busy(self): return sum(len(link.tasks) for link in self.links.values())
     def slots(self): return [slot for consumer in self.consumers for slot in consumer.slots]
 
-    def hung(self, seconds=HUNG):
+    def hung(self, seconds=HUNG_AFTER):
         """How many threads did not come back within so many seconds of their interruption."""
         return sum(at <= time.monotonic() - seconds and thread.is_alive() for thread, at in self.threads.copy().items())
 
     def _watch(self):
         closed = False
         while not closed:
-            closed, now = self.closed.wait(TICK), time.monotonic()
+            closed, now = self.closed.wait(WATCH_INTERVAL), time.monotonic()
             for consumer in self.consumers:
                 consumer.watch(now)
             if self.hung() >= self.max_hung:
@@ -1242,11 +1324,11 @@ class Worker:
         self.release()
         for how in socket.SHUT_WR, socket.SHUT_RDWR:        # between the two, jobs on their way come in, for release
             for consumer in self.consumers:
-                consumer.client.wire.hang_up(how)
-            until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + HANGUP)
+                consumer.client.shutdown(how)
+            until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + RELEASE_WINDOW)
         until(lambda: not any(consumer.open for consumer in self.consumers), ends)
         self.release(Lost)
-        until(lambda: not self.busy(), max(ends, time.monotonic() + FAREWELL))
+        until(lambda: not self.busy(), max(ends, time.monotonic() + REPORT_GRACE))
         if self.busy():
             note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out again', self.busy())
         self.closed.set()
@@ -1256,10 +1338,10 @@ class Worker:
             link.pile.put(None)
         for one in (*self.links.values(), *self.consumers):
             one.client.close()
-        until(lambda: not any(slot.ending for slot in self.slots()), time.monotonic() + TERM + 1)
+        until(lambda: not any(slot.ending for slot in self.slots()), time.monotonic() + TERM_GRACE + 1)
         for slot in self.slots():
             slot.kill()
-        until(lambda: float('inf') not in self.threads.copy().values(), time.monotonic() + FAREWELL)
+        until(lambda: float('inf') not in self.threads.copy().values(), time.monotonic() + REPORT_GRACE)
 
     def release(self, interruption=None):
         for consumer in self.consumers:
@@ -1268,7 +1350,7 @@ class Worker:
                     note(logging.INFO, '%s released', task)
 
 # -- The module's API: one column over a default App ------------------------------------------------------------------
-Registered = collections.namedtuple(
+QueueConfig = collections.namedtuple(
     'Registered', 'name host poll_interval max_retries timeout concurrency isolate functions told')
 TASK_SETTINGS = {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'}     # of its queue
 NUMBER = int, float
@@ -1288,14 +1370,14 @@ class TaskFunction(Generic[R]):         # the same of @task
 class App:
     """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
     Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call."""
-    def __init__(self, host: Text = None, token: Text = None, timeout: float = TIMEOUT, ca: Text = None) -> None:
+    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = CLIENT_TIMEOUT, ca: str | None = None) -> None:
         self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
         self.registered = {}                            # (queue, host) -> Registered
         self.hooks = {'start': [], 'success': [], 'failure': [], 'lost': []}
         self.clients = {}                               # safe by itself: (host, token, timeout, ca) -> Client
         self.workers = []                               # safe by itself: those that run
 
-    def client(self, host: Text = None) -> Client:
+    def client(self, host: str | None = None) -> Client:
         """The client for an engine; its connections are kept."""
         host, token = host or self.host or os.environ.get('RUNDOWN_URL'), self.token or os.environ.get('RUNDOWN_TOKEN')
         settings = host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA')
@@ -1303,9 +1385,9 @@ class App:
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
 
-    def queue(self, name: str, host: Text = None, poll_interval: float = 1.0, max_retries: int = 3,
-              timeout: Seconds = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
-              retry_on: Any = None, abort_on: Any = None, cron: Text = None, every: Span = None, zone: Text = None,
+    def queue(self, name: str, host: str | None = None, poll_interval: float = 1.0, max_retries: int = 3,
+              timeout: float | None = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
+              retry_on: Any = None, abort_on: Any = None, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
               max_running: Any = None, rate: Any = None) -> Callable[[Callable[..., R]], QueueFunction[R]]:
         """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
         `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
@@ -1316,10 +1398,10 @@ class App:
         seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds)."""
         if not isinstance(name, str) or not name:
             raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
-        told, rule = calls(name, max_running, rate, cron, every, zone), Policy(backoff, retry_on, abort_on)
-        registered = Registered(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
+        told, rule = engine_settings(name, max_running, rate, cron, every, zone), Policy(backoff, retry_on, abort_on)
+        registered = QueueConfig(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
         check_all(poll_interval=poll_interval, concurrency=concurrency,
-                  **present(max_retries=max_retries, timeout=timeout))
+                  **drop_none(max_retries=max_retries, timeout=timeout))
 
         def enqueue(payload=None, *more, **options):
             """Add a job to the queue, with the options of rw.enqueue; returns it."""
@@ -1340,7 +1422,7 @@ class App:
     @overload
     def task(self, *, queue: str = ..., **settings: Any) -> Callable[[Callable[..., R]], TaskFunction[R]]: ...
 
-    def task(self, function: Any = None, *, queue: str = 'default', max_retries: Whole = None, timeout: Seconds = None,
+    def task(self, function: Any = None, *, queue: str = 'default', max_retries: int | None = None, timeout: float | None = None,
              backoff: Any = None, retry_on: Any = None, abort_on: Any = None, **settings: Any) -> Any:
         """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
         `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
@@ -1348,15 +1430,15 @@ class App:
         rule, unknown = Policy(backoff, retry_on, abort_on), sorted(set(settings) - TASK_SETTINGS)
         if unknown:
             raise Misuse(f'a task has no setting {unknown[0]}')
-        host, told = settings.get('host'), calls(queue, settings.pop('max_running', None), settings.pop('rate', None))
-        check_all(**settings, **present(max_retries=max_retries, timeout=timeout))
+        host, told = settings.get('host'), engine_settings(queue, settings.pop('max_running', None), settings.pop('rate', None))
+        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
         send = functools.partial(self.enqueue, queue, host=host, max_retries=max_retries, timeout=timeout)
 
         def register(function):
-            known = self.registered.get((queue, host)) or Registered(queue, host, 1.0, 3, None, 1, False, {}, [])
+            known = self.registered.get((queue, host)) or QueueConfig(queue, host, 1.0, 3, None, 1, False, {}, [])
             self._register(known._replace(told=told or known.told, **settings), function, True)
             function.policy = rule
-            return deferrable(function, function, send)
+            return add_delay_methods(function, function, send)
         return register if function is None else register(function)
 
     def _register(self, registered, function, is_task):
@@ -1382,34 +1464,34 @@ class App:
             return function
         return register
 
-    def enqueue(self, queue: str, payload: Any = None, *, host: Text = None, timeout: Seconds = None,
-                max_retries: Whole = None, tag: Text = None, delay: Span = None, run_at: Moment = None,
-                priority: Whole = None, key: Text = None, id: Text = None, after: Any = None,
-                after_any: bool | None = None, give_up: Seconds = None) -> Job:
+    def enqueue(self, queue: str, payload: Any = None, *, host: str | None = None, timeout: float | None = None,
+                max_retries: int | None = None, tag: str | None = None, delay: float | datetime.timedelta | None = None, run_at: str | datetime.datetime | None = None,
+                priority: int | None = None, key: str | None = None, id: str | None = None, after: Any = None,
+                after_any: bool | None = None, give_up: float | None = None) -> Job:
         """Add a job; returns it, a Job. `run_at` is a datetime or RFC 3339; see Client.enqueue for the rest."""
         return self.client(host).enqueue(
             queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
 
-    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: Text = None,
+    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
                      ids: Iterable[str] | None = None, **options: Any) -> list[Job]:
         """Add a job per payload: see Client.enqueue_many."""
         return self.client(host).enqueue_many(queue, payloads, ids, **options)
 
-    def schedule(self, name: str, queue: str, cron: Text = None, every: Span = None, zone: Text = None,
-                 payload: Any = None, *, host: Text = None, **options: Any) -> Fields:
+    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
+                 payload: Any = None, *, host: str | None = None, **options: Any) -> dict[str, Any]:
         """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
         return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
 
-    def unschedule(self, name: str, *, host: Text = None) -> Fields:
+    def unschedule(self, name: str, *, host: str | None = None) -> dict[str, Any]:
         """End a schedule; the jobs that it made stay."""
         return self.client(host).unschedule(name)
 
-    def wait(self, job: Any, timeout: Seconds = None, host: Text = None, give_up: Seconds = None) -> Job:
+    def wait(self, job: Any, timeout: float | None = None, host: str | None = None, give_up: float | None = None) -> Job:
         """The finished job: see Client.wait."""
         return (job.client if isinstance(job, Job) and not host else self.client(host)).wait(job, timeout, give_up)
 
     def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
-            concurrency: Whole = None) -> None:
+            concurrency: int | None = None) -> None:
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
         Returns after an orderly end. In the main thread, unless `burst`, it ends the process if handlers still hang,
         for nobody can end their threads: with 1 if `max_hung` of them did. In all other cases that is SystemExit(1)."""
@@ -1479,13 +1561,13 @@ class Testing:
         queues, later = {queue for queue, _ in self.app.registered}, [None]
         while later:
             self.app.run(burst=True, **options)
-            jobs = [job for job in all_jobs(self.client, status='pending') if job['queue'] in queues] if delayed else []
+            jobs = [job for job in iter_jobs(self.client, status='pending') if job['queue'] in queues] if delayed else []
             due = [datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')) for job in jobs]
             later = [at.timestamp() for at in due if at.timestamp() > self.clock.time()]
             if later:
                 self.advance(min(later) - self.clock.time() + 0.01)
 
-def deferrable(target, function, send):
+def add_delay_methods(target, function, send):
     """Give an object the `delay` and `options` of a task; `send` enqueues a payload. Returns the object."""
     def delay(*args, **kwargs):
         """Add a job that calls the task with these arguments, and return it; see enqueue()."""
@@ -1494,7 +1576,7 @@ def deferrable(target, function, send):
 
     def options(**more):
         """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
-        return deferrable(types.SimpleNamespace(), function, functools.partial(send, **more))
+        return add_delay_methods(types.SimpleNamespace(), function, functools.partial(send, **more))
 
     with contextlib.suppress(ValueError):       # it has no signature to look at
         delay.__signature__ = inspect.signature(function)
@@ -1523,11 +1605,11 @@ def check_all(**settings):
     for name in settings.keys() & LEAST.keys():
         check(name, settings[name], LEAST[name], int if type(LEAST[name]) is int else NUMBER)
 
-def calls(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
+def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     """The calls that tell an engine of a queue's limits, and of its schedule."""
     claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
-    limits = present(max_running=max_running, rate=claims, per=None if rate is None else seconds)
-    ticks = present(name=queue, cron=cron, every=in_seconds(every), zone=zone)
+    limits = drop_none(max_running=max_running, rate=claims, per=None if rate is None else seconds)
+    ticks = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
     check_all(**limits, **ticks)
     if ticks.keys() & {'cron', 'zone'} and ('every' in ticks or not isinstance(cron, str) or not cron):
         raise Misuse(f'cron must be a string like "0 3 * * *", as zone needs one, without every, not {cron!r}')
@@ -1543,7 +1625,7 @@ def check_call(function, *args, **kwargs):
     except TypeError as error:
         raise Misuse(f'{getattr(function, "__qualname__", function)} cannot be called like this: {error}') from None
 
-def all_jobs(client, **aim):
+def iter_jobs(client, **aim):
     page = {'after': None}
     while page['after'] or 'jobs' not in page:
         page = client.jobs(limit=1000, after=page['after'], **aim)
@@ -1581,10 +1663,10 @@ class ProgramSlot(Slot):
                 if size(self.errors) > MAX_STDOUT:      # only its end is wanted, and a disk is finite
                     self.errors.truncate(0)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(TICK)
+                    self.process.wait(WATCH_INTERVAL)
             if self.process.returncode is None:
                 signal_group(self.process, signal.SIGTERM)
-                over = time.monotonic() + TERM
+                over = time.monotonic() + TERM_GRACE
                 until(lambda: self.process.poll() is not None and not signal_group(self.process, 0), over)
             signal_group(self.process, KILL)            # whoever is left of its group
             self.process.wait()
@@ -1602,7 +1684,7 @@ class ProgramSlot(Slot):
             raise Abort(f'what the program wrote to stdout is not UTF-8: {error}') from None
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
-            encode(value)               # NaN is no JSON
+            encode_json(value)               # NaN is no JSON
             return value
         return text
 
@@ -1635,11 +1717,6 @@ def command_exec(client, options):
 
 
 # -- Outbox ----------------------------------------------------------------------------------------
-OUTBOX_INTERVAL = 1             # seconds between two looks into an outbox
-OUTBOX_BURST_INTERVAL = 0.05    # the same while a job of this process may be committed any moment
-OUTBOX_PAGE = 500               # rows that are looked at together
-POSTPONED = 60                  # seconds until a job that a proxy found too large is sent again
-
 CREATE_OUTBOX = (
     'CREATE TABLE IF NOT EXISTS rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
@@ -1679,7 +1756,7 @@ def enqueue_in(
         now = datetime.datetime.now(datetime.timezone.utc)
         run_at = now + datetime.timedelta(seconds=in_seconds(delay))
     id = id or new_id()
-    Outbox(connection).insert(job_text(payload, id, run_at, queue=queue, **options))
+    Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
     outbox_activity.last_write = time.monotonic()
     return id
 
@@ -1922,8 +1999,8 @@ def set_aside(outbox, number, error):
         outbox.mark_refused(int(number), error)
     else:
         note(logging.ERROR, 'job %s of the outbox is sent again in %g s: it is too large for a '
-             'proxy before the engine: %s', number, POSTPONED, error)
-        outbox.postponed[int(number)] = time.monotonic() + POSTPONED
+             'proxy before the engine: %s', number, OUTBOX_TOO_LARGE_PAUSE, error)
+        outbox.postponed[int(number)] = time.monotonic() + OUTBOX_TOO_LARGE_PAUSE
 
 
 @contextlib.contextmanager
@@ -1943,7 +2020,7 @@ def forwarding(
         yield
     finally:
         stopping.set()
-        thread.join(FAREWELL)           # jobs that are not sent by then are sent next time
+        thread.join(REPORT_GRACE)           # jobs that are not sent by then are sent next time
 
 
 def keep_forwarding(connect, host, keep, stopping):
@@ -1966,14 +2043,14 @@ def keep_forwarding(connect, host, keep, stopping):
                 note(logging.WARNING,
                      'cannot forward the outbox, trying again until it works: %s', error)
             failures += 1
-            is_last = stopping.wait(backoff(failures))
+            is_last = stopping.wait(retry_pause(failures))
 
 
 def wait_for_commits(stopping):
     """Wait until it is worth looking into the outbox again, or `stopping` is set."""
     deadline = time.monotonic() + OUTBOX_INTERVAL
     while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
-        if time.monotonic() < outbox_activity.last_write + OPEN:
+        if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
             return
 
 
@@ -2110,7 +2187,7 @@ def main(argv=None):
     """The command line; the exit code."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
-    parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {URL})')
+    parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
     parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try while none answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for name, function, taken, meaning in COMMANDS:
