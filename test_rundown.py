@@ -820,11 +820,6 @@ def test_enqueue_warns_when_no_worker_ever_polled_the_queue(engine, q):
     assert "warning" not in engine.enqueue("thumbnails")
 
 
-def test_an_unknown_field_suggests_the_nearest_known_one(engine, q):
-    code, answer = engine.call("POST", "/enqueue", {"queue": q, "max_retrys": 3})
-    assert code == 400 and "max_retrys" in answer["error"] and "max_retries" in answer["error"]
-
-
 def test_delay_and_run_at_say_when_a_job_is_due(clocked, q):
     now = clocked.clock.time()
     job = clocked.enqueue(q, delay=2.5)
@@ -841,17 +836,6 @@ def test_delay_and_run_at_say_when_a_job_is_due(clocked, q):
 ])
 def test_run_at_is_read_as_rfc_3339(engine, q, text, seconds):
     assert when(engine.enqueue(q, run_at=text)["next_run_at"]) == seconds
-
-
-@pytest.mark.parametrize("text", ["tomorrow", "2030-01-02", "2030-13-01T00:00:00Z", "2030-01-02T03:04:05", "12", ""])
-def test_a_run_at_that_is_no_time_is_refused(engine, q, text):
-    code, answer = engine.call("POST", "/enqueue", {"queue": q, "run_at": text})
-    assert code == 400 and "run_at" in answer["error"]
-
-
-def test_delay_and_run_at_together_are_refused(engine, q):
-    code, answer = engine.call("POST", "/enqueue", {"queue": q, "delay": 1, "run_at": written(5)})
-    assert code == 400 and "run_at" in answer["error"]
 
 
 # -- poll: who gets what, in which order, and how soon -------------------------------------------
@@ -1377,13 +1361,6 @@ def test_jobs_are_found_by_queue_status_and_tag(engine, q):
     assert (found("tag=b"), found("tag=b&status=done")) == ([2], [])
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "status=odd", "after=nobody", "colour=red",
-                                   "queue="])
-def test_a_bad_query_is_refused_and_names_its_part(engine, query):
-    code, answer = engine.call("GET", "/jobs?" + query)
-    assert code in (400, 404) and query.split("=")[0] in answer["error"]
-
-
 def test_queues_are_counted_by_status(engine, q):
     for status in STATUSES:
         job_in(engine, status, q) if status != "pending" else None
@@ -1493,16 +1470,6 @@ def test_a_whole_queue_is_steered_by_queue_and_status(engine, q, verb, status, b
     assert engine.post("/" + verb, queue=q, status=status) == {"count": len(jobs)}
     assert {engine.job(job)["status"] for job in jobs} == {becomes}
     assert (engine.job(other)["status"], engine.job(spared)["status"]) == (status, "done")
-
-
-@pytest.mark.parametrize("verb, body", [
-    ("cancel", {"status": "pending"}), ("cancel", {"queue": "q"}), ("cancel", {"queue": "q", "status": "done"}),
-    ("retry", {"queue": "q", "status": "running"}), ("retry", {}), ("retry", {"queue": "q"}),
-    ("purge", {"status": "running"}), ("purge", {}), ("purge", {"status": "odd"}), ("pause", {}), ("resume", {}),
-])
-def test_steering_without_a_clear_aim_is_refused(engine, verb, body):
-    code, answer = engine.call("POST", "/" + verb, body)
-    assert code == 400 and re.search("queue|status|id", answer["error"])
 
 
 def test_purge_deletes_by_status_and_never_what_runs(engine, q):
@@ -1839,13 +1806,11 @@ def test_a_waiting_poll_gets_its_job_the_moment_the_rate_allows(engine, q):
     assert all(0.299 < gap < 0.4 for gap in gaps), gaps
 
 
-def test_limits_that_make_no_sense_are_refused_and_those_that_are_not_named_stay(engine, q):
+def test_a_limit_that_is_not_named_stays(engine, q):
     engine.post("/limit", queue=q, max_running=5, rate=10)
     assert engine.post("/limit", queue=q, max_running=6) == {"queue": q, "max_running": 6, "rate": 10, "per": 1}
     assert engine.post("/limit", queue=q, rate=None) == {"queue": q, "max_running": 6, "rate": None, "per": None}
-    for fields in [{"per": 3}, {"rate": 0}, {"rate": 1.5}, {"max_running": 0}, {"per": 0, "rate": 1}, {"max_running": "5"}]:
-        code, answer = engine.call("POST", "/limit", {"queue": q, **fields})
-        assert code == 400 and list(fields)[0] in answer["error"], answer
+    assert engine.call("POST", "/limit", {"queue": q, "per": 3})[0] == 400      # without a rate
     row = engine.queue(q)
     assert (row["max_running"], row["rate"], row["per"]) == (6, None, None) and "full_at" not in row
     assert 'rundown_max_running{queue="%s"} 6' % q in engine.get("/metrics")
@@ -2001,28 +1966,6 @@ def timed(function, *arguments):
     began = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - began
-
-
-@pytest.mark.parametrize("cron, said", [
-    ("* 25 * * *", "hour: 25 is not 0-23"), ("60 * * * *", "minute: 60 is not 0-59"), ("* * 0 * *", "day of month: 0 is not 1-31"),
-    ("* * * 13 *", "month: 13 is not 1-12"), ("* * * * 8", "day of week: 8 is not 0-7"), ("* * * * someday", "day of week: someday"),
-    ("5/15 * * * *", "minute: 5/15"), ("*/0 * * * *", "minute: */0"), ("9-5 * * * *", "minute: 9-5"), ("1,,2 * * * *", "minute:"),
-    ("* * * *", "five fields"), ("", "five fields"), ("@midnightly", "five fields"), ("0 0 30 2 *", "no month"), ("0 0 31 4,6 *", "no month"),
-    ("\u0665 * * * *", "minute:"), (5, "a string"), ("x" * 2000, "a string"),
-])
-def test_a_cron_expression_that_is_wrong_is_refused_by_field(engine, q, cron, said):
-    code, answer = engine.call("POST", "/schedule", {"name": q, "queue": q, "cron": cron})
-    assert code == 400 and answer["error"].startswith("cron") and said in answer["error"], answer
-
-
-@pytest.mark.parametrize("fields, said", [
-    ({}, "cron or every"), ({"cron": "@daily", "every": 5}, "exclude"), ({"every": 0.5}, "every"), ({"every": 60, "zone": "UTC"}, "zone"),
-    ({"cron": "@daily", "zone": "Europe/Nowhere"}, "zone"), ({"cron": "@daily", "zone": "../../etc/passwd"}, "zone"),
-    ({"cron": "@daily", "zone": "Europe"}, "zone"), ({"cron": "@daily", "name": "x" * 151}, "name"), ({"cron": "@daily", "queue": None}, "queue"),
-])
-def test_a_schedule_that_makes_no_sense_is_refused(engine, q, fields, said):
-    code, answer = engine.call("POST", "/schedule", {"name": q, "queue": q, **fields})
-    assert code == 400 and said in answer["error"], answer
 
 
 def test_a_schedule_makes_one_job_a_tick_and_tells_of_it(clocked, q):
@@ -2807,12 +2750,6 @@ def test_parked_polls_for_which_there_was_no_room_get_their_jobs_after_all(own, 
         assert len({poll.result(5)["id"] for poll in polls}) == 5
 
 
-@pytest.mark.parametrize("limit", ["1" + "%20" * 40 + "x", "0" * 40 + "1x", "1" * 40, "1.0", "1e2"])
-def test_a_limit_is_read_whole_or_refused(engine, limit):
-    code, answer = engine.call("GET", "/jobs?limit=" + limit)
-    assert code == 400 and "limit" in answer["error"]
-
-
 def test_a_brief_job_keeps_the_last_line_of_its_error(engine, q):
     engine.enqueue(q, max_retries=0)
     engine.tell("fail", engine.poll(q), error="Traceback\n  here\nValueError: no\n")
@@ -3396,6 +3333,87 @@ def test_any_value_in_any_field_is_taken_or_refused_by_name_and_a_refusal_change
                 body, before = fresh(target, path), everything(target)
             else:
                 assert everything(target) == before, (name, code, answer)
+
+
+Q = "refused"       # the queue in the table below: it never gets a job
+
+REFUSED = [
+    # call, body (None: a GET), parts of the message
+    ("/enqueue", {"queue": Q, "max_retrys": 3}, "max_retrys, max_retries"),
+    ("/enqueue", {"queue": Q, "run_at": "tomorrow"}, "run_at"),
+    ("/enqueue", {"queue": Q, "run_at": "2030-01-02"}, "run_at"),
+    ("/enqueue", {"queue": Q, "run_at": "2030-13-01T00:00:00Z"}, "run_at"),
+    ("/enqueue", {"queue": Q, "run_at": "2030-01-02T03:04:05"}, "run_at"),
+    ("/enqueue", {"queue": Q, "run_at": "12"}, "run_at"),
+    ("/enqueue", {"queue": Q, "run_at": ""}, "run_at"),
+    ("/enqueue", {"queue": Q, "run_at": "2030-01-02T03:04:05Z", "delay": 1}, "run_at, delay"),
+    ("/cancel", {"status": "pending"}, "queue"),
+    ("/cancel", {"queue": Q}, "status"),
+    ("/cancel", {"queue": Q, "status": "done"}, "status"),
+    ("/retry", {"queue": Q, "status": "running"}, "status"),
+    ("/retry", {}, "id"),
+    ("/retry", {"queue": Q}, "status"),
+    ("/purge", {"status": "running"}, "status"),
+    ("/purge", {}, "queue, status"),
+    ("/purge", {"status": "odd"}, "status"),
+    ("/pause", {}, "queue"),
+    ("/resume", {}, "queue"),
+    ("/limit", {"queue": Q, "per": 3}, "per"),
+    ("/limit", {"queue": Q, "rate": 0}, "rate"),
+    ("/limit", {"queue": Q, "rate": 1.5}, "rate"),
+    ("/limit", {"queue": Q, "max_running": 0}, "max_running"),
+    ("/limit", {"queue": Q, "per": 0, "rate": 1}, "per"),
+    ("/limit", {"queue": Q, "max_running": "5"}, "max_running"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "* 25 * * *"}, "cron, hour: 25 is not 0-23"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "60 * * * *"}, "cron, minute: 60 is not 0-59"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "* * 0 * *"}, "cron, day of month: 0 is not 1-31"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "* * * 13 *"}, "cron, month: 13 is not 1-12"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "* * * * 8"}, "cron, day of week: 8 is not 0-7"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "* * * * someday"}, "cron, day of week: someday"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "5/15 * * * *"}, "cron, minute: 5/15"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "*/0 * * * *"}, "cron, minute: */0"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "9-5 * * * *"}, "cron, minute: 9-5"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "1,,2 * * * *"}, "cron, minute:"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "* * * *"}, "cron, five fields"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": ""}, "cron, five fields"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "@midnightly"}, "cron, five fields"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "0 0 30 2 *"}, "cron, no month"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "0 0 31 4,6 *"}, "cron, no month"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "\u0665 * * * *"}, "cron, minute:"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": 5}, "cron, a string"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "x" * 2000}, "cron, a string"),
+    ("/schedule", {"name": "n", "queue": Q}, "cron or every"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "@daily", "every": 5}, "exclude"),
+    ("/schedule", {"name": "n", "queue": Q, "every": 0.5}, "every"),
+    ("/schedule", {"name": "n", "queue": Q, "every": 60, "zone": "UTC"}, "zone"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "@daily", "zone": "Europe/Nowhere"}, "zone"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "@daily", "zone": "../etc/passwd"}, "zone"),
+    ("/schedule", {"name": "n", "queue": Q, "cron": "@daily", "zone": "Europe"}, "zone"),
+    ("/schedule", {"name": "x" * 151, "queue": Q, "cron": "@daily"}, "name"),
+    ("/schedule", {"name": "n", "cron": "@daily"}, "queue"),
+    ("/jobs?limit=0", None, "limit"),
+    ("/jobs?limit=1001", None, "limit"),
+    ("/jobs?limit=x", None, "limit"),
+    ("/jobs?limit=1" + "%20" * 40 + "x", None, "limit"),
+    ("/jobs?limit=" + "0" * 40 + "1x", None, "limit"),
+    ("/jobs?limit=" + "1" * 40, None, "limit"),
+    ("/jobs?limit=1.0", None, "limit"),
+    ("/jobs?limit=1e2", None, "limit"),
+    ("/jobs?status=odd", None, "status"),
+    ("/jobs?after=nobody", None, "after"),
+    ("/jobs?colour=red", None, "colour"),
+    ("/jobs?queue=", None, "queue"),
+]
+
+
+@pytest.mark.parametrize("path, body, named", REFUSED)
+def test_bad_input_is_refused_with_a_message_that_names_the_field(engine, path, body, named):
+    code, answer = engine.call("GET" if body is None else "POST", path, body)
+    assert code in (400, 404)
+    for part in named.split(", "):
+        assert part in answer["error"]
+    assert engine.count(Q) == 0
+    assert "n" not in [schedule["name"] for schedule in engine.get("/schedules")["schedules"]]
 
 
 @pytest.mark.parametrize("path", TAKES)
