@@ -186,7 +186,11 @@ PACE_WEIGHT = 0.25          # weight of the last job in the average time of a jo
 # programs and the outbox
 MAX_STDOUT = 1 << 20        # bytes of a program's output
 TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
-OUTBOX_BURST = 60           # seconds after a write in which the outbox is looked at often
+OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
+OUTBOX_BURST = 60           # seconds after a write in which there are more of them
+OUTBOX_BURST_INTERVAL = 0.05    # seconds between two looks in that time
+OUTBOX_PAGE = 500           # rows that are looked at together
+OUTBOX_TOO_LARGE_PAUSE = 60     # seconds until a job that a proxy found too large is sent again
 
 log = logging.getLogger('rundown')
 
@@ -2244,117 +2248,343 @@ def command_exec(client, options):
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
-# -- Outbox -----------------------------------------------------------------------------------------------------------
-OUTBOX = ('CREATE TABLE IF NOT EXISTS rundown_outbox (number %s PRIMARY KEY %s, job TEXT NOT NULL, error TEXT, '
-          'taken_by TEXT, taken_at BIGINT)')
-recent = types.SimpleNamespace(written=float('-inf'))       # when this process last wrote into an outbox
+# -- Outbox ----------------------------------------------------------------------------------------
+CREATE_OUTBOX = (
+    'CREATE TABLE IF NOT EXISTS rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
+    'taken_by TEXT, taken_at BIGINT)'
+)
+SQLITE_KEY = 'INTEGER PRIMARY KEY AUTOINCREMENT'
+POSTGRESQL_KEY = 'BIGSERIAL PRIMARY KEY'
+ADD_COLUMNS = [     # to a table of the first version
+    'ALTER TABLE rundown_outbox ADD COLUMN taken_by TEXT',
+    'ALTER TABLE rundown_outbox ADD COLUMN taken_at BIGINT',
+]
 
-def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: float | datetime.timedelta | None = None,
-               run_at: str | datetime.datetime | None = None, id: str | None = None, **options: Any) -> str:
-    """Write a job into the transaction that is open on a connection; it is enqueued if that commits. Returns its id.
-    The driver is sqlite3, or writes parameters as %s. The options are those of enqueue(); a delay begins now."""
-    inspect.signature(Client.enqueue).bind(None, queue, **options)      # TypeError for an unknown option
+# When this process last wrote into an outbox: set by enqueue_in(), read by the threads of
+# forwarding(). A time and not an Event: an interrupted handler, or a fork, could leave the lock of
+# an Event locked. And it says for how long to look often, since nothing tells us of a commit.
+outbox_activity = types.SimpleNamespace(last_write=float('-inf'))
+
+
+def enqueue_in(
+    connection: Any,
+    queue: str,
+    payload: Any = None,
+    delay: float | datetime.timedelta | None = None,
+    run_at: str | datetime.datetime | None = None,
+    id: str | None = None,
+    **options: Any,
+) -> str:
+    """Write a job into the open transaction of a connection. It is enqueued if that commits.
+
+    The connection is one of sqlite3, psycopg, psycopg2, SQLAlchemy (a Connection or a Session) or
+    Django (django.db.connection); other drivers work if they write parameters as %s and the table
+    is there. Returns the job's id. The options are those of enqueue(); a delay begins now.
+    """
+    inspect.signature(Client.enqueue).bind(None, queue, **options)  # TypeError: unknown option
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
     if delay is not None:
-        run_at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=in_seconds(delay))
+        now = datetime.datetime.now(datetime.timezone.utc)
+        run_at = now + datetime.timedelta(seconds=in_seconds(delay))
     id = id or new_id()
-    text = encode_job(payload, id, run_at, queue=queue, **options)
-    with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)', text)
-    recent.written = time.monotonic()
+    Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
+    outbox_activity.last_write = time.monotonic()
     return id
 
-def with_table(connection, statement, *values):
-    """The cursor of a statement; where the table is missing, it is made first."""
-    cursor, lite, reasons = connection.cursor(), hasattr(connection, 'total_changes'), []
-    create = OUTBOX % (('INTEGER', 'AUTOINCREMENT') if lite else ('BIGSERIAL', ''))
 
-    def guard(action):      # a failure ends the whole transaction; not so in SQLite, where RELEASE might end it
-        if not lite:
-            connection.cursor().execute(f'{action} SAVEPOINT rundown')
+def driver_connection(connection):
+    """The driver's own connection, which may be inside one of Django or SQLAlchemy."""
+    if hasattr(connection, 'ensure_connection'):            # Django
+        connection.ensure_connection()
+        return connection.connection
+    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
+        connection = connection.connection()
+    if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
+        if not connection.in_transaction() and hasattr(connection, 'commit'):
+            connection.begin()      # as its first statement would do; its commit() needs that
+        connection = connection.connection
+    connection = getattr(connection, 'dbapi_connection', connection)
+    if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
+        raise Misuse(f'a {type(connection).__name__} is not a connection that enqueue_in() takes: '
+                     'sqlite3, psycopg, psycopg2, SQLAlchemy or Django, and none of asyncio')
+    return connection
 
-    guard('')
-    for text, given in ((statement, values), (create, ()), (statement, values)):
+
+def is_sqlite(connection):
+    return hasattr(connection, 'total_changes')
+
+
+def commits_each_statement(connection):
+    """Is no transaction open, and does the next statement not open one?"""
+    autocommit = getattr(connection, 'autocommit', None)
+    if is_sqlite(connection):
+        if connection.in_transaction:
+            return False
+        # True or False since Python 3.12; -1, or missing: isolation_level decides
+        return connection.isolation_level is None if autocommit in (None, -1) else autocommit
+    status = getattr(getattr(connection, 'info', None), 'transaction_status', 0)    # 0: idle
+    return autocommit is True and status == 0
+
+
+class Outbox:
+    """The table rundown_outbox in the database of a connection."""
+
+    def __init__(self, connection):
+        # constant
+        self.connection = driver_connection(connection)
+        self.is_sqlite = is_sqlite(self.connection)
+        # touched by the thread that forwards
+        self.postponed = {}     # row number -> when a job too large for a proxy is sent again
+
+    def insert(self, text):
+        """Add a job, as JSON text, to the open transaction."""
+        if commits_each_statement(self.connection):
+            raise Misuse('the connection is in autocommit mode, so the job would be enqueued '
+                         'even if your other statements fail: begin a transaction first')
+        self.execute('INSERT INTO rundown_outbox (job) VALUES (?)', text)
+
+    def pending(self, host):
+        """(number, characters) of the next rows that the engine at `host` has not taken.
+
+        JSON text is ASCII, so characters are bytes. The texts are read later: a page of rows may
+        be larger than the memory.
+        """
+        now = time.monotonic()
+        postponed = [str(number) for number, at in self.postponed.items() if at > now]
+        return self.execute(
+            'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL '
+            'AND (taken_by IS NULL OR taken_by <> ?) '
+            f'AND number NOT IN ({",".join(postponed) or "0"}) ORDER BY number LIMIT {OUTBOX_PAGE}',
+            host)
+
+    def texts(self, numbers):
+        """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
+        rows = self.execute(
+            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
+        return [text.decode() if isinstance(text, bytes) else text for (text,) in rows]
+
+    def mark_taken(self, numbers, host, keep):
+        if keep:
+            self.execute(
+                f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
+                host, int(time.time()))
+        else:
+            self.execute(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
+
+    def mark_refused(self, number, error):
+        self.execute('UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), number)
+
+    def delete_taken(self, keep):
+        """Delete the rows that were taken `keep` seconds ago or earlier."""
+        latest = int(time.time() - keep)
+        where = 'FROM rundown_outbox WHERE taken_at <= ?'
+        if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # a look takes no write lock
+            self.execute(f'DELETE {where}', latest)
+
+    def commit(self):
+        self.connection.commit()
+
+    def execute(self, statement, *values):
+        """The rows of a statement, as tuples. A table that is missing or old is put right first."""
         try:
-            cursor.execute(text if lite else text.replace('?', '%s'), given)
-            if text is statement:
-                guard('RELEASE')
-                return cursor
-        except Exception as error:      # each driver has its own; `create` also fails when somebody else just did it
-            if not reasons and 'rundown_outbox' not in str(error):
+            return self._execute_guarded(statement, values)
+        except Exception as error:          # each driver has its own classes
+            reasons = [str(error).partition('\n')[0]]
+            if not re.search('rundown_outbox|taken_(at|by)', reasons[0]):
                 raise
+        create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
+        try:
+            for change in ADD_COLUMNS if 'taken_' in reasons[0] else [create]:
+                self._execute_guarded(change)
+        except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
-            guard('ROLLBACK TO')
-    raise Error(f'the table rundown_outbox cannot be used, nor made: {"; ".join(reasons)}. What makes it: {create}')
+        try:
+            return self._execute_guarded(statement, values)
+        except Exception as error:
+            reasons.append(str(error).partition('\n')[0])
+            raise Error('the table rundown_outbox cannot be used, nor made: '
+                        f'{"; ".join(reasons)}. The statement that makes it: {create}') from error
+
+    def _execute_guarded(self, statement, values=()):
+        """Execute a statement; if it fails, the transaction can go on.
+
+        In PostgreSQL a failure aborts a transaction, so there is a savepoint. In SQLite it does
+        not, and releasing the outermost savepoint would commit.
+        """
+        if self.is_sqlite or commits_each_statement(self.connection):
+            return self._execute(statement, values)
+        self._execute('SAVEPOINT rundown')
+        try:
+            rows = self._execute(statement, values)
+        except Exception:
+            self._execute('ROLLBACK TO SAVEPOINT rundown')
+            self._execute('RELEASE SAVEPOINT rundown')
+            raise
+        self._execute('RELEASE SAVEPOINT rundown')
+        return rows
+
+    def _execute(self, statement, values=()):
+        """The rows of a statement as tuples, whatever rows the connection is set to return."""
+        with contextlib.closing(self.connection.cursor()) as cursor:
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                cursor.row_factory = None if self.is_sqlite else lambda cursor: tuple
+            cursor.execute(statement if self.is_sqlite else statement.replace('?', '%s'), values)
+            rows = cursor.fetchall() if cursor.description else []
+        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
+
+    def number_rows(self):
+        """Repair a table without numbers. Version 1.1 made it through Django's SQLite connection.
+
+        Its jobs are all sent again, since it does not tell which of them the engine has. The
+        engine recognizes their ids.
+        """
+        if not self.is_sqlite:
+            return
+        found = self._execute("SELECT sql FROM sqlite_master WHERE type = 'table' "
+                              "AND name = 'rundown_outbox' AND sql LIKE '%BIGSERIAL%'")
+        if not found:
+            return
+        begins = not self.connection.in_transaction
+        if begins:
+            self._execute('BEGIN IMMEDIATE')
+        columns = 'job, error, taken_by, taken_at'
+        self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
+        self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
+        self._execute(f'INSERT INTO rundown_outbox ({columns}) '
+                      f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
+        self._execute('DROP TABLE rundown_outbox_unnumbered')
+        if begins:
+            self._execute('COMMIT')
+        else:
+            self.commit()
+        note(logging.WARNING, 'the outbox had no row numbers: repaired, its jobs are sent again')
+
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
-    """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took.
-    Rows are kept for `keep` seconds after that, and sent again to a standby that takes over meanwhile."""
+    """Send the jobs in the outbox of the database that connect() opens.
+
+    Returns how many the engine took. Their rows are kept for `keep` seconds, and sent again to a
+    standby that takes over in that time.
+    """
     client = default.client(host)
     with contextlib.closing(connect()) as connection:
-        return drain(connection, client, client.call, keep)
+        outbox = Outbox(connection)
+        outbox.number_rows()
+        return forward_pending(outbox, client, client.call, keep)
 
-def drain(connection, client, send, keep):
-    """Send in order, and delete what was taken `keep` seconds ago; how many jobs were taken. An id is taken once."""
-    count, parts, sql = 0, [], functools.partial(with_table, connection)
+
+def forward_pending(outbox, client, send, keep):
+    """Send all committed jobs, in order; the number of jobs that the engine took.
+
+    `send` is client.send or client.call. No transaction is open while it waits for the engine.
+    """
     if keep:
-        send('/health')         # moves client.host on where a standby has taken over; taken_by is compared with it
+        send('/health')     # if a standby has taken over, this changes client.host
+    count = 0
     while True:
-        if not parts:
-            over = int(time.time() - keep)
-            if sql('SELECT 1 FROM rundown_outbox WHERE taken_at <= ?', over).fetchone():    # a look takes no write lock
-                sql('DELETE FROM rundown_outbox WHERE taken_at <= ?', over)
-            rows = sql('SELECT number, job FROM rundown_outbox WHERE error IS NULL AND '
-                       '(taken_by IS NULL OR taken_by <> ?) ORDER BY number LIMIT 500', client.host).fetchall()
-            parts = list(batches(rows, lambda row: len(row[1])))
-        connection.commit()     # no transaction is open while the engine is away
-        if not parts:
+        outbox.delete_taken(keep)
+        rows = outbox.pending(client.host)
+        outbox.commit()
+        if not rows:
             return count
-        part = parts.pop(0)
-        numbers, half = ','.join([str(number) for number, _ in part]), len(part) // 2
+        count += send_rows(outbox, client, send, keep, rows)
+
+
+def send_rows(outbox, client, send, keep, rows):
+    """Send rows in batches, and halve a batch that is refused until the culprit is alone."""
+    count = 0
+    waiting = list(batches(rows, lambda row: row[1]))
+    while waiting:
+        batch = waiting.pop(0)
+        numbers = ','.join(str(number) for number, _ in batch)
+        texts = outbox.texts(numbers)
+        outbox.commit()
+        if not texts:       # another forwarder was faster
+            continue
         try:
-            send('/enqueue', f'{{"jobs":[{",".join([text for _, text in part])}]}}')
-            sql(f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
-                client.host, int(time.time()))
-            count += len(part)
-        except Refused as error:
-            if error.status not in REFUSALS:
+            send('/enqueue', f'{{"jobs":[{",".join(texts)}]}}')
+        except (Refused, EngineUnavailable) as error:
+            if not is_about_body(error):
                 raise
-            if half:
-                parts[:0] = part[:half], part[half:]        # which of them was it?
-                continue
-            note(logging.ERROR, 'the engine refused job %s of the outbox: %s', numbers, error)
-            sql('UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), part[0][0])
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                waiting[:0] = batch[:middle], batch[middle:]
+            else:
+                set_aside(outbox, numbers, error)
+        else:
+            outbox.mark_taken(numbers, client.host, keep)
+            count += len(batch)
+        outbox.commit()
+    return count
+
+
+def is_about_body(error):
+    """Does an error blame the request's body? Of a proxy's errors only the 413 does."""
+    return getattr(error, 'status', None) in (REFUSALS if isinstance(error, Refused) else [413])
+
+
+def set_aside(outbox, number, error):
+    """Take a job out of the way of the others: for good if the engine itself refuses it."""
+    if isinstance(error, Refused):
+        note(logging.ERROR, 'the engine refused job %s of the outbox: %s', number, error)
+        outbox.mark_refused(int(number), error)
+    else:
+        note(logging.ERROR, 'job %s of the outbox is sent again in %g s: it is too large for a '
+             'proxy before the engine: %s', number, OUTBOX_TOO_LARGE_PAUSE, error)
+        outbox.postponed[int(number)] = time.monotonic() + OUTBOX_TOO_LARGE_PAUSE
+
 
 @contextlib.contextmanager
-def forwarding(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> Iterator[None]:
-    """forward() in a thread during the block: at once what this process commits, and every second the rest."""
+def forwarding(
+    connect: Callable[[], Any], host: str | None = None, keep: float = 0,
+) -> Iterator[None]:
+    """forward() in a thread during the block.
+
+    What this process commits is sent within 100 ms, the rest every second. connect() is called in
+    that thread.
+    """
     stopping = threading.Event()
-    thread = threading.Thread(target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)
+    thread = threading.Thread(
+        target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)
     thread.start()
     try:
         yield
     finally:
         stopping.set()
-        thread.join(REPORT_GRACE)           # what is not sent by then is sent next time
+        thread.join(REPORT_GRACE)           # jobs that are not sent by then are sent next time
+
 
 def keep_forwarding(connect, host, keep, stopping):
-    tries, ended = 0, False
-    while not ended:
+    """Forward until `stopping` is set, and a last time then. Connect again after each failure."""
+    failures = 0
+    is_last = False
+    while not is_last:
         try:
             with contextlib.closing(connect()) as connection:
-                while not ended:
-                    ended = stopping.is_set()           # then this look is the last
+                outbox = Outbox(connection)
+                outbox.number_rows()
+                while not is_last:
+                    is_last = stopping.is_set()
                     client = default.client(host)
-                    drain(connection, client, client.send, keep)
-                    tries, now = 0, time.monotonic()
-                    while time.monotonic() < now + 1 and not stopping.wait(WATCH_INTERVAL / 2) and now > recent.written + OUTBOX_BURST:
-                        pass            # look again in TICK / 2 while what this process wrote may commit, else in 1 s
+                    forward_pending(outbox, client, client.send, keep)
+                    failures = 0
+                    wait_for_commits(stopping)
         except Exception as error:      # the database's or the engine's
-            if not tries:
-                note(logging.WARNING, 'cannot forward the outbox, trying again until it works: %s', error)
-            tries += 1
-            ended = stopping.wait(retry_pause(tries))
+            if not failures:
+                note(logging.WARNING,
+                     'cannot forward the outbox, trying again until it works: %s', error)
+            failures += 1
+            is_last = stopping.wait(retry_pause(failures))
+
+
+def wait_for_commits(stopping):
+    """Wait until it is worth looking into the outbox again, or `stopping` is set."""
+    deadline = time.monotonic() + OUTBOX_INTERVAL
+    while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
+        if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
+            return
+
 
 def command_forward(client, options):
     """Forward the outbox in a SQLite file."""
@@ -2363,9 +2593,11 @@ def command_forward(client, options):
         raise Misuse(f'there is no file {options.file}')
     set_up_log()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), forwarding(lambda: sqlite3.connect(options.file), keep=options.keep):
+    forwarder = forwarding(lambda: sqlite3.connect(options.file), keep=options.keep)
+    with contextlib.suppress(KeyboardInterrupt), forwarder:
         while True:
             time.sleep(1)
+
 
 # -- Command line -----------------------------------------------------------------------------------------------------
 COLUMNS = {
