@@ -109,8 +109,9 @@ import time
 import traceback
 import types
 import urllib.parse
+import urllib.request
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Generic, Iterable, Iterator, TypeVar, overload
+from typing import Any, Callable, Dict, Generic, Iterable, Iterator, TypeVar, overload
 
 __all__ = [
     'Abort',
@@ -161,7 +162,7 @@ RETRY_PAUSE = 0.1           # seconds before the second try; doubled from try to
 MAX_RETRY_PAUSE = 3         # seconds that this pause grows to
 MAX_RETRY_AFTER = 60        # seconds of a Retry-After that are obeyed
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
-MAX_BATCH_BYTES = 1 << 20   # characters in a request with several jobs
+MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
 MAX_DEPTH = 100             # levels of a value that are searched for the part that is not JSON
 
 # the worker
@@ -193,436 +194,867 @@ OUTBOX_PAGE = 500           # rows that are looked at together
 OUTBOX_TOO_LARGE_PAUSE = 60     # seconds until a job that a proxy found too large is sent again
 
 log = logging.getLogger('rundown')
+R = TypeVar('R')    # the result of a handler
 
 
-# -- Errors -----------------------------------------------------------------------------------------------------------
+# -- Errors ----------------------------------------------------------------------------------------
 class Error(Exception):
-    """Whatever this module raises."""
-    status = retry_after = 0        # of what an engine answers: its HTTP status, the seconds that it asks for
+    """Base class of the errors that this module raises."""
 
-class EngineUnavailable(Error): """No engine answers under the URL, or it cannot answer now."""
-class Refused(Error): """The engine says no: `status` is the HTTP status, the text its sentence."""
-class NotJSON(Error): """A value that JSON cannot hold."""
-class Misuse(Error, TypeError): """What was asked for makes no sense, whatever the engine says."""
-class Unfinished(Error, TimeoutError): """The job did not end in the time that wait() had."""
-class Hung(Error): """Too many handlers never came back: the worker has ended, to be started afresh."""
-class Crashed(Error): """An isolated handler failed; the text is its traceback or how its process ended."""
-class Abort(Error): """Raised by a handler: fail the job, and do not try again."""
-class Interruption(BaseException): """Raised inside a handler from outside; `except Exception` does not catch it."""
-class Timeout(Interruption): """The handler has had its time; its job has failed."""
-class Lost(Interruption): """The job is not this worker's any more: cancelled, given to another, or released."""
+    status = 0          # HTTP status of the response; 0 if there was none
+    retry_after = 0     # seconds that the engine asks its clients to wait
+
+
+class EngineUnavailable(Error):
+    """No engine answers under the URL, or it cannot answer now."""
+
+
+class Refused(Error):
+    """The engine refuses the call: `status` is the HTTP status, the text is its message."""
+
+
+class NotJSON(Error):
+    """A value that JSON cannot represent."""
+
+
+class Misuse(Error, TypeError):
+    """A call or a setting that makes no sense for any engine."""
+
+
+class Unfinished(Error, TimeoutError):
+    """The job has not ended within the timeout of wait()."""
+
+
+class Hung(Error):
+    """Too many handlers never came back. The worker has ended and should be restarted."""
+
+
+class Crashed(Error):
+    """An isolated handler failed; the text is its traceback, or says how its process ended."""
+
+
+class Abort(Error):
+    """Raised by a handler: fail the job, and do not try again."""
+
+
+class Interruption(BaseException):
+    """Raised inside a handler from outside; `except Exception` does not catch it."""
+
+
+class Timeout(Interruption):
+    """The handler has used up its time; its job has failed."""
+
+
+class Lost(Interruption):
+    """The job does not belong to this worker any more: cancelled, released, or given to another."""
+
 
 class Failed(Error):
-    """The job whose result was asked for has failed or was cancelled: `job` is it, the text its error."""
-    job: Job
+    """The job has failed or was cancelled, so it has no result; the text is the job's error."""
+
+    job: Job        # the job in question
+
 
 class Retry(Error):
-    """Raised by a handler: fail this attempt, and try again after `delay` seconds (None: the engine's backoff)."""
-    def __init__(self, reason: str = 'the handler asked for a retry', delay: float | None = None) -> None:
-        super().__init__(reason)
-        if delay is not None and not 0 <= delay < float('inf'):
-            raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
-        self.delay = delay
+    """Raised by a handler: fail this attempt, and try again after `delay`.
 
-# -- Values -----------------------------------------------------------------------------------------------------------
+    The delay is in seconds, or a timedelta; None stands for the engine's backoff.
+    """
+
+    def __init__(
+        self,
+        reason: str = 'the handler asked for a retry',
+        delay: float | datetime.timedelta | None = None,
+    ) -> None:
+        super().__init__(reason)
+        seconds = in_seconds(delay)
+        if seconds is not None and not 0 <= seconds < float('inf'):
+            raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
+        self.delay = seconds
+
+
+# -- Values ----------------------------------------------------------------------------------------
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
-rng = random.Random()        # not the module's, which a handler may seed
+rng = random.Random()       # our own, since a handler may seed the module's
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=rng.seed)     # else two processes would choose the same ids
+    os.register_at_fork(after_in_child=rng.seed)    # else two processes would choose the same ids
 
-def as_json(value, name, level=0):
-    """JSON text. NotJSON names what is in the way and where in the value it is."""
+
+def as_json(value, name):
+    """JSON text of the value. NotJSON names the part that JSON cannot represent."""
     try:
-        return encode_json(value)
+        text = encode_json(value)
     except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(value, (dict, list, tuple)) and level < MAX_DEPTH:
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                as_json(part, f'{name}[{truncate_middle(repr(key), 100)}]', level + 1)      # raises at what is in the way
-        what = value if isinstance(value, float) else f'a {type(value).__name__}'
-        raise NotJSON(f'{truncate_middle(name, 200)} is {what}, which JSON cannot hold: {error}') from None
+        path, part = find_unencodable(value, name)
+        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
+        path = truncate_middle(path, 200)
+        raise NotJSON(f'{path} is {kind}, which JSON cannot hold: {error}') from None
+    check_keys(value, name)
+    return text
 
-def drop_none(**fields): return {field: value for field, value in fields.items() if value is not None}
-def in_seconds(span): return span.total_seconds() if isinstance(span, datetime.timedelta) else span
-def printable(text): return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
-def retry_pause(tries): return min(MAX_RETRY_PAUSE, RETRY_PAUSE * 2 ** min(tries, 10)) * rng.uniform(0.5, 1)
 
-def truncate_middle(text, longest):
-    half = longest // 2
-    return text if len(text) <= longest else f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
+def find_unencodable(value, path):
+    """The path to the innermost part that cannot be encoded, and that part."""
+    for _ in range(MAX_DEPTH):
+        for key, part in parts_of(value):
+            try:
+                encode_json(part)
+            except (TypeError, ValueError, RecursionError):
+                path += f'[{truncate_middle(repr(key), 100)}]'
+                value = part
+                break
+        else:
+            break
+    return path, value
 
-def new_id():
-    """A UUID of version 7 (RFC 9562): ordered by time, so that the engine's index grows at its end alone."""
-    stamp, noise = time.time_ns() // 1000000, rng.getrandbits(74)
-    return (f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{noise >> 62:03x}-{0x8000 | noise >> 48 & 0x3fff:04x}-'
-            f'{noise & 0xffffffffffff:012x}')
 
-# -- HTTP -------------------------------------------------------------------------------------------------------------
-# The head of an answer as the engine writes it, or nearly so: only its length bears on where the body ends.
-PLAIN = re.compile(rb'HTTP/1\.1 (200|204) [A-Za-z ]+\r\nContent-Type: [^\r\n]+\r\nContent-Length: (\d+)\r\n'
-                   rb'(?:(?:Cache-|Date:|Server:|X-)[^\r\n]+\r\n)*\r\n')
+def parts_of(value):
+    """Pairs of key and part of a container; none of any other value."""
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, (list, tuple)) else ()
 
-class Incoming(io.RawIOBase):
-    """What a socket receives until a deadline, however slowly it trickles, after what has come already: a file."""
-    def __init__(self, sock, deadline, data):
-        self.sock, self.deadline, self.data = sock, deadline, data
 
-    def readable(self): return True
+def check_keys(value, name):
+    """NotJSON for a dictionary key that JSON would turn into a string."""
+    pending = [(value, None)]           # containers, each with its path: (path of its parent, key)
+    while pending:
+        container, path = pending.pop()
+        for key, part in parts_of(container):
+            if not isinstance(key, str) and isinstance(container, dict):
+                where = truncate_middle(name + path_text(path), 200)
+                kind = f'the key {truncate_middle(repr(key), 100)}, a {type(key).__name__}'
+                raise NotJSON(f'{where} has {kind}, which JSON would turn into a string')
+            if isinstance(part, (dict, list, tuple)):
+                pending.append((part, (path, key)))
 
-    def readinto(self, buffer):
-        if not self.data:
-            self.sock.settimeout(remaining(self.deadline))
-            self.data = self.sock.recv(len(buffer))
-        count = min(len(self.data), len(buffer))
-        buffer[:count], self.data = self.data[:count], self.data[count:]
-        return count
 
-def read_answer(sock, deadline):
-    """An answer, read to its end. What matches PLAIN is cut up here: http.client takes ten times as long."""
-    sock.settimeout(remaining(deadline))
-    data = sock.recv(65536)
-    plain = PLAIN.match(data)
-    if plain and len(data) == plain.end() + int(plain[2]):
-        return types.SimpleNamespace(status=int(plain[1]), content=data[plain.end():], will_close=False)
-    file = io.BufferedReader(Incoming(sock, deadline, data))
-    answer = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
-    answer.begin()
-    if answer.length is None and not answer.chunked and 'content-length' in answer.headers or answer.status < 200:
-        raise http.client.HTTPException('its length is no number, or it is not the last')   # http.client lets both pass
-    answer.content = answer.read()
-    return answer
+def path_text(path):
+    keys = []
+    while path is not None:
+        path, key = path
+        keys.append(f'[{truncate_middle(repr(key), 100)}]')
+    return ''.join(reversed(keys))
+
+
+def drop_none(**fields):
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def in_seconds(span):
+    return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def printable(text):
+    return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
+
+
+def truncate_middle(text, limit):
+    half = limit // 2
+    if len(text) <= limit:
+        return text
+    return f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
+
+
+def retry_pause(tries):
+    """Seconds until the next try, with jitter."""
+    return min(MAX_RETRY_PAUSE, RETRY_PAUSE * 2 ** min(tries, 10)) * rng.uniform(0.5, 1)
+
+
+def deadline_after(timeout):
+    return time.monotonic() + (float('inf') if timeout is None else in_seconds(timeout))
+
 
 def remaining(deadline):
+    """Seconds until the deadline; socket.timeout if it is over."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise socket.timeout('timed out')
     return seconds
 
-class ConnectionPool:
-    """Connections that are kept open between requests. It knows of no proxy and no redirect."""
-    def __init__(self, headers='', context=None):
-        self.headers, self.context = headers, context       # constant: header lines of all requests; of TLS
-        self.process, self.closed = os.getpid(), False      # whose the connections are; a fork must not share them
-        self.idle, self.active = collections.deque(), set()     # safe by themselves; the one used last is reused first
 
-    def exchange(self, url, data, seconds):
-        """The answer within so many seconds: of a POST of the bytes, or of a GET where they are None."""
-        deadline = time.monotonic() + seconds
-        scheme, _, rest = url.partition('://')
-        host, _, path = rest.partition('/')
-        verb, data = ('GET', b'') if data is None else ('POST', data)
-        head = f'{verb} /{path} HTTP/1.1\r\nHost: {host}\r\n{self.headers}Content-Length: {len(data)}\r\n\r\n'.encode()
+def new_id():
+    """A UUID of version 7 (RFC 9562), ordered by time: the engine's index grows only at its end."""
+    stamp = time.time_ns() // 1_000_000
+    noise = rng.getrandbits(74)
+    variant = 0x8000 | noise >> 48 & 0x3fff
+    return (
+        f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{noise >> 62:03x}-{variant:04x}-'
+        f'{noise & 0xffffffffffff:012x}'
+    )
+
+
+# -- Connections -----------------------------------------------------------------------------------
+class DeadlineReader(io.RawIOBase):
+    """Reads from a connection's socket until its deadline, however slowly the bytes trickle in."""
+
+    def __init__(self, connection, sock, raw):
+        self.connection = connection
+        self.sock = sock        # kept here, since a response that announces the end closes it there
+        self.raw = raw          # the unbuffered file of the socket
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.sock.settimeout(remaining(self.connection.deadline))
+        return self.raw.readinto(buffer)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+class DeadlineResponse(http.client.HTTPResponse):
+    """A response that has to arrive before its connection's deadline."""
+
+    def __init__(self, connection, sock, *args, **kwargs):
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(DeadlineReader(connection, sock, self.fp.detach()))
+
+
+class PooledConnection(http.client.HTTPConnection):
+    """A connection that is used for one request after the other."""
+
+    def __init__(self, origin, deadline, **options):
+        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
+        super().__init__(origin[1], timeout=timeout, **options)
+        self.response_class = functools.partial(DeadlineResponse, self)
+        self.origin = origin        # (scheme, host and port), constant
+        self.reusable = False       # True once a response has been read to its end
+        self.deadline = deadline    # of the request in flight, time.monotonic()
+        self.outgoing = []          # parts of the request that are not sent yet
+        self.connect()
+
+    def send(self, data):
+        """Keep a part of a request, since two small packets cost more than one."""
+        self.outgoing.append(data)
+
+    def exchange(self, request, deadline):
+        """The response to a request, read to its end."""
+        self.deadline = deadline
+        self.outgoing = []
+        self.request(request.get_method(), request.selector, request.data, request.headers)
+        self.sock.settimeout(remaining(deadline))
+        with contextlib.suppress(ConnectionError):
+            self.sock.sendall(b''.join(self.outgoing))      # a refusal may come before all is sent
+        response = self.getresponse()
+        check_framing(response)
+        response.content = response.read()
+        self.reusable = not response.will_close
+        return response
+
+
+class PooledTLSConnection(PooledConnection, http.client.HTTPSConnection):
+    """The same with TLS."""
+
+
+def check_framing(response):
+    """HTTPException for two kinds of responses that http.client lets pass."""
+    length_is_no_number = response.length is None and not response.chunked
+    if length_is_no_number and 'content-length' in response.headers:
+        raise http.client.HTTPException('its Content-Length is no number')
+    if response.status < 200:
+        raise http.client.HTTPException('it is not the final response')
+
+
+class ConnectionPool(urllib.request.BaseHandler):
+    """Opens URLs for urllib.request over connections that stay open between requests."""
+
+    def __init__(self, context=None):
+        self.context = context              # constant: the settings of TLS
+        self.process = os.getpid()          # owner of the connections; a fork must not share them
+        self.closed = False                 # written by shutdown() in any thread
+        # safe without a lock: single operations of a deque and a set are atomic
+        self.idle = collections.deque()     # connections without a request, the last used one last
+        self.active = set()                 # connections with a request in flight
+
+    def http_open(self, request):
+        """The response, which has to be complete within request.timeout seconds."""
+        deadline = time.monotonic() + request.timeout
+        origin = (request.type, request.host)
         while True:
-            connection = self._connection((scheme, host), deadline)
+            connection = self._reuse(origin) or self._connect(origin, deadline)
+            reused = connection.reusable
             try:
-                return self._exchange(connection, head + data, deadline)
-            except ConnectionError:         # closed while it was idle: that is no reason to give up
-                if not connection.rested:
+                return self._exchange(connection, request, deadline)
+            except ConnectionError:
+                if not reused:      # else it was closed while it was idle; another one may do
                     raise
 
-    def _connection(self, place, deadline):
-        """An idle one to that place, else a new one. Idle ones to elsewhere, or not to be used again, are closed."""
+    https_open = http_open
+
+    def _reuse(self, origin):
+        """An idle connection or None. Idle ones that are of no use any more are closed."""
         if self.process != os.getpid():
-            self.process, self.idle, self.active = os.getpid(), collections.deque(), set()
-        try:
+            self.process = os.getpid()
+            self.idle = collections.deque()
+            self.active = set()
+        with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
-                if connection.place == place and connection.rested:
+                if connection.origin == origin and connection.reusable:
                     return connection
                 connection.close()
-        except IndexError:
-            tls = {'context': self.context} if place[0] == 'https' else {}
-        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-        connection = kind(place[1], timeout=min(RESPONSE_TIMEOUT, remaining(deadline)), **tls)
-        connection.place, connection.rested = place, False
-        connection.connect()
-        return connection
+        return None
+
+    def _connect(self, origin, deadline):
+        if origin[0] == 'https':
+            return PooledTLSConnection(origin, deadline, context=self.context)
+        return PooledConnection(origin, deadline)
 
     def _exchange(self, connection, request, deadline):
-        sock = connection.sock
         self.active.add(connection)
         try:
             if self.closed:
-                raise ConnectionAbortedError('the connection was hung up')
-            sock.settimeout(remaining(deadline))
-            with contextlib.suppress(ConnectionError):      # a refusal that came before all was sent can still be read
-                sock.sendall(request)
-            answer = read_answer(sock, deadline)
+                raise ConnectionAbortedError('the connection was shut down')
+            response = connection.exchange(request, deadline)
         except BaseException:
             connection.close()
             raise
         finally:
             self.active.discard(connection)
-        connection.rested = not answer.will_close
         self.idle.append(connection)
-        return answer
+        return response
 
     def shutdown(self, how=socket.SHUT_WR):
-        """Send nothing more. With SHUT_WR an answer on its way still comes in; an engine gives no job after it."""
+        """Send nothing more. With SHUT_WR, responses that are on their way still arrive."""
         self.closed = True
         for connection in self.active.copy():
-            with contextlib.suppress(OSError, TypeError):       # its own thread has closed it: it has no socket then
-                socket.socket.shutdown(connection.sock, how)    # not SSLSocket's, which forgets its keys
-        with contextlib.suppress(IndexError):       # there is none, or its own thread was quicker
+            # It has no socket if its own thread has just closed it.
+            # SSLSocket.shutdown would drop the session keys, so the plain one is called.
+            with contextlib.suppress(OSError, TypeError):
+                socket.socket.shutdown(connection.sock, how)
+        with contextlib.suppress(IndexError):       # its own thread may take the last one
             while True:
                 self.idle.pop().close()
 
+
+# -- Client ----------------------------------------------------------------------------------------
+class ActiveHost:
+    """The engine that a client and its clones use, out of several: one that answers."""
+
+    def __init__(self, hosts):
+        self.hosts = hosts          # constant: URLs
+        # written by any thread; the worst a race does is one more try
+        self.url = hosts[0]
+
+    def move_on(self, failed):
+        """Use the next engine. When several threads see the same one fail, that counts once."""
+        if failed == self.url:
+            self.url = self.hosts[(self.hosts.index(failed) + 1) % len(self.hosts)]
+
+
 class Client:
-    """An engine's calls, one method each; every method takes the fields of its call, and returns the answer.
-    `host` may name several engines, separated by blanks: each is used until it does not answer any more, then the next.
-    `timeout` is how long a call is tried again (seconds) while none answers or it cannot answer now; then
-    EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads and after a fork."""
-    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = CLIENT_TIMEOUT, ca: str | None = None) -> None:
-        self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or DEFAULT_URL).split()] or ['']
-        self.timeout, self.used = timeout, self.hosts[:1]       # the latter is the engine in use; clones share it
-        token, ca = token or os.environ.get('RUNDOWN_TOKEN'), ca or os.environ.get('RUNDOWN_CA')
-        for url in self.hosts:
-            if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
-                raise Error(f'{url!r} is not the URL of an engine, such as {DEFAULT_URL}')
-        if token and not re.fullmatch('[!-~]+', token):
-            raise Error('the token must be of visible ASCII characters')
-        headers = 'Content-Type: application/json\r\nAccept-Encoding: identity\r\n'
-        headers += f'Authorization: Bearer {token}\r\n' if token else ''
-        context = ssl.create_default_context(cafile=ca) if 'https:' in ' '.join(self.hosts) else None
-        if context and ca:      # home-made certificates rarely pass what Python 3.13 asks for
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        self.pool = ConnectionPool(headers, context)
+    """The calls of an engine, one method each; a method takes the fields of its call.
+
+    `host` may name several engines, separated by blanks: one is used until it does not answer
+    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
+    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
+    once. Safe to use from many threads, and after a fork.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        token: str | None = None,
+        timeout: float = CLIENT_TIMEOUT,
+        ca: str | None = None,
+    ) -> None:
+        self.hosts = parse_hosts(host or os.environ.get('RUNDOWN_URL') or DEFAULT_URL)
+        self.active = ActiveHost(self.hosts)    # shared with clones
+        self.timeout = in_seconds(timeout)
+        self.headers = {'Content-Type': 'application/json'}
+        token = token or os.environ.get('RUNDOWN_TOKEN')
+        if token:
+            if not re.fullmatch('[!-~]+', token):
+                raise Error('the token must be of visible ASCII characters')
+            self.headers['Authorization'] = f'Bearer {token}'
+        self._open_pool(tls_context(self.hosts, ca or os.environ.get('RUNDOWN_CA')))
+
+    def _open_pool(self, context):
+        """Connections, and an opener that knows no proxy and follows no redirect."""
+        self.pool = ConnectionPool(context)
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(self.pool)
 
     @property
-    def host(self): return self.used[0]
+    def host(self) -> str:
+        """The URL of the engine in use."""
+        return self.active.url
 
-    def clone(self):
-        """A client with connections of its own, which goes on to the next engine together with this one."""
+    def clone(self) -> Client:
+        """A client with connections of its own, which changes engines together with this one."""
         clone = copy.copy(self)
-        clone.pool = ConnectionPool(self.pool.headers, self.pool.context)
+        clone._open_pool(self.pool.context)
         return clone
 
     def send(self, path: str, body: Any = None, seconds: float = CLIENT_TIMEOUT) -> Any:
-        """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
-        data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
-        host = self.host
-        try:
-            answer = self.pool.exchange(host + path, data, seconds)
-            if answer.status in (200, 204):
-                return json.loads(answer.content.decode()) if answer.status == 200 else None
-        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            reason = printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
-            if host == self.host:           # what one thread finds out holds for all, once
-                self.used[0] = self.hosts[(self.hosts.index(host) + 1) % len(self.hosts)]
-            raise EngineUnavailable(f'no engine answers at {host}: {reason}') from error
-        raise refusal(answer)
+        """Try a call once, for so many seconds, and return the answer.
 
-    def call(self, path: str, body: Any = None, wait: float = 0, give_up: float | None = None) -> Any:
-        """send(), tried again for `give_up` seconds (None: the client's timeout), and the `wait` that the engine takes.
-        The last try gets a second at least, so an engine that is there but silent is noticed that much later."""
-        give_up = self.timeout if give_up is None else give_up
+        `body` is a dict or JSON text and makes it a POST; without it the call is a GET.
+        """
+        data = None
+        if body is not None:
+            data = (body if isinstance(body, str) else as_json(body, 'body')).encode()
+        host = self.host
+        request = urllib.request.Request(host + path, data, self.headers)
+        try:
+            response = self.opener.open(request, timeout=seconds)
+            if response.status == 200:
+                return json.loads(response.content.decode())
+            if response.status == 204:
+                return None
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+            self.active.move_on(host)
+            reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
+            message = f'no engine answers at {host}: {printable(reason)}'
+            raise EngineUnavailable(message) from error
+        raise refusal(response)
+
+    def call(
+        self,
+        path: str,
+        body: Any = None,
+        wait: float = 0,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Any:
+        """send(), tried again for `give_up` seconds (None: the client's timeout).
+
+        `wait` is how long the engine may take to answer. The last try gets at least a second
+        beyond that, so a silent engine is noticed that much later.
+        """
+        give_up = self.timeout if give_up is None else in_seconds(give_up)
         deadline = time.monotonic() + give_up + wait
         for tries in itertools.count():
+            share = (deadline - time.monotonic()) / len(self.hosts)     # each gets a chance
             try:
-                share = (deadline - time.monotonic()) / len(self.hosts)        # so that each of them has a chance
                 return self.send(path, body, max(share, wait + MIN_LAST_TRY))
             except EngineUnavailable as error:
-                rounds, rest = divmod(tries + 1, len(self.hosts))
-                now, pause = time.monotonic(), 0 if rest else max(retry_pause(rounds - 1), error.retry_after)
-                deadline = min(deadline, now + give_up)        # without the wait, once the first try is over
+                rounds, turn = divmod(tries + 1, len(self.hosts))
+                pause = 0 if turn else max(retry_pause(rounds - 1), error.retry_after)
+                now = time.monotonic()
+                deadline = min(deadline, now + give_up)     # only the first try may wait
                 if now + pause >= deadline:
-                    raise EngineUnavailable(f'{" ".join(self.hosts)} was tried for {give_up:g} s: {error}') from None
+                    hosts = ' '.join(self.hosts)
+                    message = f'{hosts} was tried for {give_up:g} s: {error}'
+                    raise EngineUnavailable(message) from None
             time.sleep(pause)
 
-    def enqueue(self, queue: str, payload: Any = None, timeout: float | None = None, max_retries: int | None = None,
-                tag: str | None = None, delay: float | datetime.timedelta | None = None, run_at: str | datetime.datetime | None = None, priority: int | None = None, key: str | None = None,
-                id: str | None = None, give_up: float | None = None, after: Any = None, after_any: bool | None = None) -> Job:
-        """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before.
-        It waits until the jobs `after` (or their ids) are done; one that is not cancels it, unless `after_any`."""
-        text = encode_job(payload, id, run_at, delay, after, queue=queue, timeout=timeout, max_retries=max_retries,
-                        tag=tag, priority=priority, key=key, after_any=after_any)
+    def _post(self, path, **fields):
+        return self.call(path, drop_none(**fields), fields.get('wait') or 0)
+
+    def _get(self, path, **fields):
+        query = urllib.parse.urlencode(drop_none(**fields))
+        return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
+
+    def enqueue(
+        self,
+        queue: str,
+        payload: Any = None,
+        timeout: float | datetime.timedelta | None = None,
+        max_retries: int | None = None,
+        tag: str | None = None,
+        delay: float | datetime.timedelta | None = None,
+        run_at: str | datetime.datetime | None = None,
+        priority: int | None = None,
+        key: str | None = None,
+        id: str | None = None,
+        give_up: float | datetime.timedelta | None = None,
+        after: Any = None,
+        after_any: bool | None = None,
+    ) -> Job:
+        """Add a job, once however often the call is sent, and return it.
+
+        `created` in it is False if its id or its key was there before. The job waits until the
+        jobs `after` (jobs or ids) are done; if one of them fails it is cancelled, unless
+        `after_any` is True. A `run_at` without a zone is local time; durations are in seconds.
+        """
+        text = encode_job(
+            payload, id=id, run_at=run_at, delay=delay, after=after, queue=queue, timeout=timeout,
+            max_retries=max_retries, tag=tag, priority=priority, key=key, after_any=after_any,
+        )
         return Job(self.call('/enqueue', text, give_up=give_up), self)
 
-    def enqueue_many(self, queue: str, payloads: Iterable[Any], ids: Iterable[str] | None = None,
-                     give_up: float | None = None, **options: Any) -> list[Job]:
-        """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
-        `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all."""
+    def enqueue_many(
+        self,
+        queue: str,
+        payloads: Iterable[Any],
+        ids: Iterable[str] | None = None,
+        give_up: float | datetime.timedelta | None = None,
+        **options: Any,
+    ) -> list[Job]:
+        """Add a job per payload, in requests of up to 1,000 jobs; return the jobs in order.
+
+        Each request is all or nothing. `ids` are one for each payload. The options are those of
+        enqueue() except `id` and `key`, and hold for all jobs.
+        """
         if isinstance(payloads, (str, bytes, dict)):
-            raise Misuse(f'payloads must be a list with one payload for each job, not a {type(payloads).__name__}')
+            kind = type(payloads).__name__
+            raise Misuse(f'payloads must be a list with one payload for each job, not a {kind}')
         if 'id' in options or 'key' in options:
             raise Misuse('id and key are for one job, and these are many; ids takes a list')
         payloads = list(payloads)
         ids = sorted(new_id() for _ in payloads) if ids is None else list(ids)
         if len(ids) != len(payloads):
-            raise Misuse(f'ids must be one for each payload: there are {len(ids)} and {len(payloads)}')
-        texts = (encode_job(payload, queue=queue, id=id, **options) for payload, id in zip(payloads, ids))
-        bodies = ('{"jobs":[' + ','.join(batch) + ']}' for batch in batches(texts, len))
-        return [Job(job, self) for body in bodies for job in self.call('/enqueue', body, give_up=give_up)['jobs']]
+            counts = f'there are {len(ids)} and {len(payloads)}'
+            raise Misuse(f'ids must be one for each payload: {counts}')
+        texts = (
+            encode_job(payload, queue=queue, id=id, **options)
+            for payload, id in zip(payloads, ids)
+        )
+        jobs = []
+        for batch in batches(texts, len):
+            answer = self.call('/enqueue', '{"jobs":[' + ','.join(batch) + ']}', give_up=give_up)
+            jobs += [Job(job, self) for job in answer['jobs']]
+        return jobs
 
-    def _post(self, path, **fields): return self.call(path, drop_none(**fields), fields.get('wait') or 0)
+    def poll(
+        self,
+        queue: str,
+        limit: int | None = None,
+        wait: float | None = None,
+        worker: str | None = None,
+        lease: float | None = None,
+        max_retries: int | None = None,
+        timeout: float | None = None,
+        hung: int | None = None,
+    ) -> Any:
+        """Claim a job, or None; with `limit` a list of jobs, or None.
 
-    def poll(self, queue: str, limit: int | None = None, wait: float | None = None, worker: str | None = None, lease: float | None = None,
-             max_retries: int | None = None, timeout: float | None = None, hung: int | None = None) -> Any:
-        """Claim a job, or None; with `limit` a list of jobs, or None. `wait`, `lease` and `timeout` are in seconds."""
-        return self._post('/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
-                          max_retries=max_retries, timeout=timeout, hung=hung)
+        `wait`, `lease` and `timeout` are in seconds.
+        """
+        return self._post(
+            '/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
+            max_retries=max_retries, timeout=timeout, hung=hung,
+        )
 
     def complete(self, id: str, attempt: int | None = None, result: Any = None) -> dict[str, Any]:
+        """Report that a job is done."""
         return self._post('/complete', id=id, attempt=attempt, result=result)
 
-    def fail(self, id: str, attempt: int | None = None, error: str | None = None, retry: bool | None = None,
-             delay: float | None = None) -> dict[str, Any]:
-        """Report a failure; with retry False for good, with `delay` (seconds) in place of the engine's backoff."""
+    def fail(
+        self,
+        id: str,
+        attempt: int | None = None,
+        error: str | None = None,
+        retry: bool | None = None,
+        delay: float | datetime.timedelta | None = None,
+    ) -> dict[str, Any]:
+        """Report a failure. `retry` False: for good. `delay` replaces the engine's backoff."""
+        delay = in_seconds(delay)
         return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
 
-    def heartbeat(self, id: str, attempt: int | None = None, progress: Any = None) -> dict[str, Any]:
+    def heartbeat(
+        self,
+        id: str,
+        attempt: int | None = None,
+        progress: Any = None,
+    ) -> dict[str, Any]:
+        """Extend the lease of a claim, and show its progress."""
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
-    def release(self, id: str, attempt: int | None = None) -> dict[str, Any]: return self._post('/release', id=id, attempt=attempt)
-    def unschedule(self, name: str) -> dict[str, Any]: return self._post('/unschedule', name=name)
-    def pause(self, queue: str) -> dict[str, Any]: return self._post('/pause', queue=queue)
-    def resume(self, queue: str) -> dict[str, Any]: return self._post('/resume', queue=queue)
+    def release(self, id: str, attempt: int | None = None) -> dict[str, Any]:
+        """Give a claim back; nothing is counted."""
+        return self._post('/release', id=id, attempt=attempt)
 
-    def cancel(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
-        """Cancel a job, or all of a queue and status; {"count": n}."""
+    def pause(self, queue: str) -> dict[str, Any]:
+        """Hand out no jobs of the queue."""
+        return self._post('/pause', queue=queue)
+
+    def resume(self, queue: str) -> dict[str, Any]:
+        """Hand out jobs of the queue again."""
+        return self._post('/resume', queue=queue)
+
+    def cancel(
+        self,
+        id: str | None = None,
+        queue: str | None = None,
+        status: str | None = None,
+    ) -> dict[str, Any]:
+        """Cancel a job, or all of a queue and status; returns {"count": n}."""
         return self._post('/cancel', id=id, queue=queue, status=status)
 
-    def retry(self, id: str | None = None, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
+    def retry(
+        self,
+        id: str | None = None,
+        queue: str | None = None,
+        status: str | None = None,
+    ) -> dict[str, Any]:
         """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
         return self._post('/retry', id=id, queue=queue, status=status)
 
     def purge(self, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
-        """Delete the jobs of a queue and/or status, but for those that run; {"count": n}."""
+        """Delete the jobs of a queue and/or status, except running ones; {"count": n}."""
         return self._post('/purge', queue=queue, status=status)
 
-    def limit(self, queue: str, max_running: Any = ..., rate: Any = ..., per: Any = ...) -> dict[str, Any]:
-        """Limit how many jobs of a queue run at a time, and its claims: `rate` at once, one each per / rate seconds.
-        None lifts a limit; what is not given stays as it is. Returns what holds then."""
-        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per}
-        return self.call('/limit', {name: value for name, value in fields.items() if value is not ...})
+    def limit(
+        self,
+        queue: str,
+        max_running: Any = ...,
+        rate: Any = ...,
+        per: Any = ...,
+    ) -> dict[str, Any]:
+        """Limit how many jobs of a queue run at a time, and how fast they are claimed.
 
-    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
-                 payload: Any = None, timeout: float | None = None, max_retries: int | None = None, tag: str | None = None,
-                 priority: int | None = None, key: str | None = None) -> dict[str, Any]:
-        """Have a job made at each tick: of `cron`, five fields in a time zone (UTC), or `every` so many seconds.
-        Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over."""
-        return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone, tag=tag,
-                          payload=payload, timeout=timeout, max_retries=max_retries, priority=priority, key=key)
+        At most `rate` are claimed at once, then one each `per / rate` seconds. None removes a
+        limit; omitted ones are unchanged. Returns the limits of the queue.
+        """
+        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
+        given = {name: value for name, value in fields.items() if value is not ...}
+        return self.call('/limit', given)
 
-    def _get(self, path, **fields):
-        return self.call(f'{path}?{urllib.parse.urlencode(drop_none(**fields))}', wait=fields.get('wait') or 0)
+    def schedule(
+        self,
+        name: str,
+        queue: str,
+        cron: str | None = None,
+        every: float | datetime.timedelta | None = None,
+        zone: str | None = None,
+        payload: Any = None,
+        timeout: float | datetime.timedelta | None = None,
+        max_retries: int | None = None,
+        tag: str | None = None,
+        priority: int | None = None,
+        key: str | None = None,
+    ) -> dict[str, Any]:
+        """Have a job made at each tick of `cron`, or `every` so many seconds.
+
+        `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
+        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
+        """
+        return self._post(
+            '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
+            payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
+            priority=priority, key=key,
+        )
+
+    def unschedule(self, name: str) -> dict[str, Any]:
+        """End a schedule; the jobs that it made stay."""
+        return self._post('/unschedule', name=name)
 
     def schedules(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
+        """A page of schedules by name."""
         return self._get('/schedules', limit=limit, after=after)
 
-    def jobs(self, queue: str | None = None, status: str | None = None, tag: str | None = None, limit: int | None = None, after: str | None = None,
-             needed_by: str | None = None) -> dict[str, Any]:
-        """A page of jobs, newest first; the next one is `after` the id in its `after`, null on the last page.
-        `needed_by` an id: what that job waits or waited for, in its order."""
-        return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after, needed_by=needed_by)
+    def jobs(
+        self,
+        queue: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+        limit: int | None = None,
+        after: str | None = None,
+        needed_by: str | None = None,
+    ) -> dict[str, Any]:
+        """A page of jobs, newest first; the answer's `after` asks for the next page.
+
+        `needed_by` is an id: the jobs that this job waits or waited for, in its order.
+        """
+        return self._get(
+            '/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after,
+            needed_by=needed_by,
+        )
 
     def queues(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
-        """Counts and limits of each queue, and the workers seen."""
+        """The counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
     def job(self, id: str, wait: float | None = None) -> dict[str, Any]:
-        """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
+        """The job; with `wait` as soon as it has ended, or after so many seconds (at most 60)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
     def details(self, tag: str) -> dict[str, Any]:
         """The newest job with that tag."""
         return self._get('/details/' + quote(tag))
 
-    def health(self) -> dict[str, Any]: return self._get('/health')
+    def health(self) -> dict[str, Any]:
+        """The state of the engine."""
+        return self._get('/health')
 
-    def wait(self, job: Any, timeout: float | None = None, give_up: float | None = None) -> Job:
-        """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds.
-        Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout."""
-        id, deadline = job if isinstance(job, str) else job['id'], deadline_after(timeout)
+    def wait(
+        self,
+        job: Any,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """The job, given as a job or an id, once it has ended.
+
+        Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
+        for `give_up` seconds, or until the timeout.
+        """
+        id = job if isinstance(job, str) else job['id']
+        give_up = self.timeout if give_up is None else in_seconds(give_up)
+        deadline = deadline_after(timeout)
         while True:
             left = max(0, deadline - time.monotonic())
-            span, most = round(min(LONG_POLL, left), 3), min(self.timeout if give_up is None else give_up, left)
-            job = self.call(f'/jobs/{quote(id)}?wait={span}', wait=span, give_up=most)
-            if job['status'] in ('done', 'failed', 'cancelled'):
+            wait = round(min(LONG_POLL, left), 3)
+            path = f'/jobs/{quote(id)}?wait={wait}'
+            job = self.call(path, wait=wait, give_up=min(give_up, left))
+            if job['status'] in ENDED:
                 return Job(job, self)
             if time.monotonic() >= deadline:
-                raise Unfinished(f'job {id} is still {job["status"]} after {timeout:g} s')
+                seconds = in_seconds(timeout)
+                raise Unfinished(f'job {id} is still {job["status"]} after {seconds:g} s')
 
-    def shutdown(self, how):
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
         self.pool.shutdown(how)
 
     def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
-        self.shutdown(socket.SHUT_RDWR)
+        self.shutdown()
 
-class Job(dict):
-    """A job as the engine told of it, a dict that knows whom to ask for news."""
-    def __init__(self, fields, client):
+
+ENDED = ('done', 'failed', 'cancelled')     # statuses of a job that has ended
+
+
+class Job(Dict[str, Any], Generic[R]):
+    """A job as the engine described it: a dict that can ask for news."""
+
+    def __init__(self, fields: dict[str, Any], client: Client) -> None:
         super().__init__(fields)
         self.client = client
 
-    def refresh(self) -> Job:
+    def refresh(self) -> Job[R]:
         """Bring it up to date, and return it."""
         self.update(self.client.job(self['id']))
         return self
 
-    def wait(self, timeout: float | None = None, give_up: float | None = None) -> Job:
+    def wait(
+        self,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job[R]:
         """Bring it up to date once it has ended, and return it; see Client.wait."""
         self.update(self.client.wait(self, timeout, give_up))
         return self
 
-    def result(self, timeout: float | None = None, give_up: float | None = None) -> Any:
-        """What the handler returned, once it has; Failed with the job's error when it failed or was cancelled."""
-        if self.wait(timeout, give_up)['status'] != 'done':
+    def result(
+        self,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> R:
+        """The value that the handler returned, once it has.
+
+        Failed, with the job's error, if it failed or was cancelled.
+        """
+        self.wait(timeout, give_up)
+        return self._result()
+
+    def _result(self):
+        if self['status'] != 'done':
             error = Failed(self['error'] or f'the job was {self["status"]}')
             error.job = self
             raise error
         return self['result']
 
-    def __reduce__(self): return dict, (dict(self),)        # in another process, and in a copy, it is a plain dict
+    def __reduce__(self):
+        """In another process, and in a copy, it is a plain dict."""
+        return dict, (dict(self),)
 
-def results(jobs: Iterable[Job], timeout: float | None = None, give_up: float | None = None) -> list[Any]:
-    """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
+
+def results(
+    jobs: Iterable[Job[R]],
+    timeout: float | datetime.timedelta | None = None,
+    give_up: float | datetime.timedelta | None = None,
+) -> list[R]:
+    """The results of many jobs, in order: see Job.result. The timeout is that of all."""
     deadline = deadline_after(timeout)
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
-def refusal(answer):
-    """The exception for an answer that is no success."""
+
+def parse_hosts(text):
+    """The URLs of engines, separated by blanks; Error for one that is none."""
+    hosts = [url.rstrip('/') for url in text.split()] or ['']
+    for url in hosts:
+        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
+            raise Error(f'{url!r} is not the URL of an engine, such as {DEFAULT_URL}')
+    return hosts
+
+
+def tls_context(hosts, ca):
+    """The settings of TLS, or None where no host needs it."""
+    if not any(url.startswith('https:') for url in hosts):
+        return None
+    context = ssl.create_default_context(cafile=ca)
+    if ca:      # home-made certificates rarely fulfil the conditions of Python 3.13
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def refusal(response):
+    """The exception for a response that is no success."""
     try:
-        sentence = str(json.loads(answer.content)['error'])
+        sentence = str(json.loads(response.content)['error'])
     except (ValueError, TypeError, LookupError, RecursionError):
-        where = f', which points to {answer.headers["location"]}' if 'location' in answer.headers else ''
-        sentence = f'HTTP status {answer.status} {answer.reason}{where}'
-    error = (Refused if is_permanent(answer.status) else EngineUnavailable)(printable(sentence))
-    error.status, pause = answer.status, answer.headers.get('retry-after', '')
-    error.retry_after = min(int(pause), MAX_RETRY_AFTER) if re.fullmatch('[0-9]{1,9}', pause) else 0
+        location = response.headers.get('location')
+        where = f', which points to {location}' if location else ''
+        sentence = f'HTTP status {response.status} {response.reason}{where}'
+    kind = Refused if is_permanent(response.status) else EngineUnavailable
+    error = kind(printable(sentence))
+    error.status = response.status
+    pause = response.headers.get('retry-after', '')
+    if re.fullmatch('[0-9]{1,9}', pause):
+        error.retry_after = min(int(pause), MAX_RETRY_AFTER)
     return error
 
-def deadline_after(timeout): return time.monotonic() + (float('inf') if timeout is None else timeout)
-def is_permanent(status): return status < 500 and status != 429     # there is no use in sending it again
+
+def is_permanent(status):
+    """Is there no use in sending it again?"""
+    return status < 500 and status != 429
+
 
 def is_claim(job):
-    return (isinstance(job, dict) and isinstance(job.get('id'), str) and type(job.get('attempt')) is int
-            and type(job.get('timeout')) in (int, float) and 'payload' in job)
+    """Is this, from the answer to a poll, a job that can be run?"""
+    return (
+        isinstance(job, dict)
+        and isinstance(job.get('id'), str)
+        and type(job.get('attempt')) is int
+        and type(job.get('timeout')) in (int, float)
+        and 'payload' in job
+    )
+
 
 def is_item_reply(item):
-    return isinstance(item, dict) and type(item.get('code', 0)) is int and isinstance(item.get('error', ''), str)
+    """Is this, from the answer to a batch, the reply to one of its items?"""
+    return (
+        isinstance(item, dict)
+        and type(item.get('code', 0)) is int
+        and isinstance(item.get('error', ''), str)
+    )
 
-def encode_job(payload, id=None, run_at=None, delay=None, after=None, **fields):
-    """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
+
+def encode_job(payload, id=None, run_at=None, delay=None, after=None, timeout=None, **fields):
+    """A job to be enqueued, as JSON text. It gets its id here, so that it can be sent again."""
     if isinstance(run_at, datetime.datetime):
         run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
-        after = [one['id'] if isinstance(one, dict) else one for one in after]
-    id, delay = new_id() if id is None else id, in_seconds(delay)
-    return as_json(drop_none(payload=payload, id=id, run_at=run_at, delay=delay, after=after, **fields), 'the job')
+        after = [job['id'] if isinstance(job, dict) else job for job in after]
+    fields = drop_none(
+        payload=payload, id=new_id() if id is None else id, run_at=run_at,
+        delay=in_seconds(delay), after=after, timeout=in_seconds(timeout), **fields,
+    )
+    return as_json(fields, 'the job')
+
+
+BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
+
 
 def batches(items, size):
-    """Lists of the items, each short enough for a request."""
-    batch, total = [], 0
+    """Lists of the items, each short enough for a request; size(item) is in bytes."""
+    batch = []
+    total = BATCH_FRAME
     for item in items:
-        total += size(item)
-        if batch and (total > MAX_BATCH_BYTES or len(batch) == MAX_BATCH):
+        length = size(item) + 1         # with its comma
+        if batch and (total + length > MAX_BATCH_BYTES or len(batch) == MAX_BATCH):
             yield batch
-            batch, total = [], size(item)
+            batch = []
+            total = BATCH_FRAME
         batch.append(item)
+        total += length
     if batch:
         yield batch
 
@@ -1847,7 +2279,6 @@ QueueConfig = collections.namedtuple(
 TASK_SETTINGS = {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'}     # of its queue
 NUMBER = int, float
 LEAST = dict(poll_interval=0.0, timeout=0.0, every=1.0, per=0.0, max_retries=0, concurrency=1, max_running=1, rate=1)
-R = TypeVar('R')
 F = TypeVar('F')
 
 class QueueFunction(Generic[R]):        # what @queue makes of a function, for those who check types
