@@ -1058,280 +1058,1152 @@ def batches(items, size):
     if batch:
         yield batch
 
+# -- Running a handler -----------------------------------------------------------------------------
+# the claim that the handler of this context works on; in an isolated process a ChildClaim
+current = contextvars.ContextVar('rundown_claim', default=None)
 
-# -- Running a handler ------------------------------------------------------------------------------------------------
-current = contextvars.ContextVar('rundown_task', default=None)      # what the handler of this context works at
 
 def job() -> dict[str, Any]:
-    """The job that the handler at hand works at, a dict; None outside of handlers."""
-    return current.get() and current.get().job
+    """The job that the running handler works on, a dict; None outside of handlers."""
+    claim = current.get()
+    return claim and claim.job
+
 
 def progress(value: Any) -> None:
-    """Show any JSON value as the job's progress, within a second or so. Does nothing outside of handlers."""
+    """Show any JSON value as the job's progress, within a second or so.
+
+    It does nothing outside of handlers.
+    """
     text = as_json(value, 'progress')
-    if current.get():
-        current.get().show(text)
+    claim = current.get()
+    if claim:
+        claim.show_progress(text)
+
 
 def inputs() -> list[Any]:
-    """The results of the jobs that the one at hand waited for, in the order of `after`; None where one is not done."""
-    task = current.get()
-    after = task.job.get('after') if task else None
-    done = {job['id']: job['result'] for job in iter_jobs(task.client, needed_by=task.job['id'])} if after else {}
-    return [done.get(id) for id in after or ()]
+    """The results of the jobs that this one waited for, in the order of `after`.
+
+    None stands for a job that is not done.
+    """
+    claim = current.get()
+    after = claim.job.get('after') if claim else None
+    if not after:
+        return []
+    jobs = iter_jobs(claim.client, needed_by=claim.job['id'])
+    results = {job['id']: job['result'] for job in jobs}
+    return [results.get(id) for id in after]
+
 
 class Outcome:
-    """How a run ended: the call that reports it, its fields, each as JSON text, and what hooks get to see."""
-    def __init__(self, call, value=None, **fields):
-        self.call, self.value, self.fields = call, value, fields
+    """How a run of a handler ended: the call that reports it, and the call's fields."""
 
-def failed(error, text=None, retry=True, delay=None):
-    text = truncate_middle(text or trace(error), MAX_ERROR)
-    return Outcome('fail', error, error=encode_json(text), retry=encode_json(retry), delay=encode_json(delay))
+    def __init__(self, call, value=None, **fields):
+        self.call = call        # 'complete', 'fail' or 'release'; None: nothing is reported
+        self.value = value      # what hooks get: the result or the exception
+        self.fields = fields    # each as JSON text
+
+
+def failure(error, text=None, retry=True, delay=None):
+    """The outcome of a job that failed; `text` is shown in place of the traceback."""
+    text = truncate_middle(text or error_text(error), MAX_ERROR)
+    return Outcome('fail', error, error=encode_json(text), retry=encode_json(retry),
+                   delay=encode_json(delay))
+
+
+def error_text(error):
+    """The traceback from the handler on; of Retry and Abort only their reason."""
+    try:
+        if isinstance(error, (Retry, Abort)) and not error.__cause__:
+            return str(error) or type(error).__name__
+        below_ours = error.__traceback__ and error.__traceback__.tb_next
+        return ''.join(traceback.format_exception(type(error), error, below_ours))
+    except BaseException:       # str() and repr() of an exception may raise anything
+        return f'{type(error).__name__}, of which there is no traceback'
+
+
+def last_line(error):
+    """The last line of an exception's traceback; of an exception group the line that names it."""
+    text = error_text(error).rstrip()
+    if text.endswith('-----'):
+        group = re.search(r'^  \| (\S.*)', text, re.M)
+        if group:
+            return truncate_middle(group[1], 300)
+    lines = text.strip().splitlines() or ['']
+    return truncate_middle(lines[-1], 300)
+
 
 class Policy:
-    """After which failures, and after how many seconds, a job is tried again."""
-    def __init__(self, backoff=None, retry_on=None, abort_on=None):
-        self.backoff, self.retry_on, self.abort_on = listed(backoff), listed(retry_on), listed(abort_on)
-        for name, given in (('retry_on', self.retry_on), ('abort_on', self.abort_on)):
-            if not all(isinstance(one, type) and issubclass(one, BaseException) for one in given):
-                raise Misuse(f'{name} must be a class of exceptions or a tuple of them, not {given!r}')
-        for step in itertools.filterfalse(callable, self.backoff):
-            check('backoff', step, 0, NUMBER)
+    """After which failures a job is tried again, and after how many seconds."""
 
-    def verdict(self, error, retries):
-        """The fields `retry` and `delay` of the failure. retry_on is about what the handler raised by itself."""
-        own = not isinstance(error, (Retry, Timeout, Crashed))
-        if isinstance(error, (Abort, *self.abort_on)) or self.retry_on and own and not isinstance(error, self.retry_on):
+    def __init__(self, backoff=None, retry_on=None, abort_on=None):
+        self.backoff = as_tuple(backoff)
+        self.retry_on = as_tuple(retry_on)
+        self.abort_on = as_tuple(abort_on)
+        for name, classes in (('retry_on', self.retry_on), ('abort_on', self.abort_on)):
+            for one in classes:
+                if not isinstance(one, type) or not issubclass(one, BaseException):
+                    raise Misuse(f'{name} must be a class of exceptions or a tuple of them, '
+                                 f'not {classes!r}')
+        for step in self.backoff:
+            if not callable(step):
+                check('backoff', step, 0, NUMBER)
+
+    def retry_fields(self, error, retries):
+        """The fields `retry` and `delay` of /fail, for a job that was retried so many times."""
+        if not self._is_retried(error):
             return {'retry': False}
-        delay = error.delay if isinstance(error, Retry) else None
+        if isinstance(error, Retry) and error.delay is not None:
+            return {'delay': error.delay}
+        if not self.backoff:
+            return {}
         try:
-            if delay is None and self.backoff:
-                step = self.backoff[min(retries, len(self.backoff) - 1)]
-                delay = step(retries + 1) if callable(step) else step
-                check('backoff', delay, 0, NUMBER)
-            return {'delay': delay}
-        except Exception as failure:
-            note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, summary(failure))
+            return {'delay': self._delay(retries)}
+        except Exception as problem:
+            note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, last_line(problem))
             return {}
 
-def listed(given): return tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
+    def _is_retried(self, error):
+        if isinstance(error, (Abort, *self.abort_on)):
+            return False
+        if not self.retry_on or isinstance(error, (Retry, Timeout, Crashed)):
+            return True     # retry_on is about exceptions that the handler raises by itself
+        return isinstance(error, self.retry_on)
 
-class Handler:
-    """What works a queue's payloads: its one function, which has no name, or the task that the payload names."""
+    def _delay(self, retries):
+        step = self.backoff[min(retries, len(self.backoff) - 1)]
+        delay = step(retries + 1) if callable(step) else step
+        check('backoff', delay, 0, NUMBER)
+        return delay
+
+
+def as_tuple(value):
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+class HandlerTable:
+    """The functions that handle a queue's jobs: tasks by their names, or None: one for all jobs."""
+
     def __init__(self, functions):
         self.functions = {name: as_handler(function) for name, function in functions.items()}
 
-    def find(self, payload):
-        """The function for the payload, and its arguments."""
+    def resolve(self, payload):
+        """The function for a payload, and its arguments."""
         if None in self.functions:
             return self.functions[None], [payload], {}
         call = payload if isinstance(payload, dict) else {}
-        name, args, kwargs = call.get('task'), call.get('args') or [], call.get('kwargs') or {}
-        if not isinstance(name, str) or not isinstance(args, list) or not isinstance(kwargs, dict):
-            raise Abort('the payload of a task must be {"task": "its name", "args": [...], "kwargs": {...}}')
+        name = call.get('task')
+        args = call.get('args') or []
+        kwargs = call.get('kwargs') or {}
+        if not (isinstance(name, str) and isinstance(args, list) and isinstance(kwargs, dict)):
+            raise Abort('the payload of a task must be '
+                        '{"task": "its name", "args": [...], "kwargs": {...}}')
         if name in self.functions:
             return self.functions[name], args, kwargs
         near = difflib.get_close_matches(name, self.functions) or sorted(self.functions)[:10]
         raise Abort(f'no worker here knows the task {name}; near it are {", ".join(near)}')
 
-    def verdict(self, error, job):
-        """What the policy says of a failure of the job, which the handler may have changed."""
-        payload, retries = job.get('payload'), job.get('retries')
-        name = payload.get('task') if None not in self.functions and isinstance(payload, dict) else None
-        rule = getattr(self.functions.get(name if isinstance(name, str) else None), 'policy', Policy())
-        return rule.verdict(error, retries if type(retries) is int else 0)
+    def retry_fields(self, error, job):
+        """What the policy of the job's function says about a failure.
 
-def perform(handler, job):
-    """One run of a handler, as its outcome. It knows no network, and raises nothing, whatever the handler does."""
+        The handler may have changed the job, so nothing about it is taken for granted.
+        """
+        name = None
+        payload = job.get('payload')
+        if None not in self.functions and isinstance(payload, dict):
+            name = payload.get('task')
+        function = self.functions.get(name if isinstance(name, str) else None)
+        policy = getattr(function, 'policy', None) or Policy()
+        retries = job.get('retries')
+        return policy.retry_fields(error, retries if type(retries) is int else 0)
+
+
+def run_handler(handlers, job):
+    """Run a job's handler; returns the outcome.
+
+    It uses no network, and raises nothing, whatever the handler does.
+    """
     process = os.getpid()
     try:
-        function, args, kwargs = handler.find(job['payload'])
+        function, args, kwargs = handlers.resolve(job['payload'])
         result = function(*args, **kwargs)
     except BaseException as error:
-        return failed(error, **handler.verdict(error, job))
+        return failure(error, **handlers.retry_fields(error, job))
     finally:
         if os.getpid() != process:
-            os._exit(1)                 # a process that the handler forked, and that came back here
+            os._exit(1)         # a process that the handler forked must not go on as a worker
+    return completion(result)
+
+
+def completion(result):
+    """The outcome of a handler that returned. A result that is not JSON fails the job for good."""
     try:
         text = as_json(result, 'result')
         if len(text) > MAX_RESULT:
-            raise NotJSON(f'result has {len(text)} characters of JSON; at most {MAX_RESULT} are taken')
+            raise NotJSON(f'result has {len(text)} characters of JSON; '
+                          f'at most {MAX_RESULT} are taken')
         return Outcome('complete', result, result=text)
-    except BaseException as error:      # a result that is not JSON now will not be JSON the next time
-        return failed(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
+    except BaseException as error:      # a property or __iter__ of the result may raise anything
+        return failure(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
-def trace(error):
-    """The traceback, from the handler on; of Retry and Abort what they say."""
-    try:
-        if isinstance(error, (Retry, Abort)) and not error.__cause__:
-            return str(error) or type(error).__name__
-        below = error.__traceback__ and error.__traceback__.tb_next
-        return ''.join(traceback.format_exception(type(error), error, below))
-    except BaseException:               # what an exception says of itself may fail in any way
-        return f'{type(error).__name__}, of which there is no traceback'
 
 def as_handler(function):
-    """The function; an async one on an event loop of its own, that is closed with all it holds when it ends."""
+    """The function, or for an async one a function that runs it on an event loop of its own."""
     if not inspect.iscoroutinefunction(function):
         return function
     import asyncio      # here, since it takes megabytes that most workers have no use for
 
     async def main(*args, **kwargs):
-        task, running = current.get(), asyncio.current_task()
-        task.coroutine = running.get_coro()
-        task.cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, running.cancel)
+        claim = current.get()
+        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        claim.coroutine = task.get_coro()
+        claim.cancel = functools.partial(loop.call_soon_threadsafe, task.cancel)
         return await function(*args, **kwargs)
-    return functools.wraps(function)(lambda *args, **kwargs: asyncio.run(main(*args, **kwargs)))
 
-class Task:
-    """A claimed job on its way through the worker. Who settles it first says how it ends; the rest is dropped."""
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return asyncio.run(main(*args, **kwargs))
+    return run
+
+
+class Claim:
+    """A claimed job on its way through the worker.
+
+    The first to finish it decides how it ends; what others report later is dropped.
+    """
+
     def __init__(self, job, consumer, now):
-        self.job = job                                  # the handler may change it: the rest does not rely on it
-        self.consumer, self.client, self.claimed = consumer, consumer.link.client, now
-        self.address = f'{{"id":{encode_json(job["id"])},"attempt":{job["attempt"]}'     # how an item of a batch begins
-        self.timeout, self.lock = job['timeout'], threading.Lock()      # held to change the next three from None
-        self.outcome = self.slot = self.begun = None    # how it ended (None: it has not); its slot; since when
-        self.progress, self.shown = collections.deque(maxlen=1), now    # JSON text that is not sent; when it last was
-        self.show = self.progress.append
-        self.item = self.cancel = self.coroutine = None     # its report as JSON text; cancels an async handler; is it
+        # constant; the handler may change the job, so nothing else relies on it
+        self.job = job
+        self.consumer = consumer
+        self.client = consumer.session.client
+        self.claimed_at = now               # monotonic seconds, like the other times here
+        self.timeout = job['timeout']       # seconds
+        # how an item of a batch begins: a JSON object that is still open
+        self.json_prefix = f'{{"id":{encode_json(job["id"])},"attempt":{job["attempt"]}'
+        # changed with the lock held, once each
+        self.lock = threading.Lock()
+        self.outcome = None                 # None: not finished
+        self.slot = None                    # the slot that runs it
+        self.started_at = None              # None: waits for a slot
+        # a mailbox of one: JSON text that was not sent yet
+        self.progress = collections.deque(maxlen=1)
+        self.show_progress = self.progress.append
+        # touched by the watcher only
+        self.progress_sent_at = now
+        # written by the thread that finishes it, read by the reporter
+        self.report_item = None             # the item of the batch that reports the outcome
+        # written by an async handler's thread
+        self.cancel = None                  # a function that cancels the coroutine
+        self.coroutine = None
 
-    def begin(self, slot, now):
-        """True when the slot may run it: it was neither released nor lost meanwhile."""
+    def start(self, slot, now):
+        """True if the slot may run it: it was neither released nor lost meanwhile."""
         with self.lock:
-            if self.outcome is None:
-                self.slot, self.begun = slot, now
-            return self.outcome is None
+            if self.outcome is not None:
+                return False
+            self.slot = slot
+            self.started_at = now
+            return True
 
-    def settle(self, outcome, interruption=None, unless_begun=False):
-        """True when this outcome counts. With an interruption the handler is stopped, if it runs."""
+    def try_finish(self, outcome, interruption=None, unless_started=False):
+        """True if this outcome counts. With an interruption a handler that runs is stopped."""
         with self.lock:
-            if self.outcome is not None or unless_begun and self.slot:
+            if self.outcome is not None or (unless_started and self.slot):
                 return False
             self.outcome = outcome
             if self.slot and interruption:
-                self.slot.interrupt(self, interruption)     # the lock keeps the slot from going on with another task
+                # with the lock held, the slot cannot begin with another claim meanwhile
+                self.slot.interrupt(self, interruption)
             return True
 
+    def set_report(self, outcome):
+        fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
+        self.outcome = outcome
+        self.report_item = f'{self.json_prefix}{fields}}}'
+
     def __str__(self):
-        claim = json.loads(self.address + '}')
-        return f'{self.consumer.name} {claim["id"]} attempt {claim["attempt"]}'
+        item = json.loads(self.json_prefix + '}')
+        return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
+
 
 class Slot:
-    """A thread that runs the tasks of a queue, one after the other, until a handler does not come back in time."""
-    ready = True            # for a task
-    ending = abandoned = False      # after interrupt(): its program is waited for; its thread takes no more tasks
+    """A thread that runs claims of a queue, one after the other.
+
+    A handler that does not come back in time keeps the thread; a new slot takes its place.
+    """
+
+    # written by the slot's thread, except where noted
+    is_ready = True         # it can take a claim
+    is_terminating = False  # it waits for an interrupted program; set by interrupt()
+    is_abandoned = False    # its thread takes no more claims; set by interrupt()
 
     def __init__(self, consumer):
         self.consumer = consumer
-        self.thread = consumer.worker.thread(self._run, consumer.name)
+        self.thread = consumer.worker.start_thread(self._run, consumer.name)
 
     def _run(self):
-        while not self.abandoned:
+        consumer = self.consumer
+        while not self.is_abandoned:
             self.prepare()
-            task = self.consumer.inbox.get()
-            if task is None:
+            claim = consumer.ready.get()
+            if claim is None:
                 break
-            if task.begin(self, time.monotonic()):
-                current.set(task)
-                self.consumer.hook('start', task, None)
-                outcome = self.perform(task)
-                if task.settle(outcome):
-                    self.consumer.ended(task, outcome)
+            if claim.start(self, time.monotonic()):
+                current.set(claim)
+                consumer.call_hooks('start', claim, None)
+                outcome = self.run(claim)
+                if claim.try_finish(outcome):
+                    consumer.on_finished(claim, outcome)
         self.close()
 
-    def perform(self, task): return perform(self.consumer.handler, task.job)
+    def prepare(self):
+        """Get ready for the next claim."""
 
-    def interrupt(self, task, interruption):
-        """Stop the handler, and do without this thread."""
-        self.abandoned = True
-        if task.cancel:
+    def run(self, claim):
+        """The outcome of the claim's handler."""
+        return run_handler(self.consumer.handlers, claim.job)
+
+    def interrupt(self, claim, interruption):
+        """Stop the handler, and continue with another thread. The claim's lock is held."""
+        self.is_abandoned = True
+        if claim.cancel:
             with contextlib.suppress(RuntimeError):     # the loop is closed: it was about to end
-                task.cancel()
+                claim.cancel()
         else:
-            thread = ctypes.c_ulong(self.thread.ident)      # raises it in Python code, so not while it sleeps in C
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(interruption))
+            # raised when the thread runs Python code again, so not while it sleeps in C
+            thread = ctypes.c_ulong(self.thread.ident)
+            error = ctypes.py_object(interruption)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
         self.consumer.replace(self)
 
-    def where(self, task):
-        """The stack at which the handler is, as text."""
-        frame, frames, coroutine = sys._current_frames().get(self.thread.ident), [], task.coroutine
-        if frame and not coroutine:
-            frames = list(traceback.walk_stack(frame))[::-1]
-        with contextlib.suppress(AttributeError):       # it waits for no coroutine, or has ended meanwhile
-            while coroutine:
-                frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
-                coroutine = coroutine.cr_await
-        stack, ours = traceback.StackSummary.extract(frames[-50:]), (__file__, threading.__file__)
-        return ''.join(traceback.format_list(itertools.dropwhile(lambda one: one.filename in ours, stack)))
+    def stack_text(self, claim):
+        """The stack of the handler, from its own frames on."""
+        if claim.coroutine:
+            frames = coroutine_frames(claim.coroutine)
+        else:
+            frames = thread_frames(self.thread.ident)
+        stack = traceback.StackSummary.extract(frames[-50:])
+        ours = (__file__, threading.__file__)
+        lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
+        return ''.join(traceback.format_list(lines))
 
-    def close(self): """Nothing to do here, nor in prepare() and kill(): only subclasses start processes."""
-    prepare = kill = close
+    def kill(self):
+        """End the slot's process, if it has one, at once."""
 
-# -- Handlers in processes of their own -------------------------------------------------------------------------------
-CHILD = 'rundown-child-'            # how the names of the processes begin
-STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK') if hasattr(signal, name)]
+    def close(self):
+        """The slot runs nothing any more."""
+
+
+def thread_frames(thread_id):
+    """The frames of a thread, outermost first, with their line numbers."""
+    frame = sys._current_frames().get(thread_id)
+    return list(traceback.walk_stack(frame))[::-1] if frame else []
+
+
+def coroutine_frames(coroutine):
+    """The frames of a coroutine that waits, and of those that it awaits."""
+    frames = []
+    with contextlib.suppress(AttributeError):   # it waits for no coroutine, or has ended meanwhile
+        while coroutine:
+            frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
+            coroutine = coroutine.cr_await
+    return frames
+
+
+# -- Worker ----------------------------------------------------------------------------------------
+NEVER = float('inf')        # of a time
+PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK')
+                if hasattr(signal, name)]
 KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
-spawning = threading.Lock()         # held to start or join a process: multiprocessing reaps any ended child in start()
+RELEASED = Outcome('release')
+LOST = Outcome(None)
+REFUSALS = (400, 413)       # statuses that blame what was sent
+GONE = (404, 409)           # statuses that blame the claim
+
+
+def note(level, text, *values):
+    """Log a line, whatever the values contain, and whatever a handler did to the log's streams."""
+    with contextlib.suppress(Exception):
+        if log.isEnabledFor(level):
+            log.log(level, '%s', printable(text % values))
+
+
+def until(condition, deadline):
+    """Wait for a condition, until a deadline at most. Signals are handled meanwhile."""
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def open_standard_streams():
+    """Open 0, 1 and 2 if they are closed.
+
+    Otherwise a pipe could get such a number, and a program or a process would write into it.
+    """
+    with contextlib.suppress(OSError):
+        number = os.open(os.devnull, os.O_RDWR)
+        while number <= 2:
+            os.set_inheritable(number, True)
+            number = os.open(os.devnull, os.O_RDWR)
+        os.close(number)
+
+
+class Consumer:
+    """A queue at work: its slots, the claims that they run, and what is known about their pace.
+
+    Claims arrive from the fetcher. They leave by on_finished() or finish().
+    """
+
+    def __init__(self, worker, session, config, concurrency):
+        # constant after start()
+        self.worker = worker
+        self.session = session
+        self.config = config
+        self.name = config.name
+        self.concurrency = concurrency
+        self.handlers = HandlerTable(config.functions)
+        self.fetcher = Fetcher(self)
+        # safe without a lock: a queue, and a dict whose single operations are atomic
+        self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot
+        self.in_flight = {}                 # claims that are not finished, in order
+        # replaced one by one, with the lock of the slot's claim held
+        self.slots = []
+        # races are harmless
+        self.seconds_per_job = None         # a moving average; None: not known yet
+        self.lines_this_tick = 0            # of the log, for jobs that are done
+
+    def start(self):
+        handler = self.config.functions.get(None)
+        default_type = IsolatedSlot if self.config.isolate else Slot
+        slot_type = getattr(handler, 'slot_type', default_type)
+        self.slots = [slot_type(self) for _ in range(self.concurrency)]
+        self.fetcher.start()
+
+    def accept(self, jobs):
+        """Hand jobs that were claimed just now to the slots, or back if the worker stops."""
+        now = time.monotonic()
+        for job in jobs:
+            claim = Claim(job, self, now)
+            self.session.claims[claim] = None
+            self.in_flight[claim] = None
+            if not self.worker.stopping.is_set():
+                self.ready.put(claim)
+        if self.worker.stopping.is_set():
+            self.worker.release()       # stop() may have released the others before these came
+
+    def prefetch_target(self):
+        """How many claims to have in flight.
+
+        One for each slot, and those that the slots will start within PREFETCH_SECONDS.
+        """
+        slots = sum(slot.is_ready for slot in self.slots)
+        if self.seconds_per_job is None:
+            return slots
+        ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
+        return slots + min(MAX_BATCH, ahead)
+
+    def on_finished(self, claim, outcome):
+        """A slot has run a claim to its end. The report does not wait for the hooks."""
+        seconds = time.monotonic() - claim.started_at
+        succeeded = outcome.call == 'complete'
+        self.report(claim, outcome)
+        if not succeeded:
+            reason = last_line(outcome.value)
+            note(logging.WARNING, '%s failed after %.3f s: %s', claim, seconds, reason)
+        else:
+            self.lines_this_tick += 1
+            if self.lines_this_tick <= MAX_LOG_LINES_PER_TICK:
+                note(logging.INFO, '%s done in %.3f s', claim, seconds)
+        self.call_hooks('success' if succeeded else 'failure', claim, outcome.value)
+        outcome.value = None        # it may be large, and the claim waits for its report
+        self._update_pace(time.monotonic() - claim.started_at)
+        self._remove(claim)
+
+    def _update_pace(self, seconds):
+        if self.seconds_per_job is None:
+            self.seconds_per_job = seconds
+        else:
+            self.seconds_per_job += PACE_WEIGHT * (seconds - self.seconds_per_job)
+
+    def finish(self, claim, outcome, interruption=None):
+        """End a claim from outside of its slot; True if that did it.
+
+        Without an interruption only a claim that has not started ends.
+        """
+        if not claim.try_finish(outcome, interruption, unless_started=not interruption):
+            return False
+        self.report(claim, outcome)
+        self._remove(claim)
+        return True
+
+    def report(self, claim, outcome):
+        claim.set_report(outcome)
+        if outcome.call:
+            self.session.reporter.claims.put(claim)
+        else:
+            self.session.forget(claim)
+
+    def _remove(self, claim):
+        self.in_flight.pop(claim, None)
+        self.fetcher.on_capacity()
+
+    def replace(self, slot):
+        """Continue with a new slot. The claim's lock is held, so no other thread does it too."""
+        self.worker.threads[slot.thread] = time.monotonic()
+        self.slots[self.slots.index(slot)] = type(slot)(self)
+
+    def call_hooks(self, event, claim, value):
+        for function in self.worker.app.hooks[event]:
+            try:
+                function(claim.job, value)
+            except Interruption:
+                raise
+            except BaseException as error:
+                reason = last_line(error)
+                note(logging.ERROR, '%s: the hook %r failed: %s', claim, event, reason)
+
+    def log_and_notify(self, event, claim, error, text, *values):
+        """Log an event and call its hooks, in a thread of their own, if the claim has started."""
+        note(logging.WARNING, '%s ' + text, claim, *values)
+        if self.worker.app.hooks[event] and claim.started_at is not None:
+            hooks = threading.Thread(
+                target=self.call_hooks, args=(event, claim, error), daemon=True)
+            hooks.start()
+
+
+class Fetcher:
+    """The thread that polls for a queue's jobs."""
+
+    def __init__(self, consumer):
+        # constant after start()
+        self.consumer = consumer
+        self.worker = consumer.worker
+        self.session = consumer.session
+        self.client = self.session.client.clone()   # of its own, to be shut down by itself
+        self.thread = None
+        # written by the fetching thread only
+        self.configured_host = None     # the engine that was sent the queue's limits and schedule
+        self.low_watermark = 0          # it polls when no more claims than this are in flight
+        self.idle_generation = None     # worker.generation at the last poll that found nothing
+        # safe by itself
+        self.capacity_freed = threading.Event()
+
+    def start(self):
+        self.thread = self.worker.start_thread(self._run, f'fetch-{self.consumer.name}')
+
+    def on_capacity(self):
+        if len(self.consumer.in_flight) <= self.low_watermark:
+            self.capacity_freed.set()
+
+    def _run(self):
+        while not self.worker.stopping.is_set():
+            self.capacity_freed.clear()
+            limit = self._claim_limit()
+            if not limit:
+                self.capacity_freed.wait(WATCH_INTERVAL)
+                continue
+            try:
+                self._fetch(limit)
+            except Error as error:
+                self._on_error(error)
+
+    def _claim_limit(self):
+        """How many jobs to claim now: 0 while enough are in flight or too many are unreported."""
+        if self.session.is_backlogged or self.session.reporter.claims.qsize() > MAX_BACKLOG:
+            return 0
+        target = self.consumer.prefetch_target()
+        slots = sum(slot.is_ready for slot in self.consumer.slots)
+        self.low_watermark = max(slots - 1, target // 2)
+        in_flight = len(self.consumer.in_flight)
+        if in_flight > self.low_watermark:
+            return 0
+        return min(target - in_flight, MAX_BATCH)
+
+    def _fetch(self, limit):
+        """Poll once, and rest if there was nothing."""
+        generation = self.worker.generation
+        began = time.monotonic()
+        wait = self._poll_wait()
+        jobs = self._poll(limit, wait)
+        self.consumer.accept(jobs)
+        time.sleep(0)           # lets the slots begin, before the next poll is put together
+        self.session.on_up()
+        if jobs:
+            return
+        if self.worker.burst:
+            if not self._is_rate_limited():
+                self.idle_generation = generation
+                until(self._may_have_jobs, NEVER)
+        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # it does not wait
+            self.worker.stopping.wait(self.consumer.config.poll_interval)
+
+    def _may_have_jobs(self):
+        """Whether a queue that was empty has to be polled again: a claim's end may add jobs."""
+        return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
+
+    def _is_rate_limited(self):
+        """Whether the queue has jobs that are due, and a rate that does not allow a claim now.
+
+        Waits until the rate allows one, at most a second.
+        """
+        after = None
+        while True:
+            path = '/queues' if after is None else f'/queues?after={quote(after)}'
+            page = self.client.send(path, None, RESPONSE_TIMEOUT)
+            for row in page['queues']:
+                if row['queue'] == self.consumer.name:
+                    is_due = row['oldest_age'] is not None and not row['paused']
+                    if not is_due or row['rate'] is None:
+                        return False
+                    self.worker.stopping.wait(min(1, row['per'] / row['rate']))
+                    return True
+            after = page['after']
+            if after is None:
+                return False
+
+    def _configure(self):
+        """Send the limits and the schedule of the queue to an engine that was not sent them yet."""
+        host = self.client.host
+        if self.configured_host != host:
+            for path, body in self.consumer.config.told:
+                self.client.send(path, body, PROBE_TIMEOUT)
+            self.configured_host = host
+
+    def _poll_wait(self):
+        """Seconds of the next long poll; 0: the engine has to show that it is there."""
+        is_known = self.session.was_reached and not self.session.down_since
+        return LONG_POLL if is_known and not self.worker.burst else 0
+
+    def _poll(self, limit, wait):
+        self._configure()
+        worker = self.worker
+        config = self.consumer.config
+        params = {
+            'queue': config.name,
+            'limit': limit,
+            'wait': wait,
+            'lease': LEASE,
+            'worker': worker.name,
+            'hung': worker.count_hung(),
+            'max_retries': config.max_retries,
+            'timeout': config.timeout,
+        }
+        is_probe = not wait and not worker.burst
+        timeout = PROBE_TIMEOUT if is_probe else wait + RESPONSE_TIMEOUT
+        jobs = self.client.send('/poll', params, timeout) or []
+        if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
+            raise self.session.not_an_engine()
+        return jobs
+
+    def _on_error(self, error):
+        if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
+            raise error         # asking again does not help: that ends the worker
+        if not self.worker.stopping.is_set():
+            self.worker.stopping.wait(self.session.on_down(error))
+
+
+class EngineSession:
+    """What the consumers of one engine share: its client, their claims, reporter and heartbeat."""
+
+    def __init__(self, worker, host):
+        # constant
+        self.worker = worker
+        self.settings = (host, worker.app.token, CLIENT_TIMEOUT, worker.app.ca)
+        self.client = Client(*self.settings)
+        self.reporter = Reporter(self)
+        self.heartbeat = Heartbeat(self)
+        # safe without a lock: a dict whose single operations are atomic
+        self.claims = {}            # those whose end the engine does not know yet
+        # races are harmless
+        self.is_backlogged = False  # outcomes were not taken at the last try
+        self.down_since = None      # None: the engine answered at the last try
+        self.was_reached = False    # an engine has answered
+
+    def start(self):
+        self.worker.start_thread(self.reporter.run, 'report')
+        self.worker.start_thread(self.heartbeat.run, 'heartbeat')
+
+    def forget(self, claim):
+        """The claim is over, and the engine knows or does not care."""
+        # in this order: a thread that finds the claim gone finds the new generation too
+        self.worker.next_generation()
+        self.claims.pop(claim, None)
+
+    def on_down(self, error):
+        """Log once that the engine is away; returns the seconds until the next try.
+
+        It ends a burst after CLIENT_TIMEOUT.
+        """
+        now = time.monotonic()
+        since = self.down_since
+        if since is None:
+            self.down_since = since = now
+            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
+        if self.worker.burst and now - since >= CLIENT_TIMEOUT:
+            self.worker.stop(error)
+        longest = min(MAX_RETRY_PAUSE, max(RETRY_PAUSE, now - since))
+        asked_for = REFUSED_PAUSE if isinstance(error, Refused) else error.retry_after
+        return max(longest * rng.uniform(0.5, 1), asked_for)
+
+    def on_up(self):
+        since = self.down_since
+        self.down_since = None
+        self.was_reached = True
+        if since is not None:
+            seconds = time.monotonic() - since
+            note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
+
+    def not_an_engine(self):
+        return EngineUnavailable(f'what answers at {self.client.host} is no engine')
+
+    def send_batch(self, call, items, seconds):
+        """Send pairs of a claim and its JSON text until the engine answers.
+
+        Yields each claim with its answer. What the engine refuses as a whole is sent item by item.
+        """
+        while not self.worker.closed.is_set():
+            try:
+                answers = self._try_batch(call, items, seconds)
+            except Error as error:
+                if not is_verdict(error):
+                    self.is_backlogged = self.is_backlogged or call != 'heartbeat'
+                    self.worker.closed.wait(self.on_down(error))
+                    continue
+                answers = [{'code': error.status, 'error': str(error)}]
+            self.is_backlogged = False
+            self.on_up()
+            if len(answers) == len(items):
+                for (claim, _), answer in zip(items, answers):
+                    yield claim, answer
+            else:
+                for item in items:
+                    yield from self.send_batch(call, [item], seconds)
+            return
+
+    def _try_batch(self, call, items, seconds):
+        body = ','.join([text for _, text in items])
+        answer = self.client.send('/' + call, f'{{"jobs":[{body}]}}', seconds)
+        answers = answer.get('jobs') if isinstance(answer, dict) else None
+        if (not isinstance(answers, list) or len(answers) != len(items)
+                or not all(map(is_item_reply, answers))):
+            raise self.not_an_engine()
+        return answers
+
+
+def is_verdict(error):
+    """Whether there is no use in sending the same request again.
+
+    A proxy's error pages say nothing about a job; but what is too large for it has to be split.
+    """
+    return error.status in REFUSALS if isinstance(error, Refused) else error.status == 413
+
+
+class Reporter:
+    """The thread that reports outcomes and progress to an engine.
+
+    What comes while a request is in flight is sent together in the next one.
+    """
+
+    def __init__(self, session):
+        self.session = session          # constant
+        self.claims = SimpleQueue()     # safe by itself: claims with news; None ends the thread
+
+    def run(self):
+        claims = []
+        while None not in claims:
+            claims = self._next_claims()
+            known = [claim for claim in dict.fromkeys(claims) if claim in self.session.claims]
+            for call, items in self._requests(known).items():
+                for batch in batches(items, lambda item: len(item[1])):
+                    for claim, answer in self.session.send_batch(call, batch, CLIENT_TIMEOUT):
+                        self._on_answer(call, claim, answer)
+
+    def _next_claims(self):
+        claims = [self.claims.get()]
+        with contextlib.suppress(Empty):
+            while len(claims) < MAX_BATCH:
+                claims.append(self.claims.get_nowait())
+        return claims
+
+    def _requests(self, claims):
+        """The items to send, by call: each a pair of a claim and JSON text."""
+        requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
+        for claim in claims:
+            if claim.progress:
+                text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
+                requests['heartbeat'].append((claim, text))
+            if claim.report_item:
+                requests[claim.outcome.call].append((claim, claim.report_item))
+        return requests
+
+    def _on_answer(self, call, claim, answer):
+        if call == 'heartbeat':
+            on_heartbeat_answer(claim, answer)
+            if is_temporary(answer):
+                self.claims.put(claim)
+            return
+        code = answer.get('code')
+        reason = answer.get('error')
+        if is_temporary(answer):
+            self.claims.put(claim)
+            return
+        if code in GONE:
+            text = 'lost before its outcome (%s) was known: %s'
+            claim.consumer.log_and_notify('lost', claim, Lost(reason), text, call, reason)
+        elif code:
+            note(logging.ERROR, '%s: the engine refused its %s: %s', claim, call, reason)
+            if call == 'complete':      # a result that is refused fails the job, once
+                text = f'the engine refused the result: {reason}'
+                claim.consumer.report(claim, failure(Error(reason), text, retry=False))
+                return
+        self.session.forget(claim)      # the lease ends one whose failure was refused
+
+
+class Heartbeat:
+    """The thread that sends a sign of life for all claims of an engine, every third of the lease.
+
+    Claims whose outcome is not reported yet are among them.
+    """
+
+    def __init__(self, session):
+        self.session = session      # constant
+
+    def run(self):
+        interval = LEASE / 3
+        while not self.session.worker.closed.wait(interval):
+            items = [(claim, claim.json_prefix + '}') for claim in self.session.claims.copy()]
+            for batch in batches(items, lambda item: len(item[1])):
+                for claim, answer in self.session.send_batch('heartbeat', batch, interval):
+                    on_heartbeat_answer(claim, answer)
+
+
+def is_temporary(answer):
+    """Whether an item of a batch was not taken, but may be if it is sent again."""
+    return bool(answer.get('code')) and not is_permanent(answer['code'])
+
+
+def on_heartbeat_answer(claim, answer):
+    """End a claim that the engine says is gone."""
+    code = answer.get('code')
+    reason = answer.get('error')
+    consumer = claim.consumer
+    if code in GONE:
+        if consumer.finish(claim, LOST, Lost):
+            consumer.log_and_notify('lost', claim, Lost(reason), 'lost: %s', reason)
+    elif code and is_permanent(code):
+        note(logging.ERROR, '%s: the engine refused its heartbeat: %s', claim, reason)
+
+
+class Watcher:
+    """The thread that looks after claims that wait too long, time out, or have progress to show."""
+
+    def __init__(self, worker):
+        self.worker = worker        # constant
+
+    def run(self):
+        is_last = False
+        while not is_last:
+            is_last = self.worker.closed.wait(WATCH_INTERVAL)
+            now = time.monotonic()
+            for consumer in self.worker.consumers:
+                for claim in consumer.in_flight.copy():
+                    self._check(consumer, claim, now)
+                self._count_lines(consumer)
+            hung = self.worker.count_hung()
+            if hung >= self.worker.max_hung:
+                text = f'{hung} handlers hang: the worker ends, to be started afresh'
+                self.worker.stop(Hung(text))
+
+    def _check(self, consumer, claim, now):
+        if claim.started_at is None:
+            if now - claim.claimed_at > MAX_PREFETCH_AGE and consumer.finish(claim, RELEASED):
+                consumer.seconds_per_job = None     # the pace was wrong
+        elif now - claim.started_at > claim.timeout and claim.outcome is None:
+            self._time_out(consumer, claim)
+        elif claim.progress and now - claim.progress_sent_at > PROGRESS_INTERVAL:
+            claim.progress_sent_at = now
+            consumer.session.reporter.claims.put(claim)
+
+    def _time_out(self, consumer, claim):
+        text = f'timed out after {claim.timeout:g} s'
+        error = Timeout(f'{text}\n{claim.slot.stack_text(claim)}')
+        retry_fields = consumer.handlers.retry_fields(error, claim.job)
+        if consumer.finish(claim, failure(error, str(error), **retry_fields), Timeout):
+            hung = self.worker.count_hung()
+            consumer.log_and_notify('failure', claim, error, '%s; hung threads: %d', text, hung)
+
+    def _count_lines(self, consumer):
+        """Log how many more jobs are done. A line for each would take longer than they do."""
+        more = consumer.lines_this_tick - MAX_LOG_LINES_PER_TICK
+        consumer.lines_this_tick = 0
+        if more > 0:
+            note(logging.INFO, '%s: %d more done', consumer.name, more)
+
+
+class Worker:
+    """One run(): the consumers of all queues, and their orderly end."""
+
+    def __init__(self, app, burst, grace, max_hung, concurrency):
+        # constant
+        self.app = app
+        self.burst = burst
+        self.grace = grace              # seconds
+        self.max_hung = max_hung
+        self.name = f'{printable(socket.gethostname())[:150]}:{os.getpid()}'
+        self.sessions = {}              # by the engine's addresses
+        self.consumers = []
+        # safe by themselves, the first in signal handlers too
+        self.stop_requests = SimpleQueue()      # None, or an exception for run() to raise
+        self.stopping = threading.Event()       # no more jobs are taken
+        self.closed = threading.Event()         # no more outcomes are reported
+        # safe without a lock: a dict whose single operations are atomic
+        self.threads = {}       # those that run, and when they were interrupted, or NEVER
+        # written with the lock held; it is never held while other code runs
+        self.generation_lock = threading.Lock()
+        self.generation = 0             # grows whenever a claim is over
+        # touched by the main thread only
+        self.was_signalled = False
+        for config in app.registered.values():
+            self._add(config, concurrency or config.concurrency)
+
+    def _add(self, config, concurrency):
+        host = ' '.join(self.app.client(config.host).hosts)
+        if host not in self.sessions:
+            self.sessions[host] = EngineSession(self, host)
+        self.consumers.append(Consumer(self, self.sessions[host], config, concurrency))
+        note(logging.INFO, 'working on %s (concurrency %d) from %s as %s',
+             config.name, concurrency, host, self.name)
+
+    def start_thread(self, loop, name):
+        """Start a thread of the worker's own.
+
+        A fault in it ends the worker: it had better be started afresh than go on half alive.
+        """
+        def guarded():
+            try:
+                # an interruption that comes too late for the handler: the thread ends anyway
+                with contextlib.suppress(Interruption):
+                    loop()
+            except BaseException as error:
+                text = last_line(error) if isinstance(error, Refused) else error_text(error)
+                note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
+                self.stop(error)
+            self.threads.pop(thread, None)
+
+        thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
+        self.threads[thread] = NEVER
+        thread.start()
+        return thread
+
+    def stop(self, error=None):
+        self.stop_requests.put(error)
+
+    def next_generation(self):
+        with self.generation_lock:
+            self.generation += 1
+
+    def count_unreported(self):
+        return sum(len(session.claims) for session in self.sessions.values())
+
+    def slots(self):
+        return [slot for consumer in self.consumers for slot in consumer.slots]
+
+    def count_hung(self, seconds=HUNG_AFTER):
+        """How many threads did not come back within so many seconds of their interruption."""
+        latest = time.monotonic() - seconds
+        interrupted = [thread for thread, at in self.threads.copy().items() if at <= latest]
+        return len([thread for thread in interrupted if thread.is_alive()])
+
+    def run(self):
+        """Work until told to stop, then end in good order. Raises what it was stopped by."""
+        # only the main thread may set signal handlers
+        open_standard_streams()
+        is_main = threading.current_thread() is threading.main_thread()
+        previous = {number: signal.signal(number, self._on_signal)
+                    for number in (STOP_SIGNALS if is_main else ())}
+        try:
+            for session in self.sessions.values():
+                session.start()
+            for consumer in self.consumers:
+                consumer.start()
+            self.start_thread(Watcher(self).run, 'watch')
+            error = self._wait()
+            self._shut_down()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+        if error is not None:
+            raise error
+
+    def _wait(self):
+        """Wait until the worker has to stop; returns the exception that is the reason, or None."""
+        timeout = 0.005 if self.burst else 1    # on Windows signals are handled between two waits
+        while not (self.burst and self._is_idle()):
+            with contextlib.suppress(Empty):
+                return self.stop_requests.get(timeout=timeout)
+        return None
+
+    def _is_idle(self):
+        """Whether no claim is left, and all queues were empty since the last one ended."""
+        if self.count_unreported():
+            return False
+        return all(consumer.fetcher.idle_generation == self.generation
+                   for consumer in self.consumers)
+
+    def _on_signal(self, number, frame):
+        if self.was_signalled:
+            for slot in self.slots():
+                slot.kill()
+            os._exit(128 + number)
+        self.was_signalled = True
+        self.stop()
+
+    def _shut_down(self):
+        """Give running handlers the grace, report their outcomes, release the rest, end threads."""
+        deadline = time.monotonic() + self.grace
+        self.stopping.set()
+        self.release()
+        self._end_polls()
+        until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
+        self.release(Lost)
+        report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
+        until(lambda: not self.count_unreported(), report_deadline)
+        if self.count_unreported():
+            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
+                 'again', self.count_unreported())
+        self._end_threads()
+
+    def _end_polls(self):
+        """Close the connections of the fetchers: first for sending, then altogether.
+
+        In between jobs that are on their way still arrive, to be released.
+        """
+        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+            for consumer in self.consumers:
+                consumer.fetcher.client.shutdown(how)
+            until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _fetchers_ended(self):
+        return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
+
+    def release(self, interruption=None):
+        """Give claims back: those that have not started; with an interruption the others too."""
+        for consumer in self.consumers:
+            for claim in consumer.in_flight.copy():
+                if consumer.finish(claim, RELEASED, interruption):
+                    note(logging.INFO, '%s released', claim)
+
+    def _end_threads(self):
+        self.closed.set()
+        for slot in self.slots():
+            slot.consumer.ready.put(None)
+        for session in self.sessions.values():
+            session.reporter.claims.put(None)
+            session.client.close()
+        for consumer in self.consumers:
+            consumer.fetcher.client.close()
+        until(lambda: not any(slot.is_terminating for slot in self.slots()),
+              time.monotonic() + TERM_GRACE + 1)
+        for slot in self.slots():
+            slot.kill()
+        until(lambda: NEVER not in self.threads.copy().values(), time.monotonic() + REPORT_GRACE)
+
+
+# -- Handlers in processes of their own ------------------------------------------------------------
+CHILD_NAME_PREFIX = 'rundown-child-'
+# Held to start or join a process: start() reaps any process of multiprocessing that has ended.
+process_lock = threading.Lock()
+
+# Kinds of messages from the process of an isolated slot. Each is a pair of a kind and a value.
+READY = 'ready'             # the handler's module is imported
+STARTED = 'started'         # the job has arrived
+PROGRESS_MADE = 'progress'  # JSON text
+FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
+CRASHED = 'crashed'         # there is no outcome; the value says why
+
 
 class IsolatedSlot(Slot):
-    """A slot whose handler runs in a process of its own, which waits for the next task as long as it lives."""
-    process, ready = None, False
+    """A slot whose handlers run in a process of its own, one after the other."""
+
+    # touched by the slot's thread only, but for kill()
+    process = None
+    pipe = None
+    is_ready = False
 
     def prepare(self):
         if self.process is None and not self.consumer.worker.stopping.is_set():
-            self._start()
+            self._start_process()
 
-    def _start(self):
+    def _start_process(self):
         context = multiprocessing.get_context('spawn')
-        self.pipe, theirs = context.Pipe()
-        functions = self.consumer.registered.functions.items()
-        where = {name: (one.__module__, inspect.getfile(one), one.__qualname__) for name, one in functions}
-        given = theirs, where, self.consumer.link.settings
-        self.process = context.Process(target=child, args=given, name=CHILD + self.consumer.name)
-        with spawning:
+        self.pipe, childs_end = context.Pipe()
+        places = {name: (function.__module__, inspect.getfile(function), function.__qualname__)
+                  for name, function in self.consumer.config.functions.items()}
+        self.process = context.Process(
+            target=run_child, args=(childs_end, places, self.consumer.session.settings),
+            name=CHILD_NAME_PREFIX + self.consumer.name)
+        with process_lock:
             self.process.start()
-        theirs.close()
+        childs_end.close()
         atexit.register(self.kill)
-        self._receive()             # that it is ready: the imports of the handler's module may take long
-        self.ready = True
+        self._receive()             # READY: importing the handler's module may take long
+        self.is_ready = True
 
     def _receive(self):
-        """The next word of the child; how it ended when there comes none."""
+        """The next message of the process; CRASHED if it has ended."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
-            self.kill()             # its children; it is exiting itself by now, and keeps its exit code
-        with spawning:
+            self.kill()             # its children; it is exiting itself by now
+        with process_lock:
             self.process.join(1)
         code = self.process.exitcode
-        return 'fail', "the handler's process " + ('closed its pipe' if code is None else ending(code))
+        reason = 'closed its pipe' if code is None else exit_text(code)
+        return CRASHED, f"the handler's process {reason}"
 
-    def perform(self, task):
-        for _ in range(2):          # the first process may be gone before it begins: killed while it had nothing to do
+    def run(self, claim):
+        kind, value = self._send(claim)
+        if claim.outcome:           # finished from outside, when there was no process to kill
+            return claim.outcome
+        while kind in (STARTED, PROGRESS_MADE):
+            if kind == PROGRESS_MADE:
+                claim.show_progress(value)
+            kind, value = self._receive()
+        if kind == FINISHED:
+            call, fields, error = value
+            result = Crashed(error) if error else json.loads(fields['result'])
+            return Outcome(call, result, **fields)
+        self.close()
+        error = Crashed(value)
+        return failure(error, value, **self.consumer.handlers.retry_fields(error, claim.job))
+
+    def _send(self, claim):
+        """Send the job; returns the first answer.
+
+        The process may have been killed while it was idle. Then a second one gets the job.
+        """
+        message = None, None
+        for _ in range(2):
             if self.process is None:
-                self._start()
-            if task.outcome:        # it was settled meanwhile, when there was nobody to kill
-                return task.outcome
+                self._start_process()
+            if claim.outcome:
+                break
             with contextlib.suppress(OSError):
-                self.pipe.send(task.job)
-            kind, text = self._receive()
-            if kind == 'begun' or task.outcome:
+                self.pipe.send(claim.job)
+            message = self._receive()
+            if message[0] == STARTED or claim.outcome:
                 break
             self.close()
-        while kind in ('begun', 'progress'):
-            if kind == 'progress':
-                task.show(text)
-            kind, text = self._receive()
-        if kind == 'outcome':
-            call, fields, error = text
-            return Outcome(call, Crashed(error) if error else json.loads(fields['result']), **fields)
-        self.close()
-        return failed(Crashed(text), text, **self.consumer.handler.verdict(Crashed(text), task.job))
+        return message
 
-    def interrupt(self, task, interruption):
-        self.kill()                 # the thread hears of it at once, and goes on with a fresh process
+    def interrupt(self, claim, interruption):
+        self.kill()                 # the slot's thread notices, and starts another process
 
-    def where(self, task): return 'its process was killed\n'
+    def stack_text(self, claim):
+        return 'its process was killed\n'
 
     def kill(self):
         """End the process, and the processes that it started."""
@@ -1341,446 +2213,121 @@ class IsolatedSlot(Slot):
             process.kill()          # it may not lead its group yet
 
     def close(self):
-        if self.process is not None:
-            self.kill()
-            atexit.unregister(self.kill)
-            self.pipe.close()
-            with spawning:
-                self.process.join(1)
-            self.process, self.ready = None, False
+        if self.process is None:
+            return
+        self.kill()
+        atexit.unregister(self.kill)
+        self.pipe.close()
+        with process_lock:
+            self.process.join(1)
+        self.process = None
+        self.is_ready = False
+
 
 def signal_group(process, number):
-    """Send it to a process and what it started, which Windows simply ends. True when there was somebody."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):       # not started, or over
+    """Send a signal to a process and those it started; on Windows end them.
+
+    True if there was one to receive it.
+    """
+    # not started yet, or over already
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         if os.name == 'nt':
             subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], capture_output=True)
         else:
             os.killpg(process.pid, number)
             return True
+    return False
 
-def ending(code):
-    name = next((one.name for one in signal.Signals if one == -code), None)
-    return f'was killed by {name}' if name else f'ended with exit code {code}'
 
-def child(pipe, where, settings):
-    """The process of an isolated slot: works what comes through the pipe. It and its children end with the worker."""
-    if hasattr(os, 'setsid'):
-        os.setsid()                                     # to be killed with its children
-        os.set_inheritable(pipe.fileno(), False)        # its death would go unnoticed while a child of it has the pipe
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: None)          # the worker decides; not SIG_IGN, which children would inherit
-    jobs, lock, fault = SimpleQueue(), threading.Lock(), None
+def exit_text(code):
+    for one in signal.Signals:
+        if one == -code:
+            return f'was killed by {one.name}'
+    return f'ended with exit code {code}'
 
-    def say(kind, text=None):
+
+class ChildClaim:
+    """What job(), progress() and inputs() need of a claim, in an isolated process."""
+
+    cancel = None
+    coroutine = None
+
+    def __init__(self, job, client, send):
+        self.job = job
+        self.client = client
+        self.send = send
+
+    def show_progress(self, text):
+        self.send(PROGRESS_MADE, text)
+
+
+def run_child(pipe, places, settings):
+    """The process of an isolated slot: runs the jobs that come through the pipe.
+
+    It ends with the worker, and so do the processes that it started.
+    """
+    separate_from_worker(pipe)
+    lock = threading.Lock()
+    jobs = SimpleQueue()
+    problem = None
+
+    def send(kind, value=None):
         with lock:
-            pipe.send((kind, text))
+            pipe.send((kind, value))
+
     try:
-        handler, client = Handler({name: locate(*place) for name, place in where.items()}), Client(*settings)
+        handlers = HandlerTable({name: import_function(*place) for name, place in places.items()})
+        client = Client(*settings)
     except BaseException as error:
-        fault = truncate_middle(trace(error), MAX_ERROR)
-    say('ready')
-    threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
+        problem = truncate_middle(error_text(error), MAX_ERROR)
+    send(READY)
+    threading.Thread(target=receive_jobs, args=(pipe, jobs), daemon=True).start()
     while True:
         job = jobs.get()
-        say('begun')
-        if fault:
-            return say('fail', fault)
-        current.set(types.SimpleNamespace(job=job, client=client, show=functools.partial(say, 'progress')))
-        outcome = perform(handler, job)
-        say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
+        send(STARTED)
+        if problem:
+            return send(CRASHED, problem)
+        current.set(ChildClaim(job, client, send))
+        outcome = run_handler(handlers, job)
+        error = error_text(outcome.value) if outcome.call == 'fail' else None
+        send(FINISHED, (outcome.call, outcome.fields, error))
 
-def listen(pipe, jobs):
+
+def separate_from_worker(pipe):
+    if hasattr(os, 'setsid'):
+        os.setsid()         # it leads a group, to be killed with the processes that it starts
+        # if these held the pipe open, the worker would not notice that this process has ended
+        os.set_inheritable(pipe.fileno(), False)
+    for number in STOP_SIGNALS:
+        # the worker decides when to stop; programs that a handler starts would inherit SIG_IGN
+        signal.signal(number, lambda *_: None)
+
+
+def receive_jobs(pipe, jobs):
     with contextlib.suppress(EOFError, OSError):
         while True:
             jobs.put(pipe.recv())
     signal_group(multiprocessing.current_process(), KILL)
     os._exit(1)
 
-def locate(module, file, name):
-    """The function of that name in a module, which is imported by its name or else from its file."""
+
+def import_function(module, file, name):
+    """The function of that name in a module, imported by the module's name or from its file."""
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError:
         found = load(file, module)
     return functools.reduce(getattr, name.split('.'), found)
 
+
 def load(file, name):
+    """Import a module from its file."""
     spec = importlib.util.spec_from_file_location(name, file)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
-# -- Worker -----------------------------------------------------------------------------------------------------------
-RELEASED, LOST = Outcome('release'), Outcome(None)      # of the latter nothing is reported
-REFUSALS, GONE = (400, 413), (404, 409)     # statuses that blame what was sent, and that blame the claim
-
-def note(level, text, *values):
-    """A line in the log, whatever is in the values, and whatever a handler did to the log's streams."""
-    with contextlib.suppress(Exception):
-        if log.isEnabledFor(level):
-            log.log(level, '%s', printable(text % values))
-
-def until(condition, deadline):
-    """Wait for the condition. Signals are handled meanwhile."""
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-class Consumer:
-    """A queue at work: a thread that fetches its jobs, and the slots that run them."""
-    def __init__(self, worker, link, registered, concurrency):
-        self.worker, self.link, self.registered, self.concurrency = worker, link, registered, concurrency   # constant
-        self.name, self.handler = registered.name, Handler(registered.functions)
-        self.client = link.client.clone()    # of its own, to be hung up
-        self.told = list(registered.told)   # only the fetcher writes it and the next two: calls to make before polling
-        self.enough, self.dry = 0, None     # open tasks above which it sleeps; worker.reported when there was nothing
-        self.inbox, self.open = SimpleQueue(), {}   # safe by themselves: tasks for the slots; claimed and not settled
-        self.pace, self.lines = None, 0     # seconds a task keeps a slot; jobs done in this tick. Races are harmless
-        self.slots, self.thread, self.hungry = [], None, threading.Event()      # the last: there may be room for more
-
-    def start(self):
-        handler = self.registered.functions.get(None)
-        kind = getattr(handler, 'rundown_slot', IsolatedSlot if self.registered.isolate else Slot)
-        self.slots = [kind(self) for _ in range(self.concurrency)]
-        self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
-
-    def _fetch(self):
-        """Poll, hand to the slots, rest; until the worker stops."""
-        while not self.worker.stopping.is_set():
-            self.hungry.clear()
-            limit, reported, began = self._room(), self.worker.reported, time.monotonic()
-            if not limit:
-                self.hungry.wait(WATCH_INTERVAL)
-                continue
-            try:
-                jobs = self._poll(limit)
-            except Error as error:
-                if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
-                    raise               # asking again does not mend it: that ends the worker
-                if not self.worker.stopping.is_set():
-                    self.worker.stopping.wait(self.link.away(error))
-                continue
-            for task in [Task(job, self, time.monotonic()) for job in jobs]:
-                self.link.tasks[task] = self.open[task] = None
-                if not self.worker.stopping.is_set():
-                    self.inbox.put(task)
-            if self.worker.stopping.is_set():
-                self.worker.release()   # these jobs may have come after _drain() released the others
-            time.sleep(0)               # lets the slots begin, before the next poll is put together
-            self.link.back()
-            if not jobs and self.worker.burst:      # there may be some once another task is over, and only then
-                self.dry = reported
-                until(lambda: self.worker.reported is not self.dry or self.worker.stopping.is_set(), float('inf'))
-            elif not jobs and time.monotonic() - began < min(1, LONG_POLL / 2):      # from an engine that does not wait
-                self.worker.stopping.wait(self.registered.poll_interval)
-
-    def _room(self):
-        """How many jobs to claim now: 0, or up to one open task per slot plus what slots start within AHEAD seconds."""
-        if self.link.stuck or self.link.pile.qsize() > MAX_BACKLOG:
-            return 0
-        slots = sum(slot.ready for slot in self.slots)
-        ahead = min(MAX_BATCH, int(slots * PREFETCH_SECONDS / max(self.pace, 1e-5))) if self.pace is not None else 0
-        target, held = slots + ahead, len(self.open)
-        self.enough = max(slots - 1, target // 2)
-        return min(target - held, MAX_BATCH) if held <= self.enough else 0
-
-    def _poll(self, limit):
-        while self.told:
-            self.client.send(*self.told[0], RESPONSE_TIMEOUT)
-            self.told.pop(0)
-        registered, worker = self.registered, self.worker
-        wait = 0 if worker.burst or self.link.since else LONG_POLL       # an engine that was away has to show it is back
-        ask = {'queue': self.name, 'limit': limit, 'lease': LEASE, 'worker': worker.name, 'wait': wait,
-               'hung': worker.hung(), 'max_retries': registered.max_retries, 'timeout': registered.timeout}
-        jobs = self.client.send('/poll', ask, wait + RESPONSE_TIMEOUT) or []
-        if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
-            raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
-        return jobs
-
-    def ended(self, task, outcome):
-        """A slot has run the task to its end. It goes on after the hooks; the report does not wait for them."""
-        took, done = time.monotonic() - task.begun, outcome.call == 'complete'
-        self.report(task, outcome)
-        self.lines += done
-        if not done:
-            note(logging.WARNING, '%s failed after %.3f s: %s', task, took, summary(outcome.value))
-        elif self.lines <= MAX_LOG_LINES_PER_TICK:
-            note(logging.INFO, '%s done in %.3f s', task, took)
-        self.hook('success' if done else 'failure', task, outcome.value)
-        outcome.value, took = None, time.monotonic() - task.begun
-        self.pace = took if self.pace is None else self.pace + PACE_WEIGHT * (took - self.pace)
-        self._dismiss(task)
-
-    def settle(self, task, outcome, interruption=None):
-        """End a task from outside of its slot; without an interruption only one that has not begun. True if it did."""
-        if not task.settle(outcome, interruption, unless_begun=not interruption):
-            return False
-        self.report(task, outcome)
-        self._dismiss(task)
-        return True
-
-    def report(self, task, outcome):
-        task.outcome = outcome
-        if outcome.call:
-            fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
-            task.item = f'{task.address}{fields}}}'
-            self.link.pile.put(task)
-        else:
-            self.link.forget(task)
-
-    def _dismiss(self, task):
-        self.open.pop(task, None)
-        if len(self.open) <= self.enough:
-            self.hungry.set()
-
-    def watch(self, now):
-        """Look for what waits too long for a slot, has had its time, or has progress to show."""
-        for task in self.open.copy():
-            if task.begun is None:
-                if now - task.claimed > MAX_PREFETCH_AGE and self.settle(task, RELEASED):
-                    self.pace = None        # it was wrong
-            elif now - task.begun > task.timeout and task.outcome is None:
-                text = f'timed out after {task.timeout:g} s'
-                error = Timeout(f'{text}\n{task.slot.where(task)}')
-                if self.settle(task, failed(error, str(error), **self.handler.verdict(error, task.job)), Timeout):
-                    self.tell('failure', task, error, '%s; hung threads: %d', text, self.worker.hung())
-            elif task.progress and now - task.shown > PROGRESS_INTERVAL:
-                task.shown = now
-                self.link.pile.put(task)
-        rest, self.lines = self.lines - MAX_LOG_LINES_PER_TICK, 0
-        if rest > 0:        # a line for each would take longer than they do
-            note(logging.INFO, '%s: %d more done', self.name, rest)
-
-    def replace(self, slot):
-        """Go on with a fresh thread. The lock of the slot's task is held, so no other does it too."""
-        self.worker.threads[slot.thread] = time.monotonic()
-        self.slots[self.slots.index(slot)] = type(slot)(self)
-
-    def hook(self, event, task, value):
-        for function in self.worker.app.hooks[event]:
-            try:
-                function(task.job, value)
-            except Interruption:
-                raise
-            except BaseException as error:
-                note(logging.ERROR, '%s: the hook %r failed: %s', task, event, summary(error))
-
-    def tell(self, event, task, error, text, *values):
-        """Log what befell a task, and call the hooks in a thread of their own, if it has begun."""
-        note(logging.WARNING, '%s ' + text, task, *values)
-        if self.worker.app.hooks[event] and task.begun is not None:
-            threading.Thread(target=self.hook, args=(event, task, error), daemon=True).start()
-
-def summary(error):
-    """The last line of an exception's traceback; of an exception group the line that names the group."""
-    text = trace(error)
-    group = re.search(r'^  \| (\S.*)', text, re.M) if text.rstrip().endswith('-----') else None
-    return truncate_middle(group[1] if group else (text.strip().splitlines() or [''])[-1], 300)
-
-class Link:
-    """What the consumers of one engine share: tasks under way, reporter, heartbeat, and whether the engine is there."""
-    def __init__(self, worker, host):
-        self.worker, self.settings = worker, (host, worker.app.token, CLIENT_TIMEOUT, worker.app.ca)       # constant
-        self.client = Client(*self.settings)
-        self.tasks, self.pile = {}, SimpleQueue()       # safe: those not acknowledged; to be reported, None: no more
-        self.stuck, self.since = False, None        # outcomes were not taken at the last try; when the engine went away
-
-    def away(self, error):
-        """Say once that the engine is away, end a burst after TIMEOUT, and return the seconds until the next try."""
-        now, since = time.monotonic(), self.since
-        if since is None:
-            self.since = since = now
-            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
-        if self.worker.burst and now - since >= CLIENT_TIMEOUT:
-            self.worker.stop(error)
-        pause = min(MAX_RETRY_PAUSE, max(RETRY_PAUSE, now - since)) * rng.uniform(0.5, 1)       # as long as it is away
-        return max(pause, REFUSED_PAUSE if isinstance(error, Refused) else error.retry_after)
-
-    def back(self):
-        since, self.since = self.since, None
-        if since is not None:
-            note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, time.monotonic() - since)
-
-    def forget(self, task):
-        """The task is over, and the engine knows or does not care."""
-        self.worker.reported = object()     # first: who sees the task gone sees this too
-        self.tasks.pop(task, None)
-
-    def report(self):
-        """Send what piles up while the last request is in flight."""
-        tasks = []
-        while None not in tasks:
-            tasks = [self.pile.get()]
-            with contextlib.suppress(Empty):
-                while len(tasks) < MAX_BATCH:
-                    tasks.append(self.pile.get_nowait())
-            requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
-            for task in [task for task in dict.fromkeys(tasks) if task in self.tasks]:
-                if task.progress:
-                    requests['heartbeat'].append((task, f'{task.address},"progress":{task.progress.pop()}}}'))
-                if task.item:
-                    requests[task.outcome.call].append((task, task.item))
-            for call, items in requests.items():
-                for batch in batches(items, lambda item: len(item[1])):
-                    self._send(call, batch, CLIENT_TIMEOUT)
-
-    def _send(self, call, items, seconds):
-        """Send pairs of a task and its text until the engine answers; what it refuses as a whole is sent one by one."""
-        while not self.worker.closed.is_set():
-            try:
-                answer = self.client.send('/' + call, f'{{"jobs":[{",".join([text for _, text in items])}]}}', seconds)
-                answers = answer.get('jobs') if isinstance(answer, dict) else None
-                if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_item_reply, answers)):
-                    raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
-            except Error as error:
-                if error.status not in REFUSALS:
-                    self.stuck = self.stuck or call != 'heartbeat'
-                    self.worker.closed.wait(self.away(error))
-                    continue
-                answers = [{'code': error.status, 'error': str(error)}]
-            self.stuck = False
-            self.back()
-            for (task, _), answer in zip(items, answers) if len(answers) == len(items) else ():
-                self._answered(call, task, answer)
-            for item in items if len(answers) < len(items) else ():
-                self._send(call, [item], seconds)       # which of them was it?
-            return
-
-    def _answered(self, call, task, answer):
-        code, sentence, beat = answer.get('code'), answer.get('error'), call == 'heartbeat'
-        if code and not is_permanent(code):
-            return self.pile.put(task)
-        if code in GONE:
-            if not beat or task.consumer.settle(task, LOST, Lost):
-                when = '' if beat else f' before its outcome ({call}) was known'
-                task.consumer.tell('lost', task, Lost(sentence), 'lost%s: %s', when, sentence)
-        elif code:
-            note(logging.ERROR, '%s: the engine refused its %s: %s', task, call, sentence)
-            if call == 'complete':      # what the handler gave is not taken: that fails the job, once
-                text = f'the engine refused the result: {sentence}'
-                return task.consumer.report(task, failed(Error(sentence), text, retry=False))
-        if not beat:
-            self.forget(task)           # one that was refused is ended by its lease
-
-    def heartbeat(self):
-        """One sign of life for all tasks, also for those whose outcome is waiting."""
-        while not self.worker.closed.wait(LEASE / 3):
-            for batch in batches([(task, task.address + '}') for task in self.tasks.copy()], lambda item: 100):
-                self._send('heartbeat', batch, LEASE / 3)
-
-class Worker:
-    """One run(): the consumers of all registered queues, what they share, and their orderly end."""
-    def __init__(self, app, burst, grace, max_hung, concurrency):
-        self.app, self.burst, self.grace, self.max_hung = app, burst, grace, max_hung       # constant
-        self.name, self.signalled = f'{printable(socket.gethostname())[:150]}:{os.getpid()}', False
-        self.events = SimpleQueue()         # safe by themselves, in signal handlers too: None or an exception
-        self.stopping, self.closed = threading.Event(), threading.Event()       # no more jobs; no more reports
-        self.threads = {}                   # those that are not over, and when each was interrupted: inf, it was not
-        self.links, self.consumers, self.reported = {}, [], object()        # the last: a new object when a task is over
-        for registered in app.registered.values():
-            host, slots = ' '.join(app.client(registered.host).hosts), concurrency or registered.concurrency
-            link = self.links[host] = self.links.get(host) or Link(self, host)
-            self.consumers.append(Consumer(self, link, registered, slots))
-            note(logging.INFO, 'working on %s (concurrency %d) from %s as %s', registered.name, slots, host, self.name)
-
-    def thread(self, loop, name):
-        """Start a thread of the worker's own. A fault in it ends the worker: better started afresh than half alive."""
-        def guarded():
-            try:
-                with contextlib.suppress(Interruption):     # too late for the handler; the thread is abandoned anyway
-                    loop()
-            except BaseException as error:
-                told = summary(error) if isinstance(error, Refused) else trace(error)
-                note(logging.CRITICAL, 'the thread %s failed: %s', name, told)
-                self.stop(error)
-            self.threads.pop(thread, None)
-        thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
-        self.threads[thread] = float('inf')
-        thread.start()
-        return thread
-
-    def stop(self, error=None):
-        self.events.put(error)
-
-    def busy(self): return sum(len(link.tasks) for link in self.links.values())
-    def slots(self): return [slot for consumer in self.consumers for slot in consumer.slots]
-
-    def hung(self, seconds=HUNG_AFTER):
-        """How many threads did not come back within so many seconds of their interruption."""
-        return sum(at <= time.monotonic() - seconds and thread.is_alive() for thread, at in self.threads.copy().items())
-
-    def _watch(self):
-        closed = False
-        while not closed:
-            closed, now = self.closed.wait(WATCH_INTERVAL), time.monotonic()
-            for consumer in self.consumers:
-                consumer.watch(now)
-            if self.hung() >= self.max_hung:
-                self.stop(Hung(f'{self.hung()} handlers hang: the worker ends, to be started afresh'))
-
-    def run(self):
-        """Work until told to stop, then end in good order. Raises what it was stopped by."""
-        ours = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()    # others may set none
-        before = {number: signal.signal(number, self._signalled) for number in ours}
-        try:
-            for link in self.links.values():
-                self.thread(link.report, 'report')
-                self.thread(link.heartbeat, 'heartbeat')
-            for consumer in self.consumers:
-                consumer.start()
-            self.thread(self._watch, 'watch')
-            error = self._wait()
-            self._drain()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-        if error is not None:
-            raise error
-
-    def _wait(self):
-        """The exception to stop for; None: told to stop, or a burst whose queues were empty since the last report."""
-        while not self.burst or self.busy() or any(consumer.dry is not self.reported for consumer in self.consumers):
-            with contextlib.suppress(Empty):
-                return self.events.get(timeout=0.005 if self.burst else 1)      # on Windows signals come between two
-
-    def _signalled(self, number, frame):
-        if self.signalled:
-            for slot in self.slots():
-                slot.kill()
-            os._exit(128 + number)
-        self.signalled = True
-        self.stop()
-
-    def _drain(self):
-        """Let what runs come to its end, within the grace, and be reported; release the rest; end the threads."""
-        ends = time.monotonic() + self.grace
-        self.stopping.set()
-        self.release()
-        for how in socket.SHUT_WR, socket.SHUT_RDWR:        # between the two, jobs on their way come in, for release
-            for consumer in self.consumers:
-                consumer.client.shutdown(how)
-            until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + RELEASE_WINDOW)
-        until(lambda: not any(consumer.open for consumer in self.consumers), ends)
-        self.release(Lost)
-        until(lambda: not self.busy(), max(ends, time.monotonic() + REPORT_GRACE))
-        if self.busy():
-            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out again', self.busy())
-        self.closed.set()
-        for slot in self.slots():
-            slot.consumer.inbox.put(None)
-        for link in self.links.values():
-            link.pile.put(None)
-        for one in (*self.links.values(), *self.consumers):
-            one.client.close()
-        until(lambda: not any(slot.ending for slot in self.slots()), time.monotonic() + TERM_GRACE + 1)
-        for slot in self.slots():
-            slot.kill()
-        until(lambda: float('inf') not in self.threads.copy().values(), time.monotonic() + REPORT_GRACE)
-
-    def release(self, interruption=None):
-        for consumer in self.consumers:
-            for task in consumer.open.copy():
-                if consumer.settle(task, RELEASED, interruption):
-                    note(logging.INFO, '%s released', task)
 
 # -- The module's API: one column over a default App ------------------------------------------------------------------
 QueueConfig = collections.namedtuple(
@@ -1927,7 +2474,7 @@ class App:
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
         Returns after an orderly end. In the main thread, unless `burst`, it ends the process if handlers still hang,
         for nobody can end their threads: with 1 if `max_hung` of them did. In all other cases that is SystemExit(1)."""
-        if multiprocessing.current_process().name.startswith(CHILD):
+        if multiprocessing.current_process().name.startswith(CHILD_NAME_PREFIX):
             raise Error("run() runs where isolate=True imports the script: put it behind if __name__ == '__main__':")
         if not self.registered:
             raise Error('there is no handler: decorate a function with @queue("name")')
@@ -1941,7 +2488,7 @@ class App:
             code = 1
         finally:
             self.workers.remove(worker)
-        if worker.hung(0) and not burst and threading.current_thread() is threading.main_thread():
+        if worker.count_hung(0) and not burst and threading.current_thread() is threading.main_thread():
             for end in logging.shutdown, functools.partial(print, end='', flush=True):
                 with contextlib.suppress(Exception):
                     end()
@@ -2075,65 +2622,175 @@ queue, task, on, testing, stop = default.queue, default.task, default.on, defaul
 enqueue, enqueue_many, run, wait = default.enqueue, default.enqueue_many, default.run, default.wait
 schedule, unschedule = default.schedule, default.unschedule
 
-# -- Any program as a worker ------------------------------------------------------------------------------------------
+# -- Any program as a worker -----------------------------------------------------------------------
+EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
+MAX_OUTPUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
+
+
 class ProgramSlot(Slot):
-    """A slot that runs a program for each job. Its streams are files, since pipes fill up, and are kept by children."""
-    process = errors = None
+    """A slot that runs a program for each job.
+
+    The program's streams are files: a pipe fills up, and ends only when all children have ended.
+    """
+
+    # touched by the slot's thread only, but for kill() and stack_text()
+    process = None
+    stderr = None
+    stderr_tail = b''       # the end of what was cut off from stderr
 
     def prepare(self):
-        self.ending = False             # the last task is settled, so no interrupt() for it can come any more
+        # no interrupt() can come any more: the last claim is finished
+        self.is_terminating = False
 
-    def execute(self, command, data, task):
-        file, mine = tempfile.TemporaryFile, {'RUNDOWN_ID': task.job['id'], 'RUNDOWN_QUEUE': self.consumer.name}
-        env = {**os.environ, **mine, 'RUNDOWN_ATTEMPT': str(task.job['attempt'])}
-        with file() as given, file() as out, file('a+b') as self.errors:
-            given.write(data)
-            given.seek(0)
-            self.process = subprocess.Popen(
-                command, stdin=given, stdout=out, stderr=self.errors, env=env, start_new_session=True)
-            while not self.ending and size(out) <= MAX_STDOUT and self.process.returncode is None:
-                if size(self.errors) > MAX_STDOUT:      # only its end is wanted, and a disk is finite
-                    self.errors.truncate(0)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(WATCH_INTERVAL)
-            if self.process.returncode is None:
-                signal_group(self.process, signal.SIGTERM)
-                over = time.monotonic() + TERM_GRACE
-                until(lambda: self.process.poll() is not None and not signal_group(self.process, 0), over)
-            signal_group(self.process, KILL)            # whoever is left of its group
-            self.process.wait()
-            out.seek(0)
-            return self._result(self.process.returncode, out.read(MAX_STDOUT + 1))
+    def execute(self, command, data, claim):
+        """Run the program with the data on its stdin; returns its result."""
+        env = {
+            **os.environ,
+            'RUNDOWN_ID': claim.job['id'],
+            'RUNDOWN_QUEUE': self.consumer.name,
+            'RUNDOWN_ATTEMPT': str(claim.job['attempt']),
+        }
+        env.pop('RUNDOWN_TOKEN', None)      # the program need not be trusted like the worker
+        with contextlib.ExitStack() as files:
+            stdin = files.enter_context(tempfile.TemporaryFile())
+            stdout = files.enter_context(tempfile.TemporaryFile())
+            self.stderr = files.enter_context(tempfile.TemporaryFile())
+            self.stderr_tail = b''
+            set_append_mode(self.stderr)
+            stdin.write(data)
+            stdin.seek(0)
+            with process_lock:      # reap_orphans() must find it in its slot
+                self.process = subprocess.Popen(
+                    command, stdin=stdin, stdout=stdout, stderr=self.stderr, env=env,
+                    start_new_session=True)
+            self._supervise(stdout)
+            self._terminate()
+            stdout.seek(0)
+            return self._result(self.process.returncode, stdout.read(MAX_STDOUT + 1))
+
+    def _supervise(self, stdout):
+        """Wait until the program ends, has to be terminated, or writes too much to stdout."""
+        while not self.is_terminating and file_size(stdout) <= MAX_STDOUT:
+            if file_size(self.stderr) > MAX_STDOUT:     # only its end is wanted; disks are finite
+                self.stderr_tail = read_tail(self.stderr, MAX_ERROR // 2)
+                self.stderr.truncate(0)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(WATCH_INTERVAL)
+                return
+
+    def _terminate(self):
+        """SIGTERM if it still runs, then SIGKILL for those that are left of its group."""
+        if self.process.returncode is None:
+            signal_group(self.process, signal.SIGTERM)
+            until(self._has_ended, time.monotonic() + TERM_GRACE)
+        signal_group(self.process, KILL)
+        self.process.wait()
+
+    def _has_ended(self):
+        return self.process.poll() is not None and not has_members(self.process.pid)
 
     def _result(self, code, output):
         if len(output) > MAX_STDOUT:
-            raise Abort(f'the program wrote more than {MAX_STDOUT:,} bytes to stdout, which is the most for a result')
-        if code:                        # 65 is EX_DATAERR of sysexits.h
-            raise (Abort if code == 65 else Retry)(f'the program {ending(code)}\n{self.where(None)}'.strip())
+            raise Abort(f'the program wrote more than {MAX_STDOUT:,} bytes to stdout, '
+                        'which is the most for a result')
+        if code:
+            error = Abort if code == EX_DATAERR else Retry
+            raise error(f'the program {exit_text(code)}\n{self.stack_text(None)}'.strip())
         try:
             text = output.decode()
         except UnicodeDecodeError as error:
-            raise Abort(f'what the program wrote to stdout is not UTF-8: {error}') from None
+            reason = f'what the program wrote to stdout is not UTF-8: {error}'
+            raise Abort(reason) from None
+        if text.count('[') + text.count('{') > MAX_OUTPUT_LEVELS and is_too_deep(text):
+            return text
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
-            encode_json(value)               # NaN is no JSON
+            encode_json(value)          # json.loads() takes NaN, which is not JSON
             return value
         return text
 
-    def interrupt(self, task, interruption):
-        self.ending = True              # its thread sees it within a tick
+    def interrupt(self, claim, interruption):
+        self.is_terminating = True      # the slot's thread sees it within WATCH_INTERVAL
 
-    def where(self, task):
-        with contextlib.suppress(AttributeError, ValueError, OSError):     # not begun, or over
-            self.errors.seek(max(0, size(self.errors) - MAX_ERROR // 2))
-            return self.errors.read().decode(errors='replace')
+    def stack_text(self, claim):
+        """The end of what the program wrote to stderr."""
+        # not started yet, or over already
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            end = self.stderr_tail + read_tail(self.stderr, MAX_ERROR // 2)
+            return end[-(MAX_ERROR // 2):].lstrip(b'\0').decode(errors='replace')
         return ''
 
     def kill(self):
         if self.process and self.process.returncode is None:
             signal_group(self.process, KILL)
 
-def size(file): return os.fstat(file.fileno()).st_size
+
+def file_size(file):
+    return os.fstat(file.fileno()).st_size
+
+
+def read_tail(file, length):
+    """The end of a file that a program writes. A seek() would move the place where it writes."""
+    offset = max(0, file_size(file) - length)
+    if hasattr(os, 'pread'):
+        return os.pread(file.fileno(), length, offset)
+    file.seek(offset)
+    return file.read(length)
+
+
+def set_append_mode(file):
+    """Have programs write at the end of the file, also after it was truncated."""
+    with contextlib.suppress(ImportError):
+        import fcntl    # not on Windows, where zeros stand for what was truncated
+        fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
+
+
+def has_members(group):
+    """Whether processes of this group run. Zombies do not: an init that reaps none may be PID 1."""
+    try:
+        os.killpg(group, 0)
+    except OSError:
+        return False
+    stats = list(pathlib.Path('/proc').glob('[0-9]*/stat'))
+    return not stats or any(is_running_member(stat, group) for stat in stats)
+
+
+def is_running_member(stat, group):
+    with contextlib.suppress(OSError):      # it has ended meanwhile
+        state, _, its_group = stat.read_text(errors='replace').rpartition(')')[2].split()[:3]
+        return int(its_group) == group and state not in 'ZX'
+    return False
+
+
+def is_too_deep(text):
+    """Whether JSON text has more levels than an engine takes."""
+    level = 0
+    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
+        level += (bracket in '[{') - (bracket in ']}')
+        if level > MAX_OUTPUT_LEVELS:
+            return True
+    return False
+
+
+def reap_orphans(slots):
+    """Collect what programs left behind, for as long as this process runs.
+
+    As PID 1 of a container it is their parent once their own has ended.
+    """
+    while True:
+        time.sleep(WATCH_INTERVAL)
+        with contextlib.suppress(ChildProcessError), process_lock:
+            while True:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                ours = [slot.process.pid for slot in slots() if slot.process]
+                if ended is None or ended.si_pid in ours:
+                    break
+                os.waitpid(ended.si_pid, 0)
+
+
+def program_slots():
+    return [slot for worker in list(default.workers) for slot in worker.slots()]
+
 
 def command_exec(client, options):
     """Work on a queue by running a program."""
@@ -2141,10 +2798,19 @@ def command_exec(client, options):
         raise Misuse(f'there is no program {options.program[0]}')
 
     def program(payload):
-        text = payload if options.text and isinstance(payload, str) else as_json(payload, 'payload')
-        return current.get().slot.execute(options.program, text.encode(), current.get())
-    program.rundown_slot = ProgramSlot
+        claim = current.get()
+        is_plain = options.text and isinstance(payload, str)
+        text = payload if is_plain else as_json(payload, 'payload')
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise Abort(f'the payload cannot be written as UTF-8: {error}') from None
+        return claim.slot.execute(options.program, data, claim)
+
+    program.slot_type = ProgramSlot
     default.queue(options.queue, timeout=options.timeout)(program)
+    if hasattr(os, 'waitid'):
+        threading.Thread(target=reap_orphans, args=(program_slots,), daemon=True).start()
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
