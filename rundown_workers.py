@@ -1416,6 +1416,7 @@ def coroutine_frames(coroutine):
 
 # -- Worker ----------------------------------------------------------------------------------------
 NEVER = float('inf')        # of a time
+PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK')
                 if hasattr(signal, name)]
 KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
@@ -1436,6 +1437,19 @@ def until(condition, deadline):
     """Wait for a condition, until a deadline at most. Signals are handled meanwhile."""
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
+
+
+def open_standard_streams():
+    """Open 0, 1 and 2 if they are closed.
+
+    Otherwise a pipe could get such a number, and a program or a process would write into it.
+    """
+    with contextlib.suppress(OSError):
+        number = os.open(os.devnull, os.O_RDWR)
+        while number <= 2:
+            os.set_inheritable(number, True)
+            number = os.open(os.devnull, os.O_RDWR)
+        os.close(number)
 
 
 class Consumer:
@@ -1572,7 +1586,7 @@ class Fetcher:
         self.client = self.session.client.clone()   # of its own, to be shut down by itself
         self.thread = None
         # written by the fetching thread only
-        self.setup_calls = list(consumer.config.told)   # limits and a schedule, not sent yet
+        self.configured_host = None     # the engine that was sent the queue's limits and schedule
         self.low_watermark = 0          # it polls when no more claims than this are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
         # safe by itself
@@ -1589,10 +1603,13 @@ class Fetcher:
         while not self.worker.stopping.is_set():
             self.capacity_freed.clear()
             limit = self._claim_limit()
-            if limit:
-                self._fetch(limit)
-            else:
+            if not limit:
                 self.capacity_freed.wait(WATCH_INTERVAL)
+                continue
+            try:
+                self._fetch(limit)
+            except Error as error:
+                self._on_error(error)
 
     def _claim_limit(self):
         """How many jobs to claim now: 0 while enough are in flight or too many are unreported."""
@@ -1610,35 +1627,61 @@ class Fetcher:
         """Poll once, and rest if there was nothing."""
         generation = self.worker.generation
         began = time.monotonic()
-        try:
-            jobs = self._poll(limit)
-        except Error as error:
-            self._on_error(error)
-            return
+        wait = self._poll_wait()
+        jobs = self._poll(limit, wait)
         self.consumer.accept(jobs)
         time.sleep(0)           # lets the slots begin, before the next poll is put together
         self.session.on_up()
         if jobs:
             return
         if self.worker.burst:
-            self.idle_generation = generation
-            until(self._may_have_jobs, float('inf'))
-        elif time.monotonic() - began < min(1, LONG_POLL / 2):      # the engine does not wait
+            if not self._is_rate_limited():
+                self.idle_generation = generation
+                until(self._may_have_jobs, NEVER)
+        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # it does not wait
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
     def _may_have_jobs(self):
         """Whether a queue that was empty has to be polled again: a claim's end may add jobs."""
         return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
 
-    def _poll(self, limit):
-        while self.setup_calls:
-            path, body = self.setup_calls[0]
-            self.client.send(path, body, RESPONSE_TIMEOUT)
-            self.setup_calls.pop(0)
+    def _is_rate_limited(self):
+        """Whether the queue has jobs that are due, and a rate that does not allow a claim now.
+
+        Waits until the rate allows one, at most a second.
+        """
+        after = None
+        while True:
+            path = '/queues' if after is None else f'/queues?after={quote(after)}'
+            page = self.client.send(path, None, RESPONSE_TIMEOUT)
+            for row in page['queues']:
+                if row['queue'] == self.consumer.name:
+                    is_due = row['oldest_age'] is not None and not row['paused']
+                    if not is_due or row['rate'] is None:
+                        return False
+                    self.worker.stopping.wait(min(1, row['per'] / row['rate']))
+                    return True
+            after = page['after']
+            if after is None:
+                return False
+
+    def _configure(self):
+        """Send the limits and the schedule of the queue to an engine that was not sent them yet."""
+        host = self.client.host
+        if self.configured_host != host:
+            for path, body in self.consumer.config.told:
+                self.client.send(path, body, PROBE_TIMEOUT)
+            self.configured_host = host
+
+    def _poll_wait(self):
+        """Seconds of the next long poll; 0: the engine has to show that it is there."""
+        is_known = self.session.was_reached and not self.session.down_since
+        return LONG_POLL if is_known and not self.worker.burst else 0
+
+    def _poll(self, limit, wait):
+        self._configure()
         worker = self.worker
         config = self.consumer.config
-        # an engine that was away has to answer at once, to show that it is back
-        wait = 0 if worker.burst or self.session.down_since else LONG_POLL
         params = {
             'queue': config.name,
             'limit': limit,
@@ -1649,7 +1692,9 @@ class Fetcher:
             'max_retries': config.max_retries,
             'timeout': config.timeout,
         }
-        jobs = self.client.send('/poll', params, wait + RESPONSE_TIMEOUT) or []
+        is_probe = not wait and not worker.burst
+        timeout = PROBE_TIMEOUT if is_probe else wait + RESPONSE_TIMEOUT
+        jobs = self.client.send('/poll', params, timeout) or []
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
             raise self.session.not_an_engine()
         return jobs
@@ -1676,6 +1721,7 @@ class EngineSession:
         # races are harmless
         self.is_backlogged = False  # outcomes were not taken at the last try
         self.down_since = None      # None: the engine answered at the last try
+        self.was_reached = False    # an engine has answered
 
     def start(self):
         self.worker.start_thread(self.reporter.run, 'report')
@@ -1706,6 +1752,7 @@ class EngineSession:
     def on_up(self):
         since = self.down_since
         self.down_since = None
+        self.was_reached = True
         if since is not None:
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
@@ -1722,7 +1769,7 @@ class EngineSession:
             try:
                 answers = self._try_batch(call, items, seconds)
             except Error as error:
-                if error.status not in REFUSALS:
+                if not is_verdict(error):
                     self.is_backlogged = self.is_backlogged or call != 'heartbeat'
                     self.worker.closed.wait(self.on_down(error))
                     continue
@@ -1745,6 +1792,14 @@ class EngineSession:
                 or not all(map(is_item_reply, answers))):
             raise self.not_an_engine()
         return answers
+
+
+def is_verdict(error):
+    """Whether there is no use in sending the same request again.
+
+    A proxy's error pages say nothing about a job; but what is too large for it has to be split.
+    """
+    return error.status in REFUSALS if isinstance(error, Refused) else error.status == 413
 
 
 class Reporter:
@@ -1966,6 +2021,7 @@ class Worker:
     def run(self):
         """Work until told to stop, then end in good order. Raises what it was stopped by."""
         # only the main thread may set signal handlers
+        open_standard_streams()
         is_main = threading.current_thread() is threading.main_thread()
         previous = {number: signal.signal(number, self._on_signal)
                     for number in (STOP_SIGNALS if is_main else ())}
@@ -2569,6 +2625,7 @@ schedule, unschedule = default.schedule, default.unschedule
 
 # -- Any program as a worker -----------------------------------------------------------------------
 EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
+MAX_OUTPUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
 
 
 class ProgramSlot(Slot):
@@ -2580,6 +2637,7 @@ class ProgramSlot(Slot):
     # touched by the slot's thread only, but for kill() and stack_text()
     process = None
     stderr = None
+    stderr_tail = b''       # the end of what was cut off from stderr
 
     def prepare(self):
         # no interrupt() can come any more: the last claim is finished
@@ -2593,14 +2651,19 @@ class ProgramSlot(Slot):
             'RUNDOWN_QUEUE': self.consumer.name,
             'RUNDOWN_ATTEMPT': str(claim.job['attempt']),
         }
+        env.pop('RUNDOWN_TOKEN', None)      # the program need not be trusted like the worker
         with contextlib.ExitStack() as files:
             stdin = files.enter_context(tempfile.TemporaryFile())
             stdout = files.enter_context(tempfile.TemporaryFile())
-            self.stderr = files.enter_context(tempfile.TemporaryFile('a+b'))
+            self.stderr = files.enter_context(tempfile.TemporaryFile())
+            self.stderr_tail = b''
+            set_append_mode(self.stderr)
             stdin.write(data)
             stdin.seek(0)
-            self.process = subprocess.Popen(command, stdin=stdin, stdout=stdout,
-                                            stderr=self.stderr, env=env, start_new_session=True)
+            with process_lock:      # reap_orphans() must find it in its slot
+                self.process = subprocess.Popen(
+                    command, stdin=stdin, stdout=stdout, stderr=self.stderr, env=env,
+                    start_new_session=True)
             self._supervise(stdout)
             self._terminate()
             stdout.seek(0)
@@ -2610,6 +2673,7 @@ class ProgramSlot(Slot):
         """Wait until the program ends, has to be terminated, or writes too much to stdout."""
         while not self.is_terminating and file_size(stdout) <= MAX_STDOUT:
             if file_size(self.stderr) > MAX_STDOUT:     # only its end is wanted; disks are finite
+                self.stderr_tail = read_tail(self.stderr, MAX_ERROR // 2)
                 self.stderr.truncate(0)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(WATCH_INTERVAL)
@@ -2624,7 +2688,7 @@ class ProgramSlot(Slot):
         self.process.wait()
 
     def _has_ended(self):
-        return self.process.poll() is not None and not signal_group(self.process, 0)
+        return self.process.poll() is not None and not has_members(self.process.pid)
 
     def _result(self, code, output):
         if len(output) > MAX_STDOUT:
@@ -2638,6 +2702,8 @@ class ProgramSlot(Slot):
         except UnicodeDecodeError as error:
             reason = f'what the program wrote to stdout is not UTF-8: {error}'
             raise Abort(reason) from None
+        if text.count('[') + text.count('{') > MAX_OUTPUT_LEVELS and is_too_deep(text):
+            return text
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
             encode_json(value)          # json.loads() takes NaN, which is not JSON
@@ -2651,8 +2717,8 @@ class ProgramSlot(Slot):
         """The end of what the program wrote to stderr."""
         # not started yet, or over already
         with contextlib.suppress(AttributeError, ValueError, OSError):
-            self.stderr.seek(max(0, file_size(self.stderr) - MAX_ERROR // 2))
-            return self.stderr.read().decode(errors='replace')
+            end = self.stderr_tail + read_tail(self.stderr, MAX_ERROR // 2)
+            return end[-(MAX_ERROR // 2):].lstrip(b'\0').decode(errors='replace')
         return ''
 
     def kill(self):
@@ -2664,6 +2730,69 @@ def file_size(file):
     return os.fstat(file.fileno()).st_size
 
 
+def read_tail(file, length):
+    """The end of a file that a program writes. A seek() would move the place where it writes."""
+    offset = max(0, file_size(file) - length)
+    if hasattr(os, 'pread'):
+        return os.pread(file.fileno(), length, offset)
+    file.seek(offset)
+    return file.read(length)
+
+
+def set_append_mode(file):
+    """Have programs write at the end of the file, also after it was truncated."""
+    with contextlib.suppress(ImportError):
+        import fcntl    # not on Windows, where zeros stand for what was truncated
+        fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
+
+
+def has_members(group):
+    """Whether processes of this group run. Zombies do not: an init that reaps none may be PID 1."""
+    try:
+        os.killpg(group, 0)
+    except OSError:
+        return False
+    stats = list(pathlib.Path('/proc').glob('[0-9]*/stat'))
+    return not stats or any(is_running_member(stat, group) for stat in stats)
+
+
+def is_running_member(stat, group):
+    with contextlib.suppress(OSError):      # it has ended meanwhile
+        state, _, its_group = stat.read_text(errors='replace').rpartition(')')[2].split()[:3]
+        return int(its_group) == group and state not in 'ZX'
+    return False
+
+
+def is_too_deep(text):
+    """Whether JSON text has more levels than an engine takes."""
+    level = 0
+    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
+        level += (bracket in '[{') - (bracket in ']}')
+        if level > MAX_OUTPUT_LEVELS:
+            return True
+    return False
+
+
+def reap_orphans(slots):
+    """Collect what programs left behind, for as long as this process runs.
+
+    As PID 1 of a container it is their parent once their own has ended.
+    """
+    while True:
+        time.sleep(WATCH_INTERVAL)
+        with contextlib.suppress(ChildProcessError), process_lock:
+            while True:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                ours = [slot.process.pid for slot in slots() if slot.process]
+                if ended is None or ended.si_pid in ours:
+                    break
+                os.waitpid(ended.si_pid, 0)
+
+
+def program_slots():
+    return [slot for worker in list(default.workers) for slot in worker.slots()]
+
+
 def command_exec(client, options):
     """Work on a queue by running a program."""
     if not shutil.which(options.program[0]):
@@ -2673,10 +2802,16 @@ def command_exec(client, options):
         claim = current.get()
         is_plain = options.text and isinstance(payload, str)
         text = payload if is_plain else as_json(payload, 'payload')
-        return claim.slot.execute(options.program, text.encode(), claim)
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise Abort(f'the payload cannot be written as UTF-8: {error}') from None
+        return claim.slot.execute(options.program, data, claim)
 
     program.slot_type = ProgramSlot
     default.queue(options.queue, timeout=options.timeout)(program)
+    if hasattr(os, 'waitid'):
+        threading.Thread(target=reap_orphans, args=(program_slots,), daemon=True).start()
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
