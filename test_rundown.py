@@ -6188,11 +6188,23 @@ POSTGRESQL = pytest.param(
     "postgresql", marks=pytest.mark.skipif(no_postgresql, reason="wants psycopg, PostgreSQL and root"))
 
 
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory):
+    """A dict of databases by their kind: one cluster of PostgreSQL serves all tests."""
+    class Shops(dict):
+        def __missing__(self, kind):
+            self[kind] = Outboxes(tmp_path_factory.mktemp("shop"), kind)
+            return self[kind]
+
+    shops = Shops()
+    yield shops
+    for shop in shops.values():
+        shop.stop()
+
+
 @pytest.fixture(scope="module", params=["sqlite", POSTGRESQL])
-def shop(request, tmp_path_factory):
-    shop = Outboxes(tmp_path_factory.mktemp("shop"), request.param)
-    yield shop
-    shop.stop()
+def shop(request, shops):
+    return shops[request.param]
 
 
 @pytest.fixture
@@ -6812,9 +6824,8 @@ def test_django_tasks_run_with_arguments_priority_queue_and_context(site, backen
 
 def test_django_s_result_says_how_a_task_came_to_its_end(site):
     once, last, path, text, lost = site.run("""
-        once = ended(tasks.fail_once.enqueue())
-        last = ended(tasks.fail.enqueue())
-        odd = ended(tasks.return_set.enqueue())
+        once, last, odd = [ended(task.using(backend="direct").enqueue())
+                           for task in (tasks.fail_once, tasks.fail, tasks.return_set)]
         answer = [[once.attempts, once.return_value, len(once.errors), once.status], last.status,
                   last.errors[0].exception_class_path, last.errors[0].traceback, odd.errors[0].traceback]""")
     assert once == [2, 2, 1, "SUCCESSFUL"]
@@ -6848,10 +6859,10 @@ def test_django_run_after_and_async_enqueue(site, backend):
 
 def test_django_s_signals_are_sent_by_producer_and_worker(site):
     local, remote = site.run("""
-        once, never = [ended(task.enqueue()) for task in (tasks.fail_once, tasks.fail)]
+        once, never = [ended(task.using(backend="direct").enqueue()) for task in (tasks.fail_once, tasks.fail)]
         ids = [once.id, never.id]
         answer = [tasks.signals_of.func(ids), None]
-        result = ended(tasks.signals_of.enqueue(ids))
+        result = ended(tasks.signals_of.using(backend="direct").enqueue(ids))
         numbers = {id: number for number, id in enumerate(ids)}
         answer = [[[line[0], numbers[line[1]], *line[2:]] for line in lines] for lines in (
             answer[0], result.return_value)]""")
@@ -6863,8 +6874,8 @@ def test_django_s_signals_are_sent_by_producer_and_worker(site):
 
 def test_django_s_connections_are_closed_around_a_task(site):
     assert site.run("""
-        opened = [ended(tasks.leave_connection_open.enqueue()).return_value for _ in range(3)]
-        seen = [ended(tasks.see_connection.enqueue()).return_value for _ in range(6)]
+        opened, seen = [[ended(task.using(backend="direct").enqueue()).return_value for _ in range(4)]
+                        for task in (tasks.leave_connection_open, tasks.see_connection)]
         answer = [all(opened), any(seen)]""") == [True, False]
 
 
