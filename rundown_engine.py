@@ -2042,6 +2042,7 @@ ROUTES = {
     '/health':     route('GET', read(Store.health)),
     '/backup':     route('GET', backup, slow=True),
     '/docs':       route('GET', lambda server, ask: Answer(__doc__, kind='text/plain; charset=utf-8')),
+    '/rundown.mjs': route('GET', lambda server, ask: Answer(NODE_SDK, kind='text/javascript; charset=utf-8')),
     '/':           route('GET', lambda server, ask: page()),
 }
 
@@ -2516,6 +2517,851 @@ POLICY = '; '.join([*(
     f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     for tag, text in re.findall('<(style|script)>(.*?)</', DASHBOARD, re.DOTALL)), "default-src 'none'",
     "connect-src 'self'", 'img-src data:', "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
+
+# -- Node SDK ---------------------------------------------------------------------------------------
+NODE_SDK = r"""// @ts-nocheck: types are for programs that use this file, in the JSDoc of everything exported.
+/**
+ * Rundown for Node 18 and newer: enqueue background jobs and work on them. No packages.
+ *
+ *     import { queue, enqueue, run } from "./rundown.mjs";
+ *
+ *     queue("images", { maxRetries: 5, concurrency: 4 }, async (payload, { signal, step }) => {
+ *       const image = await step("download", () => download(payload, { signal }));
+ *       return resize(image);
+ *     });
+ *     const job = await enqueue("images", "path/to/image.jpg", { delay: 60 });
+ *     await run();
+ *
+ * RUNDOWN_URL names the engine (or several, separated by blanks: the first that answers is used for
+ * as long as it does), RUNDOWN_TOKEN its token, NODE_EXTRA_CA_CERTS a certificate of your own. All
+ * times are in seconds.
+ *
+ * A handler that returns completes its job; the value is the result. One that throws fails it with
+ * the stack, and the engine tries again while retries are left: after `delay` for
+ * `throw new Retry("why", { delay: 60 })`, never for `throw new Abort("why")`. `signal` is aborted
+ * at the timeout, and when the job is no longer this worker's (cancelled, lost, or released when
+ * the worker stops). A job may run more than once, since workers get killed: make handlers
+ * idempotent, or divide them into steps.
+ *
+ * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`
+ *
+ * Heartbeats need the event loop. A handler that blocks it for longer than the lease (30 s) loses
+ * its job: move such work into a thread or process, or give the queue a longer `lease`.
+ */
+import { randomBytes } from "node:crypto";
+import http from "node:http";
+import https from "node:https";
+import os from "node:os";
+import { setTimeout as sleep } from "node:timers/promises";
+import { urlToHttpOptions } from "node:url";
+import { inspect } from "node:util";
+
+const DEFAULT_URL = "http://127.0.0.1:8181";
+const POLL_WAIT = 25; // seconds of a long poll; proxies give up after 60
+const ANSWER_TIMEOUT = 30; // seconds until a request without an answer counts as lost
+const FIRST_TIMEOUT = 5; // the same where other engines are left and this one is not known to live
+const PATIENCE = 30; // seconds for which a call is repeated while no engine answers
+const MAX_PAUSE = 3; // seconds between two tries
+const REFUSED_PAUSE = 10; // seconds until a worker that is refused (token, host) tries again
+const LEASE = 30; // seconds the engine waits for a heartbeat
+const PROGRESS_INTERVAL = 0.5; // seconds until a job's progress is reported
+const GRACE = 30; // seconds that running handlers get when the worker stops
+const FAREWELL = 2; // seconds that their outcomes get then, at least
+const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
+const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
+const MAX_BATCH = 1000; // jobs in a poll or report
+const MAX_CHARACTERS = 900000; // in a report of several jobs; proxies take 1 MiB
+const MAX_ERROR = 16000; // characters of an error; the middle is cut out
+
+/**
+ * A job as the engine shows it.
+ * @typedef {{
+ *   id: string, queue: string, payload: any, attempt: number, retries: number,
+ *   status: "pending" | "running" | "done" | "failed" | "cancelled", result?: any, error?: string,
+ *   timeout: number, max_retries: number | null, priority: number, tag?: string, key?: string,
+ *   group?: string, worker?: string, progress?: any, steps?: Record<string, any>,
+ *   created?: boolean, created_at: string, updated_at: string, next_run_at?: string | null,
+ *   started_at?: string | null, finished_at?: string | null
+ * }} Job
+ *
+ * `runAt` is instead of `delay`; `expires` is seconds too. `after` are the jobs (or their ids) that
+ * have to be done before; with `afterAny` they only have to end.
+ * @typedef {{
+ *   delay?: number, runAt?: Date | string, timeout?: number, maxRetries?: number, tag?: string,
+ *   priority?: number, id?: string, key?: string, keyUntil?: "start" | "end", replace?: boolean,
+ *   group?: string, expires?: number, after?: Job | string | (Job | string)[], afterAny?: boolean
+ * }} EnqueueOptions
+ *
+ * `concurrency` is the number of jobs that run at a time (1); `maxRetries` (3) and `timeout` hold
+ * for jobs that were enqueued without their own.
+ * @typedef {{
+ *   concurrency?: number, maxRetries?: number, timeout?: number, lease?: number
+ * }} QueueOptions
+ *
+ * `progress` shows any JSON value on the job. `step` runs a part of the job once: its result is on
+ * disk before it resolves, and a later attempt gets that result instead of running it again.
+ * @typedef {{
+ *   job: Job, signal: AbortSignal, progress: (value: any) => void,
+ *   step: <T>(name: string, action: () => T | Promise<T>) => Promise<T>
+ * }} Context
+ *
+ * @typedef {(payload: any, context: Context) => any} Handler
+ */
+
+/** Thrown by a handler: fail this attempt, and try again after `delay` seconds if it is given. */
+export class Retry extends Error {
+  /** @param {string} [message] @param {{ delay?: number }} [options] */
+  constructor(message = "the handler asked for a retry", { delay } = {}) {
+    super(message);
+    this.name = "Retry";
+    this.delay = delay;
+  }
+}
+
+/** Thrown by a handler: fail the job, and do not try again. */
+export class Abort extends Error {
+  name = "Abort";
+}
+
+/** The job is no longer this worker's: cancelled, given to another, or released. */
+export class Lost extends Error {
+  name = "Lost";
+}
+
+/** A handler or a wait() took too long. */
+export class TimedOut extends Error {
+  name = "TimedOut";
+}
+
+/** The engine refuses a call; `status` is the HTTP status. */
+export class Refused extends Error {
+  name = "Refused";
+  status = 0;
+}
+
+/** No engine answers, or it cannot answer now. */
+export class Unavailable extends Error {
+  name = "Unavailable";
+  status = 0;
+  retryAfter = 0;
+}
+
+// -- HTTP ------------------------------------------------------------------------------------
+
+const plainAgent = new http.Agent({ keepAlive: true });
+const secureAgent = new https.Agent({ keepAlive: true });
+let engines; // the URLs, which of them is in use, and whether that one has answered
+
+function connect() {
+  if (!engines) {
+    const urls = (process.env.RUNDOWN_URL || DEFAULT_URL).split(/\s+/).filter(Boolean);
+    const bad = urls.find((url) => !/^https?:\/\/[^\s/?#@]+(\/[!-~]*)?$/.test(url));
+    if (bad) {
+      throw new TypeError(`RUNDOWN_URL: ${bad} is not a URL such as ${DEFAULT_URL}`);
+    }
+    engines = { urls, used: 0, hasAnswered: false };
+  }
+  return engines;
+}
+
+/** One request to one engine: its answer, whatever the status. With `text` it is a POST. */
+function exchange(engine, path, text, limit, poll) {
+  const url = new URL(engine);
+  const isSecure = url.protocol === "https:";
+  const token = process.env.RUNDOWN_TOKEN;
+  const options = {
+    ...urlToHttpOptions(url),
+    path: url.pathname.replace(/\/$/, "") + path,
+    method: text === undefined ? "GET" : "POST",
+    agent: isSecure ? secureAgent : plainAgent,
+    headers: { "Content-Type": "application/json" },
+  };
+  if (token) {
+    options.headers.Authorization = `Bearer ${token}`;
+  }
+  return new Promise((resolve, reject) => {
+    const request = (isSecure ? https : http).request(options);
+    const expired = () => request.destroy(new Error(`no answer within ${limit} s`));
+    const timer = setTimeout(expired, limit * 1000);
+    request.on("socket", (socket) => {
+      poll?.sockets.add(socket);
+      if (poll?.signal.aborted) {
+        socket.end();
+      }
+    });
+    request.on("close", () => {
+      clearTimeout(timer);
+      poll?.sockets.delete(request.socket);
+    });
+    request.on("error", (error) => {
+      // a connection that was closed while it was idle says nothing about the engine
+      const isStale = request.reusedSocket && ["ECONNRESET", "EPIPE"].includes(error.code);
+      if (isStale && !poll?.signal.aborted) {
+        resolve(exchange(engine, path, text, limit, poll));
+      } else {
+        reject(error);
+      }
+    });
+    request.on("response", (response) => {
+      let body = "";
+      response.setEncoding("utf8");
+      response.on("data", (piece) => (body += piece));
+      response.on("end", () => resolve({ response, body }));
+      response.on("error", reject);
+    });
+    request.end(text);
+  });
+}
+
+/**
+ * One try: the answer of the engine in use. Throws Refused if it says no, Unavailable if it is not
+ * reached. A poll brings the set that holds its socket meanwhile, and the signal that ends it.
+ */
+async function send(path, text, { wait = 0, limit = Infinity, poll } = {}) {
+  const { urls, used, hasAnswered } = connect();
+  const longest = wait + (hasAnswered || urls.length === 1 ? ANSWER_TIMEOUT : FIRST_TIMEOUT);
+  let error;
+  try {
+    const answer = await exchange(urls[used], path, text, Math.min(limit, longest), poll);
+    const value = verdict(answer);
+    engines.hasAnswered = true;
+    return value;
+  } catch (caught) {
+    error = caught;
+  }
+  if (error instanceof Refused || error.retryAfter) {
+    engines.hasAnswered = true;
+  } else if (used === engines.used && !poll?.signal.aborted) {
+    engines.used = (used + 1) % urls.length;
+    engines.hasAnswered = false;
+  }
+  if (error instanceof Refused || error instanceof Unavailable) {
+    throw error;
+  }
+  throw new Unavailable(`no engine answers at ${urls[used]}: ${error.code ?? error.message}`);
+}
+
+/** Only the engine's own JSON is a verdict. Anything else is a proxy's and means "not reached". */
+function verdict({ response, body }) {
+  const status = response.statusCode;
+  if (status === 204) {
+    return null;
+  }
+  let answer;
+  if (response.headers["content-type"]?.startsWith("application/json")) {
+    try {
+      answer = JSON.parse(body);
+    } catch {
+      answer = undefined; // cut off on its way
+    }
+  }
+  if (status === 200 && answer !== undefined) {
+    return answer;
+  }
+  const isEngine = status >= 400 && typeof answer?.error === "string";
+  const message = isEngine ? answer.error : `HTTP status ${status}, which is no engine's answer`;
+  const error = new (isEngine && isFinal(status) ? Refused : Unavailable)(message);
+  error.status = status;
+  if (isEngine && !isFinal(status)) {
+    error.retryAfter = Math.min(Number(response.headers["retry-after"]) || 1, 60);
+  }
+  throw error;
+}
+
+function isFinal(status) {
+  return status < 500 && status !== 408 && status !== 429;
+}
+
+/** Seconds on a clock that nobody sets. */
+function now() {
+  return performance.now() / 1000;
+}
+
+async function pause(seconds, signal) {
+  await sleep(seconds * 1000, undefined, { signal }).catch(() => {});
+}
+
+/** Seconds until the next try; none while there are engines that were not tried. */
+function backoff(tries, error) {
+  const rounds = Math.floor(tries / engines.urls.length);
+  const longest = rounds && Math.min(MAX_PAUSE, 0.1 * 2 ** Math.min(rounds, 10));
+  return Math.max(longest * (0.5 + Math.random() / 2), error.retryAfter);
+}
+
+/**
+ * Any call of the engine, repeated for `patience` seconds while no engine answers:
+ * `await call("/cancel", { id })`; without a body it is a GET: `await call("/queues")`.
+ * @param {string} path
+ * @param {object} [body]
+ * @param {{ wait?: number, patience?: number, signal?: AbortSignal }} [options]
+ * @returns {Promise<any>}
+ */
+export async function call(path, body, { wait = 0, patience = PATIENCE, signal } = {}) {
+  const text = body && JSON.stringify(body);
+  const deadline = now() + patience;
+  for (let tries = 1; ; tries += 1) {
+    signal?.throwIfAborted();
+    try {
+      return await send(path, text, { wait, limit: wait + Math.max(1, deadline - now()) });
+    } catch (error) {
+      const rest = backoff(tries, error);
+      if (!(error instanceof Unavailable) || now() + rest > deadline) {
+        throw error;
+      }
+      await pause(rest, signal);
+    }
+  }
+}
+
+// -- Producers -------------------------------------------------------------------------------
+
+/** A UUID of version 7: ordered by time, so that the engine's index grows at its end. */
+function newId() {
+  const time = Date.now().toString(16).padStart(12, "0");
+  const noise = randomBytes(10).toString("hex");
+  const variant = "89ab"[parseInt(noise[3], 16) % 4];
+  const head = `${time.slice(0, 8)}-${time.slice(8)}-7${noise.slice(0, 3)}`;
+  return `${head}-${variant}${noise.slice(4, 7)}-${noise.slice(7, 19)}`;
+}
+
+/**
+ * Adds a job and returns it. While no engine answers, it is sent again for 30 s, and added once.
+ * @param {string} queue
+ * @param {any} [payload] any JSON value
+ * @param {EnqueueOptions} [options]
+ * @returns {Promise<Job>}
+ */
+export async function enqueue(queue, payload = null, options = {}) {
+  const body = { queue, payload, id: newId() };
+  for (const [option, value] of Object.entries(options)) {
+    if (value !== undefined) {
+      body[option.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`)] = value;
+    }
+  }
+  if (body.after) {
+    body.after = [body.after].flat().map((job) => job.id ?? job);
+  }
+  return call("/enqueue", body);
+}
+
+/**
+ * The job (given as it is or by its id) once it is done, failed or cancelled.
+ * Throws TimedOut if it has not ended after `timeout` seconds.
+ * @param {Job | string} job
+ * @param {number} [timeout]
+ * @returns {Promise<Job>}
+ */
+export async function wait(job, timeout = Infinity) {
+  const id = job.id ?? job;
+  const deadline = now() + timeout;
+  for (;;) {
+    const left = Math.max(0, deadline - now());
+    const wait = Math.min(POLL_WAIT, left);
+    const path = `/jobs/${encodeURIComponent(id)}?wait=${wait.toFixed(3)}`;
+    const found = await call(path, undefined, { wait, patience: Math.min(PATIENCE, left) });
+    if (["done", "failed", "cancelled"].includes(found.status)) {
+      return found;
+    }
+    if (now() >= deadline) {
+      throw new TimedOut(`job ${id} is still ${found.status} after ${timeout} s`);
+    }
+  }
+}
+
+// -- Worker ----------------------------------------------------------------------------------
+
+const registrations = new Map();
+let worker; // the one of the run() that is under way
+
+/**
+ * Registers the handler of a queue for run(), and returns it.
+ * @param {string} name
+ * @param {QueueOptions | Handler} options
+ * @param {Handler} [handler]
+ * @returns {Handler}
+ */
+export function queue(name, options, handler) {
+  if (typeof options === "function") {
+    return queue(name, {}, options);
+  }
+  const { concurrency = 1, maxRetries = 3, lease = LEASE, timeout } = options;
+  if (typeof handler !== "function" || !Number.isInteger(concurrency) || concurrency < 1) {
+    throw new TypeError(`queue ${name}: it needs a handler, and a concurrency from 1 on`);
+  }
+  registrations.set(name, { name, concurrency, maxRetries, lease, timeout, handler });
+  return handler;
+}
+
+/**
+ * Works on all registered queues until stop(), SIGTERM or SIGINT. Handlers that run then get
+ * `grace` seconds; jobs that are not over by then are released to other workers. After a signal the
+ * process exits with 0, at the latest 5 s after this resolves; after a second one at once.
+ * @param {{ grace?: number, log?: (line: string) => void }} [options]
+ * @returns {Promise<void>}
+ */
+export async function run({ grace = GRACE, log = console.error } = {}) {
+  if (worker || !registrations.size) {
+    throw new Error(worker ? "run() is under way already" : "run() needs a queue: see queue()");
+  }
+  worker = new Worker(grace, log);
+  let signalledAt = 0;
+  const onSignal = (name) => {
+    if (signalledAt && now() - signalledAt > SAME_SIGNAL) {
+      process.exit(128 + os.constants.signals[name]);
+    }
+    signalledAt ||= now();
+    worker?.stop();
+  };
+  process.on("SIGTERM", onSignal);
+  process.on("SIGINT", onSignal);
+  try {
+    worker.ended = worker.run();
+    await worker.ended;
+  } finally {
+    worker = undefined;
+    if (signalledAt) {
+      setTimeout(() => process.exit(), EXIT_TIMEOUT * 1000).unref();
+    } else {
+      process.off("SIGTERM", onSignal);
+      process.off("SIGINT", onSignal);
+    }
+  }
+}
+
+/**
+ * Ends run() in good order, as SIGTERM does, and resolves when it has ended.
+ * @returns {Promise<void>}
+ */
+export async function stop() {
+  worker?.stop();
+  await worker?.ended;
+}
+
+/** A claimed job on its way through the worker. Its first outcome counts; others are dropped. */
+class Claim {
+  outcome; // undefined until it is decided how the job ends: the call, its fields, and JSON
+  progress; // what the engine does not know yet
+  isProgressDue = false;
+  progressTimer;
+  controller = new AbortController();
+
+  constructor(job, worker, onSettled) {
+    this.job = job; // the handler may change it
+    this.address = { id: job.id, attempt: job.attempt };
+    this.worker = worker;
+    this.onSettled = onSettled;
+  }
+
+  async perform(handler) {
+    const { job, controller } = this;
+    const timer = setTimeout(() => this.expire(), job.timeout * 1000);
+    try {
+      const result = await handler(job.payload, {
+        job,
+        signal: controller.signal,
+        progress: (value) => this.showProgress(value),
+        step: (name, action) => this.step(name, action),
+      });
+      this.complete(result);
+    } catch (error) {
+      this.fail(failure(error));
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  /** Decides how the job ends, unless that is decided, and frees its slot. */
+  settle(call, fields, reason) {
+    if (!this.outcome) {
+      this.outcome = this.encode(call, fields);
+      this.onSettled();
+      if (reason) {
+        this.controller.abort(reason);
+      }
+      this.worker.report();
+    }
+  }
+
+  encode(call, fields) {
+    return { call, fields, text: JSON.stringify({ ...this.address, ...fields }) };
+  }
+
+  complete(result = null) {
+    try {
+      this.settle("complete", { result });
+    } catch (error) {
+      this.fail({ ...failure(error), retry: false }); // not JSON, nor will it be the next time
+    }
+  }
+
+  fail(fields, reason) {
+    if (!this.outcome) {
+      this.worker.log(`${this} failed: ${fields.error.trim().split("\n").pop()}`);
+      this.settle("fail", fields, reason);
+    }
+  }
+
+  expire() {
+    const reason = new TimedOut(`timed out after ${this.job.timeout} s`);
+    this.fail({ error: reason.message }, reason);
+  }
+
+  release() {
+    this.settle("release", {}, new Lost("the worker stops, and the job is released"));
+  }
+
+  lose(message) {
+    if (!this.outcome) {
+      this.worker.log(`${this} lost: ${message}`);
+      this.worker.claims.delete(this);
+      this.settle(undefined, {}, new Lost(message));
+    }
+  }
+
+  showProgress(value = null) {
+    this.progress = { text: JSON.stringify({ ...this.address, progress: value }) };
+    this.progressTimer ??= setTimeout(() => {
+      this.progressTimer = undefined;
+      this.isProgressDue = true;
+      this.worker.report();
+    }, PROGRESS_INTERVAL * 1000);
+  }
+
+  async step(name, action) {
+    const { signal } = this.controller;
+    const { steps } = this.job;
+    if (steps && Object.hasOwn(steps, name)) {
+      return steps[name];
+    }
+    this.letGoIfStopping();
+    const result = (await action()) ?? null;
+    try {
+      const body = { ...this.address, name, result };
+      const answer = await call("/step", body, { patience: Infinity, signal });
+      this.job.steps = { ...steps, ...this.job.steps, [name]: answer.result };
+      this.letGoIfStopping();
+      return answer.result;
+    } catch (error) {
+      if (error.status === 409) {
+        this.lose(error.message);
+      }
+      signal.throwIfAborted();
+      throw error;
+    }
+  }
+
+  /** A stopping worker does not wait for the next step: another continues there. */
+  letGoIfStopping() {
+    if (this.worker.stopping.signal.aborted) {
+      this.release();
+    }
+    this.controller.signal.throwIfAborted();
+  }
+
+  /** What the engine is to be told next, if anything. */
+  nextReport() {
+    const { outcome, progress } = this;
+    if (progress && (outcome || this.isProgressDue)) {
+      return { claim: this, call: "heartbeat", text: progress.text, progress };
+    }
+    return outcome && { claim: this, call: outcome.call, text: outcome.text };
+  }
+
+  /** The engine has taken a report; or refuses it, with an HTTP status and a sentence. */
+  answered({ call, progress }, status, sentence) {
+    if (progress && progress === this.progress) {
+      this.progress = undefined;
+      this.isProgressDue = false;
+    }
+    if (call === "heartbeat") {
+      if (status === 404 || status === 409) {
+        this.lose(sentence);
+      }
+      return;
+    }
+    if (status) {
+      this.worker.log(`${this}: the engine refuses its ${call}: ${sentence}`);
+    }
+    const { fields } = this.outcome;
+    const isUnfit = status === 400 || status === 413; // another report may be taken
+    if (isUnfit && call === "complete") {
+      const error = `the engine refuses the result: ${sentence}`;
+      this.outcome = this.encode("fail", { error, retry: false });
+    } else if (isUnfit && fields.delay !== undefined) {
+      this.outcome = this.encode("fail", { ...fields, delay: undefined });
+    } else {
+      this.worker.claims.delete(this);
+    }
+  }
+
+  toString() {
+    return `${this.job.queue} ${this.address.id}`;
+  }
+}
+
+/** The fields of /fail. The last line says what was thrown, since lists of jobs show that one. */
+function failure(error) {
+  if (error instanceof Retry || error instanceof Abort) {
+    return { error: error.message, delay: error.delay, retry: error instanceof Retry };
+  }
+  let text = "an error that cannot be shown";
+  try {
+    text = inspect(error);
+    text += error instanceof Error ? `\n\n${error}` : "";
+  } catch {
+    // a getter or toString() of its own has thrown
+  }
+  const cut = text.length - MAX_ERROR;
+  const [head, tail] = [text.slice(0, MAX_ERROR / 2), text.slice(-MAX_ERROR / 2)];
+  return { error: cut > 0 ? `${head}\n[... ${cut} characters ...]\n${tail}` : text };
+}
+
+/** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
+class Worker {
+  name = `${os.hostname().slice(0, 150)}:${process.pid}`;
+  claims = new Set(); // those whose outcome the engine does not have
+  sockets = new Set(); // of polls under way
+  stopping = new AbortController(); // aborted: no more polls
+  closing = new AbortController(); // aborted: no more reports
+  stoppedAt;
+  error; // what run() throws
+  isConsuming = true;
+  isReporting = false;
+  isStuck = false; // the engine did not take the last report
+  isAway = false; // and the log says so
+  ended;
+
+  constructor(grace, log) {
+    this.grace = grace;
+    this.log = log;
+  }
+
+  async run() {
+    const queues = [...registrations.values()];
+    const beats = this.keepAlive(Math.min(...queues.map(({ lease }) => lease)) / 3);
+    const { signal } = this.stopping;
+    const stopped = new Promise((resolve) => signal.addEventListener("abort", resolve));
+    const consumers = queues.map((each) => this.consume(each).catch((error) => this.stop(error)));
+    const consuming = Promise.all(consumers).then(() => (this.isConsuming = false));
+    await stopped;
+    await this.drain();
+    await Promise.all([beats, consuming]);
+    if (this.error) {
+      throw this.error;
+    }
+  }
+
+  stop(error) {
+    this.error ??= error;
+    this.stoppedAt ??= now();
+    this.stopping.abort();
+    // Aborting a poll would lose the jobs that its answer brings. Closing the sending half does
+    // not: the engine hands out nothing more, and what it has handed out still arrives.
+    for (const socket of this.sockets) {
+      socket.end();
+    }
+  }
+
+  /** Polls a queue and starts its jobs until the worker stops. */
+  async consume({ name, concurrency, maxRetries, lease, timeout, handler }) {
+    const { signal } = this.stopping;
+    const fields = { queue: name, worker: this.name, lease, max_retries: maxRetries, timeout };
+    let running = 0;
+    let wake = () => {};
+    const onSettled = () => {
+      running -= 1;
+      wake();
+    };
+    signal.addEventListener("abort", () => wake());
+    this.log(`working on ${name} (concurrency ${concurrency}) as ${this.name}`);
+    for (let tries = 0; !signal.aborted; ) {
+      if (running >= concurrency) {
+        await new Promise((resolve) => (wake = resolve));
+        continue;
+      }
+      if (this.isStuck) {
+        await pause(0.1, signal);
+        continue;
+      }
+      try {
+        const limit = Math.min(concurrency - running, MAX_BATCH);
+        const jobs = await this.poll({ ...fields, limit });
+        tries = 0;
+        running += jobs.length;
+        for (const job of jobs) {
+          this.start(new Claim(job, this, onSettled), handler);
+        }
+      } catch (error) {
+        tries += 1;
+        await pause(this.away(error, tries), signal);
+      }
+    }
+  }
+
+  async poll(fields) {
+    const { signal } = this.stopping;
+    const wait = connect().hasAnswered ? POLL_WAIT : 0; // it has to show that it is there
+    const text = JSON.stringify({ ...fields, wait });
+    const began = now();
+    const poll = { sockets: this.sockets, signal };
+    const jobs = (await send("/poll", text, { wait, poll })) ?? [];
+    if (!Array.isArray(jobs)) {
+      throw new Unavailable("an answer that is no engine's");
+    }
+    this.back();
+    if (wait && !jobs.length && now() - began < 1) {
+      await pause(0.5, signal); // an engine that stops answers at once
+    }
+    return jobs;
+  }
+
+  start(claim, handler) {
+    this.claims.add(claim);
+    if (this.stopping.signal.aborted) {
+      claim.release();
+    } else {
+      claim.perform(handler);
+    }
+  }
+
+  /** Seconds until the next try. Says once that the engine is away; throws what no try mends. */
+  away(error, tries) {
+    const isRefused = error instanceof Refused && error.status !== 400;
+    if (!isRefused && !(error instanceof Unavailable)) {
+      throw error;
+    }
+    if (!this.isAway && !this.stopping.signal.aborted) {
+      this.isAway = true;
+      this.log(`engine away, trying again until it is back: ${error.message}`);
+    }
+    return isRefused ? REFUSED_PAUSE : backoff(tries, error);
+  }
+
+  back() {
+    if (this.isAway) {
+      this.isAway = false;
+      this.log("engine back");
+    }
+  }
+
+  /** Heartbeats for all claims, also for those whose outcome the engine does not have. */
+  async keepAlive(interval) {
+    const { signal } = this.closing;
+    let rest = interval;
+    while (!signal.aborted) {
+      await pause(rest, signal);
+      const beats = [...this.claims].map((claim) => {
+        return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
+      });
+      rest = interval;
+      try {
+        for (let start = 0; start < beats.length; start += MAX_BATCH) {
+          await this.deliver(beats.slice(start, start + MAX_BATCH), interval);
+        }
+      } catch {
+        rest = interval / 5; // polls and reports say that the engine is away
+      }
+    }
+  }
+
+  /** Sends progress and outcomes, one request at a time, until the engine has them all. */
+  async report() {
+    if (this.isReporting) {
+      return;
+    }
+    this.isReporting = true;
+    let reports = this.nextReports();
+    for (let tries = 0; reports.length && !this.closing.signal.aborted; ) {
+      try {
+        await this.deliver(reports);
+        tries = 0;
+        this.isStuck = false;
+        this.back();
+      } catch (error) {
+        tries += 1;
+        this.isStuck = true;
+        await pause(this.away(error, tries), this.closing.signal);
+      }
+      reports = this.nextReports();
+    }
+    this.isReporting = false;
+  }
+
+  /** As many reports of one call as a request takes. */
+  nextReports() {
+    const reports = [];
+    let characters = 0;
+    for (const claim of this.claims) {
+      const report = claim.nextReport();
+      if (report && report.call === (reports[0] ?? report).call) {
+        characters += report.text.length + 1;
+        if (reports.length && (characters > MAX_CHARACTERS || reports.length === MAX_BATCH)) {
+          break;
+        }
+        reports.push(report);
+      }
+    }
+    return reports;
+  }
+
+  /** Sends reports of one call. If it is refused as a whole, the halves show which is at fault. */
+  async deliver(reports, limit) {
+    const text = `{"jobs":[${reports.map((report) => report.text).join()}]}`;
+    let answers;
+    try {
+      answers = (await send(`/${reports[0].call}`, text, { limit }))?.jobs;
+    } catch (error) {
+      if (error.status !== 413 && !(error instanceof Refused && error.status === 400)) {
+        throw error;
+      }
+      if (reports.length > 1) {
+        const half = reports.length >> 1;
+        await this.deliver(reports.slice(0, half), limit);
+        await this.deliver(reports.slice(half), limit);
+        return;
+      }
+      answers = [{ code: error.status, error: error.message }];
+    }
+    if (!Array.isArray(answers) || answers.length !== reports.length) {
+      throw new Unavailable("an answer that is no engine's");
+    }
+    const unfinished = answers.find(({ code = 0 }) => !isFinal(code));
+    reports.forEach((report, index) => {
+      const { code = 0, error } = answers[index];
+      if (isFinal(code)) {
+        report.claim.answered(report, code, error);
+      }
+    });
+    if (unfinished) {
+      throw new Unavailable(unfinished.error);
+    }
+  }
+
+  /** Lets handlers end, within the grace; releases the rest; waits until the engine has it all. */
+  async drain() {
+    const deadline = this.stoppedAt + this.grace;
+    const isRunning = () => [...this.claims].some((claim) => !claim.outcome);
+    while ((this.isConsuming || isRunning()) && now() < deadline) {
+      await pause(0.01);
+    }
+    for (const socket of this.sockets) {
+      socket.destroy(); // of a poll that nobody answers
+    }
+    for (const claim of this.claims) {
+      claim.release();
+    }
+    const farewell = Math.max(deadline, now() + FAREWELL);
+    while (this.claims.size && now() < farewell) {
+      await pause(0.01);
+    }
+    if (this.claims.size) {
+      this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
+    }
+    this.closing.abort();
+  }
+}
+"""
+
 
 if __name__ == '__main__':
     sys.exit(main())

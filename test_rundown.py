@@ -6587,8 +6587,6 @@ try:
     import django
 except ImportError:
     django = None
-needs_django_6 = pytest.mark.skipif(
-    not (django and django.VERSION >= (6,) and POSIX), reason="needs Django 6 (and Python 3.12)")
 
 DJANGO_PROJECT = {
     "settings.py": """
@@ -6902,6 +6900,599 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
 def test_without_django_nothing_of_it_is_imported_and_other_names_are_unknown():
     code = "import sys, rundown_workers as rw; print('django' in sys.modules, hasattr(rw, 'enqeue'))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=str(HERE), text=True) == "False False\n"
+# -- Node SDK --------------------------------------------------------------------------------------
+
+NODE_PREAMBLE = """
+import { appendFileSync } from "node:fs";
+import { queue, enqueue, wait, run, stop, call, Retry, Abort, Refused } from "./rundown.mjs";
+
+const say = (...words) => appendFileSync(process.env.DIARY, words.join(" ") + "\\n");
+const sleep = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds * 1000));
+"""
+
+
+ECHO = "queue('%s', (payload) => payload);"
+
+
+class NodeWorker(Worker):
+    """A program in Node beside rundown.mjs, in a process of its own."""
+
+    def __init__(self, folder, engine, source, run="await run();", env=None, replaced=()):
+        if not shutil.which("node"):
+            pytest.skip("needs node")
+        module = rundown_engine.NODE_SDK
+        for constant, value in dict(replaced).items():
+            module, count = re.subn(
+                r"(?m)^const %s = [^;]+;" % constant, "const %s = %s;" % (constant, value), module
+            )
+            assert count == 1, constant
+        folder = folder / ("node%d" % next(NUMBERS))
+        folder.mkdir()
+        (folder / "rundown.mjs").write_text(module, encoding="utf-8")
+        program = NODE_PREAMBLE + textwrap.dedent(source) + "\n" + run
+        (folder / "main.mjs").write_text(program, encoding="utf-8")
+        self.diary, self.logged = folder / "diary", folder / "log"
+        self.diary.touch()
+        with open(str(self.logged), "wb") as log:
+            self.process = subprocess.Popen(
+                ["node", "main.mjs"],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=str(folder),
+                env=environment(
+                    {
+                        "RUNDOWN_URL": getattr(engine, "url", engine),
+                        "DIARY": str(self.diary),
+                        **(env or {}),
+                    }
+                ),
+            )
+
+
+@contextlib.contextmanager
+def node(folder, engine, source, **settings):
+    worker = NodeWorker(folder, engine, source, **settings)
+    try:
+        yield worker
+    finally:
+        worker.kill()
+
+
+def test_the_engine_serves_its_node_sdk(engine):
+    status, text = engine.call("GET", "/rundown.mjs")
+    assert (status, text) == (200, rundown_engine.NODE_SDK)
+    assert engine.response.getheader("Content-Type") == "text/javascript; charset=utf-8"
+    assert max(map(len, text.splitlines())) <= 100
+
+
+NODE_OUTCOMES = [  # the body of a handler that gets `payload` 21; what becomes of the job
+    ("return { twice: payload * 2 };", {"status": "done", "result": {"twice": 42}}),
+    ("return undefined;", {"status": "done", "result": None}),
+    (
+        "return job.attempt < 2 ? Promise.reject(new Retry('later', { delay: 0 })) : job.attempt;",
+        {"status": "done", "result": 2, "retries": 1},
+    ),
+    ("throw new Abort('enough');", {"status": "failed", "error": "enough", "attempt": 1}),
+    ("return 1n;", {"status": "failed", "attempt": 1, "error": "TypeError: .* BigInt"}),
+    ("return 'x'.repeat(9e6);", {"status": "failed", "error": "the engine refuses .*8388608"}),
+    ("throw 'words';", {"status": "pending", "error": "'words'"}),
+    ("throw new Retry('never', { delay: 1e12 });", {"status": "pending", "error": "never"}),
+    (
+        "throw Object.defineProperty(new Error(), 'stack', { get() { throw 1; } });",
+        {"status": "pending", "error": "an error that cannot be shown"},
+    ),
+    (
+        "throw new Error('x'.repeat(1e6));",
+        {"status": "pending", "error": r"Error: x+\n\[... \d+ characters ...\]\nx+"},
+    ),
+    (
+        "progress({ done: 1, total: 2 }); return 1;",
+        {"status": "done", "progress": {"done": 1, "total": 2}},
+    ),
+    ("progress(1n);", {"status": "pending", "error": "TypeError: .*BigInt"}),
+    (
+        "signal.addEventListener('abort', () => say(signal.reason)); return sleep(99);",
+        {"status": "pending", "error": "timed out after 2 s"},
+    ),
+    (
+        "job.id = job.attempt = job.timeout = 0; return 'changed';",
+        {"status": "done", "result": "changed"},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "body, expected", NODE_OUTCOMES, ids=[body[:40] for body, _ in NODE_OUTCOMES]
+)
+def test_the_outcomes_of_a_node_handler(engine, tmp_path, q, body, expected):
+    expected = dict(expected)
+    source = "queue('%s', async (payload, { job, signal, progress, step }) => { %s });" % (q, body)
+    with node(tmp_path, engine, source):
+        job = engine.enqueue(q, 21, timeout=2, max_retries=1)
+        until(lambda: engine.job(job)["attempts"])
+        until(lambda: engine.job(job)["status"] == expected["status"])
+        row = engine.job(job)
+    assert re.match(expected.pop("error", ""), row["error"] or ""), row["error"]
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_a_node_handler_that_throws_leaves_its_stack_and_last_the_message(engine, tmp_path, q):
+    with node(
+        tmp_path, engine, "queue('%s', function resize() { throw new RangeError('large'); });" % q
+    ):
+        job = engine.enqueue(q, max_retries=0)
+        error = ended(engine, job)["error"]
+    assert re.match(r"RangeError: large\n    at resize \(.*main.mjs:\d+:\d+\)", error)
+    assert error.splitlines()[-1] == "RangeError: large"
+
+
+def test_concurrency_and_settings_of_a_node_worker(engine, tmp_path, q):
+    jobs = [engine.enqueue(q, number) for number in range(6)]
+    source = (
+        """
+        queue("%s", { concurrency: 3, maxRetries: 7, timeout: 60 }, async () => {
+          say("begin"); await sleep(0.3); say("end");
+        });"""
+        % q
+    )
+    with node(tmp_path, engine, source) as worker:
+        rows = [ended(engine, job) for job in jobs]
+        steps = [1 if word == "begin" else -1 for word in worker.said()]
+    assert max(itertools.accumulate(steps)) == 3
+    assert {(row["max_retries"], row["timeout"]) for row in rows} == {(7, 60)}
+
+
+def test_an_idle_node_worker_has_one_poll_per_queue_and_ends_at_once(engine, proxy, tmp_path, q):
+    source = "for (const name of 'ab') queue('%s' + name, { concurrency: 9 }, () => 1);" % q
+    with node(tmp_path, proxy, source) as worker:
+        for name in "ab":
+            until(lambda: any(one["queue"] == q + name for one in engine.get("/queues")["workers"]))
+        time.sleep(0.3)
+        assert proxy.connections == 2
+        began = time.monotonic()
+        assert worker.stop() == 0
+        assert time.monotonic() - began < 1.5
+
+
+@beside
+def test_node_heartbeats_are_batched_and_keep_long_jobs(own, tmp_path, q):
+    engine = own()
+    jobs = [engine.enqueue(q) for _ in range(20)]
+    source = "queue('%s', { concurrency: 20, lease: 0.9 }, () => sleep(2.5));" % q
+    with node(tmp_path, engine, source):
+        rows = [ended(engine, job) for job in jobs]
+    assert {(row["status"], row["attempt"], row["retries"]) for row in rows} == {("done", 1, 0)}
+    beats = r'rundown_requests_total{route="/heartbeat",status="200"} (\d+)'
+    assert 3 <= int(re.search(beats, engine.get("/metrics"))[1]) <= 12
+
+
+def test_a_node_handler_that_hangs_is_timed_out_and_its_slot_is_free(engine, tmp_path, q):
+    hanging = engine.enqueue(q, "hang", timeout=0.4)
+    other = engine.enqueue(q, "other")
+    source = (
+        """
+        queue("%s", { maxRetries: 0 }, (payload, { signal }) => {
+          signal.addEventListener("abort", () => say(signal.reason));
+          return payload === "other" ? "ran" : new Promise(() => {});
+        });"""
+        % q
+    )
+    with node(tmp_path, engine, source) as worker:
+        assert ended(engine, other)["result"] == "ran"
+        assert ended(engine, hanging)["error"] == "timed out after 0.4 s"
+        assert worker.said() == ["TimedOut: timed out after 0.4 s"]
+        assert worker.stop() == 0
+
+
+def test_a_cancelled_job_aborts_its_node_handler_and_its_slot_is_free(engine, tmp_path, q):
+    job = engine.enqueue(q, "first")
+    source = (
+        """
+        queue("%s", { lease: 0.9 }, async (payload, { signal }) => {
+          if (payload === "second") return "ran";
+          say("begun");
+          await new Promise((resolve) => signal.addEventListener("abort", resolve));
+          say(signal.reason);
+          return "late";
+        });"""
+        % q
+    )
+    with node(tmp_path, engine, source) as worker:
+        until(worker.said)
+        engine.post("/cancel", id=job["id"])
+        assert ended(engine, engine.enqueue(q, "second"))["result"] == "ran"
+        assert re.match("Lost: .*cancelled", worker.said()[1])
+        assert engine.job(job)["status"] == "cancelled" and engine.job(job)["result"] is None
+
+
+@beside
+def test_a_stopped_node_worker_finishes_or_releases_its_jobs(engine, tmp_path, q):
+    quick, slow = [engine.enqueue(q, seconds) for seconds in (1, 30)]
+    source = (
+        """
+        queue("%s", { concurrency: 2 }, async (payload, { signal }) => {
+          say("begun");
+          await sleep(payload);
+          return payload;
+        });
+        setInterval(() => {}, 1000);     // something that keeps the process alive
+        """
+        % q
+    )
+    with node(
+        tmp_path,
+        engine,
+        source,
+        run="await run({ grace: 2 }); say('over');",
+        replaced={"EXIT_TIMEOUT": 0.5},
+    ) as worker:
+        until(lambda: len(worker.said()) == 2)
+        later = engine.enqueue(q, 0)
+        assert worker.stop() == 0
+        assert worker.said()[2:] == ["over"]
+    assert (engine.job(quick)["status"], engine.job(quick)["result"]) == ("done", 1)
+    assert (engine.job(slow)["status"], engine.job(slow)["retries"]) == ("pending", 0)
+    assert (engine.job(later)["status"], engine.job(later)["attempt"]) == ("pending", 0)
+
+
+@beside
+def test_a_second_signal_ends_a_node_worker_at_once(engine, tmp_path, q):
+    engine.enqueue(q)
+    source = "queue('%s', async () => { say('begun'); await sleep(30); });" % q
+    with node(tmp_path, engine, source) as worker:
+        until(worker.said)
+        worker.process.send_signal(signal.SIGINT)
+        worker.process.send_signal(signal.SIGINT)  # as npm does it: the same signal twice
+        time.sleep(0.8)
+        assert worker.process.poll() is None
+        assert worker.stop(signal.SIGINT) == 130
+
+
+@beside
+def test_no_job_stays_claimed_when_a_node_worker_is_stopped_under_load(engine, tmp_path, q):
+    source = """
+        queue("%s", { concurrency: 20 }, () => sleep(Math.random() * 0.02));
+        for (let round = 0; round < 12; round += 1) {
+          const jobs = [];
+          const running = run({ log: () => {} });
+          for (let n = 0; n < 40; n += 1) jobs.push(enqueue("%s", n));
+          await sleep(Math.random() * 0.08);
+          await stop();
+          await running;
+          await Promise.all(jobs);
+          say((await call("/jobs?status=running&queue=%s")).jobs.length);
+        }""" % (q, q, q)
+    with node(tmp_path, engine, source, run="") as worker:
+        assert worker.wait() == 0
+    assert worker.said() == ["0"] * 12, worker.log()
+
+
+@beside
+def test_a_node_worker_keeps_outcomes_until_the_engine_is_back(own, tmp_path, q):
+    engine = own()
+    jobs = [engine.enqueue(q, number) for number in range(2)]
+    source = (
+        """
+        queue("%s", { concurrency: 2 }, async (payload) => {
+          say(payload);
+          await sleep(1);
+          return payload;
+        });"""
+        % q
+    )
+    with node(tmp_path, engine, source) as worker:
+        until(lambda: len(worker.said()) == 2)
+        engine.kill()
+        time.sleep(3)
+        engine.start("--port", str(engine.port))
+        rows = [ended(engine, job) for job in jobs]
+        assert ended(engine, engine.enqueue(q, "after"))["result"] == "after"
+        assert sorted(worker.said()) == ["0", "1", "after"]
+        assert worker.log().count("engine away") == worker.log().count("engine back") == 1
+    assert [(row["result"], row["attempt"]) for row in rows] == [(0, 1), (1, 1)]
+
+
+def test_a_node_outcome_whose_reply_was_swallowed_counts_once(engine, proxy, tmp_path, q):
+    proxy.path, proxy.swallow = b"/complete", 2
+    source = "queue('%s', (payload) => { say('run'); return payload; });" % q
+    with node(tmp_path, proxy, source) as worker:
+        job = engine.enqueue(q, 1)
+        until(lambda: proxy.swallow == 0)
+        until(lambda: not proxy.swallow and engine.job(job)["status"] == "done")
+        assert engine.job(job)["attempt"] == 1
+        assert worker.stop() == 0
+    assert worker.said() == ["run"]
+
+
+@beside
+def test_a_node_outcome_is_kept_while_the_engine_answers_503(own, tmp_path, q):
+    engine = own(constants={"BUSY": 0.2})
+    job = engine.enqueue(q)
+    source = "queue('%s', async () => { say('run'); await sleep(0.3); return 1; });" % q
+    with node(tmp_path, engine, source) as worker:
+        until(worker.said)
+        with write_lock(engine):
+            time.sleep(1.5)
+            assert engine.job(job)["status"] == "running"
+        assert ended(engine, job)["result"] == 1
+        assert worker.said() == ["run"]
+
+
+@beside
+def test_an_enqueue_in_node_is_repeated_until_the_engine_is_there(own, tmp_path, q):
+    engine = own()
+    engine.kill()
+    source = (
+        """
+        const options = { tag: "t", maxRetries: 2, runAt: new Date(2e12) };
+        say((await enqueue("%s", "x", options)).id);"""
+        % q
+    )
+    with node(tmp_path, engine, source, run="") as producer:
+        time.sleep(1)
+        engine.start("--port", str(engine.port))
+        assert producer.wait() == 0
+    [job] = engine.get("/jobs?queue=" + q)["jobs"]
+    assert [job["id"]] == producer.said()
+    assert job["id"][14] == "7" and job["id"][19] in "89ab"
+    assert (job["tag"], job["max_retries"]) == ("t", 2)
+    assert job["next_run_at"] == "2033-05-18T03:33:20.000000Z"
+
+
+def test_an_enqueue_in_node_whose_reply_was_swallowed_adds_one_job(engine, proxy, tmp_path, q):
+    proxy.path, proxy.swallow = b"/enqueue", 2
+    with node(tmp_path, proxy, "await enqueue('%s', 1);" % q, run="") as producer:
+        assert producer.wait() == 0
+    assert engine.count(q) == 1
+
+
+def test_calls_in_node_tell_what_the_engine_refuses_and_wait_for_a_job(engine, tmp_path, q):
+    source = """
+        const refused = await enqueue("%s", 1, { maxRetrys: 3 }).catch((error) => error);
+        say(refused instanceof Refused, refused.status, refused.message);
+        const first = await enqueue("%s", 1, { id: "node/%s ../?" });
+        const second = await enqueue("%s", 2, { after: [first] });
+        const late = await wait(first, 0.2).catch((error) => error);
+        say(late.name, late.message);
+        await call("/cancel", { id: first.id });
+        say((await wait(second.id, 5)).status);
+        """ % (q, q, q, q)
+    with node(tmp_path, engine, source, run="") as program:
+        assert program.wait() == 0, program.log()
+    first, second, third = program.said()
+    assert first.startswith("true 400 ") and "max_retries" in first
+    assert second == "TimedOut job node/%s ../? is still pending after 0.2 s" % q
+    assert third == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\nnope",
+        b"HTTP/1.1 409 Conflict\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
+        b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+        b"",
+    ],
+    ids=["proxy's 400", "proxy's 409", "page", "cut", "redirect", "silence"],
+)
+def test_in_node_only_the_engine_s_own_json_is_a_verdict(engine, tmp_path, q, answer):
+    with canned(answer) as (url, heard):
+        urls = url + "/prefix " + engine.url
+        with node(tmp_path, urls, ECHO % q) as worker:
+            assert ended(engine, engine.enqueue(q, 7))["result"] == 7
+            assert heard and worker.process.poll() is None
+
+
+def test_a_node_worker_moves_on_from_an_engine_that_never_answers(engine, tmp_path, q):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        urls = "http://127.0.0.1:%d %s" % (silent.getsockname()[1], engine.url)
+        with node(tmp_path, urls, ECHO % q, replaced={"FIRST_TIMEOUT": 0.3}):
+            assert ended(engine, engine.enqueue(q, 7), 8)["result"] == 7
+
+
+@beside
+def test_a_node_worker_goes_on_with_a_standby(own, tmp_path, q):
+    (tmp_path / "standby").mkdir()
+    engine, standby = own(), own(folder=tmp_path / "standby")
+    with node(tmp_path, engine.url + " " + standby.url, ECHO % q):
+        assert ended(engine, engine.enqueue(q, 1))["result"] == 1
+        engine.kill()
+        assert ended(standby, standby.enqueue(q, 2), 8)["result"] == 2
+
+
+def test_a_node_worker_with_a_token(guarded, tmp_path, q):
+    source = ECHO % q + "await enqueue('%s', 5);" % q
+    with node(tmp_path, guarded, source, env={"RUNDOWN_TOKEN": TOKEN}):
+
+        def jobs():
+            path = "/jobs?status=done&queue=" + q
+            return guarded.call("GET", path, headers=bearer(TOKEN))[1]["jobs"]
+
+        assert until(jobs)[0]["result"] == 5
+
+
+def test_a_node_worker_with_a_wrong_token_says_so_once_and_goes_on_asking(guarded, tmp_path, q):
+    with node(
+        tmp_path,
+        guarded,
+        "queue('%s', () => 1);" % q,
+        env={"RUNDOWN_TOKEN": "wrong"},
+        replaced={"REFUSED_PAUSE": 0.1},
+    ) as worker:
+        until(lambda: "engine away" in worker.log())
+        time.sleep(0.4)
+        assert worker.log().count("engine away") == 1 and "token" in worker.log()
+        assert worker.stop() == 0
+
+
+def test_a_queue_that_the_engine_refuses_ends_run_in_node(engine, tmp_path):
+    run = "await run().catch((error) => say(error));"
+    with node(tmp_path, engine, "queue('', () => 1);", run=run) as worker:
+        assert worker.wait() == 0
+        assert re.match("Refused: queue must be", worker.said()[0])
+
+
+def test_a_node_worker_over_tls(https, tmp_path, q):
+    engine, cert = https()
+    source = ECHO % q + "say((await enqueue('%s', 3)).id);" % q
+    with node(tmp_path, engine, source, env={"NODE_EXTRA_CA_CERTS": cert}) as worker:
+        client = rw.Client(engine.url, ca=cert)
+        job = client.wait(until(worker.said)[0], 10)
+        assert job["result"] == 3
+        time.sleep(0.3)
+        began = time.monotonic()
+        assert worker.stop() == 0
+        assert time.monotonic() - began < 1.5
+
+
+needs_steps = pytest.mark.skipif(
+    "/step" not in rundown_engine.ROUTES, reason="the engine has no /step yet"
+)
+STEPS = """
+    queue("%s", async (payload, { step, job }) => {
+      const first = await step("first", async () => {
+        say("first");
+        return { n: [1, undefined] };
+      });
+      if (job.attempt === 1) throw new Retry("again", { delay: 0 });
+      const second = await step("second", () => { say("second"); });
+      return [first, second];
+    });"""
+
+
+@needs_steps
+def test_a_node_step_is_done_once_and_its_result_is_what_json_gives_back(engine, tmp_path, q):
+    job = engine.enqueue(q)
+    with node(tmp_path, engine, STEPS % q) as worker:
+        row = ended(engine, job)
+    assert (row["result"], row["attempt"]) == ([{"n": [1, None]}, None], 2)
+    assert worker.said() == ["first", "second"]
+
+
+@needs_steps
+def test_between_two_steps_a_node_worker_that_stops_lets_the_job_go(engine, tmp_path, q):
+    job = engine.enqueue(q)
+    source = (
+        """
+        queue("%s", async (payload, { step, signal }) => {
+          await step("first", async () => { say("first"); await sleep(0.6); });
+          say("second");
+        });"""
+        % q
+    )
+    with node(tmp_path, engine, source) as worker:
+        until(worker.said)
+        assert worker.stop() == 0
+        assert worker.said() == ["first"]
+    row = engine.job(job)
+    assert (row["status"], row["retries"], row["steps"]) == ("pending", 0, {"first": None})
+
+
+@needs_steps
+def test_a_node_step_of_a_lost_claim_throws_into_the_handler(engine, tmp_path, q):
+    job = engine.enqueue(q)
+    source = (
+        """
+        queue("%s", async (payload, { job, step }) => {
+          await call("/cancel", { id: job.id });
+          await step("late", () => 1).catch((error) => say(error.name));
+        });"""
+        % q
+    )
+    with node(tmp_path, engine, source) as worker:
+        assert until(worker.said) == ["Lost"]
+    assert engine.job(job)["status"] == "cancelled"
+
+
+@beside
+def test_a_job_of_a_node_worker_that_is_killed_runs_again_after_its_lease(engine, tmp_path, q):
+    job = engine.enqueue(q)
+    source = "queue('%s', { lease: 0.6 }, async () => { say('run'); await sleep(60); });" % q
+    with node(tmp_path, engine, source) as worker:
+        until(worker.said)
+    until(lambda: engine.job(job)["status"] == "pending")
+    row = engine.job(job)
+    assert (row["retries"], row["error"]) == (1, "worker lost")
+
+
+@beside
+def test_kills_of_engine_and_node_workers_lose_nothing(own, tmp_path, q):
+    engine = own()
+    source = (
+        """
+        queue("%s", { concurrency: 5, maxRetries: 50, lease: 0.6 }, async (payload) => {
+          await sleep(Math.random() * 0.05);
+          return payload + 1;
+        });"""
+        % q
+    )
+    jobs = []
+    rng = random.Random(7)
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(node(tmp_path, engine, source)) for _ in range(2)]
+        for round in range(6):
+            jobs += [engine.enqueue(q, number) for number in range(40)]
+            time.sleep(rng.random() * 0.4)
+            if round % 2:
+                engine.kill()
+                time.sleep(0.2)
+                engine.start("--port", str(engine.port))
+            else:
+                running.pop(0).kill()
+                running.append(stack.enter_context(node(tmp_path, engine, source)))
+        until(lambda: all(engine.job(job)["status"] != "running" for job in jobs))
+        while not all(engine.job(job)["finished_at"] for job in jobs):
+            time.sleep(0.2)
+        rows = [engine.job(job) for job in jobs]
+    assert [row["result"] for row in rows] == [row["payload"] + 1 for row in rows]
+    assert all(row["attempt"] == 1 or row["attempts"][0]["outcome"] != "done" for row in rows)
+
+
+USER = """
+import { queue, enqueue, wait, run, stop, call, Retry, Abort } from "./rundown.mjs";
+
+queue("images", { maxRetries: 5, concurrency: 4 }, async (payload, context) => {
+  const { job, signal, progress, step } = context;
+  const size = await step("size", async () => 3);
+  progress(size / 4);
+  if (signal.aborted) throw new Retry("why", { delay: 60 });
+  if (job.attempt > 3) throw new Abort("why");
+  return payload + size.toFixed(1);
+});
+queue("plain", (payload) => payload * 2);
+const job = await enqueue("images", "a.jpg", { delay: 60, after: ["a"], runAt: new Date() });
+console.log((await wait(job, 10)).status.length, job.id.length);
+await call("/cancel", { id: job.id });
+await run({ grace: 5 });
+await stop();
+"""
+WRONG = """
+import { queue, enqueue } from "./rundown.mjs";
+queue("images", { concurency: 4 }, () => 1);
+queue("images", (payload, { step }) => step("one", () => 1).length);
+enqueue("images", 1, { delay: "soon" });
+"""
+
+
+@beside
+def test_typescript_accepts_the_node_sdk_in_a_user_s_program(tmp_path):
+    """TYPESCRIPT names a folder in which `npm install typescript @types/node` was run."""
+    modules = Path(os.environ.get("TYPESCRIPT", "")) / "node_modules"
+    if not os.environ.get("TYPESCRIPT") or not (modules / ".bin" / "tsc").exists():
+        pytest.skip("needs TYPESCRIPT, a folder with npm's typescript and @types/node")
+    (tmp_path / "rundown.mjs").write_text(rundown_engine.NODE_SDK, encoding="utf-8")
+    (tmp_path / "user.mjs").write_text(USER)
+    (tmp_path / "wrong.mjs").write_text(WRONG)
+    (tmp_path / "node_modules").symlink_to(modules)
+    options = "--noEmit --allowJs --checkJs --strict --module nodenext --target es2022 --types node"
+    command = [str(modules / ".bin" / "tsc"), *options.split()]
+    done = subprocess.run(command + ["user.mjs"], cwd=str(tmp_path), stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, b"")
+    done = subprocess.run(command + ["wrong.mjs"], cwd=str(tmp_path), stdout=subprocess.PIPE)
+    assert sorted(set(re.findall(r"wrong.mjs\((\d)", done.stdout.decode()))) == ["3", "4", "5"]
 
 
 # -- faults: what clients saw, and what must hold after any run ------------------------------------
