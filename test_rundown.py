@@ -6188,11 +6188,23 @@ POSTGRESQL = pytest.param(
     "postgresql", marks=pytest.mark.skipif(no_postgresql, reason="wants psycopg, PostgreSQL and root"))
 
 
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory):
+    """A dict of databases by their kind: one cluster of PostgreSQL serves all tests."""
+    class Shops(dict):
+        def __missing__(self, kind):
+            self[kind] = Outboxes(tmp_path_factory.mktemp("shop"), kind)
+            return self[kind]
+
+    shops = Shops()
+    yield shops
+    for shop in shops.values():
+        shop.stop()
+
+
 @pytest.fixture(scope="module", params=["sqlite", POSTGRESQL])
-def shop(request, tmp_path_factory):
-    shop = Outboxes(tmp_path_factory.mktemp("shop"), request.param)
-    yield shop
-    shop.stop()
+def shop(request, shops):
+    return shops[request.param]
 
 
 @pytest.fixture
@@ -6569,6 +6581,325 @@ def test_the_command_line_forwards_a_sqlite_file(engine, tmp_path, q):
     assert forwarder.wait(10) == 0
 
 
+# -- SDK: Django ----------------------------------------------------------------------------------
+
+try:
+    import django
+except ImportError:
+    django = None
+
+DJANGO_PROJECT = {
+    "settings.py": """
+        DATABASES = {"default": %(database)r, "other": %(other)r}
+        INSTALLED_APPS = ["shop"]
+        ROOT_URLCONF = "shop.urls"
+        SECRET_KEY = "secret"
+        USE_TZ = True
+        BACKEND = "rundown_workers.DjangoBackend"
+        QUEUES = ["default", "mail"]
+        TASKS = {
+            "default": {"BACKEND": BACKEND, "OPTIONS": {"outbox": True}, "QUEUES": QUEUES},
+            "second": {"BACKEND": BACKEND, "OPTIONS": {"outbox": "other"}, "QUEUES": QUEUES},
+            "direct": {"BACKEND": BACKEND, "OPTIONS": {"max_retries": 1}, "QUEUES": QUEUES},
+        }
+    """,
+    "shop/__init__.py": "",
+    "shop/models.py": """
+        from django.db import models
+
+        class Order(models.Model):
+            name = models.CharField(max_length=100)
+
+            class Meta:
+                app_label = "shop"
+    """,
+    "shop/tasks.py": """
+        from django.core.signals import request_started
+        from django.db import connection
+        from django.dispatch import receiver
+        from django.tasks import signals, task
+        import rundown_workers as rw
+        from shop.models import Order
+
+        @task
+        def add(a, b=0):
+            return a + b
+
+        @task
+        async def aadd(a, b=0):
+            return [a + b, await Order.objects.filter(name="none").acount()]
+
+        @task(queue_name="mail", takes_context=True)
+        def show_context(context, *args):
+            result = context.task_result
+            return [context.attempt, result.task.queue_name, result.task.priority, result.status, args]
+
+        @task(takes_context=True)
+        def fail_once(context):
+            if context.attempt == 1:
+                raise rw.Retry("not yet", delay=0)
+            return context.attempt
+
+        class Unhappy(Exception):
+            pass
+
+        @task
+        def fail():
+            raise rw.Abort("never") from Unhappy("with\\ntwo lines")
+
+        @task
+        def fail_always(seconds=0):
+            raise Unhappy("with\\ntwo lines")
+
+        @task
+        def count_orders(name):
+            return Order.objects.filter(name=name).count()
+
+        @task
+        def leave_connection_open():
+            Order.objects.count()
+            return connection.connection is not None
+
+        @task
+        def see_connection():
+            return connection.connection is not None
+
+        @task
+        def return_set():
+            return {1}
+
+        def not_a_task():
+            pass
+
+        seen = []
+
+        @receiver([signals.task_enqueued, signals.task_started, signals.task_finished])
+        def note(sender, signal, task_result, **more):
+            names = {id(signals.task_enqueued): "enqueued", id(signals.task_started): "started"}
+            name = names.get(id(signal), "finished")
+            seen.append([name, task_result.id, task_result.status, task_result.attempts, sender.__name__])
+
+        @task
+        def signals_of(ids):
+            return [line for line in seen if line[1] in ids]
+    """,
+    "shop/urls.py": """
+        from django.db import transaction
+        from django.http import HttpResponse
+        from django.urls import path
+        from shop.models import Order
+        from shop.tasks import count_orders
+
+        def buy(request, name):
+            with transaction.atomic():
+                Order.objects.create(name=name)
+                result = count_orders.enqueue(name)
+                if name.startswith("bad"):
+                    raise ValueError(result.id)
+            return HttpResponse(result.id)
+
+        urlpatterns = [path("buy/<name>", buy)]
+    """,
+}
+DJANGO_SHELL = """
+import asyncio, contextlib, datetime, io, json, sys, time, traceback
+import django
+django.setup()
+from django.db import connections, transaction
+from django.tasks import task_backends
+from django.test import Client
+from shop import tasks
+from shop.models import Order
+
+def ended(result, seconds=15):
+    deadline = time.monotonic() + seconds
+    while not result.is_finished and time.monotonic() < deadline:
+        time.sleep(0.02)
+        result.refresh()
+    return result
+
+names = globals()
+out, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    names["answer"] = None
+    try:
+        exec(json.loads(line), names)
+        report = [True, names["answer"]]
+    except BaseException:
+        report = [False, traceback.format_exc()]
+    print(json.dumps(report), file=out, flush=True)
+"""
+
+
+class Site:
+    """A Django project, a process of it that executes source, and a worker."""
+
+    def __init__(self, folder, shop, url):
+        names = dict(database=self.database(shop, "shop"), other=self.database(shop, "other"))
+        for name, source in DJANGO_PROJECT.items():
+            file = folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(textwrap.dedent(source % names if name == "settings.py" else source))
+        env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": os.pathsep.join([str(folder), str(HERE)]),
+               "RUNDOWN_URL": url}
+        options = dict(env=environment(env), cwd=str(folder), text=True)
+        self.shell = subprocess.Popen(
+            [sys.executable, "-c", DJANGO_SHELL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+        self.log = open(str(folder / "worker.log"), "w+")
+        self.run("""
+            for alias in "default", "other":
+                with connections[alias].schema_editor() as editor:
+                    editor.create_model(Order)""")
+        self.worker = subprocess.Popen([*main_of(rw, {}), "django", "--concurrency", "2"], stderr=self.log, **options)
+
+    @staticmethod
+    def database(shop, name):
+        if shop.kind == "sqlite":
+            return {"ENGINE": "django.db.backends.sqlite3", "NAME": shop.file + name}
+        with contextlib.closing(psycopg.connect(shop.dsn, autocommit=True)) as connection:
+            connection.execute("CREATE DATABASE django_" + name)
+        return {"ENGINE": "django.db.backends.postgresql", "NAME": "django_" + name, "USER": "postgres",
+                "HOST": "127.0.0.1", "PORT": shop.port}
+
+    def run(self, source):
+        """The name `answer` after the source was executed in the project's process."""
+        self.shell.stdin.write(json.dumps(textwrap.dedent(source)) + "\n")
+        self.shell.stdin.flush()
+        succeeded, answer = json.loads(self.shell.stdout.readline())
+        assert succeeded, answer
+        return answer
+
+    def stop(self):
+        self.worker.send_signal(signal.SIGTERM)
+        self.shell.communicate(timeout=10)
+        code = self.worker.wait(10)
+        self.log.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def site(engine, shop, tmp_path_factory):
+    if not (django and django.VERSION >= (6,)):
+        pytest.skip("needs Django 6, which needs Python 3.12")
+    site = Site(tmp_path_factory.mktemp("site"), shop, engine.url)
+    yield site
+    assert site.stop() == 0
+
+
+def test_django_a_view_s_task_runs_after_its_commit_and_not_after_a_rollback(site):
+    good, bad = site.run("""
+        client = Client(raise_request_exception=False)
+        good = [client.get("/buy/good%d" % number).content.decode() for number in range(20)]
+        client = Client()
+        bad = []
+        for number in range(3):
+            try:
+                client.get("/buy/bad%d" % number)
+            except ValueError as error:
+                bad.append(str(error))
+        backend = task_backends["default"]
+        answer = [[ended(backend.get_result(id)).return_value for id in good], bad]""")
+    assert good == [1] * 20
+    assert site.run("""
+        from django.tasks.exceptions import TaskResultDoesNotExist
+        answer = 0
+        for id in %r:
+            try:
+                backend.get_result(id)
+            except TaskResultDoesNotExist:
+                answer += 1""" % bad) == 3
+
+
+@pytest.mark.parametrize("backend", ["default", "second", "direct"])
+def test_django_tasks_run_with_arguments_priority_queue_and_context(site, backend):
+    added, later, context = site.run("""
+        with transaction.atomic(using="other"):
+            results = [tasks.add.using(backend=%r).enqueue(1, b=2), tasks.aadd.using(backend=%r).enqueue(b=3, a=4),
+                       tasks.show_context.using(backend=%r, priority=7).enqueue("x", [1])]
+        answer = [ended(result).return_value for result in results]""" % ((backend,) * 3))
+    assert (added, later, context) == (3, [7, 0], [1, "mail", 7, "RUNNING", ["x", [1]]])
+
+
+def test_django_s_result_says_how_a_task_came_to_its_end(site):
+    once, last, path, text, lost = site.run("""
+        once, last, odd = [ended(task.using(backend="direct").enqueue())
+                           for task in (tasks.fail_once, tasks.fail, tasks.return_set)]
+        answer = [[once.attempts, once.return_value, len(once.errors), once.status], last.status,
+                  last.errors[0].exception_class_path, last.errors[0].traceback, odd.errors[0].traceback]""")
+    assert once == [2, 2, 1, "SUCCESSFUL"]
+    assert last == "FAILED" and path == "rundown_workers.Abort" and "two lines" in text and "not JSON" in lost
+
+
+def test_django_a_task_that_waits_for_its_retry_is_ready_and_shows_the_error(site):
+    status, path, fields = site.run("""
+        result = tasks.fail_always.enqueue()
+        deadline = time.monotonic() + 15
+        while not result.errors and time.monotonic() < deadline:
+            time.sleep(0.02)
+            result.refresh()
+        fields = [getattr(result, name) is not None for name in ("enqueued_at", "started_at", "last_attempted_at")]
+        same = asyncio.run(tasks.fail_always.aget_result(result.id))
+        assert same.errors == result.errors and result.errors[0].exception_class is tasks.Unhappy
+        answer = [result.status, result.errors[0].exception_class_path, fields + [result.finished_at is None]]""")
+    assert (status, path, fields) == ("READY", "shop.tasks.Unhappy", [True] * 4)
+
+
+@pytest.mark.parametrize("backend", ["default", "direct"])
+def test_django_run_after_and_async_enqueue(site, backend):
+    assert site.run("""
+        soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=0.7)
+        result = tasks.add.using(backend=%r, run_after=soon).enqueue(1)
+        later = tasks.add.using(backend=%r, run_after=soon + datetime.timedelta(days=9)).enqueue(1)
+        other = asyncio.run(tasks.add.using(backend=%r).aenqueue(2))
+        answer = [ended(result).started_at >= soon, ended(other).return_value, later.status]""" % (
+            (backend,) * 3)) == [True, 2, "READY"]
+
+
+def test_django_s_signals_are_sent_by_producer_and_worker(site):
+    local, remote = site.run("""
+        once, never = [ended(task.using(backend="direct").enqueue()) for task in (tasks.fail_once, tasks.fail)]
+        ids = [once.id, never.id]
+        answer = [tasks.signals_of.func(ids), None]
+        result = ended(tasks.signals_of.using(backend="direct").enqueue(ids))
+        numbers = {id: number for number, id in enumerate(ids)}
+        answer = [[[line[0], numbers[line[1]], *line[2:]] for line in lines] for lines in (
+            answer[0], result.return_value)]""")
+    assert local == [["enqueued", number, "READY", 0, "DjangoBackend"] for number in range(2)]
+    assert remote == [["started", 0, "RUNNING", 1, "DjangoBackend"], ["started", 0, "RUNNING", 2, "DjangoBackend"],
+                      ["finished", 0, "SUCCESSFUL", 2, "DjangoBackend"],
+                      ["started", 1, "RUNNING", 1, "DjangoBackend"], ["finished", 1, "FAILED", 1, "DjangoBackend"]]
+
+
+def test_django_s_connections_are_closed_around_a_task(site):
+    assert site.run("""
+        opened, seen = [[ended(task.using(backend="direct").enqueue()).return_value for _ in range(4)]
+                        for task in (tasks.leave_connection_open, tasks.see_connection)]
+        answer = [all(opened), any(seen)]""") == [True, False]
+
+
+def test_django_what_is_no_task_and_what_is_unknown_is_not_run(site, engine):
+    wrong = [engine.enqueue("default", {"task": name})["id"]
+             for name in ("shop.tasks.not_a_task", "os.getcwd")] + [engine.enqueue("default", 5)["id"]]
+    for id in wrong:
+        job = engine.get("/jobs/%s?wait=10" % id)
+        assert job["status"] == "failed" and "task" in job["error"]
+    later = engine.enqueue("default", {"task": "shop.tasks.of_a_newer_version"})["id"]
+    until(lambda: engine.job(later)["retries"] == 1)
+    assert "of_a_newer_version" in engine.job(later)["error"]
+
+
+def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
+    if not (django and django.VERSION >= (6,)):
+        assert "needs Django 6" in rundown(engine, "django", code=2)
+        with pytest.raises(AttributeError, match="needs Django 6"):
+            rw.DjangoBackend
+        return
+    assert "DJANGO_SETTINGS_MODULE" in rundown(engine, "django", code=2)
+
+
+def test_without_django_nothing_of_it_is_imported_and_other_names_are_unknown():
+    code = "import sys, rundown_workers as rw; print('django' in sys.modules, hasattr(rw, 'enqeue'))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=str(HERE), text=True) == "False False\n"
 # -- Node SDK --------------------------------------------------------------------------------------
 
 NODE_PREAMBLE = """
