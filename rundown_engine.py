@@ -2553,7 +2553,6 @@ import http from "node:http";
 import https from "node:https";
 import os from "node:os";
 import { setTimeout as sleep } from "node:timers/promises";
-import { urlToHttpOptions } from "node:url";
 import { inspect } from "node:util";
 
 const DEFAULT_URL = "http://127.0.0.1:8181";
@@ -2670,7 +2669,8 @@ function exchange(engine, path, text, limit, poll) {
   const isSecure = url.protocol === "https:";
   const token = process.env.RUNDOWN_TOKEN;
   const options = {
-    ...urlToHttpOptions(url),
+    hostname: url.hostname.replace(/^\[|\]$/g, ""), // of an IPv6 address
+    port: url.port,
     path: url.pathname.replace(/\/$/, "") + path,
     method: text === undefined ? "GET" : "POST",
     agent: isSecure ? secureAgent : plainAgent,
@@ -3275,7 +3275,6 @@ class Worker {
       try {
         await this.deliver(reports);
         tries = 0;
-        this.isStuck = false;
         this.back();
       } catch (error) {
         tries += 1;
@@ -3283,6 +3282,7 @@ class Worker {
         await pause(this.away(error, tries), this.closing.signal);
       }
       reports = this.nextReports();
+      this.isStuck = tries > 0 && reports.length > 0;
     }
     this.isReporting = false;
   }

@@ -6979,8 +6979,8 @@ NODE_OUTCOMES = [  # the body of a handler that gets `payload` 21; what becomes 
     ("throw 'words';", {"status": "pending", "error": "'words'"}),
     ("throw new Retry('never', { delay: 1e12 });", {"status": "pending", "error": "never"}),
     (
-        "throw Object.defineProperty(new Error(), 'stack', { get() { throw 1; } });",
-        {"status": "pending", "error": "an error that cannot be shown"},
+        "throw Object.defineProperty(new Error(), 'message', { get() { throw 1; } });",
+        {"status": "pending", "error": "."},
     ),
     (
         "throw new Error('x'.repeat(1e6));",
@@ -7443,9 +7443,7 @@ def test_kills_of_engine_and_node_workers_lose_nothing(own, tmp_path, q):
             else:
                 running.pop(0).kill()
                 running.append(stack.enter_context(node(tmp_path, engine, source)))
-        until(lambda: all(engine.job(job)["status"] != "running" for job in jobs))
-        while not all(engine.job(job)["finished_at"] for job in jobs):
-            time.sleep(0.2)
+        until(lambda: all(engine.job(job)["finished_at"] for job in jobs), 60)
         rows = [engine.job(job) for job in jobs]
     assert [row["result"] for row in rows] == [row["payload"] + 1 for row in rows]
     assert all(row["attempt"] == 1 or row["attempts"][0]["outcome"] != "done" for row in rows)
