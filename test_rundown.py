@@ -469,12 +469,12 @@ DRAWN = {
 
 
 def test_the_engine_s_table_of_transitions_is_what_is_drawn():
-    rows = {(call, before): after.split() for call, (sources, after) in rundown_engine.TRANSITIONS.items()
-            for before in sources.split()}
+    rows = {(call, before): list(rule.targets) for call, rule in rundown_engine.TRANSITIONS.items() for before in rule.sources}
     assert {row: rows[row] for row in DRAWN if row[0] != "fail"} == {
         row: [after] for row, after in DRAWN.items() if row[0] != "fail"}
     assert rows["fail", "running"] == rows["lose", "running"] == ["pending", "failed"] and rows["poll", "pending"] == ["running"]
     others = {("purge", status): [] for status in STATUSES if status != "running"}
+    others["unblock", "pending"] = ["pending"]
     assert {row: after for row, after in rows.items() if row not in DRAWN and row[0] not in ("poll", "lose")} == others
 
 
@@ -1585,7 +1585,7 @@ def test_a_long_chain_is_cancelled_in_bounded_steps(own, q):
 
 
 def test_a_cancelled_chain_goes_on_being_cancelled_after_kill_9(own, q):
-    engine, length = own(constants={"STEP": 1, "TICK": 0.05}), 300
+    engine, length = own(constants={"BATCH_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
     ids = ["%s-%d" % (q, number) for number in range(length)]
     engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
                                   for number, id in enumerate(ids)])
@@ -1743,7 +1743,7 @@ def test_limits_that_make_no_sense_are_refused_and_those_that_are_not_named_stay
 
 def test_a_limit_that_was_undone_with_its_transaction_stops_no_poll(clocked, q):
     clocked.server.store.limited.add(q)         # as after a commit that failed
-    clocked.server.store.polled[q] = 1
+    clocked.server.store.workers.last_polled[q] = 1
     assert clocked.poll(q) is None
     clocked.enqueue(q)
     assert clocked.poll(q)["attempt"] == 1
@@ -2263,7 +2263,7 @@ def cut_off(engine, data, trickle):
 
 
 def test_clients_that_stop_or_trickle_in_line_headers_or_body_are_cut_off(own, q):
-    engine = own(constants={"DEADLINE": 0.3})
+    engine = own(constants={"REQUEST_TIMEOUT": 0.3})
     data = enqueuing(engine, q)
     slow = [(data[:cut], trickle) for cut in (3, 40, -2) for trickle in (False, True)]
     with ThreadPoolExecutor(6) as pool:
@@ -2273,7 +2273,7 @@ def test_clients_that_stop_or_trickle_in_line_headers_or_body_are_cut_off(own, q
 
 @beside
 def test_a_client_that_never_reads_is_cut_off(own, q):
-    engine = own(constants={"DEADLINE": 0.3})
+    engine = own(constants={"REQUEST_TIMEOUT": 0.3})
     job = engine.enqueue(q, "x" * 7000000)
     with socket.create_connection((engine.host, engine.port), timeout=10) as connection:
         connection.sendall(request(engine, "GET /jobs/%s HTTP/1.1" % job["id"]) * 8)
@@ -2492,7 +2492,7 @@ def no_room(engine):
 
 def survives(own, q, trouble):
     """A worker heartbeats through trouble of several leases. The job is its own, until it falls silent for another one."""
-    engine = own(constants={"TICK": 0.1, "GRACE": 0.2, "BUSY": 0.1})
+    engine = own(constants={"CLOCK_CHECK_INTERVAL": 0.1, "GRACE": 0.2, "LOCK_TIMEOUT": 0.1})
     engine.enqueue(q, timeout=100)
     claim, codes = engine.poll(q, lease=1.2), set()
     with trouble(engine):
@@ -2524,7 +2524,7 @@ def test_a_disk_that_fails_for_longer_than_a_lease_costs_no_worker_its_job(own, 
 
 
 def test_after_a_sync_that_failed_the_log_is_written_out_before_anything_is_acknowledged(own, q):
-    engine = own(constants={"TICK": 60})
+    engine = own(constants={"CLOCK_CHECK_INTERVAL": 60})
     engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 1000}] * 300)
     log = engine.folder / "jobs.db-wal"
     assert log.stat().st_size > 300000
@@ -2537,7 +2537,7 @@ def test_after_a_sync_that_failed_the_log_is_written_out_before_anything_is_ackn
 
 @pytest.mark.skipif(not LINUX, reason="fills the disk by prlimit")
 def test_a_poll_that_ends_while_nothing_can_be_stored_is_not_handed_what_was_taken_back(own, q):
-    engine = own(constants={"TICK": 5})
+    engine = own(constants={"CLOCK_CHECK_INTERVAL": 5})
     with ThreadPoolExecutor(1) as pool:
         sleeper = pool.submit(engine.poll, q, wait=1)
         time.sleep(0.3)
@@ -2573,7 +2573,7 @@ def test_a_poll_claims_what_fits_into_an_answer_and_one_at_least(own, q):
 
 
 def test_parked_polls_for_which_there_was_no_room_get_their_jobs_after_all(own, q):
-    engine = own(constants={"MAX_ANSWER": 10000})
+    engine = own(constants={"MAX_RESPONSE": 10000})
     with waiting(engine, q, 5) as polls:
         engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 8000} for _ in range(5)])
         assert len({poll.result(5)["id"] for poll in polls}) == 5
@@ -2773,7 +2773,7 @@ def test_ten_thousand_waiting_polls_cost_little(own, q):
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
     with files(2500), contextlib.ExitStack() as stack:
-        engine = own(constants={"DEADLINE": 2, "IDLE": 2, "LINGER": 2})
+        engine = own(constants={"REQUEST_TIMEOUT": 2, "KEEP_ALIVE_TIMEOUT": 2, "LINGER": 2})
         job = engine.enqueue(q, "x" * (5 << 20))
         lazy = []
         for number in range(600):
@@ -2840,7 +2840,7 @@ def test_a_parked_poll_whose_transaction_failed_gets_its_job_when_the_storage_is
         with contextlib.suppress(rundown_engine.Unavailable):       # it is in that transaction, too
             clocked.advance(2)
         until(lambda: not failures)
-        until(lambda: clocked.server.store.database.trouble is None)
+        until(lambda: clocked.server.store.database.last_storage_error is None)
         clocked.advance(1)
         assert second.result(5)["queue"] == q
 
@@ -2958,20 +2958,19 @@ def test_requests_in_one_packet_are_answered_in_their_order_even_if_the_first_is
 FAULTY = """
 import os, sys
 import rundown_engine as e
-complete, made, once = e.Store.complete, e.Store._new, e.Loop._pass
-def spoil(store, ask):
-    if ask.get("result") in ('"spoil"', '"refuse"'):
-        store.db.execute("UPDATE jobs SET priority = 99 WHERE id = ?", (ask["id"],))
-        raise KeyError("a mistake") if ask["result"] == '"spoil"' else e.Stale("not now")
-    return complete(store, ask)
-def new(store, ask):
-    return {}[ask["tag"]] if ask.get("tag") == "spoil" else made(store, ask)
+complete, made, once = e.Claims.complete, e.Producers._new_row, e.Loop._pass
+def spoil(claims, tx, params):
+    if params.get("result") in ('"spoil"', '"refuse"'):
+        tx.execute("UPDATE jobs SET priority = 99 WHERE id = ?", (params["id"],))
+        raise KeyError("a mistake") if params["result"] == '"spoil"' else e.Conflict("not now")
+    return complete(claims, tx, params)
+def new(producers, tx, item):
+    return {}[item["tag"]] if item.get("tag") == "spoil" else made(producers, tx, item)
 def one_pass(loop):
     if os.path.exists("end"):
         raise RuntimeError("the loop is broken")
     once(loop)
-e.Loop._pass, e.Store._new = one_pass, new
-e.ROUTES["/complete"] = e.ROUTES["/complete"]._replace(handler=e.report(spoil))
+e.Loop._pass, e.Producers._new_row, e.Claims.complete = one_pass, new, spoil
 sys.exit(e.main())
 """
 
@@ -3040,7 +3039,7 @@ def test_an_outcome_that_is_sent_again_is_not_counted_again(engine, q):
 
 
 def test_thousands_of_queues_are_paged_summed_up_and_forgotten(own, q):
-    engine = own(constants={"PRUNE": 0.5, "RECENT": 0.5})
+    engine = own(constants={"RETENTION_INTERVAL": 0.5, "FORGET_QUEUE_AFTER": 0.5})
     engine.post("/enqueue", jobs=[{"queue": "q%05d" % number} for number in range(3000)])
     page = engine.get("/queues?limit=100&after=q00099")
     assert [queue["queue"] for queue in page["queues"]][::99] == ["q00100", "q00199"] and page["after"] == "q00199"
@@ -3475,7 +3474,7 @@ def test_a_full_disk_gets_503_acknowledges_nothing_and_recovers(own, q):
 @pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
 @beside
 def test_a_suspended_engine_gives_its_workers_a_grace_pass(own, q):
-    engine = own(constants={"TICK": 0.1, "GRACE": 0.5})
+    engine = own(constants={"CLOCK_CHECK_INTERVAL": 0.1, "GRACE": 0.5})
     engine.enqueue(q, timeout=100)
     claim = engine.poll(q, lease=0.7)
     suspended(engine, 1.2)
@@ -4320,7 +4319,7 @@ def test_https_with_a_private_certificate(https, q):
 
 @pytest.mark.skipif(not LINUX, reason="counts open files in /proc")
 def test_handshakes_that_stop_half_way_hold_nobody_up_and_end(https, q):
-    engine, cert = https(constants={"DEADLINE": 2})
+    engine, cert = https(constants={"REQUEST_TIMEOUT": 2})
     with contextlib.ExitStack() as stack:
         for _ in range(200):
             connection = stack.enter_context(socket.create_connection((engine.host, engine.port)))
@@ -5007,7 +5006,7 @@ def test_an_outcome_whose_reply_was_swallowed_is_sent_again_and_counts_once(engi
 
 @beside
 def test_an_outcome_is_kept_through_503_until_it_is_taken(own, work, q):
-    engine = own(constants={"BUSY": 0.2})
+    engine = own(constants={"LOCK_TIMEOUT": 0.2})
     job = engine.enqueue(q)
     worker = work(handler(q, "say('begun'); time.sleep(0.3); return 'kept'"), engine)
     until(worker.said)
@@ -6292,7 +6291,7 @@ def the_file_is_sound(seen):
 
 def queues_are_counted_right(seen):
     found = collections.Counter((row["queue"], row["status"]) for row in seen.jobs.values())
-    found.update((row["queue"], ["", "scheduled", "waiting"][row["scheduled"]]) for row in seen.jobs.values())
+    found.update((row["queue"], ["", "scheduled", "waiting"][row["hold"]]) for row in seen.jobs.values())
     for queue in seen.queues:
         for column in ("pending", "scheduled", "waiting", "running", "done", "failed", "cancelled"):
             if queue[column] != found[queue["queue"], column]:
@@ -6558,7 +6557,7 @@ class Swallower(Proxy):
             super().relay(client)
 
 
-QUICK = {"BACKOFF": 0.2, "GRACE": 0.5, "TICK": 0.2}      # the engine's constants in a run of some seconds
+QUICK = {"BACKOFF": 0.2, "GRACE": 0.5, "CLOCK_CHECK_INTERVAL": 0.2}      # the engine's constants in a run of some seconds
 LEASE = 1.0                                              # seconds
 
 
@@ -6991,7 +6990,7 @@ def brief(engine, path):
 
 @beside
 def test_a_write_lock_beyond_patience_is_503_for_every_call_and_reads_go_on(own, q):
-    engine = own(constants={"BUSY": 0.1})
+    engine = own(constants={"LOCK_TIMEOUT": 0.1})
     engine.post("/enqueue", jobs=[{"queue": q}] * 10)
     calls = troublesome(q, engine.poll(q, limit=9))
     rows = engine.get("/jobs?queue=" + q)
@@ -7019,7 +7018,7 @@ def test_a_file_of_the_database_that_is_moved_away_is_noticed_and_nothing_more_i
 @pytest.mark.skipif(not POSIX, reason="stops and continues a process")
 @beside
 def test_whatever_a_worker_that_was_stopped_past_its_lease_says_gets_409_though_the_next_has_its_name(own, tmp_path, q):
-    engine = own(constants={"BACKOFF": 0, "GRACE": 0.2, "TICK": 0.05})
+    engine = own(constants={"BACKOFF": 0, "GRACE": 0.2, "CLOCK_CHECK_INTERVAL": 0.05})
     engine.enqueue(q, max_retries=5)
     history = History(tmp_path / "history")
     code = "import sys, %s as tests; tests.claim_and_tell(*sys.argv[1:])" % Path(__file__).stem
@@ -7443,11 +7442,11 @@ def bench_flatness(bench):
     """The same beside a great many jobs of the same queue: scheduled ahead at a higher priority, done, pending."""
     most = 100000 if bench.quick else 1000000
     bench.engine.stop()
-    grow(bench.engine.database, most, scheduled=1, status="pending", priority=9)
-    grow(bench.engine.database, most, scheduled=0, status="done", priority=0)
+    grow(bench.engine.database, most, hold=1, status="pending", priority=9)
+    grow(bench.engine.database, most, hold=0, status="done", priority=0)
     pending = 0
     for level in (1000, most) if bench.quick else (1000, most // 10, most):
-        grow(bench.engine.database, level - pending, scheduled=0, status="pending", priority=0)
+        grow(bench.engine.database, level - pending, hold=0, status="pending", priority=0)
         pending = level
         bench.engine.start()
         beside = ", {:,} pending".format(level)
@@ -7476,11 +7475,11 @@ def grow(database, number, **fields):
             SELECT printf('%%08x-%%04x-7000-8000-%%012x', :now / 65536000000, :salt, i), 'many', '{"path":"photo-4711.jpg"}',
                 :now, :now, :now + i + :ahead, :ended, :ended%s FROM n""" % ("".join(", " + name for name in fields), source),
             {**fields, "number": number, "now": rundown_engine.micros(time.time()) - 3600000000, "salt": next(NUMBERS),
-             "ahead": 86400000000 * fields["scheduled"], "ended": None if fields["status"] == "pending" else
+             "ahead": 86400000000 * fields["hold"], "ended": None if fields["status"] == "pending" else
              rundown_engine.micros(time.time()) - 60000000})
         db.execute("INSERT OR IGNORE INTO queues (queue) VALUES ('many')")
         db.execute("UPDATE queues SET %s = %s + ?, scheduled = scheduled + ? WHERE queue = 'many'" % (
-            fields["status"], fields["status"]), [number, number * fields["scheduled"]])
+            fields["status"], fields["status"]), [number, number * fields["hold"]])
         for _, sql in triggers:
             db.execute(sql)
         db.execute("COMMIT")
@@ -7560,7 +7559,7 @@ def bench_jobs(bench, number, beside):
     bench.figure("scale: backup" + beside, "MB/s", [megabytes / (time.perf_counter() - began)])
     bench.engine.kill()
     began = time.perf_counter()
-    bench.engine.start("--keep", "1s", constants={"PRUNE": 0.1})
+    bench.engine.start("--keep", "1s", constants={"RETENTION_INTERVAL": 0.1})
     bench.figure("scale: start after a kill -9" + beside, "ms", [(time.perf_counter() - began) * 1e3])
     done = bench.engine.queue("scale")["done"]
     until(lambda: not bench.engine.queue("scale")["done"], 3600)
