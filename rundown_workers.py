@@ -189,6 +189,7 @@ PACE_WEIGHT = 0.25          # weight of the last job in the average time of a jo
 MAX_STDOUT = 1 << 20        # bytes of a program's output
 TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
 OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
+DJANGO_OUTBOX_INTERVAL = 0.2    # the same of the worker of a Django project
 OUTBOX_BURST = 60           # seconds after a write in which there are more of them
 OUTBOX_BURST_INTERVAL = 0.05    # seconds between two looks in that time
 OUTBOX_PAGE = 500           # rows that are looked at together
@@ -3113,16 +3114,18 @@ def set_aside(outbox, number, error):
 
 @contextlib.contextmanager
 def forwarding(
-    connect: Callable[[], Any], host: str | None = None, keep: float = 0,
+    connect: Callable[[], Any],
+    host: str | None = None,
+    keep: float = 0,
+    interval: float = OUTBOX_INTERVAL,
 ) -> Iterator[None]:
-    """forward() in a thread during the block.
+    """forward() in a thread during the block. connect() is called in that thread.
 
-    What this process commits is sent within 100 ms, the rest every second. connect() is called in
-    that thread.
+    What this process commits is sent within 100 ms, the rest every `interval` seconds.
     """
     stopping = threading.Event()
     thread = threading.Thread(
-        target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)
+        target=keep_forwarding, args=(connect, host, keep, interval, stopping), daemon=True)
     thread.start()
     try:
         yield
@@ -3131,7 +3134,7 @@ def forwarding(
         thread.join(REPORT_GRACE)           # jobs that are not sent by then are sent next time
 
 
-def keep_forwarding(connect, host, keep, stopping):
+def keep_forwarding(connect, host, keep, interval, stopping):
     """Forward until `stopping` is set, and a last time then. Connect again after each failure."""
     failures = 0
     is_last = False
@@ -3145,7 +3148,7 @@ def keep_forwarding(connect, host, keep, stopping):
                     client = default.client(host)
                     forward_pending(outbox, client, client.send, keep)
                     failures = 0
-                    wait_for_commits(stopping)
+                    wait_for_commits(interval, stopping)
         except Exception as error:      # the database's or the engine's
             if not failures:
                 note(logging.WARNING,
@@ -3154,9 +3157,9 @@ def keep_forwarding(connect, host, keep, stopping):
             is_last = stopping.wait(retry_pause(failures))
 
 
-def wait_for_commits(stopping):
+def wait_for_commits(interval, stopping):
     """Wait until it is worth looking into the outbox again, or `stopping` is set."""
-    deadline = time.monotonic() + OUTBOX_INTERVAL
+    deadline = time.monotonic() + interval
     while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
         if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
             return
@@ -3444,6 +3447,7 @@ def command_django(client, options):
     sys.path.insert(0, os.getcwd())
     try:
         import django
+        from django.db import connections
         from django.tasks import task_backends
     except ImportError as error:
         raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
@@ -3459,16 +3463,15 @@ def command_django(client, options):
                 default.queue(queue, host=backend.host)(backend.handler())
     if not default.registered:
         raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
+    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
     with contextlib.ExitStack() as forwarders:
-        for database, host in {(backend.database, backend.host) for backend in backends}:
-            if database is not None:
-                forwarders.enter_context(django_forwarding(database, host))
+        for database, host in outboxes:
+            connect = functools.partial(connections.create_connection, database)
+            if options.burst:
+                forward(connect, host)      # before the worker finds that nothing is due
+            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
+            forwarders.enter_context(forwarder)
         default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
-
-
-def django_forwarding(database, host):
-    from django.db import connections
-    return forwarding(functools.partial(connections.create_connection, database), host)
 
 
 # -- Command line -----------------------------------------------------------------------------------------------------

@@ -8936,6 +8936,8 @@ def block(folder, engine, language, code):
 def test_every_block_of_the_readme_runs(own, tmp_path, language, code):
     if not shutil.which(RUNNERS[language][0]) or (language == "sh" and not (POSIX and shutil.which("curl"))):
         pytest.skip("needs %s, and curl in sh" % RUNNERS[language][0])
+    if "DJANGO_SETTINGS_MODULE" in code and not (django and django.VERSION >= (6,)):
+        pytest.skip("needs Django 6, which needs Python 3.12")
     (tmp_path / "engine").mkdir()
     engine, said = own(folder=tmp_path / "engine"), lambda: (tmp_path / "said").read_text(errors="replace")
     with block(tmp_path, engine, language, code) as process:
