@@ -8905,7 +8905,7 @@ README = HERE / "README.md"
 BLOCK = re.compile(r"^```(python|sh|js)\n(.*?)^```", re.M | re.S)
 BLOCKS = BLOCK.findall(README.read_text(encoding="utf-8")) if README.exists() else []
 RUNNERS = {"python": [sys.executable], "sh": ["sh", "-e"], "js": ["node"]}
-ENDLESS = re.compile(r"rw\.run\(\)|while job=|for \(;;\)|\Apython rundown_engine.py --db jobs.db\n\Z")
+ENDLESS = re.compile(r"rw\.run\(\)|await run\(\)|while job=|for \(;;\)|\Apython rundown_engine.py --db jobs.db\n\Z")
 
 
 @contextlib.contextmanager
@@ -8915,13 +8915,15 @@ def block(folder, engine, language, code):
         shutil.copy(str(HERE / name), str(folder))
     (folder / "python").write_text('#!/bin/sh\nexec "%s" "$@"\n' % sys.executable)
     (folder / "python").chmod(0o755)
-    code = code.replace("http://localhost:8181", engine.url)
+    code = re.sub(r"http://(localhost|127\.0\.0\.1):8181", engine.url, code)
     for port in set(re.findall(r"--port (\d+)", code)):
         code = code.replace(port, unused().split(":")[2])
-    (folder / "block").write_text(code, encoding="utf-8")
+    (folder / "rundown.mjs").write_text(rundown_engine.NODE_SDK, encoding="utf-8")
+    name = "block.mjs" if language == "js" else "block"
+    (folder / name).write_text(code, encoding="utf-8")
     path = str(folder) + os.pathsep + os.environ["PATH"]
     with open(str(folder / "said"), "wb") as said:
-        process = subprocess.Popen(RUNNERS[language] + ["block"], cwd=str(folder), stdout=said, stderr=said,
+        process = subprocess.Popen(RUNNERS[language] + [name], cwd=str(folder), stdout=said, stderr=said,
                                    stdin=subprocess.DEVNULL, start_new_session=True,
                                    env=environment({"RUNDOWN_URL": engine.url, "RUNDOWN_PORT": "0", "PATH": path}))
     try:
@@ -8938,6 +8940,8 @@ def test_every_block_of_the_readme_runs(own, tmp_path, language, code):
         pytest.skip("needs %s, and curl in sh" % RUNNERS[language][0])
     if "DJANGO_SETTINGS_MODULE" in code and not (django and django.VERSION >= (6,)):
         pytest.skip("needs Django 6, which needs Python 3.12")
+    if "jq " in code and not shutil.which("jq"):
+        pytest.skip("needs jq")
     (tmp_path / "engine").mkdir()
     engine, said = own(folder=tmp_path / "engine"), lambda: (tmp_path / "said").read_text(errors="replace")
     with block(tmp_path, engine, language, code) as process:
