@@ -73,750 +73,2139 @@ COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or 
 
 from __future__ import annotations
 
-import argparse, atexit, collections, contextlib, contextvars, copy, ctypes, datetime, difflib, encodings, functools
-import hashlib, http.client, importlib.util, inspect, io, itertools, json, logging, multiprocessing, os, pathlib, random
-import re, shutil, signal, socket, ssl, subprocess, sys, tempfile, threading, time, traceback, types, urllib.parse
+import argparse
+import atexit
+import builtins
+import collections
+import contextlib
+import contextvars
+import copy
+import ctypes
+import datetime
+import difflib
+import encodings
+import functools
+import hashlib
+import http.client
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import urllib.parse
+import urllib.request
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Generic, Iterable, Iterator, Optional, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generic, Iterable, Iterator, TypeVar, overload
 
-__all__ = ('Abort App Client Crashed EngineUnavailable Error Failed Hung Interruption Job Lost Misuse NotJSON Refused '
-           'Retry Timeout Unfinished enqueue enqueue_in enqueue_many forward forwarding inputs job on progress queue '
-           'results run schedule stop task testing unschedule wait').split()
-Fields = Dict[str, Any]                             # what the engine tells or is told, by name
-Text = Optional[str]                                # None, here and below: not given
-Whole = Optional[int]
-Seconds = Optional[float]
-Span = Union[float, datetime.timedelta, None]       # seconds, or a timedelta
-Moment = Union[str, datetime.datetime, None]        # RFC 3339, or a datetime, which is local time where it has no zone
+__all__ = [
+    'Abort',
+    'App',
+    'Client',
+    'Crashed',
+    'EngineUnavailable',
+    'Error',
+    'Failed',
+    'Hung',
+    'Interruption',
+    'Job',
+    'Lost',
+    'Misuse',
+    'NotJSON',
+    'Refused',
+    'Retry',
+    'Timeout',
+    'Unfinished',
+    'enqueue',
+    'enqueue_in',
+    'enqueue_many',
+    'forward',
+    'forwarding',
+    'inputs',
+    'job',
+    'on',
+    'progress',
+    'queue',
+    'results',
+    'run',
+    'schedule',
+    'stop',
+    'task',
+    'testing',
+    'unschedule',
+    'wait',
+]
 
-# -- Settings ---------------------------------------------------------------------------------------------------------
-URL = 'http://localhost:8181'   # of the engine, where neither `host` nor RUNDOWN_URL says
-TIMEOUT = 30                # seconds that a client keeps trying
-LEASE = 30                  # seconds the engine waits for a sign of life of this worker
-WAIT, PATIENCE = 30, 10     # seconds of a long poll, and beyond that until it counts as unanswered
-GRACE, FAREWELL = 30, 2     # seconds that running handlers get when the worker stops; and their outcomes then, at least
-HANGUP = 0.5                # seconds for jobs that were on their way when the worker stopped, to be released
-AHEAD = 0.1                 # seconds of work that are claimed ahead
-STALE = 1                   # seconds a claimed job waits for a slot, until it is released
-HUNG, MAX_HUNG = 1, 10      # seconds after its interruption that a thread counts as hung; how many end the worker
-TICK = 0.1                  # seconds between two looks at what runs
-LINES = 10                  # of the log in a tick for jobs of a queue that are done; the others are counted
-PROGRESS = 0.5              # seconds between two reports of a job's progress
-MAX_BATCH, MAX_BYTES = 1000, 1 << 20    # jobs in a poll, a report or an enqueue; characters, unless one job has more
-MAX_BACKLOG = 5000          # outcomes under way, above which no jobs are taken
-MAX_RESULT, MAX_STDOUT = 8000000, 1 << 20   # characters of a result as JSON; bytes of a program's
-OPEN = 60                   # seconds after a job was written into an outbox that its commit is looked out for closely
-TERM = 5                    # seconds between SIGTERM and SIGKILL for a program
-MAX_ERROR = 16000           # characters of a traceback; the middle is cut out
-MAX_DEPTH = 100             # levels of a value that are searched for what is no JSON
-BACKOFF, MAX_BACKOFF = 0.1, 3   # seconds until the second try; doubled from try to try, up to
-LAST_TRY = 1                # seconds that the last try of a call gets at least
-MAX_RETRY_AFTER = 60        # seconds that an engine may ask for
-REFUSED = 10                # seconds until a worker that is refused (token, queue) asks again
-RECENT = 0.25               # weight of the last job in the pace of a slot
+# -- Settings --------------------------------------------------------------------------------------
+DEFAULT_URL = 'http://localhost:8181'   # of the engine if neither `host` nor RUNDOWN_URL names one
+
+# the client
+CLIENT_TIMEOUT = 30         # seconds that a call is tried again while no engine answers
+RESPONSE_TIMEOUT = 10       # seconds until a request counts as unanswered, beyond its own wait
+MIN_LAST_TRY = 1            # seconds that the last try of a call gets at least
+RETRY_PAUSE = 0.1           # seconds before the second try; doubled from try to try
+MAX_RETRY_PAUSE = 3         # seconds that this pause grows to
+MAX_RETRY_AFTER = 60        # seconds of a Retry-After that are obeyed
+MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
+MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
+MAX_DEPTH = 100             # levels of a value that are searched for the part that is not JSON
+
+# the worker
+LEASE = 30                  # seconds that the engine waits for a sign of life
+LONG_POLL = 30              # seconds that a poll waits for a job
+GRACE = 30                  # seconds that running handlers get when the worker stops
+REPORT_GRACE = 2            # seconds, at least, that their outcomes get to be reported
+RELEASE_WINDOW = 0.5        # seconds in which jobs that arrive during a stop are released
+PREFETCH_SECONDS = 0.1      # seconds of work that are claimed ahead
+MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before it is released
+HUNG_AFTER = 1              # seconds after its interruption until a thread counts as hung
+MAX_HUNG = 10               # hung threads that end the worker
+WATCH_INTERVAL = 0.1        # seconds between two looks at the running jobs
+MAX_LOG_LINES_PER_TICK = 10     # finished jobs of a queue that are logged one by one in that time
+PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
+MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
+MAX_RESULT = 8_000_000      # characters of a result as JSON
+MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
+REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
+PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
+
+# programs and the outbox
+MAX_STDOUT = 1 << 20        # bytes of a program's output
+TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
+OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
+DJANGO_OUTBOX_INTERVAL = 0.2    # the same of the worker of a Django project
+OUTBOX_BURST = 60           # seconds after a write in which there are more of them
+OUTBOX_BURST_INTERVAL = 0.05    # seconds between two looks in that time
+OUTBOX_PAGE = 500           # rows that are looked at together
+OUTBOX_TOO_LARGE_PAUSE = 60     # seconds until a job that a proxy found too large is sent again
+
 log = logging.getLogger('rundown')
+R = TypeVar('R')    # the result of a handler
 
-# -- Errors -----------------------------------------------------------------------------------------------------------
+
+# -- Errors ----------------------------------------------------------------------------------------
 class Error(Exception):
-    """Whatever this module raises."""
-    status = retry_after = 0        # of what an engine answers: its HTTP status, the seconds that it asks for
+    """Base class of the errors that this module raises."""
 
-class EngineUnavailable(Error): """No engine answers under the URL, or it cannot answer now."""
-class Refused(Error): """The engine says no: `status` is the HTTP status, the text its sentence."""
-class NotJSON(Error): """A value that JSON cannot hold."""
-class Misuse(Error, TypeError): """What was asked for makes no sense, whatever the engine says."""
-class Unfinished(Error, TimeoutError): """The job did not end in the time that wait() had."""
-class Hung(Error): """Too many handlers never came back: the worker has ended, to be started afresh."""
-class Crashed(Error): """An isolated handler failed; the text is its traceback or how its process ended."""
-class Abort(Error): """Raised by a handler: fail the job, and do not try again."""
-class Interruption(BaseException): """Raised inside a handler from outside; `except Exception` does not catch it."""
-class Timeout(Interruption): """The handler has had its time; its job has failed."""
-class Lost(Interruption): """The job is not this worker's any more: cancelled, given to another, or released."""
+    status = 0          # HTTP status of the response; 0 if there was none
+    retry_after = 0     # seconds that the engine asks its clients to wait
+
+
+class EngineUnavailable(Error):
+    """No engine answers under the URL, or it cannot answer now."""
+
+
+class Refused(Error):
+    """The engine refuses the call: `status` is the HTTP status, the text is its message."""
+
+
+class NotJSON(Error):
+    """A value that JSON cannot represent."""
+
+
+class Misuse(Error, TypeError):
+    """A call or a setting that makes no sense for any engine."""
+
+
+class Unfinished(Error, TimeoutError):
+    """The job has not ended within the timeout of wait()."""
+
+
+class Hung(Error):
+    """Too many handlers never came back. The worker has ended and should be restarted."""
+
+
+class Crashed(Error):
+    """An isolated handler failed; the text is its traceback, or says how its process ended."""
+
+
+class Abort(Error):
+    """Raised by a handler: fail the job, and do not try again."""
+
+
+class Interruption(BaseException):
+    """Raised inside a handler from outside; `except Exception` does not catch it."""
+
+
+class Timeout(Interruption):
+    """The handler has used up its time; its job has failed."""
+
+
+class Lost(Interruption):
+    """The job does not belong to this worker any more: cancelled, released, or given to another."""
+
 
 class Failed(Error):
-    """The job whose result was asked for has failed or was cancelled: `job` is it, the text its error."""
-    job: Job
+    """The job has failed or was cancelled, so it has no result; the text is the job's error."""
+
+    job: Job        # the job in question
+
 
 class Retry(Error):
-    """Raised by a handler: fail this attempt, and try again after `delay` seconds (None: the engine's backoff)."""
-    def __init__(self, reason: str = 'the handler asked for a retry', delay: Seconds = None) -> None:
+    """Raised by a handler: fail this attempt, and try again after `delay`.
+
+    The delay is in seconds, or a timedelta; None stands for the engine's backoff.
+    """
+
+    def __init__(
+        self,
+        reason: str = 'the handler asked for a retry',
+        delay: float | datetime.timedelta | None = None,
+    ) -> None:
         super().__init__(reason)
-        if delay is not None and not 0 <= delay < float('inf'):
+        seconds = in_seconds(delay)
+        if seconds is not None and not 0 <= seconds < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
-        self.delay = delay
+        self.delay = seconds
 
-# -- Values -----------------------------------------------------------------------------------------------------------
+
+# -- Values ----------------------------------------------------------------------------------------
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
-encode = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
+encode_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
-chance = random.Random()        # not the module's, which a handler may seed
+rng = random.Random()       # our own, since a handler may seed the module's
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=chance.seed)     # else two processes would choose the same ids
+    os.register_at_fork(after_in_child=rng.seed)    # else two processes would choose the same ids
 
-def as_json(value, name, level=0):
-    """JSON text. NotJSON names what is in the way and where in the value it is."""
+
+def as_json(value, name):
+    """JSON text of the value. NotJSON names the part that JSON cannot represent."""
     try:
-        return encode(value)
+        text = encode_json(value)
     except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(value, (dict, list, tuple)) and level < MAX_DEPTH:
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                as_json(part, f'{name}[{shorten(repr(key), 100)}]', level + 1)      # raises at what is in the way
-        what = value if isinstance(value, float) else f'a {type(value).__name__}'
-        raise NotJSON(f'{shorten(name, 200)} is {what}, which JSON cannot hold: {error}') from None
+        path, part = find_unencodable(value, name)
+        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
+        path = truncate_middle(path, 200)
+        raise NotJSON(f'{path} is {kind}, which JSON cannot hold: {error}') from None
+    check_keys(value, name)
+    return text
 
-def present(**fields): return {field: value for field, value in fields.items() if value is not None}
-def in_seconds(span): return span.total_seconds() if isinstance(span, datetime.timedelta) else span
-def printable(text): return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
-def backoff(tries): return min(MAX_BACKOFF, BACKOFF * 2 ** min(tries, 10)) * chance.uniform(0.5, 1)
 
-def shorten(text, longest):
-    half = longest // 2
-    return text if len(text) <= longest else f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
+def find_unencodable(value, path):
+    """The path to the innermost part that cannot be encoded, and that part."""
+    for _ in range(MAX_DEPTH):
+        for key, part in parts_of(value):
+            try:
+                encode_json(part)
+            except (TypeError, ValueError, RecursionError):
+                path += f'[{truncate_middle(repr(key), 100)}]'
+                value = part
+                break
+        else:
+            break
+    return path, value
 
-def new_id():
-    """A UUID of version 7 (RFC 9562): ordered by time, so that the engine's index grows at its end alone."""
-    stamp, noise = time.time_ns() // 1000000, chance.getrandbits(74)
-    return (f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{noise >> 62:03x}-{0x8000 | noise >> 48 & 0x3fff:04x}-'
-            f'{noise & 0xffffffffffff:012x}')
 
-# -- HTTP -------------------------------------------------------------------------------------------------------------
-# The head of an answer as the engine writes it, or nearly so: only its length bears on where the body ends.
-PLAIN = re.compile(rb'HTTP/1\.1 (200|204) [A-Za-z ]+\r\nContent-Type: [^\r\n]+\r\nContent-Length: (\d+)\r\n'
-                   rb'(?:(?:Cache-|Date:|Server:|X-)[^\r\n]+\r\n)*\r\n')
+def parts_of(value):
+    """Pairs of key and part of a container; none of any other value."""
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, (list, tuple)) else ()
 
-class Incoming(io.RawIOBase):
-    """What a socket receives until a deadline, however slowly it trickles, after what has come already: a file."""
-    def __init__(self, sock, deadline, data):
-        self.sock, self.deadline, self.data = sock, deadline, data
 
-    def readable(self): return True
+def check_keys(value, name):
+    """NotJSON for a dictionary key that JSON would turn into a string."""
+    pending = [(value, None)]           # containers, each with its path: (path of its parent, key)
+    while pending:
+        container, path = pending.pop()
+        for key, part in parts_of(container):
+            if not isinstance(key, str) and isinstance(container, dict):
+                where = truncate_middle(name + path_text(path), 200)
+                kind = f'the key {truncate_middle(repr(key), 100)}, a {type(key).__name__}'
+                raise NotJSON(f'{where} has {kind}, which JSON would turn into a string')
+            if isinstance(part, (dict, list, tuple)):
+                pending.append((part, (path, key)))
 
-    def readinto(self, buffer):
-        if not self.data:
-            self.sock.settimeout(remaining(self.deadline))
-            self.data = self.sock.recv(len(buffer))
-        count = min(len(self.data), len(buffer))
-        buffer[:count], self.data = self.data[:count], self.data[count:]
-        return count
 
-def read_answer(sock, deadline):
-    """An answer, read to its end. What matches PLAIN is cut up here: http.client takes ten times as long."""
-    sock.settimeout(remaining(deadline))
-    data = sock.recv(65536)
-    plain = PLAIN.match(data)
-    if plain and len(data) == plain.end() + int(plain[2]):
-        return types.SimpleNamespace(status=int(plain[1]), content=data[plain.end():], will_close=False)
-    file = io.BufferedReader(Incoming(sock, deadline, data))
-    answer = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
-    answer.begin()
-    if answer.length is None and not answer.chunked and 'content-length' in answer.headers or answer.status < 200:
-        raise http.client.HTTPException('its length is no number, or it is not the last')   # http.client lets both pass
-    answer.content = answer.read()
-    return answer
+def path_text(path):
+    keys = []
+    while path is not None:
+        path, key = path
+        keys.append(f'[{truncate_middle(repr(key), 100)}]')
+    return ''.join(reversed(keys))
+
+
+def drop_none(**fields):
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def in_seconds(span):
+    return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def printable(text):
+    return UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', text)
+
+
+def truncate_middle(text, limit):
+    half = limit // 2
+    if len(text) <= limit:
+        return text
+    return f'{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}'
+
+
+def retry_pause(tries):
+    """Seconds until the next try, with jitter."""
+    return min(MAX_RETRY_PAUSE, RETRY_PAUSE * 2 ** min(tries, 10)) * rng.uniform(0.5, 1)
+
+
+def deadline_after(timeout):
+    return time.monotonic() + (float('inf') if timeout is None else in_seconds(timeout))
+
 
 def remaining(deadline):
+    """Seconds until the deadline; socket.timeout if it is over."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise socket.timeout('timed out')
     return seconds
 
-class Wire:
-    """Connections that are kept open between requests. It knows of no proxy and no redirect."""
-    def __init__(self, headers='', context=None):
-        self.headers, self.context = headers, context       # constant: header lines of all requests; of TLS
-        self.process, self.closed = os.getpid(), False      # whose the connections are; a fork must not share them
-        self.idle, self.active = collections.deque(), set()     # safe by themselves; the one used last is reused first
 
-    def exchange(self, url, data, seconds):
-        """The answer within so many seconds: of a POST of the bytes, or of a GET where they are None."""
-        deadline = time.monotonic() + seconds
-        scheme, _, rest = url.partition('://')
-        host, _, path = rest.partition('/')
-        verb, data = ('GET', b'') if data is None else ('POST', data)
-        head = f'{verb} /{path} HTTP/1.1\r\nHost: {host}\r\n{self.headers}Content-Length: {len(data)}\r\n\r\n'.encode()
+def new_id():
+    """A UUID of version 7 (RFC 9562), ordered by time: the engine's index grows only at its end."""
+    stamp = time.time_ns() // 1_000_000
+    noise = rng.getrandbits(74)
+    variant = 0x8000 | noise >> 48 & 0x3fff
+    return (
+        f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{noise >> 62:03x}-{variant:04x}-'
+        f'{noise & 0xffffffffffff:012x}'
+    )
+
+
+# -- Connections -----------------------------------------------------------------------------------
+class DeadlineReader(io.RawIOBase):
+    """Reads from a connection's socket until its deadline, however slowly the bytes trickle in."""
+
+    def __init__(self, connection, sock, raw):
+        self.connection = connection
+        self.sock = sock        # kept here, since a response that announces the end closes it there
+        self.raw = raw          # the unbuffered file of the socket
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.sock.settimeout(remaining(self.connection.deadline))
+        return self.raw.readinto(buffer)
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+class DeadlineResponse(http.client.HTTPResponse):
+    """A response that has to arrive before its connection's deadline."""
+
+    def __init__(self, connection, sock, *args, **kwargs):
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(DeadlineReader(connection, sock, self.fp.detach()))
+
+
+class PooledConnection(http.client.HTTPConnection):
+    """A connection that is used for one request after the other."""
+
+    def __init__(self, origin, deadline, **options):
+        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
+        super().__init__(origin[1], timeout=timeout, **options)
+        self.response_class = functools.partial(DeadlineResponse, self)
+        self.origin = origin        # (scheme, host and port), constant
+        self.reusable = False       # True once a response has been read to its end
+        self.deadline = deadline    # of the request in flight, time.monotonic()
+        self.outgoing = []          # parts of the request that are not sent yet
+        self.connect()
+
+    def send(self, data):
+        """Keep a part of a request, since two small packets cost more than one."""
+        self.outgoing.append(data)
+
+    def exchange(self, request, deadline):
+        """The response to a request, read to its end."""
+        self.deadline = deadline
+        self.outgoing = []
+        self.request(request.get_method(), request.selector, request.data, request.headers)
+        self.sock.settimeout(remaining(deadline))
+        with contextlib.suppress(ConnectionError):
+            self.sock.sendall(b''.join(self.outgoing))      # a refusal may come before all is sent
+        response = self.getresponse()
+        check_framing(response)
+        response.content = response.read()
+        self.reusable = not response.will_close
+        return response
+
+
+class PooledTLSConnection(PooledConnection, http.client.HTTPSConnection):
+    """The same with TLS."""
+
+
+def check_framing(response):
+    """HTTPException for two kinds of responses that http.client lets pass."""
+    length_is_no_number = response.length is None and not response.chunked
+    if length_is_no_number and 'content-length' in response.headers:
+        raise http.client.HTTPException('its Content-Length is no number')
+    if response.status < 200:
+        raise http.client.HTTPException('it is not the final response')
+
+
+class ConnectionPool(urllib.request.BaseHandler):
+    """Opens URLs for urllib.request over connections that stay open between requests."""
+
+    def __init__(self, context=None):
+        self.context = context              # constant: the settings of TLS
+        self.process = os.getpid()          # owner of the connections; a fork must not share them
+        self.closed = False                 # written by shutdown() in any thread
+        # safe without a lock: single operations of a deque and a set are atomic
+        self.idle = collections.deque()     # connections without a request, the last used one last
+        self.active = set()                 # connections with a request in flight
+
+    def http_open(self, request):
+        """The response, which has to be complete within request.timeout seconds."""
+        deadline = time.monotonic() + request.timeout
+        origin = (request.type, request.host)
         while True:
-            connection = self._connection((scheme, host), deadline)
+            connection = self._reuse(origin) or self._connect(origin, deadline)
+            reused = connection.reusable
             try:
-                return self._exchange(connection, head + data, deadline)
-            except ConnectionError:         # closed while it was idle: that is no reason to give up
-                if not connection.rested:
+                return self._exchange(connection, request, deadline)
+            except ConnectionError:
+                if not reused:      # else it was closed while it was idle; another one may do
                     raise
 
-    def _connection(self, place, deadline):
-        """An idle one to that place, else a new one. Idle ones to elsewhere, or not to be used again, are closed."""
+    https_open = http_open
+
+    def _reuse(self, origin):
+        """An idle connection or None. Idle ones that are of no use any more are closed."""
         if self.process != os.getpid():
-            self.process, self.idle, self.active = os.getpid(), collections.deque(), set()
-        try:
+            self.process = os.getpid()
+            self.idle = collections.deque()
+            self.active = set()
+        with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
-                if connection.place == place and connection.rested:
+                if connection.origin == origin and connection.reusable:
                     return connection
                 connection.close()
-        except IndexError:
-            tls = {'context': self.context} if place[0] == 'https' else {}
-        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-        connection = kind(place[1], timeout=min(PATIENCE, remaining(deadline)), **tls)
-        connection.place, connection.rested = place, False
-        connection.connect()
-        return connection
+        return None
+
+    def _connect(self, origin, deadline):
+        if origin[0] == 'https':
+            return PooledTLSConnection(origin, deadline, context=self.context)
+        return PooledConnection(origin, deadline)
 
     def _exchange(self, connection, request, deadline):
-        sock = connection.sock
         self.active.add(connection)
         try:
             if self.closed:
-                raise ConnectionAbortedError('the connection was hung up')
-            sock.settimeout(remaining(deadline))
-            with contextlib.suppress(ConnectionError):      # a refusal that came before all was sent can still be read
-                sock.sendall(request)
-            answer = read_answer(sock, deadline)
+                raise ConnectionAbortedError('the connection was shut down')
+            response = connection.exchange(request, deadline)
         except BaseException:
             connection.close()
             raise
         finally:
             self.active.discard(connection)
-        connection.rested = not answer.will_close
         self.idle.append(connection)
-        return answer
+        return response
 
-    def hang_up(self, how=socket.SHUT_WR):
-        """Send nothing more. With SHUT_WR an answer on its way still comes in; an engine gives no job after it."""
+    def shutdown(self, how=socket.SHUT_WR):
+        """Send nothing more. With SHUT_WR, responses that are on their way still arrive."""
         self.closed = True
         for connection in self.active.copy():
-            with contextlib.suppress(OSError, TypeError):       # its own thread has closed it: it has no socket then
-                socket.socket.shutdown(connection.sock, how)    # not SSLSocket's, which forgets its keys
-        with contextlib.suppress(IndexError):       # there is none, or its own thread was quicker
+            # It has no socket if its own thread has just closed it.
+            # SSLSocket.shutdown would drop the session keys, so the plain one is called.
+            with contextlib.suppress(OSError, TypeError):
+                socket.socket.shutdown(connection.sock, how)
+        with contextlib.suppress(IndexError):       # its own thread may take the last one
             while True:
                 self.idle.pop().close()
 
+
+# -- Client ----------------------------------------------------------------------------------------
+class ActiveHost:
+    """The engine that a client and its clones use, out of several: one that answers."""
+
+    def __init__(self, hosts):
+        self.hosts = hosts          # constant: URLs
+        # written by any thread; the worst a race does is one more try
+        self.url = hosts[0]
+
+    def move_on(self, failed):
+        """Use the next engine. When several threads see the same one fail, that counts once."""
+        if failed == self.url:
+            self.url = self.hosts[(self.hosts.index(failed) + 1) % len(self.hosts)]
+
+
 class Client:
-    """An engine's calls, one method each; every method takes the fields of its call, and returns the answer.
-    `host` may name several engines, separated by blanks: each is used until it does not answer any more, then the next.
-    `timeout` is how long a call is tried again (seconds) while none answers or it cannot answer now; then
-    EngineUnavailable. Refused at once when the engine says no. Safe to use from many threads and after a fork."""
-    def __init__(self, host: Text = None, token: Text = None, timeout: float = TIMEOUT, ca: Text = None) -> None:
-        self.hosts = [url.rstrip('/') for url in (host or os.environ.get('RUNDOWN_URL') or URL).split()] or ['']
-        self.timeout, self.used = timeout, self.hosts[:1]       # the latter is the engine in use; twins share it
-        token, ca = token or os.environ.get('RUNDOWN_TOKEN'), ca or os.environ.get('RUNDOWN_CA')
-        for url in self.hosts:
-            if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
-                raise Error(f'{url!r} is not the URL of an engine, such as {URL}')
-        if token and not re.fullmatch('[!-~]+', token):
-            raise Error('the token must be of visible ASCII characters')
-        headers = 'Content-Type: application/json\r\nAccept-Encoding: identity\r\n'
-        headers += f'Authorization: Bearer {token}\r\n' if token else ''
-        context = ssl.create_default_context(cafile=ca) if 'https:' in ' '.join(self.hosts) else None
-        if context and ca:      # home-made certificates rarely pass what Python 3.13 asks for
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-        self.wire = Wire(headers, context)
+    """The calls of an engine, one method each; a method takes the fields of its call.
+
+    `host` may name several engines, separated by blanks: one is used until it does not answer
+    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
+    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
+    once. Safe to use from many threads, and after a fork.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        token: str | None = None,
+        timeout: float = CLIENT_TIMEOUT,
+        ca: str | None = None,
+    ) -> None:
+        self.hosts = parse_hosts(host or os.environ.get('RUNDOWN_URL') or DEFAULT_URL)
+        self.active = ActiveHost(self.hosts)    # shared with clones
+        self.timeout = in_seconds(timeout)
+        self.headers = {'Content-Type': 'application/json'}
+        token = token or os.environ.get('RUNDOWN_TOKEN')
+        if token:
+            if not re.fullmatch('[!-~]+', token):
+                raise Error('the token must be of visible ASCII characters')
+            self.headers['Authorization'] = f'Bearer {token}'
+        self._open_pool(tls_context(self.hosts, ca or os.environ.get('RUNDOWN_CA')))
+
+    def _open_pool(self, context):
+        """Connections, and an opener that knows no proxy and follows no redirect."""
+        self.pool = ConnectionPool(context)
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(self.pool)
 
     @property
-    def host(self): return self.used[0]
+    def host(self) -> str:
+        """The URL of the engine in use."""
+        return self.active.url
 
-    def twin(self):
-        """A client with connections of its own, which goes on to the next engine together with this one."""
-        twin = copy.copy(self)
-        twin.wire = Wire(self.wire.headers, self.wire.context)
-        return twin
+    def clone(self) -> Client:
+        """A client with connections of its own, which changes engines together with this one."""
+        clone = copy.copy(self)
+        clone._open_pool(self.pool.context)
+        return clone
 
-    def send(self, path: str, body: Any = None, seconds: float = TIMEOUT) -> Any:
-        """One try: what is answered within so many seconds. `body` is JSON text or a dict; None makes it a GET."""
-        data = None if body is None else (body if isinstance(body, str) else as_json(body, 'body')).encode()
+    def send(self, path: str, body: Any = None, seconds: float = CLIENT_TIMEOUT) -> Any:
+        """Try a call once, for so many seconds, and return the answer.
+
+        `body` is a dict or JSON text and makes it a POST; without it the call is a GET.
+        """
+        data = None
+        if body is not None:
+            data = (body if isinstance(body, str) else as_json(body, 'body')).encode()
         host = self.host
+        request = urllib.request.Request(host + path, data, self.headers)
         try:
-            answer = self.wire.exchange(host + path, data, seconds)
-            if answer.status in (200, 204):
-                return json.loads(answer.content.decode()) if answer.status == 200 else None
+            response = self.opener.open(request, timeout=seconds)
+            if response.status == 200:
+                return json.loads(response.content.decode())
+            if response.status == 204:
+                return None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            reason = printable(str(getattr(error, 'strerror', None) or error) or type(error).__name__)
-            if host == self.host:           # what one thread finds out holds for all, once
-                self.used[0] = self.hosts[(self.hosts.index(host) + 1) % len(self.hosts)]
-            raise EngineUnavailable(f'no engine answers at {host}: {reason}') from error
-        raise refusal(answer)
+            self.active.move_on(host)
+            reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
+            message = f'no engine answers at {host}: {printable(reason)}'
+            raise EngineUnavailable(message) from error
+        raise refusal(response)
 
-    def call(self, path: str, body: Any = None, wait: float = 0, give_up: Seconds = None) -> Any:
-        """send(), tried again for `give_up` seconds (None: the client's timeout), and the `wait` that the engine takes.
-        The last try gets a second at least, so an engine that is there but silent is noticed that much later."""
-        give_up = self.timeout if give_up is None else give_up
+    def call(
+        self,
+        path: str,
+        body: Any = None,
+        wait: float = 0,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Any:
+        """send(), tried again for `give_up` seconds (None: the client's timeout).
+
+        `wait` is how long the engine may take to answer. The last try gets at least a second
+        beyond that, so a silent engine is noticed that much later.
+        """
+        give_up = self.timeout if give_up is None else in_seconds(give_up)
         deadline = time.monotonic() + give_up + wait
         for tries in itertools.count():
+            share = (deadline - time.monotonic()) / len(self.hosts)     # each gets a chance
             try:
-                share = (deadline - time.monotonic()) / len(self.hosts)        # so that each of them has a chance
-                return self.send(path, body, max(share, wait + LAST_TRY))
+                return self.send(path, body, max(share, wait + MIN_LAST_TRY))
             except EngineUnavailable as error:
-                rounds, rest = divmod(tries + 1, len(self.hosts))
-                now, pause = time.monotonic(), 0 if rest else max(backoff(rounds - 1), error.retry_after)
-                deadline = min(deadline, now + give_up)        # without the wait, once the first try is over
+                rounds, turn = divmod(tries + 1, len(self.hosts))
+                pause = 0 if turn else max(retry_pause(rounds - 1), error.retry_after)
+                now = time.monotonic()
+                deadline = min(deadline, now + give_up)     # only the first try may wait
                 if now + pause >= deadline:
-                    raise EngineUnavailable(f'{" ".join(self.hosts)} was tried for {give_up:g} s: {error}') from None
+                    hosts = ' '.join(self.hosts)
+                    message = f'{hosts} was tried for {give_up:g} s: {error}'
+                    raise EngineUnavailable(message) from None
             time.sleep(pause)
 
-    def enqueue(self, queue: str, payload: Any = None, timeout: Seconds = None, max_retries: Whole = None,
-                tag: Text = None, delay: Span = None, run_at: Moment = None, priority: Whole = None, key: Text = None,
-                id: Text = None, give_up: Seconds = None, after: Any = None, after_any: bool | None = None) -> Job:
-        """Add a job, once however often it is sent; returns it, `created` False when its id or key was there before.
-        It waits until the jobs `after` (or their ids) are done; one that is not cancels it, unless `after_any`."""
-        text = job_text(payload, id, run_at, delay, after, queue=queue, timeout=timeout, max_retries=max_retries,
-                        tag=tag, priority=priority, key=key, after_any=after_any)
+    def _post(self, path, **fields):
+        return self.call(path, drop_none(**fields), fields.get('wait') or 0)
+
+    def _get(self, path, **fields):
+        query = urllib.parse.urlencode(drop_none(**fields))
+        return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
+
+    def enqueue(
+        self,
+        queue: str,
+        payload: Any = None,
+        timeout: float | datetime.timedelta | None = None,
+        max_retries: int | None = None,
+        tag: str | None = None,
+        delay: float | datetime.timedelta | None = None,
+        run_at: str | datetime.datetime | None = None,
+        priority: int | None = None,
+        key: str | None = None,
+        id: str | None = None,
+        give_up: float | datetime.timedelta | None = None,
+        after: Any = None,
+        after_any: bool | None = None,
+    ) -> Job:
+        """Add a job, once however often the call is sent, and return it.
+
+        `created` in it is False if its id or its key was there before. The job waits until the
+        jobs `after` (jobs or ids) are done; if one of them fails it is cancelled, unless
+        `after_any` is True. A `run_at` without a zone is local time; durations are in seconds.
+        """
+        text = encode_job(
+            payload, id=id, run_at=run_at, delay=delay, after=after, queue=queue, timeout=timeout,
+            max_retries=max_retries, tag=tag, priority=priority, key=key, after_any=after_any,
+        )
         return Job(self.call('/enqueue', text, give_up=give_up), self)
 
-    def enqueue_many(self, queue: str, payloads: Iterable[Any], ids: Iterable[str] | None = None,
-                     give_up: Seconds = None, **options: Any) -> list[Job]:
-        """Add a job per payload, in requests of up to 1,000, each all or nothing; returns the jobs in order.
-        `ids` are theirs, one each; the options are those of enqueue() but for `id` and `key`, and hold for all."""
+    def enqueue_many(
+        self,
+        queue: str,
+        payloads: Iterable[Any],
+        ids: Iterable[str] | None = None,
+        give_up: float | datetime.timedelta | None = None,
+        **options: Any,
+    ) -> list[Job]:
+        """Add a job per payload, in requests of up to 1,000 jobs; return the jobs in order.
+
+        Each request is all or nothing. `ids` are one for each payload. The options are those of
+        enqueue() except `id` and `key`, and hold for all jobs.
+        """
         if isinstance(payloads, (str, bytes, dict)):
-            raise Misuse(f'payloads must be a list with one payload for each job, not a {type(payloads).__name__}')
+            kind = type(payloads).__name__
+            raise Misuse(f'payloads must be a list with one payload for each job, not a {kind}')
         if 'id' in options or 'key' in options:
             raise Misuse('id and key are for one job, and these are many; ids takes a list')
         payloads = list(payloads)
         ids = sorted(new_id() for _ in payloads) if ids is None else list(ids)
         if len(ids) != len(payloads):
-            raise Misuse(f'ids must be one for each payload: there are {len(ids)} and {len(payloads)}')
-        texts = (job_text(payload, queue=queue, id=id, **options) for payload, id in zip(payloads, ids))
-        bodies = ('{"jobs":[' + ','.join(batch) + ']}' for batch in batches(texts, len))
-        return [Job(job, self) for body in bodies for job in self.call('/enqueue', body, give_up=give_up)['jobs']]
+            counts = f'there are {len(ids)} and {len(payloads)}'
+            raise Misuse(f'ids must be one for each payload: {counts}')
+        texts = (
+            encode_job(payload, queue=queue, id=id, **options)
+            for payload, id in zip(payloads, ids)
+        )
+        jobs = []
+        for batch in batches(texts, len):
+            answer = self.call('/enqueue', '{"jobs":[' + ','.join(batch) + ']}', give_up=give_up)
+            jobs += [Job(job, self) for job in answer['jobs']]
+        return jobs
 
-    def _post(self, path, **fields): return self.call(path, present(**fields), fields.get('wait') or 0)
+    def poll(
+        self,
+        queue: str,
+        limit: int | None = None,
+        wait: float | None = None,
+        worker: str | None = None,
+        lease: float | None = None,
+        max_retries: int | None = None,
+        timeout: float | None = None,
+        hung: int | None = None,
+    ) -> Any:
+        """Claim a job, or None; with `limit` a list of jobs, or None.
 
-    def poll(self, queue: str, limit: Whole = None, wait: Seconds = None, worker: Text = None, lease: Seconds = None,
-             max_retries: Whole = None, timeout: Seconds = None, hung: Whole = None) -> Any:
-        """Claim a job, or None; with `limit` a list of jobs, or None. `wait`, `lease` and `timeout` are in seconds."""
-        return self._post('/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
-                          max_retries=max_retries, timeout=timeout, hung=hung)
+        `wait`, `lease` and `timeout` are in seconds.
+        """
+        return self._post(
+            '/poll', queue=queue, limit=limit, wait=wait, worker=worker, lease=lease,
+            max_retries=max_retries, timeout=timeout, hung=hung,
+        )
 
-    def complete(self, id: str, attempt: Whole = None, result: Any = None) -> Fields:
+    def complete(self, id: str, attempt: int | None = None, result: Any = None) -> dict[str, Any]:
+        """Report that a job is done."""
         return self._post('/complete', id=id, attempt=attempt, result=result)
 
-    def fail(self, id: str, attempt: Whole = None, error: Text = None, retry: bool | None = None,
-             delay: Seconds = None) -> Fields:
-        """Report a failure; with retry False for good, with `delay` (seconds) in place of the engine's backoff."""
+    def fail(
+        self,
+        id: str,
+        attempt: int | None = None,
+        error: str | None = None,
+        retry: bool | None = None,
+        delay: float | datetime.timedelta | None = None,
+    ) -> dict[str, Any]:
+        """Report a failure. `retry` False: for good. `delay` replaces the engine's backoff."""
+        delay = in_seconds(delay)
         return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
 
-    def heartbeat(self, id: str, attempt: Whole = None, progress: Any = None) -> Fields:
+    def heartbeat(
+        self,
+        id: str,
+        attempt: int | None = None,
+        progress: Any = None,
+    ) -> dict[str, Any]:
+        """Extend the lease of a claim, and show its progress."""
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
-    def release(self, id: str, attempt: Whole = None) -> Fields: return self._post('/release', id=id, attempt=attempt)
-    def unschedule(self, name: str) -> Fields: return self._post('/unschedule', name=name)
-    def pause(self, queue: str) -> Fields: return self._post('/pause', queue=queue)
-    def resume(self, queue: str) -> Fields: return self._post('/resume', queue=queue)
+    def release(self, id: str, attempt: int | None = None) -> dict[str, Any]:
+        """Give a claim back; nothing is counted."""
+        return self._post('/release', id=id, attempt=attempt)
 
-    def cancel(self, id: Text = None, queue: Text = None, status: Text = None) -> Fields:
-        """Cancel a job, or all of a queue and status; {"count": n}."""
+    def pause(self, queue: str) -> dict[str, Any]:
+        """Hand out no jobs of the queue."""
+        return self._post('/pause', queue=queue)
+
+    def resume(self, queue: str) -> dict[str, Any]:
+        """Hand out jobs of the queue again."""
+        return self._post('/resume', queue=queue)
+
+    def cancel(
+        self,
+        id: str | None = None,
+        queue: str | None = None,
+        status: str | None = None,
+    ) -> dict[str, Any]:
+        """Cancel a job, or all of a queue and status; returns {"count": n}."""
         return self._post('/cancel', id=id, queue=queue, status=status)
 
-    def retry(self, id: Text = None, queue: Text = None, status: Text = None) -> Fields:
+    def retry(
+        self,
+        id: str | None = None,
+        queue: str | None = None,
+        status: str | None = None,
+    ) -> dict[str, Any]:
         """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
         return self._post('/retry', id=id, queue=queue, status=status)
 
-    def purge(self, queue: Text = None, status: Text = None) -> Fields:
-        """Delete the jobs of a queue and/or status, but for those that run; {"count": n}."""
+    def purge(self, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
+        """Delete the jobs of a queue and/or status, except running ones; {"count": n}."""
         return self._post('/purge', queue=queue, status=status)
 
-    def limit(self, queue: str, max_running: Any = ..., rate: Any = ..., per: Any = ...) -> Fields:
-        """Limit how many jobs of a queue run at a time, and its claims: `rate` at once, one each per / rate seconds.
-        None lifts a limit; what is not given stays as it is. Returns what holds then."""
-        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per}
-        return self.call('/limit', {name: value for name, value in fields.items() if value is not ...})
+    def limit(
+        self,
+        queue: str,
+        max_running: Any = ...,
+        rate: Any = ...,
+        per: Any = ...,
+    ) -> dict[str, Any]:
+        """Limit how many jobs of a queue run at a time, and how fast they are claimed.
 
-    def schedule(self, name: str, queue: str, cron: Text = None, every: Span = None, zone: Text = None,
-                 payload: Any = None, timeout: Seconds = None, max_retries: Whole = None, tag: Text = None,
-                 priority: Whole = None, key: Text = None) -> Fields:
-        """Have a job made at each tick: of `cron`, five fields in a time zone (UTC), or `every` so many seconds.
-        Sent again unchanged it changes nothing. With `key` there is no tick while the last one's job is not over."""
-        return self._post('/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone, tag=tag,
-                          payload=payload, timeout=timeout, max_retries=max_retries, priority=priority, key=key)
+        At most `rate` are claimed at once, then one each `per / rate` seconds. None removes a
+        limit; omitted ones are unchanged. Returns the limits of the queue.
+        """
+        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
+        given = {name: value for name, value in fields.items() if value is not ...}
+        return self.call('/limit', given)
 
-    def _get(self, path, **fields):
-        return self.call(f'{path}?{urllib.parse.urlencode(present(**fields))}', wait=fields.get('wait') or 0)
+    def schedule(
+        self,
+        name: str,
+        queue: str,
+        cron: str | None = None,
+        every: float | datetime.timedelta | None = None,
+        zone: str | None = None,
+        payload: Any = None,
+        timeout: float | datetime.timedelta | None = None,
+        max_retries: int | None = None,
+        tag: str | None = None,
+        priority: int | None = None,
+        key: str | None = None,
+    ) -> dict[str, Any]:
+        """Have a job made at each tick of `cron`, or `every` so many seconds.
 
-    def schedules(self, limit: Whole = None, after: Text = None) -> Fields:
+        `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
+        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
+        """
+        return self._post(
+            '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
+            payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
+            priority=priority, key=key,
+        )
+
+    def unschedule(self, name: str) -> dict[str, Any]:
+        """End a schedule; the jobs that it made stay."""
+        return self._post('/unschedule', name=name)
+
+    def schedules(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
+        """A page of schedules by name."""
         return self._get('/schedules', limit=limit, after=after)
 
-    def jobs(self, queue: Text = None, status: Text = None, tag: Text = None, limit: Whole = None, after: Text = None,
-             needed_by: Text = None) -> Fields:
-        """A page of jobs, newest first; the next one is `after` the id in its `after`, null on the last page.
-        `needed_by` an id: what that job waits or waited for, in its order."""
-        return self._get('/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after, needed_by=needed_by)
+    def jobs(
+        self,
+        queue: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+        limit: int | None = None,
+        after: str | None = None,
+        needed_by: str | None = None,
+    ) -> dict[str, Any]:
+        """A page of jobs, newest first; the answer's `after` asks for the next page.
 
-    def queues(self, limit: Whole = None, after: Text = None) -> Fields:
-        """Counts and limits of each queue, and the workers seen."""
+        `needed_by` is an id: the jobs that this job waits or waited for, in its order.
+        """
+        return self._get(
+            '/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after,
+            needed_by=needed_by,
+        )
+
+    def queues(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
+        """The counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
-    def job(self, id: str, wait: Seconds = None) -> Fields:
-        """The job; with `wait` as soon as it has ended, or as it is after so many seconds (at most 60)."""
+    def job(self, id: str, wait: float | None = None) -> dict[str, Any]:
+        """The job; with `wait` as soon as it has ended, or after so many seconds (at most 60)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
-    def details(self, tag: str) -> Fields:
+    def details(self, tag: str) -> dict[str, Any]:
         """The newest job with that tag."""
         return self._get('/details/' + quote(tag))
 
-    def health(self) -> Fields: return self._get('/health')
+    def health(self) -> dict[str, Any]:
+        """The state of the engine."""
+        return self._get('/health')
 
-    def wait(self, job: Any, timeout: Seconds = None, give_up: Seconds = None) -> Job:
-        """The job (given as it or as its id) once it has ended; Unfinished when it has not after `timeout` seconds.
-        Where no engine answers it ends with EngineUnavailable, after `give_up` seconds or at the timeout."""
-        id, deadline = job if isinstance(job, str) else job['id'], ending_after(timeout)
+    def wait(
+        self,
+        job: Any,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """The job, given as a job or an id, once it has ended.
+
+        Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
+        for `give_up` seconds, or until the timeout.
+        """
+        id = job if isinstance(job, str) else job['id']
+        give_up = self.timeout if give_up is None else in_seconds(give_up)
+        deadline = deadline_after(timeout)
         while True:
             left = max(0, deadline - time.monotonic())
-            span, most = round(min(WAIT, left), 3), min(self.timeout if give_up is None else give_up, left)
-            job = self.call(f'/jobs/{quote(id)}?wait={span}', wait=span, give_up=most)
-            if job['status'] in ('done', 'failed', 'cancelled'):
+            wait = round(min(LONG_POLL, left), 3)
+            path = f'/jobs/{quote(id)}?wait={wait}'
+            job = self.call(path, wait=wait, give_up=min(give_up, left))
+            if job['status'] in ENDED:
                 return Job(job, self)
             if time.monotonic() >= deadline:
-                raise Unfinished(f'job {id} is still {job["status"]} after {timeout:g} s')
+                seconds = in_seconds(timeout)
+                raise Unfinished(f'job {id} is still {job["status"]} after {seconds:g} s')
+
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
+        self.pool.shutdown(how)
 
     def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
-        self.wire.hang_up(socket.SHUT_RDWR)
+        self.shutdown()
 
-class Job(dict):
-    """A job as the engine told of it, a dict that knows whom to ask for news."""
-    def __init__(self, fields, client):
+
+ENDED = ('done', 'failed', 'cancelled')     # statuses of a job that has ended
+
+
+class Job(Dict[str, Any], Generic[R]):
+    """A job as the engine described it: a dict that can ask for news."""
+
+    def __init__(self, fields: dict[str, Any], client: Client) -> None:
         super().__init__(fields)
         self.client = client
 
-    def refresh(self) -> Job:
+    def refresh(self) -> Job[R]:
         """Bring it up to date, and return it."""
         self.update(self.client.job(self['id']))
         return self
 
-    def wait(self, timeout: Seconds = None, give_up: Seconds = None) -> Job:
+    def wait(
+        self,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job[R]:
         """Bring it up to date once it has ended, and return it; see Client.wait."""
         self.update(self.client.wait(self, timeout, give_up))
         return self
 
-    def result(self, timeout: Seconds = None, give_up: Seconds = None) -> Any:
-        """What the handler returned, once it has; Failed with the job's error when it failed or was cancelled."""
-        if self.wait(timeout, give_up)['status'] != 'done':
+    def result(
+        self,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> R:
+        """The value that the handler returned, once it has.
+
+        Failed, with the job's error, if it failed or was cancelled.
+        """
+        self.wait(timeout, give_up)
+        return self._result()
+
+    def _result(self):
+        if self['status'] != 'done':
             error = Failed(self['error'] or f'the job was {self["status"]}')
             error.job = self
             raise error
         return self['result']
 
-    def __reduce__(self): return dict, (dict(self),)        # in another process, and in a copy, it is a plain dict
+    def __reduce__(self):
+        """In another process, and in a copy, it is a plain dict."""
+        return dict, (dict(self),)
 
-def results(jobs: Iterable[Job], timeout: Seconds = None, give_up: Seconds = None) -> list[Any]:
-    """The results of many jobs as enqueue returned them, in order: see Job.result. The timeout is that of all."""
-    deadline = ending_after(timeout)
+
+def results(
+    jobs: Iterable[Job[R]],
+    timeout: float | datetime.timedelta | None = None,
+    give_up: float | datetime.timedelta | None = None,
+) -> list[R]:
+    """The results of many jobs, in order: see Job.result. The timeout is that of all."""
+    deadline = deadline_after(timeout)
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
-def refusal(answer):
-    """The exception for an answer that is no success."""
+
+def parse_hosts(text):
+    """The URLs of engines, separated by blanks; Error for one that is none."""
+    hosts = [url.rstrip('/') for url in text.split()] or ['']
+    for url in hosts:
+        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
+            raise Error(f'{url!r} is not the URL of an engine, such as {DEFAULT_URL}')
+    return hosts
+
+
+def tls_context(hosts, ca):
+    """The settings of TLS, or None where no host needs it."""
+    if not any(url.startswith('https:') for url in hosts):
+        return None
+    context = ssl.create_default_context(cafile=ca)
+    if ca:      # home-made certificates rarely fulfil the conditions of Python 3.13
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def refusal(response):
+    """The exception for a response that is no success."""
     try:
-        sentence = str(json.loads(answer.content)['error'])
+        sentence = str(json.loads(response.content)['error'])
     except (ValueError, TypeError, LookupError, RecursionError):
-        where = f', which points to {answer.headers["location"]}' if 'location' in answer.headers else ''
-        sentence = f'HTTP status {answer.status} {answer.reason}{where}'
-    error = (Refused if is_final(answer.status) else EngineUnavailable)(printable(sentence))
-    error.status, pause = answer.status, answer.headers.get('retry-after', '')
-    error.retry_after = min(int(pause), MAX_RETRY_AFTER) if re.fullmatch('[0-9]{1,9}', pause) else 0
+        location = response.headers.get('location')
+        where = f', which points to {location}' if location else ''
+        sentence = f'HTTP status {response.status} {response.reason}{where}'
+    kind = Refused if is_permanent(response.status) else EngineUnavailable
+    error = kind(printable(sentence))
+    error.status = response.status
+    pause = response.headers.get('retry-after', '')
+    if re.fullmatch('[0-9]{1,9}', pause):
+        error.retry_after = min(int(pause), MAX_RETRY_AFTER)
     return error
 
-def ending_after(timeout): return time.monotonic() + (float('inf') if timeout is None else timeout)
-def is_final(status): return status < 500 and status != 429     # there is no use in sending it again
+
+def is_permanent(status):
+    """Is there no use in sending it again?"""
+    return status < 500 and status != 429
+
 
 def is_claim(job):
-    return (isinstance(job, dict) and isinstance(job.get('id'), str) and type(job.get('attempt')) is int
-            and type(job.get('timeout')) in (int, float) and 'payload' in job)
+    """Is this, from the answer to a poll, a job that can be run?"""
+    return (
+        isinstance(job, dict)
+        and isinstance(job.get('id'), str)
+        and type(job.get('attempt')) is int
+        and type(job.get('timeout')) in (int, float)
+        and 'payload' in job
+    )
 
-def is_outcome(item):
-    return isinstance(item, dict) and type(item.get('code', 0)) is int and isinstance(item.get('error', ''), str)
 
-def job_text(payload, id=None, run_at=None, delay=None, after=None, **fields):
-    """A job to be enqueued, as JSON. The id is chosen here, so that it can be sent again."""
+def is_item_reply(item):
+    """Is this, from the answer to a batch, the reply to one of its items?"""
+    return (
+        isinstance(item, dict)
+        and type(item.get('code', 0)) is int
+        and isinstance(item.get('error', ''), str)
+    )
+
+
+def encode_job(payload, id=None, run_at=None, delay=None, after=None, timeout=None, **fields):
+    """A job to be enqueued, as JSON text. It gets its id here, so that it can be sent again."""
     if isinstance(run_at, datetime.datetime):
         run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
-        after = [one['id'] if isinstance(one, dict) else one for one in after]
-    id, delay = new_id() if id is None else id, in_seconds(delay)
-    return as_json(present(payload=payload, id=id, run_at=run_at, delay=delay, after=after, **fields), 'the job')
+        after = [job['id'] if isinstance(job, dict) else job for job in after]
+    fields = drop_none(
+        payload=payload, id=new_id() if id is None else id, run_at=run_at,
+        delay=in_seconds(delay), after=after, timeout=in_seconds(timeout), **fields,
+    )
+    return as_json(fields, 'the job')
+
+
+BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
+
 
 def batches(items, size):
-    """Lists of the items, each short enough for a request."""
-    batch, total = [], 0
+    """Lists of the items, each short enough for a request; size(item) is in bytes."""
+    batch = []
+    total = BATCH_FRAME
     for item in items:
-        total += size(item)
-        if batch and (total > MAX_BYTES or len(batch) == MAX_BATCH):
+        length = size(item) + 1         # with its comma
+        if batch and (total + length > MAX_BATCH_BYTES or len(batch) == MAX_BATCH):
             yield batch
-            batch, total = [], size(item)
+            batch = []
+            total = BATCH_FRAME
         batch.append(item)
+        total += length
     if batch:
         yield batch
 
-# -- Running a handler ------------------------------------------------------------------------------------------------
-current = contextvars.ContextVar('rundown_task', default=None)      # what the handler of this context works at
+# -- Running a handler -----------------------------------------------------------------------------
+# the claim that the handler of this context works on; in an isolated process a ChildClaim
+current = contextvars.ContextVar('rundown_claim', default=None)
 
-def job() -> Fields:
-    """The job that the handler at hand works at, a dict; None outside of handlers."""
-    return current.get() and current.get().job
+
+def job() -> dict[str, Any]:
+    """The job that the running handler works on, a dict; None outside of handlers."""
+    claim = current.get()
+    return claim and claim.job
+
 
 def progress(value: Any) -> None:
-    """Show any JSON value as the job's progress, within a second or so. Does nothing outside of handlers."""
+    """Show any JSON value as the job's progress, within a second or so.
+
+    It does nothing outside of handlers.
+    """
     text = as_json(value, 'progress')
-    if current.get():
-        current.get().show(text)
+    claim = current.get()
+    if claim:
+        claim.show_progress(text)
+
 
 def inputs() -> list[Any]:
-    """The results of the jobs that the one at hand waited for, in the order of `after`; None where one is not done."""
-    task = current.get()
-    after = task.job.get('after') if task else None
-    done = {job['id']: job['result'] for job in all_jobs(task.client, needed_by=task.job['id'])} if after else {}
-    return [done.get(id) for id in after or ()]
+    """The results of the jobs that this one waited for, in the order of `after`.
+
+    None stands for a job that is not done.
+    """
+    claim = current.get()
+    after = claim.job.get('after') if claim else None
+    if not after:
+        return []
+    jobs = iter_jobs(claim.client, needed_by=claim.job['id'])
+    results = {job['id']: job['result'] for job in jobs}
+    return [results.get(id) for id in after]
+
 
 class Outcome:
-    """How a run ended: the call that reports it, its fields, each as JSON text, and what hooks get to see."""
-    def __init__(self, call, value=None, **fields):
-        self.call, self.value, self.fields = call, value, fields
+    """How a run of a handler ended: the call that reports it, and the call's fields."""
 
-def failed(error, text=None, retry=True, delay=None):
-    text = shorten(text or trace(error), MAX_ERROR)
-    return Outcome('fail', error, error=encode(text), retry=encode(retry), delay=encode(delay))
+    def __init__(self, call, value=None, **fields):
+        self.call = call        # 'complete', 'fail' or 'release'; None: nothing is reported
+        self.value = value      # what hooks get: the result or the exception
+        self.fields = fields    # each as JSON text
+
+
+def failure(error, text=None, retry=True, delay=None):
+    """The outcome of a job that failed; `text` is shown in place of the traceback."""
+    text = truncate_middle(text or error_text(error), MAX_ERROR)
+    return Outcome('fail', error, error=encode_json(text), retry=encode_json(retry),
+                   delay=encode_json(delay))
+
+
+def error_text(error):
+    """The traceback from the handler on; of Retry and Abort only their reason."""
+    try:
+        if isinstance(error, (Retry, Abort)) and not error.__cause__:
+            return str(error) or type(error).__name__
+        below_ours = error.__traceback__ and error.__traceback__.tb_next
+        return ''.join(traceback.format_exception(type(error), error, below_ours))
+    except BaseException:       # str() and repr() of an exception may raise anything
+        return f'{type(error).__name__}, of which there is no traceback'
+
+
+def last_line(error):
+    """The last line of an exception's traceback; of an exception group the line that names it."""
+    text = error_text(error).rstrip()
+    if text.endswith('-----'):
+        group = re.search(r'^  \| (\S.*)', text, re.M)
+        if group:
+            return truncate_middle(group[1], 300)
+    lines = text.strip().splitlines() or ['']
+    return truncate_middle(lines[-1], 300)
+
 
 class Policy:
-    """After which failures, and after how many seconds, a job is tried again."""
-    def __init__(self, backoff=None, retry_on=None, abort_on=None):
-        self.backoff, self.retry_on, self.abort_on = listed(backoff), listed(retry_on), listed(abort_on)
-        for name, given in (('retry_on', self.retry_on), ('abort_on', self.abort_on)):
-            if not all(isinstance(one, type) and issubclass(one, BaseException) for one in given):
-                raise Misuse(f'{name} must be a class of exceptions or a tuple of them, not {given!r}')
-        for step in itertools.filterfalse(callable, self.backoff):
-            check('backoff', step, 0, NUMBER)
+    """After which failures a job is tried again, and after how many seconds."""
 
-    def verdict(self, error, retries):
-        """The fields `retry` and `delay` of the failure. retry_on is about what the handler raised by itself."""
-        own = not isinstance(error, (Retry, Timeout, Crashed))
-        if isinstance(error, (Abort, *self.abort_on)) or self.retry_on and own and not isinstance(error, self.retry_on):
+    def __init__(self, backoff=None, retry_on=None, abort_on=None):
+        self.backoff = as_tuple(backoff)
+        self.retry_on = as_tuple(retry_on)
+        self.abort_on = as_tuple(abort_on)
+        for name, classes in (('retry_on', self.retry_on), ('abort_on', self.abort_on)):
+            for one in classes:
+                if not isinstance(one, type) or not issubclass(one, BaseException):
+                    raise Misuse(f'{name} must be a class of exceptions or a tuple of them, '
+                                 f'not {classes!r}')
+        for step in self.backoff:
+            if not callable(step):
+                check('backoff', step, 0, NUMBER)
+
+    def retry_fields(self, error, retries):
+        """The fields `retry` and `delay` of /fail, for a job that was retried so many times."""
+        if not self._is_retried(error):
             return {'retry': False}
-        delay = error.delay if isinstance(error, Retry) else None
+        if isinstance(error, Retry) and error.delay is not None:
+            return {'delay': error.delay}
+        if not self.backoff:
+            return {}
         try:
-            if delay is None and self.backoff:
-                step = self.backoff[min(retries, len(self.backoff) - 1)]
-                delay = step(retries + 1) if callable(step) else step
-                check('backoff', delay, 0, NUMBER)
-            return {'delay': delay}
-        except Exception as failure:
-            note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, summary(failure))
+            return {'delay': self._delay(retries)}
+        except Exception as problem:
+            note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, last_line(problem))
             return {}
 
-def listed(given): return tuple(given) if isinstance(given, (tuple, list)) else () if given is None else (given,)
+    def _is_retried(self, error):
+        if isinstance(error, (Abort, *self.abort_on)):
+            return False
+        if not self.retry_on or isinstance(error, (Retry, Timeout, Crashed)):
+            return True     # retry_on is about exceptions that the handler raises by itself
+        return isinstance(error, self.retry_on)
 
-class Handler:
-    """What works a queue's payloads: its one function, which has no name, or the task that the payload names."""
+    def _delay(self, retries):
+        step = self.backoff[min(retries, len(self.backoff) - 1)]
+        delay = step(retries + 1) if callable(step) else step
+        check('backoff', delay, 0, NUMBER)
+        return delay
+
+
+def as_tuple(value):
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+class HandlerTable:
+    """The functions that handle a queue's jobs: tasks by their names, or None: one for all jobs."""
+
     def __init__(self, functions):
         self.functions = {name: as_handler(function) for name, function in functions.items()}
 
-    def find(self, payload):
-        """The function for the payload, and its arguments."""
+    def resolve(self, payload):
+        """The function for a payload, and its arguments."""
         if None in self.functions:
             return self.functions[None], [payload], {}
         call = payload if isinstance(payload, dict) else {}
-        name, args, kwargs = call.get('task'), call.get('args') or [], call.get('kwargs') or {}
-        if not isinstance(name, str) or not isinstance(args, list) or not isinstance(kwargs, dict):
-            raise Abort('the payload of a task must be {"task": "its name", "args": [...], "kwargs": {...}}')
+        name = call.get('task')
+        args = call.get('args') or []
+        kwargs = call.get('kwargs') or {}
+        if not (isinstance(name, str) and isinstance(args, list) and isinstance(kwargs, dict)):
+            raise Abort('the payload of a task must be '
+                        '{"task": "its name", "args": [...], "kwargs": {...}}')
         if name in self.functions:
             return self.functions[name], args, kwargs
         near = difflib.get_close_matches(name, self.functions) or sorted(self.functions)[:10]
         raise Abort(f'no worker here knows the task {name}; near it are {", ".join(near)}')
 
-    def verdict(self, error, job):
-        """What the policy says of a failure of the job, which the handler may have changed."""
-        payload, retries = job.get('payload'), job.get('retries')
-        name = payload.get('task') if None not in self.functions and isinstance(payload, dict) else None
-        rule = getattr(self.functions.get(name if isinstance(name, str) else None), 'policy', Policy())
-        return rule.verdict(error, retries if type(retries) is int else 0)
+    def retry_fields(self, error, job):
+        """What the policy of the job's function says about a failure.
 
-def perform(handler, job):
-    """One run of a handler, as its outcome. It knows no network, and raises nothing, whatever the handler does."""
+        The handler may have changed the job, so nothing about it is taken for granted.
+        """
+        name = None
+        payload = job.get('payload')
+        if None not in self.functions and isinstance(payload, dict):
+            name = payload.get('task')
+        function = self.functions.get(name if isinstance(name, str) else None)
+        policy = getattr(function, 'policy', None) or Policy()
+        retries = job.get('retries')
+        return policy.retry_fields(error, retries if type(retries) is int else 0)
+
+
+def run_handler(handlers, job):
+    """Run a job's handler; returns the outcome.
+
+    It uses no network, and raises nothing, whatever the handler does.
+    """
     process = os.getpid()
     try:
-        function, args, kwargs = handler.find(job['payload'])
+        function, args, kwargs = handlers.resolve(job['payload'])
         result = function(*args, **kwargs)
     except BaseException as error:
-        return failed(error, **handler.verdict(error, job))
+        return failure(error, **handlers.retry_fields(error, job))
     finally:
         if os.getpid() != process:
-            os._exit(1)                 # a process that the handler forked, and that came back here
+            os._exit(1)         # a process that the handler forked must not go on as a worker
+    return completion(result)
+
+
+def completion(result):
+    """The outcome of a handler that returned. A result that is not JSON fails the job for good."""
     try:
         text = as_json(result, 'result')
         if len(text) > MAX_RESULT:
-            raise NotJSON(f'result has {len(text)} characters of JSON; at most {MAX_RESULT} are taken')
+            raise NotJSON(f'result has {len(text)} characters of JSON; '
+                          f'at most {MAX_RESULT} are taken')
         return Outcome('complete', result, result=text)
-    except BaseException as error:      # a result that is not JSON now will not be JSON the next time
-        return failed(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
+    except BaseException as error:      # a property or __iter__ of the result may raise anything
+        return failure(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
-def trace(error):
-    """The traceback, from the handler on; of Retry and Abort what they say."""
-    try:
-        if isinstance(error, (Retry, Abort)) and not error.__cause__:
-            return str(error) or type(error).__name__
-        below = error.__traceback__ and error.__traceback__.tb_next
-        return ''.join(traceback.format_exception(type(error), error, below))
-    except BaseException:               # what an exception says of itself may fail in any way
-        return f'{type(error).__name__}, of which there is no traceback'
 
 def as_handler(function):
-    """The function; an async one on an event loop of its own, that is closed with all it holds when it ends."""
+    """The function, or for an async one a function that runs it on an event loop of its own."""
     if not inspect.iscoroutinefunction(function):
         return function
     import asyncio      # here, since it takes megabytes that most workers have no use for
 
     async def main(*args, **kwargs):
-        task, running = current.get(), asyncio.current_task()
-        task.coroutine = running.get_coro()
-        task.cancel = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, running.cancel)
+        claim = current.get()
+        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        claim.coroutine = task.get_coro()
+        claim.cancel = functools.partial(loop.call_soon_threadsafe, task.cancel)
         return await function(*args, **kwargs)
-    return functools.wraps(function)(lambda *args, **kwargs: asyncio.run(main(*args, **kwargs)))
 
-class Task:
-    """A claimed job on its way through the worker. Who settles it first says how it ends; the rest is dropped."""
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return asyncio.run(main(*args, **kwargs))
+    return run
+
+
+class Claim:
+    """A claimed job on its way through the worker.
+
+    The first to finish it decides how it ends; what others report later is dropped.
+    """
+
     def __init__(self, job, consumer, now):
-        self.job = job                                  # the handler may change it: the rest does not rely on it
-        self.consumer, self.client, self.claimed = consumer, consumer.link.client, now
-        self.address = f'{{"id":{encode(job["id"])},"attempt":{job["attempt"]}'     # how an item of a batch begins
-        self.timeout, self.lock = job['timeout'], threading.Lock()      # held to change the next three from None
-        self.outcome = self.slot = self.begun = None    # how it ended (None: it has not); its slot; since when
-        self.progress, self.shown = collections.deque(maxlen=1), now    # JSON text that is not sent; when it last was
-        self.show = self.progress.append
-        self.item = self.cancel = self.coroutine = None     # its report as JSON text; cancels an async handler; is it
+        # constant; the handler may change the job, so nothing else relies on it
+        self.job = job
+        self.consumer = consumer
+        self.client = consumer.session.client
+        self.claimed_at = now               # monotonic seconds, like the other times here
+        self.timeout = job['timeout']       # seconds
+        # how an item of a batch begins: a JSON object that is still open
+        self.json_prefix = f'{{"id":{encode_json(job["id"])},"attempt":{job["attempt"]}'
+        # changed with the lock held, once each
+        self.lock = threading.Lock()
+        self.outcome = None                 # None: not finished
+        self.slot = None                    # the slot that runs it
+        self.started_at = None              # None: waits for a slot
+        # a mailbox of one: JSON text that was not sent yet
+        self.progress = collections.deque(maxlen=1)
+        self.show_progress = self.progress.append
+        # touched by the watcher only
+        self.progress_sent_at = now
+        # written by the thread that finishes it, read by the reporter
+        self.report_item = None             # the item of the batch that reports the outcome
+        # written by an async handler's thread
+        self.cancel = None                  # a function that cancels the coroutine
+        self.coroutine = None
 
-    def begin(self, slot, now):
-        """True when the slot may run it: it was neither released nor lost meanwhile."""
+    def start(self, slot, now):
+        """True if the slot may run it: it was neither released nor lost meanwhile."""
         with self.lock:
-            if self.outcome is None:
-                self.slot, self.begun = slot, now
-            return self.outcome is None
+            if self.outcome is not None:
+                return False
+            self.slot = slot
+            self.started_at = now
+            return True
 
-    def settle(self, outcome, interruption=None, unless_begun=False):
-        """True when this outcome counts. With an interruption the handler is stopped, if it runs."""
+    def try_finish(self, outcome, interruption=None, unless_started=False):
+        """True if this outcome counts. With an interruption a handler that runs is stopped."""
         with self.lock:
-            if self.outcome is not None or unless_begun and self.slot:
+            if self.outcome is not None or (unless_started and self.slot):
                 return False
             self.outcome = outcome
             if self.slot and interruption:
-                self.slot.interrupt(self, interruption)     # the lock keeps the slot from going on with another task
+                # with the lock held, the slot cannot begin with another claim meanwhile
+                self.slot.interrupt(self, interruption)
             return True
 
+    def set_report(self, outcome):
+        fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
+        self.outcome = outcome
+        self.report_item = f'{self.json_prefix}{fields}}}'
+
     def __str__(self):
-        claim = json.loads(self.address + '}')
-        return f'{self.consumer.name} {claim["id"]} attempt {claim["attempt"]}'
+        item = json.loads(self.json_prefix + '}')
+        return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
+
 
 class Slot:
-    """A thread that runs the tasks of a queue, one after the other, until a handler does not come back in time."""
-    ready = True            # for a task
-    ending = abandoned = False      # after interrupt(): its program is waited for; its thread takes no more tasks
+    """A thread that runs claims of a queue, one after the other.
+
+    A handler that does not come back in time keeps the thread; a new slot takes its place.
+    """
+
+    # written by the slot's thread, except where noted
+    is_ready = True         # it can take a claim
+    is_terminating = False  # it waits for an interrupted program; set by interrupt()
+    is_abandoned = False    # its thread takes no more claims; set by interrupt()
 
     def __init__(self, consumer):
         self.consumer = consumer
-        self.thread = consumer.worker.thread(self._run, consumer.name)
+        self.thread = consumer.worker.start_thread(self._run, consumer.name)
 
     def _run(self):
-        while not self.abandoned:
+        consumer = self.consumer
+        while not self.is_abandoned:
             self.prepare()
-            task = self.consumer.inbox.get()
-            if task is None:
+            claim = consumer.ready.get()
+            if claim is None:
                 break
-            if task.begin(self, time.monotonic()):
-                current.set(task)
-                self.consumer.hook('start', task, None)
-                outcome = self.perform(task)
-                if task.settle(outcome):
-                    self.consumer.ended(task, outcome)
+            if claim.start(self, time.monotonic()):
+                current.set(claim)
+                consumer.call_hooks('start', claim, None)
+                outcome = self.run(claim)
+                if claim.try_finish(outcome):
+                    consumer.on_finished(claim, outcome)
         self.close()
 
-    def perform(self, task): return perform(self.consumer.handler, task.job)
+    def prepare(self):
+        """Get ready for the next claim."""
 
-    def interrupt(self, task, interruption):
-        """Stop the handler, and do without this thread."""
-        self.abandoned = True
-        if task.cancel:
+    def run(self, claim):
+        """The outcome of the claim's handler."""
+        return run_handler(self.consumer.handlers, claim.job)
+
+    def interrupt(self, claim, interruption):
+        """Stop the handler, and continue with another thread. The claim's lock is held."""
+        self.is_abandoned = True
+        if claim.cancel:
             with contextlib.suppress(RuntimeError):     # the loop is closed: it was about to end
-                task.cancel()
+                claim.cancel()
         else:
-            thread = ctypes.c_ulong(self.thread.ident)      # raises it in Python code, so not while it sleeps in C
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(interruption))
+            # raised when the thread runs Python code again, so not while it sleeps in C
+            thread = ctypes.c_ulong(self.thread.ident)
+            error = ctypes.py_object(interruption)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
         self.consumer.replace(self)
 
-    def where(self, task):
-        """The stack at which the handler is, as text."""
-        frame, frames, coroutine = sys._current_frames().get(self.thread.ident), [], task.coroutine
-        if frame and not coroutine:
-            frames = list(traceback.walk_stack(frame))[::-1]
-        with contextlib.suppress(AttributeError):       # it waits for no coroutine, or has ended meanwhile
-            while coroutine:
-                frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
-                coroutine = coroutine.cr_await
-        stack, ours = traceback.StackSummary.extract(frames[-50:]), (__file__, threading.__file__)
-        return ''.join(traceback.format_list(itertools.dropwhile(lambda one: one.filename in ours, stack)))
+    def stack_text(self, claim):
+        """The stack of the handler, from its own frames on."""
+        if claim.coroutine:
+            frames = coroutine_frames(claim.coroutine)
+        else:
+            frames = thread_frames(self.thread.ident)
+        stack = traceback.StackSummary.extract(frames[-50:])
+        ours = (__file__, threading.__file__)
+        lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
+        return ''.join(traceback.format_list(lines))
 
-    def close(self): """Nothing to do here, nor in prepare() and kill(): only subclasses start processes."""
-    prepare = kill = close
+    def kill(self):
+        """End the slot's process, if it has one, at once."""
 
-# -- Handlers in processes of their own -------------------------------------------------------------------------------
-CHILD = 'rundown-child-'            # how the names of the processes begin
-STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK') if hasattr(signal, name)]
+    def close(self):
+        """The slot runs nothing any more."""
+
+
+def thread_frames(thread_id):
+    """The frames of a thread, outermost first, with their line numbers."""
+    frame = sys._current_frames().get(thread_id)
+    return list(traceback.walk_stack(frame))[::-1] if frame else []
+
+
+def coroutine_frames(coroutine):
+    """The frames of a coroutine that waits, and of those that it awaits."""
+    frames = []
+    with contextlib.suppress(AttributeError):   # it waits for no coroutine, or has ended meanwhile
+        while coroutine:
+            frames.append((coroutine.cr_frame, coroutine.cr_frame.f_lineno))
+            coroutine = coroutine.cr_await
+    return frames
+
+
+# -- Worker ----------------------------------------------------------------------------------------
+NEVER = float('inf')        # of a time
+PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK')
+                if hasattr(signal, name)]
 KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
-spawning = threading.Lock()         # held to start or join a process: multiprocessing reaps any ended child in start()
+RELEASED = Outcome('release')
+LOST = Outcome(None)
+REFUSALS = (400, 413)       # statuses that blame what was sent
+GONE = (404, 409)           # statuses that blame the claim
+
+
+def note(level, text, *values):
+    """Log a line, whatever the values contain, and whatever a handler did to the log's streams."""
+    with contextlib.suppress(Exception):
+        if log.isEnabledFor(level):
+            log.log(level, '%s', printable(text % values))
+
+
+def until(condition, deadline):
+    """Wait for a condition, until a deadline at most. Signals are handled meanwhile."""
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def open_standard_streams():
+    """Open 0, 1 and 2 if they are closed.
+
+    Otherwise a pipe could get such a number, and a program or a process would write into it.
+    """
+    with contextlib.suppress(OSError):
+        number = os.open(os.devnull, os.O_RDWR)
+        while number <= 2:
+            os.set_inheritable(number, True)
+            number = os.open(os.devnull, os.O_RDWR)
+        os.close(number)
+
+
+class Consumer:
+    """A queue at work: its slots, the claims that they run, and what is known about their pace.
+
+    Claims arrive from the fetcher. They leave by on_finished() or finish().
+    """
+
+    def __init__(self, worker, session, config, concurrency):
+        # constant after start()
+        self.worker = worker
+        self.session = session
+        self.config = config
+        self.name = config.name
+        self.concurrency = concurrency
+        self.handlers = HandlerTable(config.functions)
+        self.fetcher = Fetcher(self)
+        # safe without a lock: a queue, and a dict whose single operations are atomic
+        self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot
+        self.in_flight = {}                 # claims that are not finished, in order
+        # replaced one by one, with the lock of the slot's claim held
+        self.slots = []
+        # races are harmless
+        self.seconds_per_job = None         # a moving average; None: not known yet
+        self.lines_this_tick = 0            # of the log, for jobs that are done
+
+    def start(self):
+        handler = self.config.functions.get(None)
+        default_type = IsolatedSlot if self.config.isolate else Slot
+        slot_type = getattr(handler, 'slot_type', default_type)
+        self.slots = [slot_type(self) for _ in range(self.concurrency)]
+        self.fetcher.start()
+
+    def accept(self, jobs):
+        """Hand jobs that were claimed just now to the slots, or back if the worker stops."""
+        now = time.monotonic()
+        for job in jobs:
+            claim = Claim(job, self, now)
+            self.session.claims[claim] = None
+            self.in_flight[claim] = None
+            if not self.worker.stopping.is_set():
+                self.ready.put(claim)
+        if self.worker.stopping.is_set():
+            self.worker.release()       # stop() may have released the others before these came
+
+    def prefetch_target(self):
+        """How many claims to have in flight.
+
+        One for each slot, and those that the slots will start within PREFETCH_SECONDS.
+        """
+        slots = sum(slot.is_ready for slot in self.slots)
+        if self.seconds_per_job is None:
+            return slots
+        ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
+        return slots + min(MAX_BATCH, ahead)
+
+    def on_finished(self, claim, outcome):
+        """A slot has run a claim to its end. The report does not wait for the hooks."""
+        seconds = time.monotonic() - claim.started_at
+        succeeded = outcome.call == 'complete'
+        self.report(claim, outcome)
+        if not succeeded:
+            reason = last_line(outcome.value)
+            note(logging.WARNING, '%s failed after %.3f s: %s', claim, seconds, reason)
+        else:
+            self.lines_this_tick += 1
+            if self.lines_this_tick <= MAX_LOG_LINES_PER_TICK:
+                note(logging.INFO, '%s done in %.3f s', claim, seconds)
+        self.call_hooks('success' if succeeded else 'failure', claim, outcome.value)
+        outcome.value = None        # it may be large, and the claim waits for its report
+        self._update_pace(time.monotonic() - claim.started_at)
+        self._remove(claim)
+
+    def _update_pace(self, seconds):
+        if self.seconds_per_job is None:
+            self.seconds_per_job = seconds
+        else:
+            self.seconds_per_job += PACE_WEIGHT * (seconds - self.seconds_per_job)
+
+    def finish(self, claim, outcome, interruption=None):
+        """End a claim from outside of its slot; True if that did it.
+
+        Without an interruption only a claim that has not started ends.
+        """
+        if not claim.try_finish(outcome, interruption, unless_started=not interruption):
+            return False
+        self.report(claim, outcome)
+        self._remove(claim)
+        return True
+
+    def report(self, claim, outcome):
+        claim.set_report(outcome)
+        if outcome.call:
+            self.session.reporter.claims.put(claim)
+        else:
+            self.session.forget(claim)
+
+    def _remove(self, claim):
+        self.in_flight.pop(claim, None)
+        self.fetcher.on_capacity()
+
+    def replace(self, slot):
+        """Continue with a new slot. The claim's lock is held, so no other thread does it too."""
+        self.worker.threads[slot.thread] = time.monotonic()
+        self.slots[self.slots.index(slot)] = type(slot)(self)
+
+    def call_hooks(self, event, claim, value):
+        for function in self.worker.app.hooks[event]:
+            try:
+                function(claim.job, value)
+            except Interruption:
+                raise
+            except BaseException as error:
+                reason = last_line(error)
+                note(logging.ERROR, '%s: the hook %r failed: %s', claim, event, reason)
+
+    def log_and_notify(self, event, claim, error, text, *values):
+        """Log an event and call its hooks, in a thread of their own, if the claim has started."""
+        note(logging.WARNING, '%s ' + text, claim, *values)
+        if self.worker.app.hooks[event] and claim.started_at is not None:
+            hooks = threading.Thread(
+                target=self.call_hooks, args=(event, claim, error), daemon=True)
+            hooks.start()
+
+
+class Fetcher:
+    """The thread that polls for a queue's jobs."""
+
+    def __init__(self, consumer):
+        # constant after start()
+        self.consumer = consumer
+        self.worker = consumer.worker
+        self.session = consumer.session
+        self.client = self.session.client.clone()   # of its own, to be shut down by itself
+        self.thread = None
+        # written by the fetching thread only
+        self.configured_host = None     # the engine that was sent the queue's limits and schedule
+        self.low_watermark = 0          # it polls when no more claims than this are in flight
+        self.idle_generation = None     # worker.generation at the last poll that found nothing
+        # safe by itself
+        self.capacity_freed = threading.Event()
+
+    def start(self):
+        self.thread = self.worker.start_thread(self._run, f'fetch-{self.consumer.name}')
+
+    def on_capacity(self):
+        if len(self.consumer.in_flight) <= self.low_watermark:
+            self.capacity_freed.set()
+
+    def _run(self):
+        while not self.worker.stopping.is_set():
+            self.capacity_freed.clear()
+            limit = self._claim_limit()
+            if not limit:
+                self.capacity_freed.wait(WATCH_INTERVAL)
+                continue
+            try:
+                self._fetch(limit)
+            except Error as error:
+                self._on_error(error)
+
+    def _claim_limit(self):
+        """How many jobs to claim now: 0 while enough are in flight or too many are unreported."""
+        if self.session.is_backlogged or self.session.reporter.claims.qsize() > MAX_BACKLOG:
+            return 0
+        target = self.consumer.prefetch_target()
+        slots = sum(slot.is_ready for slot in self.consumer.slots)
+        self.low_watermark = max(slots - 1, target // 2)
+        in_flight = len(self.consumer.in_flight)
+        if in_flight > self.low_watermark:
+            return 0
+        return min(target - in_flight, MAX_BATCH)
+
+    def _fetch(self, limit):
+        """Poll once, and rest if there was nothing."""
+        generation = self.worker.generation
+        began = time.monotonic()
+        wait = self._poll_wait()
+        jobs = self._poll(limit, wait)
+        self.consumer.accept(jobs)
+        time.sleep(0)           # lets the slots begin, before the next poll is put together
+        self.session.on_up()
+        if jobs:
+            return
+        if self.worker.burst:
+            if not self._is_rate_limited():
+                self.idle_generation = generation
+                until(self._may_have_jobs, NEVER)
+        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # it does not wait
+            self.worker.stopping.wait(self.consumer.config.poll_interval)
+
+    def _may_have_jobs(self):
+        """Whether a queue that was empty has to be polled again: a claim's end may add jobs."""
+        return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
+
+    def _is_rate_limited(self):
+        """Whether the queue has jobs that are due, and a rate that does not allow a claim now.
+
+        Waits until the rate allows one, at most a second.
+        """
+        after = None
+        while True:
+            path = '/queues' if after is None else f'/queues?after={quote(after)}'
+            page = self.client.send(path, None, RESPONSE_TIMEOUT)
+            for row in page['queues']:
+                if row['queue'] == self.consumer.name:
+                    is_due = row['oldest_age'] is not None and not row['paused']
+                    if not is_due or row['rate'] is None:
+                        return False
+                    self.worker.stopping.wait(min(1, row['per'] / row['rate']))
+                    return True
+            after = page['after']
+            if after is None:
+                return False
+
+    def _configure(self):
+        """Send the limits and the schedule of the queue to an engine that was not sent them yet."""
+        host = self.client.host
+        if self.configured_host != host:
+            for path, body in self.consumer.config.told:
+                self.client.send(path, body, PROBE_TIMEOUT)
+            self.configured_host = host
+
+    def _poll_wait(self):
+        """Seconds of the next long poll; 0: the engine has to show that it is there."""
+        is_known = self.session.was_reached and not self.session.down_since
+        return LONG_POLL if is_known and not self.worker.burst else 0
+
+    def _poll(self, limit, wait):
+        self._configure()
+        worker = self.worker
+        config = self.consumer.config
+        params = {
+            'queue': config.name,
+            'limit': limit,
+            'wait': wait,
+            'lease': LEASE,
+            'worker': worker.name,
+            'hung': worker.count_hung(),
+            'max_retries': config.max_retries,
+            'timeout': config.timeout,
+        }
+        is_probe = not wait and not worker.burst
+        timeout = PROBE_TIMEOUT if is_probe else wait + RESPONSE_TIMEOUT
+        jobs = self.client.send('/poll', params, timeout) or []
+        if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
+            raise self.session.not_an_engine()
+        return jobs
+
+    def _on_error(self, error):
+        if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
+            raise error         # asking again does not help: that ends the worker
+        if not self.worker.stopping.is_set():
+            self.worker.stopping.wait(self.session.on_down(error))
+
+
+class EngineSession:
+    """What the consumers of one engine share: its client, their claims, reporter and heartbeat."""
+
+    def __init__(self, worker, host):
+        # constant
+        self.worker = worker
+        self.settings = (host, worker.app.token, CLIENT_TIMEOUT, worker.app.ca)
+        self.client = Client(*self.settings)
+        self.reporter = Reporter(self)
+        self.heartbeat = Heartbeat(self)
+        # safe without a lock: a dict whose single operations are atomic
+        self.claims = {}            # those whose end the engine does not know yet
+        # races are harmless
+        self.is_backlogged = False  # outcomes were not taken at the last try
+        self.down_since = None      # None: the engine answered at the last try
+        self.was_reached = False    # an engine has answered
+
+    def start(self):
+        self.worker.start_thread(self.reporter.run, 'report')
+        self.worker.start_thread(self.heartbeat.run, 'heartbeat')
+
+    def forget(self, claim):
+        """The claim is over, and the engine knows or does not care."""
+        # in this order: a thread that finds the claim gone finds the new generation too
+        self.worker.next_generation()
+        self.claims.pop(claim, None)
+
+    def on_down(self, error):
+        """Log once that the engine is away; returns the seconds until the next try.
+
+        It ends a burst after CLIENT_TIMEOUT.
+        """
+        now = time.monotonic()
+        since = self.down_since
+        if since is None:
+            self.down_since = since = now
+            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
+        if self.worker.burst and now - since >= CLIENT_TIMEOUT:
+            self.worker.stop(error)
+        longest = min(MAX_RETRY_PAUSE, max(RETRY_PAUSE, now - since))
+        asked_for = REFUSED_PAUSE if isinstance(error, Refused) else error.retry_after
+        return max(longest * rng.uniform(0.5, 1), asked_for)
+
+    def on_up(self):
+        since = self.down_since
+        self.down_since = None
+        self.was_reached = True
+        if since is not None:
+            seconds = time.monotonic() - since
+            note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
+
+    def not_an_engine(self):
+        return EngineUnavailable(f'what answers at {self.client.host} is no engine')
+
+    def send_batch(self, call, items, seconds):
+        """Send pairs of a claim and its JSON text until the engine answers.
+
+        Yields each claim with its answer. What the engine refuses as a whole is sent item by item.
+        """
+        while not self.worker.closed.is_set():
+            try:
+                answers = self._try_batch(call, items, seconds)
+            except Error as error:
+                if not is_verdict(error):
+                    self.is_backlogged = self.is_backlogged or call != 'heartbeat'
+                    self.worker.closed.wait(self.on_down(error))
+                    continue
+                answers = [{'code': error.status, 'error': str(error)}]
+            self.is_backlogged = False
+            self.on_up()
+            if len(answers) == len(items):
+                for (claim, _), answer in zip(items, answers):
+                    yield claim, answer
+            else:
+                for item in items:
+                    yield from self.send_batch(call, [item], seconds)
+            return
+
+    def _try_batch(self, call, items, seconds):
+        body = ','.join([text for _, text in items])
+        answer = self.client.send('/' + call, f'{{"jobs":[{body}]}}', seconds)
+        answers = answer.get('jobs') if isinstance(answer, dict) else None
+        if (not isinstance(answers, list) or len(answers) != len(items)
+                or not all(map(is_item_reply, answers))):
+            raise self.not_an_engine()
+        return answers
+
+
+def is_verdict(error):
+    """Whether there is no use in sending the same request again.
+
+    A proxy's error pages say nothing about a job; but what is too large for it has to be split.
+    """
+    return error.status in REFUSALS if isinstance(error, Refused) else error.status == 413
+
+
+class Reporter:
+    """The thread that reports outcomes and progress to an engine.
+
+    What comes while a request is in flight is sent together in the next one.
+    """
+
+    def __init__(self, session):
+        self.session = session          # constant
+        self.claims = SimpleQueue()     # safe by itself: claims with news; None ends the thread
+
+    def run(self):
+        claims = []
+        while None not in claims:
+            claims = self._next_claims()
+            known = [claim for claim in dict.fromkeys(claims) if claim in self.session.claims]
+            for call, items in self._requests(known).items():
+                for batch in batches(items, lambda item: len(item[1])):
+                    for claim, answer in self.session.send_batch(call, batch, CLIENT_TIMEOUT):
+                        self._on_answer(call, claim, answer)
+
+    def _next_claims(self):
+        claims = [self.claims.get()]
+        with contextlib.suppress(Empty):
+            while len(claims) < MAX_BATCH:
+                claims.append(self.claims.get_nowait())
+        return claims
+
+    def _requests(self, claims):
+        """The items to send, by call: each a pair of a claim and JSON text."""
+        requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
+        for claim in claims:
+            if claim.progress:
+                text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
+                requests['heartbeat'].append((claim, text))
+            if claim.report_item:
+                requests[claim.outcome.call].append((claim, claim.report_item))
+        return requests
+
+    def _on_answer(self, call, claim, answer):
+        if call == 'heartbeat':
+            on_heartbeat_answer(claim, answer)
+            if is_temporary(answer):
+                self.claims.put(claim)
+            return
+        code = answer.get('code')
+        reason = answer.get('error')
+        if is_temporary(answer):
+            self.claims.put(claim)
+            return
+        if code in GONE:
+            text = 'lost before its outcome (%s) was known: %s'
+            claim.consumer.log_and_notify('lost', claim, Lost(reason), text, call, reason)
+        elif code:
+            note(logging.ERROR, '%s: the engine refused its %s: %s', claim, call, reason)
+            if call == 'complete':      # a result that is refused fails the job, once
+                text = f'the engine refused the result: {reason}'
+                claim.consumer.report(claim, failure(Error(reason), text, retry=False))
+                return
+        self.session.forget(claim)      # the lease ends one whose failure was refused
+
+
+class Heartbeat:
+    """The thread that sends a sign of life for all claims of an engine, every third of the lease.
+
+    Claims whose outcome is not reported yet are among them.
+    """
+
+    def __init__(self, session):
+        self.session = session      # constant
+
+    def run(self):
+        interval = LEASE / 3
+        while not self.session.worker.closed.wait(interval):
+            items = [(claim, claim.json_prefix + '}') for claim in self.session.claims.copy()]
+            for batch in batches(items, lambda item: len(item[1])):
+                for claim, answer in self.session.send_batch('heartbeat', batch, interval):
+                    on_heartbeat_answer(claim, answer)
+
+
+def is_temporary(answer):
+    """Whether an item of a batch was not taken, but may be if it is sent again."""
+    return bool(answer.get('code')) and not is_permanent(answer['code'])
+
+
+def on_heartbeat_answer(claim, answer):
+    """End a claim that the engine says is gone."""
+    code = answer.get('code')
+    reason = answer.get('error')
+    consumer = claim.consumer
+    if code in GONE:
+        if consumer.finish(claim, LOST, Lost):
+            consumer.log_and_notify('lost', claim, Lost(reason), 'lost: %s', reason)
+    elif code and is_permanent(code):
+        note(logging.ERROR, '%s: the engine refused its heartbeat: %s', claim, reason)
+
+
+class Watcher:
+    """The thread that looks after claims that wait too long, time out, or have progress to show."""
+
+    def __init__(self, worker):
+        self.worker = worker        # constant
+
+    def run(self):
+        is_last = False
+        while not is_last:
+            is_last = self.worker.closed.wait(WATCH_INTERVAL)
+            now = time.monotonic()
+            for consumer in self.worker.consumers:
+                for claim in consumer.in_flight.copy():
+                    self._check(consumer, claim, now)
+                self._count_lines(consumer)
+            hung = self.worker.count_hung()
+            if hung >= self.worker.max_hung:
+                text = f'{hung} handlers hang: the worker ends, to be started afresh'
+                self.worker.stop(Hung(text))
+
+    def _check(self, consumer, claim, now):
+        if claim.started_at is None:
+            if now - claim.claimed_at > MAX_PREFETCH_AGE and consumer.finish(claim, RELEASED):
+                consumer.seconds_per_job = None     # the pace was wrong
+        elif now - claim.started_at > claim.timeout and claim.outcome is None:
+            self._time_out(consumer, claim)
+        elif claim.progress and now - claim.progress_sent_at > PROGRESS_INTERVAL:
+            claim.progress_sent_at = now
+            consumer.session.reporter.claims.put(claim)
+
+    def _time_out(self, consumer, claim):
+        text = f'timed out after {claim.timeout:g} s'
+        error = Timeout(f'{text}\n{claim.slot.stack_text(claim)}')
+        retry_fields = consumer.handlers.retry_fields(error, claim.job)
+        if consumer.finish(claim, failure(error, str(error), **retry_fields), Timeout):
+            hung = self.worker.count_hung()
+            consumer.log_and_notify('failure', claim, error, '%s; hung threads: %d', text, hung)
+
+    def _count_lines(self, consumer):
+        """Log how many more jobs are done. A line for each would take longer than they do."""
+        more = consumer.lines_this_tick - MAX_LOG_LINES_PER_TICK
+        consumer.lines_this_tick = 0
+        if more > 0:
+            note(logging.INFO, '%s: %d more done', consumer.name, more)
+
+
+class Worker:
+    """One run(): the consumers of all queues, and their orderly end."""
+
+    def __init__(self, app, burst, grace, max_hung, concurrency):
+        # constant
+        self.app = app
+        self.burst = burst
+        self.grace = grace              # seconds
+        self.max_hung = max_hung
+        self.name = f'{printable(socket.gethostname())[:150]}:{os.getpid()}'
+        self.sessions = {}              # by the engine's addresses
+        self.consumers = []
+        # safe by themselves, the first in signal handlers too
+        self.stop_requests = SimpleQueue()      # None, or an exception for run() to raise
+        self.stopping = threading.Event()       # no more jobs are taken
+        self.closed = threading.Event()         # no more outcomes are reported
+        # safe without a lock: a dict whose single operations are atomic
+        self.threads = {}       # those that run, and when they were interrupted, or NEVER
+        # written with the lock held; it is never held while other code runs
+        self.generation_lock = threading.Lock()
+        self.generation = 0             # grows whenever a claim is over
+        # touched by the main thread only
+        self.was_signalled = False
+        for config in app.registered.values():
+            self._add(config, concurrency or config.concurrency)
+
+    def _add(self, config, concurrency):
+        host = ' '.join(self.app.client(config.host).hosts)
+        if host not in self.sessions:
+            self.sessions[host] = EngineSession(self, host)
+        self.consumers.append(Consumer(self, self.sessions[host], config, concurrency))
+        note(logging.INFO, 'working on %s (concurrency %d) from %s as %s',
+             config.name, concurrency, host, self.name)
+
+    def start_thread(self, loop, name):
+        """Start a thread of the worker's own.
+
+        A fault in it ends the worker: it had better be started afresh than go on half alive.
+        """
+        def guarded():
+            try:
+                # an interruption that comes too late for the handler: the thread ends anyway
+                with contextlib.suppress(Interruption):
+                    loop()
+            except BaseException as error:
+                text = last_line(error) if isinstance(error, Refused) else error_text(error)
+                note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
+                self.stop(error)
+            self.threads.pop(thread, None)
+
+        thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
+        self.threads[thread] = NEVER
+        thread.start()
+        return thread
+
+    def stop(self, error=None):
+        self.stop_requests.put(error)
+
+    def next_generation(self):
+        with self.generation_lock:
+            self.generation += 1
+
+    def count_unreported(self):
+        return sum(len(session.claims) for session in self.sessions.values())
+
+    def slots(self):
+        return [slot for consumer in self.consumers for slot in consumer.slots]
+
+    def count_hung(self, seconds=HUNG_AFTER):
+        """How many threads did not come back within so many seconds of their interruption."""
+        latest = time.monotonic() - seconds
+        interrupted = [thread for thread, at in self.threads.copy().items() if at <= latest]
+        return len([thread for thread in interrupted if thread.is_alive()])
+
+    def run(self):
+        """Work until told to stop, then end in good order. Raises what it was stopped by."""
+        # only the main thread may set signal handlers
+        open_standard_streams()
+        is_main = threading.current_thread() is threading.main_thread()
+        previous = {number: signal.signal(number, self._on_signal)
+                    for number in (STOP_SIGNALS if is_main else ())}
+        try:
+            for session in self.sessions.values():
+                session.start()
+            for consumer in self.consumers:
+                consumer.start()
+            self.start_thread(Watcher(self).run, 'watch')
+            error = self._wait()
+            self._shut_down()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+        if error is not None:
+            raise error
+
+    def _wait(self):
+        """Wait until the worker has to stop; returns the exception that is the reason, or None."""
+        timeout = 0.005 if self.burst else 1    # on Windows signals are handled between two waits
+        while not (self.burst and self._is_idle()):
+            with contextlib.suppress(Empty):
+                return self.stop_requests.get(timeout=timeout)
+        return None
+
+    def _is_idle(self):
+        """Whether no claim is left, and all queues were empty since the last one ended."""
+        if self.count_unreported():
+            return False
+        return all(consumer.fetcher.idle_generation == self.generation
+                   for consumer in self.consumers)
+
+    def _on_signal(self, number, frame):
+        if self.was_signalled:
+            for slot in self.slots():
+                slot.kill()
+            os._exit(128 + number)
+        self.was_signalled = True
+        self.stop()
+
+    def _shut_down(self):
+        """Give running handlers the grace, report their outcomes, release the rest, end threads."""
+        deadline = time.monotonic() + self.grace
+        self.stopping.set()
+        self.release()
+        self._end_polls()
+        until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
+        self.release(Lost)
+        report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
+        until(lambda: not self.count_unreported(), report_deadline)
+        if self.count_unreported():
+            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
+                 'again', self.count_unreported())
+        self._end_threads()
+
+    def _end_polls(self):
+        """Close the connections of the fetchers: first for sending, then altogether.
+
+        In between jobs that are on their way still arrive, to be released.
+        """
+        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+            for consumer in self.consumers:
+                consumer.fetcher.client.shutdown(how)
+            until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _fetchers_ended(self):
+        return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
+
+    def release(self, interruption=None):
+        """Give claims back: those that have not started; with an interruption the others too."""
+        for consumer in self.consumers:
+            for claim in consumer.in_flight.copy():
+                if consumer.finish(claim, RELEASED, interruption):
+                    note(logging.INFO, '%s released', claim)
+
+    def _end_threads(self):
+        self.closed.set()
+        for slot in self.slots():
+            slot.consumer.ready.put(None)
+        for session in self.sessions.values():
+            session.reporter.claims.put(None)
+            session.client.close()
+        for consumer in self.consumers:
+            consumer.fetcher.client.close()
+        until(lambda: not any(slot.is_terminating for slot in self.slots()),
+              time.monotonic() + TERM_GRACE + 1)
+        for slot in self.slots():
+            slot.kill()
+        until(lambda: NEVER not in self.threads.copy().values(), time.monotonic() + REPORT_GRACE)
+
+
+# -- Handlers in processes of their own ------------------------------------------------------------
+CHILD_NAME_PREFIX = 'rundown-child-'
+# Held to start or join a process: start() reaps any process of multiprocessing that has ended.
+process_lock = threading.Lock()
+
+# Kinds of messages from the process of an isolated slot. Each is a pair of a kind and a value.
+READY = 'ready'             # the handler's module is imported
+STARTED = 'started'         # the job has arrived
+PROGRESS_MADE = 'progress'  # JSON text
+FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
+CRASHED = 'crashed'         # there is no outcome; the value says why
+
 
 class IsolatedSlot(Slot):
-    """A slot whose handler runs in a process of its own, which waits for the next task as long as it lives."""
-    process, ready = None, False
+    """A slot whose handlers run in a process of its own, one after the other."""
+
+    # touched by the slot's thread only, but for kill()
+    process = None
+    pipe = None
+    is_ready = False
 
     def prepare(self):
         if self.process is None and not self.consumer.worker.stopping.is_set():
-            self._start()
+            self._start_process()
 
-    def _start(self):
+    def _start_process(self):
         context = multiprocessing.get_context('spawn')
-        self.pipe, theirs = context.Pipe()
-        functions = self.consumer.registered.functions.items()
-        where = {name: (one.__module__, inspect.getfile(one), one.__qualname__) for name, one in functions}
-        given = theirs, where, self.consumer.link.settings
-        self.process = context.Process(target=child, args=given, name=CHILD + self.consumer.name)
-        with spawning:
+        self.pipe, childs_end = context.Pipe()
+        places = {name: (function.__module__, inspect.getfile(function), function.__qualname__)
+                  for name, function in self.consumer.config.functions.items()}
+        self.process = context.Process(
+            target=run_child, args=(childs_end, places, self.consumer.session.settings),
+            name=CHILD_NAME_PREFIX + self.consumer.name)
+        with process_lock:
             self.process.start()
-        theirs.close()
+        childs_end.close()
         atexit.register(self.kill)
-        self._receive()             # that it is ready: the imports of the handler's module may take long
-        self.ready = True
+        self._receive()             # READY: importing the handler's module may take long
+        self.is_ready = True
 
     def _receive(self):
-        """The next word of the child; how it ended when there comes none."""
+        """The next message of the process; CRASHED if it has ended."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
-            self.kill()             # its children; it is exiting itself by now, and keeps its exit code
-        with spawning:
+            self.kill()             # its children; it is exiting itself by now
+        with process_lock:
             self.process.join(1)
         code = self.process.exitcode
-        return 'fail', "the handler's process " + ('closed its pipe' if code is None else ending(code))
+        reason = 'closed its pipe' if code is None else exit_text(code)
+        return CRASHED, f"the handler's process {reason}"
 
-    def perform(self, task):
-        for _ in range(2):          # the first process may be gone before it begins: killed while it had nothing to do
+    def run(self, claim):
+        kind, value = self._send(claim)
+        if claim.outcome:           # finished from outside, when there was no process to kill
+            return claim.outcome
+        while kind in (STARTED, PROGRESS_MADE):
+            if kind == PROGRESS_MADE:
+                claim.show_progress(value)
+            kind, value = self._receive()
+        if kind == FINISHED:
+            call, fields, error = value
+            result = Crashed(error) if error else json.loads(fields['result'])
+            return Outcome(call, result, **fields)
+        self.close()
+        error = Crashed(value)
+        return failure(error, value, **self.consumer.handlers.retry_fields(error, claim.job))
+
+    def _send(self, claim):
+        """Send the job; returns the first answer.
+
+        The process may have been killed while it was idle. Then a second one gets the job.
+        """
+        message = None, None
+        for _ in range(2):
             if self.process is None:
-                self._start()
-            if task.outcome:        # it was settled meanwhile, when there was nobody to kill
-                return task.outcome
+                self._start_process()
+            if claim.outcome:
+                break
             with contextlib.suppress(OSError):
-                self.pipe.send(task.job)
-            kind, text = self._receive()
-            if kind == 'begun' or task.outcome:
+                self.pipe.send(claim.job)
+            message = self._receive()
+            if message[0] == STARTED or claim.outcome:
                 break
             self.close()
-        while kind in ('begun', 'progress'):
-            if kind == 'progress':
-                task.show(text)
-            kind, text = self._receive()
-        if kind == 'outcome':
-            call, fields, error = text
-            return Outcome(call, Crashed(error) if error else json.loads(fields['result']), **fields)
-        self.close()
-        return failed(Crashed(text), text, **self.consumer.handler.verdict(Crashed(text), task.job))
+        return message
 
-    def interrupt(self, task, interruption):
-        self.kill()                 # the thread hears of it at once, and goes on with a fresh process
+    def interrupt(self, claim, interruption):
+        self.kill()                 # the slot's thread notices, and starts another process
 
-    def where(self, task): return 'its process was killed\n'
+    def stack_text(self, claim):
+        return 'its process was killed\n'
 
     def kill(self):
         """End the process, and the processes that it started."""
@@ -826,454 +2215,128 @@ class IsolatedSlot(Slot):
             process.kill()          # it may not lead its group yet
 
     def close(self):
-        if self.process is not None:
-            self.kill()
-            atexit.unregister(self.kill)
-            self.pipe.close()
-            with spawning:
-                self.process.join(1)
-            self.process, self.ready = None, False
+        if self.process is None:
+            return
+        self.kill()
+        atexit.unregister(self.kill)
+        self.pipe.close()
+        with process_lock:
+            self.process.join(1)
+        self.process = None
+        self.is_ready = False
+
 
 def signal_group(process, number):
-    """Send it to a process and what it started, which Windows simply ends. True when there was somebody."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):       # not started, or over
+    """Send a signal to a process and those it started; on Windows end them.
+
+    True if there was one to receive it.
+    """
+    # not started yet, or over already
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         if os.name == 'nt':
             subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], capture_output=True)
         else:
             os.killpg(process.pid, number)
             return True
+    return False
 
-def ending(code):
-    name = next((one.name for one in signal.Signals if one == -code), None)
-    return f'was killed by {name}' if name else f'ended with exit code {code}'
 
-def child(pipe, where, settings):
-    """The process of an isolated slot: works what comes through the pipe. It and its children end with the worker."""
-    if hasattr(os, 'setsid'):
-        os.setsid()                                     # to be killed with its children
-        os.set_inheritable(pipe.fileno(), False)        # its death would go unnoticed while a child of it has the pipe
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: None)          # the worker decides; not SIG_IGN, which children would inherit
-    jobs, lock, fault = SimpleQueue(), threading.Lock(), None
+def exit_text(code):
+    for one in signal.Signals:
+        if one == -code:
+            return f'was killed by {one.name}'
+    return f'ended with exit code {code}'
 
-    def say(kind, text=None):
+
+class ChildClaim:
+    """What job(), progress() and inputs() need of a claim, in an isolated process."""
+
+    cancel = None
+    coroutine = None
+
+    def __init__(self, job, client, send):
+        self.job = job
+        self.client = client
+        self.send = send
+
+    def show_progress(self, text):
+        self.send(PROGRESS_MADE, text)
+
+
+def run_child(pipe, places, settings):
+    """The process of an isolated slot: runs the jobs that come through the pipe.
+
+    It ends with the worker, and so do the processes that it started.
+    """
+    separate_from_worker(pipe)
+    lock = threading.Lock()
+    jobs = SimpleQueue()
+    problem = None
+
+    def send(kind, value=None):
         with lock:
-            pipe.send((kind, text))
+            pipe.send((kind, value))
+
     try:
-        handler, client = Handler({name: locate(*place) for name, place in where.items()}), Client(*settings)
+        handlers = HandlerTable({name: import_function(*place) for name, place in places.items()})
+        client = Client(*settings)
     except BaseException as error:
-        fault = shorten(trace(error), MAX_ERROR)
-    say('ready')
-    threading.Thread(target=listen, args=(pipe, jobs), daemon=True).start()
+        problem = truncate_middle(error_text(error), MAX_ERROR)
+    send(READY)
+    threading.Thread(target=receive_jobs, args=(pipe, jobs), daemon=True).start()
     while True:
         job = jobs.get()
-        say('begun')
-        if fault:
-            return say('fail', fault)
-        current.set(types.SimpleNamespace(job=job, client=client, show=functools.partial(say, 'progress')))
-        outcome = perform(handler, job)
-        say('outcome', (outcome.call, outcome.fields, trace(outcome.value) if outcome.call == 'fail' else None))
+        send(STARTED)
+        if problem:
+            return send(CRASHED, problem)
+        current.set(ChildClaim(job, client, send))
+        outcome = run_handler(handlers, job)
+        error = error_text(outcome.value) if outcome.call == 'fail' else None
+        send(FINISHED, (outcome.call, outcome.fields, error))
 
-def listen(pipe, jobs):
+
+def separate_from_worker(pipe):
+    if hasattr(os, 'setsid'):
+        os.setsid()         # it leads a group, to be killed with the processes that it starts
+        # if these held the pipe open, the worker would not notice that this process has ended
+        os.set_inheritable(pipe.fileno(), False)
+    for number in STOP_SIGNALS:
+        # the worker decides when to stop; programs that a handler starts would inherit SIG_IGN
+        signal.signal(number, lambda *_: None)
+
+
+def receive_jobs(pipe, jobs):
     with contextlib.suppress(EOFError, OSError):
         while True:
             jobs.put(pipe.recv())
     signal_group(multiprocessing.current_process(), KILL)
     os._exit(1)
 
-def locate(module, file, name):
-    """The function of that name in a module, which is imported by its name or else from its file."""
+
+def import_function(module, file, name):
+    """The function of that name in a module, imported by the module's name or from its file."""
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError:
         found = load(file, module)
     return functools.reduce(getattr, name.split('.'), found)
 
+
 def load(file, name):
+    """Import a module from its file."""
     spec = importlib.util.spec_from_file_location(name, file)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
-# -- Worker -----------------------------------------------------------------------------------------------------------
-RELEASED, LOST = Outcome('release'), Outcome(None)      # of the latter nothing is reported
-REFUSALS, GONE = (400, 413), (404, 409)     # statuses that blame what was sent, and that blame the claim
-
-def note(level, text, *values):
-    """A line in the log, whatever is in the values, and whatever a handler did to the log's streams."""
-    with contextlib.suppress(Exception):
-        if log.isEnabledFor(level):
-            log.log(level, '%s', printable(text % values))
-
-def until(condition, deadline):
-    """Wait for the condition. Signals are handled meanwhile."""
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-class Consumer:
-    """A queue at work: a thread that fetches its jobs, and the slots that run them."""
-    def __init__(self, worker, link, registered, concurrency):
-        self.worker, self.link, self.registered, self.concurrency = worker, link, registered, concurrency   # constant
-        self.name, self.handler = registered.name, Handler(registered.functions)
-        self.client = link.client.twin()    # of its own, to be hung up
-        self.told = list(registered.told)   # only the fetcher writes it and the next two: calls to make before polling
-        self.enough, self.dry = 0, None     # open tasks above which it sleeps; worker.reported when there was nothing
-        self.inbox, self.open = SimpleQueue(), {}   # safe by themselves: tasks for the slots; claimed and not settled
-        self.pace, self.lines = None, 0     # seconds a task keeps a slot; jobs done in this tick. Races are harmless
-        self.slots, self.thread, self.hungry = [], None, threading.Event()      # the last: there may be room for more
-
-    def start(self):
-        handler = self.registered.functions.get(None)
-        kind = getattr(handler, 'rundown_slot', IsolatedSlot if self.registered.isolate else Slot)
-        self.slots = [kind(self) for _ in range(self.concurrency)]
-        self.thread = self.worker.thread(self._fetch, f'fetch-{self.name}')
-
-    def _fetch(self):
-        """Poll, hand to the slots, rest; until the worker stops."""
-        while not self.worker.stopping.is_set():
-            self.hungry.clear()
-            limit, reported, began = self._room(), self.worker.reported, time.monotonic()
-            if not limit:
-                self.hungry.wait(TICK)
-                continue
-            try:
-                jobs = self._poll(limit)
-            except Error as error:
-                if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
-                    raise               # asking again does not mend it: that ends the worker
-                if not self.worker.stopping.is_set():
-                    self.worker.stopping.wait(self.link.away(error))
-                continue
-            for task in [Task(job, self, time.monotonic()) for job in jobs]:
-                self.link.tasks[task] = self.open[task] = None
-                if not self.worker.stopping.is_set():
-                    self.inbox.put(task)
-            if self.worker.stopping.is_set():
-                self.worker.release()   # these jobs may have come after _drain() released the others
-            time.sleep(0)               # lets the slots begin, before the next poll is put together
-            self.link.back()
-            if not jobs and self.worker.burst:      # there may be some once another task is over, and only then
-                self.dry = reported
-                until(lambda: self.worker.reported is not self.dry or self.worker.stopping.is_set(), float('inf'))
-            elif not jobs and time.monotonic() - began < min(1, WAIT / 2):      # from an engine that does not wait
-                self.worker.stopping.wait(self.registered.poll_interval)
-
-    def _room(self):
-        """How many jobs to claim now: 0, or up to one open task per slot plus what slots start within AHEAD seconds."""
-        if self.link.stuck or self.link.pile.qsize() > MAX_BACKLOG:
-            return 0
-        slots = sum(slot.ready for slot in self.slots)
-        ahead = min(MAX_BATCH, int(slots * AHEAD / max(self.pace, 1e-5))) if self.pace is not None else 0
-        target, held = slots + ahead, len(self.open)
-        self.enough = max(slots - 1, target // 2)
-        return min(target - held, MAX_BATCH) if held <= self.enough else 0
-
-    def _poll(self, limit):
-        while self.told:
-            self.client.send(*self.told[0], PATIENCE)
-            self.told.pop(0)
-        registered, worker = self.registered, self.worker
-        wait = 0 if worker.burst or self.link.since else WAIT       # an engine that was away has to show it is back
-        ask = {'queue': self.name, 'limit': limit, 'lease': LEASE, 'worker': worker.name, 'wait': wait,
-               'hung': worker.hung(), 'max_retries': registered.max_retries, 'timeout': registered.timeout}
-        jobs = self.client.send('/poll', ask, wait + PATIENCE) or []
-        if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
-            raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
-        return jobs
-
-    def ended(self, task, outcome):
-        """A slot has run the task to its end. It goes on after the hooks; the report does not wait for them."""
-        took, done = time.monotonic() - task.begun, outcome.call == 'complete'
-        self.report(task, outcome)
-        self.lines += done
-        if not done:
-            note(logging.WARNING, '%s failed after %.3f s: %s', task, took, summary(outcome.value))
-        elif self.lines <= LINES:
-            note(logging.INFO, '%s done in %.3f s', task, took)
-        self.hook('success' if done else 'failure', task, outcome.value)
-        outcome.value, took = None, time.monotonic() - task.begun
-        self.pace = took if self.pace is None else self.pace + RECENT * (took - self.pace)
-        self._dismiss(task)
-
-    def settle(self, task, outcome, interruption=None):
-        """End a task from outside of its slot; without an interruption only one that has not begun. True if it did."""
-        if not task.settle(outcome, interruption, unless_begun=not interruption):
-            return False
-        self.report(task, outcome)
-        self._dismiss(task)
-        return True
-
-    def report(self, task, outcome):
-        task.outcome = outcome
-        if outcome.call:
-            fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
-            task.item = f'{task.address}{fields}}}'
-            self.link.pile.put(task)
-        else:
-            self.link.forget(task)
-
-    def _dismiss(self, task):
-        self.open.pop(task, None)
-        if len(self.open) <= self.enough:
-            self.hungry.set()
-
-    def watch(self, now):
-        """Look for what waits too long for a slot, has had its time, or has progress to show."""
-        for task in self.open.copy():
-            if task.begun is None:
-                if now - task.claimed > STALE and self.settle(task, RELEASED):
-                    self.pace = None        # it was wrong
-            elif now - task.begun > task.timeout and task.outcome is None:
-                text = f'timed out after {task.timeout:g} s'
-                error = Timeout(f'{text}\n{task.slot.where(task)}')
-                if self.settle(task, failed(error, str(error), **self.handler.verdict(error, task.job)), Timeout):
-                    self.tell('failure', task, error, '%s; hung threads: %d', text, self.worker.hung())
-            elif task.progress and now - task.shown > PROGRESS:
-                task.shown = now
-                self.link.pile.put(task)
-        rest, self.lines = self.lines - LINES, 0
-        if rest > 0:        # a line for each would take longer than they do
-            note(logging.INFO, '%s: %d more done', self.name, rest)
-
-    def replace(self, slot):
-        """Go on with a fresh thread. The lock of the slot's task is held, so no other does it too."""
-        self.worker.threads[slot.thread] = time.monotonic()
-        self.slots[self.slots.index(slot)] = type(slot)(self)
-
-    def hook(self, event, task, value):
-        for function in self.worker.app.hooks[event]:
-            try:
-                function(task.job, value)
-            except Interruption:
-                raise
-            except BaseException as error:
-                note(logging.ERROR, '%s: the hook %r failed: %s', task, event, summary(error))
-
-    def tell(self, event, task, error, text, *values):
-        """Log what befell a task, and call the hooks in a thread of their own, if it has begun."""
-        note(logging.WARNING, '%s ' + text, task, *values)
-        if self.worker.app.hooks[event] and task.begun is not None:
-            threading.Thread(target=self.hook, args=(event, task, error), daemon=True).start()
-
-def summary(error):
-    """The last line of an exception's traceback; of an exception group the line that names the group."""
-    text = trace(error)
-    group = re.search(r'^  \| (\S.*)', text, re.M) if text.rstrip().endswith('-----') else None
-    return shorten(group[1] if group else (text.strip().splitlines() or [''])[-1], 300)
-
-class Link:
-    """What the consumers of one engine share: tasks under way, reporter, heartbeat, and whether the engine is there."""
-    def __init__(self, worker, host):
-        self.worker, self.settings = worker, (host, worker.app.token, TIMEOUT, worker.app.ca)       # constant
-        self.client = Client(*self.settings)
-        self.tasks, self.pile = {}, SimpleQueue()       # safe: those not acknowledged; to be reported, None: no more
-        self.stuck, self.since = False, None        # outcomes were not taken at the last try; when the engine went away
-
-    def away(self, error):
-        """Say once that the engine is away, end a burst after TIMEOUT, and return the seconds until the next try."""
-        now, since = time.monotonic(), self.since
-        if since is None:
-            self.since = since = now
-            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
-        if self.worker.burst and now - since >= TIMEOUT:
-            self.worker.stop(error)
-        pause = min(MAX_BACKOFF, max(BACKOFF, now - since)) * chance.uniform(0.5, 1)       # as long as it is away
-        return max(pause, REFUSED if isinstance(error, Refused) else error.retry_after)
-
-    def back(self):
-        since, self.since = self.since, None
-        if since is not None:
-            note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, time.monotonic() - since)
-
-    def forget(self, task):
-        """The task is over, and the engine knows or does not care."""
-        self.worker.reported = object()     # first: who sees the task gone sees this too
-        self.tasks.pop(task, None)
-
-    def report(self):
-        """Send what piles up while the last request is in flight."""
-        tasks = []
-        while None not in tasks:
-            tasks = [self.pile.get()]
-            with contextlib.suppress(Empty):
-                while len(tasks) < MAX_BATCH:
-                    tasks.append(self.pile.get_nowait())
-            requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
-            for task in [task for task in dict.fromkeys(tasks) if task in self.tasks]:
-                if task.progress:
-                    requests['heartbeat'].append((task, f'{task.address},"progress":{task.progress.pop()}}}'))
-                if task.item:
-                    requests[task.outcome.call].append((task, task.item))
-            for call, items in requests.items():
-                for batch in batches(items, lambda item: len(item[1])):
-                    self._send(call, batch, TIMEOUT)
-
-    def _send(self, call, items, seconds):
-        """Send pairs of a task and its text until the engine answers; what it refuses as a whole is sent one by one."""
-        while not self.worker.closed.is_set():
-            try:
-                answer = self.client.send('/' + call, f'{{"jobs":[{",".join([text for _, text in items])}]}}', seconds)
-                answers = answer.get('jobs') if isinstance(answer, dict) else None
-                if not isinstance(answers, list) or len(answers) != len(items) or not all(map(is_outcome, answers)):
-                    raise EngineUnavailable(f'what answers at {self.client.host} is no engine')
-            except Error as error:
-                if error.status not in REFUSALS:
-                    self.stuck = self.stuck or call != 'heartbeat'
-                    self.worker.closed.wait(self.away(error))
-                    continue
-                answers = [{'code': error.status, 'error': str(error)}]
-            self.stuck = False
-            self.back()
-            for (task, _), answer in zip(items, answers) if len(answers) == len(items) else ():
-                self._answered(call, task, answer)
-            for item in items if len(answers) < len(items) else ():
-                self._send(call, [item], seconds)       # which of them was it?
-            return
-
-    def _answered(self, call, task, answer):
-        code, sentence, beat = answer.get('code'), answer.get('error'), call == 'heartbeat'
-        if code and not is_final(code):
-            return self.pile.put(task)
-        if code in GONE:
-            if not beat or task.consumer.settle(task, LOST, Lost):
-                when = '' if beat else f' before its outcome ({call}) was known'
-                task.consumer.tell('lost', task, Lost(sentence), 'lost%s: %s', when, sentence)
-        elif code:
-            note(logging.ERROR, '%s: the engine refused its %s: %s', task, call, sentence)
-            if call == 'complete':      # what the handler gave is not taken: that fails the job, once
-                text = f'the engine refused the result: {sentence}'
-                return task.consumer.report(task, failed(Error(sentence), text, retry=False))
-        if not beat:
-            self.forget(task)           # one that was refused is ended by its lease
-
-    def heartbeat(self):
-        """One sign of life for all tasks, also for those whose outcome is waiting."""
-        while not self.worker.closed.wait(LEASE / 3):
-            for batch in batches([(task, task.address + '}') for task in self.tasks.copy()], lambda item: 100):
-                self._send('heartbeat', batch, LEASE / 3)
-
-class Worker:
-    """One run(): the consumers of all registered queues, what they share, and their orderly end."""
-    def __init__(self, app, burst, grace, max_hung, concurrency):
-        self.app, self.burst, self.grace, self.max_hung = app, burst, grace, max_hung       # constant
-        self.name, self.signalled = f'{printable(socket.gethostname())[:150]}:{os.getpid()}', False
-        self.events = SimpleQueue()         # safe by themselves, in signal handlers too: None or an exception
-        self.stopping, self.closed = threading.Event(), threading.Event()       # no more jobs; no more reports
-        self.threads = {}                   # those that are not over, and when each was interrupted: inf, it was not
-        self.links, self.consumers, self.reported = {}, [], object()        # the last: a new object when a task is over
-        for registered in app.registered.values():
-            host, slots = ' '.join(app.client(registered.host).hosts), concurrency or registered.concurrency
-            link = self.links[host] = self.links.get(host) or Link(self, host)
-            self.consumers.append(Consumer(self, link, registered, slots))
-            note(logging.INFO, 'working on %s (concurrency %d) from %s as %s', registered.name, slots, host, self.name)
-
-    def thread(self, loop, name):
-        """Start a thread of the worker's own. A fault in it ends the worker: better started afresh than half alive."""
-        def guarded():
-            try:
-                with contextlib.suppress(Interruption):     # too late for the handler; the thread is abandoned anyway
-                    loop()
-            except BaseException as error:
-                told = summary(error) if isinstance(error, Refused) else trace(error)
-                note(logging.CRITICAL, 'the thread %s failed: %s', name, told)
-                self.stop(error)
-            self.threads.pop(thread, None)
-        thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
-        self.threads[thread] = float('inf')
-        thread.start()
-        return thread
-
-    def stop(self, error=None):
-        self.events.put(error)
-
-    def busy(self): return sum(len(link.tasks) for link in self.links.values())
-    def slots(self): return [slot for consumer in self.consumers for slot in consumer.slots]
-
-    def hung(self, seconds=HUNG):
-        """How many threads did not come back within so many seconds of their interruption."""
-        return sum(at <= time.monotonic() - seconds and thread.is_alive() for thread, at in self.threads.copy().items())
-
-    def _watch(self):
-        closed = False
-        while not closed:
-            closed, now = self.closed.wait(TICK), time.monotonic()
-            for consumer in self.consumers:
-                consumer.watch(now)
-            if self.hung() >= self.max_hung:
-                self.stop(Hung(f'{self.hung()} handlers hang: the worker ends, to be started afresh'))
-
-    def run(self):
-        """Work until told to stop, then end in good order. Raises what it was stopped by."""
-        ours = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()    # others may set none
-        before = {number: signal.signal(number, self._signalled) for number in ours}
-        try:
-            for link in self.links.values():
-                self.thread(link.report, 'report')
-                self.thread(link.heartbeat, 'heartbeat')
-            for consumer in self.consumers:
-                consumer.start()
-            self.thread(self._watch, 'watch')
-            error = self._wait()
-            self._drain()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-        if error is not None:
-            raise error
-
-    def _wait(self):
-        """The exception to stop for; None: told to stop, or a burst whose queues were empty since the last report."""
-        while not self.burst or self.busy() or any(consumer.dry is not self.reported for consumer in self.consumers):
-            with contextlib.suppress(Empty):
-                return self.events.get(timeout=0.005 if self.burst else 1)      # on Windows signals come between two
-
-    def _signalled(self, number, frame):
-        if self.signalled:
-            for slot in self.slots():
-                slot.kill()
-            os._exit(128 + number)
-        self.signalled = True
-        self.stop()
-
-    def _drain(self):
-        """Let what runs come to its end, within the grace, and be reported; release the rest; end the threads."""
-        ends = time.monotonic() + self.grace
-        self.stopping.set()
-        self.release()
-        for how in socket.SHUT_WR, socket.SHUT_RDWR:        # between the two, jobs on their way come in, for release
-            for consumer in self.consumers:
-                consumer.client.wire.hang_up(how)
-            until(lambda: not any(one.thread.is_alive() for one in self.consumers), time.monotonic() + HANGUP)
-        until(lambda: not any(consumer.open for consumer in self.consumers), ends)
-        self.release(Lost)
-        until(lambda: not self.busy(), max(ends, time.monotonic() + FAREWELL))
-        if self.busy():
-            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out again', self.busy())
-        self.closed.set()
-        for slot in self.slots():
-            slot.consumer.inbox.put(None)
-        for link in self.links.values():
-            link.pile.put(None)
-        for one in (*self.links.values(), *self.consumers):
-            one.client.close()
-        until(lambda: not any(slot.ending for slot in self.slots()), time.monotonic() + TERM + 1)
-        for slot in self.slots():
-            slot.kill()
-        until(lambda: float('inf') not in self.threads.copy().values(), time.monotonic() + FAREWELL)
-
-    def release(self, interruption=None):
-        for consumer in self.consumers:
-            for task in consumer.open.copy():
-                if consumer.settle(task, RELEASED, interruption):
-                    note(logging.INFO, '%s released', task)
 
 # -- The module's API: one column over a default App ------------------------------------------------------------------
-Registered = collections.namedtuple(
+QueueConfig = collections.namedtuple(
     'Registered', 'name host poll_interval max_retries timeout concurrency isolate functions told')
 TASK_SETTINGS = {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'}     # of its queue
 NUMBER = int, float
 LEAST = dict(poll_interval=0.0, timeout=0.0, every=1.0, per=0.0, max_retries=0, concurrency=1, max_running=1, rate=1)
-R = TypeVar('R')
 F = TypeVar('F')
 
 class QueueFunction(Generic[R]):        # what @queue makes of a function, for those who check types
@@ -1288,14 +2351,14 @@ class TaskFunction(Generic[R]):         # the same of @task
 class App:
     """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
     Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call."""
-    def __init__(self, host: Text = None, token: Text = None, timeout: float = TIMEOUT, ca: Text = None) -> None:
+    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = CLIENT_TIMEOUT, ca: str | None = None) -> None:
         self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
         self.registered = {}                            # (queue, host) -> Registered
         self.hooks = {'start': [], 'success': [], 'failure': [], 'lost': []}
         self.clients = {}                               # safe by itself: (host, token, timeout, ca) -> Client
         self.workers = []                               # safe by itself: those that run
 
-    def client(self, host: Text = None) -> Client:
+    def client(self, host: str | None = None) -> Client:
         """The client for an engine; its connections are kept."""
         host, token = host or self.host or os.environ.get('RUNDOWN_URL'), self.token or os.environ.get('RUNDOWN_TOKEN')
         settings = host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA')
@@ -1303,9 +2366,9 @@ class App:
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
 
-    def queue(self, name: str, host: Text = None, poll_interval: float = 1.0, max_retries: int = 3,
-              timeout: Seconds = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
-              retry_on: Any = None, abort_on: Any = None, cron: Text = None, every: Span = None, zone: Text = None,
+    def queue(self, name: str, host: str | None = None, poll_interval: float = 1.0, max_retries: int = 3,
+              timeout: float | None = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
+              retry_on: Any = None, abort_on: Any = None, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
               max_running: Any = None, rate: Any = None) -> Callable[[Callable[..., R]], QueueFunction[R]]:
         """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
         `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
@@ -1316,10 +2379,10 @@ class App:
         seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds)."""
         if not isinstance(name, str) or not name:
             raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
-        told, rule = calls(name, max_running, rate, cron, every, zone), Policy(backoff, retry_on, abort_on)
-        registered = Registered(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
+        told, rule = engine_settings(name, max_running, rate, cron, every, zone), Policy(backoff, retry_on, abort_on)
+        registered = QueueConfig(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
         check_all(poll_interval=poll_interval, concurrency=concurrency,
-                  **present(max_retries=max_retries, timeout=timeout))
+                  **drop_none(max_retries=max_retries, timeout=timeout))
 
         def enqueue(payload=None, *more, **options):
             """Add a job to the queue, with the options of rw.enqueue; returns it."""
@@ -1340,7 +2403,7 @@ class App:
     @overload
     def task(self, *, queue: str = ..., **settings: Any) -> Callable[[Callable[..., R]], TaskFunction[R]]: ...
 
-    def task(self, function: Any = None, *, queue: str = 'default', max_retries: Whole = None, timeout: Seconds = None,
+    def task(self, function: Any = None, *, queue: str = 'default', max_retries: int | None = None, timeout: float | None = None,
              backoff: Any = None, retry_on: Any = None, abort_on: Any = None, **settings: Any) -> Any:
         """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
         `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
@@ -1348,15 +2411,15 @@ class App:
         rule, unknown = Policy(backoff, retry_on, abort_on), sorted(set(settings) - TASK_SETTINGS)
         if unknown:
             raise Misuse(f'a task has no setting {unknown[0]}')
-        host, told = settings.get('host'), calls(queue, settings.pop('max_running', None), settings.pop('rate', None))
-        check_all(**settings, **present(max_retries=max_retries, timeout=timeout))
+        host, told = settings.get('host'), engine_settings(queue, settings.pop('max_running', None), settings.pop('rate', None))
+        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
         send = functools.partial(self.enqueue, queue, host=host, max_retries=max_retries, timeout=timeout)
 
         def register(function):
-            known = self.registered.get((queue, host)) or Registered(queue, host, 1.0, 3, None, 1, False, {}, [])
+            known = self.registered.get((queue, host)) or QueueConfig(queue, host, 1.0, 3, None, 1, False, {}, [])
             self._register(known._replace(told=told or known.told, **settings), function, True)
             function.policy = rule
-            return deferrable(function, function, send)
+            return add_delay_methods(function, function, send)
         return register if function is None else register(function)
 
     def _register(self, registered, function, is_task):
@@ -1382,38 +2445,38 @@ class App:
             return function
         return register
 
-    def enqueue(self, queue: str, payload: Any = None, *, host: Text = None, timeout: Seconds = None,
-                max_retries: Whole = None, tag: Text = None, delay: Span = None, run_at: Moment = None,
-                priority: Whole = None, key: Text = None, id: Text = None, after: Any = None,
-                after_any: bool | None = None, give_up: Seconds = None) -> Job:
+    def enqueue(self, queue: str, payload: Any = None, *, host: str | None = None, timeout: float | None = None,
+                max_retries: int | None = None, tag: str | None = None, delay: float | datetime.timedelta | None = None, run_at: str | datetime.datetime | None = None,
+                priority: int | None = None, key: str | None = None, id: str | None = None, after: Any = None,
+                after_any: bool | None = None, give_up: float | None = None) -> Job:
         """Add a job; returns it, a Job. `run_at` is a datetime or RFC 3339; see Client.enqueue for the rest."""
         return self.client(host).enqueue(
             queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
 
-    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: Text = None,
+    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
                      ids: Iterable[str] | None = None, **options: Any) -> list[Job]:
         """Add a job per payload: see Client.enqueue_many."""
         return self.client(host).enqueue_many(queue, payloads, ids, **options)
 
-    def schedule(self, name: str, queue: str, cron: Text = None, every: Span = None, zone: Text = None,
-                 payload: Any = None, *, host: Text = None, **options: Any) -> Fields:
+    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
+                 payload: Any = None, *, host: str | None = None, **options: Any) -> dict[str, Any]:
         """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
         return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
 
-    def unschedule(self, name: str, *, host: Text = None) -> Fields:
+    def unschedule(self, name: str, *, host: str | None = None) -> dict[str, Any]:
         """End a schedule; the jobs that it made stay."""
         return self.client(host).unschedule(name)
 
-    def wait(self, job: Any, timeout: Seconds = None, host: Text = None, give_up: Seconds = None) -> Job:
+    def wait(self, job: Any, timeout: float | None = None, host: str | None = None, give_up: float | None = None) -> Job:
         """The finished job: see Client.wait."""
         return (job.client if isinstance(job, Job) and not host else self.client(host)).wait(job, timeout, give_up)
 
     def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
-            concurrency: Whole = None) -> None:
+            concurrency: int | None = None) -> None:
         """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
         Returns after an orderly end. In the main thread, unless `burst`, it ends the process if handlers still hang,
         for nobody can end their threads: with 1 if `max_hung` of them did. In all other cases that is SystemExit(1)."""
-        if multiprocessing.current_process().name.startswith(CHILD):
+        if multiprocessing.current_process().name.startswith(CHILD_NAME_PREFIX):
             raise Error("run() runs where isolate=True imports the script: put it behind if __name__ == '__main__':")
         if not self.registered:
             raise Error('there is no handler: decorate a function with @queue("name")')
@@ -1427,7 +2490,7 @@ class App:
             code = 1
         finally:
             self.workers.remove(worker)
-        if worker.hung(0) and not burst and threading.current_thread() is threading.main_thread():
+        if worker.count_hung(0) and not burst and threading.current_thread() is threading.main_thread():
             for end in logging.shutdown, functools.partial(print, end='', flush=True):
                 with contextlib.suppress(Exception):
                     end()
@@ -1479,13 +2542,13 @@ class Testing:
         queues, later = {queue for queue, _ in self.app.registered}, [None]
         while later:
             self.app.run(burst=True, **options)
-            jobs = [job for job in all_jobs(self.client, status='pending') if job['queue'] in queues] if delayed else []
+            jobs = [job for job in iter_jobs(self.client, status='pending') if job['queue'] in queues] if delayed else []
             due = [datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')) for job in jobs]
             later = [at.timestamp() for at in due if at.timestamp() > self.clock.time()]
             if later:
                 self.advance(min(later) - self.clock.time() + 0.01)
 
-def deferrable(target, function, send):
+def add_delay_methods(target, function, send):
     """Give an object the `delay` and `options` of a task; `send` enqueues a payload. Returns the object."""
     def delay(*args, **kwargs):
         """Add a job that calls the task with these arguments, and return it; see enqueue()."""
@@ -1494,7 +2557,7 @@ def deferrable(target, function, send):
 
     def options(**more):
         """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
-        return deferrable(types.SimpleNamespace(), function, functools.partial(send, **more))
+        return add_delay_methods(types.SimpleNamespace(), function, functools.partial(send, **more))
 
     with contextlib.suppress(ValueError):       # it has no signature to look at
         delay.__signature__ = inspect.signature(function)
@@ -1523,11 +2586,11 @@ def check_all(**settings):
     for name in settings.keys() & LEAST.keys():
         check(name, settings[name], LEAST[name], int if type(LEAST[name]) is int else NUMBER)
 
-def calls(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
+def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     """The calls that tell an engine of a queue's limits, and of its schedule."""
     claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
-    limits = present(max_running=max_running, rate=claims, per=None if rate is None else seconds)
-    ticks = present(name=queue, cron=cron, every=in_seconds(every), zone=zone)
+    limits = drop_none(max_running=max_running, rate=claims, per=None if rate is None else seconds)
+    ticks = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
     check_all(**limits, **ticks)
     if ticks.keys() & {'cron', 'zone'} and ('every' in ticks or not isinstance(cron, str) or not cron):
         raise Misuse(f'cron must be a string like "0 3 * * *", as zone needs one, without every, not {cron!r}')
@@ -1543,7 +2606,7 @@ def check_call(function, *args, **kwargs):
     except TypeError as error:
         raise Misuse(f'{getattr(function, "__qualname__", function)} cannot be called like this: {error}') from None
 
-def all_jobs(client, **aim):
+def iter_jobs(client, **aim):
     page = {'after': None}
     while page['after'] or 'jobs' not in page:
         page = client.jobs(limit=1000, after=page['after'], **aim)
@@ -1561,65 +2624,175 @@ queue, task, on, testing, stop = default.queue, default.task, default.on, defaul
 enqueue, enqueue_many, run, wait = default.enqueue, default.enqueue_many, default.run, default.wait
 schedule, unschedule = default.schedule, default.unschedule
 
-# -- Any program as a worker ------------------------------------------------------------------------------------------
+# -- Any program as a worker -----------------------------------------------------------------------
+EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
+MAX_OUTPUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
+
+
 class ProgramSlot(Slot):
-    """A slot that runs a program for each job. Its streams are files, since pipes fill up, and are kept by children."""
-    process = errors = None
+    """A slot that runs a program for each job.
+
+    The program's streams are files: a pipe fills up, and ends only when all children have ended.
+    """
+
+    # touched by the slot's thread only, but for kill() and stack_text()
+    process = None
+    stderr = None
+    stderr_tail = b''       # the end of what was cut off from stderr
 
     def prepare(self):
-        self.ending = False             # the last task is settled, so no interrupt() for it can come any more
+        # no interrupt() can come any more: the last claim is finished
+        self.is_terminating = False
 
-    def execute(self, command, data, task):
-        file, mine = tempfile.TemporaryFile, {'RUNDOWN_ID': task.job['id'], 'RUNDOWN_QUEUE': self.consumer.name}
-        env = {**os.environ, **mine, 'RUNDOWN_ATTEMPT': str(task.job['attempt'])}
-        with file() as given, file() as out, file('a+b') as self.errors:
-            given.write(data)
-            given.seek(0)
-            self.process = subprocess.Popen(
-                command, stdin=given, stdout=out, stderr=self.errors, env=env, start_new_session=True)
-            while not self.ending and size(out) <= MAX_STDOUT and self.process.returncode is None:
-                if size(self.errors) > MAX_STDOUT:      # only its end is wanted, and a disk is finite
-                    self.errors.truncate(0)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(TICK)
-            if self.process.returncode is None:
-                signal_group(self.process, signal.SIGTERM)
-                over = time.monotonic() + TERM
-                until(lambda: self.process.poll() is not None and not signal_group(self.process, 0), over)
-            signal_group(self.process, KILL)            # whoever is left of its group
-            self.process.wait()
-            out.seek(0)
-            return self._result(self.process.returncode, out.read(MAX_STDOUT + 1))
+    def execute(self, command, data, claim):
+        """Run the program with the data on its stdin; returns its result."""
+        env = {
+            **os.environ,
+            'RUNDOWN_ID': claim.job['id'],
+            'RUNDOWN_QUEUE': self.consumer.name,
+            'RUNDOWN_ATTEMPT': str(claim.job['attempt']),
+        }
+        env.pop('RUNDOWN_TOKEN', None)      # the program need not be trusted like the worker
+        with contextlib.ExitStack() as files:
+            stdin = files.enter_context(tempfile.TemporaryFile())
+            stdout = files.enter_context(tempfile.TemporaryFile())
+            self.stderr = files.enter_context(tempfile.TemporaryFile())
+            self.stderr_tail = b''
+            set_append_mode(self.stderr)
+            stdin.write(data)
+            stdin.seek(0)
+            with process_lock:      # reap_orphans() must find it in its slot
+                self.process = subprocess.Popen(
+                    command, stdin=stdin, stdout=stdout, stderr=self.stderr, env=env,
+                    start_new_session=True)
+            self._supervise(stdout)
+            self._terminate()
+            stdout.seek(0)
+            return self._result(self.process.returncode, stdout.read(MAX_STDOUT + 1))
+
+    def _supervise(self, stdout):
+        """Wait until the program ends, has to be terminated, or writes too much to stdout."""
+        while not self.is_terminating and file_size(stdout) <= MAX_STDOUT:
+            if file_size(self.stderr) > MAX_STDOUT:     # only its end is wanted; disks are finite
+                self.stderr_tail = read_tail(self.stderr, MAX_ERROR // 2)
+                self.stderr.truncate(0)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(WATCH_INTERVAL)
+                return
+
+    def _terminate(self):
+        """SIGTERM if it still runs, then SIGKILL for those that are left of its group."""
+        if self.process.returncode is None:
+            signal_group(self.process, signal.SIGTERM)
+            until(self._has_ended, time.monotonic() + TERM_GRACE)
+        signal_group(self.process, KILL)
+        self.process.wait()
+
+    def _has_ended(self):
+        return self.process.poll() is not None and not has_members(self.process.pid)
 
     def _result(self, code, output):
         if len(output) > MAX_STDOUT:
-            raise Abort(f'the program wrote more than {MAX_STDOUT:,} bytes to stdout, which is the most for a result')
-        if code:                        # 65 is EX_DATAERR of sysexits.h
-            raise (Abort if code == 65 else Retry)(f'the program {ending(code)}\n{self.where(None)}'.strip())
+            raise Abort(f'the program wrote more than {MAX_STDOUT:,} bytes to stdout, '
+                        'which is the most for a result')
+        if code:
+            error = Abort if code == EX_DATAERR else Retry
+            raise error(f'the program {exit_text(code)}\n{self.stack_text(None)}'.strip())
         try:
             text = output.decode()
         except UnicodeDecodeError as error:
-            raise Abort(f'what the program wrote to stdout is not UTF-8: {error}') from None
+            reason = f'what the program wrote to stdout is not UTF-8: {error}'
+            raise Abort(reason) from None
+        if text.count('[') + text.count('{') > MAX_OUTPUT_LEVELS and is_too_deep(text):
+            return text
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
-            encode(value)               # NaN is no JSON
+            encode_json(value)          # json.loads() takes NaN, which is not JSON
             return value
         return text
 
-    def interrupt(self, task, interruption):
-        self.ending = True              # its thread sees it within a tick
+    def interrupt(self, claim, interruption):
+        self.is_terminating = True      # the slot's thread sees it within WATCH_INTERVAL
 
-    def where(self, task):
-        with contextlib.suppress(AttributeError, ValueError, OSError):     # not begun, or over
-            self.errors.seek(max(0, size(self.errors) - MAX_ERROR // 2))
-            return self.errors.read().decode(errors='replace')
+    def stack_text(self, claim):
+        """The end of what the program wrote to stderr."""
+        # not started yet, or over already
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            end = self.stderr_tail + read_tail(self.stderr, MAX_ERROR // 2)
+            return end[-(MAX_ERROR // 2):].lstrip(b'\0').decode(errors='replace')
         return ''
 
     def kill(self):
         if self.process and self.process.returncode is None:
             signal_group(self.process, KILL)
 
-def size(file): return os.fstat(file.fileno()).st_size
+
+def file_size(file):
+    return os.fstat(file.fileno()).st_size
+
+
+def read_tail(file, length):
+    """The end of a file that a program writes. A seek() would move the place where it writes."""
+    offset = max(0, file_size(file) - length)
+    if hasattr(os, 'pread'):
+        return os.pread(file.fileno(), length, offset)
+    file.seek(offset)
+    return file.read(length)
+
+
+def set_append_mode(file):
+    """Have programs write at the end of the file, also after it was truncated."""
+    with contextlib.suppress(ImportError):
+        import fcntl    # not on Windows, where zeros stand for what was truncated
+        fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
+
+
+def has_members(group):
+    """Whether processes of this group run. Zombies do not: an init that reaps none may be PID 1."""
+    try:
+        os.killpg(group, 0)
+    except OSError:
+        return False
+    stats = list(pathlib.Path('/proc').glob('[0-9]*/stat'))
+    return not stats or any(is_running_member(stat, group) for stat in stats)
+
+
+def is_running_member(stat, group):
+    with contextlib.suppress(OSError):      # it has ended meanwhile
+        state, _, its_group = stat.read_text(errors='replace').rpartition(')')[2].split()[:3]
+        return int(its_group) == group and state not in 'ZX'
+    return False
+
+
+def is_too_deep(text):
+    """Whether JSON text has more levels than an engine takes."""
+    level = 0
+    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
+        level += (bracket in '[{') - (bracket in ']}')
+        if level > MAX_OUTPUT_LEVELS:
+            return True
+    return False
+
+
+def reap_orphans(slots):
+    """Collect what programs left behind, for as long as this process runs.
+
+    As PID 1 of a container it is their parent once their own has ended.
+    """
+    while True:
+        time.sleep(WATCH_INTERVAL)
+        with contextlib.suppress(ChildProcessError), process_lock:
+            while True:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                ours = [slot.process.pid for slot in slots() if slot.process]
+                if ended is None or ended.si_pid in ours:
+                    break
+                os.waitpid(ended.si_pid, 0)
+
+
+def program_slots():
+    return [slot for worker in list(default.workers) for slot in worker.slots()]
+
 
 def command_exec(client, options):
     """Work on a queue by running a program."""
@@ -1627,123 +2800,370 @@ def command_exec(client, options):
         raise Misuse(f'there is no program {options.program[0]}')
 
     def program(payload):
-        text = payload if options.text and isinstance(payload, str) else as_json(payload, 'payload')
-        return current.get().slot.execute(options.program, text.encode(), current.get())
-    program.rundown_slot = ProgramSlot
+        claim = current.get()
+        is_plain = options.text and isinstance(payload, str)
+        text = payload if is_plain else as_json(payload, 'payload')
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise Abort(f'the payload cannot be written as UTF-8: {error}') from None
+        return claim.slot.execute(options.program, data, claim)
+
+    program.slot_type = ProgramSlot
     default.queue(options.queue, timeout=options.timeout)(program)
+    if hasattr(os, 'waitid'):
+        threading.Thread(target=reap_orphans, args=(program_slots,), daemon=True).start()
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
-# -- Outbox -----------------------------------------------------------------------------------------------------------
-OUTBOX = ('CREATE TABLE IF NOT EXISTS rundown_outbox (number %s PRIMARY KEY %s, job TEXT NOT NULL, error TEXT, '
-          'taken_by TEXT, taken_at BIGINT)')
-recent = types.SimpleNamespace(written=float('-inf'))       # when this process last wrote into an outbox
 
-def enqueue_in(connection: Any, queue: str, payload: Any = None, delay: Span = None,
-               run_at: Moment = None, id: Text = None, **options: Any) -> str:
-    """Write a job into the transaction that is open on a connection; it is enqueued if that commits. Returns its id.
-    The driver is sqlite3, or writes parameters as %s. The options are those of enqueue(); a delay begins now."""
-    inspect.signature(Client.enqueue).bind(None, queue, **options)      # TypeError for an unknown option
+# -- Outbox ----------------------------------------------------------------------------------------
+CREATE_OUTBOX = (
+    'CREATE TABLE IF NOT EXISTS rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
+    'taken_by TEXT, taken_at BIGINT)'
+)
+SQLITE_KEY = 'INTEGER PRIMARY KEY AUTOINCREMENT'
+POSTGRESQL_KEY = 'BIGSERIAL PRIMARY KEY'
+ADD_COLUMNS = [     # to a table of the first version
+    'ALTER TABLE rundown_outbox ADD COLUMN taken_by TEXT',
+    'ALTER TABLE rundown_outbox ADD COLUMN taken_at BIGINT',
+]
+
+# When this process last wrote into an outbox: set by enqueue_in(), read by the threads of
+# forwarding(). A time and not an Event: an interrupted handler, or a fork, could leave the lock of
+# an Event locked. And it says for how long to look often, since nothing tells us of a commit.
+outbox_activity = types.SimpleNamespace(last_write=float('-inf'))
+
+
+def enqueue_in(
+    connection: Any,
+    queue: str,
+    payload: Any = None,
+    delay: float | datetime.timedelta | None = None,
+    run_at: str | datetime.datetime | None = None,
+    id: str | None = None,
+    **options: Any,
+) -> str:
+    """Write a job into the open transaction of a connection. It is enqueued if that commits.
+
+    The connection is one of sqlite3, psycopg, psycopg2, SQLAlchemy (a Connection or a Session) or
+    Django (django.db.connection); other drivers work if they write parameters as %s and the table
+    is there. Returns the job's id. The options are those of enqueue(); a delay begins now.
+    """
+    inspect.signature(Client.enqueue).bind(None, queue, **options)  # TypeError: unknown option
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
     if delay is not None:
-        run_at = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=in_seconds(delay))
+        now = datetime.datetime.now(datetime.timezone.utc)
+        run_at = now + datetime.timedelta(seconds=in_seconds(delay))
     id = id or new_id()
-    text = job_text(payload, id, run_at, queue=queue, **options)
-    with_table(connection, 'INSERT INTO rundown_outbox (job) VALUES (?)', text)
-    recent.written = time.monotonic()
+    Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
+    outbox_activity.last_write = time.monotonic()
     return id
 
-def with_table(connection, statement, *values):
-    """The cursor of a statement; where the table is missing, it is made first."""
-    cursor, lite, reasons = connection.cursor(), hasattr(connection, 'total_changes'), []
-    create = OUTBOX % (('INTEGER', 'AUTOINCREMENT') if lite else ('BIGSERIAL', ''))
 
-    def guard(action):      # a failure ends the whole transaction; not so in SQLite, where RELEASE might end it
-        if not lite:
-            connection.cursor().execute(f'{action} SAVEPOINT rundown')
+def driver_connection(connection):
+    """The driver's own connection, which may be inside one of Django or SQLAlchemy."""
+    if hasattr(connection, 'ensure_connection'):            # Django
+        connection.ensure_connection()
+        return connection.connection
+    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
+        connection = connection.connection()
+    if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
+        if not connection.in_transaction() and hasattr(connection, 'commit'):
+            connection.begin()      # as its first statement would do; its commit() needs that
+        connection = connection.connection
+    connection = getattr(connection, 'dbapi_connection', connection)
+    if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
+        raise Misuse(f'a {type(connection).__name__} is not a connection that enqueue_in() takes: '
+                     'sqlite3, psycopg, psycopg2, SQLAlchemy or Django, and none of asyncio')
+    return connection
 
-    guard('')
-    for text, given in ((statement, values), (create, ()), (statement, values)):
+
+def is_sqlite(connection):
+    return hasattr(connection, 'total_changes')
+
+
+def commits_each_statement(connection):
+    """Is no transaction open, and does the next statement not open one?"""
+    autocommit = getattr(connection, 'autocommit', None)
+    if is_sqlite(connection):
+        if connection.in_transaction:
+            return False
+        # True or False since Python 3.12; -1, or missing: isolation_level decides
+        return connection.isolation_level is None if autocommit in (None, -1) else autocommit
+    status = getattr(getattr(connection, 'info', None), 'transaction_status', 0)    # 0: idle
+    return autocommit is True and status == 0
+
+
+class Outbox:
+    """The table rundown_outbox in the database of a connection."""
+
+    def __init__(self, connection):
+        # constant
+        self.connection = driver_connection(connection)
+        self.is_sqlite = is_sqlite(self.connection)
+        # touched by the thread that forwards
+        self.postponed = {}     # row number -> when a job too large for a proxy is sent again
+
+    def insert(self, text):
+        """Add a job, as JSON text, to the open transaction."""
+        if commits_each_statement(self.connection):
+            raise Misuse('the connection is in autocommit mode, so the job would be enqueued '
+                         'even if your other statements fail: begin a transaction first')
+        self.execute('INSERT INTO rundown_outbox (job) VALUES (?)', text)
+
+    def pending(self, host):
+        """(number, characters) of the next rows that the engine at `host` has not taken.
+
+        JSON text is ASCII, so characters are bytes. The texts are read later: a page of rows may
+        be larger than the memory.
+        """
+        now = time.monotonic()
+        postponed = [str(number) for number, at in self.postponed.items() if at > now]
+        return self.execute(
+            'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL '
+            'AND (taken_by IS NULL OR taken_by <> ?) '
+            f'AND number NOT IN ({",".join(postponed) or "0"}) ORDER BY number LIMIT {OUTBOX_PAGE}',
+            host)
+
+    def texts(self, numbers):
+        """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
+        rows = self.execute(
+            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
+        return [text.decode() if isinstance(text, bytes) else text for (text,) in rows]
+
+    def mark_taken(self, numbers, host, keep):
+        if keep:
+            self.execute(
+                f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
+                host, int(time.time()))
+        else:
+            self.execute(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
+
+    def mark_refused(self, number, error):
+        self.execute('UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), number)
+
+    def delete_taken(self, keep):
+        """Delete the rows that were taken `keep` seconds ago or earlier."""
+        latest = int(time.time() - keep)
+        where = 'FROM rundown_outbox WHERE taken_at <= ?'
+        if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # a look takes no write lock
+            self.execute(f'DELETE {where}', latest)
+
+    def find(self, id):
+        """The job with this id, with the fields that are known here; None if it is not here."""
+        rows = self.execute('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
+        for text, error in rows:
+            fields = json.loads(text)
+            if fields['id'] == id:
+                return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
+        return None
+
+    def commit(self):
+        self.connection.commit()
+
+    def execute(self, statement, *values):
+        """The rows of a statement, as tuples. A table that is missing or old is put right first."""
         try:
-            cursor.execute(text if lite else text.replace('?', '%s'), given)
-            if text is statement:
-                guard('RELEASE')
-                return cursor
-        except Exception as error:      # each driver has its own; `create` also fails when somebody else just did it
-            if not reasons and 'rundown_outbox' not in str(error):
+            return self._execute_guarded(statement, values)
+        except Exception as error:          # each driver has its own classes
+            reasons = [str(error).partition('\n')[0]]
+            if not re.search('rundown_outbox|taken_(at|by)', reasons[0]):
                 raise
+        create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
+        try:
+            for change in ADD_COLUMNS if 'taken_' in reasons[0] else [create]:
+                self._execute_guarded(change)
+        except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
-            guard('ROLLBACK TO')
-    raise Error(f'the table rundown_outbox cannot be used, nor made: {"; ".join(reasons)}. What makes it: {create}')
+        try:
+            return self._execute_guarded(statement, values)
+        except Exception as error:
+            reasons.append(str(error).partition('\n')[0])
+            raise Error('the table rundown_outbox cannot be used, nor made: '
+                        f'{"; ".join(reasons)}. The statement that makes it: {create}') from error
 
-def forward(connect: Callable[[], Any], host: Text = None, keep: float = 0) -> int:
-    """Send the jobs in the outbox of the database that connect() opens; returns how many the engine took.
-    Rows are kept for `keep` seconds after that, and sent again to a standby that takes over meanwhile."""
+    def _execute_guarded(self, statement, values=()):
+        """Execute a statement; if it fails, the transaction can go on.
+
+        In PostgreSQL a failure aborts a transaction, so there is a savepoint. In SQLite it does
+        not, and releasing the outermost savepoint would commit.
+        """
+        if self.is_sqlite or commits_each_statement(self.connection):
+            return self._execute(statement, values)
+        self._execute('SAVEPOINT rundown')
+        try:
+            rows = self._execute(statement, values)
+        except Exception:
+            self._execute('ROLLBACK TO SAVEPOINT rundown')
+            self._execute('RELEASE SAVEPOINT rundown')
+            raise
+        self._execute('RELEASE SAVEPOINT rundown')
+        return rows
+
+    def _execute(self, statement, values=()):
+        """The rows of a statement as tuples, whatever rows the connection is set to return."""
+        with contextlib.closing(self.connection.cursor()) as cursor:
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                cursor.row_factory = None if self.is_sqlite else lambda cursor: tuple
+            cursor.execute(statement if self.is_sqlite else statement.replace('?', '%s'), values)
+            rows = cursor.fetchall() if cursor.description else []
+        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
+
+    def number_rows(self):
+        """Repair a table without numbers. Version 1.1 made it through Django's SQLite connection.
+
+        Its jobs are all sent again, since it does not tell which of them the engine has. The
+        engine recognizes their ids.
+        """
+        if not self.is_sqlite:
+            return
+        found = self._execute("SELECT sql FROM sqlite_master WHERE type = 'table' "
+                              "AND name = 'rundown_outbox' AND sql LIKE '%BIGSERIAL%'")
+        if not found:
+            return
+        begins = not self.connection.in_transaction
+        if begins:
+            self._execute('BEGIN IMMEDIATE')
+        columns = 'job, error, taken_by, taken_at'
+        self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
+        self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
+        self._execute(f'INSERT INTO rundown_outbox ({columns}) '
+                      f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
+        self._execute('DROP TABLE rundown_outbox_unnumbered')
+        if begins:
+            self._execute('COMMIT')
+        else:
+            self.commit()
+        note(logging.WARNING, 'the outbox had no row numbers: repaired, its jobs are sent again')
+
+
+def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
+    """Send the jobs in the outbox of the database that connect() opens.
+
+    Returns how many the engine took. Their rows are kept for `keep` seconds, and sent again to a
+    standby that takes over in that time.
+    """
     client = default.client(host)
     with contextlib.closing(connect()) as connection:
-        return drain(connection, client, client.call, keep)
+        outbox = Outbox(connection)
+        outbox.number_rows()
+        return forward_pending(outbox, client, client.call, keep)
 
-def drain(connection, client, send, keep):
-    """Send in order, and delete what was taken `keep` seconds ago; how many jobs were taken. An id is taken once."""
-    count, parts, sql = 0, [], functools.partial(with_table, connection)
+
+def forward_pending(outbox, client, send, keep):
+    """Send all committed jobs, in order; the number of jobs that the engine took.
+
+    `send` is client.send or client.call. No transaction is open while it waits for the engine.
+    """
     if keep:
-        send('/health')         # moves client.host on where a standby has taken over; taken_by is compared with it
+        send('/health')     # if a standby has taken over, this changes client.host
+    count = 0
     while True:
-        if not parts:
-            over = int(time.time() - keep)
-            if sql('SELECT 1 FROM rundown_outbox WHERE taken_at <= ?', over).fetchone():    # a look takes no write lock
-                sql('DELETE FROM rundown_outbox WHERE taken_at <= ?', over)
-            rows = sql('SELECT number, job FROM rundown_outbox WHERE error IS NULL AND '
-                       '(taken_by IS NULL OR taken_by <> ?) ORDER BY number LIMIT 500', client.host).fetchall()
-            parts = list(batches(rows, lambda row: len(row[1])))
-        connection.commit()     # no transaction is open while the engine is away
-        if not parts:
+        outbox.delete_taken(keep)
+        rows = outbox.pending(client.host)
+        outbox.commit()
+        if not rows:
             return count
-        part = parts.pop(0)
-        numbers, half = ','.join([str(number) for number, _ in part]), len(part) // 2
+        count += send_rows(outbox, client, send, keep, rows)
+
+
+def send_rows(outbox, client, send, keep, rows):
+    """Send rows in batches, and halve a batch that is refused until the culprit is alone."""
+    count = 0
+    waiting = list(batches(rows, lambda row: row[1]))
+    while waiting:
+        batch = waiting.pop(0)
+        numbers = ','.join(str(number) for number, _ in batch)
+        texts = outbox.texts(numbers)
+        outbox.commit()
+        if not texts:       # another forwarder was faster
+            continue
         try:
-            send('/enqueue', f'{{"jobs":[{",".join([text for _, text in part])}]}}')
-            sql(f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
-                client.host, int(time.time()))
-            count += len(part)
-        except Refused as error:
-            if error.status not in REFUSALS:
+            send('/enqueue', f'{{"jobs":[{",".join(texts)}]}}')
+        except (Refused, EngineUnavailable) as error:
+            if not is_about_body(error):
                 raise
-            if half:
-                parts[:0] = part[:half], part[half:]        # which of them was it?
-                continue
-            note(logging.ERROR, 'the engine refused job %s of the outbox: %s', numbers, error)
-            sql('UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), part[0][0])
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                waiting[:0] = batch[:middle], batch[middle:]
+            else:
+                set_aside(outbox, numbers, error)
+        else:
+            outbox.mark_taken(numbers, client.host, keep)
+            count += len(batch)
+        outbox.commit()
+    return count
+
+
+def is_about_body(error):
+    """Does an error blame the request's body? Of a proxy's errors only the 413 does."""
+    return getattr(error, 'status', None) in (REFUSALS if isinstance(error, Refused) else [413])
+
+
+def set_aside(outbox, number, error):
+    """Take a job out of the way of the others: for good if the engine itself refuses it."""
+    if isinstance(error, Refused):
+        note(logging.ERROR, 'the engine refused job %s of the outbox: %s', number, error)
+        outbox.mark_refused(int(number), error)
+    else:
+        note(logging.ERROR, 'job %s of the outbox is sent again in %g s: it is too large for a '
+             'proxy before the engine: %s', number, OUTBOX_TOO_LARGE_PAUSE, error)
+        outbox.postponed[int(number)] = time.monotonic() + OUTBOX_TOO_LARGE_PAUSE
+
 
 @contextlib.contextmanager
-def forwarding(connect: Callable[[], Any], host: Text = None, keep: float = 0) -> Iterator[None]:
-    """forward() in a thread during the block: at once what this process commits, and every second the rest."""
+def forwarding(
+    connect: Callable[[], Any],
+    host: str | None = None,
+    keep: float = 0,
+    interval: float = OUTBOX_INTERVAL,
+) -> Iterator[None]:
+    """forward() in a thread during the block. connect() is called in that thread.
+
+    What this process commits is sent within 100 ms, the rest every `interval` seconds.
+    """
     stopping = threading.Event()
-    thread = threading.Thread(target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)
+    thread = threading.Thread(
+        target=keep_forwarding, args=(connect, host, keep, interval, stopping), daemon=True)
     thread.start()
     try:
         yield
     finally:
         stopping.set()
-        thread.join(FAREWELL)           # what is not sent by then is sent next time
+        thread.join(REPORT_GRACE)           # jobs that are not sent by then are sent next time
 
-def keep_forwarding(connect, host, keep, stopping):
-    tries, ended = 0, False
-    while not ended:
+
+def keep_forwarding(connect, host, keep, interval, stopping):
+    """Forward until `stopping` is set, and a last time then. Connect again after each failure."""
+    failures = 0
+    is_last = False
+    while not is_last:
         try:
             with contextlib.closing(connect()) as connection:
-                while not ended:
-                    ended = stopping.is_set()           # then this look is the last
+                outbox = Outbox(connection)
+                outbox.number_rows()
+                while not is_last:
+                    is_last = stopping.is_set()
                     client = default.client(host)
-                    drain(connection, client, client.send, keep)
-                    tries, now = 0, time.monotonic()
-                    while time.monotonic() < now + 1 and not stopping.wait(TICK / 2) and now > recent.written + OPEN:
-                        pass            # look again in TICK / 2 while what this process wrote may commit, else in 1 s
+                    forward_pending(outbox, client, client.send, keep)
+                    failures = 0
+                    wait_for_commits(interval, stopping)
         except Exception as error:      # the database's or the engine's
-            if not tries:
-                note(logging.WARNING, 'cannot forward the outbox, trying again until it works: %s', error)
-            tries += 1
-            ended = stopping.wait(backoff(tries))
+            if not failures:
+                note(logging.WARNING,
+                     'cannot forward the outbox, trying again until it works: %s', error)
+            failures += 1
+            is_last = stopping.wait(retry_pause(failures))
+
+
+def wait_for_commits(interval, stopping):
+    """Wait until it is worth looking into the outbox again, or `stopping` is set."""
+    deadline = time.monotonic() + interval
+    while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
+        if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
+            return
+
 
 def command_forward(client, options):
     """Forward the outbox in a SQLite file."""
@@ -1752,9 +3172,307 @@ def command_forward(client, options):
         raise Misuse(f'there is no file {options.file}')
     set_up_log()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), forwarding(lambda: sqlite3.connect(options.file), keep=options.keep):
+    forwarder = forwarding(lambda: sqlite3.connect(options.file), keep=options.keep)
+    with contextlib.suppress(KeyboardInterrupt), forwarder:
         while True:
             time.sleep(1)
+
+
+# -- Django ----------------------------------------------------------------------------------------
+DJANGO_STATUSES = {     # of a job -> of Django's TaskResult
+    'pending': 'READY',
+    'running': 'RUNNING',
+    'done': 'SUCCESSFUL',
+    'failed': 'FAILED',
+    'cancelled': 'FAILED',
+}
+
+
+class DjangoTasks:
+    """A backend for Django's tasks. DjangoBackend is this class and Django's BaseTaskBackend.
+
+    With `"OPTIONS": {"outbox": True}` (or the alias of a database) jobs are written into the
+    transaction that is open there, or into one of their own. Other options are `host`, `timeout`
+    and `max_retries`. A task is READY again while it waits for a retry.
+    """
+
+    supports_defer = True
+    supports_async_task = True
+    supports_get_result = True
+    supports_priority = True
+
+    def __init__(self, alias, params):
+        super().__init__(alias, params)
+        self.job_options = dict(self.options)
+        outbox = self.job_options.pop('outbox', False)
+        self.database = 'default' if outbox is True else outbox or None     # None: no outbox
+        self.host = self.job_options.pop('host', None)
+        unknown = sorted(set(self.job_options) - {'max_retries', 'timeout'})
+        if unknown:
+            from django.core.exceptions import ImproperlyConfigured
+            raise ImproperlyConfigured(f'TASKS[{alias!r}]: there is no option {unknown[0]!r}')
+
+    def enqueue(self, task, args, kwargs):
+        from django.tasks.signals import task_enqueued
+        self.validate_task(task)
+        payload = django_payload(task, args, kwargs)
+        result = self._result(task, self._enqueue(task, payload))
+        task_enqueued.send(type(self), task_result=result)
+        return result
+
+    def _enqueue(self, task, payload):
+        """The job, with few fields if it is in an outbox."""
+        from django.db import connections, transaction
+        options = {**self.job_options, 'priority': task.priority, 'run_at': task.run_after}
+        if self.database is None:
+            return default.enqueue(task.queue_name, payload, host=self.host, **options)
+        connection = connections[self.database]
+        begins = connection.get_autocommit()
+        with transaction.atomic(self.database) if begins else contextlib.nullcontext():
+            id = enqueue_in(connection, task.queue_name, payload, **options)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        return {'id': id, 'status': 'pending', 'payload': payload, 'created_at': now}
+
+    def get_result(self, result_id):
+        from django.db import connections
+        from django.tasks.exceptions import TaskResultDoesNotExist
+        client = default.client(self.host)
+        for _ in range(2):      # a job may move from the outbox to the engine between two looks
+            try:
+                job = client.job(result_id)
+            except Refused as error:
+                if error.status != 404:
+                    raise
+                job = self.database and Outbox(connections[self.database]).find(result_id)
+            if job:
+                return self._result(self._task(job), job)
+        raise TaskResultDoesNotExist(result_id)
+
+    def _task(self, job):
+        """The task that a job is for, with the queue and the priority of the job."""
+        priority = max(-100, min(100, job.get('priority', 0)))      # operators may set others
+        task = django_task(job['payload'])
+        return task.using(queue_name=job['queue'], priority=priority, backend=self.alias)
+
+    def _result(self, task, job):
+        from django.tasks import TaskResult, TaskResultStatus
+        attempts = job.get('attempts', [])
+        workers = [attempt['worker'] for attempt in attempts]
+        if job['status'] == 'running':
+            workers.append(job['worker'])
+        unknown = job.get('attempt', 0) - len(workers)      # the engine keeps the last ten
+        result = TaskResult(
+            task=task,
+            id=job['id'],
+            status=TaskResultStatus[DJANGO_STATUSES[job['status']]],
+            enqueued_at=django_time(job.get('created_at')),
+            started_at=django_time((attempts or [job])[0].get('started_at')),
+            last_attempted_at=django_time(job.get('started_at')),
+            finished_at=django_time(job.get('finished_at')),
+            args=job['payload'].get('args', []),
+            kwargs=job['payload'].get('kwargs', {}),
+            backend=self.alias,
+            errors=django_errors(job),
+            worker_ids=[''] * unknown + workers,
+        )
+        object.__setattr__(result, '_return_value', job.get('result'))
+        return result
+
+    def handler(self):
+        """A function that runs the tasks of a queue."""
+        def run_task(payload):
+            function, args, kwargs = self.resolve(payload)
+            return as_handler(function)(*args, **kwargs)
+
+        run_task.rundown_resolve = self.resolve
+        return run_task
+
+    def resolve(self, payload):
+        """The function that runs a payload's task, async if the task is, and its arguments."""
+        task = django_task(payload)
+        is_async = inspect.iscoroutinefunction(task.func)
+        return self.arun if is_async else self.run, [task, job()], {}
+
+    def run(self, task, job):
+        from django.db import close_old_connections
+        from django.tasks.signals import task_finished, task_started
+        close_old_connections()
+        try:
+            result = self._result(self._task(job), job)
+            task_started.send(type(self), task_result=result)
+            try:
+                set_django_result(result, task.func(*django_args(result), **result.kwargs))
+            except BaseException as error:
+                if set_django_error(result, error):
+                    task_finished.send_robust(type(self), task_result=result)
+                raise
+            # robust: a receiver that fails must not have the task run again
+            task_finished.send_robust(type(self), task_result=result)
+            return result.return_value
+        finally:
+            close_old_connections()
+
+    async def arun(self, task, job):
+        from asgiref.sync import sync_to_async
+        from django.db import close_old_connections
+        from django.tasks.signals import task_finished, task_started
+        await sync_to_async(close_old_connections)()
+        try:
+            result = self._result(self._task(job), job)
+            await task_started.asend(type(self), task_result=result)
+            try:
+                set_django_result(result, await task.func(*django_args(result), **result.kwargs))
+            except BaseException as error:
+                if set_django_error(result, error):
+                    await task_finished.asend_robust(type(self), task_result=result)
+                raise
+            await task_finished.asend_robust(type(self), task_result=result)
+            return result.return_value
+        finally:
+            await sync_to_async(close_old_connections)()
+
+
+def django_payload(task, args, kwargs):
+    from django.utils.json import normalize_json
+    return {
+        'task': task.module_path,
+        'args': normalize_json(args),
+        'kwargs': normalize_json(kwargs),
+    }
+
+
+def django_task(payload):
+    from django.tasks import Task
+    from django.utils.module_loading import import_string
+    name = payload.get('task') if isinstance(payload, dict) else None
+    if not isinstance(name, str):
+        raise Abort('the payload of a task must be {"task": "its name", "args": [...], ...}')
+    task = import_string(name)
+    if not isinstance(task, Task):
+        raise Abort(f'{name} is not a task of Django')
+    return task
+
+
+def django_time(text):
+    """The datetime of a time in the engine's JSON; naive if Django's times are."""
+    from django.conf import settings
+    from django.utils import timezone
+    if text is None:
+        return None
+    moment = datetime.datetime.fromisoformat(text)
+    return moment if settings.USE_TZ else timezone.make_naive(moment)
+
+
+def django_errors(job):
+    """A TaskError for each failed attempt; for a job that was cancelled, one for that."""
+    from django.tasks.base import TaskError
+    texts = [attempt['error'] for attempt in job.get('attempts', []) if attempt.get('error')]
+    if job['status'] == 'failed':
+        texts[-1:] = [job['error'] or 'failed']         # the whole text
+    elif job['status'] == 'cancelled':
+        texts.append(job['error'] or 'cancelled')
+    return [TaskError(exception_class_path=exception_path(text), traceback=text) for text in texts]
+
+
+def exception_path(error_text):
+    """The exception's class, as module.name, in a traceback's last line; Error if there is none."""
+    found = re.findall(r'^ .*\n([A-Za-z_][\w.]*)(?=:|$)', error_text, re.MULTILINE)
+    name = found[-1] if found else 'Error'
+    if '.' in name:
+        return name
+    return f'builtins.{name}' if hasattr(builtins, name) else f'{__name__}.{name}'
+
+
+def django_args(result):
+    from django.tasks import TaskContext
+    context = [TaskContext(task_result=result)] if result.task.takes_context else []
+    return context + result.args
+
+
+def set_django_result(result, value):
+    from django.tasks import TaskResultStatus
+    from django.utils import timezone
+    from django.utils.json import normalize_json
+    try:
+        value = normalize_json(value)
+    except (TypeError, ValueError) as error:
+        raise Abort(f'the return value is not JSON: {error}') from None
+    object.__setattr__(result, '_return_value', value)
+    object.__setattr__(result, 'finished_at', timezone.now())
+    object.__setattr__(result, 'status', TaskResultStatus.SUCCESSFUL)
+
+
+def set_django_error(result, error):
+    """Note a failure in a result. False if another attempt follows."""
+    from django.tasks import TaskResultStatus
+    from django.tasks.base import TaskError
+    from django.utils import timezone
+    claim = current.get()
+    is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
+    is_retried = claim.job['retries'] < claim.job['max_retries'] and not isinstance(error, Abort)
+    if is_lost or is_retried:
+        return False
+    text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
+    result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
+    object.__setattr__(result, 'finished_at', timezone.now())
+    object.__setattr__(result, 'status', TaskResultStatus.FAILED)
+    return True
+
+
+def django_backend():
+    """The class DjangoBackend."""
+    from django.tasks.backends.base import BaseTaskBackend
+
+    class DjangoBackend(DjangoTasks, BaseTaskBackend):
+        __doc__ = DjangoTasks.__doc__
+        __qualname__ = 'DjangoBackend'
+
+    return DjangoBackend
+
+
+if not TYPE_CHECKING:       # a checker would take any name for one that is here
+    def __getattr__(name):
+        """DjangoBackend is made when it is asked for, so that only those import Django who use it."""
+        if name != 'DjangoBackend':
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        try:
+            globals()[name] = django_backend()
+        except ImportError as error:
+            raise AttributeError(f'DjangoBackend needs Django 6.0 or newer: {error}') from error
+        return globals()[name]
+
+
+def command_django(client, options):
+    """Work on Django's tasks, and forward what is in the outboxes of their backends."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        import django
+        from django.db import connections
+        from django.tasks import task_backends
+    except ImportError as error:
+        raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
+    if not os.environ.get('DJANGO_SETTINGS_MODULE'):
+        raise Misuse("DJANGO_SETTINGS_MODULE has to name the project's settings")
+    django.setup()
+    backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
+    if not backends:
+        raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
+    for backend in backends:
+        for queue in options.queues or sorted(backend.queues):
+            if (queue, backend.host) not in default.registered:
+                default.queue(queue, host=backend.host)(backend.handler())
+    if not default.registered:
+        raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
+    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
+    with contextlib.ExitStack() as forwarders:
+        for database, host in outboxes:
+            connect = functools.partial(connections.create_connection, database)
+            if options.burst:
+                forward(connect, host)      # before the worker finds that nothing is due
+            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
+            forwarders.enter_context(forwarder)
+        default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
 
 # -- Command line -----------------------------------------------------------------------------------------------------
 COLUMNS = {
@@ -1858,6 +3576,7 @@ COMMANDS = [    # name, function, arguments, what it does
     ('run', command_run, f'tasks {WORK}', 'import tasks, and work on them'),
     ('exec', command_exec, f'queue program --timeout --text {WORK}', 'run a program for each job of a queue'),
     ('forward', command_forward, 'file --keep', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT'),
+    ('django', command_django, f'queues {WORK}', "work on the tasks of a Django project"),
     ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own')]
 ARGUMENTS = {   # what is not plain text; of one command alone where that is named
     **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS), '--grace': dict(SECONDS, default=GRACE),
@@ -1869,6 +3588,7 @@ ARGUMENTS = {   # what is not plain text; of one command alone where that is nam
     'status --wait': dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
     '--minutes': dict(FLAG, help='with counts of the last hour'), 'program': dict(nargs='+', metavar='PROGRAM'),
     '--burst': dict(FLAG, help='work off what is due, and end'), '--text': dict(FLAG, help='a string as it is'),
+    'queues': dict(nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
     '--keep': dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
     'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))}
 
@@ -1876,7 +3596,7 @@ def main(argv=None):
     """The command line; the exit code."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
-    parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {URL})')
+    parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
     parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try while none answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for name, function, taken, meaning in COMMANDS:
