@@ -240,7 +240,7 @@ def checked(path, body):
             raise BadRequest(f'{shown(field)} is not a field of this call: {hint}')
         if value is not None or field in LIFTED:
             ask[field] = None if value is None else fit(field, value, rules[field])
-    for fields in ROUTES[path].needed:
+    for fields in ROUTES[path].required:
         if ask.keys().isdisjoint(fields):
             raise BadRequest(f'{" or ".join(fields)} is missing: {path} needs it')
     for one, other in (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone')):
@@ -514,7 +514,9 @@ class Database:
     def __init__(self, path, sync):
         self.path, self.sync = os.path.realpath(path), sync     # constant after start, as are lock_file and files
         self.lock_file = self.files = None      # what tells that the files under the path are ours, see _check_files()
-        self.readers, self.own = [], threading.local()      # safe by themselves: all connections that read; a thread's
+        # safe without a lock: connections that read, and those that no thread uses at the moment
+        self.readers = []
+        self.idle_readers = []
         self.copying = threading.Lock()         # held while a copy is made: one at a time
         self.db = None                          # the writer's, as is the rest: its connection
         self.trouble = None                     # what the last commit failed of
@@ -623,14 +625,25 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self):
-        """A connection that reads what is committed and never waits for the writer: one a thread."""
+        """A connection that reads what is committed and never waits for the writer.
+
+        Threads come and go, so that connections are pooled: no more are open than were in use at
+        a time.
+        """
         try:
-            if not hasattr(self.own, 'db'):
-                self.own.db = self._connect(BUSY, 'query_only = ON')
-                self.readers.append(self.own.db)
-            yield self.own.db
+            db = self.idle_readers.pop()
+        except IndexError:
+            db = None
+        try:
+            if db is None:
+                db = self._connect(BUSY, 'query_only = ON')
+                self.readers.append(db)
+            yield db
         except sqlite3.Error as error:
             raise Unavailable(f'the database could not be read ({error}); try again') from error
+        finally:
+            if db is not None:
+                self.idle_readers.append(db)
 
     def backup(self):
         """An open file, gone when it is closed: a consistent copy of the database, made beside the load."""
@@ -1451,708 +1464,1381 @@ class Store:
         if STEP not in [*counts, len(unused)]:
             self.next_prune = self.now + micros(PRUNE)
 
-# -- Loop -------------------------------------------------------------------------------------------------------------
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-READY, NEVER = object(), float('inf')       # news: the event that was waited for came; a time
 
-class Spoilt(Exception):
-    """An operation has broken the transaction: its error is known now, and the others run again."""
+# -- Seam (temporary) -----------------------------------------------------------------------------
+# This section maps the new names, below, to the old store. Delete it once the store has its new shape, keep its
+# imports and its new constants, and use the new names of the settings below it (old new, ...):
+# DRAIN DRAIN_TIMEOUT, BUSY LOCK_TIMEOUT, RETRY LOCK_RETRY_INTERVAL, DEAF MAX_LISTEN_GAP, TICK CLOCK_CHECK_INTERVAL,
+# SMALL RESERVED_BYTES, CHUNK CHUNK_BYTES, MAX_HELD MAX_REQUEST_BUFFER, MAX_UNSENT MAX_RESPONSE_BUFFER,
+# MAX_ANSWER MAX_RESPONSE, IDLE KEEP_ALIVE_TIMEOUT, DEADLINE REQUEST_TIMEOUT, BIG_BODY OFFLOAD_BODY_BYTES,
+# THREADS OFFLOAD_THREADS, BUCKETS DURATION_BUCKETS, GROUPS COMMIT_SIZE_BUCKETS
+import heapq
+import traceback
+from typing import Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple
+HTTPError, RequestTimeout, InternalError, UnsupportedMediaType = Refused, TooSlow, Fault, NotJSON
+StartupError, HeadersTooLarge, PayloadTooLarge, MethodNotAllowed = Unusable, HeadTooLarge, TooLarge, NotAllowed
+identity, describe, is_storage_error, job_json, json_list, schedule_json = as_is, shown, of_storage, as_json, as_list, as_schedule
+validate, validate_batch, parse_json, SCHEDULE_FIELDS = checked, batch, parsed, DEFINED
+FieldRule = lambda a, b, c: (a, b, c)
+MAX_QUERY, MAX_KNOWN_HEADS, MAX_KNOWN_HEAD_BYTES = 16 << 10, 1024, 1024
+JSON_QUERY_FIELDS = 'limit', 'wait', 'brief', 'busy'
+Clock.slew = Clock.follow
+Store.next_deadline = property(lambda s: s.next_due, lambda s, v: setattr(s, 'next_due', v))
+Store.topics = property(lambda s: s.woken)
+class _Concern:
+    def __init__(self, store): self.store = store
+    def __getattr__(self, name):
+        name = {'render_created': 'announced', 'id_batches': 'steps', 'apply_to_batch': 'step', 'require_status': 'claimed', 'apply_item': 'outcome', 'has_ended': 'ended', 'metric_counts': 'counts'}.get(name, name)
+        f = getattr(self.store, name)
+        def call(*args, **kw):
+            args = [a for a in args if a is not self.store]
+            if name in ('outcome', 'step'):
+                m = args[0]
+                return f(lambda store, item: m(self.store, item), *args[1:])
+            return f(*args, **kw)
+        return call
+_init, _begin, _committed = Store.__init__, Store.begin, Store.committed
+def _sinit(self, *a):
+    _init(self, *a)
+    self.producers = self.claims = self.operators = self.schedules_ = self.queries = _Concern(self)
+def _sbegin(self, *a):
+    _begin(self, *a); return self
+Store.__init__, Store.begin = _sinit, _sbegin
+Store.run_due = lambda s, tx: Store.overdue(s)
+Store.extend_leases = lambda s, tx, p: Store.renew(s, p)
+Store.shift_deadlines = lambda s, tx, o, a: Store.leap(s, o, a)
+Store.bulk_insert = lambda s, tx, l: Store.enqueue(s, l)
+Store.committed = lambda s, tx, n: _committed(s, n)
+
+
+# -- Event loop -----------------------------------------------------------------------------------
+READ = selectors.EVENT_READ
+WRITE = selectors.EVENT_WRITE
+NEVER = float('inf')    # a time that does not come
+READY = object()        # the event of a socket that can be read or written
+NOTHING = ()            # the result of a poll or wait whose time is over
+
+
+class Client:
+    """The protocol between the event loop and those it works for; the loop's thread calls it.
+
+    resume(event)   Continue. `event` is READY, the result of an operation or of a slow call, or an
+                    exception, which is raised where the client waits.
+    is_open         False once the client is gone: it is given no job any more.
+    set_timeout(s)  Have on_timeout() called in `s` seconds, instead of at the time set before.
+    on_timeout()    The time is over.
+    """
+    is_open = True
+    deadline = NEVER        # the loop's time at which on_timeout() is called
+    timer = (NEVER,)        # its entry in the heap of Timeouts, which may be earlier
+
+    def __init__(self, loop):
+        self.loop = loop
+
+    def resume(self, event):
+        raise NotImplementedError
+
+    def set_timeout(self, seconds):
+        self.deadline = deadline = self.loop.now + seconds
+        if deadline < self.timer[0]:
+            self.loop.timeouts.push(self)
+
+    def on_timeout(self):
+        raise NotImplementedError
+
+
+class ThreadWait(Client):
+    """Another thread that waits for the result of its transaction."""
+
+    def __init__(self, loop):
+        super().__init__(loop)
+        self.results = SimpleQueue()
+
+    def resume(self, event):
+        self.results.put(event)
+
+    def result(self):
+        """The result; raises the error of the transaction, or Unavailable if the loop has ended."""
+        while not self.loop.ended:
+            with contextlib.suppress(Empty):
+                result = self.results.get(timeout=1)
+                if isinstance(result, Exception):
+                    raise result
+                return result
+        raise Unavailable('the engine is stopping')
+
 
 class Operation:
-    """Work for a transaction (None: a mere wait for a topic), and the client, whose go_on(news) gets the result."""
+    """Work for a transaction, and how its result becomes a response."""
+    topic = None        # a LongPoll has one
+    client = None       # gets the result by resume()
+    submitted_at = 0    # the loop's time
+    result = None
+    error = None        # an HTTPError; it fails for sure, so it is not run again
+
+    def __init__(self, work, render=identity, single_insert=None):
+        self.work = work                        # (transaction) -> result; may be called again
+        self.render = render                    # result -> response
+        self.single_insert = single_insert      # the fields of a job, if it inserts just one
+
+    def submit(self, loop):
+        """Begin. True if the client has to wait for resume()."""
+        loop.committer.submit(self)
+        return True
+
+    def finish(self):
+        """Give the client its result, and let go of it: an error's traceback refers to requests."""
+        event = self.result if self.error is None else self.error
+        self.result = self.error = None
+        self.client.resume(event)
+
+
+class LongPoll(Operation):
+    """An operation that waits for its topic, up to `wait` seconds, while its result is empty."""
+
+    def __init__(self, work, render, topic, wait):
+        super().__init__(work, render)
+        self.topic = topic
+        self.wait = wait
+
+
+class JobWait:
+    """A wait for a job's end: it looks once without a transaction, then waits for its topic."""
     result = error = None
+    finish = Operation.finish
 
-    def __init__(self, work, render=as_is, topic=None, wait=0, adds=None, client=None):
-        self.work, self.render = work, render       # () -> result, perhaps more than once; result -> answer
-        self.topic, self.wait = topic, wait         # what it sleeps on while its result is empty, so many seconds
-        self.adds, self.client, self.since = adds, client, time.monotonic()     # adds: the job, if it adds only one
+    def __init__(self, has_ended, render, topic, wait):
+        self.has_ended = has_ended
+        self.render = render
+        self.topic = topic
+        self.wait = wait
+        self.client = None
 
-    def run(self, db):
-        """Do it, unless it is known to fail. Spoilt when it fails and leaves a mark on the transaction."""
-        before = db.total_changes
-        try:
-            self.result = self.work() if self.error is None else None
-        except Exception as error:
-            if of_storage(error):
-                raise
-            self.error = fault('an operation', error).with_traceback(None)      # which would hold its body
-            if db.total_changes != before:
-                raise Spoilt(self) from error
+    def submit(self, loop):
+        self.result = self.has_ended()
+        return loop.waiters.park_if_empty(self)
 
-class Loop:
-    """One thread that does all that is quick, in passes: receive, run what has arrived in one transaction, answer.
 
-    It owns the connections, the connection that writes the database, the memory of the store, and what is parked,
-    without a lock. Other threads hand something in with post() and run(), and read what is committed.
+class Timeouts:
+    """A heap of the times at which clients time out; entries are [time, number, client].
 
-    In a pass all that writes comes first, then what is due, then the polls: those that are parked, in the order in
-    which they came, as many as there are jobs, then the new ones. So what arrives and the poll that takes it meet in
-    one commit, whichever came first. A wait for a job's end looks once, is parked, and is told after that commit.
+    A client's deadline is set often and mostly moves back. So its entry is left where it is, and
+    is moved to the deadline when its time comes. A closed client's entry loses its client.
     """
+    TIME, NUMBER, CLIENT = range(3)
+
+    def __init__(self):
+        self.heap = []
+        self.numbers = itertools.count()    # equal times come in their order
+
+    def next(self):
+        return self.heap[0][self.TIME] if self.heap else NEVER
+
+    def push(self, client):
+        self.cancel(client)
+        client.timer = [client.deadline, next(self.numbers), client]
+        heapq.heappush(self.heap, client.timer)
+
+    def cancel(self, client):
+        if client.timer is not Client.timer:
+            client.timer[self.CLIENT] = None
+            client.timer = Client.timer
+
+    def fire(self, now):
+        """Call on_timeout() of the clients whose time is over."""
+        while self.next() <= now:
+            client = heapq.heappop(self.heap)[self.CLIENT]
+            if client is None:
+                continue
+            client.timer = Client.timer
+            if client.deadline <= now:
+                client.deadline = NEVER
+                client.on_timeout()
+            elif client.deadline < NEVER:
+                self.push(client)
+
+
+class Waiters:
+    """Polls and waits that found nothing, by topic, in the order in which they came."""
+
+    def __init__(self, loop):
+        self.loop = loop
+        self.by_topic = {}      # topic -> {operation: True}
+
+    def park_if_empty(self, operation):
+        """Park it if its result is empty and it may wait. True if it is parked."""
+        if operation.result or operation.error or not operation.wait:
+            return False
+        if not operation.client.is_open or self.loop.is_draining():
+            return False
+        self.by_topic.setdefault(operation.topic, {})[operation] = True
+        operation.client.set_timeout(operation.wait)
+        return True
+
+    def withdraw(self, operation):
+        line = self.by_topic.get(operation.topic)
+        if line and line.pop(operation, False) and not line:
+            del self.by_topic[operation.topic]
+
+    def serve(self, topics, run):
+        """The waits that are over and the polls that find a job; run(poll) looks.
+
+        A poll that finds nothing ends its topic: those behind it would find nothing either.
+        """
+        served = []
+        for topic in topics:
+            for operation in self.by_topic.get(topic, ()):
+                if isinstance(operation, JobWait):
+                    operation.result = True
+                else:
+                    run(operation)
+                    if not operation.result and operation.error is None:
+                        break
+                served.append(operation)
+        return served
+
+    def end_all(self):
+        for operation in [operation for line in self.by_topic.values() for operation in line]:
+            operation.client.on_timeout()
+
+
+class Budget:
+    """Bytes of requests in progress and of responses that are not taken, of all connections."""
+
+    def __init__(self, connections):
+        self.connections = connections
+        self.request_bytes = 0
+        self.response_bytes = 0
+
+    def require_capacity(self, size):
+        """Refuse a large response or request while clients leave too many responses untaken."""
+        if size > SMALL and self.response_bytes + size > MAX_UNSENT:
+            raise Unavailable('too many answers wait to be taken; try again')
+
+    def for_claims(self):
+        """Characters of jobs that the polls of a transaction may claim."""
+        return min(MAX_ANSWER, MAX_UNSENT - self.response_bytes)
+
+    def shed_load(self):
+        """While too much is being received, refuse the newest of the large requests."""
+        if self.request_bytes <= MAX_HELD:
+            return
+        large = [connection for connection in self.connections
+                 if connection.request and len(connection.received) > SMALL]
+        newest = max(large, key=lambda connection: connection.request.deadline, default=None)
+        if newest:
+            newest.resume(Unavailable('too much is being sent; try again'))
+
+
+class PoisonedTransaction(Exception):      # noqa: N818 (the house's word)
+    """An operation failed and left changes behind: the others run again, without it."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.operation = operation      # None: one of the single inserts
+
+
+class Committer:
+    """Runs operations in transactions: all that arrived in a pass share one (group commit).
+
+    Writes come first, then maintenance (what is due), then the parked polls, in the order in which
+    they came, then the new ones. So a job and the poll that takes it meet in one commit, whichever
+    came first.
+    """
+
+    def __init__(self, loop, store):
+        # constant after start
+        self.loop = loop
+        self.store = store
+        self.database = store.database
+        # touched by the loop's thread only; times are the loop's
+        self.submitted = []                 # operations for the next transaction
+        self.lock_retry_at = 0              # another program has the write lock: no try before
+        self.maintenance_paused_until = 0   # after trouble
+        self.clock_checked_at = -NEVER
+        self.listening_until = -NEVER       # heartbeats could be received until then
+
+    def submit(self, operation):
+        operation.submitted_at = self.loop.now
+        self.submitted.append(operation)
+
+    def check_clock(self):
+        """Compare the clocks in this pass, not in up to TICK seconds."""
+        self.clock_checked_at = -NEVER
+
+    def is_listening(self, now):
+        """False if heartbeats may have been missed: then the next transaction extends leases."""
+        return (now - self.listening_until < DEAF and not self.lock_retry_at
+                and self.database.trouble is None)
+
+    def next_attempt(self, now):
+        """When there is something to do: an operation, or something due."""
+        due = now + (self.store.next_deadline - self.store.clock.now()) / 1000000
+        due = max(due, self.maintenance_paused_until)
+        return min(due, self.lock_retry_at) if self.submitted else due
+
+    def commit_batch(self, now):
+        """Run what was submitted and what is due, and give the clients their results."""
+        if now < self.lock_retry_at:
+            return
+        clock = self.store.clock
+        offset = clock.offset
+        ahead = 0
+        maintain = now >= self.maintenance_paused_until
+        if maintain and now - self.clock_checked_at >= TICK:
+            self.clock_checked_at = now
+            ahead = clock.slew()
+        is_due = maintain and (ahead or self.store.next_deadline <= clock.now())
+        if not (self.submitted or is_due):
+            return
+        operations = self.submitted
+        self.submitted = []
+        maintenance = Operation(self.store.run_due) if maintain else None
+        try:
+            transaction, served = self._run_transaction(operations, maintenance, ahead)
+        except Unavailable as error:
+            clock.offset = offset       # the step of the clock is not on disk
+            self._storage_failed(error, operations, now)
+            return
+        failed = maintenance and maintenance.error
+        self.lock_retry_at = 0
+        self.maintenance_paused_until = now + TICK if failed else 0
+        self.loop.now = time.monotonic()
+        for operation in itertools.chain(served, operations):
+            if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
+                operation.finish()
+        self.store.committed(transaction, len(served) + len(operations))    # nobody waits for this
+
+    def _storage_failed(self, error, operations, now):
+        """Keep the operations that still wait for a foreign lock; fail all others."""
+        is_locked = isinstance(error, Busy)
+        last_try = self.loop.drain_deadline - 1
+        waiting, failed = [], []
+        for operation in operations:
+            waits = is_locked and now < min(operation.submitted_at + BUSY, last_try)
+            (waiting if waits else failed).append(operation)
+        self.submitted[:0] = waiting
+        self.lock_retry_at = now + RETRY if is_locked else 0
+        self.maintenance_paused_until = self.lock_retry_at or now + TICK
+        if failed or not is_locked:
+            cause = error.__cause__ or error
+            if self.database.trouble is None:
+                log(f'storage trouble: {cause}')
+            self.database.trouble = str(cause)
+        self.loop.now = time.monotonic()
+        for operation in failed:
+            operation.error = error
+            operation.finish()
+
+    def _run_transaction(self, operations, maintenance, ahead):
+        """Run it all in one transaction: (transaction, the parked operations that got something).
+
+        A transaction that an operation poisons begins again without it.
+        """
+        insert_in_bulk = True
+        while True:
+            writes, inserts, polls = self._sort(operations, insert_in_bulk)
+            try:
+                with self.database.transaction() as db:
+                    transaction, began = self._begin(db, ahead)
+                    run = functools.partial(self._run, transaction)
+                    if inserts:
+                        self._bulk_insert(transaction, inserts)
+                    for operation in writes:
+                        run(operation)
+                    if maintenance:
+                        run(maintenance)
+                    served = self.loop.waiters.serve(transaction.topics, run)
+                    for operation in polls:
+                        run(operation)
+                self.listening_until = began
+                self.database.trouble = None
+                return transaction, served
+            except PoisonedTransaction as error:
+                insert_in_bulk = False      # one by one it shows whose fault it is
+                if error.operation in writes:
+                    # those behind it have their turn in the next pass, so that none runs often
+                    behind = operations.index(error.operation) + 1
+                    self.submitted[:0] = operations[behind:]
+                    del operations[behind:]
+
+    def _sort(self, operations, insert_in_bulk):
+        """(writes, those of them that insert one job and may do that together, polls)"""
+        writes, inserts, polls = [], [], []
+        for operation in operations:
+            if operation.topic:
+                if operation.client.is_open:
+                    polls.append(operation)
+            elif operation.single_insert and insert_in_bulk and operation.error is None:
+                inserts.append(operation)
+            else:
+                writes.append(operation)
+        return writes, inserts, polls
+
+    def _begin(self, db, ahead):
+        """(transaction, the loop's time at its begin). First of all leases are put right."""
+        transaction = self.store.begin(db, self.loop.budget.for_claims())
+        began = time.monotonic()
+        gap = began - self.listening_until
+        if gap > DEAF or self.database.trouble:
+            self.store.extend_leases(transaction, gap)
+        if ahead:
+            self.store.shift_deadlines(transaction, self.store.clock.offset + ahead, ahead)
+        return transaction, began
+
+    def _run(self, transaction, operation):
+        """Set its result or its error, unless it is known to fail."""
+        if operation.error is not None:
+            return
+        changes = transaction.db.total_changes
+        try:
+            operation.result = operation.work(transaction)
+        except Exception as error:
+            if is_storage_error(error):
+                raise
+            operation.result = None
+            operation.error = self.loop.server.as_http_error('an operation', error)
+            operation.error.with_traceback(None)        # its frames hold the request's body
+            if transaction.db.total_changes != changes:
+                raise PoisonedTransaction(operation) from error
+
+    def _bulk_insert(self, transaction, inserts):
+        """Insert the jobs of single inserts in few statements."""
+        try:
+            jobs = self.store.bulk_insert(
+                transaction, [operation.single_insert for operation in inserts])
+        except Exception as error:
+            if is_storage_error(error):
+                raise
+            raise PoisonedTransaction(None) from error
+        for operation, job in zip(inserts, jobs):
+            operation.result = [job]
+
+
+class SlowCall(NamedTuple):
+    """A function that a thread of the server's calls for a client."""
+    client: Client
+    function: Callable
+    args: tuple
+
+
+class Offload:
+    """Slow calls, in order: at most THREADS threads of the server's run them.
+
+    A thread's place is free again once the loop has taken its result, so that large results do not
+    pile up between the threads and the loop.
+    """
+
+    def __init__(self, server):
+        # constant after start
+        self.server = server
+        # touched by the loop's thread only
+        self.waiting = collections.deque()
+        self.running = 0
+
+    def submit(self, call):
+        self.waiting.append(call)
+        self._start_next()
+
+    def finished(self, call, result):
+        self.running -= 1
+        call.client.resume(result)
+        self._start_next()
+
+    def _start_next(self):
+        while self.waiting and self.running < THREADS:
+            call = self.waiting.popleft()
+            self.running += 1
+            try:
+                self.server.start_thread(call)
+            except RuntimeError:        # the system gives no more threads
+                self.running -= 1
+                refusal = Unavailable('no thread could be started; try again')
+                self.server.loop.call_soon_threadsafe(
+                    functools.partial(call.client.resume, refusal))
+
+
+class EventLoop:
+    """One thread that does all that is quick, in passes: receive, commit, respond.
+
+    It owns the connections, the connection that writes the database, and the memory of the store,
+    without a lock. Other threads hand something in with call_soon_threadsafe() and
+    run_in_transaction(), and read the committed state of the database.
+    """
+
     def __init__(self, server, store):
-        self.server, self.store, self.database = server, store, store.database      # constant after start
-        self.posted = collections.deque()   # safe by itself: functions of other threads for this one to call
-        self.ended = False                  # written by the loop, read by all: nobody answers any more
-        self.waker, self.alarm = socket.socketpair()
-        self.alarm.setblocking(False)
-        self.ring = self.alarm.send if os.name == 'nt' else functools.partial(os.write, self.alarm.fileno())
-        self.selector = selectors.DefaultSelector()     # calls what is registered with a socket
-        self.selector.register(self.waker, READ, lambda news: self.waker.recv(4096))
-        self.most = 500 if isinstance(self.selector, selectors.SelectSelector) else NEVER       # connections
-        self.connections, self.look_at = set(), NEVER       # no deadline of one is over before that
-        self.ready, self.parked = [], {}    # operations: next to be run; topic -> {operation: True}, in order
-        self.held = self.unsent = 0         # bytes of requests that are not done with, of answers that are not taken
-        self.heard = -NEVER                 # until then clients could be heard: not before the start
-        self.ticked = self.retry_at = 0     # when it looked at the wall clock, and tries for a foreign lock again
-        self.resting = 0                    # after trouble: no work on the engine's own account until then
-        self.draining = None                # when the engine ends, whoever is still there
+        # constant after start
+        self.server = server
+        self.selector = selectors.DefaultSelector()     # calls the data of what is ready
+        is_select = isinstance(self.selector, selectors.SelectSelector)
+        self.max_connections = 500 if is_select else NEVER
+        self.wakeup_reader, self.wakeup_writer = socket.socketpair()
+        self.wakeup_writer.setblocking(False)
+        self.wake = self.wakeup_writer.send
+        if os.name == 'posix':      # so that a trace tells wake-ups from responses
+            self.wake = functools.partial(os.write, self.wakeup_writer.fileno())
+        self.selector.register(self.wakeup_reader, READ, self._drain_wakeups)
         self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
+        # safe without a lock
+        self.calls_from_threads = collections.deque()
+        self.ended = False                  # written by the loop's thread, read by all
+        # touched by the loop's thread only
+        self.now = time.monotonic()         # the time of this pass, taken when something happened
+        self.drain_deadline = NEVER         # when the engine ends, whoever is still there
+        self.connections = set()
+        self.timeouts = Timeouts()
+        self.budget = Budget(self.connections)
+        self.waiters = Waiters(self)
+        self.committer = Committer(self, store)
+        self.offload = Offload(server)
 
-    def post(self, function):
-        """Have the loop call it."""
-        self.posted.append(function)
-        with contextlib.suppress(OSError):      # full: it has been woken often enough
-            self.ring(b'.')
+    def call_soon_threadsafe(self, function):
+        """Have the loop's thread call it in this pass or the next."""
+        self.calls_from_threads.append(function)
+        with contextlib.suppress(OSError):      # full: the loop has been woken often enough
+            self.wake(b'.')
 
-    def run(self, work):
-        """The result of work() in a transaction, once it is on disk."""
-        told = SimpleQueue()
-        self.post(functools.partial(self.submit, Operation(work, client=types.SimpleNamespace(go_on=told.put))))
-        while not self.ended:
-            with contextlib.suppress(Empty):
-                news = told.get(timeout=1)
-                if isinstance(news, Exception):
-                    raise news
-                return news
-        raise Unavailable('the engine is stopping')
+    def run_in_transaction(self, work):
+        """For other threads: the result of work(transaction), once it is on disk."""
+        operation = Operation(work)
+        operation.client = ThreadWait(self)
+        self.call_soon_threadsafe(functools.partial(self.committer.submit, operation))
+        return operation.client.result()
+
+    def is_draining(self):
+        return self.drain_deadline < NEVER
+
+    def drain(self):
+        """Answer what was received, end what waits, and come to an end."""
+        self.drain_deadline = time.monotonic() + DRAIN
+        self.waiters.end_all()
+        for connection in [one for one in self.connections if one.request is None]:
+            connection.close()
+
+    def _is_drained(self):
+        return self.is_draining() and (
+            not self.connections or time.monotonic() >= self.drain_deadline)
 
     def _run(self):
         try:
-            while self.draining is None or self.connections and time.monotonic() < self.draining:
-                self._pass()
+            while not self._is_drained():
+                self._run_once()
             for connection in list(self.connections):
                 connection.close()
-        except BaseException as error:      # a deaf engine that lives helps nobody: supervisors start it again
-            log(f'fault of the loop, the engine ends: {type(error).__name__}: {error}')
+        except BaseException as error:      # supervisors start an engine again that ends
+            self.server.log_bug('the loop, the engine ends', error)
             self.server.failed = True
         self.ended = True
         if self.server.failed:
             self.server.shutdown()
 
-    def _pass(self):
-        asked = time.monotonic()
-        hears = asked - self.heard < DEAF and not self.retry_at and self.database.trouble is None
-        if not hears:       # leases have to be looked at
-            self.store.next_due = 0
-        due = asked + (self.store.next_due - self.store.clock.now()) / 1000000
-        ends = asked + TICK, self.look_at, max(self.resting, due), self.retry_at if self.ready else NEVER
-        rest = 0 if self.posted else max(0, min(*ends, self.draining or NEVER) - asked)
-        events, now = self.selector.select(rest), time.monotonic()
-        if hears:
-            self.heard = min(now, asked + rest)
+    def _run_once(self):
+        """Wait for events, run their callbacks, then commit the operations these submitted."""
+        before = time.monotonic()
+        listening = self.committer.is_listening(before)
+        if not listening:
+            self.committer.store.next_deadline = 0      # leases have to be extended
+        timeout = self._select_timeout(before)
+        events = self.selector.select(timeout)
+        self.now = now = time.monotonic()
+        if listening:       # a process that was stopped in select() did not listen for longer
+            self.committer.listening_until = min(now, before + timeout)
         for key, _ in events:
             key.data(READY)
-            if self.held > MAX_HELD:    # the newest of the large requests is one too many
-                large = [one for one in self.connections if one.due and len(one.received) > SMALL]
-                for one in sorted(large, key=lambda one: one.due)[-1:]:
-                    one.go_on(Unavailable('too much is being sent; try again'))
-        while self.posted:
-            self.posted.popleft()()
-        if now >= self.look_at:
-            self._end_waits(now)
-        if now >= self.retry_at:
-            self._transact(now)
+            self.budget.shed_load()
+        for _ in range(len(self.calls_from_threads)):
+            self.calls_from_threads.popleft()()
+        self.timeouts.fire(now)
+        self.committer.commit_batch(now)
 
-    def drain(self):
-        """Answer what has been received, end what is parked, and come to an end."""
-        self.draining = time.monotonic() + DRAIN
-        for operation in [operation for line in self.parked.values() for operation in line]:
-            operation.client.late()
-        for connection in [one for one in self.connections if one.due is None]:
-            connection.close()
+    def _select_timeout(self, now):
+        """Seconds until something is due; 0 if calls from other threads wait."""
+        if self.calls_from_threads:
+            return 0
+        next_event = min(now + TICK, self.timeouts.next(),
+                         self.committer.next_attempt(now), self.drain_deadline)
+        return max(0, next_event - now)
 
-    def _end_waits(self, now):
-        """Tell the connections whose deadline is over. This looks at all of them, so it is not done at any moment."""
-        for connection in [one for one in self.connections if one.deadline <= now]:
-            connection.late()
-        self.look_at = max(now + LOOK, min((one.deadline for one in self.connections), default=NEVER))
+    def _drain_wakeups(self, _):
+        self.wakeup_reader.recv(4096)
 
-    def make_room(self, size):      # for an answer
-        if size > SMALL and self.unsent + size > MAX_UNSENT:
-            raise Unavailable('too many answers wait to be taken; try again')
 
-    def submit(self, operation):
-        """Put it into the next transaction, or look at once. True when its client has to wait."""
-        if operation.work:
-            self.ready.append(operation)
-            return True
-        operation.result = self.store.ended(operation.topic[1])
-        return self._parks(operation)
-
-    def _parks(self, operation):
-        """Park it if it has found nothing, and has a mind to wait."""
-        found = operation.result or operation.error
-        parks = operation.wait and not found and operation.client.life and self.draining is None
-        if parks:
-            self.parked.setdefault(operation.topic, {})[operation] = True
-            operation.client.until(operation.wait)
-        return parks
-
-    def withdraw(self, operation):
-        line = self.parked.get(operation.topic, {})
-        if line.pop(operation, False) and not line:
-            del self.parked[operation.topic]
-
-    def _transact(self, now):
-        """All that has arrived and all that is due, in one transaction, and the answers to it."""
-        clock, ahead, own = self.store.clock, 0, []
-        if now >= self.resting:     # what has to be done on the engine's own account
-            if now - self.ticked >= TICK:
-                self.ticked, ahead = now, clock.follow()
-            if self.ready or ahead or self.store.next_due <= clock.now():       # what arrives may make something due
-                own = [Operation(self.store.overdue)]
-        if not (own or self.ready):
-            return
-        ready, self.ready, offset = self.ready, [], clock.offset
-        try:
-            roused = self._commit(ahead and (offset + ahead, ahead), ready, own)
-        except Unavailable as error:
-            clock.offset = offset       # a leap that is not on disk; renew() looks anew at what is due
-            # whoever waits for another program's lock tries again; who has waited for too long is told, as all else
-            busy, ends = isinstance(error, Busy), NEVER if self.draining is None else self.draining - 1
-            kept = {operation: True for operation in ready if busy and now < min(operation.since + BUSY, ends)}
-            ended, self.ready = [operation for operation in ready if operation not in kept], [*kept, *self.ready]
-            self.retry_at = now + RETRY if busy else 0
-            self.resting = self.retry_at or now + TICK
-            if ended or not busy:
-                cause = error.__cause__ or error
-                if self.database.trouble is None:
-                    log(f'storage trouble: {cause}')
-                self.database.trouble = str(cause)
-            for operation in ended:
-                operation.client.go_on(error)
-            return
-        self.retry_at, self.resting = 0, now + TICK if any(operation.error for operation in own) else 0
-        for operation in roused + ready:
-            if not self._parks(operation):      # forget the error: what it remembers refers to the operation, a cycle
-                news, operation.error = operation.error or operation.result, None
-                operation.client.go_on(news)
-        self.store.committed(len(ready) + len(roused))      # nobody waits for that
-
-    def _commit(self, leap, ready, own):
-        """Run it all in one transaction. The parked operations that got something."""
-        merge = self._together
-        while True:
-            writes = [operation for operation in ready if not operation.topic]
-            polls = [operation for operation in ready if operation.topic and operation.client.life]     # is still there
-            try:
-                with self.database.transaction() as db:
-                    self.store.begin(db, min(MAX_ANSWER, MAX_UNSENT - self.unsent))
-                    begun = time.monotonic()
-                    deaf = begun - self.heard > DEAF or self.database.trouble
-                    if deaf:
-                        self.store.renew(begun - self.heard)
-                    if leap:
-                        self.store.leap(*leap)
-                    for operation in itertools.chain(merge(writes), own):
-                        operation.run(db)
-                    roused = self._rouse(db)
-                    for operation in polls:
-                        operation.run(db)
-                self.heard, self.database.trouble = begun, None
-                return roused
-            except Spoilt as error:
-                merge = as_is               # one by one it shows whose fault it is
-                self.store.next_due = 0     # what was done of that is undone
-                if error.args[0] in writes:     # what comes after it has its turn in the next pass, so none runs often
-                    after = ready.index(error.args[0]) + 1
-                    self.ready, ready[after:] = ready[after:], []
-
-    def _together(self, operations):
-        """Add the jobs of those that add one each, in as few statements as it takes; what is left to be run."""
-        adds = [operation for operation in operations if operation.adds and operation.error is None]
-        try:
-            jobs = self.store.enqueue([operation.adds for operation in adds])
-        except Exception as error:
-            if of_storage(error):
-                raise
-            raise Spoilt(None) from error
-        for operation, job in zip(adds, jobs):
-            operation.result = [job]
-        return [operation for operation in operations if not operation.adds]
-
-    def _rouse(self, db):
-        """The parked waits that are over and polls that find something; per queue the first that does not ends it."""
-        roused = []
-        for topic in self.store.woken:
-            for operation in self.parked.get(topic, ()):
-                if operation.work:
-                    operation.run(db)
-                    if not operation.result and operation.error is None:
-                        break
-                operation.result = operation.result or True
-                roused.append(operation)
-        return roused
-
-# -- HTTP -------------------------------------------------------------------------------------------------------------
+# -- HTTP -----------------------------------------------------------------------------------------
 REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-NOT_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
-Answer = collections.namedtuple('Answer', 'body status kind headers', defaults=(200, 'application/json', ()))
+SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin')
+END_OF_HEAD = b'\r\n\r\n'
+NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+PROMETHEUS = 'text/plain; version=0.0.4; charset=utf-8'
+PLAIN_TEXT = 'text/plain; charset=utf-8'
+COMMON_HEADERS = ('Cache-Control: no-store', 'X-Content-Type-Options: nosniff')
 
-class Head:
-    """The line and headers of a request, strictly read: what two programs could read in two ways is refused."""
-    def __init__(self, raw):
-        lines = raw.split(b'\r\n')
-        if len(lines) > MAX_HEADERS + 1:
-            raise HeadTooLarge(f'a request has at most {MAX_HEADERS} headers')
-        request, *headers = matches = [REQUEST_LINE.fullmatch(lines[0]), *map(HEADER.fullmatch, lines[1:])]
-        if None in matches:
-            raise BadRequest(f'{shown(lines[matches.index(None)].decode("latin-1"))} is no line of a request head')
-        fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1')) for match in headers]
-        self.headers, names, new = dict(fields), [name for name, _ in fields], request[3] == b'1'
-        if new and 'host' not in names:
-            raise BadRequest('the header Host is missing')
-        for name in ('host', 'content-length', 'content-type', 'authorization', 'origin'):
+
+class Response(NamedTuple):
+    """What a handler returns; a dict or a string of JSON stands for one with status 200."""
+    body: object = b''      # bytes, text, a dict, or an open file
+    status: int = 200
+    content_type: str = 'application/json'
+    headers: Tuple[Tuple[str, str], ...] = ()
+
+
+class RequestHead(NamedTuple):
+    """The parsed request line and headers. Immutable, since clients that repeat a head share it."""
+    method: str
+    path: str
+    route: str                  # a key of ROUTES, or 'other'
+    path_parameter: str         # '/jobs/17' is the route '/jobs/' and the parameter '17'
+    query: str
+    headers: Dict[str, str]     # by lower-case names
+    keep_alive: bool
+    # known once it is authorized
+    rule: Optional['Route'] = None
+    content_length: int = 0
+
+
+def check_head_bytes(head):
+    """Refuse what is no request, as soon as that is known."""
+    if len(head) > MAX_HEAD:
+        raise HeadersTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
+    if not head[:1].isalpha() or head.count(b'\n') != head.count(b'\r\n'):
+        raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
+
+
+def parse_head(raw):
+    """Parse strictly: refuse everything that two programs could read in two ways."""
+    lines = raw.split(b'\r\n')
+    if len(lines) > MAX_HEADERS + 1:
+        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} headers')
+    request_line = REQUEST_LINE.fullmatch(lines[0])
+    matches = [request_line, *map(HEADER.fullmatch, lines[1:])]
+    if None in matches:
+        line = lines[matches.index(None)].decode('latin-1')
+        raise BadRequest(f'{describe(line)} is no line of a request head')
+    fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1'))
+              for match in matches[1:]]
+    headers = dict(fields)
+    is_http_1_1 = request_line[3] == b'1'
+    if is_http_1_1 and 'host' not in headers:
+        raise BadRequest('the header Host is missing')
+    if len(headers) < len(fields):
+        names = [name for name, _ in fields]
+        for name in SINGLE_HEADERS:
             if names.count(name) > 1:
                 raise BadRequest(f'the header {name} is there twice')
-        connection = self.headers.get('connection', '').lower()
-        self.keep_alive = 'close' not in connection and (new or 'keep-alive' in connection)
-        self.method, (path, _, self.query) = request[1].decode(), request[2].decode().partition('?')
-        cut = path.find('/', 1) + 1 or len(path)        # '/jobs/17' is the route '/jobs/' and the rest '17'
-        self.rest = urllib.parse.unquote(path[cut:], errors='surrogateescape')
-        self.path, self.route, self.rule = path, path[:cut], None       # a rule once the request is admitted
-        if self.route not in ROUTES or bool(self.rest) != (self.route != '/' and self.route.endswith('/')):
-            self.route = 'other'
+    connection = headers.get('connection', '').lower()
+    keep_alive = 'close' not in connection and (is_http_1_1 or 'keep-alive' in connection)
+    path, _, query = request_line[2].decode().partition('?')
+    route, path_parameter = split_path(path)
+    return RequestHead(
+        request_line[1].decode(), path, route, path_parameter, query, headers, keep_alive)
 
-class Connection:
-    """One client's connection, the loop's own: requests are received, served and answered one after the other.
 
-    Its life is a generator that yields the events to wait for. It is sent READY when one of them came, else what it
-    waits for; news that are an exception, as when its deadline is over, are raised where it waits.
+def split_path(path):
+    """(route, parameter) of a path; the route is 'other' where there is none."""
+    end = path.find('/', 1) + 1 or len(path)
+    route = path[:end]
+    parameter = urllib.parse.unquote(path[end:], errors='surrogateescape')
+    takes_parameter = route != '/' and route.endswith('/')
+    if route not in ROUTES or bool(parameter) != takes_parameter:
+        route = 'other'
+    return route, parameter
+
+
+def parse_query(head):
+    """The validated fields of a query; a path's parameter is the field that its route requires."""
+    if head.query.count('&') > len(FIELDS) or len(head.query) > MAX_QUERY:
+        raise BadRequest('the query has more fields than there are, or is too long')
+    pairs = urllib.parse.parse_qsl(head.query, keep_blank_values=True, errors='surrogateescape')
+    if head.path_parameter:
+        pairs.append((head.rule.required[0][0], head.path_parameter))
+    fields = {}
+    for field, value in pairs:
+        if field in fields:
+            raise BadRequest(f'{describe(field)} is there twice')
+        fields[field] = value
+        if field in JSON_QUERY_FIELDS and len(value) <= 30 and value != 'null':
+            with contextlib.suppress(ValueError):   # validate() refuses other text
+                fields[field] = json.loads(value)
+    return validate(head.route, fields)
+
+
+class Request:
+    """A request on its way through a connection."""
+
+    def __init__(self, deadline):
+        self.deadline = deadline    # the loop's time at which it has to be here
+        self.head = None            # a RequestHead; None until its end was received
+        self.body = None            # bytes, until they are parsed
+        self.size = 0               # bytes of the body, also of what it became
+        self.operation = None       # an Operation or JobWait that it waits for
+
+    @property
+    def name(self):
+        return self.head.route if self.head else 'a request head'
+
+
+class Connection(Client):
+    """A client's connection: requests are received, served and answered one after the other.
+
+    It is a generator that yields the events to wait for, 0 for none; see Client.resume().
     """
-    asked = due = body = operation = None   # of the request: head, when it has to be here, body, what the loop does
-    answer = b''                            # what is not taken of it
-    held = unsent = size = 0                # bytes that the loop knows of; of the body or of what it became
-    watched, deadline = 0, NEVER            # events for which the selector looks; see late()
+    request = None              # a Request, from its first byte until its response is sent
+    unsent = b''                # of the response
+    watched = 0                 # events that the selector looks for
+    request_bytes = 0           # what the budget knows of it
+    response_bytes = 0
 
-    def __init__(self, loop, sock, address):
-        self.loop, self.server, self.sock, self.address = loop, loop.server, sock, address      # constant after start
-        self.received = bytearray()     # that is not used yet
-        self.life = self._live()        # None: it is closed
-        loop.connections.add(self)
-        self.go_on(None)
+    def __init__(self, server, sock, address):
+        super().__init__(server.loop)
+        self.server = server
+        self.sock = sock
+        self.address = address
+        self.received = bytearray()     # and not used yet
+        self.steps = self._serve()
+        self.loop.connections.add(self)
+        self.resume(None)
 
-    def go_on(self, news):
+    def resume(self, event):
+        if not self.is_open:
+            return
         try:
-            if self.life and news is READY and self.watched == READ:
-                news = self._receive()
-            if self.life:
-                self._watch(self.life.throw(news) if isinstance(news, Exception) else self.life.send(news))
-                held, unsent = len(self.received) + self.size, len(self.answer)
-                self.loop.held += held - self.held
-                self.loop.unsent += unsent - self.unsent
-                self.held, self.unsent = held, unsent
+            if event is READY and self.watched == READ:
+                event = self._receive()
+            if isinstance(event, Exception):
+                events = self.steps.throw(event)
+            else:
+                events = self.steps.send(event)
+            if events != self.watched:
+                self._watch(events)
+            self._update_budget(len(self.received) + (self.request.size if self.request else 0),
+                                len(self.unsent))
+        except (StopIteration, OSError, EOFError, HTTPError):   # served, gone, or late
+            self.close()
         except Exception as error:
-            if not isinstance(error, (OSError, EOFError, Refused, StopIteration)):      # it is gone, late, served
-                fault('a connection', error)
+            self.server.log_bug('a connection', error)
             self.close()
 
+    def on_timeout(self):
+        if self.request and self.request.operation:
+            self.resume(NOTHING)
+        else:
+            self.resume(RequestTimeout(
+                f'the request did not arrive within {DEADLINE} seconds'))
+
+    def close(self):
+        if self.is_open:
+            self.is_open = False
+            self.steps.close()
+            self.loop.connections.discard(self)
+            self.loop.timeouts.cancel(self)
+            self._watch(0)
+            self._update_budget(0, 0)
+            self.sock.close()
+
     def _receive(self):
-        """Take what has come, so little at a time that what comes during a wait is no more than SMALL."""
+        """Receive a piece: so little that pipelined requests take no more than SMALL."""
         try:
             data = self.sock.recv(MAX_HEAD)
-        except NOT_YET:
+        except NOT_READY:
             return READY
         self.received += data
         return READY if data else EOFError()
 
     def _watch(self, events):
-        if events != self.watched:
-            if self.watched:
-                self.loop.selector.unregister(self.sock)
-            if events:
-                self.loop.selector.register(self.sock, events, self.go_on)
-            self.watched = events
+        if self.watched:
+            self.loop.selector.unregister(self.sock)
+        if events:
+            self.loop.selector.register(self.sock, events, self.resume)
+        self.watched = events
 
-    def until(self, seconds):
-        self.deadline = time.monotonic() + seconds
-        self.loop.look_at = min(self.loop.look_at, self.deadline)
+    def _update_budget(self, request_bytes, response_bytes):
+        budget = self.loop.budget
+        budget.request_bytes += request_bytes - self.request_bytes
+        budget.response_bytes += response_bytes - self.response_bytes
+        self.request_bytes = request_bytes
+        self.response_bytes = response_bytes
 
-    def late(self):     # what it sleeps on has not come, or its request
-        self.go_on(() if self.operation else TooSlow(f'the request did not arrive within {DEADLINE} seconds'))
-
-    def close(self):
-        if self.life:
-            self.life.close()
-            self.life = None
-            self.loop.connections.discard(self)
-            self._watch(0)
-            self.loop.held -= self.held
-            self.loop.unsent -= self.unsent
-            self.sock.close()
-
-    def _live(self):
+    def _serve(self):
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.server.tls:     # receiving shakes hands first
-            self.sock = self.server.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
-        keep = True
-        self.until(DEADLINE)
-        while keep and (self.loop.draining is None or self.received):
-            self.received = self.received.lstrip(b'\r\n')   # blank lines before a request are none of it: RFC 9112
-            while not self.received:
+        if self.server.tls:     # the handshake is part of receiving
+            self.sock = self.server.tls.wrap_socket(
+                self.sock, server_side=True, do_handshake_on_connect=False)
+        keep_alive = True
+        self.set_timeout(DEADLINE)
+        while keep_alive and (self.received or not self.loop.is_draining()):
+            while not self.received or not self._skip_blank_lines():
                 yield READ
-                self.received = self.received.lstrip(b'\r\n')
-            self.until(DEADLINE)
-            self.due = self.deadline
-            keep = False        # not after a request that is not read to its end
-            try:
-                yield from self._request()
-                keep = self.asked.keep_alive
-                file = self._answer((yield from self._outcome()), keep)
-            except (OSError, EOFError):     # the client is gone
-                raise
-            except Exception as error:
-                file = self._answer(fault(self.asked and self.asked.route, error), keep)
-            self.operation, self.body, self.size = None, None, 0
-            yield from self._send(file)
-            self.asked, self.due, self.answer = None, None, b''
-            self.until(IDLE if keep else LINGER)
-        if not keep:    # to close at once, while it sends, would reset the connection and lose the answer
+            self.set_timeout(DEADLINE)
+            self.request = Request(self.deadline)
+            keep_alive = yield from self._serve_request(self.request)
+            self.request = None
+            self.set_timeout(IDLE if keep_alive else LINGER)
+        if not keep_alive:      # closing at once would reset the connection and lose the response
             self.sock.shutdown(socket.SHUT_WR)
-        while not keep and self.loop.draining is None:
+        while not (keep_alive or self.loop.is_draining()):
             self.received.clear()
             yield READ
 
-    def _request(self):
-        """Receive a request, which this client may send like this."""
-        end = b''
-        while not end:
-            head, end, rest = self.received.partition(b'\r\n\r\n')
-            if len(head) > MAX_HEAD:
-                raise HeadTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
-            if not head[:1].isalpha() or head.count(b'\n') != head.count(b'\r\n'):
-                raise BadRequest('this is not HTTP/1.1, whose lines end in CR LF')
-            if not end:
-                yield READ
-        self.asked = (self.server.head_of if len(head) < 1024 else Head)(bytes(head))       # large ones are not kept
-        self.received = rest
-        if not self.asked.rule:     # a kept head that has one was admitted before; that depends on the head alone
-            self.server.admit(self.asked)
-        length = self.asked.length
-        self.loop.make_room(length)
-        if length > len(rest) and 'expect' in self.asked.headers:
-            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
-        while len(self.received) < length:
+    def _skip_blank_lines(self):
+        """They are no part of the request that follows (RFC 9112, 2.2). True if there is one."""
+        if self.received[0] in b'\r\n':
+            self.received = self.received.lstrip(b'\r\n')
+        return bool(self.received)
+
+    def _serve_request(self, request):
+        """Receive and answer it. True if another may follow."""
+        keep_alive = False      # after an error in the head or body the next request is not found
+        try:
+            yield from self._receive_request(request)
+            keep_alive = request.head.keep_alive
+            response = yield from self._dispatch(request)
+            file = self._begin_response(request, response, keep_alive)
+        except (OSError, EOFError):     # the client is gone
+            raise
+        except Exception as error:
+            file = self._begin_error(request, error, keep_alive)
+        request.operation = request.body = None
+        request.size = 0
+        self.set_timeout(DEADLINE)
+        if file:
+            yield from self._send_file(file)
+        elif not self._send():
+            yield from self._send_rest()
+        return keep_alive
+
+    def _receive_request(self, request):
+        end = self.received.find(END_OF_HEAD)
+        while end < 0:
+            check_head_bytes(self.received)
             yield READ
-        self.body, self.size = bytes(self.received[:length]), length
+            end = self.received.find(END_OF_HEAD)
+        raw_head = bytes(self.received[:end])
+        del self.received[:end + len(END_OF_HEAD)]
+        request.head = self.server.known_heads.get(raw_head)
+        if request.head is None:
+            check_head_bytes(raw_head)
+            request.head = parse_head(raw_head)     # a refusal is counted by its route
+            request.head = self.server.authorize(request.head)
+            self.server.remember_head(raw_head, request.head)
+        length = request.head.content_length
+        self.loop.budget.require_capacity(length)
+        if len(self.received) < length:
+            if 'expect' in request.head.headers:
+                self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+            while len(self.received) < length:
+                yield READ
+        request.body = bytes(self.received[:length])
+        request.size = length
         del self.received[:length]
 
-    def _outcome(self):
-        """What the handler makes of the request, and the loop of the operation that it asks for."""
-        slow = self.asked.rule.slow or len(self.body) >= BIG_BODY
-        outcome = yield from self._do(slow, self.server.handle, self.asked, self.body)
-        if isinstance(outcome, Operation):
-            self.operation, self.body, outcome.client = outcome, None, self
-            self.size = 0 if outcome.topic else self.size       # what sleeps needs no memory
-            try:
-                result = (yield from self._done()) if self.loop.submit(outcome) else None
-            finally:
-                self.loop.withdraw(outcome)
-            outcome = yield from self._do(not outcome.work, outcome.render, result)
-        return outcome
+    def _dispatch(self, request):
+        """The response of the handler, after the operation that it asks for."""
+        head = request.head
+        if head.rule.offload or len(request.body) >= BIG_BODY:
+            result = yield from self._offload(self.server.handle, head, request.body)
+        else:
+            result = self.server.handle(head, request.body)
+        if isinstance(result, (Operation, JobWait)):
+            result = yield from self._run_operation(request, result)
+        return result
 
-    def _do(self, slow, function, *values):
-        """What the function makes of the values, in a thread of the server's where that may take long."""
+    def _run_operation(self, request, operation):
+        """The response once the operation has its result. A wait's job is read in a thread."""
+        request.operation = operation
+        request.body = None
+        operation.client = self
         self.deadline = NEVER
-        if not slow:
-            return function(*values)
-        self.server.line.put((self, function, values))
-        return (yield from self._done())
+        if operation.topic:
+            request.size = 0        # what waits needs no memory
+        try:
+            waits = operation.submit(self.loop)
+            result = (yield from self._wait_for_result()) if waits else None
+        finally:
+            if operation.topic:
+                self.loop.waiters.withdraw(operation)
+        if isinstance(operation, JobWait):
+            return (yield from self._offload(operation.render, result))
+        return operation.render(result)
 
-    def _done(self):
-        """The news of the loop or a thread. Bytes meanwhile are the next request; at EOF a poll or wait is given up."""
-        news, events = READY, READ
-        while news is READY:
+    def _offload(self, function, *args):
+        """Call the function in a thread of the server's."""
+        self.deadline = NEVER
+        self.loop.offload.submit(SlowCall(self, function, args))
+        return (yield from self._wait_for_result())
+
+    def _wait_for_result(self):
+        """The event that is a result. Bytes that come meanwhile belong to the next request."""
+        event = READY
+        at_end = False
+        while event is READY:
             try:
-                news = yield events if len(self.received) <= MAX_HEAD else 0
+                event = yield 0 if at_end or len(self.received) > MAX_HEAD else READ
             except EOFError:
-                if self.operation and self.operation.topic:
-                    raise       # what a poll would get is for somebody who is there
-                events = 0
-        return news
+                if self.request.operation and self.request.operation.topic:
+                    raise       # a job is for a client that is still there
+                at_end = True
+        return event
 
-    def _answer(self, answer, keep):
-        """Make the bytes of the answer; the file that follows them if one does."""
-        method, route = (self.asked.method, self.asked.route) if self.asked else ('-', 'other')
-        if isinstance(answer, Refused):
-            asks = answer.status == 401 and route == '/'        # the page is no secret, and asks for the token
-            answer = page(401) if asks else Answer({'error': str(answer)}, answer.status, headers=answer.headers)
-        body, status, kind, headers = answer if isinstance(answer, Answer) else Answer(answer)
-        body = encode(body) if isinstance(body, dict) else body
-        body = (body.rstrip('\n') + '\n').encode() if isinstance(body, str) else body
+    def _begin_error(self, request, error, keep_alive):
+        error = self.server.as_http_error(request.name, error)
+        response = Response({'error': str(error)}, error.status, headers=tuple(error.headers))
+        if error.status == 401 and request.name == '/':
+            response = dashboard(401)       # the page is no secret, and asks for the token
+        return self._begin_response(request, response, keep_alive)
+
+    def _begin_response(self, request, response, keep_alive):
+        """Set `unsent` to the bytes of the response; returns the file that follows, or None."""
+        method, route = ('-', 'other')
+        if request.head:
+            method, route = request.head.method, request.head.route
+        if not isinstance(response, Response):
+            response = Response(response)
+        body = encode_body(response.body)
         file = body if hasattr(body, 'read') else None
         length = os.fstat(file.fileno()).st_size if file else len(body)
         if method == 'GET' and not file:
-            self.loop.make_room(length)
-        self.server.store.meter.request(route, status)
+            self.loop.budget.require_capacity(length)
+        self.server.store.meter.request(route, response.status)
         if self.server.verbose:
-            log(f'{self.address[0]} {method} {route} {status}')
-        told = '' if status == 204 else f'Content-Type: {kind}\r\nContent-Length: {length}\r\n'
-        told += ''.join(['%s: %s\r\n' % header for header in headers]) + ('' if keep else 'Connection: close\r\n')
-        told += 'Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n\r\n'
-        head = f'HTTP/1.1 {status} {http.client.responses[status]}\r\n{told}'.encode('latin-1')
-        self.answer = head if method == 'HEAD' or file else head + body
-        return file if method != 'HEAD' else None
+            log(f'{self.address[0]} {method} {route} {response.status}')
+        head = response_head(response.status, response.content_type, response.headers, keep_alive)
+        if response.status != 204:
+            head += b'Content-Length: %d\r\n\r\n' % length
+        self.unsent = head if file or method == 'HEAD' else head + body
+        if file and method == 'HEAD':
+            file.close()
+            return None
+        return file
 
-    def _send(self, file):
-        """Send the answer as the client takes it, of a file one piece at a time."""
-        self.until(DEADLINE)
-        with file or contextlib.nullcontext():
-            while self.answer:
-                try:
-                    self.answer = memoryview(self.answer)[self.sock.send(self.answer):]
-                except NOT_YET:
-                    pass
-                if not self.answer and file:
-                    self.answer = file.read(CHUNK)
-                    self.until(DEADLINE)
-                if self.answer:
-                    yield WRITE
+    def _send(self):
+        """Send what the client takes at the moment. True once nothing is left."""
+        try:
+            sent = self.sock.send(self.unsent)
+        except NOT_READY:
+            return False
+        self.unsent = memoryview(self.unsent)[sent:] if sent < len(self.unsent) else b''
+        return not self.unsent
 
-def fault(where, error):
-    """The error as a refusal; a mistake of the engine's own is one, and logged."""
-    if isinstance(error, Refused):
-        return error
-    log(f'fault in {where}: {type(error).__name__}: {error}')
-    return Fault('the engine made a mistake; its log says which')
+    def _send_rest(self):
+        yield WRITE
+        while not self._send():
+            yield WRITE
 
-def query(asked):
-    """The checked fields of a query; the rest of the path is the field that the call needs."""
-    if asked.query.count('&') > len(FIELDS) or len(asked.query) > 16 << 10:
-        raise BadRequest('the query has more fields than there are, or is too long')
-    pairs, fields = urllib.parse.parse_qsl(asked.query, keep_blank_values=True, errors='surrogateescape'), {}
-    if asked.rest:
-        pairs.append((asked.rule.needed[0][0], asked.rest))
-    for field, value in pairs:
-        if field in fields:
-            raise BadRequest(f'{shown(field)} is there twice')
-        fields[field] = value
-        if field in ('limit', 'wait', 'brief', 'busy') and len(value) <= 30 and value != 'null':
-            with contextlib.suppress(ValueError):   # other text stays as it is, for the check to refuse
-                fields[field] = json.loads(value)
-    return checked(asked.route, fields)
+    def _send_file(self, file):
+        """Send what is left of the response, then the file piece by piece."""
+        with file:
+            while self.unsent:
+                self.set_timeout(DEADLINE)
+                if not self._send():
+                    yield from self._send_rest()
+                self.unsent = file.read(CHUNK)
 
-def enqueue(server, ask):
+
+def encode_body(body):
+    """Bytes, or the file; JSON and text end in one line feed."""
+    if isinstance(body, dict):
+        body = encode(body)
+    if isinstance(body, str):
+        return (body if body.endswith('\n') else body + '\n').encode()
+    return body
+
+
+@functools.lru_cache(maxsize=256)
+def response_head(status, content_type, headers, keep_alive):
+    """The status line and headers, up to the content length; complete for 204, which has none."""
+    lines = [f'HTTP/1.1 {status} {http.client.responses[status]}', *COMMON_HEADERS]
+    lines += [f'{name}: {value}' for name, value in headers]
+    if not keep_alive:
+        lines.append('Connection: close')
+    if status != 204:
+        lines.append(f'Content-Type: {content_type}')
+    end = '\r\n\r\n' if status == 204 else '\r\n'
+    return ('\r\n'.join(lines) + end).encode('latin-1')
+
+
+# handlers: (server, params) -> a response, or an Operation or JobWait whose result becomes one
+
+def enqueue(server, params):
+    producers = server.store.producers
+    if isinstance(params, dict):
+        return Operation(
+            lambda transaction: producers.enqueue(transaction, [params]),
+            lambda jobs: producers.render_created(jobs)[0],
+            None if 'after' in params else params)
+    return Operation(
+        lambda transaction: producers.enqueue(transaction, params),
+        lambda jobs: f'{{"jobs":{json_list(producers.render_created(jobs))}}}')
+
+
+def poll(server, params):
     def render(jobs):
-        texts = server.store.announced(jobs)
-        return texts[0] if one else f'{{"jobs":{as_list(texts)}}}'
-    one = type(ask) is dict
-    adds = ask if one and 'after' not in ask else None
-    return Operation(lambda: server.store.enqueue([ask] if one else ask), render, adds=adds)
+        if not jobs:
+            return Response(status=204)
+        texts = [job_json(job) for job in jobs]
+        return json_list(texts) if 'limit' in params else texts[0]
 
-def poll(server, ask):
-    def render(jobs):
-        texts = [as_json(job) for job in jobs]
-        return (as_list(texts) if 'limit' in ask else texts[0]) if texts else Answer(b'', 204)
-    return Operation(lambda: server.store.poll(ask), render, ('queue', ask['queue']), ask.get('wait', 0) / 1000000)
+    claims = server.store.claims
+    topic = ('queue', params['queue'])
+    wait = params.get('wait', 0) / 1000000
+    return LongPoll(lambda transaction: claims.poll(transaction, params), render, topic, wait)
 
-def report(method):
-    """The handler that runs a method of Store in a transaction, for one body or for each item of `jobs`."""
-    def handler(server, ask):
-        if type(ask) is dict:
-            return Operation(lambda: method(server.store, ask))
-        return Operation(lambda: {'jobs': [server.store.outcome(method, item) for item in ask]})
+
+def write_call(name):
+    """The handler that runs a method of the store, for one body or for each item of `jobs`."""
+    method_of = operator.attrgetter(name)
+
+    def handler(server, params):
+        method = method_of(server.store)
+        if isinstance(params, dict):
+            return Operation(lambda transaction: method(transaction, params))
+        apply_item = server.store.claims.apply_item
+        return Operation(lambda transaction: {
+            'jobs': [apply_item(transaction, method, item) for item in params]})
     return handler
 
-def schedule(server, ask):
-    wanted = {**dict.fromkeys(DEFINED), 'priority': 0, 'zone': 'UTC' if 'cron' in ask else None, **ask}
-    if 'cron' in ask:
-        cron_of(wanted['cron'], wanted['zone'])         # refused before a transaction begins
-    return Operation(lambda: server.store.schedule(wanted), lambda found: as_schedule(found[0], created=found[1]))
 
-def change(method, needed):
-    """The route of cancel, retry and purge: of the job `id`, or of all of a queue and status, step by step."""
-    def handler(server, ask):
-        if 'id' in ask and len(ask) > 1:
-            raise BadRequest('id names one job, and stands without queue and status')
-        if 'id' in ask:
-            return Operation(lambda: method(server.store, server.store.claimed(call, ask)[0]), lambda _: {'count': 1})
-        statuses = [ask['status']] if 'status' in ask else sources
-        steps = (functools.partial(server.store.step, method, ids, statuses) for ids in server.store.steps(ask))
-        if not server.change_slots.acquire(blocking=False):     # a thread is left for those who read
+def schedule(server, params):
+    defaults = {**dict.fromkeys(SCHEDULE_FIELDS), 'priority': 0}
+    if 'cron' in params:
+        defaults['zone'] = 'UTC'
+    wanted = {**defaults, **params}
+    if 'cron' in params:
+        cron_of(wanted['cron'], wanted['zone'])     # refused before a transaction begins
+    return Operation(
+        lambda transaction: server.store.schedules_.schedule(transaction, wanted),
+        lambda found: schedule_json(found[0], created=found[1]))
+
+
+def change_call(call):
+    """The handler of cancel, retry and purge: of one job, or of all of a queue and status."""
+    def change_one(server, params):
+        operators = server.store.operators
+
+        def work(transaction):
+            job, _ = operators.require_status(transaction, call, params)
+            getattr(operators, call)(transaction, job)
+            return {'count': 1}
+        return Operation(work)
+
+    def change_many(server, params):
+        operators = server.store.operators
+        method = getattr(operators, call)
+        statuses = [params['status']] if 'status' in params else SOURCES[call]
+        count = 0
+        for ids in operators.id_batches(params):
+            count += server.loop.run_in_transaction(
+                lambda transaction, ids=ids: operators.apply_to_batch(
+                    transaction, method, ids, statuses))
+        return {'count': count}
+
+    def handler(server, params):
+        if 'id' in params:
+            if len(params) > 1:
+                raise BadRequest('id names one job, and stands without queue and status')
+            return change_one(server, params)
+        if not server.change_slots.acquire(blocking=False):
             raise Unavailable('other changes of whole queues are under way; try again')
         try:
-            return {'count': sum(map(server.loop.run, steps))}
+            return change_many(server, params)
         finally:
             server.change_slots.release()
-    call, sources = method.__name__, SOURCES[method.__name__]
-    status = 'one of ' + ', '.join(sources), lambda value: value in sources, as_is
-    return route('POST', handler, needed, slow=True, status=status)
+    return handler
 
-def job(server, ask):
-    """The job, with `wait` once it has ended; without `id`, which may be one like `..` in a query, a page of jobs."""
-    def render(_=None):
-        return server.store.job(ask['id']) if 'id' in ask else server.store.jobs(**ask)
-    return Operation(None, render, ('job', ask['id']), ask['wait'] / 1000000) if 'wait' in ask else render()
 
-def backup(server, ask):
-    name = urllib.parse.quote(os.path.basename(server.store.database.path))
-    headers = [('Content-Disposition', f"attachment; filename*=UTF-8''{name}")]
-    return Answer(server.store.database.backup(), kind='application/vnd.sqlite3', headers=headers)
+def get_job(server, params):
+    """The job; with `wait`, once it has ended or the time is over."""
+    queries = server.store.queries
+    id = params['id']
+    if 'wait' not in params:
+        return queries.job(id)
+    return JobWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
+                   ('job', id), params['wait'] / 1000000)
 
-def read(method): return lambda server, ask: method(server.store, **ask)
-def metrics(server, ask): return Answer(exposition(server.store), kind='text/plain; version=0.0.4; charset=utf-8')
-def page(code=200): return Answer(DASHBOARD, code, 'text/html; charset=utf-8', [('Content-Security-Policy', POLICY)])
 
-Route = collections.namedtuple('Route', 'method handler needed rules slow')
+def list_jobs(server, params):
+    """A page of jobs; with `id`, which a path cannot hold if it is like `..`, that job."""
+    return get_job(server, params) if 'id' in params else server.store.queries.jobs(**params)
 
-def route(method, handler, needed='', taken='', slow=False, **rules):
-    needed = [fields.split('|') for fields in needed.split()]
-    fields = [*itertools.chain(*needed), *taken.split()]
-    return Route(method, handler, needed, {field: rules.get(field, FIELDS[field]) for field in fields}, slow)
+
+def backup(server, params):
+    database = server.store.database
+    name = urllib.parse.quote(os.path.basename(database.path))
+    headers = (('Content-Disposition', f"attachment; filename*=UTF-8''{name}"),)
+    return Response(database.backup(), 200, 'application/vnd.sqlite3', headers)
+
+
+def read_call(name):
+    """The handler that runs a method of the store's queries."""
+    return lambda server, params: getattr(server.store.queries, name)(**params)
+
+
+def metrics(server, params):
+    return Response(exposition(server.store), content_type=PROMETHEUS)
+
+
+def docs(server, params):
+    return Response(__doc__, content_type=PLAIN_TEXT)
+
+
+def dashboard(status=200):
+    headers = (('Content-Security-Policy', POLICY),)
+    return Response(DASHBOARD, status, 'text/html; charset=utf-8', headers)
+
+
+class Route(NamedTuple):
+    method: str
+    handler: Callable
+    required: Sequence[Sequence[str]]   # of each group at least one field
+    rules: Dict[str, 'FieldRule']       # of all fields that it takes
+    offload: bool                       # may take long: it is served in a thread
+
+
+def route(method, handler, required=(), optional='', offload=False, **rules):
+    """A Route; `required` is a list of fields, and of tuples of which one field is required.
+
+    `optional` lists fields, separated by blanks. `rules` replace those in FIELDS.
+    """
+    required = [(group,) if isinstance(group, str) else group for group in required]
+    fields = [*itertools.chain(*required), *optional.split()]
+    return Route(method, handler, required,
+                 {field: rules.get(field, FIELDS[field]) for field in fields}, offload)
+
+
+def change_route(call, *required):
+    sources = SOURCES[call]
+    status = FieldRule('one of ' + ', '.join(sources), lambda value: value in sources, identity)
+    return route('POST', change_call(call), required, offload=True, status=status)
+
 
 ROUTES = {
-    # path             method  handler         fields it needs (this|that: either), fields it takes (jobs: the like)
-    '/enqueue':    route('POST', enqueue, 'queue', 'payload timeout max_retries tag priority delay run_at key id '
-                         'jobs after after_any', after=IDS),
-    '/poll':       route('POST', poll, 'queue', 'limit wait worker lease max_retries timeout hung'),
-    '/complete':   route('POST', report(Store.complete), 'id', 'attempt result jobs'),
-    '/fail':       route('POST', report(Store.fail), 'id', 'attempt error retry delay jobs'),
-    '/heartbeat':  route('POST', report(Store.heartbeat), 'id', 'attempt progress jobs'),
-    '/release':    route('POST', report(Store.release), 'id', 'attempt jobs'),
-    '/cancel':     change(Store.cancel, 'id|queue id|status'),
-    '/retry':      change(Store.retry, 'id|queue id|status'),
-    '/purge':      change(Store.purge, 'queue|status'),
-    '/pause':      route('POST', report(Store.pause), 'queue'),
-    '/resume':     route('POST', report(Store.resume), 'queue'),
-    '/limit':      route('POST', report(Store.limit), 'queue', 'max_running rate per'),
-    '/schedule':   route('POST', schedule, 'name queue cron|every', 'zone payload timeout max_retries tag priority '
-                         'key'),
-    '/unschedule': route('POST', report(Store.unschedule), 'name'),
-    '/schedules':  route('GET', read(Store.schedules), '', 'limit after', slow=True),
-    '/jobs/':      route('GET', job, 'id', 'wait', slow=True),
-    '/status/':    route('GET', job, 'id', 'wait', slow=True),
-    '/details/':   route('GET', read(Store.newest), 'tag', slow=True),
-    '/jobs':       route('GET', job, '', 'id queue status tag limit after brief needed_by', slow=True),
-    '/queues':     route('GET', read(Store.queues), '', 'limit after busy', slow=True),
-    '/metrics':    route('GET', metrics, slow=True),
-    '/health':     route('GET', read(Store.health)),
-    '/backup':     route('GET', backup, slow=True),
-    '/docs':       route('GET', lambda server, ask: Answer(__doc__, kind='text/plain; charset=utf-8')),
-    '/':           route('GET', lambda server, ask: page()),
+    '/enqueue': route(
+        'POST', enqueue, ['queue'],
+        'payload timeout max_retries tag priority delay run_at key id jobs after after_any',
+        after=IDS),
+    '/poll': route(
+        'POST', poll, ['queue'], 'limit wait worker lease max_retries timeout hung'),
+    '/complete': route('POST', write_call('claims.complete'), ['id'], 'attempt result jobs'),
+    '/fail': route('POST', write_call('claims.fail'), ['id'], 'attempt error retry delay jobs'),
+    '/heartbeat': route(
+        'POST', write_call('claims.heartbeat'), ['id'], 'attempt progress jobs'),
+    '/release': route('POST', write_call('claims.release'), ['id'], 'attempt jobs'),
+    '/cancel': change_route('cancel', ('id', 'queue'), ('id', 'status')),
+    '/retry': change_route('retry', ('id', 'queue'), ('id', 'status')),
+    '/purge': change_route('purge', ('queue', 'status')),
+    '/pause': route('POST', write_call('operators.pause'), ['queue']),
+    '/resume': route('POST', write_call('operators.resume'), ['queue']),
+    '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
+    '/schedule': route(
+        'POST', schedule, ['name', 'queue', ('cron', 'every')],
+        'zone payload timeout max_retries tag priority key'),
+    '/unschedule': route('POST', write_call('schedules_.unschedule'), ['name']),
+    '/schedules': route('GET', read_call('schedules'), optional='limit after', offload=True),
+    '/jobs/': route('GET', get_job, ['id'], 'wait', offload=True),
+    '/status/': route('GET', get_job, ['id'], 'wait', offload=True),
+    '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
+    '/jobs': route(
+        'GET', list_jobs, optional='id queue status tag limit after brief needed_by',
+        offload=True),
+    '/queues': route('GET', read_call('queues'), optional='limit after busy', offload=True),
+    '/metrics': route('GET', metrics, offload=True),
+    '/health': route('GET', read_call('health')),
+    '/backup': route('GET', backup, offload=True),
+    '/docs': route('GET', docs),
+    '/': route('GET', lambda server, params: dashboard()),
 }
 
+
+class RequestHandler(socketserver.BaseRequestHandler):
+    """Serves a slow call in a thread of the server's: its `request` is a SlowCall."""
+
+    def handle(self):
+        call = self.request
+        try:
+            result = call.function(*call.args)
+        except Exception as error:
+            result = self.server.as_http_error(call.client.request.name, error)
+        loop = self.server.loop
+        loop.call_soon_threadsafe(functools.partial(loop.offload.finished, call, result))
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """Listens, and knows who may come in. The loop serves what is quick, a few threads what may take long."""
-    daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 1024, os.name != 'nt'
-    server_bind = socketserver.TCPServer.server_bind    # HTTPServer's asks the resolver for a name that nobody needs
-    loop, failed = None, False      # failed: the loop has come to a bad end
+    """Listens, and knows who may come in. The event loop serves what is quick; the server's
+    threads serve slow calls, as process_request() of socketserver has it: one thread each."""
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+    allow_reuse_address = os.name != 'nt'
+    server_bind = socketserver.TCPServer.server_bind    # HTTPServer's asks the resolver for a name
 
     def __init__(self, address, token=None, tls=None, names=(), verbose=False):
         self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
-        self.tls, self.verbose, self.token = tls, verbose, token.encode() if token else None    # constant after start
-        self.local = is_loopback(address[0])
-        self.names = {'localhost', address[0].lower(), *(name.lower() for name in names)}
-        self.head_of = functools.lru_cache(maxsize=1024)(Head)      # clients send the same head again and again
-        self.line = SimpleQueue()           # (connection, function, values) that waits for a thread
-        self.change_slots = threading.Semaphore(THREADS - 1)    # held while a whole queue is changed
-        super().__init__(address, None)
+        # constant after start
+        self.tls = tls
+        self.verbose = verbose
+        self.token = token.encode() if token else None
+        self.is_loopback_only = is_loopback(address[0])
+        self.allowed_hosts = {'localhost', address[0].lower(), *(name.lower() for name in names)}
+        self.store = None
+        self.loop = None
+        # touched by the loop's thread only
+        self.known_heads = {}       # bytes -> authorized RequestHead
+        # safe without a lock
+        self.change_slots = threading.Semaphore(THREADS - 1)    # a thread is left to read
+        self.failed = False         # the loop has come to a bad end
+        super().__init__(address, RequestHandler)
         host = f'[{address[0]}]' if ':' in address[0] else address[0]
         self.url = f'{"https" if tls else "http"}://{host}:{self.server_address[1]}'
 
-    def serve(self, store):
-        self.store, self.loop = store, Loop(self, store)
-        for _ in range(THREADS):
-            super().process_request(None, None)
+    def start(self, store):
+        self.store = store
+        self.loop = EventLoop(self, store)
         self.loop.thread.start()
-        self.loop.run(lambda: None)     # leases are renewed before anybody is let in
+        self.loop.run_in_transaction(lambda transaction: None)  # extends leases before polls come
 
     def get_request(self):
         try:
-            if len(self.loop.connections) > self.loop.most:
+            if len(self.loop.connections) > self.loop.max_connections:
                 raise OSError
             return super().get_request()
-        except OSError:
-            time.sleep(.1)      # out of file descriptors: the connection stays in the backlog
+        except OSError:         # out of file descriptors: the connection stays in the backlog
+            time.sleep(0.1)
             raise
 
     def process_request(self, request, client_address):
-        self.loop.post(functools.partial(Connection, self.loop, request, client_address))
+        """For serve_forever(): a new connection belongs to the loop."""
+        self.loop.call_soon_threadsafe(
+            functools.partial(Connection, self, request, client_address))
 
-    def process_request_thread(self, request, client_address):
-        """Do what stands in the line, and tell the connections: one answer of a thread at a time waits for the loop."""
-        told = threading.Event()
-        for connection, function, values in iter(self.line.get, None):
-            try:
-                news = function(*values)
-            except Exception as error:
-                news = fault(connection.asked.route, error)
-            for step in functools.partial(connection.go_on, news), told.set:
-                self.loop.post(step)
-            del connection, function, values, news, step        # which may be large
-            while not told.wait(1) and not self.loop.ended:
-                pass
-            told.clear()
+    def start_thread(self, call):
+        """For the loop: have a RequestHandler serve a slow call in a thread."""
+        super().process_request(call, call.client.address)
 
-    def admit(self, asked):
-        """Let the request in if this client may call it like this: then its head gets a rule, and a length."""
-        header, rule = asked.headers.get, ROUTES.get(asked.route)
-        host = re.sub(r':\d*$', '', header('host', 'localhost')).strip('[]').lower()
-        if not (host in self.names or is_loopback(host) or address_of(host) and not self.local):    # DNS rebinding
-            raise Misdirected(f'Host {shown(header("host"))} is not a name of this engine; see --allow-host')
-        if self.token and asked.route != '/health' and not hmac.compare_digest(
-                header('authorization', '').encode('latin-1'), b'Bearer ' + self.token):
-            raise Unauthorized('the token is missing or wrong: send Authorization: Bearer TOKEN')
+    def shutdown_request(self, request):
+        """A slow call has no connection of its own to close."""
+        if not isinstance(request, SlowCall):
+            super().shutdown_request(request)
+
+    def handle(self, head, body):
+        """What the handler of the route makes of the request."""
+        if head.method == 'POST':
+            params = validate_batch(head.route, parse_json(body))
+        else:
+            params = parse_query(head)
+        return head.rule.handler(self, params)
+
+    def remember_head(self, raw, head):
+        """Keep an authorized head, since clients send the same one again and again."""
+        if len(raw) < MAX_KNOWN_HEAD_BYTES:
+            if len(self.known_heads) >= MAX_KNOWN_HEADS:
+                self.known_heads.clear()
+            self.known_heads[raw] = head
+
+    def authorize(self, head):
+        """The head with its rule and content length, if this client may call it like this.
+
+        This depends on the head and on constants alone, so the result may be kept.
+        """
+        self._check_host(head)
+        if self.token and head.route != '/health':
+            sent = head.headers.get('authorization', '').encode('latin-1')
+            if not hmac.compare_digest(sent, b'Bearer ' + self.token):
+                raise Unauthorized(
+                    'the token is missing or wrong: send Authorization: Bearer TOKEN')
+        rule = ROUTES.get(head.route)
         if not rule:
-            raise NotFound(f'there is no {shown(asked.path)}; GET /docs lists what there is')
-        allowed = 'POST' if rule.method == 'POST' else 'GET, HEAD'
-        if asked.method not in allowed.split(', '):
-            raise NotAllowed(f'{asked.route} takes {rule.method}', Allow=allowed)
-        foreign = 'origin' in asked.headers and header('origin').partition('://')[2] != header('host')
-        foreign = foreign or header('sec-fetch-site', 'none') not in ('none', 'same-origin')
-        if foreign and asked.route not in ('/', '/docs', '/health'):       # a link on any page may lead there
-            raise Forbidden('Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
-        if rule.method == 'POST' and not JSON_TYPE.fullmatch(header('content-type', '')):
-            raise NotJSON('Content-Type must be application/json')
-        if rule.method == 'POST' and asked.query:
-            raise BadRequest(f'{asked.route} takes its fields in the body, not in the query')
-        told = header('content-length', '0' if rule.method != 'POST' else None)
-        if told is None or 'transfer-encoding' in asked.headers:
+            raise NotFound(f'there is no {describe(head.path)}; GET /docs lists what there is')
+        allowed = ('POST',) if rule.method == 'POST' else ('GET', 'HEAD')
+        if head.method not in allowed:
+            raise MethodNotAllowed(f'{head.route} takes {rule.method}', Allow=', '.join(allowed))
+        self._check_origin(head)
+        if rule.method == 'POST' and not JSON_TYPE.fullmatch(head.headers.get('content-type', '')):
+            raise UnsupportedMediaType('Content-Type must be application/json')
+        if rule.method == 'POST' and head.query:
+            raise BadRequest(f'{head.route} takes its fields in the body, not in the query')
+        return head._replace(rule=rule, content_length=self._content_length(head))
+
+    def _check_host(self, head):
+        """A foreign name may be one that an attacker's DNS has bound to this address."""
+        header = head.headers.get('host', 'localhost')
+        host = re.sub(r':\d*$', '', header).strip('[]').lower()
+        if host in self.allowed_hosts or is_loopback(host):
+            return
+        if not address_of(host) or self.is_loopback_only:
+            raise Misdirected(
+                f'Host {describe(header)} is not a name of this engine; see --allow-host')
+
+    def _check_origin(self, head):
+        """Pages of other origins may link to the pages, and call nothing."""
+        if head.route in ('/', '/docs', '/health'):
+            return
+        origin = head.headers.get('origin')
+        is_foreign = origin is not None and origin.partition('://')[2] != head.headers.get('host')
+        site = head.headers.get('sec-fetch-site', 'none')
+        if is_foreign or site not in ('none', 'same-origin'):
+            raise Forbidden(
+                'Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
+
+    def _content_length(self, head):
+        length = head.headers.get('content-length', None if head.method == 'POST' else '0')
+        if length is None or 'transfer-encoding' in head.headers:
             raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
-        if not re.fullmatch('[0-9]{1,15}', told):
-            raise BadRequest(f'Content-Length must be a number of bytes, not {shown(told)}')
-        if int(told) > MAX_BODY:
-            raise TooLarge(f'the body has {int(told)} bytes; at most {MAX_BODY} are taken')
-        asked.length, asked.rule = int(told), rule
+        if not re.fullmatch('[0-9]{1,15}', length):
+            raise BadRequest(f'Content-Length must be a number of bytes, not {describe(length)}')
+        if int(length) > MAX_BODY:
+            raise PayloadTooLarge(
+                f'the body has {int(length)} bytes; at most {MAX_BODY} are taken')
+        return int(length)
 
-    def handle(self, asked, body):
-        return asked.rule.handler(self, batch(asked.route, parsed(body)) if asked.method == 'POST' else query(asked))
+    def as_http_error(self, where, error):
+        """The error as a response. A bug of the engine becomes a 500, and is logged."""
+        if isinstance(error, HTTPError):
+            return error
+        self.log_bug(where, error)
+        return InternalError('the engine made a mistake; its log says which')
 
-    def tick(self):
-        """Have all that is due by now done before this returns: for clocks that are moved by hand."""
-        self.loop.ticked = 0
-        while self.loop.run(lambda: self.store.next_due <= self.store.clock.now()):
+    def log_bug(self, where, error):
+        """One line with the innermost frame of this file; with --verbose the whole traceback."""
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+                  if frame.filename == __file__]
+        place = 'the engine'
+        if frames:
+            place = f'{frames[-1].name}, {os.path.basename(__file__)} line {frames[-1].lineno}'
+        log(f'fault in {where}: {type(error).__name__}: {error} (in {place})')
+        if self.verbose:
+            for line in traceback.format_exception(type(error), error, error.__traceback__):
+                for part in line.rstrip('\n').split('\n'):
+                    log(part)
+
+    def run_due_now(self):
+        """Do all that is due by now before this returns: for clocks that are moved by hand."""
+        def is_due(transaction):
+            return self.store.next_deadline <= self.store.clock.now()
+
+        self.loop.call_soon_threadsafe(self.loop.committer.check_clock)
+        while self.loop.run_in_transaction(is_due):
             pass
 
     def server_close(self):
-        """Once serve_forever() has returned: let nobody in, answer what was asked, close the database."""
+        """Once serve_forever() has returned: let nobody in, answer what was received, and close
+        the database."""
         super().server_close()
         if self.loop:
-            self.loop.post(self.loop.drain)
+            self.loop.call_soon_threadsafe(self.loop.drain)
             self.loop.thread.join(DRAIN + BUSY)
-            if not self.loop.thread.is_alive():     # else leave it as a crash would: SQLite is at home with that
+            if not self.loop.thread.is_alive():     # else leave it as a crash would: SQLite copes
                 self.store.database.close()
-        for _ in range(THREADS):
-            self.line.put(None)
+
 
 def address_of(name):
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(name)
 
-def is_loopback(name): return name == 'localhost' or getattr(address_of(name), 'is_loopback', False)
+
+def is_loopback(name):
+    return name == 'localhost' or getattr(address_of(name), 'is_loopback', False)
+
 
 def log(sentence):
     """One line on stderr, whatever is in the sentence; nothing where stderr is gone."""
@@ -2160,84 +2846,155 @@ def log(sentence):
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(time.strftime('%Y-%m-%d %H:%M:%S'), line, file=sys.stderr, flush=True)
 
-# -- Metrics ----------------------------------------------------------------------------------------------------------
+
+# -- Metrics --------------------------------------------------------------------------------------
+LABEL_ESCAPES = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
+
+
+class Family(NamedTuple):
+    """A metric with its samples: texts that follow its name in the exposition."""
+    name: str
+    kind: str
+    meaning: str
+    samples: Iterable[str]
+
+
 def exposition(store):
     """The metrics in the text format of Prometheus, version 0.0.4."""
-    return ''.join(f'# HELP rundown_{name} {meaning}\n# TYPE rundown_{name} {kind}\n' + ''.join(
-        f'rundown_{name}{rest}\n' for rest in samples) for name, kind, meaning, samples in families(store))
+    lines = []
+    for family in metric_families(store):
+        lines.append(f'# HELP rundown_{family.name} {family.meaning}\n')
+        lines.append(f'# TYPE rundown_{family.name} {family.kind}\n')
+        lines.extend(f'rundown_{family.name}{text}\n' for text in family.samples)
+    return ''.join(lines)
 
-def families(store):
-    """The metrics: name, kind, meaning, samples."""
-    queues, schedules, meter, now = *store.counts(), store.meter, store.clock.now()
-    named, totals = {q['queue'] for q in queues}, collections.Counter()
+
+def metric_families(store):
+    queues, schedules = store.queries.metric_counts()
+    now = store.clock.now()
+    yield from queue_families(queues, now)
+    yield from schedule_families(schedules, now)
+    yield from meter_families(store.meter, {queue['queue'] for queue in queues})
+
+
+def queue_families(queues, now):
+    yield Family(
+        'jobs', 'gauge',
+        'Jobs by queue and status; scheduled and waiting ones are part of the pending ones.',
+        (sample(queue[name], queue=queue['queue'], status=name)
+         for queue in queues for name in (*STATUSES, 'scheduled', 'waiting')))
+    yield Family(
+        'max_running', 'gauge', 'Jobs of the queue that may run at a time.',
+        (sample(queue['max_running'], queue=queue['queue'])
+         for queue in queues if queue['max_running']))
+    yield Family(
+        'rate', 'gauge', 'Claims a second that the queue allows.',
+        (sample(queue['rate'] * 1000000 / queue['per'], queue=queue['queue'])
+         for queue in queues if queue['rate']))
+    yield Family(
+        'oldest_seconds', 'gauge', 'How long the longest waiting job has been due.',
+        (sample(max(0, now - (queue['oldest'] or now)) / 1000000, queue=queue['queue'])
+         for queue in queues))
+
+
+def schedule_families(schedules, now):
+    yield Family(
+        'schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.',
+        (sample((row['next_run_at'] - now) / 1000000, schedule=row['name']) for row in schedules))
+    yield Family(
+        'schedule_skipped_total', 'counter',
+        'Ticks without a job, as the one before had not ended.',
+        (sample(row['skipped'], schedule=row['name']) for row in schedules))
+
+
+def meter_families(meter, named_queues):
+    """What happened since the start; queues without a name of their own are summed up."""
+    totals = collections.Counter()
     with meter.lock:
-        requests, groups = dict(meter.requests), list(meter.groups)
-        histograms = {place: list(histogram) for place, histogram in meter.seconds.items() if place[1] in named}
-        for (event, queue), n in meter.totals.items():
-            totals[event, queue if queue in named else '(others)'] += n
-    yield 'jobs', 'gauge', 'Jobs by queue and status; scheduled and waiting ones are part of the pending ones.', (
-        sample(q[name], queue=q['queue'], status=name) for q in queues for name in (*STATUSES, 'scheduled', 'waiting'))
-    yield 'max_running', 'gauge', 'Jobs of the queue that may run at a time.', (
-        sample(q['max_running'], queue=q['queue']) for q in queues if q['max_running'])
-    yield 'rate', 'gauge', 'Claims a second that the queue allows.', (
-        sample(q['rate'] * 1000000 / q['per'], queue=q['queue']) for q in queues if q['rate'])
-    yield 'oldest_seconds', 'gauge', 'How long the longest waiting job has been due.', (
-        sample(max(0, now - (q['oldest'] or now)) / 1000000, queue=q['queue']) for q in queues)
-    yield 'schedule_next_seconds', 'gauge', 'Seconds until the next tick of the schedule.', (
-        sample((row['next_run_at'] - now) / 1000000, schedule=row['name']) for row in schedules)
-    yield 'schedule_skipped_total', 'counter', 'Ticks without a job, as the one before had not ended.', (
-        sample(row['skipped'], schedule=row['name']) for row in schedules)
+        requests = dict(meter.requests)
+        commit_sizes = list(meter.groups)
+        histograms = {key: list(histogram) for key, histogram in meter.seconds.items()
+                      if key[1] in named_queues}
+        for (event, queue), count in meter.totals.items():
+            totals[event, queue if queue in named_queues else '(others)'] += count
     for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
-        yield f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.', (
-            sample(n, queue=queue) for (name, queue), n in totals.items() if name == event)
-    for event, name, span in (('started', 'wait', 'due to claimed'), ('completed', 'job', 'claimed to completed')):
-        yield f'{name}_seconds', 'histogram', f'Seconds from {span}.', (
-            rest for (kind, queue), histogram in histograms.items() if kind == event
-            for rest in buckets_of(histogram, BUCKETS, queue=queue))
-    yield 'commit_operations', 'histogram', 'Operations that share a commit.', buckets_of(groups, GROUPS)
-    yield 'requests_total', 'counter', 'Requests by route and status.', (
-        sample(n, route=route, status=status) for (route, status), n in requests.items())
+        yield Family(
+            f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.',
+            [sample(count, queue=queue) for (name, queue), count in totals.items()
+             if name == event])
+    for event, name, span in (('started', 'wait', 'due to claimed'),
+                              ('completed', 'job', 'claimed to completed')):
+        yield Family(
+            f'{name}_seconds', 'histogram', f'Seconds from {span}.',
+            [text for (kind, queue), histogram in histograms.items() if kind == event
+             for text in histogram_samples(histogram, BUCKETS, queue=queue)])
+    yield Family('commit_operations', 'histogram', 'Operations that share a commit.',
+                 histogram_samples(commit_sizes, GROUPS))
+    yield Family(
+        'requests_total', 'counter', 'Requests by route and status.',
+        [sample(count, route=route, status=status)
+         for (route, status), count in requests.items()])
 
-def buckets_of(histogram, bounds, **labels):
+
+def histogram_samples(histogram, bounds, **labels):
     *counts, total = histogram
-    below = list(itertools.accumulate(counts))
-    yield from (sample(n, '_bucket', **labels, le=bound) for bound, n in zip((*bounds, '+Inf'), below))
-    yield from (sample(total, '_sum', **labels), sample(below[-1], '_count', **labels))
+    cumulative = list(itertools.accumulate(counts))
+    for bound, count in zip((*bounds, '+Inf'), cumulative):
+        yield sample(count, '_bucket', **labels, le=bound)
+    yield sample(total, '_sum', **labels)
+    yield sample(cumulative[-1], '_count', **labels)
+
 
 def sample(value, suffix='', **labels):
-    """A line of a family, but for the family's name."""
-    special = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
-    texts = ','.join(f'{name}="{str(text).translate(special)}"' for name, text in labels.items())
-    return f'{suffix}{{{texts}}} {value}' if texts else f'{suffix} {value}'
+    """A line of a family without the family's name."""
+    if not labels:
+        return f'{suffix} {value}'
+    pairs = ','.join(f'{name}="{str(text).translate(LABEL_ESCAPES)}"'
+                     for name, text in labels.items())
+    return f'{suffix}{{{pairs}}} {value}'
 
-# -- Command line -----------------------------------------------------------------------------------------------------
-def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None, key=None, keep='7d',
-                keep_failed='30d', allow_host=(), verbose=False, clock=time):
-    """An engine that listens, ready for serve_forever(), and for server_close() when that has returned.
 
-    Port 0 takes a free one (see `url`). `keep` and `keep_failed` are ages like '7d', '12h', 0 for ever. `clock` has
-    time() and monotonic(). Raises Unusable with a sentence when it cannot start like this.
+# -- Command line ---------------------------------------------------------------------------------
+
+def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None,
+                key=None, keep='7d', keep_failed='30d', allow_host=(), verbose=False, clock=time):
+    """An engine that listens, ready for serve_forever(), and for server_close() after that.
+
+    Port 0 takes a free one (see `url`). `keep` and `keep_failed` are ages like '7d', '12h', 0 for
+    ever. `clock` has time() and monotonic(). Raises StartupError with a sentence when it cannot
+    start like this.
     """
     if sqlite3.sqlite_version_info < (3, 24):
-        raise Unusable(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
+        raise StartupError(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
     if not is_loopback(host) and not token:
-        raise Unusable(f'to listen on {host or "all addresses"} a token is needed: '
-                       'write a secret into a file and give --token-file FILE')
+        raise StartupError(f'to listen on {host or "all addresses"} a token is needed: '
+                           'write a secret into a file and give --token-file FILE')
     if token and not re.fullmatch('[!-~]+', token):
-        raise Unusable('the token must be of visible ASCII characters, without spaces')
-    tls, ages = tls_context(cert, key) if cert else None, [age(keep), age(keep_failed)]
+        raise StartupError('the token must be of visible ASCII characters, without spaces')
+    tls = tls_context(cert, key) if cert else None
+    ages = [parse_duration(keep), parse_duration(keep_failed)]
     try:
-        server = Server((host, port), token, tls, allow_host, verbose)     # first: a port that is taken leaves no file
+        # first of all: a port that is taken leaves no file behind
+        server = Server((host, port), token, tls, allow_host, verbose)
     except (OSError, OverflowError) as error:
-        raise Unusable(f'{host}:{port} cannot be listened on: {error}') from None
-    with contextlib.ExitStack() as undo:
-        undo.callback(server.server_close)
-        database = Database(db, sync)
-        database.open()
-        undo.callback(lambda: server.loop or database.close())      # server_close() closes it where there is a loop
-        server.serve(Store(database, clock, *ages))
-        undo.pop_all()
+        raise StartupError(f'{host}:{port} cannot be listened on: {error}') from None
+    try:
+        open_store(server, Database(db, sync), clock, ages)
+    except BaseException:
+        server.server_close()
+        raise
     return server
+
+
+def open_store(server, database, clock, ages):
+    database.open()
+    try:
+        server.start(Store(database, clock, *ages))
+    except BaseException:
+        if not server.loop:         # else server_close() closes it
+            database.close()
+        raise
+
 
 def tls_context(cert, key):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2245,67 +3002,96 @@ def tls_context(cert, key):
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:        # SSLError is one
-        raise Unusable(f'--cert {cert} or --key {key} cannot be used: {error.strerror or error}') from None
+        raise StartupError(f'--cert {cert} or --key {key} cannot be used: '
+                           f'{error.strerror or error}') from None
     return context
 
-def age(text):
+
+def parse_duration(text):
     """'7d', '12h', '30m', '45s' or '0' as microseconds."""
     match = re.fullmatch(r'(\d{1,6})([dhms])|0{1,6}', str(text))
     if not match:
-        raise Unusable(f'--keep and --keep-failed take an age like 7d, 12h, 30m, 45s, or 0 for ever, not {text}')
-    return int(match[1] or 0) * {'d': 86400, 'h': 3600, 'm': 60, 's': 1, None: 0}[match[2]] * 1000000
+        raise StartupError('--keep and --keep-failed take an age like 7d, 12h, 30m, 45s, '
+                           f'or 0 for ever, not {text}')
+    if not match[1]:
+        return 0
+    return int(match[1]) * {'d': 86400, 'h': 3600, 'm': 60, 's': 1}[match[2]] * 1000000
+
 
 def read_token(path):
     try:
         token = pathlib.Path(path).read_text('ascii').strip()
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', 'it is not ASCII')
-        raise Unusable(f'the token file {path} cannot be read: {reason}') from None
+        raise StartupError(f'the token file {path} cannot be read: {reason}') from None
     if not token:
-        raise Unusable(f'the token file {path} is empty')
+        raise StartupError(f'the token file {path} is empty')
     return token
 
-def arguments(argv):
+
+def parse_arguments(argv):
     parser = argparse.ArgumentParser('rundown_engine.py', description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, env = parser.add_argument, os.environ.get
+    add = parser.add_argument
+    env = os.environ.get
     add('--db', default=env('RUNDOWN_DB', 'rundown.db'), help='the database file (rundown.db)')
-    add('--host', default=env('RUNDOWN_HOST', '127.0.0.1'), help='the address to listen on (127.0.0.1)')
+    add('--host', default=env('RUNDOWN_HOST', '127.0.0.1'),
+        help='the address to listen on (127.0.0.1)')
     add('--port', default=env('RUNDOWN_PORT', str(PORT)), help=f'0 takes a free one ({PORT})')
-    add('--sync', default='full', choices=('full', 'normal'), help='normal: a power cut may cost the last commits')
-    add('--token-file', metavar='FILE', help='callers must send the secret in it; else RUNDOWN_TOKEN, else none')
+    add('--sync', default='full', choices=('full', 'normal'),
+        help='normal: a power cut may cost the last commits')
+    add('--token-file', metavar='FILE',
+        help='callers must send the secret in it; else RUNDOWN_TOKEN, else none')
     add('--cert', metavar='FILE', help='TLS: the certificate chain, PEM')
     add('--key', metavar='FILE', help='TLS: its key, where that is not in the same file')
-    add('--keep', default='7d', metavar='AGE', help='how long done and cancelled jobs are kept (7d; 0: for ever)')
+    add('--keep', default='7d', metavar='AGE',
+        help='how long done and cancelled jobs are kept (7d; 0: for ever)')
     add('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
-    add('--allow-host', action='append', default=[], metavar='NAME', help='another name clients call the engine by')
+    add('--allow-host', action='append', default=[], metavar='NAME',
+        help='another name clients call the engine by')
     add('--verbose', action='store_true', help='a line per request')
     return parser.parse_args(argv)
 
+
 def main(argv=None):
     """Serve until SIGTERM or SIGINT; the exit code."""
-    options = vars(arguments(argv))
-    port, token_file = options.pop('port'), options.pop('token_file')
+    options = vars(parse_arguments(argv))
+    port = options.pop('port')
+    token_file = options.pop('token_file')
     raise_file_limit()
     try:
         if not re.fullmatch('[0-9]{1,5}', port) or int(port) > 65535:
-            raise Unusable(f'--port must be a number from 0 to 65535, not {port}')
+            raise StartupError(f'--port must be a number from 0 to 65535, not {port}')
         token = read_token(token_file) if token_file else os.environ.get('RUNDOWN_TOKEN')
         server = make_server(port=int(port), token=token, **options)
-    except (Refused, OSError, sqlite3.Error) as error:
+    except (StartupError, HTTPError, OSError, sqlite3.Error) as error:
         print(f'rundown_engine: {error}', file=sys.stderr)
         return 2
-    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGBREAK', signal.SIGINT)):      # Windows has three
-        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
-    gc.set_threshold(20000)     # requests leave few cycles; looking for some every 700 objects is felt
-    with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
-        secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if token else ''
-        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
-              f'curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
-              '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
+    stop_on_signals(server)
+    gc.set_threshold(20000)     # requests leave few cycles; a search every 700 objects is felt
+    print_greeting(server)
     server.serve_forever()
     server.server_close()
     return int(server.failed)
+
+
+def stop_on_signals(server):
+    def stop(*_):
+        threading.Thread(target=server.shutdown).start()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    if hasattr(signal, 'SIGBREAK'):     # Windows
+        signal.signal(signal.SIGBREAK, stop)
+
+
+def print_greeting(server):
+    secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
+    with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
+        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
+              f'curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
+              '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
+
 
 def raise_file_limit():
     """A waiting worker is an open file: take as many as the system lets us."""
@@ -2313,6 +3099,7 @@ def raise_file_limit():
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
+
 
 # -- Dashboard --------------------------------------------------------------------------------------------------------
 DASHBOARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Rundown-Workers</title><link rel="icon" href="data:,">

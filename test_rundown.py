@@ -270,7 +270,7 @@ class ClockedEngine(Api):
     def advance(self, seconds):
         """Lets time pass, and the engine see that it has."""
         self.clock.move(seconds)
-        self.server.tick()
+        self.server.run_due_now()
 
     def stop(self):
         self.server.shutdown()
@@ -1120,7 +1120,7 @@ def test_a_jump_of_the_wall_clock_neither_expires_nor_freezes_a_lease(clocked, q
     clocked.enqueue(q)
     claim = clocked.poll(q, lease=10)
     clocked.clock.wall += leap
-    clocked.server.tick()
+    clocked.server.run_due_now()
     assert clocked.tell("heartbeat", claim)[0] == 200
     clocked.advance(9.9)
     assert clocked.job(claim)["status"] == "running"
@@ -1131,7 +1131,7 @@ def test_a_jump_of_the_wall_clock_neither_expires_nor_freezes_a_lease(clocked, q
 def test_a_wall_clock_set_back_freezes_no_pending_job(clocked, q):
     job = clocked.enqueue(q)
     clocked.clock.wall -= 3600
-    clocked.server.tick()
+    clocked.server.run_due_now()
     assert clocked.poll(q)["id"] == job["id"]
 
 
@@ -1185,7 +1185,7 @@ def test_a_sweep_and_a_complete_at_the_same_instant_have_one_winner(clocked, q):
         clocked.enqueue(q + str(number))
         claim = clocked.poll(q + str(number), lease=1)
         clocked.clock.move(1)
-        with meanwhile(clocked.server.tick) as sweep:
+        with meanwhile(clocked.server.run_due_now) as sweep:
             code, _ = clocked.tell("complete", claim)
             sweep.result(10)
         assert (code, clocked.job(claim)["status"]) in [(200, "done"), (409, "pending")]
@@ -2836,7 +2836,7 @@ def test_a_parked_poll_whose_transaction_failed_gets_its_job_when_the_storage_is
     clocked.post("/enqueue", jobs=[{"queue": q}, {"queue": q}])
     assert clocked.poll(q)
     with meanwhile(clocked.poll, q, wait=20) as second:
-        until(lambda: clocked.server.loop.parked)
+        until(lambda: clocked.server.loop.waiters.by_topic)
         with contextlib.suppress(rundown_engine.Unavailable):       # it is in that transaction, too
             clocked.advance(2)
         until(lambda: not failures)
@@ -2958,30 +2958,31 @@ def test_requests_in_one_packet_are_answered_in_their_order_even_if_the_first_is
 FAULTY = """
 import os, sys
 import rundown_engine as e
-complete, made, once = e.Store.complete, e.Store._new, e.Loop._pass
-def spoil(store, ask):
-    if ask.get("result") in ('"spoil"', '"refuse"'):
-        store.db.execute("UPDATE jobs SET priority = 99 WHERE id = ?", (ask["id"],))
-        raise KeyError("a mistake") if ask["result"] == '"spoil"' else e.Stale("not now")
-    return complete(store, ask)
-def new(store, ask):
-    return {}[ask["tag"]] if ask.get("tag") == "spoil" else made(store, ask)
-def one_pass(loop):
+complete, made, once = e.Store.complete, e.Store._new, e.EventLoop._run_once
+def spoil(store, params):
+    if params.get("result") in ('"spoil"', '"refuse"'):
+        store.db.execute("UPDATE jobs SET priority = 99 WHERE id = ?", (params["id"],))
+        raise KeyError("a mistake") if params["result"] == '"spoil"' else e.Stale("not now")
+    if params.get("result") == '"deep"':
+        e.micros("no number")
+    return complete(store, params)
+def new(store, params):
+    return {}[params["tag"]] if params.get("tag") == "spoil" else made(store, params)
+def run_once(loop):
     if os.path.exists("end"):
         raise RuntimeError("the loop is broken")
     once(loop)
-e.Loop._pass, e.Store._new = one_pass, new
-e.ROUTES["/complete"] = e.ROUTES["/complete"]._replace(handler=e.report(spoil))
+e.EventLoop._run_once, e.Store._new, e.Store.complete = run_once, new, spoil
 sys.exit(e.main())
 """
 
 
 @pytest.fixture
-def faulty(tmp_path):
+def faulty(tmp_path, request):
     """An engine with a mistake in an operation, and one in its loop as soon as there is a file `end`."""
     log = open(str(tmp_path / "engine.log"), "wb")
-    process = subprocess.Popen([sys.executable, "-c", FAULTY, "--db", "jobs.db", "--port", "0"], stdout=subprocess.PIPE,
-                               stderr=log, cwd=str(tmp_path), env=environment())
+    process = subprocess.Popen([sys.executable, "-c", FAULTY, "--db", "jobs.db", "--port", "0",
+                                *getattr(request, "param", ())], stdout=subprocess.PIPE, stderr=log, cwd=str(tmp_path), env=environment())
     api = Api(re.search(r"http://[\w.]+:\d+", process.stdout.readline().decode()).group())
     api.process, api.folder, api.database = process, tmp_path, tmp_path / "jobs.db"
     yield api
@@ -3003,6 +3004,21 @@ def test_a_fault_in_an_operation_is_its_own_500_and_undoes_no_neighbour(faulty, 
     assert (faulty.job(claims[3])["status"], faulty.job(claims[3])["priority"]) == ("running", 0)
     lines = (faulty.folder / "engine.log").read_text().splitlines()
     assert len(lines) == 1 and "a mistake" in lines[0]
+
+
+def test_a_bug_is_logged_in_one_line_that_names_the_innermost_place(faulty, q):
+    claim = claimed(faulty, q)
+    assert faulty.tell("complete", claim, result="deep")[0] == 500
+    line, = (faulty.folder / "engine.log").read_text().splitlines()
+    assert re.search(r"TypeError: .* \(in micros, rundown_engine.py line [0-9]+\)$", line), line
+
+
+@pytest.mark.parametrize("faulty", [["--verbose"]], indirect=True)
+def test_verbose_logs_the_whole_traceback_of_a_bug(faulty, q):
+    claim = claimed(faulty, q)
+    assert faulty.tell("complete", claim, result="deep")[0] == 500
+    text = (faulty.folder / "engine.log").read_text()
+    assert "Traceback (most recent call last)" in text and ", in spoil" in text and ", in micros" in text
 
 
 def test_a_fault_in_one_of_many_enqueues_at_a_time_is_its_own_500(faulty, q):
