@@ -2535,7 +2535,7 @@ class Testing:
     def advance(self, seconds: float) -> None:
         """Move the engine's clock on; it sees at once what is due by then."""
         self.seconds += seconds
-        self.server.tick()
+        self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""

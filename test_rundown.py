@@ -312,7 +312,7 @@ class ClockedEngine(Api):
     def advance(self, seconds):
         """Lets time pass, and the engine see that it has."""
         self.clock.move(seconds)
-        self.server.tick()
+        self.server.run_due_now()
 
     def stop(self):
         self.server.shutdown()
@@ -1218,7 +1218,7 @@ def test_a_jump_of_the_wall_clock_neither_expires_nor_freezes_a_lease(clocked, q
     clocked.enqueue(q)
     claim = clocked.poll(q, lease=10)
     clocked.clock.wall += leap
-    clocked.server.tick()
+    clocked.server.run_due_now()
     assert clocked.tell("heartbeat", claim)[0] == 200
     clocked.advance(9.9)
     assert clocked.job(claim)["status"] == "running"
@@ -1229,7 +1229,7 @@ def test_a_jump_of_the_wall_clock_neither_expires_nor_freezes_a_lease(clocked, q
 def test_a_wall_clock_set_back_freezes_no_pending_job(clocked, q):
     job = clocked.enqueue(q)
     clocked.clock.wall -= 3600
-    clocked.server.tick()
+    clocked.server.run_due_now()
     assert clocked.poll(q)["id"] == job["id"]
 
 
@@ -1283,7 +1283,7 @@ def test_a_sweep_and_a_complete_at_the_same_instant_have_one_winner(clocked, q):
         clocked.enqueue(q + str(number))
         claim = clocked.poll(q + str(number), lease=1)
         clocked.clock.move(1)
-        with meanwhile(clocked.server.tick) as sweep:
+        with meanwhile(clocked.server.run_due_now) as sweep:
             code, _ = clocked.tell("complete", claim)
             sweep.result(10)
         assert (code, clocked.job(claim)["status"]) in [(200, "done"), (409, "pending")]
@@ -3005,7 +3005,7 @@ def test_a_parked_poll_whose_transaction_failed_gets_its_job_when_the_storage_is
     clocked.post("/enqueue", jobs=[{"queue": q}, {"queue": q}])
     assert clocked.poll(q)
     with meanwhile(clocked.poll, q, wait=20) as second:
-        until(lambda: clocked.server.loop.parked)
+        until(lambda: clocked.server.loop.waiters.by_topic)
         with contextlib.suppress(rundown_engine.Unavailable):       # it is in that transaction, too
             clocked.advance(2)
         until(lambda: not failures)
@@ -3127,29 +3127,31 @@ def test_requests_in_one_packet_are_answered_in_their_order_even_if_the_first_is
 FAULTY = """
 import os, sys
 import rundown_engine as e
-complete, made, once = e.Claims.complete, e.Producers._new_row, e.Loop._pass
+complete, made, once = e.Claims.complete, e.Producers._new_row, e.EventLoop._run_once
 def spoil(claims, tx, params):
     if params.get("result") in ('"spoil"', '"refuse"'):
         tx.execute("UPDATE jobs SET priority = 99 WHERE id = ?", (params["id"],))
         raise KeyError("a mistake") if params["result"] == '"spoil"' else e.Conflict("not now")
+    if params.get("result") == '"deep"':
+        e.micros("no number")
     return complete(claims, tx, params)
 def new(producers, tx, item):
     return {}[item["tag"]] if item.get("tag") == "spoil" else made(producers, tx, item)
-def one_pass(loop):
+def run_once(loop):
     if os.path.exists("end"):
         raise RuntimeError("the loop is broken")
     once(loop)
-e.Loop._pass, e.Producers._new_row, e.Claims.complete = one_pass, new, spoil
+e.EventLoop._run_once, e.Producers._new_row, e.Claims.complete = run_once, new, spoil
 sys.exit(e.main())
 """
 
 
 @pytest.fixture
-def faulty(tmp_path):
+def faulty(tmp_path, request):
     """An engine with a mistake in an operation, and one in its loop as soon as there is a file `end`."""
     log = open(str(tmp_path / "engine.log"), "wb")
-    process = subprocess.Popen([sys.executable, "-c", FAULTY, "--db", "jobs.db", "--port", "0"], stdout=subprocess.PIPE,
-                               stderr=log, cwd=str(tmp_path), env=environment())
+    process = subprocess.Popen([sys.executable, "-c", FAULTY, "--db", "jobs.db", "--port", "0",
+                                *getattr(request, "param", ())], stdout=subprocess.PIPE, stderr=log, cwd=str(tmp_path), env=environment())
     api = Api(re.search(r"http://[\w.]+:\d+", process.stdout.readline().decode()).group())
     api.process, api.folder, api.database = process, tmp_path, tmp_path / "jobs.db"
     yield api
@@ -3171,6 +3173,21 @@ def test_a_fault_in_an_operation_is_its_own_500_and_undoes_no_neighbour(faulty, 
     assert (faulty.job(claims[3])["status"], faulty.job(claims[3])["priority"]) == ("running", 0)
     lines = (faulty.folder / "engine.log").read_text().splitlines()
     assert len(lines) == 1 and "a mistake" in lines[0]
+
+
+def test_a_bug_is_logged_in_one_line_that_names_the_innermost_place(faulty, q):
+    claim = claimed(faulty, q)
+    assert faulty.tell("complete", claim, result="deep")[0] == 500
+    line, = (faulty.folder / "engine.log").read_text().splitlines()
+    assert re.search(r"TypeError: .* \(in micros, rundown_engine.py line [0-9]+\)$", line), line
+
+
+@pytest.mark.parametrize("faulty", [["--verbose"]], indirect=True)
+def test_verbose_logs_the_whole_traceback_of_a_bug(faulty, q):
+    claim = claimed(faulty, q)
+    assert faulty.tell("complete", claim, result="deep")[0] == 500
+    text = (faulty.folder / "engine.log").read_text()
+    assert "Traceback (most recent call last)" in text and ", in spoil" in text and ", in micros" in text
 
 
 def test_a_fault_in_one_of_many_enqueues_at_a_time_is_its_own_500(faulty, q):
@@ -7206,7 +7223,7 @@ def test_a_node_outcome_whose_reply_was_swallowed_counts_once(engine, proxy, tmp
 
 @beside
 def test_a_node_outcome_is_kept_while_the_engine_answers_503(own, tmp_path, q):
-    engine = own(constants={"BUSY": 0.2})
+    engine = own(constants={"LOCK_TIMEOUT": 0.2})
     job = engine.enqueue(q)
     source = "queue('%s', async () => { say('run'); await sleep(0.3); return 1; });" % q
     with node(tmp_path, engine, source) as worker:
