@@ -7,67 +7,91 @@
         ...
 
     if __name__ == "__main__":
-        rw.enqueue("images", "path/to/image.jpg")       # or make_thumbnail.enqueue("path/to/image.jpg")
-        rw.run()                                        # works until SIGTERM or SIGINT
+        rw.enqueue("images", "path/to/image.jpg")   # or make_thumbnail.enqueue("path/to/image.jpg")
+        rw.run()                                    # works until SIGTERM or SIGINT
 
-One file, standard library alone: copy it and import it. The engine (rundown_engine.py) keeps the jobs; RUNDOWN_URL says
-where it is (http://localhost:8181), RUNDOWN_TOKEN its token, RUNDOWN_CA the file of a private certificate. Where it
-names several engines, separated by blanks, each client uses the first that answers, until that does not any more.
+One file without packages: copy it and import it. The engine (rundown_engine.py) keeps the jobs.
+RUNDOWN_URL says where it is (http://localhost:8181), RUNDOWN_TOKEN is its token, RUNDOWN_CA the
+file of a private certificate. If the URL names several engines, separated by blanks, a client
+uses one of them until it does not answer any more, then the next.
 
 A JOB'S WAY THROUGH A WORKER
     poll --> claimed --> slot: handler --> outcome --> report
                |                 |                       |
                | 1 s not begun   | timeout: fail         | no answer: kept and sent again
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
-Per queue there is one long poll and `concurrency` slots, each a thread. When jobs are short the worker claims ahead,
-never more than its slots start within 100 ms at their recent pace. Outcomes pile into one request while another is in
-flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
+
+A queue has one long poll and `concurrency` slots; each slot is a thread. When jobs are short, the
+worker claims ahead: never more than its slots start within 100 ms at their recent pace. Outcomes
+gather into one request while another is in flight. One heartbeat for all claims, every third of
+the lease, keeps long jobs alive.
 
 PRODUCING
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up) -> the job, a dict
-                                with wait(timeout), result(timeout), refresh(); `after`: jobs or ids to be done first
+    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up)
+                            returns the job, a dict with wait(timeout), result(timeout), refresh();
+                            `after`: jobs or ids that have to be done first
     enqueue_many(queue, payloads, ...)      many in few requests; each request is all or nothing
-    wait(job, timeout), results(jobs, timeout)      the finished job; what many returned, Failed when one did not
+    wait(job, timeout), results(jobs, timeout)      the finished job; the results of many jobs
     schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
     Client(host, token, timeout, ca)        one method per call of the engine
-An enqueue chooses its id, so it is sent again for `give_up` seconds (30) while no engine answers, and still makes one
-job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_at without a zone is local time.
+
+An enqueue chooses the job's id. So it can be sent again for `give_up` seconds (30) while no
+engine answers, and still makes one job; then it raises EngineUnavailable. A call that the engine
+refuses raises Refused at once. A run_at without a zone is local time. A duration is a number of
+seconds or a timedelta.
 
 WORKING
-    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on,
-           cron, every, zone, max_running, rate)    the last five are sent to the engine by run()
-    @task(queue="default", ...)             any number on a queue: add.delay(4, y=4), add.options(delay=60).delay(4);
-                                            the payload is {"task": name, "args": [], "kwargs": {}}
-    job(), inputs(), progress(value)        in a handler: the job; the results of those it waited for; JSON to be shown
+    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on,
+           abort_on, cron, every, zone, max_running, rate)
+                                            run() sends the last five to the engine
+    @task(queue="default", ...)             any number on a queue: add.delay(4, y=4),
+                                            add.options(delay=60).delay(4); the payload is
+                                            {"task": name, "args": [], "kwargs": {}}
+    job(), inputs(), progress(value)        in a handler: the job; the results of the jobs that it
+                                            waited for; a JSON value to be shown
     raise Retry(delay=60), Abort("why")     fail and come back in 60 s; fail for good
-    @on("start" | "success" | "failure" | "lost")       hook(job, None | result | exception | exception)
+    @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
     run(burst, grace, max_hung), stop()     burst: work off what is due, and return
-    testing()                               with testing() as t: t.run(delayed=True); t.advance(60) moves its clock
-A handler's return value is the result. Any exception fails the job with its traceback, what is not JSON for good. At
-its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
-cancellation); the slot is free again whatever the thread does. Threads that never come back are hung: after max_hung
-(10) the worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which is killed
-with its children. It is imported there by its name, so a script needs `if __name__ == "__main__":` around its run().
-SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), the rest is released, exit with 0. The
-second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up: a line for
-each job, but where more than 100 a second are done the rest are counted.
+    testing()                               with testing() as t: t.run(delayed=True);
+                                            t.advance(60) moves its clock
+
+The return value of a handler is the result. Any exception fails the job with its traceback; a
+result that is not JSON fails it for good. At its timeout a handler gets Timeout raised inside,
+when its claim is gone Lost (in async def handlers both are a cancellation). Its slot is free
+again, whatever the thread does. Threads that never come back are hung: after max_hung (10) the
+worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which
+is killed with its children. It is imported there by its name, so a script needs
+`if __name__ == "__main__":` around its run().
+
+SIGTERM or SIGINT: no more jobs are taken, running ones have `grace` seconds (30), the others are
+released, and the worker exits with 0. The second signal exits at once. The log is
+logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for each job;
+above 100 a second, the others are counted.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
-It runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with --text),
-RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is the result,
-JSON or else text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the claim is
-lost and at the end of the grace its group gets SIGTERM, SIGKILL after 5 s. What it leaves in its group is killed.
+
+It runs once a job, in a process group of its own. Its stdin is the payload as JSON (a string as it
+is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment. Exit code 0:
+done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as text. 65: failed for good. Any
+other: failed, with the end of stderr. At the timeout, when the claim is lost and at the end of the
+grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes that it leaves in its group are
+killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
-    enqueue_in(connection, queue, payload, ...)    write a job into the open transaction of a DB-API connection
-    forward(connect, keep), forwarding(...)        send what is committed, once; a context that does so in a thread
-The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which is made on first use
-(in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order, once, whoever is killed or away. One that the
-engine refuses stays, with its `error`, and holds up no other; it is sent again when somebody sets that to NULL.
+    enqueue_in(connection, queue, payload, ...)     write a job into the open transaction
+    forward(connect, keep), forwarding(...)         send committed jobs; a context that does so in
+                                                    a thread
 
-COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or failed, 2 misused, 3 no engine
+The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which
+is made on first use (in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order and
+once, whoever is killed or away. One that the engine refuses stays, with its `error`, and holds up
+no other; it is sent again when somebody sets that to NULL.
+
+COMMAND LINE: JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused,
+3 no engine.
 """
+# ruff: noqa: N818 - the names of the exceptions are public and older than that rule
 # What is public is annotated, for those who check their own programs; the rest is not:
 # mypy: ignore-errors
 
@@ -111,7 +135,23 @@ import types
 import urllib.parse
 import urllib.request
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Generic, Iterable, Iterator, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Generic,
+    Iterable,
+    Iterator,
+    NamedTuple,
+    TypeVar,
+    overload,
+)
+
+if TYPE_CHECKING:
+    from typing import Coroutine, Protocol
+
+    import typing_extensions
 
 __all__ = [
     'Abort',
@@ -194,7 +234,11 @@ OUTBOX_PAGE = 500           # rows that are looked at together
 OUTBOX_TOO_LARGE_PAUSE = 60     # seconds until a job that a proxy found too large is sent again
 
 log = logging.getLogger('rundown')
-R = TypeVar('R')    # the result of a handler
+F = TypeVar('F', bound=Callable[..., Any])
+if TYPE_CHECKING:
+    R = typing_extensions.TypeVar('R', default=Any)     # the result of a handler
+else:
+    R = TypeVar('R')
 
 
 # -- Errors ----------------------------------------------------------------------------------------
@@ -1571,7 +1615,7 @@ class Fetcher:
         self.client = self.session.client.clone()   # of its own, to be shut down by itself
         self.thread = None
         # written by the fetching thread only
-        self.setup_calls = list(consumer.config.told)   # limits and a schedule, not sent yet
+        self.setup_calls = list(consumer.config.setup_calls)   # limits and a schedule, not sent yet
         self.low_watermark = 0          # it polls when no more claims than this are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
         # safe by itself
@@ -2273,299 +2317,6 @@ def load(file, name):
     return module
 
 
-# -- The module's API: one column over a default App ------------------------------------------------------------------
-QueueConfig = collections.namedtuple(
-    'Registered', 'name host poll_interval max_retries timeout concurrency isolate functions told')
-TASK_SETTINGS = {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'}     # of its queue
-NUMBER = int, float
-LEAST = dict(poll_interval=0.0, timeout=0.0, every=1.0, per=0.0, max_retries=0, concurrency=1, max_running=1, rate=1)
-F = TypeVar('F')
-
-class QueueFunction(Generic[R]):        # what @queue makes of a function, for those who check types
-    __call__: Callable[..., R]
-    enqueue: Callable[..., Job]
-
-class TaskFunction(Generic[R]):         # the same of @task
-    __call__: Callable[..., R]
-    delay: Callable[..., Job]
-    options: Callable[..., TaskFunction[R]]
-
-class App:
-    """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
-    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call."""
-    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = CLIENT_TIMEOUT, ca: str | None = None) -> None:
-        self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
-        self.registered = {}                            # (queue, host) -> Registered
-        self.hooks = {'start': [], 'success': [], 'failure': [], 'lost': []}
-        self.clients = {}                               # safe by itself: (host, token, timeout, ca) -> Client
-        self.workers = []                               # safe by itself: those that run
-
-    def client(self, host: str | None = None) -> Client:
-        """The client for an engine; its connections are kept."""
-        host, token = host or self.host or os.environ.get('RUNDOWN_URL'), self.token or os.environ.get('RUNDOWN_TOKEN')
-        settings = host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA')
-        if settings not in self.clients:
-            self.clients[settings] = Client(*settings)
-        return self.clients[settings]
-
-    def queue(self, name: str, host: str | None = None, poll_interval: float = 1.0, max_retries: int = 3,
-              timeout: float | None = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
-              retry_on: Any = None, abort_on: Any = None, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
-              max_running: Any = None, rate: Any = None) -> Callable[[Callable[..., R]], QueueFunction[R]]:
-        """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
-        `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
-        run at a time; with `isolate` each in a process of its own. `backoff` is the seconds until each retry, the last
-        for all that follow, or a function of the retry's number; after exceptions that are not in `retry_on`, where it
-        is given, or are in `abort_on`, there is none. `poll_interval` (seconds) is for engines that do not wait in a
-        poll. run() tells the engine of a schedule under the queue's name (`cron` in a `zone`, or `every` so many
-        seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds)."""
-        if not isinstance(name, str) or not name:
-            raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
-        told, rule = engine_settings(name, max_running, rate, cron, every, zone), Policy(backoff, retry_on, abort_on)
-        registered = QueueConfig(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
-        check_all(poll_interval=poll_interval, concurrency=concurrency,
-                  **drop_none(max_retries=max_retries, timeout=timeout))
-
-        def enqueue(payload=None, *more, **options):
-            """Add a job to the queue, with the options of rw.enqueue; returns it."""
-            if more:
-                raise Misuse(f'{name} takes one payload, and options by name; @rw.task has any number of arguments')
-            return self.enqueue(name, payload, **{'host': host, **options})
-        enqueue.__signature__ = inspect.Signature([*inspect.signature(self.enqueue).parameters.values()][1:])
-
-        def register(function):
-            check_call(function, None)
-            self._register(registered, function, False)
-            function.policy, function.enqueue = rule, enqueue
-            return function
-        return register
-
-    @overload
-    def task(self, function: Callable[..., R]) -> TaskFunction[R]: ...
-    @overload
-    def task(self, *, queue: str = ..., **settings: Any) -> Callable[[Callable[..., R]], TaskFunction[R]]: ...
-
-    def task(self, function: Any = None, *, queue: str = 'default', max_retries: int | None = None, timeout: float | None = None,
-             backoff: Any = None, retry_on: Any = None, abort_on: Any = None, **settings: Any) -> Any:
-        """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
-        `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
-        each job. `settings` are those of the queue, as queue() has them; what was given last holds."""
-        rule, unknown = Policy(backoff, retry_on, abort_on), sorted(set(settings) - TASK_SETTINGS)
-        if unknown:
-            raise Misuse(f'a task has no setting {unknown[0]}')
-        host, told = settings.get('host'), engine_settings(queue, settings.pop('max_running', None), settings.pop('rate', None))
-        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
-        send = functools.partial(self.enqueue, queue, host=host, max_retries=max_retries, timeout=timeout)
-
-        def register(function):
-            known = self.registered.get((queue, host)) or QueueConfig(queue, host, 1.0, 3, None, 1, False, {}, [])
-            self._register(known._replace(told=told or known.told, **settings), function, True)
-            function.policy = rule
-            return add_delay_methods(function, function, send)
-        return register if function is None else register(function)
-
-    def _register(self, registered, function, is_task):
-        """Have a function work what comes to a queue: all of it, or what is meant for the task of its name."""
-        if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-            raise Misuse(f'what is decorated must be a function, not {function!r}')
-        if registered.isolate and not re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')):
-            raise Misuse(f'{function!r} cannot be isolated: its process has to find it by its name in a module')
-        queue, name = (registered.name, registered.host), task_name(function) if is_task else None
-        known = self.registered.get(queue, registered).functions
-        if (known and (None in known) == is_task) or source(known.get(name, function)) != source(function):
-            raise Misuse(f'the queue {queue[0]} has another handler already; only tasks, each of a name, can share one')
-        self.registered[queue] = registered._replace(functions={**known, name: function})
-
-    def on(self, event: str) -> Callable[[F], F]:
-        """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result),
-        "failure" or "lost" (the exception) of a run. What it raises is logged and changes nothing."""
-        if event not in self.hooks:
-            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
-
-        def register(function):
-            self.hooks[event].append(function)
-            return function
-        return register
-
-    def enqueue(self, queue: str, payload: Any = None, *, host: str | None = None, timeout: float | None = None,
-                max_retries: int | None = None, tag: str | None = None, delay: float | datetime.timedelta | None = None, run_at: str | datetime.datetime | None = None,
-                priority: int | None = None, key: str | None = None, id: str | None = None, after: Any = None,
-                after_any: bool | None = None, give_up: float | None = None) -> Job:
-        """Add a job; returns it, a Job. `run_at` is a datetime or RFC 3339; see Client.enqueue for the rest."""
-        return self.client(host).enqueue(
-            queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
-
-    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
-                     ids: Iterable[str] | None = None, **options: Any) -> list[Job]:
-        """Add a job per payload: see Client.enqueue_many."""
-        return self.client(host).enqueue_many(queue, payloads, ids, **options)
-
-    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
-                 payload: Any = None, *, host: str | None = None, **options: Any) -> dict[str, Any]:
-        """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
-        return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
-
-    def unschedule(self, name: str, *, host: str | None = None) -> dict[str, Any]:
-        """End a schedule; the jobs that it made stay."""
-        return self.client(host).unschedule(name)
-
-    def wait(self, job: Any, timeout: float | None = None, host: str | None = None, give_up: float | None = None) -> Job:
-        """The finished job: see Client.wait."""
-        return (job.client if isinstance(job, Job) and not host else self.client(host)).wait(job, timeout, give_up)
-
-    def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
-            concurrency: int | None = None) -> None:
-        """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
-        Returns after an orderly end. In the main thread, unless `burst`, it ends the process if handlers still hang,
-        for nobody can end their threads: with 1 if `max_hung` of them did. In all other cases that is SystemExit(1)."""
-        if multiprocessing.current_process().name.startswith(CHILD_NAME_PREFIX):
-            raise Error("run() runs where isolate=True imports the script: put it behind if __name__ == '__main__':")
-        if not self.registered:
-            raise Error('there is no handler: decorate a function with @queue("name")')
-        set_up_log()
-        worker, code = Worker(self, burst, grace, max_hung, concurrency), 0
-        self.workers.append(worker)
-        try:
-            worker.run()
-        except Hung as error:
-            note(logging.CRITICAL, '%s', error)
-            code = 1
-        finally:
-            self.workers.remove(worker)
-        if worker.count_hung(0) and not burst and threading.current_thread() is threading.main_thread():
-            for end in logging.shutdown, functools.partial(print, end='', flush=True):
-                with contextlib.suppress(Exception):
-                    end()
-            os._exit(code)
-        if code:
-            raise SystemExit(code)
-
-    def stop(self) -> None:
-        """Have run() end as after SIGTERM, from any thread."""
-        for worker in list(self.workers):
-            worker.stop()
-
-    @contextlib.contextmanager
-    def testing(self) -> Iterator[Testing]:
-        """A throwaway engine for the time of the block, in place of the default one: see Testing. `t.client` is its
-        client. It needs rundown_engine.py to be importable. Queues with their own `host` stay there."""
-        try:
-            import rundown_engine       # here, since only tests need it
-        except ModuleNotFoundError:
-            raise Error('this needs rundown_engine.py to be importable, such as beside rundown_workers.py') from None
-        test, before = Testing(self), (self.host, self.clients, os.environ.get('RUNDOWN_URL', ''))     # '' is none
-        with tempfile.TemporaryDirectory() as folder:
-            test.server = rundown_engine.make_server(f'{folder}/jobs.db', port=0, sync='normal', clock=test.clock)
-            threading.Thread(target=test.server.serve_forever, args=(0.005,), daemon=True).start()
-            self.host, self.clients, os.environ['RUNDOWN_URL'] = test.server.url, {}, test.server.url
-            test.client = self.client()
-            try:
-                yield test
-            finally:
-                test.client.close()
-                self.host, self.clients, os.environ['RUNDOWN_URL'] = before
-                test.server.shutdown()
-                test.server.server_close()
-
-class Testing:
-    """What testing() gives: an engine for a test, its client, and its clock, which is `seconds` ahead."""
-    def __init__(self, app):
-        self.app, self.seconds = app, 0.0
-        self.clock = types.SimpleNamespace(time=lambda: time.time() + self.seconds,
-                                           monotonic=lambda: time.monotonic() + self.seconds)
-
-    def advance(self, seconds: float) -> None:
-        """Move the engine's clock on; it sees at once what is due by then."""
-        self.seconds += seconds
-        self.server.tick()
-
-    def run(self, delayed: bool = False, **options: Any) -> None:
-        """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
-        queues, later = {queue for queue, _ in self.app.registered}, [None]
-        while later:
-            self.app.run(burst=True, **options)
-            jobs = [job for job in iter_jobs(self.client, status='pending') if job['queue'] in queues] if delayed else []
-            due = [datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')) for job in jobs]
-            later = [at.timestamp() for at in due if at.timestamp() > self.clock.time()]
-            if later:
-                self.advance(min(later) - self.clock.time() + 0.01)
-
-def add_delay_methods(target, function, send):
-    """Give an object the `delay` and `options` of a task; `send` enqueues a payload. Returns the object."""
-    def delay(*args, **kwargs):
-        """Add a job that calls the task with these arguments, and return it; see enqueue()."""
-        check_call(function, *args, **kwargs)
-        return send({'task': task_name(function), 'args': list(args), 'kwargs': kwargs})
-
-    def options(**more):
-        """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
-        return add_delay_methods(types.SimpleNamespace(), function, functools.partial(send, **more))
-
-    with contextlib.suppress(ValueError):       # it has no signature to look at
-        delay.__signature__ = inspect.signature(function)
-    target.delay, target.options = delay, options
-    return target
-
-def task_name(function):
-    """The name that producers and workers call a task by; of a script's the same as where it is imported."""
-    module = function.__module__
-    if module in ('__main__', '__mp_main__'):
-        module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
-    return f'{module}.{function.__qualname__}'
-
-def source(function):
-    """Where a function is written: the same when it comes anew, as on a reload."""
-    code = getattr(function, '__code__', None)
-    return getattr(code, 'co_filename', None), getattr(function, '__qualname__', function)
-
-def check(name, value, least, types=int):
-    """Misuse unless the setting is a number from `least`."""
-    if isinstance(value, bool) or not isinstance(value, types) or not least <= value < float('inf'):
-        kind = 'whole number' if types is int else 'number of seconds'
-        raise Misuse(f'{name} must be a {kind} from {least:g}, not {value!r}')
-
-def check_all(**settings):
-    for name in settings.keys() & LEAST.keys():
-        check(name, settings[name], LEAST[name], int if type(LEAST[name]) is int else NUMBER)
-
-def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
-    """The calls that tell an engine of a queue's limits, and of its schedule."""
-    claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
-    limits = drop_none(max_running=max_running, rate=claims, per=None if rate is None else seconds)
-    ticks = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_all(**limits, **ticks)
-    if ticks.keys() & {'cron', 'zone'} and ('every' in ticks or not isinstance(cron, str) or not cron):
-        raise Misuse(f'cron must be a string like "0 3 * * *", as zone needs one, without every, not {cron!r}')
-    told = ('/limit', limits), ('/schedule', ticks if cron or every else None)
-    return [(path, {'queue': queue, **fields}) for path, fields in told if fields]
-
-def check_call(function, *args, **kwargs):
-    """Misuse unless the function can be called like this, as far as one can tell."""
-    try:
-        inspect.signature(function).bind(*args, **kwargs)
-    except ValueError:      # it has no signature to look at
-        pass
-    except TypeError as error:
-        raise Misuse(f'{getattr(function, "__qualname__", function)} cannot be called like this: {error}') from None
-
-def iter_jobs(client, **aim):
-    page = {'after': None}
-    while page['after'] or 'jobs' not in page:
-        page = client.jobs(limit=1000, after=page['after'], **aim)
-        yield from page['jobs']
-
-def set_up_log():
-    """Log to stderr, where nobody set up logging."""
-    if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-        log.setLevel(log.level or logging.INFO)
-
-default = App()
-queue, task, on, testing, stop = default.queue, default.task, default.on, default.testing, default.stop
-enqueue, enqueue_many, run, wait = default.enqueue, default.enqueue_many, default.run, default.wait
-schedule, unschedule = default.schedule, default.unschedule
-
 # -- Any program as a worker -----------------------------------------------------------------------
 EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
 
@@ -2677,6 +2428,606 @@ def command_exec(client, options):
     program.slot_type = ProgramSlot
     default.queue(options.queue, timeout=options.timeout)(program)
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
+
+# -- Queues and tasks: the module's API ------------------------------------------------------------
+class QueueConfig(NamedTuple):
+    """The settings of a queue, and the functions that handle its jobs."""
+
+    name: str
+    host: str | None = None
+    poll_interval: float = 1.0
+    max_retries: int | None = 3
+    timeout: float | None = None
+    concurrency: int = 1
+    isolate: bool = False
+    max_jobs: int | None = None
+    functions: dict = {}        # task name -> function; the name None: it handles all jobs
+    setup_calls: list = []      # (path, fields): calls that tell an engine limits and schedule
+
+
+TASK_SETTINGS = [       # settings of a queue that a task may give; the last one given holds
+    'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
+]
+NUMBER = (int, float)
+MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
+    'poll_interval': 0.0,
+    'timeout': 0.0,
+    'every': 1.0,
+    'per': 0.0,
+    'max_retries': 0,
+    'concurrency': 1,
+    'max_jobs': 1,
+    'max_running': 1,
+    'rate': 1,
+}
+
+if TYPE_CHECKING:
+    P = typing_extensions.ParamSpec('P')
+
+    class QueueFunction(Protocol[P, R]):
+        """A function that @queue has decorated."""
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+        def enqueue(self, payload: Any = ..., **options: Any) -> Job[R]: ...
+
+    class AsyncQueueFunction(Protocol[P, R]):
+        """The same for an async function."""
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...
+        def enqueue(self, payload: Any = ..., **options: Any) -> Job[R]: ...
+
+    class QueueDecorator(Protocol):
+        @overload
+        def __call__(
+            self, function: Callable[P, Coroutine[Any, Any, R]]
+        ) -> AsyncQueueFunction[P, R]: ...
+        @overload
+        def __call__(self, function: Callable[P, R]) -> QueueFunction[P, R]: ...
+
+    class TaskCalls(Protocol[P, R]):
+        """The methods that send a task's arguments as a job."""
+
+        def delay(self, *args: P.args, **kwargs: P.kwargs) -> Job[R]: ...
+        async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Job[R]: ...
+        def options(self, **options: Any) -> TaskCalls[P, R]: ...
+        def schedule(
+            self,
+            name: str,
+            cron: str | None = None,
+            every: float | datetime.timedelta | None = None,
+            zone: str | None = None,
+            args: Iterable[Any] = (),
+            kwargs: dict[str, Any] | None = None,
+            **options: Any,
+        ) -> dict[str, Any]: ...
+
+    class TaskFunction(TaskCalls[P, R], Protocol[P, R]):
+        """A function that @task has decorated."""
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    class AsyncTaskFunction(TaskCalls[P, R], Protocol[P, R]):
+        """The same for an async function."""
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...
+
+    class TaskDecorator(Protocol):
+        @overload
+        def __call__(
+            self, function: Callable[P, Coroutine[Any, Any, R]]
+        ) -> AsyncTaskFunction[P, R]: ...
+        @overload
+        def __call__(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
+
+
+def names_near_misses(function: F) -> F:
+    """Have a call with an unknown option say which known one is near."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        check_names(kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+class App:
+    """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
+
+    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
+    the time of each call.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        token: str | None = None,
+        timeout: float = CLIENT_TIMEOUT,
+        ca: str | None = None,
+    ) -> None:
+        # written by testing() alone
+        self.host = host
+        # constant
+        self.token = token
+        self.timeout = timeout
+        self.ca = ca
+        # filled by decorators, before run()
+        self.registered = {}            # (queue, host) -> QueueConfig
+        self.hooks = {
+            'start': [], 'success': [], 'failure': [], 'lost': [],
+        }
+        # safe without a lock: single operations of a dict and a list are atomic
+        self.clients = {}               # (host, token, timeout, ca) -> Client
+        self.workers = []               # those that run
+
+    def client(self, host: str | None = None) -> Client:
+        """The client for an engine; its connections are kept."""
+        host = host or self.host or os.environ.get('RUNDOWN_URL')
+        token = self.token or os.environ.get('RUNDOWN_TOKEN')
+        settings = (host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA'))
+        if settings not in self.clients:
+            self.clients[settings] = Client(*settings)
+        return self.clients[settings]
+
+    @names_near_misses
+    def queue(
+        self,
+        name: str,
+        host: str | None = None,
+        poll_interval: float = 1.0,
+        max_retries: int = 3,
+        timeout: float | datetime.timedelta | None = None,
+        concurrency: int = 1,
+        isolate: bool = False,
+        backoff: Any = None,
+        retry_on: Any = None,
+        abort_on: Any = None,
+        cron: str | None = None,
+        every: float | datetime.timedelta | None = None,
+        zone: str | None = None,
+        max_running: int | None = None,
+        rate: Any = None,
+        max_jobs: int | None = None,
+    ) -> QueueDecorator:
+        """Make the decorated function the handler of a queue.
+
+        It stays as it is, and gets `.enqueue(payload, **options)`. Durations are in seconds, or
+        timedeltas.
+
+        `max_retries` and `timeout` hold for jobs that were enqueued without their own.
+        `concurrency` handlers run at a time; with `isolate` each in a process of its own, which
+        is replaced after `max_jobs` jobs. `poll_interval` is for engines without long polls.
+
+        `backoff` is the time until each retry (a number, a list whose last one holds for all
+        that follow, or a function of the retry's number). Exceptions that are not in `retry_on`,
+        where it is given, or that are in `abort_on` fail the job for good.
+
+        run() tells the engine a schedule under the queue's name (`cron` in a `zone`, or `every`
+        so many seconds), and limits over all workers: `max_running` jobs at a time, and a `rate`
+        of (claims, seconds).
+        """
+        if not isinstance(name, str) or not name:
+            raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
+        policy = Policy(backoff, retry_on, abort_on)
+        timeout = in_seconds(timeout)
+        poll_interval = in_seconds(poll_interval)
+        check_all(
+            poll_interval=poll_interval, concurrency=concurrency,
+            **drop_none(max_retries=max_retries, timeout=timeout, max_jobs=max_jobs),
+        )
+        config = QueueConfig(
+            name=name, host=host, poll_interval=poll_interval, max_retries=max_retries,
+            timeout=timeout, concurrency=concurrency, isolate=isolate, max_jobs=max_jobs,
+            setup_calls=engine_settings(name, max_running, rate, cron, every, zone),
+        )
+
+        def register(function):
+            check_call(function, [None])
+            self._register(config, function)
+            function.policy = policy
+            function.enqueue = enqueue_method(self, name, host)
+            return function
+        return register
+
+    @overload
+    def task(
+        self, function: Callable[P, Coroutine[Any, Any, R]]
+    ) -> AsyncTaskFunction[P, R]: ...
+
+    @overload
+    def task(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
+
+    @overload
+    def task(
+        self, *, queue: str = ..., name: str | None = ..., max_retries: int | None = ...,
+        timeout: float | datetime.timedelta | None = ..., backoff: Any = ..., retry_on: Any = ...,
+        abort_on: Any = ..., host: str | None = ..., poll_interval: float = ...,
+        concurrency: int = ..., isolate: bool = ..., max_jobs: int | None = ...,
+        max_running: int | None = ..., rate: Any = ...,
+    ) -> TaskDecorator: ...
+
+    def task(
+        self,
+        function: Any = None,
+        *,
+        queue: str = 'default',
+        name: str | None = None,
+        max_retries: int | None = None,
+        timeout: float | datetime.timedelta | None = None,
+        backoff: Any = None,
+        retry_on: Any = None,
+        abort_on: Any = None,
+        **settings: Any,
+    ) -> Any:
+        """Make the decorated function a task, one of any number on its queue.
+
+        `.delay(...)` sends its arguments as a job, `.options(delay=60).delay(...)` gives the job
+        options of enqueue(). `max_retries` and `timeout` are sent
+        with each job. `name` is the task's name for producers and workers; without it, it is the
+        one under which the function is imported. `settings` are those of the queue, as queue()
+        has them; the last one given holds.
+        """
+        check_names(settings, TASK_SETTINGS, 'a task has no setting')
+        host = settings.get('host')
+        max_running = settings.pop('max_running', None)
+        limits = engine_settings(queue, max_running, settings.pop('rate', None))
+        timeout = in_seconds(timeout)
+        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
+        policy = Policy(backoff, retry_on, abort_on)
+
+        def register(function):
+            task = name or task_name(function)
+            known = self.registered.get((queue, host), QueueConfig(queue))
+            config = known._replace(setup_calls=limits or known.setup_calls, **settings)
+            self._register(config, function, task)
+            function.policy = policy
+            options = drop_none(host=host, max_retries=max_retries, timeout=timeout)
+            sender = TaskSender(self, function, task, queue, options)
+            for method in ('delay', 'options'):
+                setattr(function, method, getattr(sender, method))
+            return function
+        return register if function is None else register(function)
+
+    def _register(self, config, function, task=None):
+        """Have a function handle all jobs of a queue, or those for the task of that name."""
+        if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
+            raise Misuse(f'what is decorated must be a function, not {function!r}')
+        qualified = getattr(function, '__qualname__', '<')
+        if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
+            raise Misuse(
+                f'{function!r} cannot be isolated: its process has to find it by its name in a '
+                'module'
+            )
+        place = (config.name, config.host)
+        known = self.registered.get(place, config).functions
+        is_mixed = known and (None in known) != (task is None)
+        if is_mixed or source(known.get(task, function)) != source(function):
+            raise Misuse(
+                f'the queue {config.name} has another handler already; only tasks, each of a '
+                'name, can share one'
+            )
+        self.registered[place] = config._replace(functions={**known, task: function})
+
+    def on(self, event: str) -> Callable[[F], F]:
+        """Have the decorated function called at an event of each run of a handler.
+
+        hook(job, value) at "start" (None), "success" (the result), "failure" and "lost" (the
+        exception). An exception in a hook is logged and changes nothing.
+        """
+        if event not in self.hooks:
+            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
+
+        def register(function):
+            self.hooks[event].append(function)
+            return function
+        return register
+
+    @names_near_misses
+    def enqueue(
+        self,
+        queue: str,
+        payload: Any = None,
+        *,
+        host: str | None = None,
+        timeout: float | datetime.timedelta | None = None,
+        max_retries: int | None = None,
+        tag: str | None = None,
+        delay: float | datetime.timedelta | None = None,
+        run_at: str | datetime.datetime | None = None,
+        priority: int | None = None,
+        key: str | None = None,
+        id: str | None = None,
+        after: Any = None,
+        after_any: bool | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """Add a job, and return it; see Client.enqueue for the options."""
+        return self.client(host).enqueue(
+            queue, payload, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay,
+            run_at=run_at, priority=priority, key=key, id=id, after=after, after_any=after_any,
+            give_up=give_up,
+        )
+
+    def enqueue_many(
+        self,
+        queue: str,
+        payloads: Iterable[Any],
+        *,
+        host: str | None = None,
+        ids: Iterable[str] | None = None,
+        **options: Any,
+    ) -> list[Job]:
+        """Add a job per payload: see Client.enqueue_many."""
+        return self.client(host).enqueue_many(queue, payloads, ids, **options)
+
+    def schedule(
+        self,
+        name: str,
+        queue: str,
+        cron: str | None = None,
+        every: float | datetime.timedelta | None = None,
+        zone: str | None = None,
+        payload: Any = None,
+        *,
+        host: str | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Have a job made at each tick; see Client.schedule. Returns the schedule."""
+        return self.client(host).schedule(
+            name, queue, cron=cron, every=every, zone=zone, payload=payload, **options)
+
+    def unschedule(self, name: str, *, host: str | None = None) -> dict[str, Any]:
+        """End a schedule; the jobs that it made stay."""
+        return self.client(host).unschedule(name)
+
+    def wait(
+        self,
+        job: Any,
+        timeout: float | datetime.timedelta | None = None,
+        host: str | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """The finished job: see Client.wait."""
+        known = isinstance(job, Job) and not host
+        return (job.client if known else self.client(host)).wait(job, timeout, give_up)
+
+    def run(
+        self,
+        burst: bool = False,
+        grace: float = GRACE,
+        max_hung: int = MAX_HUNG,
+        concurrency: int | None = None,
+    ) -> None:
+        """Work on the registered queues until SIGTERM, SIGINT or stop().
+
+        With `burst` until nothing is due. Returns after an orderly end. Raises SystemExit(1) if
+        `max_hung` handlers hang. In the main thread, unless `burst`, it ends the process if
+        handlers still hang, since nothing else can end their threads.
+        """
+        if multiprocessing.current_process().name.startswith(CHILD_NAME_PREFIX):
+            raise Error(
+                'run() runs where isolate=True imports the script: put it behind '
+                "if __name__ == '__main__':"
+            )
+        if not self.registered:
+            raise Error('there is no handler: decorate a function with @queue("name")')
+        set_up_log()
+        worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
+        code = 0
+        self.workers.append(worker)
+        try:
+            worker.run()
+        except Hung as error:
+            note(logging.CRITICAL, '%s', error)
+            code = 1
+        finally:
+            self.workers.remove(worker)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if worker.count_hung(0) and not burst and in_main_thread:
+            exit_at_once(code)
+        if code:
+            raise SystemExit(code)
+
+    def stop(self) -> None:
+        """Have run() end as after SIGTERM, from any thread."""
+        for worker in list(self.workers):
+            worker.stop()
+
+    @contextlib.contextmanager
+    def testing(self) -> Iterator[Testing]:
+        """A throwaway engine for the time of the block, in place of the default one.
+
+        See Testing; its `client` is a client of this engine. rundown_engine.py has to be
+        importable. Queues with a `host` of their own stay there.
+        """
+        make_server = import_engine().make_server
+        test = Testing(self)
+        before = (self.host, self.clients)
+        with tempfile.TemporaryDirectory() as folder:
+            test.server = make_server(f'{folder}/jobs.db', port=0, sync='normal', clock=test.clock)
+            serve = functools.partial(test.server.serve_forever, 0.005)
+            threading.Thread(target=serve, daemon=True).start()
+            self.host, self.clients = (test.server.url, {})
+            with environment_variable('RUNDOWN_URL', test.server.url):
+                test.client = self.client()
+                try:
+                    yield test
+                finally:
+                    test.client.close()
+                    self.host, self.clients = before
+                    test.server.shutdown()
+                    test.server.server_close()
+
+
+def enqueue_method(app, queue, host):
+    """The `enqueue` of a function that handles a queue."""
+
+    def enqueue(payload=None, *more, **options):
+        """Add a job to the queue, with the options of rw.enqueue; returns it."""
+        if more:
+            raise Misuse(
+                f'{queue} takes one payload, and options by name; @rw.task has any number of '
+                'arguments'
+            )
+        return app.enqueue(queue, payload, **{'host': host, **options})
+
+    parameters = list(inspect.signature(app.enqueue).parameters.values())
+    enqueue.__signature__ = inspect.Signature(parameters[1:])
+    return enqueue
+
+
+class TaskSender:
+    """Sends calls of a task as jobs."""
+
+    def __init__(self, app, function, task, queue, options):
+        self.app = app
+        self.function = function
+        self.task = task
+        self.queue = queue
+        self.enqueue_options = options
+        self.delay = with_signature(self._delay, function)
+
+    def _payload(self, args, kwargs):
+        check_call(self.function, args, kwargs)
+        return {'task': self.task, 'args': list(args), 'kwargs': kwargs}
+
+    def _delay(self, /, *args, **kwargs):
+        """Add a job that calls the task with these arguments, and return it; see enqueue()."""
+        payload = self._payload(args, kwargs)
+        return self.app.enqueue(self.queue, payload, **self.enqueue_options)
+
+    def options(self, **options):
+        """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
+        check_names(options, inspect.signature(self.app.enqueue).parameters)
+        merged = {**self.enqueue_options, **options}
+        return TaskSender(self.app, self.function, self.task, self.queue, merged)
+
+
+def with_signature(method, function):
+    """The method as a function with the signature of another one."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    del call.__wrapped__
+    with contextlib.suppress(ValueError):       # builtins may have none
+        call.__signature__ = inspect.signature(function)
+    return call
+
+
+def task_name(function):
+    """The name under which a task's function is imported, also for a script that runs."""
+    module = function.__module__
+    if module in ('__main__', '__mp_main__'):
+        module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
+    return f'{module}.{function.__qualname__}'
+
+
+def source(function):
+    """Where a function is written: the same when its module is loaded again."""
+    code = getattr(function, '__code__', None)
+    return getattr(code, 'co_filename', None), getattr(function, '__qualname__', function)
+
+
+def check(name, value, minimum, types=int):
+    """Misuse unless the setting is a number from `minimum`."""
+    is_number = isinstance(value, types) and not isinstance(value, bool)
+    if not is_number or not minimum <= value < float('inf'):
+        kind = 'whole number' if types is int else 'number of seconds'
+        raise Misuse(f'{name} must be a {kind} from {minimum:g}, not {value!r}')
+
+
+def check_all(**settings):
+    for name in settings.keys() & MINIMUMS.keys():
+        minimum = MINIMUMS[name]
+        check(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
+
+
+def check_names(given, known, problem='there is no option'):
+    """Misuse for a name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise Misuse(f'{problem} {name}{hint}')
+
+
+def check_call(function, args, kwargs=None):
+    """Misuse unless the function can be called like this, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs or {})
+    except ValueError:      # it has no signature
+        pass
+    except TypeError as error:
+        name = getattr(function, '__qualname__', function)
+        raise Misuse(f'{name} cannot be called like this: {error}') from None
+
+
+def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
+    """The calls that tell an engine the limits of a queue and its schedule."""
+    is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2
+    claims, seconds = rate if is_pair else (rate, 1)
+    limits = drop_none(
+        max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
+    schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
+    check_all(**limits, **schedule)
+    is_cron = 'cron' in schedule or 'zone' in schedule
+    if is_cron and ('every' in schedule or not isinstance(cron, str) or not cron):
+        raise Misuse(
+            'cron must be a string like "0 3 * * *", as zone needs one, without every, '
+            f'not {cron!r}'
+        )
+    calls = []
+    if limits:
+        calls.append(('/limit', {'queue': queue, **limits}))
+    if cron or every:
+        calls.append(('/schedule', {'queue': queue, **schedule}))
+    return calls
+
+
+def iter_jobs(client, **filters):
+    """All jobs that the filters of Client.jobs let pass, newest first."""
+    after = None
+    while True:
+        page = client.jobs(limit=1000, after=after, **filters)
+        yield from page['jobs']
+        after = page['after']
+        if not after:
+            return
+
+
+def set_up_log():
+    """Log to stderr, where nobody set up logging."""
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+        log.handlers[0].setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        log.setLevel(log.level or logging.INFO)
+
+
+def exit_at_once(code):
+    """End the process without waiting for threads, but not without their output."""
+    with contextlib.suppress(Exception):
+        logging.shutdown()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+default = App()
+queue = default.queue
+task = default.task
+on = default.on
+enqueue = default.enqueue
+enqueue_many = default.enqueue_many
+schedule = default.schedule
+unschedule = default.unschedule
+wait = default.wait
+run = default.run
+stop = default.stop
+testing = default.testing
 
 
 # -- Outbox ----------------------------------------------------------------------------------------
@@ -3030,70 +3381,184 @@ def command_forward(client, options):
             time.sleep(1)
 
 
-# -- Command line -----------------------------------------------------------------------------------------------------
-COLUMNS = {
-    'jobs': 'id queue status attempt retries priority tag next_run_at worker',
-    'queues': 'queue pending scheduled running done failed cancelled oldest_age paused',
-    'schedules': 'name queue cron every zone next_run_at last_run_at last_id skipped'}
+# -- Testing ---------------------------------------------------------------------------------------
+class Testing:
+    """What testing() gives: an engine for a test, its client, and its clock."""
+
+    client: Client
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.server = None      # set by App.testing()
+        self.seconds = 0.0      # by which the engine's clock is ahead
+        self.clock = types.SimpleNamespace(
+            time=lambda: time.time() + self.seconds,
+            monotonic=lambda: time.monotonic() + self.seconds,
+        )
+
+    def advance(self, seconds: float | datetime.timedelta) -> None:
+        """Move the engine's clock on; what is due by then becomes available at once."""
+        self.seconds += in_seconds(seconds)
+        self.server.tick()
+
+    def run(self, delayed: bool = False, **options: Any) -> None:
+        """Work off what is due, as run(burst=True) does.
+
+        With `delayed` also what is scheduled or to be retried: the clock moves on to it.
+        """
+        self.app.run(burst=True, **options)
+        while delayed:
+            later = self._next_run()
+            if later is None:
+                return
+            self.advance(later - self.clock.time() + 0.01)
+            self.app.run(burst=True, **options)
+
+    def _next_run(self):
+        """The earliest time at which a job of the registered queues is due; None: there is none."""
+        queues = {queue for queue, _ in self.app.registered}
+        times = [
+            datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')).timestamp()
+            for job in iter_jobs(self.client, status='pending')
+            if job['queue'] in queues
+        ]
+        return min((at for at in times if at > self.clock.time()), default=None)
+
+
+def import_engine():
+    """The module rundown_engine, beside this one in a package or wherever it is importable."""
+    names = ['rundown_engine']
+    if __package__:
+        names.insert(0, f'{__package__}.rundown_engine')
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    raise Error(
+        'this needs rundown_engine.py to be importable, such as beside rundown_workers.py'
+    )
+
+
+@contextlib.contextmanager
+def environment_variable(name, value):
+    """Set an environment variable during a block; one that was not there is removed again."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+# -- Command line ----------------------------------------------------------------------------------
+TABLES = {      # key of an answer with rows -> the columns that a terminal shows
+    'jobs': [
+        'id', 'queue', 'status', 'attempt', 'retries', 'priority', 'tag', 'next_run_at', 'worker',
+    ],
+    'queues': [
+        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
+        'paused',
+    ],
+    'schedules': [
+        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'last_id',
+        'skipped',
+    ],
+}
+
 
 def show(answer):
-    """JSON on a pipe; on a terminal a table, or a line for each field."""
+    """Print JSON on a pipe; on a terminal a table, or a line for each field."""
     if not sys.stdout.isatty():
-        return print(json.dumps(answer))
-    for kind in COLUMNS.keys() & answer.keys():
-        rows = [COLUMNS[kind].split()]
-        rows += [[printable(plain(row[column])) for column in rows[0]] for row in answer[kind]]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        for row in rows:
-            print('  '.join(map(str.ljust, row, widths)).rstrip())
+        print(json.dumps(answer))
+        return
+    for key in TABLES.keys() & answer.keys():
+        print_table(TABLES[key], answer[key])
         return
     for field, value in answer.items():
         lines = [printable(line) for line in plain(value).splitlines()]
-        print('\n'.join([f'{field}:', *lines]) if len(lines) > 1 else f'{field:14}{"".join(lines)}')
+        if len(lines) > 1:
+            print('\n'.join([f'{field}:', *lines]))
+        else:
+            print(f'{field:14}{"".join(lines)}')
 
-def json_value(text):
+
+def print_table(columns, rows):
+    cells = [columns]
+    cells += [[printable(plain(row[column])) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print('  '.join(map(str.ljust, row, widths)).rstrip())
+
+
+def plain(value):
+    """A value as text: strings without quotes, nothing for None."""
+    if value is None:
+        return ''
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def json_argument(text):
     try:
         return json.loads(sys.stdin.read() if text == '-' else text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f'is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
-def limit(text): return None if text == 'none' else json.loads(text)
+        hint = 'a string needs its quotes: \'"text"\''
+        raise argparse.ArgumentTypeError(f'is not JSON ({error}); {hint}') from None
 
-def plain(value):
-    return '' if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+def limit_argument(text):
+    return None if text == 'none' else json.loads(text)
+
 
 def command_call(client, options):
-    """The client's method of that name, with what the command line says of its fields."""
+    """Call the client's method of the command's name with the fields on the command line."""
     call = getattr(client, options.command)
-    fields = inspect.signature(call).parameters
-    show(call(**{field: value for field, value in vars(options).items() if field in fields}))
+    known = inspect.signature(call).parameters
+    show(call(**{field: value for field, value in vars(options).items() if field in known}))
+
 
 def command_queues(client, options):
     answer = client.queues()
-    for row in answer['queues'] if not options.minutes else ():
-        del row['minutes']
+    if not options.minutes:
+        for row in answer['queues']:
+            del row['minutes']
     show(answer)
 
+
 def command_status(client, options):
-    job = client.job(options.id) if options.wait is None else client.wait(options.id, options.wait)
+    if options.wait is None:
+        show(client.job(options.id))
+        return False
+    job = client.wait(options.id, options.wait)
     show(job)
-    return options.wait is not None and job['status'] != 'done'
+    return job['status'] != 'done'
+
 
 def command_run(client, options):
     """Import a file or a module with handlers, and work on its queues."""
-    target, file = options.tasks, os.path.abspath(options.tasks) if os.path.isfile(options.tasks) else None
-    sys.path.insert(0, os.path.dirname(file) if file else os.getcwd())
-    if file:
+    target = options.tasks
+    if os.path.isfile(target):
+        file = os.path.abspath(target)
+        sys.path.insert(0, os.path.dirname(file))
         name = os.path.splitext(os.path.basename(file))[0]
-        load(file, name if name.isidentifier() and name not in sys.modules else 'tasks_' + re.sub(r'\W', '_', name))
-    elif re.fullmatch(r'\w+(\.\w+)*', target) and importlib.util.find_spec(target.partition('.')[0]):
-        importlib.import_module(target)
+        if not name.isidentifier() or name in sys.modules:
+            name = 'tasks_' + re.sub(r'\W', '_', name)
+        load(file, name)
     else:
-        raise Misuse(f'there is neither a file nor a module {target}')
+        sys.path.insert(0, os.getcwd())
+        is_name = re.fullmatch(r'\w+(\.\w+)*', target)
+        if not is_name or not importlib.util.find_spec(target.partition('.')[0]):
+            raise Misuse(f'there is neither a file nor a module {target}')
+        importlib.import_module(target)
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
+
 def command_demo(client, options):
-    """Hash each file under a folder as a job of an engine of its own, and once more here: do the digests agree?"""
-    app, files = App(), [path for path in pathlib.Path(options.folder).rglob('*') if path.is_file()]
+    """Hash each file under a folder as a job of an engine of its own, and compare the digests."""
+    app = App()
+    files = [path for path in pathlib.Path(options.folder).rglob('*') if path.is_file()]
+    files = [str(path) for path in files if os.access(path, os.R_OK)]
     log.setLevel(logging.ERROR)
 
     @app.queue('demo', concurrency=4, max_retries=1)
@@ -3104,70 +3569,176 @@ def command_demo(client, options):
 
     with app.testing() as engine:
         began = time.monotonic()
-        jobs = app.enqueue_many('demo', [str(path) for path in files if os.access(path, os.R_OK)])
+        jobs = app.enqueue_many('demo', files)
         engine.run()
         took = time.monotonic() - began
         right = sum(job.refresh()['result'] == digest(job['payload']) for job in jobs)
-    show({'files': len(jobs), 'retries': sum(job['retries'] for job in jobs), 'seconds': round(took, 2),
-          'jobs a second': round(len(jobs) / took), 'right digests': right})
+    show({
+        'files': len(jobs),
+        'retries': sum(job['retries'] for job in jobs),
+        'seconds': round(took, 2),
+        'jobs a second': round(len(jobs) / took),
+        'right digests': right,
+    })
     return right != len(jobs)
 
-SECONDS, WHOLE, FLAG = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(action='store_true')
-LIMIT = dict(type=limit, metavar='N', default=argparse.SUPPRESS)       # not given is no None
-WORK, OF_JOB = '--concurrency --grace --burst', '--tag --priority --key --timeout --max-retries'
-COMMANDS = [    # name, function, arguments, what it does
-    ('enqueue', command_call, f'queue payload --delay --run-at --id {OF_JOB} --after', 'add a job'),
-    ('status', command_status, 'id --wait', 'show a job'),
-    ('jobs', command_call, '--queue --status --tag --limit --after --needed-by', 'list jobs, newest first'),
-    ('queues', command_queues, '--minutes', 'count jobs by queue and status'),
-    ('cancel', command_call, 'id --queue --status', 'cancel a job, or all of a queue and status'),
-    ('retry', command_call, 'id --queue --status', 'make a failed or cancelled job pending again, or all of them'),
-    ('purge', command_call, '--queue --status', 'delete jobs of a queue and/or status'),
-    ('pause', command_call, 'queue', 'hand out no jobs of a queue'),
-    ('resume', command_call, 'queue', 'hand out jobs again'),
-    ('limit', command_call, 'queue --max-running --rate --per', 'limit a queue, over all workers; none lifts a limit'),
-    ('schedule', command_call, f'name queue payload --cron --every --zone {OF_JOB}', 'have a job made at each tick'),
-    ('unschedule', command_call, 'name', 'end a schedule'),
-    ('schedules', command_call, '', 'list schedules by name'),
-    ('run', command_run, f'tasks {WORK}', 'import tasks, and work on them'),
-    ('exec', command_exec, f'queue program --timeout --text {WORK}', 'run a program for each job of a queue'),
-    ('forward', command_forward, 'file --keep', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT'),
-    ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own')]
-ARGUMENTS = {   # what is not plain text; of one command alone where that is named
-    **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS), '--grace': dict(SECONDS, default=GRACE),
-    **dict.fromkeys(('--priority', '--max-retries', '--limit', '--concurrency'), WHOLE),
-    **dict.fromkeys(('--max-running', '--rate'), LIMIT), **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
-    '--per': dict(LIMIT, metavar='S', help='seconds for --rate claims (1)'), '--cron': dict(metavar='"* * * * *"'),
-    'payload': dict(nargs='?', default='null', type=json_value, help='JSON; - is stdin'),
-    'enqueue --after': dict(nargs='+', metavar='ID', help='to be done first'), 'tasks': dict(metavar='FILE_OR_MODULE'),
-    'status --wait': dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
-    '--minutes': dict(FLAG, help='with counts of the last hour'), 'program': dict(nargs='+', metavar='PROGRAM'),
-    '--burst': dict(FLAG, help='work off what is due, and end'), '--text': dict(FLAG, help='a string as it is'),
-    '--keep': dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
-    'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))}
 
-def main(argv=None):
-    """The command line; the exit code."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
-    parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
-    parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try while none answers (10)')
+def argument(*names, **settings):
+    """What argparse's add_argument() is called with."""
+    return names, settings
+
+
+def seconds_argument(name, **settings):
+    return argument(name, type=float, metavar='S', **settings)
+
+
+def number_argument(name, **settings):
+    return argument(name, type=int, metavar='N', **settings)
+
+
+class Command(NamedTuple):
+    name: str
+    function: Callable          # called with a client and the options; True means exit code 1
+    meaning: str
+    arguments: list
+
+
+PAYLOAD = argument(
+    'payload', nargs='?', default='null', type=json_argument, help='JSON; - reads it from stdin')
+QUEUE_OPTION = argument('--queue')
+STATUS_OPTION = argument('--status')
+JOB_OPTIONS = [
+    argument('--tag'),
+    number_argument('--priority'),
+    argument('--key'),
+    seconds_argument('--timeout'),
+    number_argument('--max-retries'),
+]
+WORKER_OPTIONS = [
+    number_argument('--concurrency'),
+    seconds_argument('--grace', default=GRACE),
+    argument('--burst', action='store_true', help='work off what is due, and end'),
+]
+COMMANDS = [
+    Command('enqueue', command_call, 'add a job', [
+        argument('queue'),
+        PAYLOAD,
+        seconds_argument('--delay'),
+        argument('--run-at'),
+        argument('--id'),
+        *JOB_OPTIONS,
+        argument('--after', nargs='+', metavar='ID', help='jobs that have to be done first'),
+    ]),
+    Command('status', command_status, 'show a job', [
+        argument('id'),
+        seconds_argument(
+            '--wait', nargs='?', const=float('inf'),
+            help='for its end; exit with 1 unless it is done'),
+    ]),
+    Command('jobs', command_call, 'list jobs, newest first', [
+        QUEUE_OPTION,
+        STATUS_OPTION,
+        argument('--tag'),
+        number_argument('--limit'),
+        argument('--after', metavar='ID'),
+        argument('--needed-by', metavar='ID'),
+    ]),
+    Command('queues', command_queues, 'count jobs by queue and status', [
+        argument('--minutes', action='store_true', help='with counts of the last hour'),
+    ]),
+    Command('cancel', command_call, 'cancel a job, or all of a queue and status', [
+        argument('id', nargs='?'),
+        QUEUE_OPTION,
+        STATUS_OPTION,
+    ]),
+    Command('retry', command_call, 'make a failed or cancelled job pending again, or all of them', [
+        argument('id', nargs='?'),
+        QUEUE_OPTION,
+        STATUS_OPTION,
+    ]),
+    Command('purge', command_call, 'delete jobs of a queue and/or status', [
+        QUEUE_OPTION,
+        STATUS_OPTION,
+    ]),
+    Command('pause', command_call, 'hand out no jobs of a queue', [argument('queue')]),
+    Command('resume', command_call, 'hand out jobs again', [argument('queue')]),
+    Command('limit', command_call, 'limit a queue, over all workers; none removes a limit', [
+        argument('queue'),
+        argument('--max-running', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
+        argument('--rate', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
+        argument(
+            '--per', type=limit_argument, metavar='S', default=argparse.SUPPRESS,
+            help='seconds for --rate claims (1)'),
+    ]),
+    Command('schedule', command_call, 'have a job made at each tick', [
+        argument('name'),
+        argument('queue'),
+        PAYLOAD,
+        argument('--cron', metavar='"* * * * *"'),
+        seconds_argument('--every'),
+        argument('--zone'),
+        *JOB_OPTIONS,
+    ]),
+    Command('unschedule', command_call, 'end a schedule', [argument('name')]),
+    Command('schedules', command_call, 'list schedules by name', []),
+    Command('run', command_run, 'import tasks, and work on them', [
+        argument('tasks', metavar='FILE_OR_MODULE'),
+        *WORKER_OPTIONS,
+    ]),
+    Command('exec', command_exec, 'run a program for each job of a queue', [
+        argument('queue'),
+        argument('program', nargs='+', metavar='PROGRAM'),
+        seconds_argument('--timeout'),
+        argument('--text', action='store_true', help='a payload that is a string as it is'),
+        *WORKER_OPTIONS,
+    ]),
+    Command('forward', command_forward, 'send what is in the outbox of a SQLite file', [
+        argument('file'),
+        seconds_argument(
+            '--keep', default=0, help='keep what was sent for so long, for a standby'),
+    ]),
+    Command('demo', command_demo, 'hash files as jobs of an engine of its own', [
+        argument('folder', metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__)),
+    ]),
+]
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog='rundown_workers.py', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        '--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
+    parser.add_argument(
+        '--give-up', type=float, default=10, metavar='S',
+        help='seconds to try while no engine answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for name, function, taken, meaning in COMMANDS:
-        command = commands.add_parser(name, help=meaning, description=meaning)
-        command.set_defaults(function=function)
-        for argument in taken.split():
-            command.add_argument(argument, **ARGUMENTS.get(f'{name} {argument}', ARGUMENTS.get(argument, {})))
-    options = parser.parse_args(argv)
+    for command in COMMANDS:
+        subparser = commands.add_parser(
+            command.name, help=command.meaning, description=command.meaning)
+        subparser.set_defaults(function=command.function)
+        for names, settings in command.arguments:
+            subparser.add_argument(*names, **settings)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = build_parser().parse_args(argv)
     try:
         if options.host:
-            os.environ['RUNDOWN_URL'] = options.host        # for tasks that are imported, and for isolated ones
+            os.environ['RUNDOWN_URL'] = options.host    # for imported tasks and isolated ones
         return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
         print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
-        return 3 if isinstance(error, EngineUnavailable) else 2 if isinstance(error, Misuse) else 1
+        if isinstance(error, EngineUnavailable):
+            return 3
+        return 2 if isinstance(error, Misuse) else 1
+
 
 if __name__ in ('__main__', '__mp_main__'):
-    sys.modules.setdefault('rundown_workers', sys.modules[__name__])    # task files that import it must meet this one
+    # task files that import this module have to meet this instance of it
+    sys.modules.setdefault('rundown_workers', sys.modules[__name__])
 if __name__ == '__main__':
     sys.exit(main())

@@ -5856,6 +5856,19 @@ def test_a_user_s_own_test_runs_a_task_in_milliseconds(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test_tasks.py"]
 
 
+def test_a_testing_engine_leaves_the_environment_as_it_was():
+    for before in (None, "http://127.0.0.1:1"):
+        os.environ.pop("RUNDOWN_URL", None)
+        if before:
+            os.environ["RUNDOWN_URL"] = before
+        try:
+            with rw.testing() as testing:
+                assert os.environ["RUNDOWN_URL"] == testing.client.host
+            assert os.environ.get("RUNDOWN_URL") == before
+        finally:
+            os.environ.pop("RUNDOWN_URL", None)
+
+
 @beside
 def test_the_demo_works_on_a_folder_and_checks_its_digests(tmp_path):
     for number in range(30):
