@@ -99,6 +99,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import builtins
 import collections
 import contextlib
 import contextvars
@@ -228,6 +229,7 @@ PACE_WEIGHT = 0.25          # weight of the last job in the average time of a jo
 MAX_STDOUT = 1 << 20        # bytes of a program's output
 TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
 OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
+DJANGO_OUTBOX_INTERVAL = 0.2    # the same of the worker of a Django project
 OUTBOX_BURST = 60           # seconds after a write in which there are more of them
 OUTBOX_BURST_INTERVAL = 0.05    # seconds between two looks in that time
 OUTBOX_PAGE = 500           # rows that are looked at together
@@ -1459,6 +1461,7 @@ def coroutine_frames(coroutine):
 
 # -- Worker ----------------------------------------------------------------------------------------
 NEVER = float('inf')        # of a time
+PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK')
                 if hasattr(signal, name)]
 KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
@@ -1479,6 +1482,19 @@ def until(condition, deadline):
     """Wait for a condition, until a deadline at most. Signals are handled meanwhile."""
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
+
+
+def open_standard_streams():
+    """Open 0, 1 and 2 if they are closed.
+
+    Otherwise a pipe could get such a number, and a program or a process would write into it.
+    """
+    with contextlib.suppress(OSError):
+        number = os.open(os.devnull, os.O_RDWR)
+        while number <= 2:
+            os.set_inheritable(number, True)
+            number = os.open(os.devnull, os.O_RDWR)
+        os.close(number)
 
 
 class Consumer:
@@ -1615,7 +1631,7 @@ class Fetcher:
         self.client = self.session.client.clone()   # of its own, to be shut down by itself
         self.thread = None
         # written by the fetching thread only
-        self.setup_calls = list(consumer.config.setup_calls)   # limits and a schedule, not sent yet
+        self.configured_host = None     # the engine that was sent the queue's limits and schedule
         self.low_watermark = 0          # it polls when no more claims than this are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
         # safe by itself
@@ -1632,10 +1648,13 @@ class Fetcher:
         while not self.worker.stopping.is_set():
             self.capacity_freed.clear()
             limit = self._claim_limit()
-            if limit:
-                self._fetch(limit)
-            else:
+            if not limit:
                 self.capacity_freed.wait(WATCH_INTERVAL)
+                continue
+            try:
+                self._fetch(limit)
+            except Error as error:
+                self._on_error(error)
 
     def _claim_limit(self):
         """How many jobs to claim now: 0 while enough are in flight or too many are unreported."""
@@ -1653,35 +1672,61 @@ class Fetcher:
         """Poll once, and rest if there was nothing."""
         generation = self.worker.generation
         began = time.monotonic()
-        try:
-            jobs = self._poll(limit)
-        except Error as error:
-            self._on_error(error)
-            return
+        wait = self._poll_wait()
+        jobs = self._poll(limit, wait)
         self.consumer.accept(jobs)
         time.sleep(0)           # lets the slots begin, before the next poll is put together
         self.session.on_up()
         if jobs:
             return
         if self.worker.burst:
-            self.idle_generation = generation
-            until(self._may_have_jobs, float('inf'))
-        elif time.monotonic() - began < min(1, LONG_POLL / 2):      # the engine does not wait
+            if not self._is_rate_limited():
+                self.idle_generation = generation
+                until(self._may_have_jobs, NEVER)
+        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # it does not wait
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
     def _may_have_jobs(self):
         """Whether a queue that was empty has to be polled again: a claim's end may add jobs."""
         return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
 
-    def _poll(self, limit):
-        while self.setup_calls:
-            path, body = self.setup_calls[0]
-            self.client.send(path, body, RESPONSE_TIMEOUT)
-            self.setup_calls.pop(0)
+    def _is_rate_limited(self):
+        """Whether the queue has jobs that are due, and a rate that does not allow a claim now.
+
+        Waits until the rate allows one, at most a second.
+        """
+        after = None
+        while True:
+            path = '/queues' if after is None else f'/queues?after={quote(after)}'
+            page = self.client.send(path, None, RESPONSE_TIMEOUT)
+            for row in page['queues']:
+                if row['queue'] == self.consumer.name:
+                    is_due = row['oldest_age'] is not None and not row['paused']
+                    if not is_due or row['rate'] is None:
+                        return False
+                    self.worker.stopping.wait(min(1, row['per'] / row['rate']))
+                    return True
+            after = page['after']
+            if after is None:
+                return False
+
+    def _configure(self):
+        """Send the limits and the schedule of the queue to an engine that was not sent them yet."""
+        host = self.client.host
+        if self.configured_host != host:
+            for path, body in self.consumer.config.setup_calls:
+                self.client.send(path, body, PROBE_TIMEOUT)
+            self.configured_host = host
+
+    def _poll_wait(self):
+        """Seconds of the next long poll; 0: the engine has to show that it is there."""
+        is_known = self.session.was_reached and not self.session.down_since
+        return LONG_POLL if is_known and not self.worker.burst else 0
+
+    def _poll(self, limit, wait):
+        self._configure()
         worker = self.worker
         config = self.consumer.config
-        # an engine that was away has to answer at once, to show that it is back
-        wait = 0 if worker.burst or self.session.down_since else LONG_POLL
         params = {
             'queue': config.name,
             'limit': limit,
@@ -1692,7 +1737,9 @@ class Fetcher:
             'max_retries': config.max_retries,
             'timeout': config.timeout,
         }
-        jobs = self.client.send('/poll', params, wait + RESPONSE_TIMEOUT) or []
+        is_probe = not wait and not worker.burst
+        timeout = PROBE_TIMEOUT if is_probe else wait + RESPONSE_TIMEOUT
+        jobs = self.client.send('/poll', params, timeout) or []
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
             raise self.session.not_an_engine()
         return jobs
@@ -1719,6 +1766,7 @@ class EngineSession:
         # races are harmless
         self.is_backlogged = False  # outcomes were not taken at the last try
         self.down_since = None      # None: the engine answered at the last try
+        self.was_reached = False    # an engine has answered
 
     def start(self):
         self.worker.start_thread(self.reporter.run, 'report')
@@ -1749,6 +1797,7 @@ class EngineSession:
     def on_up(self):
         since = self.down_since
         self.down_since = None
+        self.was_reached = True
         if since is not None:
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
@@ -1765,7 +1814,7 @@ class EngineSession:
             try:
                 answers = self._try_batch(call, items, seconds)
             except Error as error:
-                if error.status not in REFUSALS:
+                if not is_verdict(error):
                     self.is_backlogged = self.is_backlogged or call != 'heartbeat'
                     self.worker.closed.wait(self.on_down(error))
                     continue
@@ -1788,6 +1837,14 @@ class EngineSession:
                 or not all(map(is_item_reply, answers))):
             raise self.not_an_engine()
         return answers
+
+
+def is_verdict(error):
+    """Whether there is no use in sending the same request again.
+
+    A proxy's error pages say nothing about a job; but what is too large for it has to be split.
+    """
+    return error.status in REFUSALS if isinstance(error, Refused) else error.status == 413
 
 
 class Reporter:
@@ -2009,6 +2066,7 @@ class Worker:
     def run(self):
         """Work until told to stop, then end in good order. Raises what it was stopped by."""
         # only the main thread may set signal handlers
+        open_standard_streams()
         is_main = threading.current_thread() is threading.main_thread()
         previous = {number: signal.signal(number, self._on_signal)
                     for number in (STOP_SIGNALS if is_main else ())}
@@ -2319,6 +2377,7 @@ def load(file, name):
 
 # -- Any program as a worker -----------------------------------------------------------------------
 EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
+MAX_OUTPUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
 
 
 class ProgramSlot(Slot):
@@ -2330,6 +2389,7 @@ class ProgramSlot(Slot):
     # touched by the slot's thread only, but for kill() and stack_text()
     process = None
     stderr = None
+    stderr_tail = b''       # the end of what was cut off from stderr
 
     def prepare(self):
         # no interrupt() can come any more: the last claim is finished
@@ -2343,14 +2403,19 @@ class ProgramSlot(Slot):
             'RUNDOWN_QUEUE': self.consumer.name,
             'RUNDOWN_ATTEMPT': str(claim.job['attempt']),
         }
+        env.pop('RUNDOWN_TOKEN', None)      # the program need not be trusted like the worker
         with contextlib.ExitStack() as files:
             stdin = files.enter_context(tempfile.TemporaryFile())
             stdout = files.enter_context(tempfile.TemporaryFile())
-            self.stderr = files.enter_context(tempfile.TemporaryFile('a+b'))
+            self.stderr = files.enter_context(tempfile.TemporaryFile())
+            self.stderr_tail = b''
+            set_append_mode(self.stderr)
             stdin.write(data)
             stdin.seek(0)
-            self.process = subprocess.Popen(command, stdin=stdin, stdout=stdout,
-                                            stderr=self.stderr, env=env, start_new_session=True)
+            with process_lock:      # reap_orphans() must find it in its slot
+                self.process = subprocess.Popen(
+                    command, stdin=stdin, stdout=stdout, stderr=self.stderr, env=env,
+                    start_new_session=True)
             self._supervise(stdout)
             self._terminate()
             stdout.seek(0)
@@ -2360,6 +2425,7 @@ class ProgramSlot(Slot):
         """Wait until the program ends, has to be terminated, or writes too much to stdout."""
         while not self.is_terminating and file_size(stdout) <= MAX_STDOUT:
             if file_size(self.stderr) > MAX_STDOUT:     # only its end is wanted; disks are finite
+                self.stderr_tail = read_tail(self.stderr, MAX_ERROR // 2)
                 self.stderr.truncate(0)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(WATCH_INTERVAL)
@@ -2374,7 +2440,7 @@ class ProgramSlot(Slot):
         self.process.wait()
 
     def _has_ended(self):
-        return self.process.poll() is not None and not signal_group(self.process, 0)
+        return self.process.poll() is not None and not has_members(self.process.pid)
 
     def _result(self, code, output):
         if len(output) > MAX_STDOUT:
@@ -2388,6 +2454,8 @@ class ProgramSlot(Slot):
         except UnicodeDecodeError as error:
             reason = f'what the program wrote to stdout is not UTF-8: {error}'
             raise Abort(reason) from None
+        if text.count('[') + text.count('{') > MAX_OUTPUT_LEVELS and is_too_deep(text):
+            return text
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
             encode_json(value)          # json.loads() takes NaN, which is not JSON
@@ -2401,8 +2469,8 @@ class ProgramSlot(Slot):
         """The end of what the program wrote to stderr."""
         # not started yet, or over already
         with contextlib.suppress(AttributeError, ValueError, OSError):
-            self.stderr.seek(max(0, file_size(self.stderr) - MAX_ERROR // 2))
-            return self.stderr.read().decode(errors='replace')
+            end = self.stderr_tail + read_tail(self.stderr, MAX_ERROR // 2)
+            return end[-(MAX_ERROR // 2):].lstrip(b'\0').decode(errors='replace')
         return ''
 
     def kill(self):
@@ -2414,6 +2482,69 @@ def file_size(file):
     return os.fstat(file.fileno()).st_size
 
 
+def read_tail(file, length):
+    """The end of a file that a program writes. A seek() would move the place where it writes."""
+    offset = max(0, file_size(file) - length)
+    if hasattr(os, 'pread'):
+        return os.pread(file.fileno(), length, offset)
+    file.seek(offset)
+    return file.read(length)
+
+
+def set_append_mode(file):
+    """Have programs write at the end of the file, also after it was truncated."""
+    with contextlib.suppress(ImportError):
+        import fcntl    # not on Windows, where zeros stand for what was truncated
+        fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
+
+
+def has_members(group):
+    """Whether processes of this group run. Zombies do not: an init that reaps none may be PID 1."""
+    try:
+        os.killpg(group, 0)
+    except OSError:
+        return False
+    stats = list(pathlib.Path('/proc').glob('[0-9]*/stat'))
+    return not stats or any(is_running_member(stat, group) for stat in stats)
+
+
+def is_running_member(stat, group):
+    with contextlib.suppress(OSError):      # it has ended meanwhile
+        state, _, its_group = stat.read_text(errors='replace').rpartition(')')[2].split()[:3]
+        return int(its_group) == group and state not in 'ZX'
+    return False
+
+
+def is_too_deep(text):
+    """Whether JSON text has more levels than an engine takes."""
+    level = 0
+    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
+        level += (bracket in '[{') - (bracket in ']}')
+        if level > MAX_OUTPUT_LEVELS:
+            return True
+    return False
+
+
+def reap_orphans(slots):
+    """Collect what programs left behind, for as long as this process runs.
+
+    As PID 1 of a container it is their parent once their own has ended.
+    """
+    while True:
+        time.sleep(WATCH_INTERVAL)
+        with contextlib.suppress(ChildProcessError), process_lock:
+            while True:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                ours = [slot.process.pid for slot in slots() if slot.process]
+                if ended is None or ended.si_pid in ours:
+                    break
+                os.waitpid(ended.si_pid, 0)
+
+
+def program_slots():
+    return [slot for worker in list(default.workers) for slot in worker.slots()]
+
+
 def command_exec(client, options):
     """Work on a queue by running a program."""
     if not shutil.which(options.program[0]):
@@ -2423,10 +2554,16 @@ def command_exec(client, options):
         claim = current.get()
         is_plain = options.text and isinstance(payload, str)
         text = payload if is_plain else as_json(payload, 'payload')
-        return claim.slot.execute(options.program, text.encode(), claim)
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise Abort(f'the payload cannot be written as UTF-8: {error}') from None
+        return claim.slot.execute(options.program, data, claim)
 
     program.slot_type = ProgramSlot
     default.queue(options.queue, timeout=options.timeout)(program)
+    if hasattr(os, 'waitid'):
+        threading.Thread(target=reap_orphans, args=(program_slots,), daemon=True).start()
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
@@ -3164,6 +3301,15 @@ class Outbox:
         if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # a look takes no write lock
             self.execute(f'DELETE {where}', latest)
 
+    def find(self, id):
+        """The job with this id, with the fields that are known here; None if it is not here."""
+        rows = self.execute('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
+        for text, error in rows:
+            fields = json.loads(text)
+            if fields['id'] == id:
+                return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
+        return None
+
     def commit(self):
         self.connection.commit()
 
@@ -3319,16 +3465,18 @@ def set_aside(outbox, number, error):
 
 @contextlib.contextmanager
 def forwarding(
-    connect: Callable[[], Any], host: str | None = None, keep: float = 0,
+    connect: Callable[[], Any],
+    host: str | None = None,
+    keep: float = 0,
+    interval: float = OUTBOX_INTERVAL,
 ) -> Iterator[None]:
-    """forward() in a thread during the block.
+    """forward() in a thread during the block. connect() is called in that thread.
 
-    What this process commits is sent within 100 ms, the rest every second. connect() is called in
-    that thread.
+    What this process commits is sent within 100 ms, the rest every `interval` seconds.
     """
     stopping = threading.Event()
     thread = threading.Thread(
-        target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)
+        target=keep_forwarding, args=(connect, host, keep, interval, stopping), daemon=True)
     thread.start()
     try:
         yield
@@ -3337,7 +3485,7 @@ def forwarding(
         thread.join(REPORT_GRACE)           # jobs that are not sent by then are sent next time
 
 
-def keep_forwarding(connect, host, keep, stopping):
+def keep_forwarding(connect, host, keep, interval, stopping):
     """Forward until `stopping` is set, and a last time then. Connect again after each failure."""
     failures = 0
     is_last = False
@@ -3351,7 +3499,7 @@ def keep_forwarding(connect, host, keep, stopping):
                     client = default.client(host)
                     forward_pending(outbox, client, client.send, keep)
                     failures = 0
-                    wait_for_commits(stopping)
+                    wait_for_commits(interval, stopping)
         except Exception as error:      # the database's or the engine's
             if not failures:
                 note(logging.WARNING,
@@ -3360,9 +3508,9 @@ def keep_forwarding(connect, host, keep, stopping):
             is_last = stopping.wait(retry_pause(failures))
 
 
-def wait_for_commits(stopping):
+def wait_for_commits(interval, stopping):
     """Wait until it is worth looking into the outbox again, or `stopping` is set."""
-    deadline = time.monotonic() + OUTBOX_INTERVAL
+    deadline = time.monotonic() + interval
     while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
         if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
             return
@@ -3379,6 +3527,302 @@ def command_forward(client, options):
     with contextlib.suppress(KeyboardInterrupt), forwarder:
         while True:
             time.sleep(1)
+
+
+# -- Django ----------------------------------------------------------------------------------------
+DJANGO_STATUSES = {     # of a job -> of Django's TaskResult
+    'pending': 'READY',
+    'running': 'RUNNING',
+    'done': 'SUCCESSFUL',
+    'failed': 'FAILED',
+    'cancelled': 'FAILED',
+}
+
+
+class DjangoTasks:
+    """A backend for Django's tasks. DjangoBackend is this class and Django's BaseTaskBackend.
+
+    With `"OPTIONS": {"outbox": True}` (or the alias of a database) jobs are written into the
+    transaction that is open there, or into one of their own. Other options are `host`, `timeout`
+    and `max_retries`. A task is READY again while it waits for a retry.
+    """
+
+    supports_defer = True
+    supports_async_task = True
+    supports_get_result = True
+    supports_priority = True
+
+    def __init__(self, alias, params):
+        super().__init__(alias, params)
+        self.job_options = dict(self.options)
+        outbox = self.job_options.pop('outbox', False)
+        self.database = 'default' if outbox is True else outbox or None     # None: no outbox
+        self.host = self.job_options.pop('host', None)
+        unknown = sorted(set(self.job_options) - {'max_retries', 'timeout'})
+        if unknown:
+            from django.core.exceptions import ImproperlyConfigured
+            raise ImproperlyConfigured(f'TASKS[{alias!r}]: there is no option {unknown[0]!r}')
+
+    def enqueue(self, task, args, kwargs):
+        from django.tasks.signals import task_enqueued
+        self.validate_task(task)
+        payload = django_payload(task, args, kwargs)
+        result = self._result(task, self._enqueue(task, payload))
+        task_enqueued.send(type(self), task_result=result)
+        return result
+
+    def _enqueue(self, task, payload):
+        """The job, with few fields if it is in an outbox."""
+        from django.db import connections, transaction
+        options = {**self.job_options, 'priority': task.priority, 'run_at': task.run_after}
+        if self.database is None:
+            return default.enqueue(task.queue_name, payload, host=self.host, **options)
+        connection = connections[self.database]
+        begins = connection.get_autocommit()
+        with transaction.atomic(self.database) if begins else contextlib.nullcontext():
+            id = enqueue_in(connection, task.queue_name, payload, **options)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        return {'id': id, 'status': 'pending', 'payload': payload, 'created_at': now}
+
+    def get_result(self, result_id):
+        from django.db import connections
+        from django.tasks.exceptions import TaskResultDoesNotExist
+        client = default.client(self.host)
+        for _ in range(2):      # a job may move from the outbox to the engine between two looks
+            try:
+                job = client.job(result_id)
+            except Refused as error:
+                if error.status != 404:
+                    raise
+                job = self.database and Outbox(connections[self.database]).find(result_id)
+            if job:
+                return self._result(self._task(job), job)
+        raise TaskResultDoesNotExist(result_id)
+
+    def _task(self, job):
+        """The task that a job is for, with the queue and the priority of the job."""
+        priority = max(-100, min(100, job.get('priority', 0)))      # operators may set others
+        task = django_task(job['payload'])
+        return task.using(queue_name=job['queue'], priority=priority, backend=self.alias)
+
+    def _result(self, task, job):
+        from django.tasks import TaskResult, TaskResultStatus
+        attempts = job.get('attempts', [])
+        workers = [attempt['worker'] for attempt in attempts]
+        if job['status'] == 'running':
+            workers.append(job['worker'])
+        unknown = job.get('attempt', 0) - len(workers)      # the engine keeps the last ten
+        result = TaskResult(
+            task=task,
+            id=job['id'],
+            status=TaskResultStatus[DJANGO_STATUSES[job['status']]],
+            enqueued_at=django_time(job.get('created_at')),
+            started_at=django_time((attempts or [job])[0].get('started_at')),
+            last_attempted_at=django_time(job.get('started_at')),
+            finished_at=django_time(job.get('finished_at')),
+            args=job['payload'].get('args', []),
+            kwargs=job['payload'].get('kwargs', {}),
+            backend=self.alias,
+            errors=django_errors(job),
+            worker_ids=[''] * unknown + workers,
+        )
+        object.__setattr__(result, '_return_value', job.get('result'))
+        return result
+
+    def handler(self):
+        """A function that runs the tasks of a queue."""
+        def run_task(payload):
+            function, args, kwargs = self.resolve(payload)
+            return as_handler(function)(*args, **kwargs)
+
+        run_task.rundown_resolve = self.resolve
+        return run_task
+
+    def resolve(self, payload):
+        """The function that runs a payload's task, async if the task is, and its arguments."""
+        task = django_task(payload)
+        is_async = inspect.iscoroutinefunction(task.func)
+        return self.arun if is_async else self.run, [task, job()], {}
+
+    def run(self, task, job):
+        from django.db import close_old_connections
+        from django.tasks.signals import task_finished, task_started
+        close_old_connections()
+        try:
+            result = self._result(self._task(job), job)
+            task_started.send(type(self), task_result=result)
+            try:
+                set_django_result(result, task.func(*django_args(result), **result.kwargs))
+            except BaseException as error:
+                if set_django_error(result, error):
+                    task_finished.send_robust(type(self), task_result=result)
+                raise
+            # robust: a receiver that fails must not have the task run again
+            task_finished.send_robust(type(self), task_result=result)
+            return result.return_value
+        finally:
+            close_old_connections()
+
+    async def arun(self, task, job):
+        from asgiref.sync import sync_to_async
+        from django.db import close_old_connections
+        from django.tasks.signals import task_finished, task_started
+        await sync_to_async(close_old_connections)()
+        try:
+            result = self._result(self._task(job), job)
+            await task_started.asend(type(self), task_result=result)
+            try:
+                set_django_result(result, await task.func(*django_args(result), **result.kwargs))
+            except BaseException as error:
+                if set_django_error(result, error):
+                    await task_finished.asend_robust(type(self), task_result=result)
+                raise
+            await task_finished.asend_robust(type(self), task_result=result)
+            return result.return_value
+        finally:
+            await sync_to_async(close_old_connections)()
+
+
+def django_payload(task, args, kwargs):
+    from django.utils.json import normalize_json
+    return {
+        'task': task.module_path,
+        'args': normalize_json(args),
+        'kwargs': normalize_json(kwargs),
+    }
+
+
+def django_task(payload):
+    from django.tasks import Task
+    from django.utils.module_loading import import_string
+    name = payload.get('task') if isinstance(payload, dict) else None
+    if not isinstance(name, str):
+        raise Abort('the payload of a task must be {"task": "its name", "args": [...], ...}')
+    task = import_string(name)
+    if not isinstance(task, Task):
+        raise Abort(f'{name} is not a task of Django')
+    return task
+
+
+def django_time(text):
+    """The datetime of a time in the engine's JSON; naive if Django's times are."""
+    from django.conf import settings
+    from django.utils import timezone
+    if text is None:
+        return None
+    moment = datetime.datetime.fromisoformat(text)
+    return moment if settings.USE_TZ else timezone.make_naive(moment)
+
+
+def django_errors(job):
+    """A TaskError for each failed attempt; for a job that was cancelled, one for that."""
+    from django.tasks.base import TaskError
+    texts = [attempt['error'] for attempt in job.get('attempts', []) if attempt.get('error')]
+    if job['status'] == 'failed':
+        texts[-1:] = [job['error'] or 'failed']         # the whole text
+    elif job['status'] == 'cancelled':
+        texts.append(job['error'] or 'cancelled')
+    return [TaskError(exception_class_path=exception_path(text), traceback=text) for text in texts]
+
+
+def exception_path(error_text):
+    """The exception's class, as module.name, in a traceback's last line; Error if there is none."""
+    found = re.findall(r'^ .*\n([A-Za-z_][\w.]*)(?=:|$)', error_text, re.MULTILINE)
+    name = found[-1] if found else 'Error'
+    if '.' in name:
+        return name
+    return f'builtins.{name}' if hasattr(builtins, name) else f'{__name__}.{name}'
+
+
+def django_args(result):
+    from django.tasks import TaskContext
+    context = [TaskContext(task_result=result)] if result.task.takes_context else []
+    return context + result.args
+
+
+def set_django_result(result, value):
+    from django.tasks import TaskResultStatus
+    from django.utils import timezone
+    from django.utils.json import normalize_json
+    try:
+        value = normalize_json(value)
+    except (TypeError, ValueError) as error:
+        raise Abort(f'the return value is not JSON: {error}') from None
+    object.__setattr__(result, '_return_value', value)
+    object.__setattr__(result, 'finished_at', timezone.now())
+    object.__setattr__(result, 'status', TaskResultStatus.SUCCESSFUL)
+
+
+def set_django_error(result, error):
+    """Note a failure in a result. False if another attempt follows."""
+    from django.tasks import TaskResultStatus
+    from django.tasks.base import TaskError
+    from django.utils import timezone
+    claim = current.get()
+    is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
+    is_retried = claim.job['retries'] < claim.job['max_retries'] and not isinstance(error, Abort)
+    if is_lost or is_retried:
+        return False
+    text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
+    result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
+    object.__setattr__(result, 'finished_at', timezone.now())
+    object.__setattr__(result, 'status', TaskResultStatus.FAILED)
+    return True
+
+
+def django_backend():
+    """The class DjangoBackend."""
+    from django.tasks.backends.base import BaseTaskBackend
+
+    class DjangoBackend(DjangoTasks, BaseTaskBackend):
+        __doc__ = DjangoTasks.__doc__
+        __qualname__ = 'DjangoBackend'
+
+    return DjangoBackend
+
+
+if not TYPE_CHECKING:       # a checker would take any name for one that is here
+    def __getattr__(name):
+        """DjangoBackend is made when it is asked for, so that only those import Django who use it."""
+        if name != 'DjangoBackend':
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        try:
+            globals()[name] = django_backend()
+        except ImportError as error:
+            raise AttributeError(f'DjangoBackend needs Django 6.0 or newer: {error}') from error
+        return globals()[name]
+
+
+def command_django(client, options):
+    """Work on Django's tasks, and forward what is in the outboxes of their backends."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        import django
+        from django.db import connections
+        from django.tasks import task_backends
+    except ImportError as error:
+        raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
+    if not os.environ.get('DJANGO_SETTINGS_MODULE'):
+        raise Misuse("DJANGO_SETTINGS_MODULE has to name the project's settings")
+    django.setup()
+    backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
+    if not backends:
+        raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
+    for backend in backends:
+        for queue in options.queues or sorted(backend.queues):
+            if (queue, backend.host) not in default.registered:
+                default.queue(queue, host=backend.host)(backend.handler())
+    if not default.registered:
+        raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
+    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
+    with contextlib.ExitStack() as forwarders:
+        for database, host in outboxes:
+            connect = functools.partial(connections.create_connection, database)
+            if options.burst:
+                forward(connect, host)      # before the worker finds that nothing is due
+            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
+            forwarders.enter_context(forwarder)
+        default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
 # -- Testing ---------------------------------------------------------------------------------------
@@ -3399,7 +3843,7 @@ class Testing:
     def advance(self, seconds: float | datetime.timedelta) -> None:
         """Move the engine's clock on; what is due by then becomes available at once."""
         self.seconds += in_seconds(seconds)
-        self.server.tick()
+        self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Work off what is due, as run(burst=True) does.
@@ -3696,6 +4140,10 @@ COMMANDS = [
         argument('file'),
         seconds_argument(
             '--keep', default=0, help='keep what was sent for so long, for a standby'),
+    ]),
+    Command('django', command_django, 'work on the tasks of a Django project', [
+        argument('queues', nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
+        *WORKER_OPTIONS,
     ]),
     Command('demo', command_demo, 'hash files as jobs of an engine of its own', [
         argument('folder', metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__)),
