@@ -75,6 +75,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import builtins
 import collections
 import contextlib
 import contextvars
@@ -113,7 +114,18 @@ import types
 import urllib.parse
 import urllib.request
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Generic, Iterable, Iterator, NamedTuple, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Generic,
+    Iterable,
+    Iterator,
+    NamedTuple,
+    TypeVar,
+    overload,
+)
 
 __all__ = [
     'Abort',
@@ -191,6 +203,7 @@ PACE_WEIGHT = 0.25          # weight of the last job in the average time of a jo
 MAX_STDOUT = 1 << 20        # bytes of a program's output
 TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
 OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
+DJANGO_OUTBOX_INTERVAL = 0.2    # the same of the worker of a Django project
 OUTBOX_BURST = 60           # seconds after a write in which there are more of them
 OUTBOX_BURST_INTERVAL = 0.05    # seconds between two looks in that time
 OUTBOX_PAGE = 500           # rows that are looked at together
@@ -3238,7 +3251,7 @@ class Testing:
     def advance(self, seconds: float) -> None:
         """Move the engine's clock on; it sees at once what is due by then."""
         self.seconds += seconds
-        self.server.tick()
+        self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
@@ -3654,6 +3667,15 @@ class Outbox:
         if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # a look takes no write lock
             self.execute(f'DELETE {where}', latest)
 
+    def find(self, id):
+        """The job with this id, with the fields that are known here; None if it is not here."""
+        rows = self.execute('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
+        for text, error in rows:
+            fields = json.loads(text)
+            if fields['id'] == id:
+                return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
+        return None
+
     def commit(self):
         self.connection.commit()
 
@@ -3809,16 +3831,18 @@ def set_aside(outbox, number, error):
 
 @contextlib.contextmanager
 def forwarding(
-    connect: Callable[[], Any], host: str | None = None, keep: float = 0,
+    connect: Callable[[], Any],
+    host: str | None = None,
+    keep: float = 0,
+    interval: float = OUTBOX_INTERVAL,
 ) -> Iterator[None]:
-    """forward() in a thread during the block.
+    """forward() in a thread during the block. connect() is called in that thread.
 
-    What this process commits is sent within 100 ms, the rest every second. connect() is called in
-    that thread.
+    What this process commits is sent within 100 ms, the rest every `interval` seconds.
     """
     stopping = threading.Event()
     thread = threading.Thread(
-        target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)
+        target=keep_forwarding, args=(connect, host, keep, interval, stopping), daemon=True)
     thread.start()
     try:
         yield
@@ -3827,7 +3851,7 @@ def forwarding(
         thread.join(REPORT_GRACE)           # jobs that are not sent by then are sent next time
 
 
-def keep_forwarding(connect, host, keep, stopping):
+def keep_forwarding(connect, host, keep, interval, stopping):
     """Forward until `stopping` is set, and a last time then. Connect again after each failure."""
     failures = 0
     is_last = False
@@ -3841,7 +3865,7 @@ def keep_forwarding(connect, host, keep, stopping):
                     client = default.client(host)
                     forward_pending(outbox, client, client.send, keep)
                     failures = 0
-                    wait_for_commits(stopping)
+                    wait_for_commits(interval, stopping)
         except Exception as error:      # the database's or the engine's
             if not failures:
                 note(logging.WARNING,
@@ -3850,9 +3874,9 @@ def keep_forwarding(connect, host, keep, stopping):
             is_last = stopping.wait(retry_pause(failures))
 
 
-def wait_for_commits(stopping):
+def wait_for_commits(interval, stopping):
     """Wait until it is worth looking into the outbox again, or `stopping` is set."""
-    deadline = time.monotonic() + OUTBOX_INTERVAL
+    deadline = time.monotonic() + interval
     while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
         if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
             return
@@ -3869,6 +3893,302 @@ def command_forward(client, options):
     with contextlib.suppress(KeyboardInterrupt), forwarder:
         while True:
             time.sleep(1)
+
+
+# -- Django ----------------------------------------------------------------------------------------
+DJANGO_STATUSES = {     # of a job -> of Django's TaskResult
+    'pending': 'READY',
+    'running': 'RUNNING',
+    'done': 'SUCCESSFUL',
+    'failed': 'FAILED',
+    'cancelled': 'FAILED',
+}
+
+
+class DjangoTasks:
+    """A backend for Django's tasks. DjangoBackend is this class and Django's BaseTaskBackend.
+
+    With `"OPTIONS": {"outbox": True}` (or the alias of a database) jobs are written into the
+    transaction that is open there, or into one of their own. Other options are `host`, `timeout`
+    and `max_retries`. A task is READY again while it waits for a retry.
+    """
+
+    supports_defer = True
+    supports_async_task = True
+    supports_get_result = True
+    supports_priority = True
+
+    def __init__(self, alias, params):
+        super().__init__(alias, params)
+        self.job_options = dict(self.options)
+        outbox = self.job_options.pop('outbox', False)
+        self.database = 'default' if outbox is True else outbox or None     # None: no outbox
+        self.host = self.job_options.pop('host', None)
+        unknown = sorted(set(self.job_options) - {'max_retries', 'timeout'})
+        if unknown:
+            from django.core.exceptions import ImproperlyConfigured
+            raise ImproperlyConfigured(f'TASKS[{alias!r}]: there is no option {unknown[0]!r}')
+
+    def enqueue(self, task, args, kwargs):
+        from django.tasks.signals import task_enqueued
+        self.validate_task(task)
+        payload = django_payload(task, args, kwargs)
+        result = self._result(task, self._enqueue(task, payload))
+        task_enqueued.send(type(self), task_result=result)
+        return result
+
+    def _enqueue(self, task, payload):
+        """The job, with few fields if it is in an outbox."""
+        from django.db import connections, transaction
+        options = {**self.job_options, 'priority': task.priority, 'run_at': task.run_after}
+        if self.database is None:
+            return default.enqueue(task.queue_name, payload, host=self.host, **options)
+        connection = connections[self.database]
+        begins = connection.get_autocommit()
+        with transaction.atomic(self.database) if begins else contextlib.nullcontext():
+            id = enqueue_in(connection, task.queue_name, payload, **options)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+        return {'id': id, 'status': 'pending', 'payload': payload, 'created_at': now}
+
+    def get_result(self, result_id):
+        from django.db import connections
+        from django.tasks.exceptions import TaskResultDoesNotExist
+        client = default.client(self.host)
+        for _ in range(2):      # a job may move from the outbox to the engine between two looks
+            try:
+                job = client.job(result_id)
+            except Refused as error:
+                if error.status != 404:
+                    raise
+                job = self.database and Outbox(connections[self.database]).find(result_id)
+            if job:
+                return self._result(self._task(job), job)
+        raise TaskResultDoesNotExist(result_id)
+
+    def _task(self, job):
+        """The task that a job is for, with the queue and the priority of the job."""
+        priority = max(-100, min(100, job.get('priority', 0)))      # operators may set others
+        task = django_task(job['payload'])
+        return task.using(queue_name=job['queue'], priority=priority, backend=self.alias)
+
+    def _result(self, task, job):
+        from django.tasks import TaskResult, TaskResultStatus
+        attempts = job.get('attempts', [])
+        workers = [attempt['worker'] for attempt in attempts]
+        if job['status'] == 'running':
+            workers.append(job['worker'])
+        unknown = job.get('attempt', 0) - len(workers)      # the engine keeps the last ten
+        result = TaskResult(
+            task=task,
+            id=job['id'],
+            status=TaskResultStatus[DJANGO_STATUSES[job['status']]],
+            enqueued_at=django_time(job.get('created_at')),
+            started_at=django_time((attempts or [job])[0].get('started_at')),
+            last_attempted_at=django_time(job.get('started_at')),
+            finished_at=django_time(job.get('finished_at')),
+            args=job['payload'].get('args', []),
+            kwargs=job['payload'].get('kwargs', {}),
+            backend=self.alias,
+            errors=django_errors(job),
+            worker_ids=[''] * unknown + workers,
+        )
+        object.__setattr__(result, '_return_value', job.get('result'))
+        return result
+
+    def handler(self):
+        """A function that runs the tasks of a queue."""
+        def run_task(payload):
+            function, args, kwargs = self.resolve(payload)
+            return as_handler(function)(*args, **kwargs)
+
+        run_task.rundown_resolve = self.resolve
+        return run_task
+
+    def resolve(self, payload):
+        """The function that runs a payload's task, async if the task is, and its arguments."""
+        task = django_task(payload)
+        is_async = inspect.iscoroutinefunction(task.func)
+        return self.arun if is_async else self.run, [task, job()], {}
+
+    def run(self, task, job):
+        from django.db import close_old_connections
+        from django.tasks.signals import task_finished, task_started
+        close_old_connections()
+        try:
+            result = self._result(self._task(job), job)
+            task_started.send(type(self), task_result=result)
+            try:
+                set_django_result(result, task.func(*django_args(result), **result.kwargs))
+            except BaseException as error:
+                if set_django_error(result, error):
+                    task_finished.send_robust(type(self), task_result=result)
+                raise
+            # robust: a receiver that fails must not have the task run again
+            task_finished.send_robust(type(self), task_result=result)
+            return result.return_value
+        finally:
+            close_old_connections()
+
+    async def arun(self, task, job):
+        from asgiref.sync import sync_to_async
+        from django.db import close_old_connections
+        from django.tasks.signals import task_finished, task_started
+        await sync_to_async(close_old_connections)()
+        try:
+            result = self._result(self._task(job), job)
+            await task_started.asend(type(self), task_result=result)
+            try:
+                set_django_result(result, await task.func(*django_args(result), **result.kwargs))
+            except BaseException as error:
+                if set_django_error(result, error):
+                    await task_finished.asend_robust(type(self), task_result=result)
+                raise
+            await task_finished.asend_robust(type(self), task_result=result)
+            return result.return_value
+        finally:
+            await sync_to_async(close_old_connections)()
+
+
+def django_payload(task, args, kwargs):
+    from django.utils.json import normalize_json
+    return {
+        'task': task.module_path,
+        'args': normalize_json(args),
+        'kwargs': normalize_json(kwargs),
+    }
+
+
+def django_task(payload):
+    from django.tasks import Task
+    from django.utils.module_loading import import_string
+    name = payload.get('task') if isinstance(payload, dict) else None
+    if not isinstance(name, str):
+        raise Abort('the payload of a task must be {"task": "its name", "args": [...], ...}')
+    task = import_string(name)
+    if not isinstance(task, Task):
+        raise Abort(f'{name} is not a task of Django')
+    return task
+
+
+def django_time(text):
+    """The datetime of a time in the engine's JSON; naive if Django's times are."""
+    from django.conf import settings
+    from django.utils import timezone
+    if text is None:
+        return None
+    moment = datetime.datetime.fromisoformat(text)
+    return moment if settings.USE_TZ else timezone.make_naive(moment)
+
+
+def django_errors(job):
+    """A TaskError for each failed attempt; for a job that was cancelled, one for that."""
+    from django.tasks.base import TaskError
+    texts = [attempt['error'] for attempt in job.get('attempts', []) if attempt.get('error')]
+    if job['status'] == 'failed':
+        texts[-1:] = [job['error'] or 'failed']         # the whole text
+    elif job['status'] == 'cancelled':
+        texts.append(job['error'] or 'cancelled')
+    return [TaskError(exception_class_path=exception_path(text), traceback=text) for text in texts]
+
+
+def exception_path(error_text):
+    """The exception's class, as module.name, in a traceback's last line; Error if there is none."""
+    found = re.findall(r'^ .*\n([A-Za-z_][\w.]*)(?=:|$)', error_text, re.MULTILINE)
+    name = found[-1] if found else 'Error'
+    if '.' in name:
+        return name
+    return f'builtins.{name}' if hasattr(builtins, name) else f'{__name__}.{name}'
+
+
+def django_args(result):
+    from django.tasks import TaskContext
+    context = [TaskContext(task_result=result)] if result.task.takes_context else []
+    return context + result.args
+
+
+def set_django_result(result, value):
+    from django.tasks import TaskResultStatus
+    from django.utils import timezone
+    from django.utils.json import normalize_json
+    try:
+        value = normalize_json(value)
+    except (TypeError, ValueError) as error:
+        raise Abort(f'the return value is not JSON: {error}') from None
+    object.__setattr__(result, '_return_value', value)
+    object.__setattr__(result, 'finished_at', timezone.now())
+    object.__setattr__(result, 'status', TaskResultStatus.SUCCESSFUL)
+
+
+def set_django_error(result, error):
+    """Note a failure in a result. False if another attempt follows."""
+    from django.tasks import TaskResultStatus
+    from django.tasks.base import TaskError
+    from django.utils import timezone
+    claim = current.get()
+    is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
+    is_retried = claim.job['retries'] < claim.job['max_retries'] and not isinstance(error, Abort)
+    if is_lost or is_retried:
+        return False
+    text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
+    result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
+    object.__setattr__(result, 'finished_at', timezone.now())
+    object.__setattr__(result, 'status', TaskResultStatus.FAILED)
+    return True
+
+
+def django_backend():
+    """The class DjangoBackend."""
+    from django.tasks.backends.base import BaseTaskBackend
+
+    class DjangoBackend(DjangoTasks, BaseTaskBackend):
+        __doc__ = DjangoTasks.__doc__
+        __qualname__ = 'DjangoBackend'
+
+    return DjangoBackend
+
+
+if not TYPE_CHECKING:       # a checker would take any name for one that is here
+    def __getattr__(name):
+        """DjangoBackend is made when it is asked for, so that only those import Django who use it."""
+        if name != 'DjangoBackend':
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        try:
+            globals()[name] = django_backend()
+        except ImportError as error:
+            raise AttributeError(f'DjangoBackend needs Django 6.0 or newer: {error}') from error
+        return globals()[name]
+
+
+def command_django(client, options):
+    """Work on Django's tasks, and forward what is in the outboxes of their backends."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        import django
+        from django.db import connections
+        from django.tasks import task_backends
+    except ImportError as error:
+        raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
+    if not os.environ.get('DJANGO_SETTINGS_MODULE'):
+        raise Misuse("DJANGO_SETTINGS_MODULE has to name the project's settings")
+    django.setup()
+    backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
+    if not backends:
+        raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
+    for backend in backends:
+        for queue in options.queues or sorted(backend.queues):
+            if (queue, backend.host) not in default.registered:
+                default.queue(queue, host=backend.host)(backend.handler())
+    if not default.registered:
+        raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
+    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
+    with contextlib.ExitStack() as forwarders:
+        for database, host in outboxes:
+            connect = functools.partial(connections.create_connection, database)
+            if options.burst:
+                forward(connect, host)      # before the worker finds that nothing is due
+            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
+            forwarders.enter_context(forwarder)
+        default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
 # -- Command line -----------------------------------------------------------------------------------------------------
@@ -3973,6 +4293,7 @@ COMMANDS = [    # name, function, arguments, what it does
     ('run', command_run, f'tasks {WORK}', 'import tasks, and work on them'),
     ('exec', command_exec, f'queue program --timeout --text {WORK}', 'run a program for each job of a queue'),
     ('forward', command_forward, 'file --keep', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT'),
+    ('django', command_django, f'queues {WORK}', "work on the tasks of a Django project"),
     ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own')]
 ARGUMENTS = {   # what is not plain text; of one command alone where that is named
     **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS), '--grace': dict(SECONDS, default=GRACE),
@@ -3984,6 +4305,7 @@ ARGUMENTS = {   # what is not plain text; of one command alone where that is nam
     'status --wait': dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
     '--minutes': dict(FLAG, help='with counts of the last hour'), 'program': dict(nargs='+', metavar='PROGRAM'),
     '--burst': dict(FLAG, help='work off what is due, and end'), '--text': dict(FLAG, help='a string as it is'),
+    'queues': dict(nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
     '--keep': dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
     'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))}
 

@@ -312,7 +312,7 @@ class ClockedEngine(Api):
     def advance(self, seconds):
         """Lets time pass, and the engine see that it has."""
         self.clock.move(seconds)
-        self.server.tick()
+        self.server.run_due_now()
 
     def stop(self):
         self.server.shutdown()
@@ -583,12 +583,12 @@ DRAWN = {
 
 
 def test_the_engine_s_table_of_transitions_is_what_is_drawn():
-    rows = {(call, before): after.split() for call, (sources, after) in rundown_engine.TRANSITIONS.items()
-            for before in sources.split()}
+    rows = {(call, before): list(rule.targets) for call, rule in rundown_engine.TRANSITIONS.items() for before in rule.sources}
     assert {row: rows[row] for row in DRAWN if row[0] != "fail"} == {
         row: [after] for row, after in DRAWN.items() if row[0] != "fail"}
     assert rows["fail", "running"] == rows["lose", "running"] == ["pending", "failed"] and rows["poll", "pending"] == ["running"]
     others = {("purge", status): [] for status in STATUSES if status != "running"}
+    others["unblock", "pending"] = ["pending"]
     assert {row: after for row, after in rows.items() if row not in DRAWN and row[0] not in ("poll", "lose")} == others
 
 
@@ -1218,7 +1218,7 @@ def test_a_jump_of_the_wall_clock_neither_expires_nor_freezes_a_lease(clocked, q
     clocked.enqueue(q)
     claim = clocked.poll(q, lease=10)
     clocked.clock.wall += leap
-    clocked.server.tick()
+    clocked.server.run_due_now()
     assert clocked.tell("heartbeat", claim)[0] == 200
     clocked.advance(9.9)
     assert clocked.job(claim)["status"] == "running"
@@ -1229,7 +1229,7 @@ def test_a_jump_of_the_wall_clock_neither_expires_nor_freezes_a_lease(clocked, q
 def test_a_wall_clock_set_back_freezes_no_pending_job(clocked, q):
     job = clocked.enqueue(q)
     clocked.clock.wall -= 3600
-    clocked.server.tick()
+    clocked.server.run_due_now()
     assert clocked.poll(q)["id"] == job["id"]
 
 
@@ -1283,7 +1283,7 @@ def test_a_sweep_and_a_complete_at_the_same_instant_have_one_winner(clocked, q):
         clocked.enqueue(q + str(number))
         claim = clocked.poll(q + str(number), lease=1)
         clocked.clock.move(1)
-        with meanwhile(clocked.server.tick) as sweep:
+        with meanwhile(clocked.server.run_due_now) as sweep:
             code, _ = clocked.tell("complete", claim)
             sweep.result(10)
         assert (code, clocked.job(claim)["status"]) in [(200, "done"), (409, "pending")]
@@ -1666,7 +1666,7 @@ def test_a_long_chain_is_cancelled_in_bounded_steps(own, q):
 
 
 def test_a_cancelled_chain_goes_on_being_cancelled_after_kill_9(own, q):
-    engine, length = own(constants={"STEP": 1, "TICK": 0.05}), 300
+    engine, length = own(constants={"BATCH_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
     ids = ["%s-%d" % (q, number) for number in range(length)]
     engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
                                   for number, id in enumerate(ids)])
@@ -1822,7 +1822,7 @@ def test_a_limit_that_is_not_named_stays(engine, q):
 
 def test_a_limit_that_was_undone_with_its_transaction_stops_no_poll(clocked, q):
     clocked.server.store.limited.add(q)         # as after a commit that failed
-    clocked.server.store.polled[q] = 1
+    clocked.server.store.workers.last_polled[q] = 1
     assert clocked.poll(q) is None
     clocked.enqueue(q)
     assert clocked.poll(q)["attempt"] == 1
@@ -2438,7 +2438,7 @@ def cut_off(engine, data, trickle):
 
 
 def test_clients_that_stop_or_trickle_in_line_headers_or_body_are_cut_off(own, q):
-    engine = own(constants={"DEADLINE": 0.3})
+    engine = own(constants={"REQUEST_TIMEOUT": 0.3})
     data = enqueuing(engine, q)
     slow = [(data[:cut], trickle) for cut in (3, 40, -2) for trickle in (False, True)]
     with ThreadPoolExecutor(6) as pool:
@@ -2448,7 +2448,7 @@ def test_clients_that_stop_or_trickle_in_line_headers_or_body_are_cut_off(own, q
 
 @beside
 def test_a_client_that_never_reads_is_cut_off(own, q):
-    engine = own(constants={"DEADLINE": 0.3})
+    engine = own(constants={"REQUEST_TIMEOUT": 0.3})
     job = engine.enqueue(q, "x" * 7000000)
     with socket.create_connection((engine.host, engine.port), timeout=10) as connection:
         connection.sendall(request(engine, "GET /jobs/%s HTTP/1.1" % job["id"]) * 8)
@@ -2667,7 +2667,7 @@ def no_room(engine):
 
 def survives(own, q, trouble):
     """A worker heartbeats through trouble of several leases. The job is its own, until it falls silent for another one."""
-    engine = own(constants={"TICK": 0.1, "GRACE": 0.2, "BUSY": 0.1})
+    engine = own(constants={"CLOCK_CHECK_INTERVAL": 0.1, "GRACE": 0.2, "LOCK_TIMEOUT": 0.1})
     engine.enqueue(q, timeout=100)
     claim, codes = engine.poll(q, lease=1.2), set()
     with trouble(engine):
@@ -2699,7 +2699,7 @@ def test_a_disk_that_fails_for_longer_than_a_lease_costs_no_worker_its_job(own, 
 
 
 def test_after_a_sync_that_failed_the_log_is_written_out_before_anything_is_acknowledged(own, q):
-    engine = own(constants={"TICK": 60})
+    engine = own(constants={"CLOCK_CHECK_INTERVAL": 60})
     engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 1000}] * 300)
     log = engine.folder / "jobs.db-wal"
     assert log.stat().st_size > 300000
@@ -2712,7 +2712,7 @@ def test_after_a_sync_that_failed_the_log_is_written_out_before_anything_is_ackn
 
 @pytest.mark.skipif(not LINUX, reason="fills the disk by prlimit")
 def test_a_poll_that_ends_while_nothing_can_be_stored_is_not_handed_what_was_taken_back(own, q):
-    engine = own(constants={"TICK": 5})
+    engine = own(constants={"CLOCK_CHECK_INTERVAL": 5})
     with ThreadPoolExecutor(1) as pool:
         sleeper = pool.submit(engine.poll, q, wait=1)
         time.sleep(0.3)
@@ -2748,7 +2748,7 @@ def test_a_poll_claims_what_fits_into_an_answer_and_one_at_least(own, q):
 
 
 def test_parked_polls_for_which_there_was_no_room_get_their_jobs_after_all(own, q):
-    engine = own(constants={"MAX_ANSWER": 10000})
+    engine = own(constants={"MAX_RESPONSE": 10000})
     with waiting(engine, q, 5) as polls:
         engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 8000} for _ in range(5)])
         assert len({poll.result(5)["id"] for poll in polls}) == 5
@@ -2942,7 +2942,7 @@ def test_ten_thousand_waiting_polls_cost_little(own, q):
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
     with files(2500), contextlib.ExitStack() as stack:
-        engine = own(constants={"DEADLINE": 2, "IDLE": 2, "LINGER": 2})
+        engine = own(constants={"REQUEST_TIMEOUT": 2, "KEEP_ALIVE_TIMEOUT": 2, "LINGER": 2})
         job = engine.enqueue(q, "x" * (5 << 20))
         lazy = []
         for number in range(600):
@@ -3005,11 +3005,11 @@ def test_a_parked_poll_whose_transaction_failed_gets_its_job_when_the_storage_is
     clocked.post("/enqueue", jobs=[{"queue": q}, {"queue": q}])
     assert clocked.poll(q)
     with meanwhile(clocked.poll, q, wait=20) as second:
-        until(lambda: clocked.server.loop.parked)
+        until(lambda: clocked.server.loop.waiters.by_topic)
         with contextlib.suppress(rundown_engine.Unavailable):       # it is in that transaction, too
             clocked.advance(2)
         until(lambda: not failures)
-        until(lambda: clocked.server.store.database.trouble is None)
+        until(lambda: clocked.server.store.database.last_storage_error is None)
         clocked.advance(1)
         assert second.result(5)["queue"] == q
 
@@ -3127,30 +3127,31 @@ def test_requests_in_one_packet_are_answered_in_their_order_even_if_the_first_is
 FAULTY = """
 import os, sys
 import rundown_engine as e
-complete, made, once = e.Store.complete, e.Store._new, e.Loop._pass
-def spoil(store, ask):
-    if ask.get("result") in ('"spoil"', '"refuse"'):
-        store.db.execute("UPDATE jobs SET priority = 99 WHERE id = ?", (ask["id"],))
-        raise KeyError("a mistake") if ask["result"] == '"spoil"' else e.Stale("not now")
-    return complete(store, ask)
-def new(store, ask):
-    return {}[ask["tag"]] if ask.get("tag") == "spoil" else made(store, ask)
-def one_pass(loop):
+complete, made, once = e.Claims.complete, e.Producers._new_row, e.EventLoop._run_once
+def spoil(claims, tx, params):
+    if params.get("result") in ('"spoil"', '"refuse"'):
+        tx.execute("UPDATE jobs SET priority = 99 WHERE id = ?", (params["id"],))
+        raise KeyError("a mistake") if params["result"] == '"spoil"' else e.Conflict("not now")
+    if params.get("result") == '"deep"':
+        e.micros("no number")
+    return complete(claims, tx, params)
+def new(producers, tx, item):
+    return {}[item["tag"]] if item.get("tag") == "spoil" else made(producers, tx, item)
+def run_once(loop):
     if os.path.exists("end"):
         raise RuntimeError("the loop is broken")
     once(loop)
-e.Loop._pass, e.Store._new = one_pass, new
-e.ROUTES["/complete"] = e.ROUTES["/complete"]._replace(handler=e.report(spoil))
+e.EventLoop._run_once, e.Producers._new_row, e.Claims.complete = run_once, new, spoil
 sys.exit(e.main())
 """
 
 
 @pytest.fixture
-def faulty(tmp_path):
+def faulty(tmp_path, request):
     """An engine with a mistake in an operation, and one in its loop as soon as there is a file `end`."""
     log = open(str(tmp_path / "engine.log"), "wb")
-    process = subprocess.Popen([sys.executable, "-c", FAULTY, "--db", "jobs.db", "--port", "0"], stdout=subprocess.PIPE,
-                               stderr=log, cwd=str(tmp_path), env=environment())
+    process = subprocess.Popen([sys.executable, "-c", FAULTY, "--db", "jobs.db", "--port", "0",
+                                *getattr(request, "param", ())], stdout=subprocess.PIPE, stderr=log, cwd=str(tmp_path), env=environment())
     api = Api(re.search(r"http://[\w.]+:\d+", process.stdout.readline().decode()).group())
     api.process, api.folder, api.database = process, tmp_path, tmp_path / "jobs.db"
     yield api
@@ -3172,6 +3173,21 @@ def test_a_fault_in_an_operation_is_its_own_500_and_undoes_no_neighbour(faulty, 
     assert (faulty.job(claims[3])["status"], faulty.job(claims[3])["priority"]) == ("running", 0)
     lines = (faulty.folder / "engine.log").read_text().splitlines()
     assert len(lines) == 1 and "a mistake" in lines[0]
+
+
+def test_a_bug_is_logged_in_one_line_that_names_the_innermost_place(faulty, q):
+    claim = claimed(faulty, q)
+    assert faulty.tell("complete", claim, result="deep")[0] == 500
+    line, = (faulty.folder / "engine.log").read_text().splitlines()
+    assert re.search(r"TypeError: .* \(in micros, rundown_engine.py line [0-9]+\)$", line), line
+
+
+@pytest.mark.parametrize("faulty", [["--verbose"]], indirect=True)
+def test_verbose_logs_the_whole_traceback_of_a_bug(faulty, q):
+    claim = claimed(faulty, q)
+    assert faulty.tell("complete", claim, result="deep")[0] == 500
+    text = (faulty.folder / "engine.log").read_text()
+    assert "Traceback (most recent call last)" in text and ", in spoil" in text and ", in micros" in text
 
 
 def test_a_fault_in_one_of_many_enqueues_at_a_time_is_its_own_500(faulty, q):
@@ -3209,7 +3225,7 @@ def test_an_outcome_that_is_sent_again_is_not_counted_again(engine, q):
 
 
 def test_thousands_of_queues_are_paged_summed_up_and_forgotten(own, q):
-    engine = own(constants={"PRUNE": 0.5, "RECENT": 0.5})
+    engine = own(constants={"RETENTION_INTERVAL": 0.5, "FORGET_QUEUE_AFTER": 0.5})
     engine.post("/enqueue", jobs=[{"queue": "q%05d" % number} for number in range(3000)])
     page = engine.get("/queues?limit=100&after=q00099")
     assert [queue["queue"] for queue in page["queues"]][::99] == ["q00100", "q00199"] and page["after"] == "q00199"
@@ -3732,7 +3748,7 @@ def test_a_full_disk_gets_503_acknowledges_nothing_and_recovers(own, q):
 @pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
 @beside
 def test_a_suspended_engine_gives_its_workers_a_grace_pass(own, q):
-    engine = own(constants={"TICK": 0.1, "GRACE": 0.5})
+    engine = own(constants={"CLOCK_CHECK_INTERVAL": 0.1, "GRACE": 0.5})
     engine.enqueue(q, timeout=100)
     claim = engine.poll(q, lease=0.7)
     suspended(engine, 1.2)
@@ -4577,7 +4593,7 @@ def test_https_with_a_private_certificate(https, q):
 
 @pytest.mark.skipif(not LINUX, reason="counts open files in /proc")
 def test_handshakes_that_stop_half_way_hold_nobody_up_and_end(https, q):
-    engine, cert = https(constants={"DEADLINE": 2})
+    engine, cert = https(constants={"REQUEST_TIMEOUT": 2})
     with contextlib.ExitStack() as stack:
         for _ in range(200):
             connection = stack.enter_context(socket.create_connection((engine.host, engine.port)))
@@ -5280,7 +5296,7 @@ def test_an_outcome_whose_reply_was_swallowed_is_sent_again_and_counts_once(engi
 
 @beside
 def test_an_outcome_is_kept_through_503_until_it_is_taken(own, work, q):
-    engine = own(constants={"BUSY": 0.2})
+    engine = own(constants={"LOCK_TIMEOUT": 0.2})
     job = engine.enqueue(q)
     worker = work(handler(q, "say('begun'); time.sleep(0.3); return 'kept'"), engine)
     until(worker.said)
@@ -6188,11 +6204,23 @@ POSTGRESQL = pytest.param(
     "postgresql", marks=pytest.mark.skipif(no_postgresql, reason="wants psycopg, PostgreSQL and root"))
 
 
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory):
+    """A dict of databases by their kind: one cluster of PostgreSQL serves all tests."""
+    class Shops(dict):
+        def __missing__(self, kind):
+            self[kind] = Outboxes(tmp_path_factory.mktemp("shop"), kind)
+            return self[kind]
+
+    shops = Shops()
+    yield shops
+    for shop in shops.values():
+        shop.stop()
+
+
 @pytest.fixture(scope="module", params=["sqlite", POSTGRESQL])
-def shop(request, tmp_path_factory):
-    shop = Outboxes(tmp_path_factory.mktemp("shop"), request.param)
-    yield shop
-    shop.stop()
+def shop(request, shops):
+    return shops[request.param]
 
 
 @pytest.fixture
@@ -6569,6 +6597,325 @@ def test_the_command_line_forwards_a_sqlite_file(engine, tmp_path, q):
     assert forwarder.wait(10) == 0
 
 
+# -- SDK: Django ----------------------------------------------------------------------------------
+
+try:
+    import django
+except ImportError:
+    django = None
+
+DJANGO_PROJECT = {
+    "settings.py": """
+        DATABASES = {"default": %(database)r, "other": %(other)r}
+        INSTALLED_APPS = ["shop"]
+        ROOT_URLCONF = "shop.urls"
+        SECRET_KEY = "secret"
+        USE_TZ = True
+        BACKEND = "rundown_workers.DjangoBackend"
+        QUEUES = ["default", "mail"]
+        TASKS = {
+            "default": {"BACKEND": BACKEND, "OPTIONS": {"outbox": True}, "QUEUES": QUEUES},
+            "second": {"BACKEND": BACKEND, "OPTIONS": {"outbox": "other"}, "QUEUES": QUEUES},
+            "direct": {"BACKEND": BACKEND, "OPTIONS": {"max_retries": 1}, "QUEUES": QUEUES},
+        }
+    """,
+    "shop/__init__.py": "",
+    "shop/models.py": """
+        from django.db import models
+
+        class Order(models.Model):
+            name = models.CharField(max_length=100)
+
+            class Meta:
+                app_label = "shop"
+    """,
+    "shop/tasks.py": """
+        from django.core.signals import request_started
+        from django.db import connection
+        from django.dispatch import receiver
+        from django.tasks import signals, task
+        import rundown_workers as rw
+        from shop.models import Order
+
+        @task
+        def add(a, b=0):
+            return a + b
+
+        @task
+        async def aadd(a, b=0):
+            return [a + b, await Order.objects.filter(name="none").acount()]
+
+        @task(queue_name="mail", takes_context=True)
+        def show_context(context, *args):
+            result = context.task_result
+            return [context.attempt, result.task.queue_name, result.task.priority, result.status, args]
+
+        @task(takes_context=True)
+        def fail_once(context):
+            if context.attempt == 1:
+                raise rw.Retry("not yet", delay=0)
+            return context.attempt
+
+        class Unhappy(Exception):
+            pass
+
+        @task
+        def fail():
+            raise rw.Abort("never") from Unhappy("with\\ntwo lines")
+
+        @task
+        def fail_always(seconds=0):
+            raise Unhappy("with\\ntwo lines")
+
+        @task
+        def count_orders(name):
+            return Order.objects.filter(name=name).count()
+
+        @task
+        def leave_connection_open():
+            Order.objects.count()
+            return connection.connection is not None
+
+        @task
+        def see_connection():
+            return connection.connection is not None
+
+        @task
+        def return_set():
+            return {1}
+
+        def not_a_task():
+            pass
+
+        seen = []
+
+        @receiver([signals.task_enqueued, signals.task_started, signals.task_finished])
+        def note(sender, signal, task_result, **more):
+            names = {id(signals.task_enqueued): "enqueued", id(signals.task_started): "started"}
+            name = names.get(id(signal), "finished")
+            seen.append([name, task_result.id, task_result.status, task_result.attempts, sender.__name__])
+
+        @task
+        def signals_of(ids):
+            return [line for line in seen if line[1] in ids]
+    """,
+    "shop/urls.py": """
+        from django.db import transaction
+        from django.http import HttpResponse
+        from django.urls import path
+        from shop.models import Order
+        from shop.tasks import count_orders
+
+        def buy(request, name):
+            with transaction.atomic():
+                Order.objects.create(name=name)
+                result = count_orders.enqueue(name)
+                if name.startswith("bad"):
+                    raise ValueError(result.id)
+            return HttpResponse(result.id)
+
+        urlpatterns = [path("buy/<name>", buy)]
+    """,
+}
+DJANGO_SHELL = """
+import asyncio, contextlib, datetime, io, json, sys, time, traceback
+import django
+django.setup()
+from django.db import connections, transaction
+from django.tasks import task_backends
+from django.test import Client
+from shop import tasks
+from shop.models import Order
+
+def ended(result, seconds=15):
+    deadline = time.monotonic() + seconds
+    while not result.is_finished and time.monotonic() < deadline:
+        time.sleep(0.02)
+        result.refresh()
+    return result
+
+names = globals()
+out, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    names["answer"] = None
+    try:
+        exec(json.loads(line), names)
+        report = [True, names["answer"]]
+    except BaseException:
+        report = [False, traceback.format_exc()]
+    print(json.dumps(report), file=out, flush=True)
+"""
+
+
+class Site:
+    """A Django project, a process of it that executes source, and a worker."""
+
+    def __init__(self, folder, shop, url):
+        names = dict(database=self.database(shop, "shop"), other=self.database(shop, "other"))
+        for name, source in DJANGO_PROJECT.items():
+            file = folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(textwrap.dedent(source % names if name == "settings.py" else source))
+        env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": os.pathsep.join([str(folder), str(HERE)]),
+               "RUNDOWN_URL": url}
+        options = dict(env=environment(env), cwd=str(folder), text=True)
+        self.shell = subprocess.Popen(
+            [sys.executable, "-c", DJANGO_SHELL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+        self.log = open(str(folder / "worker.log"), "w+")
+        self.run("""
+            for alias in "default", "other":
+                with connections[alias].schema_editor() as editor:
+                    editor.create_model(Order)""")
+        self.worker = subprocess.Popen([*main_of(rw, {}), "django", "--concurrency", "2"], stderr=self.log, **options)
+
+    @staticmethod
+    def database(shop, name):
+        if shop.kind == "sqlite":
+            return {"ENGINE": "django.db.backends.sqlite3", "NAME": shop.file + name}
+        with contextlib.closing(psycopg.connect(shop.dsn, autocommit=True)) as connection:
+            connection.execute("CREATE DATABASE django_" + name)
+        return {"ENGINE": "django.db.backends.postgresql", "NAME": "django_" + name, "USER": "postgres",
+                "HOST": "127.0.0.1", "PORT": shop.port}
+
+    def run(self, source):
+        """The name `answer` after the source was executed in the project's process."""
+        self.shell.stdin.write(json.dumps(textwrap.dedent(source)) + "\n")
+        self.shell.stdin.flush()
+        succeeded, answer = json.loads(self.shell.stdout.readline())
+        assert succeeded, answer
+        return answer
+
+    def stop(self):
+        self.worker.send_signal(signal.SIGTERM)
+        self.shell.communicate(timeout=10)
+        code = self.worker.wait(10)
+        self.log.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def site(engine, shop, tmp_path_factory):
+    if not (django and django.VERSION >= (6,)):
+        pytest.skip("needs Django 6, which needs Python 3.12")
+    site = Site(tmp_path_factory.mktemp("site"), shop, engine.url)
+    yield site
+    assert site.stop() == 0
+
+
+def test_django_a_view_s_task_runs_after_its_commit_and_not_after_a_rollback(site):
+    good, bad = site.run("""
+        client = Client(raise_request_exception=False)
+        good = [client.get("/buy/good%d" % number).content.decode() for number in range(20)]
+        client = Client()
+        bad = []
+        for number in range(3):
+            try:
+                client.get("/buy/bad%d" % number)
+            except ValueError as error:
+                bad.append(str(error))
+        backend = task_backends["default"]
+        answer = [[ended(backend.get_result(id)).return_value for id in good], bad]""")
+    assert good == [1] * 20
+    assert site.run("""
+        from django.tasks.exceptions import TaskResultDoesNotExist
+        answer = 0
+        for id in %r:
+            try:
+                backend.get_result(id)
+            except TaskResultDoesNotExist:
+                answer += 1""" % bad) == 3
+
+
+@pytest.mark.parametrize("backend", ["default", "second", "direct"])
+def test_django_tasks_run_with_arguments_priority_queue_and_context(site, backend):
+    added, later, context = site.run("""
+        with transaction.atomic(using="other"):
+            results = [tasks.add.using(backend=%r).enqueue(1, b=2), tasks.aadd.using(backend=%r).enqueue(b=3, a=4),
+                       tasks.show_context.using(backend=%r, priority=7).enqueue("x", [1])]
+        answer = [ended(result).return_value for result in results]""" % ((backend,) * 3))
+    assert (added, later, context) == (3, [7, 0], [1, "mail", 7, "RUNNING", ["x", [1]]])
+
+
+def test_django_s_result_says_how_a_task_came_to_its_end(site):
+    once, last, path, text, lost = site.run("""
+        once, last, odd = [ended(task.using(backend="direct").enqueue())
+                           for task in (tasks.fail_once, tasks.fail, tasks.return_set)]
+        answer = [[once.attempts, once.return_value, len(once.errors), once.status], last.status,
+                  last.errors[0].exception_class_path, last.errors[0].traceback, odd.errors[0].traceback]""")
+    assert once == [2, 2, 1, "SUCCESSFUL"]
+    assert last == "FAILED" and path == "rundown_workers.Abort" and "two lines" in text and "not JSON" in lost
+
+
+def test_django_a_task_that_waits_for_its_retry_is_ready_and_shows_the_error(site):
+    status, path, fields = site.run("""
+        result = tasks.fail_always.enqueue()
+        deadline = time.monotonic() + 15
+        while not result.errors and time.monotonic() < deadline:
+            time.sleep(0.02)
+            result.refresh()
+        fields = [getattr(result, name) is not None for name in ("enqueued_at", "started_at", "last_attempted_at")]
+        same = asyncio.run(tasks.fail_always.aget_result(result.id))
+        assert same.errors == result.errors and result.errors[0].exception_class is tasks.Unhappy
+        answer = [result.status, result.errors[0].exception_class_path, fields + [result.finished_at is None]]""")
+    assert (status, path, fields) == ("READY", "shop.tasks.Unhappy", [True] * 4)
+
+
+@pytest.mark.parametrize("backend", ["default", "direct"])
+def test_django_run_after_and_async_enqueue(site, backend):
+    assert site.run("""
+        soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=0.7)
+        result = tasks.add.using(backend=%r, run_after=soon).enqueue(1)
+        later = tasks.add.using(backend=%r, run_after=soon + datetime.timedelta(days=9)).enqueue(1)
+        other = asyncio.run(tasks.add.using(backend=%r).aenqueue(2))
+        answer = [ended(result).started_at >= soon, ended(other).return_value, later.status]""" % (
+            (backend,) * 3)) == [True, 2, "READY"]
+
+
+def test_django_s_signals_are_sent_by_producer_and_worker(site):
+    local, remote = site.run("""
+        once, never = [ended(task.using(backend="direct").enqueue()) for task in (tasks.fail_once, tasks.fail)]
+        ids = [once.id, never.id]
+        answer = [tasks.signals_of.func(ids), None]
+        result = ended(tasks.signals_of.using(backend="direct").enqueue(ids))
+        numbers = {id: number for number, id in enumerate(ids)}
+        answer = [[[line[0], numbers[line[1]], *line[2:]] for line in lines] for lines in (
+            answer[0], result.return_value)]""")
+    assert local == [["enqueued", number, "READY", 0, "DjangoBackend"] for number in range(2)]
+    assert remote == [["started", 0, "RUNNING", 1, "DjangoBackend"], ["started", 0, "RUNNING", 2, "DjangoBackend"],
+                      ["finished", 0, "SUCCESSFUL", 2, "DjangoBackend"],
+                      ["started", 1, "RUNNING", 1, "DjangoBackend"], ["finished", 1, "FAILED", 1, "DjangoBackend"]]
+
+
+def test_django_s_connections_are_closed_around_a_task(site):
+    assert site.run("""
+        opened, seen = [[ended(task.using(backend="direct").enqueue()).return_value for _ in range(4)]
+                        for task in (tasks.leave_connection_open, tasks.see_connection)]
+        answer = [all(opened), any(seen)]""") == [True, False]
+
+
+def test_django_what_is_no_task_and_what_is_unknown_is_not_run(site, engine):
+    wrong = [engine.enqueue("default", {"task": name})["id"]
+             for name in ("shop.tasks.not_a_task", "os.getcwd")] + [engine.enqueue("default", 5)["id"]]
+    for id in wrong:
+        job = engine.get("/jobs/%s?wait=10" % id)
+        assert job["status"] == "failed" and "task" in job["error"]
+    later = engine.enqueue("default", {"task": "shop.tasks.of_a_newer_version"})["id"]
+    until(lambda: engine.job(later)["retries"] == 1)
+    assert "of_a_newer_version" in engine.job(later)["error"]
+
+
+def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
+    if not (django and django.VERSION >= (6,)):
+        assert "needs Django 6" in rundown(engine, "django", code=2)
+        with pytest.raises(AttributeError, match="needs Django 6"):
+            rw.DjangoBackend
+        return
+    assert "DJANGO_SETTINGS_MODULE" in rundown(engine, "django", code=2)
+
+
+def test_without_django_nothing_of_it_is_imported_and_other_names_are_unknown():
+    code = "import sys, rundown_workers as rw; print('django' in sys.modules, hasattr(rw, 'enqeue'))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=str(HERE), text=True) == "False False\n"
 # -- Node SDK --------------------------------------------------------------------------------------
 
 NODE_PREAMBLE = """
@@ -6876,7 +7223,7 @@ def test_a_node_outcome_whose_reply_was_swallowed_counts_once(engine, proxy, tmp
 
 @beside
 def test_a_node_outcome_is_kept_while_the_engine_answers_503(own, tmp_path, q):
-    engine = own(constants={"BUSY": 0.2})
+    engine = own(constants={"LOCK_TIMEOUT": 0.2})
     job = engine.enqueue(q)
     source = "queue('%s', async () => { say('run'); await sleep(0.3); return 1; });" % q
     with node(tmp_path, engine, source) as worker:
@@ -7432,7 +7779,7 @@ def the_file_is_sound(seen):
 
 def queues_are_counted_right(seen):
     found = collections.Counter((row["queue"], row["status"]) for row in seen.jobs.values())
-    found.update((row["queue"], ["", "scheduled", "waiting"][row["scheduled"]]) for row in seen.jobs.values())
+    found.update((row["queue"], ["", "scheduled", "waiting"][row["hold"]]) for row in seen.jobs.values())
     for queue in seen.queues:
         for column in ("pending", "scheduled", "waiting", "running", "done", "failed", "cancelled"):
             if queue[column] != found[queue["queue"], column]:
@@ -7698,7 +8045,7 @@ class Swallower(Proxy):
             super().relay(client)
 
 
-QUICK = {"BACKOFF": 0.2, "GRACE": 0.5, "TICK": 0.2}      # the engine's constants in a run of some seconds
+QUICK = {"BACKOFF": 0.2, "GRACE": 0.5, "CLOCK_CHECK_INTERVAL": 0.2}      # the engine's constants in a run of some seconds
 LEASE = 1.0                                              # seconds
 
 
@@ -8418,7 +8765,7 @@ def brief(engine, path):
 
 @beside
 def test_a_write_lock_beyond_patience_is_503_for_every_call_and_reads_go_on(own, q):
-    engine = own(constants={"BUSY": 0.1})
+    engine = own(constants={"LOCK_TIMEOUT": 0.1})
     engine.post("/enqueue", jobs=[{"queue": q}] * 10)
     calls = troublesome(q, engine.poll(q, limit=9))
     rows = engine.get("/jobs?queue=" + q)
@@ -8446,7 +8793,7 @@ def test_a_file_of_the_database_that_is_moved_away_is_noticed_and_nothing_more_i
 @pytest.mark.skipif(not POSIX, reason="stops and continues a process")
 @beside
 def test_whatever_a_worker_that_was_stopped_past_its_lease_says_gets_409_though_the_next_has_its_name(own, tmp_path, q):
-    engine = own(constants={"BACKOFF": 0, "GRACE": 0.2, "TICK": 0.05})
+    engine = own(constants={"BACKOFF": 0, "GRACE": 0.2, "CLOCK_CHECK_INTERVAL": 0.05})
     engine.enqueue(q, max_retries=5)
     history = History(tmp_path / "history")
     code = "import sys, %s as tests; tests.claim_and_tell(*sys.argv[1:])" % Path(__file__).stem
@@ -8574,7 +8921,7 @@ README = HERE / "README.md"
 BLOCK = re.compile(r"^```(python|sh|js)\n(.*?)^```", re.M | re.S)
 BLOCKS = BLOCK.findall(README.read_text(encoding="utf-8")) if README.exists() else []
 RUNNERS = {"python": [sys.executable], "sh": ["sh", "-e"], "js": ["node"]}
-ENDLESS = re.compile(r"rw\.run\(\)|while job=|for \(;;\)|\Apython rundown_engine.py --db jobs.db\n\Z")
+ENDLESS = re.compile(r"rw\.run\(\)|await run\(\)|while job=|for \(;;\)|\Apython rundown_engine.py --db jobs.db\n\Z")
 
 
 @contextlib.contextmanager
@@ -8584,13 +8931,15 @@ def block(folder, engine, language, code):
         shutil.copy(str(HERE / name), str(folder))
     (folder / "python").write_text('#!/bin/sh\nexec "%s" "$@"\n' % sys.executable)
     (folder / "python").chmod(0o755)
-    code = code.replace("http://localhost:8181", engine.url)
+    code = re.sub(r"http://(localhost|127\.0\.0\.1):8181", engine.url, code)
     for port in set(re.findall(r"--port (\d+)", code)):
         code = code.replace(port, unused().split(":")[2])
-    (folder / "block").write_text(code, encoding="utf-8")
+    (folder / "rundown.mjs").write_text(rundown_engine.NODE_SDK, encoding="utf-8")
+    name = "block.mjs" if language == "js" else "block"
+    (folder / name).write_text(code, encoding="utf-8")
     path = str(folder) + os.pathsep + os.environ["PATH"]
     with open(str(folder / "said"), "wb") as said:
-        process = subprocess.Popen(RUNNERS[language] + ["block"], cwd=str(folder), stdout=said, stderr=said,
+        process = subprocess.Popen(RUNNERS[language] + [name], cwd=str(folder), stdout=said, stderr=said,
                                    stdin=subprocess.DEVNULL, start_new_session=True,
                                    env=environment({"RUNDOWN_URL": engine.url, "RUNDOWN_PORT": "0", "PATH": path}))
     try:
@@ -8605,6 +8954,10 @@ def block(folder, engine, language, code):
 def test_every_block_of_the_readme_runs(own, tmp_path, language, code):
     if not shutil.which(RUNNERS[language][0]) or (language == "sh" and not (POSIX and shutil.which("curl"))):
         pytest.skip("needs %s, and curl in sh" % RUNNERS[language][0])
+    if "DJANGO_SETTINGS_MODULE" in code and not (django and django.VERSION >= (6,)):
+        pytest.skip("needs Django 6, which needs Python 3.12")
+    if "jq " in code and not shutil.which("jq"):
+        pytest.skip("needs jq")
     (tmp_path / "engine").mkdir()
     engine, said = own(folder=tmp_path / "engine"), lambda: (tmp_path / "said").read_text(errors="replace")
     with block(tmp_path, engine, language, code) as process:
@@ -8870,11 +9223,11 @@ def bench_flatness(bench):
     """The same beside a great many jobs of the same queue: scheduled ahead at a higher priority, done, pending."""
     most = 100000 if bench.quick else 1000000
     bench.engine.stop()
-    grow(bench.engine.database, most, scheduled=1, status="pending", priority=9)
-    grow(bench.engine.database, most, scheduled=0, status="done", priority=0)
+    grow(bench.engine.database, most, hold=1, status="pending", priority=9)
+    grow(bench.engine.database, most, hold=0, status="done", priority=0)
     pending = 0
     for level in (1000, most) if bench.quick else (1000, most // 10, most):
-        grow(bench.engine.database, level - pending, scheduled=0, status="pending", priority=0)
+        grow(bench.engine.database, level - pending, hold=0, status="pending", priority=0)
         pending = level
         bench.engine.start()
         beside = ", {:,} pending".format(level)
@@ -8903,11 +9256,11 @@ def grow(database, number, **fields):
             SELECT printf('%%08x-%%04x-7000-8000-%%012x', :now / 65536000000, :salt, i), 'many', '{"path":"photo-4711.jpg"}',
                 :now, :now, :now + i + :ahead, :ended, :ended%s FROM n""" % ("".join(", " + name for name in fields), source),
             {**fields, "number": number, "now": rundown_engine.micros(time.time()) - 3600000000, "salt": next(NUMBERS),
-             "ahead": 86400000000 * fields["scheduled"], "ended": None if fields["status"] == "pending" else
+             "ahead": 86400000000 * fields["hold"], "ended": None if fields["status"] == "pending" else
              rundown_engine.micros(time.time()) - 60000000})
         db.execute("INSERT OR IGNORE INTO queues (queue) VALUES ('many')")
         db.execute("UPDATE queues SET %s = %s + ?, scheduled = scheduled + ? WHERE queue = 'many'" % (
-            fields["status"], fields["status"]), [number, number * fields["scheduled"]])
+            fields["status"], fields["status"]), [number, number * fields["hold"]])
         for _, sql in triggers:
             db.execute(sql)
         db.execute("COMMIT")
@@ -8987,7 +9340,7 @@ def bench_jobs(bench, number, beside):
     bench.figure("scale: backup" + beside, "MB/s", [megabytes / (time.perf_counter() - began)])
     bench.engine.kill()
     began = time.perf_counter()
-    bench.engine.start("--keep", "1s", constants={"PRUNE": 0.1})
+    bench.engine.start("--keep", "1s", constants={"RETENTION_INTERVAL": 0.1})
     bench.figure("scale: start after a kill -9" + beside, "ms", [(time.perf_counter() - began) * 1e3])
     done = bench.engine.queue("scale")["done"]
     until(lambda: not bench.engine.queue("scale")["done"], 3600)
