@@ -107,6 +107,7 @@ import copy
 import ctypes
 import datetime
 import difflib
+import dis
 import encodings
 import functools
 import hashlib
@@ -118,6 +119,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import operator
 import os
 import pathlib
 import random
@@ -172,6 +174,7 @@ __all__ = [
     'Retry',
     'Timeout',
     'Unfinished',
+    'around',
     'enqueue',
     'enqueue_in',
     'enqueue_many',
@@ -1140,6 +1143,9 @@ def inputs() -> list[Any]:
     return [results.get(id) for id in after]
 
 
+OUR_FILE = job.__code__.co_filename
+
+
 class Outcome:
     """How a run of a handler ended: the call that reports it, and the call's fields."""
 
@@ -1161,7 +1167,9 @@ def error_text(error):
     try:
         if isinstance(error, (Retry, Abort)) and not error.__cause__:
             return str(error) or type(error).__name__
-        below_ours = error.__traceback__ and error.__traceback__.tb_next
+        below_ours = error.__traceback__
+        while below_ours and below_ours.tb_frame.f_code.co_filename == OUR_FILE:
+            below_ours = below_ours.tb_next
         return ''.join(traceback.format_exception(type(error), error, below_ours))
     except BaseException:       # str() and repr() of an exception may raise anything
         return f'{type(error).__name__}, of which there is no traceback'
@@ -1232,7 +1240,10 @@ class HandlerTable:
     """The functions that handle a queue's jobs: tasks by their names, or None: one for all jobs."""
 
     def __init__(self, functions):
-        self.functions = {name: as_handler(function) for name, function in functions.items()}
+        self.functions = functions
+
+    def are_async(self):
+        return all(map(inspect.iscoroutinefunction, self.functions.values()))
 
     def resolve(self, payload):
         """The function for a payload, and its arguments."""
@@ -1245,27 +1256,37 @@ class HandlerTable:
         if not (isinstance(name, str) and isinstance(args, list) and isinstance(kwargs, dict)):
             raise Abort('the payload of a task must be '
                         '{"task": "its name", "args": [...], "kwargs": {...}}')
+        return self._find_task(name), args, kwargs
+
+    def _find_task(self, name):
+        """The task of that name; or the only one whose name is a dotted suffix, or the reverse.
+
+        An unknown task fails like any error, so that a newer worker can take the next attempt.
+        """
         if name in self.functions:
-            return self.functions[name], args, kwargs
+            return self.functions[name]
+        similar = [known for known in self.functions
+                   if known.endswith('.' + name) or name.endswith('.' + known)]
+        if len(similar) == 1:
+            return self.functions[similar[0]]
         near = difflib.get_close_matches(name, self.functions) or sorted(self.functions)[:10]
-        raise Abort(f'no worker here knows the task {name}; near it are {", ".join(near)}')
+        raise Retry(f'this worker does not know the task {name}; near it are {", ".join(near)}')
 
     def retry_fields(self, error, job):
         """What the policy of the job's function says about a failure.
 
         The handler may have changed the job, so nothing about it is taken for granted.
         """
-        name = None
-        payload = job.get('payload')
-        if None not in self.functions and isinstance(payload, dict):
-            name = payload.get('task')
-        function = self.functions.get(name if isinstance(name, str) else None)
+        try:
+            function = self.resolve(job.get('payload'))[0]
+        except Error:
+            function = None
         policy = getattr(function, 'policy', None) or Policy()
         retries = job.get('retries')
         return policy.retry_fields(error, retries if type(retries) is int else 0)
 
 
-def run_handler(handlers, job):
+def run_handler(handlers, job, around=()):
     """Run a job's handler; returns the outcome.
 
     It uses no network, and raises nothing, whatever the handler does.
@@ -1273,13 +1294,49 @@ def run_handler(handlers, job):
     process = os.getpid()
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
-        result = function(*args, **kwargs)
+        with surroundings(around, job):
+            result = function(*args, **kwargs)
+            if inspect.iscoroutine(result):
+                result = current.get().run_coroutine(result)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
         if os.getpid() != process:
             os._exit(1)         # a process that the handler forked must not go on as a worker
     return completion(result)
+
+
+async def run_async_handler(handlers, job, around=()):
+    """run_handler() on an event loop, for a queue whose handlers are async."""
+    process = os.getpid()
+    try:
+        function, args, kwargs = handlers.resolve(job['payload'])
+        with surroundings(around, job):
+            result = await function(*args, **kwargs)
+    except BaseException as error:
+        return failure(error, **handlers.retry_fields(error, job))
+    finally:
+        if os.getpid() != process:
+            os._exit(1)
+    return completion(result)
+
+
+NO_SURROUNDINGS = contextlib.nullcontext()
+
+
+def surroundings(around, job):
+    """A context manager made of the generator functions that wrap each run of a handler."""
+    if not around:
+        return NO_SURROUNDINGS
+    stack = contextlib.ExitStack()
+    try:
+        for function in around:
+            args = [job] if inspect.signature(function).parameters else []
+            stack.enter_context(contextlib.contextmanager(function)(*args))
+    except BaseException as error:
+        stack.__exit__(type(error), error, error.__traceback__)
+        raise
+    return stack
 
 
 def completion(result):
@@ -1294,24 +1351,43 @@ def completion(result):
         return failure(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
 
-def as_handler(function):
-    """The function, or for an async one a function that runs it on an event loop of its own."""
-    if not inspect.iscoroutinefunction(function):
-        return function
-    import asyncio      # here, since it takes megabytes that most workers have no use for
+def run_with_claim(claim, function, *args, **kwargs):
+    token = current.set(claim)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        current.reset(token)
 
-    async def main(*args, **kwargs):
+
+def pass_jobs_to_threads():
+    """From now on job() and progress() work in threads and thread pools that a handler uses.
+
+    Python does not pass context variables to threads, so this wraps the two methods that do.
+    """
+    from concurrent.futures import ThreadPoolExecutor       # here, since only workers need it
+    start = threading.Thread.start
+    submit = ThreadPoolExecutor.submit
+    if hasattr(start, '__wrapped__'):
+        return
+
+    @functools.wraps(start)
+    def start_with_claim(self):
         claim = current.get()
-        task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
-        claim.coroutine = task.get_coro()
-        claim.cancel = functools.partial(loop.call_soon_threadsafe, task.cancel)
-        return await function(*args, **kwargs)
+        if claim is not None:
+            self.run = functools.partial(run_with_claim, claim, self.run)
+        return start(self)
 
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        return asyncio.run(main(*args, **kwargs))
-    return run
+    @functools.wraps(submit)
+    def submit_with_claim(self, function, *args, **kwargs):
+        claim = current.get()
+        if claim is None:
+            return submit(self, function, *args, **kwargs)
+        # in an empty context, since the thread that it may start is for other jobs too
+        empty = contextvars.Context()
+        return empty.run(submit, self, run_with_claim, claim, function, *args, **kwargs)
+
+    threading.Thread.start = start_with_claim
+    ThreadPoolExecutor.submit = submit_with_claim
 
 
 class Claim:
@@ -1341,9 +1417,8 @@ class Claim:
         self.progress_sent_at = now
         # written by the thread that finishes it, read by the reporter
         self.report_item = None             # the item of the batch that reports the outcome
-        # written by an async handler's thread
-        self.cancel = None                  # a function that cancels the coroutine
-        self.coroutine = None
+        # written by the event loop's thread
+        self.asyncio_task = None            # of an async handler, once it has begun
 
     def start(self, slot, now):
         """True if the slot may run it: it was neither released nor lost meanwhile."""
@@ -1370,6 +1445,10 @@ class Claim:
         self.outcome = outcome
         self.report_item = f'{self.json_prefix}{fields}}}'
 
+    def run_coroutine(self, coroutine):
+        """The result of an async handler on a queue that has handlers of both kinds."""
+        return self.consumer.worker.event_loop.run(coroutine, self)
+
     def __str__(self):
         item = json.loads(self.json_prefix + '}')
         return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
@@ -1391,48 +1470,58 @@ class Slot:
         self.thread = consumer.worker.start_thread(self._run, consumer.name)
 
     def _run(self):
-        consumer = self.consumer
         while not self.is_abandoned:
             self.prepare()
-            claim = consumer.ready.get()
+            claim = self.consumer.ready.get()
             if claim is None:
                 break
             if claim.start(self, time.monotonic()):
-                current.set(claim)
-                consumer.call_hooks('start', claim, None)
-                outcome = self.run(claim)
-                if claim.try_finish(outcome):
-                    consumer.on_finished(claim, outcome)
+                # a new context: what a job sets in context variables is not for the next one
+                contextvars.Context().run(self._run_claim, claim)
         self.close()
+
+    def _run_claim(self, claim):
+        current.set(claim)
+        self.call_hooks('start', claim, None)
+        outcome = self.run(claim)
+        if claim.try_finish(outcome):
+            self.consumer.on_finished(claim, outcome)
 
     def prepare(self):
         """Get ready for the next claim."""
 
     def run(self, claim):
         """The outcome of the claim's handler."""
-        return run_handler(self.consumer.handlers, claim.job)
+        return run_handler(self.consumer.handlers, claim.job, self.consumer.worker.app.surroundings)
+
+    def call_hooks(self, event, claim, value):
+        self.consumer.call_hooks(event, claim, value)
 
     def interrupt(self, claim, interruption):
-        """Stop the handler, and continue with another thread. The claim's lock is held."""
+        """Stop the handler, and continue with another slot. The claim's lock is held."""
         self.is_abandoned = True
-        if claim.cancel:
-            with contextlib.suppress(RuntimeError):     # the loop is closed: it was about to end
-                claim.cancel()
-        else:
-            # raised when the thread runs Python code again, so not while it sleeps in C
-            thread = ctypes.c_ulong(self.thread.ident)
-            error = ctypes.py_object(interruption)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
         self.consumer.replace(self)
+        self.consumer.worker.interruptions.add(self, claim, interruption)
+
+    def try_raise(self, claim, interruption):
+        """Raise it in the handler; False if that has to be tried again."""
+        if claim.asyncio_task:
+            return self.consumer.worker.event_loop.cancel(claim.asyncio_task, interruption)
+        return try_raise(self.thread.ident, interruption)
+
+    def is_alive(self):
+        """Whether a handler may run in it."""
+        return self.thread.is_alive()
 
     def stack_text(self, claim):
         """The stack of the handler, from its own frames on."""
-        if claim.coroutine:
-            frames = coroutine_frames(claim.coroutine)
+        task = claim.asyncio_task
+        if task:
+            frames = self.consumer.worker.event_loop.task_frames(task)
         else:
             frames = thread_frames(self.thread.ident)
         stack = traceback.StackSummary.extract(frames[-50:])
-        ours = (__file__, threading.__file__)
+        ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
         return ''.join(traceback.format_list(lines))
 
@@ -1459,29 +1548,373 @@ def coroutine_frames(coroutine):
     return frames
 
 
+# -- Async handlers --------------------------------------------------------------------------------
+class EventLoop:
+    """The event loop that the async handlers of a worker share, in a thread of its own."""
+
+    def __init__(self, start_thread):
+        import asyncio      # here, since it takes megabytes that most workers have no use for
+        # constant
+        self.asyncio = asyncio
+        self.loop = asyncio.new_event_loop()
+        # touched by the watching thread, but for the last
+        self.probed_at = None       # when the loop was asked for a sign of life; None: it gave one
+        self.is_blocked = False     # by a handler that does not await; read by others
+        self.thread = start_thread(self._run, 'asyncio')
+
+    def _run(self):
+        self.asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+            tasks = self.asyncio.all_tasks(self.loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                self.loop.run_until_complete(self.asyncio.wait(tasks, timeout=REPORT_GRACE))
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        finally:
+            self.loop.close()
+
+    def call(self, function, *args):
+        """Have the loop call a function soon. After the end of the loop nothing happens."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(function, *args)
+
+    def stop(self):
+        self.call(self.loop.stop)
+
+    def create_task(self, coroutine, context, on_done):
+        """Run a coroutine in a context. Called in the loop's thread."""
+        task = context.run(self.loop.create_task, coroutine)
+        task.add_done_callback(on_done, context=contextvars.Context())
+        return task
+
+    def run(self, coroutine, claim):
+        """Run a coroutine for another thread, which waits for the result."""
+        finished = SimpleQueue()
+        context = contextvars.copy_context()
+
+        def start():
+            claim.asyncio_task = self.create_task(coroutine, context, finished.put)
+
+        self.loop.call_soon_threadsafe(start)
+        task = finished.get()
+        claim.asyncio_task = None
+        return task.result()
+
+    def cancel(self, task, interruption):
+        """Cancel a task. One that blocks the loop gets the interruption raised instead.
+
+        Returns False while that is not possible.
+        """
+        coroutine = task.get_coro()
+        if not self.is_blocked or not coroutine.cr_running:
+            self.call(task.cancel)
+            return True
+        return try_raise(self.thread.ident, interruption, within=coroutine.cr_frame)
+
+    def task_frames(self, task):
+        coroutine = task.get_coro()
+        if not coroutine.cr_running:
+            return coroutine_frames(coroutine)
+        frames = thread_frames(self.thread.ident)
+        return list(itertools.dropwhile(lambda pair: pair[0] is not coroutine.cr_frame, frames))
+
+    def probe(self, now):
+        """Ask for a sign of life. True if the loop has just been found to be blocked."""
+        if self.probed_at is None:
+            self.probed_at = now
+            self.is_blocked = False
+            self.call(self._on_probe)
+        elif now - self.probed_at > MAX_LOOP_BLOCK and not self.is_blocked:
+            self.is_blocked = True
+            return True
+        return False
+
+    def _on_probe(self):
+        self.probed_at = None
+
+
+class AsyncReady:
+    """The claims that wait for a slot, and the slots that wait for a claim, of an async queue."""
+
+    def __init__(self, event_loop):
+        self.event_loop = event_loop    # constant
+        # touched in the loop's thread only
+        self.claims = collections.deque()
+        self.slots = []
+
+    def put(self, claim):
+        self.event_loop.call(self._on_claim, claim)
+
+    def put_slot(self, slot):
+        self.event_loop.call(self.on_slot, slot)
+
+    def _on_claim(self, claim):
+        if claim is not None:       # None ends a slot that is a thread
+            self.claims.append(claim)
+            self._dispatch()
+
+    def on_slot(self, slot):
+        self.slots.append(slot)
+        self._dispatch()
+
+    def _dispatch(self):
+        while self.slots and self.claims:
+            claim = self.claims.popleft()
+            if claim.start(self.slots[-1], time.monotonic()):
+                self.slots.pop().begin(claim)
+
+
+class AsyncSlot(Slot):
+    """A slot that runs its claims as tasks of the event loop, one after the other."""
+
+    def __init__(self, consumer):
+        self.consumer = consumer
+        self.event_loop = consumer.worker.event_loop
+        self.task = None            # the latest
+        consumer.ready.put_slot(self)
+
+    @property
+    def is_ready(self):
+        return not self.event_loop.is_blocked
+
+    def begin(self, claim):
+        """Called in the loop's thread."""
+        context = contextvars.Context()
+        self.task = self.event_loop.create_task(self._run_claim(claim), context, self._on_done)
+        claim.asyncio_task = self.task
+
+    async def _run_claim(self, claim):
+        current.set(claim)
+        consumer = self.consumer
+        consumer.call_hooks('start', claim, None)
+        around = consumer.worker.app.surroundings
+        outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        claim.asyncio_task = None
+        if claim.try_finish(outcome):
+            consumer.on_finished(claim, outcome)
+
+    def _on_done(self, task):
+        if not task.cancelled() and task.exception():
+            self.consumer.worker.on_fault('asyncio', task.exception())
+        if not self.is_abandoned:
+            self.consumer.ready.on_slot(self)
+
+    def is_alive(self):
+        return self.task is not None and not self.task.done()
+
+
+# -- Interrupting a handler ------------------------------------------------------------------------
+class Interruptions:
+    """Exceptions that have to be raised in handlers, as soon as it is safe there."""
+
+    def __init__(self):
+        # safe without a lock: a dict and a queue whose single operations are atomic
+        self.interrupted_at = {}        # by slot (monotonic), as long as its handler runs
+        self.pending = SimpleQueue()    # slot, claim and exception of those not raised yet
+
+    def add(self, slot, claim, interruption):
+        self.interrupted_at[slot] = time.monotonic()
+        if not slot.try_raise(claim, interruption):
+            self.pending.put((slot, claim, interruption))
+
+    def retry(self):
+        """Try again to raise those that could not be raised yet."""
+        for _ in range(self.pending.qsize()):
+            slot, claim, interruption = self.pending.get()
+            if slot.is_alive() and not slot.try_raise(claim, interruption):
+                self.pending.put((slot, claim, interruption))
+
+    def forget_ended(self):
+        for slot in list(self.interrupted_at):
+            if not slot.is_alive():
+                self.interrupted_at.pop(slot, None)
+
+    def count(self, seconds):
+        """How many handlers did not come back within so many seconds."""
+        latest = time.monotonic() - seconds
+        items = list(self.interrupted_at.items())
+        return sum(1 for slot, at in items if at <= latest and slot.is_alive())
+
+
+LOCK_WORDS = frozenset({
+    'acquire', 'release', '__enter__', '__exit__', '_acquire_restore', '_release_save',
+    '_acquireLock', '_releaseLock', 'acquire_lock', 'release_lock',
+})
+LOCK_WORD_BYTES = 60    # of code around the name of such a method, in which its lock may be held
+STDLIB = os.path.dirname(threading.__file__) + os.sep
+
+
+def try_raise(thread_id, error, within=None):
+    """Raise an exception in another thread, if that leaves no lock of the standard library locked.
+
+    False: the thread is at such a place now, so try again. `within` is a frame that has to be on
+    its stack. The exception is raised when the thread runs Python code again, so not while it
+    sleeps in C.
+    """
+    frame = sys._current_frames().get(thread_id)
+    instruction = frame and frame.f_lasti
+    stack = [one for one, _ in traceback.walk_stack(frame)] if frame else []
+    if not frame or (within and within not in stack):
+        return True         # it has ended
+    if any(is_taking_lock(one.f_code, one.f_lasti) for one in stack):
+        return False
+    return raise_if_unmoved(thread_id, frame, instruction, error)
+
+
+def raise_if_unmoved(thread_id, frame, instruction, error):
+    """Raise an exception in a thread that still is at this instruction of this frame.
+
+    Between the check and the call no Python code runs, hence no other thread does.
+    """
+    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
+    once = itertools.islice(iter(sys._current_frames, None), 1)
+    innermost = filter(functools.partial(operator.is_, frame),
+                       map(operator.methodcaller('get', thread_id), once))
+    is_there = map(functools.partial(operator.eq, instruction),
+                   map(operator.attrgetter('f_lasti'), innermost))
+    calls = itertools.compress(itertools.repeat(arguments), is_there)
+    return any(itertools.starmap(ctypes.pythonapi.PyThreadState_SetAsyncExc, calls))
+
+
+@functools.lru_cache(maxsize=10_000)
+def is_taking_lock(code, instruction):
+    """Whether a lock of the standard library may stay locked if an exception is raised here.
+
+    That is so next to the name of a method that takes or gives back a lock, unless a `with` or
+    `try` handles the exception.
+    """
+    is_stdlib = code.co_filename.startswith(STDLIB) and 'site-packages' not in code.co_filename
+    if not is_stdlib and not code.co_filename.startswith('<frozen '):
+        return False
+    if LOCK_WORDS.isdisjoint(code.co_names):
+        return False
+    near = [one.offset for one in dis.get_instructions(code)
+            if one.argval in LOCK_WORDS and abs(one.offset - instruction) <= LOCK_WORD_BYTES]
+    return bool(near) and not is_guarded(code, instruction)
+
+
+def is_guarded(code, instruction):
+    """Whether the instruction is in the block of a `with` or `try`."""
+    bytecode = dis.Bytecode(code)
+    if hasattr(bytecode, 'exception_entries'):      # Python 3.11 and newer
+        return any(entry.start <= instruction < entry.end for entry in bytecode.exception_entries)
+    blocks = 0
+    for one in bytecode:
+        if one.offset >= instruction:
+            break
+        if one.opname in ('SETUP_FINALLY', 'SETUP_WITH', 'SETUP_ASYNC_WITH'):
+            blocks += 1
+        elif one.opname == 'POP_BLOCK':
+            blocks = max(0, blocks - 1)
+    return blocks > 0
+
+
 # -- Worker ----------------------------------------------------------------------------------------
 NEVER = float('inf')        # of a time
 PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
-STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK')
-                if hasattr(signal, name)]
+MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
+MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ('SIGTERM', 'SIGINT', 'SIGBREAK', 'SIGHUP', 'SIGQUIT')
+    if hasattr(signal, name)
+]
 KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
+SIGHUP = getattr(signal, 'SIGHUP', None)
 RELEASED = Outcome('release')
 LOST = Outcome(None)
 REFUSALS = (400, 413)       # statuses that blame what was sent
 GONE = (404, 409)           # statuses that blame the claim
 
 
+class LogWriter:
+    """A thread that logs for the threads of a worker.
+
+    A handler may hold the lock of a log handler for long, or for ever. The worker's threads must
+    not wait for that: they only put lines into a queue.
+    """
+
+    def __init__(self):
+        self.calls = SimpleQueue()      # safe by itself: functions to call; None ends the thread
+        self.users = 0                  # workers that run; changed by the threads that run them
+
+    def start(self):
+        self.users += 1
+        if self.users == 1:
+            threading.Thread(target=self._run, name='rundown-log', daemon=True).start()
+
+    def stop(self, seconds):
+        """Wait until everything is logged, so many seconds at most."""
+        logged = SimpleQueue()
+        self.calls.put(functools.partial(logged.put, None))
+        with contextlib.suppress(Empty):
+            logged.get(timeout=seconds)
+        self.users -= 1
+        if not self.users:
+            self.calls.put(None)
+
+    def put(self, function, *args):
+        """Have it called in the thread; here if there is none."""
+        if not self.users:
+            function(*args)
+        elif self.calls.qsize() < MAX_LOG_BACKLOG:
+            self.calls.put(functools.partial(function, *args))
+
+    def after_fork(self):
+        self.users = 0      # a child has no such thread
+
+    def _run(self):
+        for call in iter(self.calls.get, None):
+            with contextlib.suppress(Exception):
+                call()
+
+
+log_writer = LogWriter()
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=log_writer.after_fork)
+
+
+def write_line(level, text, created):
+    if log.isEnabledFor(level):
+        record = log.makeRecord(log.name, level, OUR_FILE, 0, '%s', (text,), None, 'note')
+        record.created = created
+        record.msecs = int(created % 1 * 1000)
+        log.handle(record)
+
+
+def write_record(fields):
+    """Log a record that an isolated process has sent."""
+    logger = logging.getLogger(fields['name'])
+    if logger.isEnabledFor(fields['levelno']):
+        logger.handle(logging.makeLogRecord(fields))
+
+
 def note(level, text, *values):
     """Log a line, whatever the values contain, and whatever a handler did to the log's streams."""
     with contextlib.suppress(Exception):
-        if log.isEnabledFor(level):
-            log.log(level, '%s', printable(text % values))
+        log_writer.put(write_line, level, printable(text % values), time.time())
 
 
 def until(condition, deadline):
     """Wait for a condition, until a deadline at most. Signals are handled meanwhile."""
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
+
+
+def exit_process(code):
+    """End the process though handlers hang, which may hold locks of the log and of stdout."""
+    def flush():
+        for function in (logging.shutdown, sys.stdout.flush):
+            with contextlib.suppress(Exception):
+                function()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    thread.join(REPORT_GRACE)
+    os._exit(code)
 
 
 def open_standard_streams():
@@ -1495,6 +1928,23 @@ def open_standard_streams():
             os.set_inheritable(number, True)
             number = os.open(os.devnull, os.O_RDWR)
         os.close(number)
+
+
+replaced_signals = {}       # the handlers of signals before run() replaced them
+
+
+def restore_signals():
+    """Give signals the handlers that they had before run().
+
+    Processes that a handler forks do so too: terminate() has to end them.
+    """
+    for number in list(replaced_signals):
+        with contextlib.suppress(ValueError):       # not in the main thread
+            signal.signal(number, replaced_signals.pop(number) or signal.SIG_DFL)
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=restore_signals)
 
 
 class Consumer:
@@ -1513,7 +1963,7 @@ class Consumer:
         self.handlers = HandlerTable(config.functions)
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
-        self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot
+        self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
         self.in_flight = {}                 # claims that are not finished, in order
         # replaced one by one, with the lock of the slot's claim held
         self.slots = []
@@ -1522,11 +1972,19 @@ class Consumer:
         self.lines_this_tick = 0            # of the log, for jobs that are done
 
     def start(self):
-        handler = self.config.functions.get(None)
-        default_type = IsolatedSlot if self.config.isolate else Slot
-        slot_type = getattr(handler, 'slot_type', default_type)
+        slot_type = self._slot_type()
+        if slot_type is AsyncSlot:
+            self.ready = AsyncReady(self.worker.event_loop)
         self.slots = [slot_type(self) for _ in range(self.concurrency)]
         self.fetcher.start()
+
+    def _slot_type(self):
+        handler = self.config.functions.get(None)
+        if hasattr(handler, 'slot_type'):
+            return handler.slot_type
+        if self.config.isolate:
+            return IsolatedSlot
+        return AsyncSlot if self.handlers.are_async() else Slot
 
     def accept(self, jobs):
         """Hand jobs that were claimed just now to the slots, or back if the worker stops."""
@@ -1563,7 +2021,8 @@ class Consumer:
             self.lines_this_tick += 1
             if self.lines_this_tick <= MAX_LOG_LINES_PER_TICK:
                 note(logging.INFO, '%s done in %.3f s', claim, seconds)
-        self.call_hooks('success' if succeeded else 'failure', claim, outcome.value)
+        event = 'success' if succeeded else 'failure'
+        claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
         self._update_pace(time.monotonic() - claim.started_at)
         self._remove(claim)
@@ -1598,18 +2057,11 @@ class Consumer:
 
     def replace(self, slot):
         """Continue with a new slot. The claim's lock is held, so no other thread does it too."""
-        self.worker.threads[slot.thread] = time.monotonic()
         self.slots[self.slots.index(slot)] = type(slot)(self)
 
-    def call_hooks(self, event, claim, value):
-        for function in self.worker.app.hooks[event]:
-            try:
-                function(claim.job, value)
-            except Interruption:
-                raise
-            except BaseException as error:
-                reason = last_line(error)
-                note(logging.ERROR, '%s: the hook %r failed: %s', claim, event, reason)
+    def call_hooks(self, event, claim, value, only=None):
+        for function in self.worker.app.hooks[event] if only is None else only:
+            call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
         """Log an event and call its hooks, in a thread of their own, if the claim has started."""
@@ -1749,6 +2201,16 @@ class Fetcher:
             raise error         # asking again does not help: that ends the worker
         if not self.worker.stopping.is_set():
             self.worker.stopping.wait(self.session.on_down(error))
+
+
+def call_hook(event, function, *args):
+    try:
+        function(*args)
+    except Interruption:
+        raise
+    except BaseException as error:
+        name = getattr(function, '__qualname__', function)
+        note(logging.ERROR, 'the hook %r, %s, failed: %s', event, name, last_line(error))
 
 
 class EngineSession:
@@ -1952,16 +2414,39 @@ class Watcher:
     def run(self):
         is_last = False
         while not is_last:
-            is_last = self.worker.closed.wait(WATCH_INTERVAL)
+            is_last = self._wait()
             now = time.monotonic()
             for consumer in self.worker.consumers:
                 for claim in consumer.in_flight.copy():
                     self._check(consumer, claim, now)
                 self._count_lines(consumer)
+            self.worker.interruptions.forget_ended()
+            self._check_event_loop(now)
             hung = self.worker.count_hung()
             if hung >= self.worker.max_hung:
                 text = f'{hung} handlers hang: the worker ends, to be started afresh'
                 self.worker.stop(Hung(text))
+
+    def _wait(self):
+        """Wait until the next look; True if it is the last one."""
+        deadline = time.monotonic() + WATCH_INTERVAL
+        interruptions = self.worker.interruptions
+        while not interruptions.pending.empty() and time.monotonic() < deadline:
+            interruptions.retry()
+            time.sleep(RETRY_INTERRUPTION)
+        return self.worker.closed.wait(max(0, deadline - time.monotonic()))
+
+    def _check_event_loop(self, now):
+        event_loop = self.worker.started_event_loop
+        if not event_loop or not event_loop.probe(now):
+            return
+        frames = thread_frames(event_loop.thread.ident)
+        place = traceback.StackSummary.extract(frames[-1:])
+        where = f'{place[0].filename}:{place[0].lineno} in {place[0].name}' if place else 'C code'
+        names = [str(claim) for consumer in self.worker.consumers
+                 for claim in consumer.in_flight.copy() if is_running_coroutine(claim)]
+        note(logging.WARNING, 'the event loop has been blocked for %g s by %s, at %s',
+             MAX_LOOP_BLOCK, ', '.join(names) or 'a callback', where)
 
     def _check(self, consumer, claim, now):
         if claim.started_at is None:
@@ -1989,6 +2474,11 @@ class Watcher:
             note(logging.INFO, '%s: %d more done', consumer.name, more)
 
 
+def is_running_coroutine(claim):
+    task = claim.asyncio_task
+    return task is not None and task.get_coro().cr_running
+
+
 class Worker:
     """One run(): the consumers of all queues, and their orderly end."""
 
@@ -1998,7 +2488,8 @@ class Worker:
         self.burst = burst
         self.grace = grace              # seconds
         self.max_hung = max_hung
-        self.name = f'{printable(socket.gethostname())[:150]}:{os.getpid()}'
+        self.process = os.getpid()
+        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}'
         self.sessions = {}              # by the engine's addresses
         self.consumers = []
         # safe by themselves, the first in signal handlers too
@@ -2006,7 +2497,11 @@ class Worker:
         self.stopping = threading.Event()       # no more jobs are taken
         self.closed = threading.Event()         # no more outcomes are reported
         # safe without a lock: a dict whose single operations are atomic
-        self.threads = {}       # those that run, and when they were interrupted, or NEVER
+        self.threads = {}               # those that run
+        self.interruptions = Interruptions()
+        # created with the lock held
+        self.event_loop_lock = threading.Lock()
+        self.started_event_loop = None
         # written with the lock held; it is never held while other code runs
         self.generation_lock = threading.Lock()
         self.generation = 0             # grows whenever a claim is over
@@ -2034,15 +2529,26 @@ class Worker:
                 with contextlib.suppress(Interruption):
                     loop()
             except BaseException as error:
-                text = last_line(error) if isinstance(error, Refused) else error_text(error)
-                note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
-                self.stop(error)
+                self.on_fault(name, error)
             self.threads.pop(thread, None)
 
         thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
-        self.threads[thread] = NEVER
-        thread.start()
+        self.threads[thread] = None
+        contextvars.Context().run(thread.start)     # it is not part of a handler's job
         return thread
+
+    def on_fault(self, name, error):
+        text = last_line(error) if isinstance(error, Refused) else error_text(error)
+        note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
+        self.stop(error)
+
+    @property
+    def event_loop(self):
+        """The event loop of the async handlers; it is started when it is needed."""
+        with self.event_loop_lock:
+            if self.started_event_loop is None:
+                self.started_event_loop = EventLoop(self.start_thread)
+            return self.started_event_loop
 
     def stop(self, error=None):
         self.stop_requests.put(error)
@@ -2058,31 +2564,53 @@ class Worker:
         return [slot for consumer in self.consumers for slot in consumer.slots]
 
     def count_hung(self, seconds=HUNG_AFTER):
-        """How many threads did not come back within so many seconds of their interruption."""
-        latest = time.monotonic() - seconds
-        interrupted = [thread for thread, at in self.threads.copy().items() if at <= latest]
-        return len([thread for thread in interrupted if thread.is_alive()])
+        """How many handlers did not come back within so many seconds of their interruption."""
+        return self.interruptions.count(seconds)
 
     def run(self):
         """Work until told to stop, then end in good order. Raises what it was stopped by."""
-        # only the main thread may set signal handlers
         open_standard_streams()
-        is_main = threading.current_thread() is threading.main_thread()
-        previous = {number: signal.signal(number, self._on_signal)
-                    for number in (STOP_SIGNALS if is_main else ())}
+        log_writer.start()
         try:
-            for session in self.sessions.values():
-                session.start()
-            for consumer in self.consumers:
-                consumer.start()
-            self.start_thread(Watcher(self).run, 'watch')
-            error = self._wait()
-            self._shut_down()
+            with self._signal_handlers():
+                self._start()
+                error = self._wait()
+                self._shut_down()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+            log_writer.stop(REPORT_GRACE)
         if error is not None:
             raise error
+
+    @contextlib.contextmanager
+    def _signal_handlers(self):
+        is_main = threading.current_thread() is threading.main_thread()
+        for number in STOP_SIGNALS if is_main else ():      # others may not set handlers
+            if signal.getsignal(number) != signal.SIG_IGN or number != SIGHUP:      # nohup
+                replaced_signals[number] = signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            if is_main:
+                restore_signals()
+
+    def _start(self):
+        pass_jobs_to_threads()
+        if self._runs_handlers():
+            for function in self.app.hooks['start_worker']:
+                function()
+        for session in self.sessions.values():
+            session.start()
+        for consumer in self.consumers:
+            consumer.start()
+        self.start_thread(Watcher(self).run, 'watch')
+
+    def _runs_handlers(self):
+        """Whether handlers run in this process, and not only in processes of their own."""
+        return not all(consumer.config.isolate for consumer in self.consumers)
+
+    def _call_stop_hooks(self):
+        for function in self.app.hooks['stop_worker'] if self._runs_handlers() else ():
+            call_hook('stop_worker', function)
 
     def _wait(self):
         """Wait until the worker has to stop; returns the exception that is the reason, or None."""
@@ -2100,6 +2628,12 @@ class Worker:
                    for consumer in self.consumers)
 
     def _on_signal(self, number, frame):
+        if os.getpid() != self.process:     # a handler forked, and the child is not set up yet
+            restore_signals()
+            os.kill(os.getpid(), number)
+            return
+        if self.was_signalled and number == SIGHUP:
+            return      # a terminal that is closed may send several
         if self.was_signalled:
             for slot in self.slots():
                 slot.kill()
@@ -2112,6 +2646,9 @@ class Worker:
         deadline = time.monotonic() + self.grace
         self.stopping.set()
         self.release()
+        running = sum(len(consumer.in_flight) for consumer in self.consumers)
+        if not self.burst or running:
+            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, self.grace)
         self._end_polls()
         until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
         self.release(Lost)
@@ -2155,7 +2692,14 @@ class Worker:
               time.monotonic() + TERM_GRACE + 1)
         for slot in self.slots():
             slot.kill()
-        until(lambda: NEVER not in self.threads.copy().values(), time.monotonic() + REPORT_GRACE)
+        if self.started_event_loop:
+            self.started_event_loop.stop()
+        until(self._threads_ended, time.monotonic() + REPORT_GRACE)
+        self._call_stop_hooks()
+
+    def _threads_ended(self):
+        abandoned = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
+        return not set(self.threads.copy()).difference(abandoned)
 
 
 # -- Handlers in processes of their own ------------------------------------------------------------
@@ -2167,8 +2711,32 @@ process_lock = threading.Lock()
 READY = 'ready'             # the handler's module is imported
 STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
+LOGGED = 'logged'           # the attributes of a log record
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
+HOOKS_CALLED = 'hooks'      # the process can take the next job
 CRASHED = 'crashed'         # there is no outcome; the value says why
+
+# the events of App.on() whose hooks run in the process of the handler
+CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
+
+
+class ChildSettings(NamedTuple):
+    """What a process needs to run the handlers of a queue. Functions are given as their places."""
+    handlers: dict          # names to places
+    surroundings: list      # places
+    hooks: dict             # events to lists of places
+    client: tuple           # the arguments of Client
+    log_levels: dict        # names of loggers to levels
+
+
+def place_of(function):
+    """Module, file and qualified name of a function."""
+    return function.__module__, inspect.getfile(function), function.__qualname__
+
+
+def has_place(function):
+    """Whether another process can find the function by its name."""
+    return bool(re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')))
 
 
 class IsolatedSlot(Slot):
@@ -2178,19 +2746,22 @@ class IsolatedSlot(Slot):
     process = None
     pipe = None
     is_ready = False
+    jobs_run = 0            # by this process
 
     def prepare(self):
+        max_jobs = getattr(self.consumer.config, 'max_jobs', None)
+        if max_jobs and self.jobs_run >= max_jobs:
+            self.close()
         if self.process is None and not self.consumer.worker.stopping.is_set():
             self._start_process()
 
     def _start_process(self):
         context = multiprocessing.get_context('spawn')
         self.pipe, childs_end = context.Pipe()
-        places = {name: (function.__module__, inspect.getfile(function), function.__qualname__)
-                  for name, function in self.consumer.config.functions.items()}
         self.process = context.Process(
-            target=run_child, args=(childs_end, places, self.consumer.session.settings),
+            target=run_child, args=(childs_end, self._child_settings()),
             name=CHILD_NAME_PREFIX + self.consumer.name)
+        self.jobs_run = 0
         with process_lock:
             self.process.start()
         childs_end.close()
@@ -2198,10 +2769,26 @@ class IsolatedSlot(Slot):
         self._receive()             # READY: importing the handler's module may take long
         self.is_ready = True
 
+    def _child_settings(self):
+        app = self.consumer.worker.app
+        functions = self.consumer.config.functions
+        loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.copy().values()]
+        return ChildSettings(
+            {name: place_of(function) for name, function in functions.items()},
+            [place_of(function) for function in app.surroundings],
+            {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
+             for event in CHILD_EVENTS},
+            self.consumer.session.settings,
+            {logger.name: logger.level for logger in loggers if getattr(logger, 'level', 0)})
+
     def _receive(self):
         """The next message of the process; CRASHED if it has ended."""
         try:
-            return self.pipe.recv()
+            while True:
+                kind, value = self.pipe.recv()
+                if kind != LOGGED:
+                    return kind, value
+                log_writer.put(write_record, value)
         except (EOFError, OSError):
             self.kill()             # its children; it is exiting itself by now
         with process_lock:
@@ -2219,6 +2806,7 @@ class IsolatedSlot(Slot):
                 claim.show_progress(value)
             kind, value = self._receive()
         if kind == FINISHED:
+            self.jobs_run += 1
             call, fields, error = value
             result = Crashed(error) if error else json.loads(fields['result'])
             return Outcome(call, result, **fields)
@@ -2245,11 +2833,33 @@ class IsolatedSlot(Slot):
             self.close()
         return message
 
+    def call_hooks(self, event, claim, value):
+        """Call the hooks that the process could not find, and wait until it has called the others.
+
+        If the process is gone, call all of them here.
+        """
+        hooks = self.consumer.worker.app.hooks[event]
+        if event == 'start' or self.process is not None:
+            hooks = [hook for hook in hooks if not has_place(hook)]
+        self.consumer.call_hooks(event, claim, value, hooks)
+        if event != 'start' and self.process is not None:
+            kind = None
+            while kind not in (HOOKS_CALLED, CRASHED):
+                kind, _ = self._receive()
+            if kind == CRASHED:
+                self.close()
+
     def interrupt(self, claim, interruption):
         self.kill()                 # the slot's thread notices, and starts another process
 
     def stack_text(self, claim):
         return 'its process was killed\n'
+
+    @property
+    def is_terminating(self):
+        """Its process may have to call hooks at the end."""
+        hooks = self.consumer.worker.app.hooks['stop_worker']
+        return bool(hooks) and self.process is not None and self.thread.is_alive()
 
     def kill(self):
         """End the process, and the processes that it started."""
@@ -2261,6 +2871,11 @@ class IsolatedSlot(Slot):
     def close(self):
         if self.process is None:
             return
+        if self.consumer.worker.app.hooks['stop_worker']:
+            with contextlib.suppress(OSError):
+                self.pipe.send(None)
+                while self._receive()[0] != CRASHED:    # it ends after the hooks
+                    pass
         self.kill()
         atexit.unregister(self.kill)
         self.pipe.close()
@@ -2295,48 +2910,137 @@ def exit_text(code):
 class ChildClaim:
     """What job(), progress() and inputs() need of a claim, in an isolated process."""
 
-    cancel = None
-    coroutine = None
+    asyncio_task = None
 
-    def __init__(self, job, client, send):
+    def __init__(self, job, child):
         self.job = job
-        self.client = client
-        self.send = send
+        self.child = child
+        self.client = child.client
 
     def show_progress(self, text):
-        self.send(PROGRESS_MADE, text)
+        self.child.send(PROGRESS_MADE, text)
+
+    def run_coroutine(self, coroutine):
+        if self.child.event_loop is None:
+            self.child.event_loop = EventLoop(start_daemon_thread)
+        return self.child.event_loop.run(coroutine, self)
 
 
-def run_child(pipe, places, settings):
+def start_daemon_thread(loop, name):
+    thread = threading.Thread(target=loop, name=f'rundown-{name}', daemon=True)
+    thread.start()
+    return thread
+
+
+class PipeLogHandler(logging.Handler):
+    """Sends log records to the worker, which logs them with its own handlers."""
+
+    def __init__(self, send):
+        super().__init__()
+        self.send = send
+
+    def emit(self, record):
+        fields = {
+            name: value if isinstance(value, (str, int, float, type(None))) else repr(value)
+            for name, value in vars(record).items()}
+        fields.update(msg=record.getMessage(), args=None, exc_info=None)
+        if record.exc_info:
+            fields['exc_text'] = ''.join(traceback.format_exception(*record.exc_info)).rstrip()
+        self.send(LOGGED, fields)
+
+
+class Child:
     """The process of an isolated slot: runs the jobs that come through the pipe.
 
     It ends with the worker, and so do the processes that it started.
     """
+
+    def __init__(self, pipe, settings):
+        # constant
+        self.pipe = pipe
+        self.settings = settings
+        self.send_lock = threading.Lock()
+        self.jobs = SimpleQueue()
+        # set by load()
+        self.handlers = None
+        self.surroundings = []
+        self.hooks = {event: [] for event in CHILD_EVENTS}
+        self.client = None
+        self.event_loop = None      # started when the first async handler runs
+        self.problem = None         # why the handlers cannot run, as text
+
+    def send(self, kind, value=None):
+        with self.send_lock:
+            self.pipe.send((kind, value))
+
+    def load(self):
+        settings = self.settings
+        try:
+            self.handlers = HandlerTable(import_all(settings.handlers))
+            self.surroundings = [import_function(*place) for place in settings.surroundings]
+            self.hooks = {event: [import_function(*place) for place in places]
+                          for event, places in settings.hooks.items()}
+            self.client = Client(*settings.client)
+            self._set_up_log()
+            for function in self.hooks['start_worker']:
+                function()
+        except BaseException as error:
+            self.problem = truncate_middle(error_text(error), MAX_ERROR)
+
+    def _set_up_log(self):
+        """Log to the worker, unless the modules that were imported have set up the log."""
+        root = logging.getLogger()
+        if root.handlers:
+            return
+        root.addHandler(PipeLogHandler(self.send))
+        for name, level in self.settings.log_levels.items():
+            logger = root if name == 'root' else logging.getLogger(name)
+            logger.setLevel(level)
+
+    def run(self):
+        self.load()
+        self.send(READY)
+        start_daemon_thread(self._receive_jobs, 'receive')
+        for job in iter(self.jobs.get, None):
+            self.send(STARTED)
+            if self.problem:
+                self.send(CRASHED, self.problem)
+                return
+            contextvars.copy_context().run(self._run_job, job)
+        for function in self.hooks['stop_worker']:
+            call_hook('stop_worker', function)
+
+    def _run_job(self, job):
+        current.set(ChildClaim(job, self))
+        self._call_hooks('start', job, None)
+        outcome = run_handler(self.handlers, job, self.surroundings)
+        has_failed = outcome.call == 'fail'
+        error = error_text(outcome.value) if has_failed else None
+        self.send(FINISHED, (outcome.call, outcome.fields, error))
+        self._call_hooks('failure' if has_failed else 'success', job, outcome.value)
+        self.send(HOOKS_CALLED)
+
+    def _call_hooks(self, event, job, value):
+        for function in self.hooks[event]:
+            call_hook(event, function, job, value)
+
+    def _receive_jobs(self):
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.jobs.put(self.pipe.recv())
+        signal_group(multiprocessing.current_process(), KILL)
+        os._exit(1)
+
+
+def run_child(pipe, settings):
     separate_from_worker(pipe)
-    lock = threading.Lock()
-    jobs = SimpleQueue()
-    problem = None
+    open_standard_streams()
+    pass_jobs_to_threads()
+    Child(pipe, settings).run()
 
-    def send(kind, value=None):
-        with lock:
-            pipe.send((kind, value))
 
-    try:
-        handlers = HandlerTable({name: import_function(*place) for name, place in places.items()})
-        client = Client(*settings)
-    except BaseException as error:
-        problem = truncate_middle(error_text(error), MAX_ERROR)
-    send(READY)
-    threading.Thread(target=receive_jobs, args=(pipe, jobs), daemon=True).start()
-    while True:
-        job = jobs.get()
-        send(STARTED)
-        if problem:
-            return send(CRASHED, problem)
-        current.set(ChildClaim(job, client, send))
-        outcome = run_handler(handlers, job)
-        error = error_text(outcome.value) if outcome.call == 'fail' else None
-        send(FINISHED, (outcome.call, outcome.fields, error))
+def import_all(places):
+    return {name: import_function(*place) for name, place in places.items()}
 
 
 def separate_from_worker(pipe):
@@ -2346,15 +3050,7 @@ def separate_from_worker(pipe):
         os.set_inheritable(pipe.fileno(), False)
     for number in STOP_SIGNALS:
         # the worker decides when to stop; programs that a handler starts would inherit SIG_IGN
-        signal.signal(number, lambda *_: None)
-
-
-def receive_jobs(pipe, jobs):
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            jobs.put(pipe.recv())
-    signal_group(multiprocessing.current_process(), KILL)
-    os._exit(1)
+        replaced_signals[number] = signal.signal(number, lambda *_: None)
 
 
 def import_function(module, file, name):
@@ -2694,7 +3390,9 @@ class App:
         self.registered = {}            # (queue, host) -> QueueConfig
         self.hooks = {
             'start': [], 'success': [], 'failure': [], 'lost': [],
+            'start_worker': [], 'stop_worker': [],
         }
+        self.surroundings = []          # generator functions: see around()
         # safe without a lock: single operations of a dict and a list are atomic
         self.clients = {}               # (host, token, timeout, ca) -> Client
         self.workers = []               # those that run
@@ -2851,7 +3549,9 @@ class App:
         """Have the decorated function called at an event of each run of a handler.
 
         hook(job, value) at "start" (None), "success" (the result), "failure" and "lost" (the
-        exception). An exception in a hook is logged and changes nothing.
+        exception). An exception in such a hook is logged and changes nothing. "start_worker" and
+        "stop_worker" hooks have no arguments: they are called once in each process that runs
+        handlers. An exception in a start_worker hook ends the worker.
         """
         if event not in self.hooks:
             raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
@@ -2860,6 +3560,18 @@ class App:
             self.hooks[event].append(function)
             return function
         return register
+
+    def around(self, function: F) -> F:
+        """Have the decorated generator function, which yields once, wrap each run of a handler.
+
+        It runs in the process of the handler: for database connections, tracing and the like.
+        It gets the job if it has a parameter.
+        """
+        if not inspect.isgeneratorfunction(function):
+            raise Misuse(
+                f'around decorates a generator function that yields once, not {function!r}')
+        self.surroundings.append(function)
+        return function
 
     @names_near_misses
     def enqueue(
@@ -2963,7 +3675,7 @@ class App:
             self.workers.remove(worker)
         in_main_thread = threading.current_thread() is threading.main_thread()
         if worker.count_hung(0) and not burst and in_main_thread:
-            exit_at_once(code)
+            exit_process(code)
         if code:
             raise SystemExit(code)
 
@@ -3144,19 +3856,11 @@ def set_up_log():
         log.setLevel(log.level or logging.INFO)
 
 
-def exit_at_once(code):
-    """End the process without waiting for threads, but not without their output."""
-    with contextlib.suppress(Exception):
-        logging.shutdown()
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-    os._exit(code)
-
-
 default = App()
 queue = default.queue
 task = default.task
 on = default.on
+around = default.around
 enqueue = default.enqueue
 enqueue_many = default.enqueue_many
 schedule = default.schedule

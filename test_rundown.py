@@ -5486,7 +5486,7 @@ if __name__ == "__main__":
         t.run()
         assert rw.results(jobs[:2], 5) == [8, 3] and jobs[1]["tag"] == "x", jobs
         assert jobs[0]["payload"] == {"task": "tasks.add", "args": [4], "kwargs": {"y": 4}}, jobs[0]
-        assert "tasks.add" in jobs[2].refresh()["error"] and jobs[2]["retries"] == 0, jobs[2]
+        assert "tasks.add" in jobs[2].refresh()["error"] and jobs[2]["retries"] == 1, jobs[2]
         assert [job.refresh()["retries"] for job in other] == [0, 3, 0, 1], other
         assert [job["status"] for job in other] == ["failed", "failed", "failed", "pending"], other
         t.advance(8)
