@@ -4553,6 +4553,107 @@ def test_a_redirect_is_an_error_and_the_token_goes_nowhere_else(code):
         assert b"secret" in first[0] and heard == []
 
 
+FOREIGN = {     # answers of proxies and strangers: status line, content
+    "an HTML page": (b"400 Bad Request", b"<html>The plain HTTP request was sent to HTTPS port</html>"),
+    "no such path": (b"404 Not Found", b"nope"),
+    "JSON without a sentence": (b"409 Conflict", b"{}"),
+    "another's JSON": (b"401 Unauthorized", b'{"error": {"code": 7}}'),
+    "too large": (b"413 Request Entity Too Large", b"<html>"),
+    "a gateway's page": (b"502 Bad Gateway", b"<html>"),
+    "a redirect": (b"301 Moved\r\nLocation: http://127.0.0.1:1/", b""),
+}
+
+
+@pytest.mark.parametrize("line, content", FOREIGN.values(), ids=FOREIGN)
+def test_only_the_engine_s_own_json_is_a_verdict(line, content):
+    answer = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (line, len(content), content)
+    with canned(answer) as (url, _), pytest.raises(rw.EngineUnavailable) as error:
+        rw.Client(url, timeout=0.2).complete("a", 1)
+    assert error.value.status == int(line[:3]) and line[:3].decode() in str(error.value)
+
+
+def test_the_next_engine_is_tried_after_a_stranger_s_answer(engine, q):
+    with canned(b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnope") as (url, heard):
+        assert rw.Client(url + " " + engine.url).enqueue(q)["queue"] == q
+        assert heard
+
+
+def test_an_engine_that_never_answers_delays_a_call_by_the_probe_alone(engine, q, monkeypatch):
+    assert rw.PROBE_TIMEOUT == 5
+    monkeypatch.setattr(rw, "PROBE_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = rw.Client("http://127.0.0.1:%d %s" % (silent.getsockname()[1], engine.url))
+        began = time.monotonic()
+        assert client.enqueue(q)["queue"] == q
+        assert time.monotonic() - began < 3
+        assert client.host == engine.url
+
+
+class Narrow(http.server.BaseHTTPRequestHandler):
+    """A proxy that takes bodies up to `limit` bytes, with its own page for longer ones."""
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.lengths.append(len(body))
+        if len(body) > self.server.limit:
+            status, content = 413, b"<html>"
+        else:
+            status, content = self.server.engine.raw("POST", self.path, body)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def narrow(engine, limit):
+    def raw(method, path, body):
+        request = urllib.request.Request(engine.url + path, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.read()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Narrow)
+    server.limit, server.lengths = limit, []
+    server.engine = types.SimpleNamespace(raw=raw)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield "http://127.0.0.1:%d" % server.server_port, server.lengths
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_many_jobs_pass_a_proxy_that_takes_short_requests_alone(engine, q):
+    with narrow(engine, 2000) as (url, lengths):
+        jobs = rw.Client(url, timeout=2).enqueue_many(q, ["x" * 100] * 60)
+        assert [engine.job(job)["payload"] for job in jobs] == ["x" * 100] * 60
+        assert max(lengths) > 2000
+        with pytest.raises(rw.EngineUnavailable, match="413"):
+            rw.Client(url, timeout=2).enqueue(q, "x" * 5000)
+
+
+@pytest.mark.parametrize("length", [1, 10, 333, 999, 1000, 4999, 400000, 1200000])
+def test_a_batch_stays_below_a_million_bytes_with_commas_and_frame(length):
+    texts = ["x" * length] * (3000000 // length // 10 + 3)
+    batches = list(rw.batches(iter(texts), len))
+    assert sum(batches, []) == texts
+    for batch in batches:
+        body = '{"jobs":[' + ",".join(batch) + "]}"
+        assert (len(body) < 1000000 or len(batch) == 1) and len(batch) <= 1000
+
+
+def test_a_failure_whose_delay_no_engine_takes_is_reported_with_the_longest(engine, q):
+    for delay in (10 ** 9, datetime.timedelta(days=40000)):
+        job = engine.enqueue(q, max_retries=1)
+        claim = engine.poll(q)
+        rw.Client(engine.url).fail(claim["id"], claim["attempt"], "the reason", delay=delay)
+        assert engine.job(job)["error"] == "the reason"
+
+
 def test_a_proxy_in_the_environment_is_ignored(engine, q, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, unused())
@@ -5033,12 +5134,6 @@ def test_a_worker_goes_on_trying_when_what_answers_is_no_engine(work, q, body):
         worker = work(handler(q, "pass"), types.SimpleNamespace(url=url))
         until(lambda: len(heard) > 2)
         assert "no engine" in worker.log() and "Traceback" not in worker.log() and worker.process.poll() is None
-
-
-def test_a_conflict_that_says_nothing_is_a_refusal_all_the_same():
-    answer = b"HTTP/1.1 409 Conflict\r\nContent-Length: 2\r\n\r\n{}"
-    with canned(answer) as (url, _), pytest.raises(rw.Refused, match="409"):
-        rw.Client(url).complete("a", 1)
 
 
 def test_settings_that_the_engine_refuses_are_an_error_that_ends_the_worker(engine, work, q):
