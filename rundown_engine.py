@@ -2145,9 +2145,9 @@ class Limits:
 
     def claimable(self, tx, queue, wanted):
         """At most `wanted`; 0 if a limit is reached. An empty bucket sets a deadline."""
-        if queue not in self.queues:
+        limits = tx.fetch_one(SELECT_QUEUE, queue) if queue in self.queues else None
+        if not limits:
             return wanted
-        limits = tx.fetch_one(SELECT_QUEUE, queue)
         if limits['max_running'] is not None:
             wanted = min(wanted, max(0, limits['max_running'] - limits['running']))
         if not wanted or limits['rate'] is None:

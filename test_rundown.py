@@ -1863,7 +1863,7 @@ def test_a_limit_that_is_not_named_stays(engine, q):
 
 
 def test_a_limit_that_was_undone_with_its_transaction_stops_no_poll(clocked, q):
-    clocked.server.store.limited.add(q)         # as after a commit that failed
+    clocked.server.store.limits.queues.add(q)         # as after a commit that failed
     clocked.server.store.workers.last_polled[q] = 1
     assert clocked.poll(q) is None
     clocked.enqueue(q)
@@ -3106,14 +3106,14 @@ def test_batches_that_are_refused_half_way_do_not_hold_up_the_good_ones_beside_t
 
 def test_a_parked_poll_whose_transaction_failed_gets_its_job_when_the_storage_is_well(clocked, monkeypatch, q):
     store, failures = clocked.server.store, [sqlite3.OperationalError("disk I/O error")]
-    poll = store.poll
+    poll = store.claims.poll
 
-    def failing(ask):
-        jobs = poll(ask)
-        if jobs and failures and ask.get("wait"):
+    def failing(tx, params):
+        jobs = poll(tx, params)
+        if jobs and failures and params.get("wait"):
             raise failures.pop()
         return jobs
-    monkeypatch.setattr(store, "poll", failing)
+    monkeypatch.setattr(store.claims, "poll", failing)
     clocked.post("/limit", queue=q, rate=1, per=2)
     clocked.post("/enqueue", jobs=[{"queue": q}, {"queue": q}])
     assert clocked.poll(q)
@@ -8731,7 +8731,7 @@ def traced_load(folder, seconds, *options):
     trace = folder / "trace"
     prefix = ("strace", "-D", "-f", "-y", "-xx", "-s", str(64 << 20), "-o", str(trace),
               "-e", "trace=" + TRACED)
-    engine = Engine(folder, *options, prefix=prefix, constants={"CHECKPOINT": 100})
+    engine = Engine(folder, *options, prefix=prefix, constants={"CHECKPOINT_PAGES": 100})
     deadline = time.monotonic() + seconds
     with ThreadPoolExecutor(4) as pool:
         try:
