@@ -5599,7 +5599,7 @@ if __name__ == "__main__":
         t.run()
         assert rw.results(jobs[:2], 5) == [8, 3] and jobs[1]["tag"] == "x", jobs
         assert jobs[0]["payload"] == {"task": "tasks.add", "args": [4], "kwargs": {"y": 4}}, jobs[0]
-        assert "tasks.add" in jobs[2].refresh()["error"] and jobs[2]["retries"] == 0, jobs[2]
+        assert "tasks.add" in jobs[2].refresh()["error"] and jobs[2]["retries"] == 1, jobs[2]
         assert [job.refresh()["retries"] for job in other] == [0, 3, 0, 1], other
         assert [job["status"] for job in other] == ["failed", "failed", "failed", "pending"], other
         t.advance(8)
@@ -6025,6 +6025,19 @@ def test_a_user_s_own_test_runs_a_task_in_milliseconds(tmp_path):
                            env=environment(), timeout=30)
     assert float(ended.stdout) < 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test_tasks.py"]
+
+
+def test_a_testing_engine_leaves_the_environment_as_it_was():
+    for before in (None, "http://127.0.0.1:1"):
+        os.environ.pop("RUNDOWN_URL", None)
+        if before:
+            os.environ["RUNDOWN_URL"] = before
+        try:
+            with rw.testing() as testing:
+                assert os.environ["RUNDOWN_URL"] == testing.client.host
+            assert os.environ.get("RUNDOWN_URL") == before
+        finally:
+            os.environ.pop("RUNDOWN_URL", None)
 
 
 @beside
