@@ -592,6 +592,48 @@ def test_the_engine_s_table_of_transitions_is_what_is_drawn():
     assert {row: after for row, after in rows.items() if row not in DRAWN and row[0] not in ("poll", "lose")} == others
 
 
+def in_transaction(clocked, work):
+    return clocked.server.loop.run_in_transaction(work)
+
+
+@pytest.mark.parametrize("call, target", [("complete", "pending"), ("release", "failed"), ("cancel", "done"), ("poll", "running")])
+def test_a_transition_that_the_table_does_not_have_is_a_mistake_that_changes_nothing(clocked, q, call, target):
+    jobs = clocked.server.store.jobs
+    claim = claimed(clocked, q)
+
+    def go_astray(tx):
+        job = tx.fetch_one(rundown_engine.FIND_BY_ID, claim["id"])
+        with pytest.raises(AssertionError, match="%s does not lead from running to %s" % (call, target)):
+            jobs.transition(tx, call, job, target)
+
+    in_transaction(clocked, go_astray)
+    assert clocked.job(claim)["status"] == "running"
+
+
+@pytest.mark.parametrize("column", ["status", "hold", "next_run_at", "lease_until"])
+def test_what_has_an_owner_is_written_by_no_other_method(clocked, q, column):
+    job = clocked.enqueue(q)
+
+    def write(tx):
+        with pytest.raises(AssertionError, match=column):
+            clocked.server.store.jobs.update(tx, tx.fetch_one(rundown_engine.FIND_BY_ID, job["id"]), **{column: 1})
+
+    in_transaction(clocked, write)
+
+
+def test_whoever_writes_a_lease_lowers_the_next_deadline(clocked, q):
+    claim, store = claimed(clocked, q, timeout=1000), clocked.server.store
+
+    def touch(tx):
+        seq = tx.fetch_one(rundown_engine.FIND_BY_ID, claim["id"])["seq"]
+        store.jobs.set_leases(tx, [{"seq": seq, "lease_until": tx.now + 1000000}])
+
+    in_transaction(clocked, touch)
+    assert store.next_deadline <= store.clock.now() + 1000000
+    clocked.advance(1.1)
+    assert clocked.job(claim)["status"] == "pending"
+
+
 def job_in(api, status, queue):
     """A job that was claimed once and is in `status` now; it names that claim."""
     api.enqueue(queue)
@@ -1821,7 +1863,7 @@ def test_a_limit_that_is_not_named_stays(engine, q):
 
 
 def test_a_limit_that_was_undone_with_its_transaction_stops_no_poll(clocked, q):
-    clocked.server.store.limited.add(q)         # as after a commit that failed
+    clocked.server.store.limits.queues.add(q)         # as after a commit that failed
     clocked.server.store.workers.last_polled[q] = 1
     assert clocked.poll(q) is None
     clocked.enqueue(q)
@@ -2247,6 +2289,77 @@ def test_a_migrated_database_keeps_its_schedules(of_1_1):
     of_1_1.advance(20 * 3600)
     ids = [job["id"] for job in pages(of_1_1, "reports")]
     assert "nightly@2027-01-16T03:00:00Z" in ids and of_1_1.job(ids[-1])["max_retries"] == 2
+
+
+NEXT_VERSION = [        # what stands in the engine's source, and what the next version would have there
+    ("    'tag': shown('TEXT', json_string, inserted=True, rule=NAME, filter=True),\n" * 1,
+     "    'colour': shown('TEXT', json_string, inserted=True, rule=NAME, filter=True),\n"
+     "    'tag': shown('TEXT', json_string, inserted=True, rule=NAME, filter=True),\n"),
+    ("    'cron': shown(", "    'mood': shown('TEXT', json_string),\n    'cron': shown("),
+    ("TRIGGERS = {\n", "TRIGGERS = {\n    'jobs_colour': \"CREATE TRIGGER jobs_colour AFTER INSERT ON jobs WHEN NEW.colour = \"\n"
+     "                   \"'dark' BEGIN UPDATE queues SET paused = 1 WHERE queue = NEW.queue; END\",\n"),
+    ("SCHEMA_VERSION = max(MIGRATIONS) + 1\n",
+     "MIGRATIONS[max(MIGRATIONS) + 1] = ['ALTER TABLE jobs ADD COLUMN colour TEXT',\n"
+     "    'ALTER TABLE schedules ADD COLUMN mood TEXT', TRIGGERS['jobs_colour']]\nSCHEMA_VERSION = max(MIGRATIONS) + 1\n"),
+]
+
+
+@pytest.fixture
+def next_version(monkeypatch):
+    """Has engines be of the next version: with a new column of jobs that is not the last one, one of schedules, a trigger."""
+    source = (HERE / "rundown_engine.py").read_text(encoding="utf-8")
+    for old, new in NEXT_VERSION:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    module = types.ModuleType("rundown_engine_next")
+    module.__file__ = str(HERE / "rundown_engine_next.py")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "rundown_engine_next.py", "exec"), vars(module))
+    monkeypatch.setattr(rundown_engine, "make_server", module.make_server)
+    return module
+
+
+@pytest.mark.parametrize("version", [*EARLIER, None])
+def test_the_next_version_opens_databases_of_all_before_it(tmp_path, version, request):
+    if version:
+        old_database(tmp_path / "jobs.db", version)
+    else:
+        ClockedEngine(tmp_path).stop()
+    module = request.getfixturevalue("next_version")
+    engine = ClockedEngine(tmp_path)
+    try:
+        assert header_of(engine.database)[1] == module.SCHEMA_VERSION == rundown_engine.SCHEMA_VERSION + 1
+        job = engine.enqueue("q", {"a": 1}, tag="t", key="k", priority=-3)
+        claim = engine.poll("q", worker="w")
+        shown = {name: claim[name] for name in ("id", "payload", "tag", "key", "priority", "worker", "attempt", "colour")}
+        assert shown == {"id": job["id"], "payload": {"a": 1}, "tag": "t", "key": "k", "priority": -3, "worker": "w",
+                         "attempt": 1, "colour": None}
+        assert engine.post("/schedule", name="s", queue="q", every=60)["mood"] is None
+        engine.advance(61)
+        assert engine.poll("q")["id"].startswith("s@")
+    finally:
+        engine.stop()
+
+
+def test_a_column_that_no_migration_adds_is_said_at_the_start(tmp_path, request):
+    ClockedEngine(tmp_path).stop()
+    module = request.getfixturevalue("next_version")
+    module.MIGRATIONS[max(module.MIGRATIONS)] = ["ALTER TABLE jobs ADD COLUMN colour TEXT"]
+    with pytest.raises(module.StartupError, match="schedules lacks mood"):
+        ClockedEngine(tmp_path)
+    assert header_of(tmp_path / "jobs.db")[1] == rundown_engine.SCHEMA_VERSION
+
+
+def test_a_sqlite_that_cannot_rename_columns_migrates_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundown_engine.sqlite3, "sqlite_version_info", (3, 24, 0))
+    old_database(tmp_path / "jobs.db", "1.1")
+    ClockedEngine(tmp_path).stop()
+    monkeypatch.undo()
+    (tmp_path / "new").mkdir()
+    ClockedEngine(tmp_path / "new").stop()
+    assert schema_of(tmp_path / "jobs.db") == schema_of(tmp_path / "new" / "jobs.db")
+    with contextlib.closing(sqlite3.connect(str(tmp_path / "jobs.db"))) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 # -- HTTP: framing by raw bytes, slow and many clients -------------------------------------------
@@ -2993,14 +3106,14 @@ def test_batches_that_are_refused_half_way_do_not_hold_up_the_good_ones_beside_t
 
 def test_a_parked_poll_whose_transaction_failed_gets_its_job_when_the_storage_is_well(clocked, monkeypatch, q):
     store, failures = clocked.server.store, [sqlite3.OperationalError("disk I/O error")]
-    poll = store.poll
+    poll = store.claims.poll
 
-    def failing(ask):
-        jobs = poll(ask)
-        if jobs and failures and ask.get("wait"):
+    def failing(tx, params):
+        jobs = poll(tx, params)
+        if jobs and failures and params.get("wait"):
             raise failures.pop()
         return jobs
-    monkeypatch.setattr(store, "poll", failing)
+    monkeypatch.setattr(store.claims, "poll", failing)
     clocked.post("/limit", queue=q, rate=1, per=2)
     clocked.post("/enqueue", jobs=[{"queue": q}, {"queue": q}])
     assert clocked.poll(q)
@@ -5486,7 +5599,7 @@ if __name__ == "__main__":
         t.run()
         assert rw.results(jobs[:2], 5) == [8, 3] and jobs[1]["tag"] == "x", jobs
         assert jobs[0]["payload"] == {"task": "tasks.add", "args": [4], "kwargs": {"y": 4}}, jobs[0]
-        assert "tasks.add" in jobs[2].refresh()["error"] and jobs[2]["retries"] == 0, jobs[2]
+        assert "tasks.add" in jobs[2].refresh()["error"] and jobs[2]["retries"] == 1, jobs[2]
         assert [job.refresh()["retries"] for job in other] == [0, 3, 0, 1], other
         assert [job["status"] for job in other] == ["failed", "failed", "failed", "pending"], other
         t.advance(8)
@@ -5912,6 +6025,19 @@ def test_a_user_s_own_test_runs_a_task_in_milliseconds(tmp_path):
                            env=environment(), timeout=30)
     assert float(ended.stdout) < 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test_tasks.py"]
+
+
+def test_a_testing_engine_leaves_the_environment_as_it_was():
+    for before in (None, "http://127.0.0.1:1"):
+        os.environ.pop("RUNDOWN_URL", None)
+        if before:
+            os.environ["RUNDOWN_URL"] = before
+        try:
+            with rw.testing() as testing:
+                assert os.environ["RUNDOWN_URL"] == testing.client.host
+            assert os.environ.get("RUNDOWN_URL") == before
+        finally:
+            os.environ.pop("RUNDOWN_URL", None)
 
 
 @beside
@@ -8716,7 +8842,7 @@ def traced_load(folder, seconds, *options):
     trace = folder / "trace"
     prefix = ("strace", "-D", "-f", "-y", "-xx", "-s", str(64 << 20), "-o", str(trace),
               "-e", "trace=" + TRACED)
-    engine = Engine(folder, *options, prefix=prefix, constants={"CHECKPOINT": 100})
+    engine = Engine(folder, *options, prefix=prefix, constants={"CHECKPOINT_PAGES": 100})
     deadline = time.monotonic() + seconds
     with ThreadPoolExecutor(4) as pool:
         try:
