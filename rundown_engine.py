@@ -2150,9 +2150,9 @@ class Limits:
 
     def claimable(self, tx, queue, wanted):
         """At most `wanted`; 0 if a limit is reached. An empty bucket sets a deadline."""
-        if queue not in self.queues:
+        limits = tx.fetch_one(SELECT_QUEUE, queue) if queue in self.queues else None
+        if not limits:
             return wanted
-        limits = tx.fetch_one(SELECT_QUEUE, queue)
         if limits['max_running'] is not None:
             wanted = min(wanted, max(0, limits['max_running'] - limits['running']))
         if not wanted or limits['rate'] is None:
@@ -2181,6 +2181,7 @@ class Limits:
 # -- Jobs: schedules -------------------------------------------------------------------------------
 GIVEN_TO_JOBS = columns_where(lambda column: column.inserted, SCHEDULE_COLUMNS)
 SCHEDULE_FIELDS = ('name', *GIVEN_TO_JOBS, 'cron', 'every', 'zone')
+NEW_SCHEDULE = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
 SELECT_SCHEDULE = f'SELECT {names(SCHEDULE_COLUMNS)} FROM schedules '
 REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({names(SCHEDULE_COLUMNS)}) '
                     f'VALUES (:{", :".join(SCHEDULE_COLUMNS)})')
@@ -2197,8 +2198,8 @@ class Schedules:
         row = tx.fetch_one(SELECT_SCHEDULE + 'WHERE name = ?', wanted['name'])
         if row and all(row[field] == wanted[field] for field in SCHEDULE_FIELDS):
             return row, False
-        past = dict(row) if row else {'last_run_at': None, 'last_id': None, 'skipped': 0}
-        schedule = {**past, **wanted, 'next_run_at': first_tick(wanted, tx.now)}
+        schedule = {**NEW_SCHEDULE, **dict(row or {}), **wanted}
+        schedule['next_run_at'] = first_tick(wanted, tx.now)
         tx.execute(REPLACE_SCHEDULE, schedule)
         tx.wake_at(schedule['next_run_at'])
         return schedule, not row
