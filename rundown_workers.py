@@ -4422,19 +4422,13 @@ class DjangoTasks:
         return result
 
     def handler(self):
-        """A function that runs the tasks of a queue."""
+        """A function that runs the tasks of a queue. For an async one it returns a coroutine."""
         def run_task(payload):
-            function, args, kwargs = self.resolve(payload)
-            return as_handler(function)(*args, **kwargs)
+            task = django_task(payload)
+            run = self.arun if inspect.iscoroutinefunction(task.func) else self.run
+            return run(task, job())
 
-        run_task.rundown_resolve = self.resolve
         return run_task
-
-    def resolve(self, payload):
-        """The function that runs a payload's task, async if the task is, and its arguments."""
-        task = django_task(payload)
-        is_async = inspect.iscoroutinefunction(task.func)
-        return self.arun if is_async else self.run, [task, job()], {}
 
     def run(self, task, job):
         from django.db import close_old_connections
