@@ -7684,6 +7684,105 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
 def test_without_django_nothing_of_it_is_imported_and_other_names_are_unknown():
     code = "import sys, rundown_workers as rw; print('django' in sys.modules, hasattr(rw, 'enqeue'))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=str(HERE), text=True) == "False False\n"
+# -- OpenAPI ---------------------------------------------------------------------------------------
+
+
+def test_openapi_describes_every_route(engine):
+    document = engine.get("/openapi.json")
+    assert engine.response.getheader("Content-Type") == "application/json"
+    described = {(path.split("{")[0], list(calls)[0]) for path, calls in document["paths"].items()}
+    routes = rundown_engine.ROUTES
+    assert described == {(path, route.method.lower()) for path, route in routes.items()}
+    assert set(rundown_engine.CALLS) == set(routes)
+    assert set(document["components"]["schemas"]["FailRequest"]["properties"]) == {
+        "id", "attempt", "error", "retry", "delay"
+    }
+
+
+def test_openapi_is_valid(engine):
+    validator = pytest.importorskip("openapi_spec_validator")
+    validator.validate(engine.get("/openapi.json"))
+
+
+def test_a_value_that_openapi_refuses_is_refused():
+    jsonschema = pytest.importorskip("jsonschema")
+    values = [True, 0, -1, 1.5, 1e9, 2**63, "", "x" * 2000, "text", [], ["a"], [1], {}]
+    for field, rule in rundown_engine.FIELDS.items():
+        described = jsonschema.Draft202012Validator(rule.schema)
+        for value in values:
+            assert described.is_valid(value) or not rule.is_valid(value), (field, value)
+
+
+def test_answers_are_what_openapi_says(engine, q):
+    jsonschema = pytest.importorskip("jsonschema")
+    document = engine.get("/openapi.json")
+
+    def call(path, described=None, **body):
+        method = "POST" if body else "GET"
+        status, answer = engine.call(method, path, body or None)
+        operation = document["paths"][described or path.split("?")[0]][method.lower()]
+        response = operation["responses"].get(str(status), operation["responses"]["default"])
+        schema = response["content"]["application/json"]["schema"]
+        jsonschema.validate(answer, {**schema, "components": document["components"]})
+        if body and status == 200:
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            jsonschema.validate(body, {**schema, "components": document["components"]})
+        return answer
+
+    first = call("/enqueue", queue=q, payload={"a": [1]}, tag="t", key="k", max_retries=3)
+    jobs = call("/enqueue", jobs=[{"queue": q, "after": [first["id"]]}, {"queue": q, "delay": 9}])
+    claim = call("/poll", queue=q, worker="w", lease=30)
+    call("/heartbeat", id=claim["id"], attempt=1, progress=0.5)
+    call("/fail", id=claim["id"], attempt=1, error="no", delay=0)
+    [claim] = call("/poll", queue=q, limit=5)
+    call("/jobs/" + claim["id"], "/jobs/{id}")
+    call("/complete", jobs=[{"id": claim["id"], "attempt": 2, "result": 1}, {"id": "none"}])
+    call("/complete", id="none")
+    call("/release", id=call("/poll", queue=q)["id"])
+    call("/cancel", id=jobs["jobs"][1]["id"])
+    call("/limit", queue=q, max_running=2, rate=5, per=1.5)
+    call("/pause", queue=q)
+    call("/resume", queue=q)
+    call("/schedule", name=q, queue=q, every=60, payload=[1])
+    call("/schedules")
+    call("/unschedule", name=q)
+    for query in ("", "?brief=true", "?status=done", "?needed_by=" + jobs["jobs"][0]["id"]):
+        call("/jobs" + query)
+    for path in ("/queues", "/health"):
+        call(path)
+    call("/details/t", "/details/{tag}")
+    call("/enqueue", queue=1)
+    call("/purge", queue=q)
+
+
+GENERATED = """
+import sys
+from rundown_client import Client
+from rundown_client.api.default import complete, enqueue, get_job, poll
+from rundown_client.models import CompleteRequest, EnqueueRequest, PollRequest
+
+client = Client(base_url=sys.argv[1])
+enqueue.sync(client=client, body=EnqueueRequest(queue=sys.argv[2], payload={"a": 1}))
+job = poll.sync(client=client, body=PollRequest(queue=sys.argv[2], worker="w"))
+complete.sync(client=client, body=CompleteRequest(id=job.id, attempt=job.attempt, result=[1]))
+job = get_job.sync(job.id, client=client)
+print(job.status, job.result, job.worker)
+"""
+
+
+@beside
+def test_a_client_that_is_generated_from_openapi_makes_calls(engine, tmp_path, q):
+    pytest.importorskip("openapi_python_client")
+    (tmp_path / "openapi.json").write_text(json.dumps(engine.get("/openapi.json")))
+    command = [sys.executable, "-m", "openapi_python_client", "generate", "--path", "openapi.json"]
+    command += ["--output-path", "client"]
+    subprocess.run(command, cwd=str(tmp_path), check=True, stdout=subprocess.DEVNULL)
+    (tmp_path / "client" / "use.py").write_text(GENERATED)
+    command = [sys.executable, "use.py", engine.url, q]
+    said = subprocess.check_output(command, cwd=str(tmp_path / "client"))
+    assert said.decode().split() == ["done", "[1]", "w"]
+
+
 # -- Node SDK --------------------------------------------------------------------------------------
 
 NODE_PREAMBLE = """
