@@ -7,67 +7,91 @@
         ...
 
     if __name__ == "__main__":
-        rw.enqueue("images", "path/to/image.jpg")       # or make_thumbnail.enqueue("path/to/image.jpg")
-        rw.run()                                        # works until SIGTERM or SIGINT
+        rw.enqueue("images", "path/to/image.jpg")   # or make_thumbnail.enqueue("path/to/image.jpg")
+        rw.run()                                    # works until SIGTERM or SIGINT
 
-One file, standard library alone: copy it and import it. The engine (rundown_engine.py) keeps the jobs; RUNDOWN_URL says
-where it is (http://localhost:8181), RUNDOWN_TOKEN its token, RUNDOWN_CA the file of a private certificate. Where it
-names several engines, separated by blanks, each client uses the first that answers, until that does not any more.
+One file without packages: copy it and import it. The engine (rundown_engine.py) keeps the jobs.
+RUNDOWN_URL says where it is (http://localhost:8181), RUNDOWN_TOKEN is its token, RUNDOWN_CA the
+file of a private certificate. If the URL names several engines, separated by blanks, a client
+uses one of them until it does not answer any more, then the next.
 
 A JOB'S WAY THROUGH A WORKER
     poll --> claimed --> slot: handler --> outcome --> report
                |                 |                       |
                | 1 s not begun   | timeout: fail         | no answer: kept and sent again
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
-Per queue there is one long poll and `concurrency` slots, each a thread. When jobs are short the worker claims ahead,
-never more than its slots start within 100 ms at their recent pace. Outcomes pile into one request while another is in
-flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
+
+A queue has one long poll and `concurrency` slots; each slot is a thread. When jobs are short, the
+worker claims ahead: never more than its slots start within 100 ms at their recent pace. Outcomes
+gather into one request while another is in flight. One heartbeat for all claims, every third of
+the lease, keeps long jobs alive.
 
 PRODUCING
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up) -> the job, a dict
-                                with wait(timeout), result(timeout), refresh(); `after`: jobs or ids to be done first
+    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up)
+                            returns the job, a dict with wait(timeout), result(timeout), refresh();
+                            `after`: jobs or ids that have to be done first
     enqueue_many(queue, payloads, ...)      many in few requests; each request is all or nothing
-    wait(job, timeout), results(jobs, timeout)      the finished job; what many returned, Failed when one did not
+    wait(job, timeout), results(jobs, timeout)      the finished job; the results of many jobs
     schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
     Client(host, token, timeout, ca)        one method per call of the engine
-An enqueue chooses its id, so it is sent again for `give_up` seconds (30) while no engine answers, and still makes one
-job; then EngineUnavailable. What the engine refuses is Refused, at once. A run_at without a zone is local time.
+
+An enqueue chooses the job's id. So it can be sent again for `give_up` seconds (30) while no
+engine answers, and still makes one job; then it raises EngineUnavailable. A call that the engine
+refuses raises Refused at once. A run_at without a zone is local time. A duration is a number of
+seconds or a timedelta.
 
 WORKING
-    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on, abort_on,
-           cron, every, zone, max_running, rate)    the last five are sent to the engine by run()
-    @task(queue="default", ...)             any number on a queue: add.delay(4, y=4), add.options(delay=60).delay(4);
-                                            the payload is {"task": name, "args": [], "kwargs": {}}
-    job(), inputs(), progress(value)        in a handler: the job; the results of those it waited for; JSON to be shown
+    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on,
+           abort_on, cron, every, zone, max_running, rate)
+                                            run() sends the last five to the engine
+    @task(queue="default", ...)             any number on a queue: add.delay(4, y=4),
+                                            add.options(delay=60).delay(4); the payload is
+                                            {"task": name, "args": [], "kwargs": {}}
+    job(), inputs(), progress(value)        in a handler: the job; the results of the jobs that it
+                                            waited for; a JSON value to be shown
     raise Retry(delay=60), Abort("why")     fail and come back in 60 s; fail for good
-    @on("start" | "success" | "failure" | "lost")       hook(job, None | result | exception | exception)
+    @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
     run(burst, grace, max_hung), stop()     burst: work off what is due, and return
-    testing()                               with testing() as t: t.run(delayed=True); t.advance(60) moves its clock
-A handler's return value is the result. Any exception fails the job with its traceback, what is not JSON for good. At
-its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def handlers both are a
-cancellation); the slot is free again whatever the thread does. Threads that never come back are hung: after max_hung
-(10) the worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which is killed
-with its children. It is imported there by its name, so a script needs `if __name__ == "__main__":` around its run().
-SIGTERM or SIGINT: no more jobs are taken, what runs has `grace` seconds (30), the rest is released, exit with 0. The
-second signal exits at once. The log is logging.getLogger("rundown"), on stderr where logging is not set up: a line for
-each job, but where more than 100 a second are done the rest are counted.
+    testing()                               with testing() as t: t.run(delayed=True);
+                                            t.advance(60) moves its clock
+
+The return value of a handler is the result. Any exception fails the job with its traceback; a
+result that is not JSON fails it for good. At its timeout a handler gets Timeout raised inside,
+when its claim is gone Lost (in async def handlers both are a cancellation). Its slot is free
+again, whatever the thread does. Threads that never come back are hung: after max_hung (10) the
+worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which
+is killed with its children. It is imported there by its name, so a script needs
+`if __name__ == "__main__":` around its run().
+
+SIGTERM or SIGINT: no more jobs are taken, running ones have `grace` seconds (30), the others are
+released, and the worker exits with 0. The second signal exits at once. The log is
+logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for each job;
+above 100 a second, the others are counted.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
-It runs once a job, in a process group of its own: the payload as JSON on its stdin (a string as it is with --text),
-RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT in its environment. Exit code 0: done, stdout (UTF-8, 1 MB) is the result,
-JSON or else text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the claim is
-lost and at the end of the grace its group gets SIGTERM, SIGKILL after 5 s. What it leaves in its group is killed.
+
+It runs once a job, in a process group of its own. Its stdin is the payload as JSON (a string as it
+is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment. Exit code 0:
+done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as text. 65: failed for good. Any
+other: failed, with the end of stderr. At the timeout, when the claim is lost and at the end of the
+grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes that it leaves in its group are
+killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
-    enqueue_in(connection, queue, payload, ...)    write a job into the open transaction of a DB-API connection
-    forward(connect, keep), forwarding(...)        send what is committed, once; a context that does so in a thread
-The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which is made on first use
-(in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order, once, whoever is killed or away. One that the
-engine refuses stays, with its `error`, and holds up no other; it is sent again when somebody sets that to NULL.
+    enqueue_in(connection, queue, payload, ...)     write a job into the open transaction
+    forward(connect, keep), forwarding(...)         send committed jobs; a context that does so in
+                                                    a thread
 
-COMMAND LINE: JSON on a pipe, a table on a terminal; exits with 0, 1 refused or failed, 2 misused, 3 no engine
+The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which
+is made on first use (in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order and
+once, whoever is killed or away. One that the engine refuses stays, with its `error`, and holds up
+no other; it is sent again when somebody sets that to NULL.
+
+COMMAND LINE: JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused,
+3 no engine.
 """
+# ruff: noqa: N818 - the names of the exceptions are public and older than that rule
 # What is public is annotated, for those who check their own programs; the rest is not:
 # mypy: ignore-errors
 
@@ -83,6 +107,7 @@ import copy
 import ctypes
 import datetime
 import difflib
+import dis
 import encodings
 import functools
 import hashlib
@@ -94,6 +119,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import operator
 import os
 import pathlib
 import random
@@ -111,8 +137,25 @@ import traceback
 import types
 import urllib.parse
 import urllib.request
+from http import HTTPStatus
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Callable, Dict, Generic, Iterable, Iterator, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Generic,
+    Iterable,
+    Iterator,
+    NamedTuple,
+    TypeVar,
+    overload,
+)
+
+if TYPE_CHECKING:
+    from typing import Coroutine, Protocol
+
+    import typing_extensions
 
 __all__ = [
     'Abort',
@@ -132,6 +175,7 @@ __all__ = [
     'Retry',
     'Timeout',
     'Unfinished',
+    'around',
     'enqueue',
     'enqueue_in',
     'enqueue_many',
@@ -154,21 +198,25 @@ __all__ = [
 
 # -- Settings --------------------------------------------------------------------------------------
 DEFAULT_URL = 'http://localhost:8181'   # of the engine if neither `host` nor RUNDOWN_URL names one
+EXAMPLE_URL = 'http://127.0.0.1:8181'   # in messages; it depends on no resolver
 
 # the client
 CLIENT_TIMEOUT = 30         # seconds that a call is tried again while no engine answers
 RESPONSE_TIMEOUT = 10       # seconds until a request counts as unanswered, beyond its own wait
 MIN_LAST_TRY = 1            # seconds that the last try of a call gets at least
+PROBE_TIMEOUT = 5           # seconds until the next of several engines is tried, if one is silent
 RETRY_PAUSE = 0.1           # seconds before the second try; doubled from try to try
 MAX_RETRY_PAUSE = 3         # seconds that this pause grows to
+STILL_TRYING_AFTER = 1      # seconds until a producer on a terminal says that no engine answers
 MAX_RETRY_AFTER = 60        # seconds of a Retry-After that are obeyed
+MAX_DELAY = 3650 * 86400    # seconds of a delay that an engine takes
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
 MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
 MAX_DEPTH = 100             # levels of a value that are searched for the part that is not JSON
 
 # the worker
 LEASE = 30                  # seconds that the engine waits for a sign of life
-LONG_POLL = 30              # seconds that a poll waits for a job
+LONG_POLL = 25              # seconds that a poll waits for a job; some proxies end one after 30
 GRACE = 30                  # seconds that running handlers get when the worker stops
 REPORT_GRACE = 2            # seconds, at least, that their outcomes get to be reported
 RELEASE_WINDOW = 0.5        # seconds in which jobs that arrive during a stop are released
@@ -189,13 +237,18 @@ PACE_WEIGHT = 0.25          # weight of the last job in the average time of a jo
 MAX_STDOUT = 1 << 20        # bytes of a program's output
 TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
 OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
+DJANGO_OUTBOX_INTERVAL = 0.2    # the same of the worker of a Django project
 OUTBOX_BURST = 60           # seconds after a write in which there are more of them
 OUTBOX_BURST_INTERVAL = 0.05    # seconds between two looks in that time
 OUTBOX_PAGE = 500           # rows that are looked at together
 OUTBOX_TOO_LARGE_PAUSE = 60     # seconds until a job that a proxy found too large is sent again
 
 log = logging.getLogger('rundown')
-R = TypeVar('R')    # the result of a handler
+F = TypeVar('F', bound=Callable[..., Any])
+if TYPE_CHECKING:
+    R = typing_extensions.TypeVar('R', default=Any)     # the result of a handler
+else:
+    R = TypeVar('R')
 
 
 # -- Errors ----------------------------------------------------------------------------------------
@@ -208,6 +261,10 @@ class Error(Exception):
 
 class EngineUnavailable(Error):
     """No engine answers under the URL, or it cannot answer now."""
+
+
+class NotAnEngine(EngineUnavailable):
+    """A proxy or a stranger answers, with the HTTP status `status`; the engine is not reached."""
 
 
 class Refused(Error):
@@ -346,6 +403,12 @@ def drop_none(**fields):
 
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def clamp_delay(delay):
+    """A delay in seconds that an engine takes, so that a report is not refused for it."""
+    delay = in_seconds(delay)
+    return delay if delay is None else min(max(delay, 0), MAX_DELAY)
 
 
 def printable(text):
@@ -539,13 +602,59 @@ class ActiveHost:
 
     def __init__(self, hosts):
         self.hosts = hosts          # constant: URLs
-        # written by any thread; the worst a race does is one more try
+        # written by any thread; the worst that a race does is one more try
         self.url = hosts[0]
+        self.has_answered = len(hosts) == 1     # False: `url` may be one that never answers
 
     def move_on(self, failed):
         """Use the next engine. When several threads see the same one fail, that counts once."""
-        if failed == self.url:
+        if failed == self.url and len(self.hosts) > 1:
+            self.has_answered = False
             self.url = self.hosts[(self.hosts.index(failed) + 1) % len(self.hosts)]
+
+
+class Retries:
+    """How long a call is tried: for `give_up` seconds, at each of the engines in turn."""
+
+    def __init__(self, hosts, wait, give_up):
+        self.hosts = hosts
+        self.wait = wait                        # seconds that the engine may take to answer
+        self.give_up = in_seconds(give_up)
+        self.tries = 0
+        self.began = time.monotonic()
+        self.deadline = self.began + self.give_up + wait
+        self.has_said = False                   # that it is still trying
+
+    def seconds(self):
+        """The time of the next try, which leaves some for the other engines."""
+        share = (self.deadline - time.monotonic()) / len(self.hosts)
+        return max(share, self.wait + MIN_LAST_TRY)
+
+    def pause_after(self, error):
+        """Seconds until the next try; EngineUnavailable if there is none."""
+        if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            raise error         # a proxy's limit, which the next try meets as well
+        self.tries += 1
+        rounds, turn = divmod(self.tries, len(self.hosts))
+        pause = 0 if turn else max(retry_pause(rounds - 1), error.retry_after)
+        now = time.monotonic()
+        self.deadline = min(self.deadline, now + self.give_up)      # only the first try may wait
+        hosts = ' '.join(self.hosts)
+        if now + pause >= self.deadline:
+            final = type(error)(f'{hosts} was tried for {self.give_up:g} s: {error}')
+            final.status = error.status
+            raise final from None
+        if now + pause - self.began >= STILL_TRYING_AFTER and not self.has_said:
+            self.has_said = True
+            tell_terminal(f'no engine at {hosts}, still trying ({error})')
+        return pause
+
+
+def tell_terminal(sentence):
+    """Write to stderr if somebody sits in front of it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):      # it may be closed, or None
+        if sys.stderr.isatty():
+            print(f'rundown_workers: {sentence}', file=sys.stderr, flush=True)
 
 
 class Client:
@@ -601,9 +710,11 @@ class Client:
         if body is not None:
             data = (body if isinstance(body, str) else as_json(body, 'body')).encode()
         host = self.host
-        request = urllib.request.Request(host + path, data, self.headers)
         try:
-            response = self.opener.open(request, timeout=seconds)
+            if not self.active.has_answered:
+                self._open(host + '/health', None, min(seconds, PROBE_TIMEOUT))
+                self.active.has_answered = True
+            response = self._open(host + path, data, seconds)
             if response.status == 200:
                 return json.loads(response.content.decode())
             if response.status == 204:
@@ -613,7 +724,14 @@ class Client:
             reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
             message = f'no engine answers at {host}: {printable(reason)}'
             raise EngineUnavailable(message) from error
-        raise refusal(response)
+        error = refusal(response)
+        if isinstance(error, NotAnEngine):
+            self.active.move_on(host)
+        raise error
+
+    def _open(self, url, data, seconds):
+        request = urllib.request.Request(url, data, self.headers)
+        return self.opener.open(request, timeout=seconds)
 
     def call(
         self,
@@ -627,21 +745,12 @@ class Client:
         `wait` is how long the engine may take to answer. The last try gets at least a second
         beyond that, so a silent engine is noticed that much later.
         """
-        give_up = self.timeout if give_up is None else in_seconds(give_up)
-        deadline = time.monotonic() + give_up + wait
-        for tries in itertools.count():
-            share = (deadline - time.monotonic()) / len(self.hosts)     # each gets a chance
+        retries = Retries(self.hosts, wait, self.timeout if give_up is None else give_up)
+        while True:
             try:
-                return self.send(path, body, max(share, wait + MIN_LAST_TRY))
+                return self.send(path, body, retries.seconds())
             except EngineUnavailable as error:
-                rounds, turn = divmod(tries + 1, len(self.hosts))
-                pause = 0 if turn else max(retry_pause(rounds - 1), error.retry_after)
-                now = time.monotonic()
-                deadline = min(deadline, now + give_up)     # only the first try may wait
-                if now + pause >= deadline:
-                    hosts = ' '.join(self.hosts)
-                    message = f'{hosts} was tried for {give_up:g} s: {error}'
-                    raise EngineUnavailable(message) from None
+                pause = retries.pause_after(error)
             time.sleep(pause)
 
     def _post(self, path, **fields):
@@ -706,11 +815,23 @@ class Client:
             encode_job(payload, queue=queue, id=id, **options)
             for payload, id in zip(payloads, ids)
         )
-        jobs = []
-        for batch in batches(texts, len):
-            answer = self.call('/enqueue', '{"jobs":[' + ','.join(batch) + ']}', give_up=give_up)
-            jobs += [Job(job, self) for job in answer['jobs']]
-        return jobs
+        return [
+            Job(job, self)
+            for batch in batches(texts, len)
+            for job in self._enqueue_batch(batch, give_up)
+        ]
+
+    def _enqueue_batch(self, texts, give_up):
+        """The jobs of a batch; one that is too large for a proxy is sent in halves."""
+        try:
+            body = '{"jobs":[' + ','.join(texts) + ']}'
+            return self.call('/enqueue', body, give_up=give_up)['jobs']
+        except EngineUnavailable as error:
+            half = len(texts) // 2
+            if error.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE or not half:
+                raise
+            first = self._enqueue_batch(texts[:half], give_up)
+            return first + self._enqueue_batch(texts[half:], give_up)
 
     def poll(
         self,
@@ -745,8 +866,8 @@ class Client:
         delay: float | datetime.timedelta | None = None,
     ) -> dict[str, Any]:
         """Report a failure. `retry` False: for good. `delay` replaces the engine's backoff."""
-        delay = in_seconds(delay)
-        return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
+        return self._post(
+            '/fail', id=id, attempt=attempt, error=error, retry=retry, delay=clamp_delay(delay))
 
     def heartbeat(
         self,
@@ -971,7 +1092,7 @@ def parse_hosts(text):
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
         if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
-            raise Error(f'{url!r} is not the URL of an engine, such as {DEFAULT_URL}')
+            raise Error(f'{url!r} is not the URL of an engine, such as {EXAMPLE_URL}')
     return hosts
 
 
@@ -986,20 +1107,35 @@ def tls_context(hosts, ca):
 
 
 def refusal(response):
-    """The exception for a response that is no success."""
-    try:
-        sentence = str(json.loads(response.content)['error'])
-    except (ValueError, TypeError, LookupError, RecursionError):
+    """The exception for a response that is no success.
+
+    Only an engine's own JSON is a verdict. Anything else comes from a proxy or a stranger.
+    """
+    message = error_message(response)
+    if message is None:
         location = response.headers.get('location')
         where = f', which points to {location}' if location else ''
-        sentence = f'HTTP status {response.status} {response.reason}{where}'
-    kind = Refused if is_permanent(response.status) else EngineUnavailable
-    error = kind(printable(sentence))
+        status = f'{response.status} {response.reason}{where}'
+        message = f'no engine answers, but something with HTTP status {status}'
+        error = NotAnEngine(printable(message))
+    elif is_permanent(response.status):
+        error = Refused(printable(message))
+    else:
+        error = EngineUnavailable(printable(message))
     error.status = response.status
     pause = response.headers.get('retry-after', '')
     if re.fullmatch('[0-9]{1,9}', pause):
         error.retry_after = min(int(pause), MAX_RETRY_AFTER)
     return error
+
+
+def error_message(response):
+    """The message of an engine's refusal; None if the response is not an engine's."""
+    try:
+        message = json.loads(response.content)['error']
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return message if isinstance(message, str) else None
 
 
 def is_permanent(status):
@@ -1095,6 +1231,9 @@ def inputs() -> list[Any]:
     return [results.get(id) for id in after]
 
 
+OUR_FILE = job.__code__.co_filename
+
+
 class Outcome:
     """How a run of a handler ended: the call that reports it, and the call's fields."""
 
@@ -1108,7 +1247,7 @@ def failure(error, text=None, retry=True, delay=None):
     """The outcome of a job that failed; `text` is shown in place of the traceback."""
     text = truncate_middle(text or error_text(error), MAX_ERROR)
     return Outcome('fail', error, error=encode_json(text), retry=encode_json(retry),
-                   delay=encode_json(delay))
+                   delay=encode_json(clamp_delay(delay)))
 
 
 def error_text(error):
@@ -1116,7 +1255,9 @@ def error_text(error):
     try:
         if isinstance(error, (Retry, Abort)) and not error.__cause__:
             return str(error) or type(error).__name__
-        below_ours = error.__traceback__ and error.__traceback__.tb_next
+        below_ours = error.__traceback__
+        while below_ours and below_ours.tb_frame.f_code.co_filename == OUR_FILE:
+            below_ours = below_ours.tb_next
         return ''.join(traceback.format_exception(type(error), error, below_ours))
     except BaseException:       # str() and repr() of an exception may raise anything
         return f'{type(error).__name__}, of which there is no traceback'
@@ -1187,7 +1328,10 @@ class HandlerTable:
     """The functions that handle a queue's jobs: tasks by their names, or None: one for all jobs."""
 
     def __init__(self, functions):
-        self.functions = {name: as_handler(function) for name, function in functions.items()}
+        self.functions = functions
+
+    def are_async(self):
+        return all(map(inspect.iscoroutinefunction, self.functions.values()))
 
     def resolve(self, payload):
         """The function for a payload, and its arguments."""
@@ -1200,27 +1344,37 @@ class HandlerTable:
         if not (isinstance(name, str) and isinstance(args, list) and isinstance(kwargs, dict)):
             raise Abort('the payload of a task must be '
                         '{"task": "its name", "args": [...], "kwargs": {...}}')
+        return self._find_task(name), args, kwargs
+
+    def _find_task(self, name):
+        """The task of that name; or the only one whose name is a dotted suffix, or the reverse.
+
+        An unknown task fails like any error, so that a newer worker can take the next attempt.
+        """
         if name in self.functions:
-            return self.functions[name], args, kwargs
+            return self.functions[name]
+        similar = [known for known in self.functions
+                   if known.endswith('.' + name) or name.endswith('.' + known)]
+        if len(similar) == 1:
+            return self.functions[similar[0]]
         near = difflib.get_close_matches(name, self.functions) or sorted(self.functions)[:10]
-        raise Abort(f'no worker here knows the task {name}; near it are {", ".join(near)}')
+        raise Retry(f'this worker does not know the task {name}; near it are {", ".join(near)}')
 
     def retry_fields(self, error, job):
         """What the policy of the job's function says about a failure.
 
         The handler may have changed the job, so nothing about it is taken for granted.
         """
-        name = None
-        payload = job.get('payload')
-        if None not in self.functions and isinstance(payload, dict):
-            name = payload.get('task')
-        function = self.functions.get(name if isinstance(name, str) else None)
+        try:
+            function = self.resolve(job.get('payload'))[0]
+        except Error:
+            function = None
         policy = getattr(function, 'policy', None) or Policy()
         retries = job.get('retries')
         return policy.retry_fields(error, retries if type(retries) is int else 0)
 
 
-def run_handler(handlers, job):
+def run_handler(handlers, job, around=()):
     """Run a job's handler; returns the outcome.
 
     It uses no network, and raises nothing, whatever the handler does.
@@ -1228,13 +1382,49 @@ def run_handler(handlers, job):
     process = os.getpid()
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
-        result = function(*args, **kwargs)
+        with surroundings(around, job):
+            result = function(*args, **kwargs)
+            if inspect.iscoroutine(result):
+                result = current.get().run_coroutine(result)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
         if os.getpid() != process:
             os._exit(1)         # a process that the handler forked must not go on as a worker
     return completion(result)
+
+
+async def run_async_handler(handlers, job, around=()):
+    """run_handler() on an event loop, for a queue whose handlers are async."""
+    process = os.getpid()
+    try:
+        function, args, kwargs = handlers.resolve(job['payload'])
+        with surroundings(around, job):
+            result = await function(*args, **kwargs)
+    except BaseException as error:
+        return failure(error, **handlers.retry_fields(error, job))
+    finally:
+        if os.getpid() != process:
+            os._exit(1)
+    return completion(result)
+
+
+NO_SURROUNDINGS = contextlib.nullcontext()
+
+
+def surroundings(around, job):
+    """A context manager made of the generator functions that wrap each run of a handler."""
+    if not around:
+        return NO_SURROUNDINGS
+    stack = contextlib.ExitStack()
+    try:
+        for function in around:
+            args = [job] if inspect.signature(function).parameters else []
+            stack.enter_context(contextlib.contextmanager(function)(*args))
+    except BaseException as error:
+        stack.__exit__(type(error), error, error.__traceback__)
+        raise
+    return stack
 
 
 def completion(result):
@@ -1249,24 +1439,43 @@ def completion(result):
         return failure(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
 
-def as_handler(function):
-    """The function, or for an async one a function that runs it on an event loop of its own."""
-    if not inspect.iscoroutinefunction(function):
-        return function
-    import asyncio      # here, since it takes megabytes that most workers have no use for
+def run_with_claim(claim, function, *args, **kwargs):
+    token = current.set(claim)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        current.reset(token)
 
-    async def main(*args, **kwargs):
+
+def pass_jobs_to_threads():
+    """From now on job() and progress() work in threads and thread pools that a handler uses.
+
+    Python does not pass context variables to threads, so this wraps the two methods that do.
+    """
+    from concurrent.futures import ThreadPoolExecutor       # here, since only workers need it
+    start = threading.Thread.start
+    submit = ThreadPoolExecutor.submit
+    if hasattr(start, '__wrapped__'):
+        return
+
+    @functools.wraps(start)
+    def start_with_claim(self):
         claim = current.get()
-        task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
-        claim.coroutine = task.get_coro()
-        claim.cancel = functools.partial(loop.call_soon_threadsafe, task.cancel)
-        return await function(*args, **kwargs)
+        if claim is not None:
+            self.run = functools.partial(run_with_claim, claim, self.run)
+        return start(self)
 
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        return asyncio.run(main(*args, **kwargs))
-    return run
+    @functools.wraps(submit)
+    def submit_with_claim(self, function, *args, **kwargs):
+        claim = current.get()
+        if claim is None:
+            return submit(self, function, *args, **kwargs)
+        # in an empty context, since the thread that it may start is for other jobs too
+        empty = contextvars.Context()
+        return empty.run(submit, self, run_with_claim, claim, function, *args, **kwargs)
+
+    threading.Thread.start = start_with_claim
+    ThreadPoolExecutor.submit = submit_with_claim
 
 
 class Claim:
@@ -1296,9 +1505,8 @@ class Claim:
         self.progress_sent_at = now
         # written by the thread that finishes it, read by the reporter
         self.report_item = None             # the item of the batch that reports the outcome
-        # written by an async handler's thread
-        self.cancel = None                  # a function that cancels the coroutine
-        self.coroutine = None
+        # written by the event loop's thread
+        self.asyncio_task = None            # of an async handler, once it has begun
 
     def start(self, slot, now):
         """True if the slot may run it: it was neither released nor lost meanwhile."""
@@ -1325,6 +1533,10 @@ class Claim:
         self.outcome = outcome
         self.report_item = f'{self.json_prefix}{fields}}}'
 
+    def run_coroutine(self, coroutine):
+        """The result of an async handler on a queue that has handlers of both kinds."""
+        return self.consumer.worker.event_loop.run(coroutine, self)
+
     def __str__(self):
         item = json.loads(self.json_prefix + '}')
         return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
@@ -1346,48 +1558,58 @@ class Slot:
         self.thread = consumer.worker.start_thread(self._run, consumer.name)
 
     def _run(self):
-        consumer = self.consumer
         while not self.is_abandoned:
             self.prepare()
-            claim = consumer.ready.get()
+            claim = self.consumer.ready.get()
             if claim is None:
                 break
             if claim.start(self, time.monotonic()):
-                current.set(claim)
-                consumer.call_hooks('start', claim, None)
-                outcome = self.run(claim)
-                if claim.try_finish(outcome):
-                    consumer.on_finished(claim, outcome)
+                # a new context: what a job sets in context variables is not for the next one
+                contextvars.Context().run(self._run_claim, claim)
         self.close()
+
+    def _run_claim(self, claim):
+        current.set(claim)
+        self.call_hooks('start', claim, None)
+        outcome = self.run(claim)
+        if claim.try_finish(outcome):
+            self.consumer.on_finished(claim, outcome)
 
     def prepare(self):
         """Get ready for the next claim."""
 
     def run(self, claim):
         """The outcome of the claim's handler."""
-        return run_handler(self.consumer.handlers, claim.job)
+        return run_handler(self.consumer.handlers, claim.job, self.consumer.worker.app.surroundings)
+
+    def call_hooks(self, event, claim, value):
+        self.consumer.call_hooks(event, claim, value)
 
     def interrupt(self, claim, interruption):
-        """Stop the handler, and continue with another thread. The claim's lock is held."""
+        """Stop the handler, and continue with another slot. The claim's lock is held."""
         self.is_abandoned = True
-        if claim.cancel:
-            with contextlib.suppress(RuntimeError):     # the loop is closed: it was about to end
-                claim.cancel()
-        else:
-            # raised when the thread runs Python code again, so not while it sleeps in C
-            thread = ctypes.c_ulong(self.thread.ident)
-            error = ctypes.py_object(interruption)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
         self.consumer.replace(self)
+        self.consumer.worker.interruptions.add(self, claim, interruption)
+
+    def try_raise(self, claim, interruption):
+        """Raise it in the handler; False if that has to be tried again."""
+        if claim.asyncio_task:
+            return self.consumer.worker.event_loop.cancel(claim.asyncio_task, interruption)
+        return try_raise(self.thread.ident, interruption)
+
+    def is_alive(self):
+        """Whether a handler may run in it."""
+        return self.thread.is_alive()
 
     def stack_text(self, claim):
         """The stack of the handler, from its own frames on."""
-        if claim.coroutine:
-            frames = coroutine_frames(claim.coroutine)
+        task = claim.asyncio_task
+        if task:
+            frames = self.consumer.worker.event_loop.task_frames(task)
         else:
             frames = thread_frames(self.thread.ident)
         stack = traceback.StackSummary.extract(frames[-50:])
-        ours = (__file__, threading.__file__)
+        ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
         return ''.join(traceback.format_list(lines))
 
@@ -1414,29 +1636,373 @@ def coroutine_frames(coroutine):
     return frames
 
 
+# -- Async handlers --------------------------------------------------------------------------------
+class EventLoop:
+    """The event loop that the async handlers of a worker share, in a thread of its own."""
+
+    def __init__(self, start_thread):
+        import asyncio      # here, since it takes megabytes that most workers have no use for
+        # constant
+        self.asyncio = asyncio
+        self.loop = asyncio.new_event_loop()
+        # touched by the watching thread, but for the last
+        self.probed_at = None       # when the loop was asked for a sign of life; None: it gave one
+        self.is_blocked = False     # by a handler that does not await; read by others
+        self.thread = start_thread(self._run, 'asyncio')
+
+    def _run(self):
+        self.asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+            tasks = self.asyncio.all_tasks(self.loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                self.loop.run_until_complete(self.asyncio.wait(tasks, timeout=REPORT_GRACE))
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        finally:
+            self.loop.close()
+
+    def call(self, function, *args):
+        """Have the loop call a function soon. After the end of the loop nothing happens."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(function, *args)
+
+    def stop(self):
+        self.call(self.loop.stop)
+
+    def create_task(self, coroutine, context, on_done):
+        """Run a coroutine in a context. Called in the loop's thread."""
+        task = context.run(self.loop.create_task, coroutine)
+        task.add_done_callback(on_done, context=contextvars.Context())
+        return task
+
+    def run(self, coroutine, claim):
+        """Run a coroutine for another thread, which waits for the result."""
+        finished = SimpleQueue()
+        context = contextvars.copy_context()
+
+        def start():
+            claim.asyncio_task = self.create_task(coroutine, context, finished.put)
+
+        self.loop.call_soon_threadsafe(start)
+        task = finished.get()
+        claim.asyncio_task = None
+        return task.result()
+
+    def cancel(self, task, interruption):
+        """Cancel a task. One that blocks the loop gets the interruption raised instead.
+
+        Returns False while that is not possible.
+        """
+        coroutine = task.get_coro()
+        if not self.is_blocked or not coroutine.cr_running:
+            self.call(task.cancel)
+            return True
+        return try_raise(self.thread.ident, interruption, within=coroutine.cr_frame)
+
+    def task_frames(self, task):
+        coroutine = task.get_coro()
+        if not coroutine.cr_running:
+            return coroutine_frames(coroutine)
+        frames = thread_frames(self.thread.ident)
+        return list(itertools.dropwhile(lambda pair: pair[0] is not coroutine.cr_frame, frames))
+
+    def probe(self, now):
+        """Ask for a sign of life. True if the loop has just been found to be blocked."""
+        if self.probed_at is None:
+            self.probed_at = now
+            self.is_blocked = False
+            self.call(self._on_probe)
+        elif now - self.probed_at > MAX_LOOP_BLOCK and not self.is_blocked:
+            self.is_blocked = True
+            return True
+        return False
+
+    def _on_probe(self):
+        self.probed_at = None
+
+
+class AsyncReady:
+    """The claims that wait for a slot, and the slots that wait for a claim, of an async queue."""
+
+    def __init__(self, event_loop):
+        self.event_loop = event_loop    # constant
+        # touched in the loop's thread only
+        self.claims = collections.deque()
+        self.slots = []
+
+    def put(self, claim):
+        self.event_loop.call(self._on_claim, claim)
+
+    def put_slot(self, slot):
+        self.event_loop.call(self.on_slot, slot)
+
+    def _on_claim(self, claim):
+        if claim is not None:       # None ends a slot that is a thread
+            self.claims.append(claim)
+            self._dispatch()
+
+    def on_slot(self, slot):
+        self.slots.append(slot)
+        self._dispatch()
+
+    def _dispatch(self):
+        while self.slots and self.claims:
+            claim = self.claims.popleft()
+            if claim.start(self.slots[-1], time.monotonic()):
+                self.slots.pop().begin(claim)
+
+
+class AsyncSlot(Slot):
+    """A slot that runs its claims as tasks of the event loop, one after the other."""
+
+    def __init__(self, consumer):
+        self.consumer = consumer
+        self.event_loop = consumer.worker.event_loop
+        self.task = None            # the latest
+        consumer.ready.put_slot(self)
+
+    @property
+    def is_ready(self):
+        return not self.event_loop.is_blocked
+
+    def begin(self, claim):
+        """Called in the loop's thread."""
+        context = contextvars.Context()
+        self.task = self.event_loop.create_task(self._run_claim(claim), context, self._on_done)
+        claim.asyncio_task = self.task
+
+    async def _run_claim(self, claim):
+        current.set(claim)
+        consumer = self.consumer
+        consumer.call_hooks('start', claim, None)
+        around = consumer.worker.app.surroundings
+        outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        claim.asyncio_task = None
+        if claim.try_finish(outcome):
+            consumer.on_finished(claim, outcome)
+
+    def _on_done(self, task):
+        if not task.cancelled() and task.exception():
+            self.consumer.worker.on_fault('asyncio', task.exception())
+        if not self.is_abandoned:
+            self.consumer.ready.on_slot(self)
+
+    def is_alive(self):
+        return self.task is not None and not self.task.done()
+
+
+# -- Interrupting a handler ------------------------------------------------------------------------
+class Interruptions:
+    """Exceptions that have to be raised in handlers, as soon as it is safe there."""
+
+    def __init__(self):
+        # safe without a lock: a dict and a queue whose single operations are atomic
+        self.interrupted_at = {}        # by slot (monotonic), as long as its handler runs
+        self.pending = SimpleQueue()    # slot, claim and exception of those not raised yet
+
+    def add(self, slot, claim, interruption):
+        self.interrupted_at[slot] = time.monotonic()
+        if not slot.try_raise(claim, interruption):
+            self.pending.put((slot, claim, interruption))
+
+    def retry(self):
+        """Try again to raise those that could not be raised yet."""
+        for _ in range(self.pending.qsize()):
+            slot, claim, interruption = self.pending.get()
+            if slot.is_alive() and not slot.try_raise(claim, interruption):
+                self.pending.put((slot, claim, interruption))
+
+    def forget_ended(self):
+        for slot in list(self.interrupted_at):
+            if not slot.is_alive():
+                self.interrupted_at.pop(slot, None)
+
+    def count(self, seconds):
+        """How many handlers did not come back within so many seconds."""
+        latest = time.monotonic() - seconds
+        items = list(self.interrupted_at.items())
+        return sum(1 for slot, at in items if at <= latest and slot.is_alive())
+
+
+LOCK_WORDS = frozenset({
+    'acquire', 'release', '__enter__', '__exit__', '_acquire_restore', '_release_save',
+    '_acquireLock', '_releaseLock', 'acquire_lock', 'release_lock',
+})
+LOCK_WORD_BYTES = 60    # of code around the name of such a method, in which its lock may be held
+STDLIB = os.path.dirname(threading.__file__) + os.sep
+
+
+def try_raise(thread_id, error, within=None):
+    """Raise an exception in another thread, if that leaves no lock of the standard library locked.
+
+    False: the thread is at such a place now, so try again. `within` is a frame that has to be on
+    its stack. The exception is raised when the thread runs Python code again, so not while it
+    sleeps in C.
+    """
+    frame = sys._current_frames().get(thread_id)
+    instruction = frame and frame.f_lasti
+    stack = [one for one, _ in traceback.walk_stack(frame)] if frame else []
+    if not frame or (within and within not in stack):
+        return True         # it has ended
+    if any(is_taking_lock(one.f_code, one.f_lasti) for one in stack):
+        return False
+    return raise_if_unmoved(thread_id, frame, instruction, error)
+
+
+def raise_if_unmoved(thread_id, frame, instruction, error):
+    """Raise an exception in a thread that still is at this instruction of this frame.
+
+    Between the check and the call no Python code runs, hence no other thread does.
+    """
+    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
+    once = itertools.islice(iter(sys._current_frames, None), 1)
+    innermost = filter(functools.partial(operator.is_, frame),
+                       map(operator.methodcaller('get', thread_id), once))
+    is_there = map(functools.partial(operator.eq, instruction),
+                   map(operator.attrgetter('f_lasti'), innermost))
+    calls = itertools.compress(itertools.repeat(arguments), is_there)
+    return any(itertools.starmap(ctypes.pythonapi.PyThreadState_SetAsyncExc, calls))
+
+
+@functools.lru_cache(maxsize=10_000)
+def is_taking_lock(code, instruction):
+    """Whether a lock of the standard library may stay locked if an exception is raised here.
+
+    That is so next to the name of a method that takes or gives back a lock, unless a `with` or
+    `try` handles the exception.
+    """
+    is_stdlib = code.co_filename.startswith(STDLIB) and 'site-packages' not in code.co_filename
+    if not is_stdlib and not code.co_filename.startswith('<frozen '):
+        return False
+    if LOCK_WORDS.isdisjoint(code.co_names):
+        return False
+    near = [one.offset for one in dis.get_instructions(code)
+            if one.argval in LOCK_WORDS and abs(one.offset - instruction) <= LOCK_WORD_BYTES]
+    return bool(near) and not is_guarded(code, instruction)
+
+
+def is_guarded(code, instruction):
+    """Whether the instruction is in the block of a `with` or `try`."""
+    bytecode = dis.Bytecode(code)
+    if hasattr(bytecode, 'exception_entries'):      # Python 3.11 and newer
+        return any(entry.start <= instruction < entry.end for entry in bytecode.exception_entries)
+    blocks = 0
+    for one in bytecode:
+        if one.offset >= instruction:
+            break
+        if one.opname in ('SETUP_FINALLY', 'SETUP_WITH', 'SETUP_ASYNC_WITH'):
+            blocks += 1
+        elif one.opname == 'POP_BLOCK':
+            blocks = max(0, blocks - 1)
+    return blocks > 0
+
+
 # -- Worker ----------------------------------------------------------------------------------------
 NEVER = float('inf')        # of a time
 PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
-STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGBREAK')
-                if hasattr(signal, name)]
+MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
+MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ('SIGTERM', 'SIGINT', 'SIGBREAK', 'SIGHUP', 'SIGQUIT')
+    if hasattr(signal, name)
+]
 KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
+SIGHUP = getattr(signal, 'SIGHUP', None)
 RELEASED = Outcome('release')
 LOST = Outcome(None)
 REFUSALS = (400, 413)       # statuses that blame what was sent
 GONE = (404, 409)           # statuses that blame the claim
 
 
+class LogWriter:
+    """A thread that logs for the threads of a worker.
+
+    A handler may hold the lock of a log handler for long, or for ever. The worker's threads must
+    not wait for that: they only put lines into a queue.
+    """
+
+    def __init__(self):
+        self.calls = SimpleQueue()      # safe by itself: functions to call; None ends the thread
+        self.users = 0                  # workers that run; changed by the threads that run them
+
+    def start(self):
+        self.users += 1
+        if self.users == 1:
+            threading.Thread(target=self._run, name='rundown-log', daemon=True).start()
+
+    def stop(self, seconds):
+        """Wait until everything is logged, so many seconds at most."""
+        logged = SimpleQueue()
+        self.calls.put(functools.partial(logged.put, None))
+        with contextlib.suppress(Empty):
+            logged.get(timeout=seconds)
+        self.users -= 1
+        if not self.users:
+            self.calls.put(None)
+
+    def put(self, function, *args):
+        """Have it called in the thread; here if there is none."""
+        if not self.users:
+            function(*args)
+        elif self.calls.qsize() < MAX_LOG_BACKLOG:
+            self.calls.put(functools.partial(function, *args))
+
+    def after_fork(self):
+        self.users = 0      # a child has no such thread
+
+    def _run(self):
+        for call in iter(self.calls.get, None):
+            with contextlib.suppress(Exception):
+                call()
+
+
+log_writer = LogWriter()
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=log_writer.after_fork)
+
+
+def write_line(level, text, created):
+    if log.isEnabledFor(level):
+        record = log.makeRecord(log.name, level, OUR_FILE, 0, '%s', (text,), None, 'note')
+        record.created = created
+        record.msecs = int(created % 1 * 1000)
+        log.handle(record)
+
+
+def write_record(fields):
+    """Log a record that an isolated process has sent."""
+    logger = logging.getLogger(fields['name'])
+    if logger.isEnabledFor(fields['levelno']):
+        logger.handle(logging.makeLogRecord(fields))
+
+
 def note(level, text, *values):
     """Log a line, whatever the values contain, and whatever a handler did to the log's streams."""
     with contextlib.suppress(Exception):
-        if log.isEnabledFor(level):
-            log.log(level, '%s', printable(text % values))
+        log_writer.put(write_line, level, printable(text % values), time.time())
 
 
 def until(condition, deadline):
     """Wait for a condition, until a deadline at most. Signals are handled meanwhile."""
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
+
+
+def exit_process(code):
+    """End the process though handlers hang, which may hold locks of the log and of stdout."""
+    def flush():
+        for function in (logging.shutdown, sys.stdout.flush):
+            with contextlib.suppress(Exception):
+                function()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    thread.join(REPORT_GRACE)
+    os._exit(code)
 
 
 def open_standard_streams():
@@ -1450,6 +2016,23 @@ def open_standard_streams():
             os.set_inheritable(number, True)
             number = os.open(os.devnull, os.O_RDWR)
         os.close(number)
+
+
+replaced_signals = {}       # the handlers of signals before run() replaced them
+
+
+def restore_signals():
+    """Give signals the handlers that they had before run().
+
+    Processes that a handler forks do so too: terminate() has to end them.
+    """
+    for number in list(replaced_signals):
+        with contextlib.suppress(ValueError):       # not in the main thread
+            signal.signal(number, replaced_signals.pop(number) or signal.SIG_DFL)
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=restore_signals)
 
 
 class Consumer:
@@ -1468,7 +2051,7 @@ class Consumer:
         self.handlers = HandlerTable(config.functions)
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
-        self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot
+        self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
         self.in_flight = {}                 # claims that are not finished, in order
         # replaced one by one, with the lock of the slot's claim held
         self.slots = []
@@ -1477,11 +2060,19 @@ class Consumer:
         self.lines_this_tick = 0            # of the log, for jobs that are done
 
     def start(self):
-        handler = self.config.functions.get(None)
-        default_type = IsolatedSlot if self.config.isolate else Slot
-        slot_type = getattr(handler, 'slot_type', default_type)
+        slot_type = self._slot_type()
+        if slot_type is AsyncSlot:
+            self.ready = AsyncReady(self.worker.event_loop)
         self.slots = [slot_type(self) for _ in range(self.concurrency)]
         self.fetcher.start()
+
+    def _slot_type(self):
+        handler = self.config.functions.get(None)
+        if hasattr(handler, 'slot_type'):
+            return handler.slot_type
+        if self.config.isolate:
+            return IsolatedSlot
+        return AsyncSlot if self.handlers.are_async() else Slot
 
     def accept(self, jobs):
         """Hand jobs that were claimed just now to the slots, or back if the worker stops."""
@@ -1518,7 +2109,8 @@ class Consumer:
             self.lines_this_tick += 1
             if self.lines_this_tick <= MAX_LOG_LINES_PER_TICK:
                 note(logging.INFO, '%s done in %.3f s', claim, seconds)
-        self.call_hooks('success' if succeeded else 'failure', claim, outcome.value)
+        event = 'success' if succeeded else 'failure'
+        claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
         self._update_pace(time.monotonic() - claim.started_at)
         self._remove(claim)
@@ -1553,18 +2145,11 @@ class Consumer:
 
     def replace(self, slot):
         """Continue with a new slot. The claim's lock is held, so no other thread does it too."""
-        self.worker.threads[slot.thread] = time.monotonic()
         self.slots[self.slots.index(slot)] = type(slot)(self)
 
-    def call_hooks(self, event, claim, value):
-        for function in self.worker.app.hooks[event]:
-            try:
-                function(claim.job, value)
-            except Interruption:
-                raise
-            except BaseException as error:
-                reason = last_line(error)
-                note(logging.ERROR, '%s: the hook %r failed: %s', claim, event, reason)
+    def call_hooks(self, event, claim, value, only=None):
+        for function in self.worker.app.hooks[event] if only is None else only:
+            call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
         """Log an event and call its hooks, in a thread of their own, if the claim has started."""
@@ -1669,7 +2254,7 @@ class Fetcher:
         """Send the limits and the schedule of the queue to an engine that was not sent them yet."""
         host = self.client.host
         if self.configured_host != host:
-            for path, body in self.consumer.config.told:
+            for path, body in self.consumer.config.setup_calls:
                 self.client.send(path, body, PROBE_TIMEOUT)
             self.configured_host = host
 
@@ -1704,6 +2289,16 @@ class Fetcher:
             raise error         # asking again does not help: that ends the worker
         if not self.worker.stopping.is_set():
             self.worker.stopping.wait(self.session.on_down(error))
+
+
+def call_hook(event, function, *args):
+    try:
+        function(*args)
+    except Interruption:
+        raise
+    except BaseException as error:
+        name = getattr(function, '__qualname__', function)
+        note(logging.ERROR, 'the hook %r, %s, failed: %s', event, name, last_line(error))
 
 
 class EngineSession:
@@ -1907,16 +2502,39 @@ class Watcher:
     def run(self):
         is_last = False
         while not is_last:
-            is_last = self.worker.closed.wait(WATCH_INTERVAL)
+            is_last = self._wait()
             now = time.monotonic()
             for consumer in self.worker.consumers:
                 for claim in consumer.in_flight.copy():
                     self._check(consumer, claim, now)
                 self._count_lines(consumer)
+            self.worker.interruptions.forget_ended()
+            self._check_event_loop(now)
             hung = self.worker.count_hung()
             if hung >= self.worker.max_hung:
                 text = f'{hung} handlers hang: the worker ends, to be started afresh'
                 self.worker.stop(Hung(text))
+
+    def _wait(self):
+        """Wait until the next look; True if it is the last one."""
+        deadline = time.monotonic() + WATCH_INTERVAL
+        interruptions = self.worker.interruptions
+        while not interruptions.pending.empty() and time.monotonic() < deadline:
+            interruptions.retry()
+            time.sleep(RETRY_INTERRUPTION)
+        return self.worker.closed.wait(max(0, deadline - time.monotonic()))
+
+    def _check_event_loop(self, now):
+        event_loop = self.worker.started_event_loop
+        if not event_loop or not event_loop.probe(now):
+            return
+        frames = thread_frames(event_loop.thread.ident)
+        place = traceback.StackSummary.extract(frames[-1:])
+        where = f'{place[0].filename}:{place[0].lineno} in {place[0].name}' if place else 'C code'
+        names = [str(claim) for consumer in self.worker.consumers
+                 for claim in consumer.in_flight.copy() if is_running_coroutine(claim)]
+        note(logging.WARNING, 'the event loop has been blocked for %g s by %s, at %s',
+             MAX_LOOP_BLOCK, ', '.join(names) or 'a callback', where)
 
     def _check(self, consumer, claim, now):
         if claim.started_at is None:
@@ -1944,6 +2562,11 @@ class Watcher:
             note(logging.INFO, '%s: %d more done', consumer.name, more)
 
 
+def is_running_coroutine(claim):
+    task = claim.asyncio_task
+    return task is not None and task.get_coro().cr_running
+
+
 class Worker:
     """One run(): the consumers of all queues, and their orderly end."""
 
@@ -1953,7 +2576,8 @@ class Worker:
         self.burst = burst
         self.grace = grace              # seconds
         self.max_hung = max_hung
-        self.name = f'{printable(socket.gethostname())[:150]}:{os.getpid()}'
+        self.process = os.getpid()
+        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}'
         self.sessions = {}              # by the engine's addresses
         self.consumers = []
         # safe by themselves, the first in signal handlers too
@@ -1961,7 +2585,11 @@ class Worker:
         self.stopping = threading.Event()       # no more jobs are taken
         self.closed = threading.Event()         # no more outcomes are reported
         # safe without a lock: a dict whose single operations are atomic
-        self.threads = {}       # those that run, and when they were interrupted, or NEVER
+        self.threads = {}               # those that run
+        self.interruptions = Interruptions()
+        # created with the lock held
+        self.event_loop_lock = threading.Lock()
+        self.started_event_loop = None
         # written with the lock held; it is never held while other code runs
         self.generation_lock = threading.Lock()
         self.generation = 0             # grows whenever a claim is over
@@ -1989,15 +2617,26 @@ class Worker:
                 with contextlib.suppress(Interruption):
                     loop()
             except BaseException as error:
-                text = last_line(error) if isinstance(error, Refused) else error_text(error)
-                note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
-                self.stop(error)
+                self.on_fault(name, error)
             self.threads.pop(thread, None)
 
         thread = threading.Thread(target=guarded, name=f'rundown-{name}', daemon=True)
-        self.threads[thread] = NEVER
-        thread.start()
+        self.threads[thread] = None
+        contextvars.Context().run(thread.start)     # it is not part of a handler's job
         return thread
+
+    def on_fault(self, name, error):
+        text = last_line(error) if isinstance(error, Refused) else error_text(error)
+        note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
+        self.stop(error)
+
+    @property
+    def event_loop(self):
+        """The event loop of the async handlers; it is started when it is needed."""
+        with self.event_loop_lock:
+            if self.started_event_loop is None:
+                self.started_event_loop = EventLoop(self.start_thread)
+            return self.started_event_loop
 
     def stop(self, error=None):
         self.stop_requests.put(error)
@@ -2013,31 +2652,53 @@ class Worker:
         return [slot for consumer in self.consumers for slot in consumer.slots]
 
     def count_hung(self, seconds=HUNG_AFTER):
-        """How many threads did not come back within so many seconds of their interruption."""
-        latest = time.monotonic() - seconds
-        interrupted = [thread for thread, at in self.threads.copy().items() if at <= latest]
-        return len([thread for thread in interrupted if thread.is_alive()])
+        """How many handlers did not come back within so many seconds of their interruption."""
+        return self.interruptions.count(seconds)
 
     def run(self):
         """Work until told to stop, then end in good order. Raises what it was stopped by."""
-        # only the main thread may set signal handlers
         open_standard_streams()
-        is_main = threading.current_thread() is threading.main_thread()
-        previous = {number: signal.signal(number, self._on_signal)
-                    for number in (STOP_SIGNALS if is_main else ())}
+        log_writer.start()
         try:
-            for session in self.sessions.values():
-                session.start()
-            for consumer in self.consumers:
-                consumer.start()
-            self.start_thread(Watcher(self).run, 'watch')
-            error = self._wait()
-            self._shut_down()
+            with self._signal_handlers():
+                self._start()
+                error = self._wait()
+                self._shut_down()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+            log_writer.stop(REPORT_GRACE)
         if error is not None:
             raise error
+
+    @contextlib.contextmanager
+    def _signal_handlers(self):
+        is_main = threading.current_thread() is threading.main_thread()
+        for number in STOP_SIGNALS if is_main else ():      # others may not set handlers
+            if signal.getsignal(number) != signal.SIG_IGN or number != SIGHUP:      # nohup
+                replaced_signals[number] = signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            if is_main:
+                restore_signals()
+
+    def _start(self):
+        pass_jobs_to_threads()
+        if self._runs_handlers():
+            for function in self.app.hooks['start_worker']:
+                function()
+        for session in self.sessions.values():
+            session.start()
+        for consumer in self.consumers:
+            consumer.start()
+        self.start_thread(Watcher(self).run, 'watch')
+
+    def _runs_handlers(self):
+        """Whether handlers run in this process, and not only in processes of their own."""
+        return not all(consumer.config.isolate for consumer in self.consumers)
+
+    def _call_stop_hooks(self):
+        for function in self.app.hooks['stop_worker'] if self._runs_handlers() else ():
+            call_hook('stop_worker', function)
 
     def _wait(self):
         """Wait until the worker has to stop; returns the exception that is the reason, or None."""
@@ -2055,6 +2716,12 @@ class Worker:
                    for consumer in self.consumers)
 
     def _on_signal(self, number, frame):
+        if os.getpid() != self.process:     # a handler forked, and the child is not set up yet
+            restore_signals()
+            os.kill(os.getpid(), number)
+            return
+        if self.was_signalled and number == SIGHUP:
+            return      # a terminal that is closed may send several
         if self.was_signalled:
             for slot in self.slots():
                 slot.kill()
@@ -2067,6 +2734,9 @@ class Worker:
         deadline = time.monotonic() + self.grace
         self.stopping.set()
         self.release()
+        running = sum(len(consumer.in_flight) for consumer in self.consumers)
+        if not self.burst or running:
+            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, self.grace)
         self._end_polls()
         until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
         self.release(Lost)
@@ -2110,7 +2780,14 @@ class Worker:
               time.monotonic() + TERM_GRACE + 1)
         for slot in self.slots():
             slot.kill()
-        until(lambda: NEVER not in self.threads.copy().values(), time.monotonic() + REPORT_GRACE)
+        if self.started_event_loop:
+            self.started_event_loop.stop()
+        until(self._threads_ended, time.monotonic() + REPORT_GRACE)
+        self._call_stop_hooks()
+
+    def _threads_ended(self):
+        abandoned = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
+        return not set(self.threads.copy()).difference(abandoned)
 
 
 # -- Handlers in processes of their own ------------------------------------------------------------
@@ -2122,8 +2799,32 @@ process_lock = threading.Lock()
 READY = 'ready'             # the handler's module is imported
 STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
+LOGGED = 'logged'           # the attributes of a log record
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
+HOOKS_CALLED = 'hooks'      # the process can take the next job
 CRASHED = 'crashed'         # there is no outcome; the value says why
+
+# the events of App.on() whose hooks run in the process of the handler
+CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
+
+
+class ChildSettings(NamedTuple):
+    """What a process needs to run the handlers of a queue. Functions are given as their places."""
+    handlers: dict          # names to places
+    surroundings: list      # places
+    hooks: dict             # events to lists of places
+    client: tuple           # the arguments of Client
+    log_levels: dict        # names of loggers to levels
+
+
+def place_of(function):
+    """Module, file and qualified name of a function."""
+    return function.__module__, inspect.getfile(function), function.__qualname__
+
+
+def has_place(function):
+    """Whether another process can find the function by its name."""
+    return bool(re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')))
 
 
 class IsolatedSlot(Slot):
@@ -2133,19 +2834,22 @@ class IsolatedSlot(Slot):
     process = None
     pipe = None
     is_ready = False
+    jobs_run = 0            # by this process
 
     def prepare(self):
+        max_jobs = getattr(self.consumer.config, 'max_jobs', None)
+        if max_jobs and self.jobs_run >= max_jobs:
+            self.close()
         if self.process is None and not self.consumer.worker.stopping.is_set():
             self._start_process()
 
     def _start_process(self):
         context = multiprocessing.get_context('spawn')
         self.pipe, childs_end = context.Pipe()
-        places = {name: (function.__module__, inspect.getfile(function), function.__qualname__)
-                  for name, function in self.consumer.config.functions.items()}
         self.process = context.Process(
-            target=run_child, args=(childs_end, places, self.consumer.session.settings),
+            target=run_child, args=(childs_end, self._child_settings()),
             name=CHILD_NAME_PREFIX + self.consumer.name)
+        self.jobs_run = 0
         with process_lock:
             self.process.start()
         childs_end.close()
@@ -2153,10 +2857,26 @@ class IsolatedSlot(Slot):
         self._receive()             # READY: importing the handler's module may take long
         self.is_ready = True
 
+    def _child_settings(self):
+        app = self.consumer.worker.app
+        functions = self.consumer.config.functions
+        loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.copy().values()]
+        return ChildSettings(
+            {name: place_of(function) for name, function in functions.items()},
+            [place_of(function) for function in app.surroundings],
+            {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
+             for event in CHILD_EVENTS},
+            self.consumer.session.settings,
+            {logger.name: logger.level for logger in loggers if getattr(logger, 'level', 0)})
+
     def _receive(self):
         """The next message of the process; CRASHED if it has ended."""
         try:
-            return self.pipe.recv()
+            while True:
+                kind, value = self.pipe.recv()
+                if kind != LOGGED:
+                    return kind, value
+                log_writer.put(write_record, value)
         except (EOFError, OSError):
             self.kill()             # its children; it is exiting itself by now
         with process_lock:
@@ -2174,6 +2894,7 @@ class IsolatedSlot(Slot):
                 claim.show_progress(value)
             kind, value = self._receive()
         if kind == FINISHED:
+            self.jobs_run += 1
             call, fields, error = value
             result = Crashed(error) if error else json.loads(fields['result'])
             return Outcome(call, result, **fields)
@@ -2200,11 +2921,33 @@ class IsolatedSlot(Slot):
             self.close()
         return message
 
+    def call_hooks(self, event, claim, value):
+        """Call the hooks that the process could not find, and wait until it has called the others.
+
+        If the process is gone, call all of them here.
+        """
+        hooks = self.consumer.worker.app.hooks[event]
+        if event == 'start' or self.process is not None:
+            hooks = [hook for hook in hooks if not has_place(hook)]
+        self.consumer.call_hooks(event, claim, value, hooks)
+        if event != 'start' and self.process is not None:
+            kind = None
+            while kind not in (HOOKS_CALLED, CRASHED):
+                kind, _ = self._receive()
+            if kind == CRASHED:
+                self.close()
+
     def interrupt(self, claim, interruption):
         self.kill()                 # the slot's thread notices, and starts another process
 
     def stack_text(self, claim):
         return 'its process was killed\n'
+
+    @property
+    def is_terminating(self):
+        """Its process may have to call hooks at the end."""
+        hooks = self.consumer.worker.app.hooks['stop_worker']
+        return bool(hooks) and self.process is not None and self.thread.is_alive()
 
     def kill(self):
         """End the process, and the processes that it started."""
@@ -2216,6 +2959,11 @@ class IsolatedSlot(Slot):
     def close(self):
         if self.process is None:
             return
+        if self.consumer.worker.app.hooks['stop_worker']:
+            with contextlib.suppress(OSError):
+                self.pipe.send(None)
+                while self._receive()[0] != CRASHED:    # it ends after the hooks
+                    pass
         self.kill()
         atexit.unregister(self.kill)
         self.pipe.close()
@@ -2250,48 +2998,137 @@ def exit_text(code):
 class ChildClaim:
     """What job(), progress() and inputs() need of a claim, in an isolated process."""
 
-    cancel = None
-    coroutine = None
+    asyncio_task = None
 
-    def __init__(self, job, client, send):
+    def __init__(self, job, child):
         self.job = job
-        self.client = client
-        self.send = send
+        self.child = child
+        self.client = child.client
 
     def show_progress(self, text):
-        self.send(PROGRESS_MADE, text)
+        self.child.send(PROGRESS_MADE, text)
+
+    def run_coroutine(self, coroutine):
+        if self.child.event_loop is None:
+            self.child.event_loop = EventLoop(start_daemon_thread)
+        return self.child.event_loop.run(coroutine, self)
 
 
-def run_child(pipe, places, settings):
+def start_daemon_thread(loop, name):
+    thread = threading.Thread(target=loop, name=f'rundown-{name}', daemon=True)
+    thread.start()
+    return thread
+
+
+class PipeLogHandler(logging.Handler):
+    """Sends log records to the worker, which logs them with its own handlers."""
+
+    def __init__(self, send):
+        super().__init__()
+        self.send = send
+
+    def emit(self, record):
+        fields = {
+            name: value if isinstance(value, (str, int, float, type(None))) else repr(value)
+            for name, value in vars(record).items()}
+        fields.update(msg=record.getMessage(), args=None, exc_info=None)
+        if record.exc_info:
+            fields['exc_text'] = ''.join(traceback.format_exception(*record.exc_info)).rstrip()
+        self.send(LOGGED, fields)
+
+
+class Child:
     """The process of an isolated slot: runs the jobs that come through the pipe.
 
     It ends with the worker, and so do the processes that it started.
     """
+
+    def __init__(self, pipe, settings):
+        # constant
+        self.pipe = pipe
+        self.settings = settings
+        self.send_lock = threading.Lock()
+        self.jobs = SimpleQueue()
+        # set by load()
+        self.handlers = None
+        self.surroundings = []
+        self.hooks = {event: [] for event in CHILD_EVENTS}
+        self.client = None
+        self.event_loop = None      # started when the first async handler runs
+        self.problem = None         # why the handlers cannot run, as text
+
+    def send(self, kind, value=None):
+        with self.send_lock:
+            self.pipe.send((kind, value))
+
+    def load(self):
+        settings = self.settings
+        try:
+            self.handlers = HandlerTable(import_all(settings.handlers))
+            self.surroundings = [import_function(*place) for place in settings.surroundings]
+            self.hooks = {event: [import_function(*place) for place in places]
+                          for event, places in settings.hooks.items()}
+            self.client = Client(*settings.client)
+            self._set_up_log()
+            for function in self.hooks['start_worker']:
+                function()
+        except BaseException as error:
+            self.problem = truncate_middle(error_text(error), MAX_ERROR)
+
+    def _set_up_log(self):
+        """Log to the worker, unless the modules that were imported have set up the log."""
+        root = logging.getLogger()
+        if root.handlers:
+            return
+        root.addHandler(PipeLogHandler(self.send))
+        for name, level in self.settings.log_levels.items():
+            logger = root if name == 'root' else logging.getLogger(name)
+            logger.setLevel(level)
+
+    def run(self):
+        self.load()
+        self.send(READY)
+        start_daemon_thread(self._receive_jobs, 'receive')
+        for job in iter(self.jobs.get, None):
+            self.send(STARTED)
+            if self.problem:
+                self.send(CRASHED, self.problem)
+                return
+            contextvars.copy_context().run(self._run_job, job)
+        for function in self.hooks['stop_worker']:
+            call_hook('stop_worker', function)
+
+    def _run_job(self, job):
+        current.set(ChildClaim(job, self))
+        self._call_hooks('start', job, None)
+        outcome = run_handler(self.handlers, job, self.surroundings)
+        has_failed = outcome.call == 'fail'
+        error = error_text(outcome.value) if has_failed else None
+        self.send(FINISHED, (outcome.call, outcome.fields, error))
+        self._call_hooks('failure' if has_failed else 'success', job, outcome.value)
+        self.send(HOOKS_CALLED)
+
+    def _call_hooks(self, event, job, value):
+        for function in self.hooks[event]:
+            call_hook(event, function, job, value)
+
+    def _receive_jobs(self):
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.jobs.put(self.pipe.recv())
+        signal_group(multiprocessing.current_process(), KILL)
+        os._exit(1)
+
+
+def run_child(pipe, settings):
     separate_from_worker(pipe)
-    lock = threading.Lock()
-    jobs = SimpleQueue()
-    problem = None
+    open_standard_streams()
+    pass_jobs_to_threads()
+    Child(pipe, settings).run()
 
-    def send(kind, value=None):
-        with lock:
-            pipe.send((kind, value))
 
-    try:
-        handlers = HandlerTable({name: import_function(*place) for name, place in places.items()})
-        client = Client(*settings)
-    except BaseException as error:
-        problem = truncate_middle(error_text(error), MAX_ERROR)
-    send(READY)
-    threading.Thread(target=receive_jobs, args=(pipe, jobs), daemon=True).start()
-    while True:
-        job = jobs.get()
-        send(STARTED)
-        if problem:
-            return send(CRASHED, problem)
-        current.set(ChildClaim(job, client, send))
-        outcome = run_handler(handlers, job)
-        error = error_text(outcome.value) if outcome.call == 'fail' else None
-        send(FINISHED, (outcome.call, outcome.fields, error))
+def import_all(places):
+    return {name: import_function(*place) for name, place in places.items()}
 
 
 def separate_from_worker(pipe):
@@ -2301,15 +3138,7 @@ def separate_from_worker(pipe):
         os.set_inheritable(pipe.fileno(), False)
     for number in STOP_SIGNALS:
         # the worker decides when to stop; programs that a handler starts would inherit SIG_IGN
-        signal.signal(number, lambda *_: None)
-
-
-def receive_jobs(pipe, jobs):
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            jobs.put(pipe.recv())
-    signal_group(multiprocessing.current_process(), KILL)
-    os._exit(1)
+        replaced_signals[number] = signal.signal(number, lambda *_: None)
 
 
 def import_function(module, file, name):
@@ -2329,299 +3158,6 @@ def load(file, name):
     spec.loader.exec_module(module)
     return module
 
-
-# -- The module's API: one column over a default App ------------------------------------------------------------------
-QueueConfig = collections.namedtuple(
-    'Registered', 'name host poll_interval max_retries timeout concurrency isolate functions told')
-TASK_SETTINGS = {'host', 'poll_interval', 'concurrency', 'isolate', 'max_running', 'rate'}     # of its queue
-NUMBER = int, float
-LEAST = dict(poll_interval=0.0, timeout=0.0, every=1.0, per=0.0, max_retries=0, concurrency=1, max_running=1, rate=1)
-F = TypeVar('F')
-
-class QueueFunction(Generic[R]):        # what @queue makes of a function, for those who check types
-    __call__: Callable[..., R]
-    enqueue: Callable[..., Job]
-
-class TaskFunction(Generic[R]):         # the same of @task
-    __call__: Callable[..., R]
-    delay: Callable[..., Job]
-    options: Callable[..., TaskFunction[R]]
-
-class App:
-    """Queues and their handlers, hooks, and an engine: what the functions of this module are about, for one's own use.
-    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at the time of each call."""
-    def __init__(self, host: str | None = None, token: str | None = None, timeout: float = CLIENT_TIMEOUT, ca: str | None = None) -> None:
-        self.host, self.token, self.timeout, self.ca = host, token, timeout, ca
-        self.registered = {}                            # (queue, host) -> Registered
-        self.hooks = {'start': [], 'success': [], 'failure': [], 'lost': []}
-        self.clients = {}                               # safe by itself: (host, token, timeout, ca) -> Client
-        self.workers = []                               # safe by itself: those that run
-
-    def client(self, host: str | None = None) -> Client:
-        """The client for an engine; its connections are kept."""
-        host, token = host or self.host or os.environ.get('RUNDOWN_URL'), self.token or os.environ.get('RUNDOWN_TOKEN')
-        settings = host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA')
-        if settings not in self.clients:
-            self.clients[settings] = Client(*settings)
-        return self.clients[settings]
-
-    def queue(self, name: str, host: str | None = None, poll_interval: float = 1.0, max_retries: int = 3,
-              timeout: float | None = None, concurrency: int = 1, isolate: bool = False, backoff: Any = None,
-              retry_on: Any = None, abort_on: Any = None, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
-              max_running: Any = None, rate: Any = None) -> Callable[[Callable[..., R]], QueueFunction[R]]:
-        """Make the decorated function a queue's handler. It stays as it is, and gets `.enqueue(payload, **options)`.
-        `max_retries` and `timeout` (seconds) hold for jobs that were enqueued without their own. `concurrency` handlers
-        run at a time; with `isolate` each in a process of its own. `backoff` is the seconds until each retry, the last
-        for all that follow, or a function of the retry's number; after exceptions that are not in `retry_on`, where it
-        is given, or are in `abort_on`, there is none. `poll_interval` (seconds) is for engines that do not wait in a
-        poll. run() tells the engine of a schedule under the queue's name (`cron` in a `zone`, or `every` so many
-        seconds), and of limits over all workers: `max_running` jobs at a time, and a `rate` of (claims, seconds)."""
-        if not isinstance(name, str) or not name:
-            raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
-        told, rule = engine_settings(name, max_running, rate, cron, every, zone), Policy(backoff, retry_on, abort_on)
-        registered = QueueConfig(name, host, poll_interval, max_retries, timeout, concurrency, isolate, {}, told)
-        check_all(poll_interval=poll_interval, concurrency=concurrency,
-                  **drop_none(max_retries=max_retries, timeout=timeout))
-
-        def enqueue(payload=None, *more, **options):
-            """Add a job to the queue, with the options of rw.enqueue; returns it."""
-            if more:
-                raise Misuse(f'{name} takes one payload, and options by name; @rw.task has any number of arguments')
-            return self.enqueue(name, payload, **{'host': host, **options})
-        enqueue.__signature__ = inspect.Signature([*inspect.signature(self.enqueue).parameters.values()][1:])
-
-        def register(function):
-            check_call(function, None)
-            self._register(registered, function, False)
-            function.policy, function.enqueue = rule, enqueue
-            return function
-        return register
-
-    @overload
-    def task(self, function: Callable[..., R]) -> TaskFunction[R]: ...
-    @overload
-    def task(self, *, queue: str = ..., **settings: Any) -> Callable[[Callable[..., R]], TaskFunction[R]]: ...
-
-    def task(self, function: Any = None, *, queue: str = 'default', max_retries: int | None = None, timeout: float | None = None,
-             backoff: Any = None, retry_on: Any = None, abort_on: Any = None, **settings: Any) -> Any:
-        """Make the decorated function a task, one of any number on its queue: `.delay(...)` sends its arguments.
-        `.options(delay=60).delay(...)` gives one job what enqueue() takes. `max_retries` and `timeout` are sent with
-        each job. `settings` are those of the queue, as queue() has them; what was given last holds."""
-        rule, unknown = Policy(backoff, retry_on, abort_on), sorted(set(settings) - TASK_SETTINGS)
-        if unknown:
-            raise Misuse(f'a task has no setting {unknown[0]}')
-        host, told = settings.get('host'), engine_settings(queue, settings.pop('max_running', None), settings.pop('rate', None))
-        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
-        send = functools.partial(self.enqueue, queue, host=host, max_retries=max_retries, timeout=timeout)
-
-        def register(function):
-            known = self.registered.get((queue, host)) or QueueConfig(queue, host, 1.0, 3, None, 1, False, {}, [])
-            self._register(known._replace(told=told or known.told, **settings), function, True)
-            function.policy = rule
-            return add_delay_methods(function, function, send)
-        return register if function is None else register(function)
-
-    def _register(self, registered, function, is_task):
-        """Have a function work what comes to a queue: all of it, or what is meant for the task of its name."""
-        if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-            raise Misuse(f'what is decorated must be a function, not {function!r}')
-        if registered.isolate and not re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')):
-            raise Misuse(f'{function!r} cannot be isolated: its process has to find it by its name in a module')
-        queue, name = (registered.name, registered.host), task_name(function) if is_task else None
-        known = self.registered.get(queue, registered).functions
-        if (known and (None in known) == is_task) or source(known.get(name, function)) != source(function):
-            raise Misuse(f'the queue {queue[0]} has another handler already; only tasks, each of a name, can share one')
-        self.registered[queue] = registered._replace(functions={**known, name: function})
-
-    def on(self, event: str) -> Callable[[F], F]:
-        """Have the decorated function called as hook(job, value) at each "start" (None), "success" (the result),
-        "failure" or "lost" (the exception) of a run. What it raises is logged and changes nothing."""
-        if event not in self.hooks:
-            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
-
-        def register(function):
-            self.hooks[event].append(function)
-            return function
-        return register
-
-    def enqueue(self, queue: str, payload: Any = None, *, host: str | None = None, timeout: float | None = None,
-                max_retries: int | None = None, tag: str | None = None, delay: float | datetime.timedelta | None = None, run_at: str | datetime.datetime | None = None,
-                priority: int | None = None, key: str | None = None, id: str | None = None, after: Any = None,
-                after_any: bool | None = None, give_up: float | None = None) -> Job:
-        """Add a job; returns it, a Job. `run_at` is a datetime or RFC 3339; see Client.enqueue for the rest."""
-        return self.client(host).enqueue(
-            queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, id, give_up, after, after_any)
-
-    def enqueue_many(self, queue: str, payloads: Iterable[Any], *, host: str | None = None,
-                     ids: Iterable[str] | None = None, **options: Any) -> list[Job]:
-        """Add a job per payload: see Client.enqueue_many."""
-        return self.client(host).enqueue_many(queue, payloads, ids, **options)
-
-    def schedule(self, name: str, queue: str, cron: str | None = None, every: float | datetime.timedelta | None = None, zone: str | None = None,
-                 payload: Any = None, *, host: str | None = None, **options: Any) -> dict[str, Any]:
-        """Have a job made at each tick; returns the schedule. The options are those of Client.schedule."""
-        return self.client(host).schedule(name, queue, cron, every, zone, payload, **options)
-
-    def unschedule(self, name: str, *, host: str | None = None) -> dict[str, Any]:
-        """End a schedule; the jobs that it made stay."""
-        return self.client(host).unschedule(name)
-
-    def wait(self, job: Any, timeout: float | None = None, host: str | None = None, give_up: float | None = None) -> Job:
-        """The finished job: see Client.wait."""
-        return (job.client if isinstance(job, Job) and not host else self.client(host)).wait(job, timeout, give_up)
-
-    def run(self, burst: bool = False, grace: float = GRACE, max_hung: int = MAX_HUNG,
-            concurrency: int | None = None) -> None:
-        """Work on the registered queues until SIGTERM, SIGINT or stop(); with `burst` until nothing is due.
-        Returns after an orderly end. In the main thread, unless `burst`, it ends the process if handlers still hang,
-        for nobody can end their threads: with 1 if `max_hung` of them did. In all other cases that is SystemExit(1)."""
-        if multiprocessing.current_process().name.startswith(CHILD_NAME_PREFIX):
-            raise Error("run() runs where isolate=True imports the script: put it behind if __name__ == '__main__':")
-        if not self.registered:
-            raise Error('there is no handler: decorate a function with @queue("name")')
-        set_up_log()
-        worker, code = Worker(self, burst, grace, max_hung, concurrency), 0
-        self.workers.append(worker)
-        try:
-            worker.run()
-        except Hung as error:
-            note(logging.CRITICAL, '%s', error)
-            code = 1
-        finally:
-            self.workers.remove(worker)
-        if worker.count_hung(0) and not burst and threading.current_thread() is threading.main_thread():
-            for end in logging.shutdown, functools.partial(print, end='', flush=True):
-                with contextlib.suppress(Exception):
-                    end()
-            os._exit(code)
-        if code:
-            raise SystemExit(code)
-
-    def stop(self) -> None:
-        """Have run() end as after SIGTERM, from any thread."""
-        for worker in list(self.workers):
-            worker.stop()
-
-    @contextlib.contextmanager
-    def testing(self) -> Iterator[Testing]:
-        """A throwaway engine for the time of the block, in place of the default one: see Testing. `t.client` is its
-        client. It needs rundown_engine.py to be importable. Queues with their own `host` stay there."""
-        try:
-            import rundown_engine       # here, since only tests need it
-        except ModuleNotFoundError:
-            raise Error('this needs rundown_engine.py to be importable, such as beside rundown_workers.py') from None
-        test, before = Testing(self), (self.host, self.clients, os.environ.get('RUNDOWN_URL', ''))     # '' is none
-        with tempfile.TemporaryDirectory() as folder:
-            test.server = rundown_engine.make_server(f'{folder}/jobs.db', port=0, sync='normal', clock=test.clock)
-            threading.Thread(target=test.server.serve_forever, args=(0.005,), daemon=True).start()
-            self.host, self.clients, os.environ['RUNDOWN_URL'] = test.server.url, {}, test.server.url
-            test.client = self.client()
-            try:
-                yield test
-            finally:
-                test.client.close()
-                self.host, self.clients, os.environ['RUNDOWN_URL'] = before
-                test.server.shutdown()
-                test.server.server_close()
-
-class Testing:
-    """What testing() gives: an engine for a test, its client, and its clock, which is `seconds` ahead."""
-    def __init__(self, app):
-        self.app, self.seconds = app, 0.0
-        self.clock = types.SimpleNamespace(time=lambda: time.time() + self.seconds,
-                                           monotonic=lambda: time.monotonic() + self.seconds)
-
-    def advance(self, seconds: float) -> None:
-        """Move the engine's clock on; it sees at once what is due by then."""
-        self.seconds += seconds
-        self.server.tick()
-
-    def run(self, delayed: bool = False, **options: Any) -> None:
-        """Work off what is due, as run(burst=True) does; with `delayed` what is scheduled or to be retried, too."""
-        queues, later = {queue for queue, _ in self.app.registered}, [None]
-        while later:
-            self.app.run(burst=True, **options)
-            jobs = [job for job in iter_jobs(self.client, status='pending') if job['queue'] in queues] if delayed else []
-            due = [datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')) for job in jobs]
-            later = [at.timestamp() for at in due if at.timestamp() > self.clock.time()]
-            if later:
-                self.advance(min(later) - self.clock.time() + 0.01)
-
-def add_delay_methods(target, function, send):
-    """Give an object the `delay` and `options` of a task; `send` enqueues a payload. Returns the object."""
-    def delay(*args, **kwargs):
-        """Add a job that calls the task with these arguments, and return it; see enqueue()."""
-        check_call(function, *args, **kwargs)
-        return send({'task': task_name(function), 'args': list(args), 'kwargs': kwargs})
-
-    def options(**more):
-        """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
-        return add_delay_methods(types.SimpleNamespace(), function, functools.partial(send, **more))
-
-    with contextlib.suppress(ValueError):       # it has no signature to look at
-        delay.__signature__ = inspect.signature(function)
-    target.delay, target.options = delay, options
-    return target
-
-def task_name(function):
-    """The name that producers and workers call a task by; of a script's the same as where it is imported."""
-    module = function.__module__
-    if module in ('__main__', '__mp_main__'):
-        module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
-    return f'{module}.{function.__qualname__}'
-
-def source(function):
-    """Where a function is written: the same when it comes anew, as on a reload."""
-    code = getattr(function, '__code__', None)
-    return getattr(code, 'co_filename', None), getattr(function, '__qualname__', function)
-
-def check(name, value, least, types=int):
-    """Misuse unless the setting is a number from `least`."""
-    if isinstance(value, bool) or not isinstance(value, types) or not least <= value < float('inf'):
-        kind = 'whole number' if types is int else 'number of seconds'
-        raise Misuse(f'{name} must be a {kind} from {least:g}, not {value!r}')
-
-def check_all(**settings):
-    for name in settings.keys() & LEAST.keys():
-        check(name, settings[name], LEAST[name], int if type(LEAST[name]) is int else NUMBER)
-
-def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
-    """The calls that tell an engine of a queue's limits, and of its schedule."""
-    claims, seconds = rate if isinstance(rate, (tuple, list)) and len(rate) == 2 else (rate, 1)
-    limits = drop_none(max_running=max_running, rate=claims, per=None if rate is None else seconds)
-    ticks = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_all(**limits, **ticks)
-    if ticks.keys() & {'cron', 'zone'} and ('every' in ticks or not isinstance(cron, str) or not cron):
-        raise Misuse(f'cron must be a string like "0 3 * * *", as zone needs one, without every, not {cron!r}')
-    told = ('/limit', limits), ('/schedule', ticks if cron or every else None)
-    return [(path, {'queue': queue, **fields}) for path, fields in told if fields]
-
-def check_call(function, *args, **kwargs):
-    """Misuse unless the function can be called like this, as far as one can tell."""
-    try:
-        inspect.signature(function).bind(*args, **kwargs)
-    except ValueError:      # it has no signature to look at
-        pass
-    except TypeError as error:
-        raise Misuse(f'{getattr(function, "__qualname__", function)} cannot be called like this: {error}') from None
-
-def iter_jobs(client, **aim):
-    page = {'after': None}
-    while page['after'] or 'jobs' not in page:
-        page = client.jobs(limit=1000, after=page['after'], **aim)
-        yield from page['jobs']
-
-def set_up_log():
-    """Log to stderr, where nobody set up logging."""
-    if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-        log.setLevel(log.level or logging.INFO)
-
-default = App()
-queue, task, on, testing, stop = default.queue, default.task, default.on, default.testing, default.stop
-enqueue, enqueue_many, run, wait = default.enqueue, default.enqueue_many, default.run, default.wait
-schedule, unschedule = default.schedule, default.unschedule
 
 # -- Any program as a worker -----------------------------------------------------------------------
 EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
@@ -2813,6 +3349,614 @@ def command_exec(client, options):
     if hasattr(os, 'waitid'):
         threading.Thread(target=reap_orphans, args=(program_slots,), daemon=True).start()
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
+
+# -- Queues and tasks: the module's API ------------------------------------------------------------
+class QueueConfig(NamedTuple):
+    """The settings of a queue, and the functions that handle its jobs."""
+
+    name: str
+    host: str | None = None
+    poll_interval: float = 1.0
+    max_retries: int | None = 3
+    timeout: float | None = None
+    concurrency: int = 1
+    isolate: bool = False
+    max_jobs: int | None = None
+    functions: dict = {}        # task name -> function; the name None: it handles all jobs
+    setup_calls: list = []      # (path, fields): calls that tell an engine limits and schedule
+
+
+TASK_SETTINGS = [       # settings of a queue that a task may give; the last one given holds
+    'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
+]
+NUMBER = (int, float)
+MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
+    'poll_interval': 0.0,
+    'timeout': 0.0,
+    'every': 1.0,
+    'per': 0.0,
+    'max_retries': 0,
+    'concurrency': 1,
+    'max_jobs': 1,
+    'max_running': 1,
+    'rate': 1,
+}
+
+if TYPE_CHECKING:
+    P = typing_extensions.ParamSpec('P')
+
+    class QueueFunction(Protocol[P, R]):
+        """A function that @queue has decorated."""
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+        def enqueue(self, payload: Any = ..., **options: Any) -> Job[R]: ...
+
+    class AsyncQueueFunction(Protocol[P, R]):
+        """The same for an async function."""
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...
+        def enqueue(self, payload: Any = ..., **options: Any) -> Job[R]: ...
+
+    class QueueDecorator(Protocol):
+        @overload
+        def __call__(
+            self, function: Callable[P, Coroutine[Any, Any, R]]
+        ) -> AsyncQueueFunction[P, R]: ...
+        @overload
+        def __call__(self, function: Callable[P, R]) -> QueueFunction[P, R]: ...
+
+    class TaskCalls(Protocol[P, R]):
+        """The methods that send a task's arguments as a job."""
+
+        def delay(self, *args: P.args, **kwargs: P.kwargs) -> Job[R]: ...
+        async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Job[R]: ...
+        def options(self, **options: Any) -> TaskCalls[P, R]: ...
+        def schedule(
+            self,
+            name: str,
+            cron: str | None = None,
+            every: float | datetime.timedelta | None = None,
+            zone: str | None = None,
+            args: Iterable[Any] = (),
+            kwargs: dict[str, Any] | None = None,
+            **options: Any,
+        ) -> dict[str, Any]: ...
+
+    class TaskFunction(TaskCalls[P, R], Protocol[P, R]):
+        """A function that @task has decorated."""
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    class AsyncTaskFunction(TaskCalls[P, R], Protocol[P, R]):
+        """The same for an async function."""
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...
+
+    class TaskDecorator(Protocol):
+        @overload
+        def __call__(
+            self, function: Callable[P, Coroutine[Any, Any, R]]
+        ) -> AsyncTaskFunction[P, R]: ...
+        @overload
+        def __call__(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
+
+
+def names_near_misses(function: F) -> F:
+    """Have a call with an unknown option say which known one is near."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        check_names(kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+class App:
+    """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
+
+    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
+    the time of each call.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        token: str | None = None,
+        timeout: float = CLIENT_TIMEOUT,
+        ca: str | None = None,
+    ) -> None:
+        # written by testing() alone
+        self.host = host
+        # constant
+        self.token = token
+        self.timeout = timeout
+        self.ca = ca
+        # filled by decorators, before run()
+        self.registered = {}            # (queue, host) -> QueueConfig
+        self.hooks = {
+            'start': [], 'success': [], 'failure': [], 'lost': [],
+            'start_worker': [], 'stop_worker': [],
+        }
+        self.surroundings = []          # generator functions: see around()
+        # safe without a lock: single operations of a dict and a list are atomic
+        self.clients = {}               # (host, token, timeout, ca) -> Client
+        self.workers = []               # those that run
+
+    def client(self, host: str | None = None) -> Client:
+        """The client for an engine; its connections are kept."""
+        host = host or self.host or os.environ.get('RUNDOWN_URL')
+        token = self.token or os.environ.get('RUNDOWN_TOKEN')
+        settings = (host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA'))
+        if settings not in self.clients:
+            self.clients[settings] = Client(*settings)
+        return self.clients[settings]
+
+    @names_near_misses
+    def queue(
+        self,
+        name: str,
+        host: str | None = None,
+        poll_interval: float = 1.0,
+        max_retries: int = 3,
+        timeout: float | datetime.timedelta | None = None,
+        concurrency: int = 1,
+        isolate: bool = False,
+        backoff: Any = None,
+        retry_on: Any = None,
+        abort_on: Any = None,
+        cron: str | None = None,
+        every: float | datetime.timedelta | None = None,
+        zone: str | None = None,
+        max_running: int | None = None,
+        rate: Any = None,
+        max_jobs: int | None = None,
+    ) -> QueueDecorator:
+        """Make the decorated function the handler of a queue.
+
+        It stays as it is, and gets `.enqueue(payload, **options)`. Durations are in seconds, or
+        timedeltas.
+
+        `max_retries` and `timeout` hold for jobs that were enqueued without their own.
+        `concurrency` handlers run at a time; with `isolate` each in a process of its own, which
+        is replaced after `max_jobs` jobs. `poll_interval` is for engines without long polls.
+
+        `backoff` is the time until each retry (a number, a list whose last one holds for all
+        that follow, or a function of the retry's number). Exceptions that are not in `retry_on`,
+        where it is given, or that are in `abort_on` fail the job for good.
+
+        run() tells the engine a schedule under the queue's name (`cron` in a `zone`, or `every`
+        so many seconds), and limits over all workers: `max_running` jobs at a time, and a `rate`
+        of (claims, seconds).
+        """
+        if not isinstance(name, str) or not name:
+            raise Misuse(f'queue needs the name of a queue, @queue("name"), not {name!r}')
+        policy = Policy(backoff, retry_on, abort_on)
+        timeout = in_seconds(timeout)
+        poll_interval = in_seconds(poll_interval)
+        check_all(
+            poll_interval=poll_interval, concurrency=concurrency,
+            **drop_none(max_retries=max_retries, timeout=timeout, max_jobs=max_jobs),
+        )
+        config = QueueConfig(
+            name=name, host=host, poll_interval=poll_interval, max_retries=max_retries,
+            timeout=timeout, concurrency=concurrency, isolate=isolate, max_jobs=max_jobs,
+            setup_calls=engine_settings(name, max_running, rate, cron, every, zone),
+        )
+
+        def register(function):
+            check_call(function, [None])
+            self._register(config, function)
+            function.policy = policy
+            function.enqueue = enqueue_method(self, name, host)
+            return function
+        return register
+
+    @overload
+    def task(
+        self, function: Callable[P, Coroutine[Any, Any, R]]
+    ) -> AsyncTaskFunction[P, R]: ...
+
+    @overload
+    def task(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
+
+    @overload
+    def task(
+        self, *, queue: str = ..., name: str | None = ..., max_retries: int | None = ...,
+        timeout: float | datetime.timedelta | None = ..., backoff: Any = ..., retry_on: Any = ...,
+        abort_on: Any = ..., host: str | None = ..., poll_interval: float = ...,
+        concurrency: int = ..., isolate: bool = ..., max_jobs: int | None = ...,
+        max_running: int | None = ..., rate: Any = ...,
+    ) -> TaskDecorator: ...
+
+    def task(
+        self,
+        function: Any = None,
+        *,
+        queue: str = 'default',
+        name: str | None = None,
+        max_retries: int | None = None,
+        timeout: float | datetime.timedelta | None = None,
+        backoff: Any = None,
+        retry_on: Any = None,
+        abort_on: Any = None,
+        **settings: Any,
+    ) -> Any:
+        """Make the decorated function a task, one of any number on its queue.
+
+        `.delay(...)` sends its arguments as a job, `.options(delay=60).delay(...)` gives the job
+        options of enqueue(). `max_retries` and `timeout` are sent
+        with each job. `name` is the task's name for producers and workers; without it, it is the
+        one under which the function is imported. `settings` are those of the queue, as queue()
+        has them; the last one given holds.
+        """
+        check_names(settings, TASK_SETTINGS, 'a task has no setting')
+        host = settings.get('host')
+        max_running = settings.pop('max_running', None)
+        limits = engine_settings(queue, max_running, settings.pop('rate', None))
+        timeout = in_seconds(timeout)
+        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
+        policy = Policy(backoff, retry_on, abort_on)
+
+        def register(function):
+            task = name or task_name(function)
+            known = self.registered.get((queue, host), QueueConfig(queue))
+            config = known._replace(setup_calls=limits or known.setup_calls, **settings)
+            self._register(config, function, task)
+            function.policy = policy
+            options = drop_none(host=host, max_retries=max_retries, timeout=timeout)
+            sender = TaskSender(self, function, task, queue, options)
+            for method in ('delay', 'options'):
+                setattr(function, method, getattr(sender, method))
+            return function
+        return register if function is None else register(function)
+
+    def _register(self, config, function, task=None):
+        """Have a function handle all jobs of a queue, or those for the task of that name."""
+        if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
+            raise Misuse(f'what is decorated must be a function, not {function!r}')
+        qualified = getattr(function, '__qualname__', '<')
+        if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
+            raise Misuse(
+                f'{function!r} cannot be isolated: its process has to find it by its name in a '
+                'module'
+            )
+        place = (config.name, config.host)
+        known = self.registered.get(place, config).functions
+        is_mixed = known and (None in known) != (task is None)
+        if is_mixed or source(known.get(task, function)) != source(function):
+            raise Misuse(
+                f'the queue {config.name} has another handler already; only tasks, each of a '
+                'name, can share one'
+            )
+        self.registered[place] = config._replace(functions={**known, task: function})
+
+    def on(self, event: str) -> Callable[[F], F]:
+        """Have the decorated function called at an event of each run of a handler.
+
+        hook(job, value) at "start" (None), "success" (the result), "failure" and "lost" (the
+        exception). An exception in such a hook is logged and changes nothing. "start_worker" and
+        "stop_worker" hooks have no arguments: they are called once in each process that runs
+        handlers. An exception in a start_worker hook ends the worker.
+        """
+        if event not in self.hooks:
+            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
+
+        def register(function):
+            self.hooks[event].append(function)
+            return function
+        return register
+
+    def around(self, function: F) -> F:
+        """Have the decorated generator function, which yields once, wrap each run of a handler.
+
+        It runs in the process of the handler: for database connections, tracing and the like.
+        It gets the job if it has a parameter.
+        """
+        if not inspect.isgeneratorfunction(function):
+            raise Misuse(
+                f'around decorates a generator function that yields once, not {function!r}')
+        self.surroundings.append(function)
+        return function
+
+    @names_near_misses
+    def enqueue(
+        self,
+        queue: str,
+        payload: Any = None,
+        *,
+        host: str | None = None,
+        timeout: float | datetime.timedelta | None = None,
+        max_retries: int | None = None,
+        tag: str | None = None,
+        delay: float | datetime.timedelta | None = None,
+        run_at: str | datetime.datetime | None = None,
+        priority: int | None = None,
+        key: str | None = None,
+        id: str | None = None,
+        after: Any = None,
+        after_any: bool | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """Add a job, and return it; see Client.enqueue for the options."""
+        return self.client(host).enqueue(
+            queue, payload, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay,
+            run_at=run_at, priority=priority, key=key, id=id, after=after, after_any=after_any,
+            give_up=give_up,
+        )
+
+    def enqueue_many(
+        self,
+        queue: str,
+        payloads: Iterable[Any],
+        *,
+        host: str | None = None,
+        ids: Iterable[str] | None = None,
+        **options: Any,
+    ) -> list[Job]:
+        """Add a job per payload: see Client.enqueue_many."""
+        return self.client(host).enqueue_many(queue, payloads, ids, **options)
+
+    def schedule(
+        self,
+        name: str,
+        queue: str,
+        cron: str | None = None,
+        every: float | datetime.timedelta | None = None,
+        zone: str | None = None,
+        payload: Any = None,
+        *,
+        host: str | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Have a job made at each tick; see Client.schedule. Returns the schedule."""
+        return self.client(host).schedule(
+            name, queue, cron=cron, every=every, zone=zone, payload=payload, **options)
+
+    def unschedule(self, name: str, *, host: str | None = None) -> dict[str, Any]:
+        """End a schedule; the jobs that it made stay."""
+        return self.client(host).unschedule(name)
+
+    def wait(
+        self,
+        job: Any,
+        timeout: float | datetime.timedelta | None = None,
+        host: str | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """The finished job: see Client.wait."""
+        known = isinstance(job, Job) and not host
+        return (job.client if known else self.client(host)).wait(job, timeout, give_up)
+
+    def run(
+        self,
+        burst: bool = False,
+        grace: float = GRACE,
+        max_hung: int = MAX_HUNG,
+        concurrency: int | None = None,
+    ) -> None:
+        """Work on the registered queues until SIGTERM, SIGINT or stop().
+
+        With `burst` until nothing is due. Returns after an orderly end. Raises SystemExit(1) if
+        `max_hung` handlers hang. In the main thread, unless `burst`, it ends the process if
+        handlers still hang, since nothing else can end their threads.
+        """
+        if multiprocessing.current_process().name.startswith(CHILD_NAME_PREFIX):
+            raise Error(
+                'run() runs where isolate=True imports the script: put it behind '
+                "if __name__ == '__main__':"
+            )
+        if not self.registered:
+            raise Error('there is no handler: decorate a function with @queue("name")')
+        set_up_log()
+        worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
+        code = 0
+        self.workers.append(worker)
+        try:
+            worker.run()
+        except Hung as error:
+            note(logging.CRITICAL, '%s', error)
+            code = 1
+        finally:
+            self.workers.remove(worker)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if worker.count_hung(0) and not burst and in_main_thread:
+            exit_process(code)
+        if code:
+            raise SystemExit(code)
+
+    def stop(self) -> None:
+        """Have run() end as after SIGTERM, from any thread."""
+        for worker in list(self.workers):
+            worker.stop()
+
+    @contextlib.contextmanager
+    def testing(self) -> Iterator[Testing]:
+        """A throwaway engine for the time of the block, in place of the default one.
+
+        See Testing; its `client` is a client of this engine. rundown_engine.py has to be
+        importable. Queues with a `host` of their own stay there.
+        """
+        make_server = import_engine().make_server
+        test = Testing(self)
+        before = (self.host, self.clients)
+        with tempfile.TemporaryDirectory() as folder:
+            test.server = make_server(f'{folder}/jobs.db', port=0, sync='normal', clock=test.clock)
+            serve = functools.partial(test.server.serve_forever, 0.005)
+            threading.Thread(target=serve, daemon=True).start()
+            self.host, self.clients = (test.server.url, {})
+            with environment_variable('RUNDOWN_URL', test.server.url):
+                test.client = self.client()
+                try:
+                    yield test
+                finally:
+                    test.client.close()
+                    self.host, self.clients = before
+                    test.server.shutdown()
+                    test.server.server_close()
+
+
+def enqueue_method(app, queue, host):
+    """The `enqueue` of a function that handles a queue."""
+
+    def enqueue(payload=None, *more, **options):
+        """Add a job to the queue, with the options of rw.enqueue; returns it."""
+        if more:
+            raise Misuse(
+                f'{queue} takes one payload, and options by name; @rw.task has any number of '
+                'arguments'
+            )
+        return app.enqueue(queue, payload, **{'host': host, **options})
+
+    parameters = list(inspect.signature(app.enqueue).parameters.values())
+    enqueue.__signature__ = inspect.Signature(parameters[1:])
+    return enqueue
+
+
+class TaskSender:
+    """Sends calls of a task as jobs."""
+
+    def __init__(self, app, function, task, queue, options):
+        self.app = app
+        self.function = function
+        self.task = task
+        self.queue = queue
+        self.enqueue_options = options
+        self.delay = with_signature(self._delay, function)
+
+    def _payload(self, args, kwargs):
+        check_call(self.function, args, kwargs)
+        return {'task': self.task, 'args': list(args), 'kwargs': kwargs}
+
+    def _delay(self, /, *args, **kwargs):
+        """Add a job that calls the task with these arguments, and return it; see enqueue()."""
+        payload = self._payload(args, kwargs)
+        return self.app.enqueue(self.queue, payload, **self.enqueue_options)
+
+    def options(self, **options):
+        """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
+        check_names(options, inspect.signature(self.app.enqueue).parameters)
+        merged = {**self.enqueue_options, **options}
+        return TaskSender(self.app, self.function, self.task, self.queue, merged)
+
+
+def with_signature(method, function):
+    """The method as a function with the signature of another one."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    del call.__wrapped__
+    with contextlib.suppress(ValueError):       # builtins may have none
+        call.__signature__ = inspect.signature(function)
+    return call
+
+
+def task_name(function):
+    """The name under which a task's function is imported, also for a script that runs."""
+    module = function.__module__
+    if module in ('__main__', '__mp_main__'):
+        module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
+    return f'{module}.{function.__qualname__}'
+
+
+def source(function):
+    """Where a function is written: the same when its module is loaded again."""
+    code = getattr(function, '__code__', None)
+    return getattr(code, 'co_filename', None), getattr(function, '__qualname__', function)
+
+
+def check(name, value, minimum, types=int):
+    """Misuse unless the setting is a number from `minimum`."""
+    is_number = isinstance(value, types) and not isinstance(value, bool)
+    if not is_number or not minimum <= value < float('inf'):
+        kind = 'whole number' if types is int else 'number of seconds'
+        raise Misuse(f'{name} must be a {kind} from {minimum:g}, not {value!r}')
+
+
+def check_all(**settings):
+    for name in settings.keys() & MINIMUMS.keys():
+        minimum = MINIMUMS[name]
+        check(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
+
+
+def check_names(given, known, problem='there is no option'):
+    """Misuse for a name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise Misuse(f'{problem} {name}{hint}')
+
+
+def check_call(function, args, kwargs=None):
+    """Misuse unless the function can be called like this, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs or {})
+    except ValueError:      # it has no signature
+        pass
+    except TypeError as error:
+        name = getattr(function, '__qualname__', function)
+        raise Misuse(f'{name} cannot be called like this: {error}') from None
+
+
+def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
+    """The calls that tell an engine the limits of a queue and its schedule."""
+    is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2
+    claims, seconds = rate if is_pair else (rate, 1)
+    limits = drop_none(
+        max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
+    schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
+    check_all(**limits, **schedule)
+    is_cron = 'cron' in schedule or 'zone' in schedule
+    if is_cron and ('every' in schedule or not isinstance(cron, str) or not cron):
+        raise Misuse(
+            'cron must be a string like "0 3 * * *", as zone needs one, without every, '
+            f'not {cron!r}'
+        )
+    calls = []
+    if limits:
+        calls.append(('/limit', {'queue': queue, **limits}))
+    if cron or every:
+        calls.append(('/schedule', {'queue': queue, **schedule}))
+    return calls
+
+
+def iter_jobs(client, **filters):
+    """All jobs that the filters of Client.jobs let pass, newest first."""
+    after = None
+    while True:
+        page = client.jobs(limit=1000, after=after, **filters)
+        yield from page['jobs']
+        after = page['after']
+        if not after:
+            return
+
+
+def set_up_log():
+    """Log to stderr, where nobody set up logging."""
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+        log.handlers[0].setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        log.setLevel(log.level or logging.INFO)
+
+
+default = App()
+queue = default.queue
+task = default.task
+on = default.on
+around = default.around
+enqueue = default.enqueue
+enqueue_many = default.enqueue_many
+schedule = default.schedule
+unschedule = default.unschedule
+wait = default.wait
+run = default.run
+stop = default.stop
+testing = default.testing
 
 
 # -- Outbox ----------------------------------------------------------------------------------------
@@ -3113,16 +4257,18 @@ def set_aside(outbox, number, error):
 
 @contextlib.contextmanager
 def forwarding(
-    connect: Callable[[], Any], host: str | None = None, keep: float = 0,
+    connect: Callable[[], Any],
+    host: str | None = None,
+    keep: float = 0,
+    interval: float = OUTBOX_INTERVAL,
 ) -> Iterator[None]:
-    """forward() in a thread during the block.
+    """forward() in a thread during the block. connect() is called in that thread.
 
-    What this process commits is sent within 100 ms, the rest every second. connect() is called in
-    that thread.
+    What this process commits is sent within 100 ms, the rest every `interval` seconds.
     """
     stopping = threading.Event()
     thread = threading.Thread(
-        target=keep_forwarding, args=(connect, host, keep, stopping), daemon=True)
+        target=keep_forwarding, args=(connect, host, keep, interval, stopping), daemon=True)
     thread.start()
     try:
         yield
@@ -3131,7 +4277,7 @@ def forwarding(
         thread.join(REPORT_GRACE)           # jobs that are not sent by then are sent next time
 
 
-def keep_forwarding(connect, host, keep, stopping):
+def keep_forwarding(connect, host, keep, interval, stopping):
     """Forward until `stopping` is set, and a last time then. Connect again after each failure."""
     failures = 0
     is_last = False
@@ -3145,7 +4291,7 @@ def keep_forwarding(connect, host, keep, stopping):
                     client = default.client(host)
                     forward_pending(outbox, client, client.send, keep)
                     failures = 0
-                    wait_for_commits(stopping)
+                    wait_for_commits(interval, stopping)
         except Exception as error:      # the database's or the engine's
             if not failures:
                 note(logging.WARNING,
@@ -3154,9 +4300,9 @@ def keep_forwarding(connect, host, keep, stopping):
             is_last = stopping.wait(retry_pause(failures))
 
 
-def wait_for_commits(stopping):
+def wait_for_commits(interval, stopping):
     """Wait until it is worth looking into the outbox again, or `stopping` is set."""
-    deadline = time.monotonic() + OUTBOX_INTERVAL
+    deadline = time.monotonic() + interval
     while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
         if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
             return
@@ -3276,19 +4422,13 @@ class DjangoTasks:
         return result
 
     def handler(self):
-        """A function that runs the tasks of a queue."""
+        """A function that runs the tasks of a queue. For an async one it returns a coroutine."""
         def run_task(payload):
-            function, args, kwargs = self.resolve(payload)
-            return as_handler(function)(*args, **kwargs)
+            task = django_task(payload)
+            run = self.arun if inspect.iscoroutinefunction(task.func) else self.run
+            return run(task, job())
 
-        run_task.rundown_resolve = self.resolve
         return run_task
-
-    def resolve(self, payload):
-        """The function that runs a payload's task, async if the task is, and its arguments."""
-        task = django_task(payload)
-        is_async = inspect.iscoroutinefunction(task.func)
-        return self.arun if is_async else self.run, [task, job()], {}
 
     def run(self, task, job):
         from django.db import close_old_connections
@@ -3444,6 +4584,7 @@ def command_django(client, options):
     sys.path.insert(0, os.getcwd())
     try:
         import django
+        from django.db import connections
         from django.tasks import task_backends
     except ImportError as error:
         raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
@@ -3459,82 +4600,195 @@ def command_django(client, options):
                 default.queue(queue, host=backend.host)(backend.handler())
     if not default.registered:
         raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
+    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
     with contextlib.ExitStack() as forwarders:
-        for database, host in {(backend.database, backend.host) for backend in backends}:
-            if database is not None:
-                forwarders.enter_context(django_forwarding(database, host))
+        for database, host in outboxes:
+            connect = functools.partial(connections.create_connection, database)
+            if options.burst:
+                forward(connect, host)      # before the worker finds that nothing is due
+            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
+            forwarders.enter_context(forwarder)
         default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
-def django_forwarding(database, host):
-    from django.db import connections
-    return forwarding(functools.partial(connections.create_connection, database), host)
+# -- Testing ---------------------------------------------------------------------------------------
+class Testing:
+    """What testing() gives: an engine for a test, its client, and its clock."""
+
+    client: Client
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.server = None      # set by App.testing()
+        self.seconds = 0.0      # by which the engine's clock is ahead
+        self.clock = types.SimpleNamespace(
+            time=lambda: time.time() + self.seconds,
+            monotonic=lambda: time.monotonic() + self.seconds,
+        )
+
+    def advance(self, seconds: float | datetime.timedelta) -> None:
+        """Move the engine's clock on; what is due by then becomes available at once."""
+        self.seconds += in_seconds(seconds)
+        self.server.run_due_now()
+
+    def run(self, delayed: bool = False, **options: Any) -> None:
+        """Work off what is due, as run(burst=True) does.
+
+        With `delayed` also what is scheduled or to be retried: the clock moves on to it.
+        """
+        self.app.run(burst=True, **options)
+        while delayed:
+            later = self._next_run()
+            if later is None:
+                return
+            self.advance(later - self.clock.time() + 0.01)
+            self.app.run(burst=True, **options)
+
+    def _next_run(self):
+        """The earliest time at which a job of the registered queues is due; None: there is none."""
+        queues = {queue for queue, _ in self.app.registered}
+        times = [
+            datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')).timestamp()
+            for job in iter_jobs(self.client, status='pending')
+            if job['queue'] in queues
+        ]
+        return min((at for at in times if at > self.clock.time()), default=None)
 
 
-# -- Command line -----------------------------------------------------------------------------------------------------
-COLUMNS = {
-    'jobs': 'id queue status attempt retries priority tag next_run_at worker',
-    'queues': 'queue pending scheduled running done failed cancelled oldest_age paused',
-    'schedules': 'name queue cron every zone next_run_at last_run_at last_id skipped'}
+def import_engine():
+    """The module rundown_engine, beside this one in a package or wherever it is importable."""
+    names = ['rundown_engine']
+    if __package__:
+        names.insert(0, f'{__package__}.rundown_engine')
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    raise Error(
+        'this needs rundown_engine.py to be importable, such as beside rundown_workers.py'
+    )
+
+
+@contextlib.contextmanager
+def environment_variable(name, value):
+    """Set an environment variable during a block; one that was not there is removed again."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+# -- Command line ----------------------------------------------------------------------------------
+TABLES = {      # key of an answer with rows -> the columns that a terminal shows
+    'jobs': [
+        'id', 'queue', 'status', 'attempt', 'retries', 'priority', 'tag', 'next_run_at', 'worker',
+    ],
+    'queues': [
+        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
+        'paused',
+    ],
+    'schedules': [
+        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'last_id',
+        'skipped',
+    ],
+}
+
 
 def show(answer):
-    """JSON on a pipe; on a terminal a table, or a line for each field."""
+    """Print JSON on a pipe; on a terminal a table, or a line for each field."""
     if not sys.stdout.isatty():
-        return print(json.dumps(answer))
-    for kind in COLUMNS.keys() & answer.keys():
-        rows = [COLUMNS[kind].split()]
-        rows += [[printable(plain(row[column])) for column in rows[0]] for row in answer[kind]]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        for row in rows:
-            print('  '.join(map(str.ljust, row, widths)).rstrip())
+        print(json.dumps(answer))
+        return
+    for key in TABLES.keys() & answer.keys():
+        print_table(TABLES[key], answer[key])
         return
     for field, value in answer.items():
         lines = [printable(line) for line in plain(value).splitlines()]
-        print('\n'.join([f'{field}:', *lines]) if len(lines) > 1 else f'{field:14}{"".join(lines)}')
+        if len(lines) > 1:
+            print('\n'.join([f'{field}:', *lines]))
+        else:
+            print(f'{field:14}{"".join(lines)}')
 
-def json_value(text):
+
+def print_table(columns, rows):
+    cells = [columns]
+    cells += [[printable(plain(row[column])) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print('  '.join(map(str.ljust, row, widths)).rstrip())
+
+
+def plain(value):
+    """A value as text: strings without quotes, nothing for None."""
+    if value is None:
+        return ''
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def json_argument(text):
     try:
         return json.loads(sys.stdin.read() if text == '-' else text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f'is not JSON ({error}); a string needs its quotes: \'"text"\'') from None
-def limit(text): return None if text == 'none' else json.loads(text)
+        hint = 'a string needs its quotes: \'"text"\''
+        raise argparse.ArgumentTypeError(f'is not JSON ({error}); {hint}') from None
 
-def plain(value):
-    return '' if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+def limit_argument(text):
+    return None if text == 'none' else json.loads(text)
+
 
 def command_call(client, options):
-    """The client's method of that name, with what the command line says of its fields."""
+    """Call the client's method of the command's name with the fields on the command line."""
     call = getattr(client, options.command)
-    fields = inspect.signature(call).parameters
-    show(call(**{field: value for field, value in vars(options).items() if field in fields}))
+    known = inspect.signature(call).parameters
+    show(call(**{field: value for field, value in vars(options).items() if field in known}))
+
 
 def command_queues(client, options):
     answer = client.queues()
-    for row in answer['queues'] if not options.minutes else ():
-        del row['minutes']
+    if not options.minutes:
+        for row in answer['queues']:
+            del row['minutes']
     show(answer)
 
+
 def command_status(client, options):
-    job = client.job(options.id) if options.wait is None else client.wait(options.id, options.wait)
+    if options.wait is None:
+        show(client.job(options.id))
+        return False
+    job = client.wait(options.id, options.wait)
     show(job)
-    return options.wait is not None and job['status'] != 'done'
+    return job['status'] != 'done'
+
 
 def command_run(client, options):
     """Import a file or a module with handlers, and work on its queues."""
-    target, file = options.tasks, os.path.abspath(options.tasks) if os.path.isfile(options.tasks) else None
-    sys.path.insert(0, os.path.dirname(file) if file else os.getcwd())
-    if file:
+    target = options.tasks
+    if os.path.isfile(target):
+        file = os.path.abspath(target)
+        sys.path.insert(0, os.path.dirname(file))
         name = os.path.splitext(os.path.basename(file))[0]
-        load(file, name if name.isidentifier() and name not in sys.modules else 'tasks_' + re.sub(r'\W', '_', name))
-    elif re.fullmatch(r'\w+(\.\w+)*', target) and importlib.util.find_spec(target.partition('.')[0]):
-        importlib.import_module(target)
+        if not name.isidentifier() or name in sys.modules:
+            name = 'tasks_' + re.sub(r'\W', '_', name)
+        load(file, name)
     else:
-        raise Misuse(f'there is neither a file nor a module {target}')
+        sys.path.insert(0, os.getcwd())
+        is_name = re.fullmatch(r'\w+(\.\w+)*', target)
+        if not is_name or not importlib.util.find_spec(target.partition('.')[0]):
+            raise Misuse(f'there is neither a file nor a module {target}')
+        importlib.import_module(target)
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
+
 def command_demo(client, options):
-    """Hash each file under a folder as a job of an engine of its own, and once more here: do the digests agree?"""
-    app, files = App(), [path for path in pathlib.Path(options.folder).rglob('*') if path.is_file()]
+    """Hash each file under a folder as a job of an engine of its own, and compare the digests."""
+    app = App()
+    files = [path for path in pathlib.Path(options.folder).rglob('*') if path.is_file()]
+    files = [str(path) for path in files if os.access(path, os.R_OK)]
     log.setLevel(logging.ERROR)
 
     @app.queue('demo', concurrency=4, max_retries=1)
@@ -3545,72 +4799,180 @@ def command_demo(client, options):
 
     with app.testing() as engine:
         began = time.monotonic()
-        jobs = app.enqueue_many('demo', [str(path) for path in files if os.access(path, os.R_OK)])
+        jobs = app.enqueue_many('demo', files)
         engine.run()
         took = time.monotonic() - began
         right = sum(job.refresh()['result'] == digest(job['payload']) for job in jobs)
-    show({'files': len(jobs), 'retries': sum(job['retries'] for job in jobs), 'seconds': round(took, 2),
-          'jobs a second': round(len(jobs) / took), 'right digests': right})
+    show({
+        'files': len(jobs),
+        'retries': sum(job['retries'] for job in jobs),
+        'seconds': round(took, 2),
+        'jobs a second': round(len(jobs) / took),
+        'right digests': right,
+    })
     return right != len(jobs)
 
-SECONDS, WHOLE, FLAG = dict(type=float, metavar='S'), dict(type=int, metavar='N'), dict(action='store_true')
-LIMIT = dict(type=limit, metavar='N', default=argparse.SUPPRESS)       # not given is no None
-WORK, OF_JOB = '--concurrency --grace --burst', '--tag --priority --key --timeout --max-retries'
-COMMANDS = [    # name, function, arguments, what it does
-    ('enqueue', command_call, f'queue payload --delay --run-at --id {OF_JOB} --after', 'add a job'),
-    ('status', command_status, 'id --wait', 'show a job'),
-    ('jobs', command_call, '--queue --status --tag --limit --after --needed-by', 'list jobs, newest first'),
-    ('queues', command_queues, '--minutes', 'count jobs by queue and status'),
-    ('cancel', command_call, 'id --queue --status', 'cancel a job, or all of a queue and status'),
-    ('retry', command_call, 'id --queue --status', 'make a failed or cancelled job pending again, or all of them'),
-    ('purge', command_call, '--queue --status', 'delete jobs of a queue and/or status'),
-    ('pause', command_call, 'queue', 'hand out no jobs of a queue'),
-    ('resume', command_call, 'queue', 'hand out jobs again'),
-    ('limit', command_call, 'queue --max-running --rate --per', 'limit a queue, over all workers; none lifts a limit'),
-    ('schedule', command_call, f'name queue payload --cron --every --zone {OF_JOB}', 'have a job made at each tick'),
-    ('unschedule', command_call, 'name', 'end a schedule'),
-    ('schedules', command_call, '', 'list schedules by name'),
-    ('run', command_run, f'tasks {WORK}', 'import tasks, and work on them'),
-    ('exec', command_exec, f'queue program --timeout --text {WORK}', 'run a program for each job of a queue'),
-    ('forward', command_forward, 'file --keep', 'send what is in the outbox of a SQLite file, until SIGTERM or SIGINT'),
-    ('django', command_django, f'queues {WORK}', "work on the tasks of a Django project"),
-    ('demo', command_demo, 'folder', 'hash the files under a folder as jobs of an engine of its own')]
-ARGUMENTS = {   # what is not plain text; of one command alone where that is named
-    **dict.fromkeys(('--delay', '--timeout', '--every'), SECONDS), '--grace': dict(SECONDS, default=GRACE),
-    **dict.fromkeys(('--priority', '--max-retries', '--limit', '--concurrency'), WHOLE),
-    **dict.fromkeys(('--max-running', '--rate'), LIMIT), **dict.fromkeys(('cancel id', 'retry id'), dict(nargs='?')),
-    '--per': dict(LIMIT, metavar='S', help='seconds for --rate claims (1)'), '--cron': dict(metavar='"* * * * *"'),
-    'payload': dict(nargs='?', default='null', type=json_value, help='JSON; - is stdin'),
-    'enqueue --after': dict(nargs='+', metavar='ID', help='to be done first'), 'tasks': dict(metavar='FILE_OR_MODULE'),
-    'status --wait': dict(SECONDS, nargs='?', const=float('inf'), help='for its end; exit with 1 unless it is done'),
-    '--minutes': dict(FLAG, help='with counts of the last hour'), 'program': dict(nargs='+', metavar='PROGRAM'),
-    '--burst': dict(FLAG, help='work off what is due, and end'), '--text': dict(FLAG, help='a string as it is'),
-    'queues': dict(nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
-    '--keep': dict(SECONDS, default=0, help='keep what was sent for so long, for a standby'),
-    'folder': dict(metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__))}
 
-def main(argv=None):
-    """The command line; the exit code."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog='rundown_workers.py', description=__doc__, formatter_class=raw)
-    parser.add_argument('--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
-    parser.add_argument('--give-up', type=float, default=10, metavar='S', help='seconds to try while none answers (10)')
+def argument(*names, **settings):
+    """What argparse's add_argument() is called with."""
+    return names, settings
+
+
+def seconds_argument(name, **settings):
+    return argument(name, type=float, metavar='S', **settings)
+
+
+def number_argument(name, **settings):
+    return argument(name, type=int, metavar='N', **settings)
+
+
+class Command(NamedTuple):
+    name: str
+    function: Callable          # called with a client and the options; True means exit code 1
+    meaning: str
+    arguments: list
+
+
+PAYLOAD = argument(
+    'payload', nargs='?', default='null', type=json_argument, help='JSON; - reads it from stdin')
+QUEUE_OPTION = argument('--queue')
+STATUS_OPTION = argument('--status')
+JOB_OPTIONS = [
+    argument('--tag'),
+    number_argument('--priority'),
+    argument('--key'),
+    seconds_argument('--timeout'),
+    number_argument('--max-retries'),
+]
+WORKER_OPTIONS = [
+    number_argument('--concurrency'),
+    seconds_argument('--grace', default=GRACE),
+    argument('--burst', action='store_true', help='work off what is due, and end'),
+]
+COMMANDS = [
+    Command('enqueue', command_call, 'add a job', [
+        argument('queue'),
+        PAYLOAD,
+        seconds_argument('--delay'),
+        argument('--run-at'),
+        argument('--id'),
+        *JOB_OPTIONS,
+        argument('--after', nargs='+', metavar='ID', help='jobs that have to be done first'),
+    ]),
+    Command('status', command_status, 'show a job', [
+        argument('id'),
+        seconds_argument(
+            '--wait', nargs='?', const=float('inf'),
+            help='for its end; exit with 1 unless it is done'),
+    ]),
+    Command('jobs', command_call, 'list jobs, newest first', [
+        QUEUE_OPTION,
+        STATUS_OPTION,
+        argument('--tag'),
+        number_argument('--limit'),
+        argument('--after', metavar='ID'),
+        argument('--needed-by', metavar='ID'),
+    ]),
+    Command('queues', command_queues, 'count jobs by queue and status', [
+        argument('--minutes', action='store_true', help='with counts of the last hour'),
+    ]),
+    Command('cancel', command_call, 'cancel a job, or all of a queue and status', [
+        argument('id', nargs='?'),
+        QUEUE_OPTION,
+        STATUS_OPTION,
+    ]),
+    Command('retry', command_call, 'make a failed or cancelled job pending again, or all of them', [
+        argument('id', nargs='?'),
+        QUEUE_OPTION,
+        STATUS_OPTION,
+    ]),
+    Command('purge', command_call, 'delete jobs of a queue and/or status', [
+        QUEUE_OPTION,
+        STATUS_OPTION,
+    ]),
+    Command('pause', command_call, 'hand out no jobs of a queue', [argument('queue')]),
+    Command('resume', command_call, 'hand out jobs again', [argument('queue')]),
+    Command('limit', command_call, 'limit a queue, over all workers; none removes a limit', [
+        argument('queue'),
+        argument('--max-running', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
+        argument('--rate', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
+        argument(
+            '--per', type=limit_argument, metavar='S', default=argparse.SUPPRESS,
+            help='seconds for --rate claims (1)'),
+    ]),
+    Command('schedule', command_call, 'have a job made at each tick', [
+        argument('name'),
+        argument('queue'),
+        PAYLOAD,
+        argument('--cron', metavar='"* * * * *"'),
+        seconds_argument('--every'),
+        argument('--zone'),
+        *JOB_OPTIONS,
+    ]),
+    Command('unschedule', command_call, 'end a schedule', [argument('name')]),
+    Command('schedules', command_call, 'list schedules by name', []),
+    Command('run', command_run, 'import tasks, and work on them', [
+        argument('tasks', metavar='FILE_OR_MODULE'),
+        *WORKER_OPTIONS,
+    ]),
+    Command('exec', command_exec, 'run a program for each job of a queue', [
+        argument('queue'),
+        argument('program', nargs='+', metavar='PROGRAM'),
+        seconds_argument('--timeout'),
+        argument('--text', action='store_true', help='a payload that is a string as it is'),
+        *WORKER_OPTIONS,
+    ]),
+    Command('forward', command_forward, 'send what is in the outbox of a SQLite file', [
+        argument('file'),
+        seconds_argument(
+            '--keep', default=0, help='keep what was sent for so long, for a standby'),
+    ]),
+    Command('django', command_django, 'work on the tasks of a Django project', [
+        argument('queues', nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
+        *WORKER_OPTIONS,
+    ]),
+    Command('demo', command_demo, 'hash files as jobs of an engine of its own', [
+        argument('folder', metavar='DIR', nargs='?', default=os.path.dirname(encodings.__file__)),
+    ]),
+]
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog='rundown_workers.py', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        '--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
+    parser.add_argument(
+        '--give-up', type=float, default=10, metavar='S',
+        help='seconds to try while no engine answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for name, function, taken, meaning in COMMANDS:
-        command = commands.add_parser(name, help=meaning, description=meaning)
-        command.set_defaults(function=function)
-        for argument in taken.split():
-            command.add_argument(argument, **ARGUMENTS.get(f'{name} {argument}', ARGUMENTS.get(argument, {})))
-    options = parser.parse_args(argv)
+    for command in COMMANDS:
+        subparser = commands.add_parser(
+            command.name, help=command.meaning, description=command.meaning)
+        subparser.set_defaults(function=command.function)
+        for names, settings in command.arguments:
+            subparser.add_argument(*names, **settings)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = build_parser().parse_args(argv)
     try:
         if options.host:
-            os.environ['RUNDOWN_URL'] = options.host        # for tasks that are imported, and for isolated ones
+            os.environ['RUNDOWN_URL'] = options.host    # for imported tasks and isolated ones
         return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
         print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
-        return 3 if isinstance(error, EngineUnavailable) else 2 if isinstance(error, Misuse) else 1
+        if isinstance(error, EngineUnavailable):
+            return 3
+        return 2 if isinstance(error, Misuse) else 1
+
 
 if __name__ in ('__main__', '__mp_main__'):
-    sys.modules.setdefault('rundown_workers', sys.modules[__name__])    # task files that import it must meet this one
+    # task files that import this module have to meet this instance of it
+    sys.modules.setdefault('rundown_workers', sys.modules[__name__])
 if __name__ == '__main__':
     sys.exit(main())
