@@ -1225,6 +1225,7 @@ class Database:
     def __init__(self, path, sync):
         # constant after start
         self.path = os.path.realpath(path)
+        self.folder = os.path.dirname(self.path)
         self.sync = sync
         self.lock_file = None
         self.inodes = None              # of database, log and lock file, see _check_files()
@@ -1235,6 +1236,7 @@ class Database:
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
+        self.folder_mtime = None        # of the folder, when the files in it were looked at
         # written by the thread that writes, read by all
         self.last_storage_error = None  # why the last commit failed; None: it did not
 
@@ -1350,7 +1352,14 @@ class Database:
         return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
 
     def _check_files(self):
-        """Unavailable if a file was deleted or replaced: commits would go to the deleted one."""
+        """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
+
+        That changes their folder, so one look at the folder suffices after each commit, once its
+        last change is so old that no other can have the same time.
+        """
+        mtime = os.stat(self.folder).st_mtime
+        if mtime == self.folder_mtime:
+            return
         found = None
         with contextlib.suppress(FileNotFoundError):
             found = self._find_inodes()
@@ -1358,6 +1367,9 @@ class Database:
             raise Unavailable(
                 f'the database {self.path} or its lock file was deleted or replaced while in use; '
                 'restart the engine')
+        resolution = 0.1 if mtime % 1 else 2        # seconds; some file systems know whole ones only
+        is_settled = os.name == 'posix' and mtime < time.time() - resolution
+        self.folder_mtime = mtime if is_settled else None
 
     @contextlib.contextmanager
     def reading(self):
@@ -1611,6 +1623,15 @@ class Transaction:
     def upsert_queue(self, queue, **columns):
         self.db.execute(upsert_queue_statement(tuple(columns)), dict(columns, queue=queue))
 
+    def spend(self, size):
+        """Claim characters of the response budget for a row that goes into a response.
+
+        The last may be larger than what is left, so that any job can be in a response.
+        """
+        if self.response_budget <= (0 if size > RESERVED_BYTES else -MAX_RESPONSE):
+            raise Unavailable('too much is being handed out at a time; try again')
+        self.response_budget -= size
+
     def wake_at(self, moment):
         """Something falls due at this time."""
         if moment < self.next_deadline:
@@ -1800,24 +1821,23 @@ class Producers:
 
     def enqueue(self, tx, items):
         """Add the jobs, all or none. Of each (row, created): the new job, or the existing one."""
-        named = sum(len(item['after']) for item in items if 'after' in item)
-        if len(items) > 1 and named > MAX_DEPENDENCIES:
-            raise PayloadTooLarge(
-                f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
-                'send fewer at a time')
+        if len(items) > 1:
+            named = sum(len(item['after']) for item in items if 'after' in item)
+            if named > MAX_DEPENDENCIES:
+                raise PayloadTooLarge(
+                    f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
+                    'send fewer at a time')
         rows = [self._new_row(tx, item) for item in items]
         jobs = []
-        size = 0
+        budget = tx.response_budget
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
-            inserted = self._insert(tx, rows[len(jobs):len(jobs) + count])
-            size += sum(size_of(row) for row, created in inserted if not created)
-            if size > MAX_RESPONSE_BUFFER:
+            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count])
+            if budget - tx.response_budget > MAX_RESPONSE and len(rows) > 1:
                 raise PayloadTooLarge(
                     'jobs: those that exist already are too large for one answer; '
                     'send fewer at a time')
-            jobs += inserted
         return jobs
 
     def _new_row(self, tx, item):
@@ -1831,10 +1851,14 @@ class Producers:
 
     def _insert(self, tx, rows):
         """Insert them in one statement, in half the time of one each; one by one if one exists."""
-        if not any(row['after'] for row in rows):
+        values = []
+        is_plain = True
+        for row in rows:
+            values += inserted_values(row)
+            is_plain = is_plain and row['after'] is None
+        if is_plain:
             with contextlib.suppress(sqlite3.IntegrityError):
-                values = itertools.chain.from_iterable(map(inserted_values, rows))
-                tx.execute(INSERT_JOBS[len(rows)], tuple(values))
+                tx.execute(INSERT_JOBS[len(rows)], values)
                 tx.events += [('enqueued', row['queue'], None) for row in rows]
                 return [(row, True) for row in rows]
         if len(rows) == 1:
@@ -1846,6 +1870,7 @@ class Producers:
         existing = (tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
                     or tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key']))
         if existing:
+            tx.spend(size_of(existing))
             return existing, False
         return self.dependencies.insert(tx, row), True
 
@@ -2753,8 +2778,9 @@ class Store:
 
     def committed(self, tx, group_size):
         """Make known what the transaction did, once it is on disk; it had so many operations."""
-        polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
-        self.starved = self.starved - polled | tx.starved
+        if tx.signs_of_life or tx.starved:
+            polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
+            self.starved = self.starved - polled | tx.starved
         self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
             self.next_deadline, tx.next_deadline)
         self.workers.record(tx)
@@ -2952,7 +2978,7 @@ class Waiters:
         """Park it if its result is empty and it may wait. True if it is parked."""
         if operation.result or operation.error or not operation.wait:
             return False
-        if not operation.client.is_open or self.loop.is_draining():
+        if not operation.client.is_open or self.loop.draining:
             return False
         self.by_topic.setdefault(operation.topic, {})[operation] = True
         operation.client.set_timeout(operation.wait)
@@ -3036,6 +3062,7 @@ class Committer:
         self.database = store.database
         # touched by the loop's thread only; times are the loop's
         self.submitted = []                 # operations for the next transaction
+        self.maintenance = Operation(store.run_due)     # part of each of them
         self.lock_retry_at = 0              # another program has the write lock: no try before
         self.maintenance_paused_until = 0   # after trouble
         self.clock_checked_at = -NEVER
@@ -3071,26 +3098,26 @@ class Committer:
         if maintain and now - self.clock_checked_at >= CLOCK_CHECK_INTERVAL:
             self.clock_checked_at = now
             ahead = clock.slew()
-        is_due = maintain and (ahead or self.store.next_deadline <= clock.now())
-        if not (self.submitted or is_due):
+        if not (self.submitted or maintain and (
+                ahead or self.store.next_deadline <= clock.now())):
             return
         operations = self.submitted
         self.submitted = []
-        maintenance = Operation(self.store.run_due) if maintain else None
+        maintenance = self.maintenance if maintain else None
         try:
-            transaction, served = self._run_transaction(operations, maintenance, ahead)
+            tx, served = self._run_transaction(operations, maintenance, ahead)
         except Unavailable as error:
             clock.offset = offset       # the step of the clock is not on disk
             self._storage_failed(error, operations, now)
             return
-        failed = maintenance and maintenance.error
         self.lock_retry_at = 0
-        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if failed else 0
+        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if self.maintenance.error else 0
+        self.maintenance.error = None
         self.loop.now = time.monotonic()
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
-        self.store.committed(transaction, len(served) + len(operations))    # nobody waits for this
+        self.store.committed(tx, len(served) + len(operations))    # nobody waits for this
 
     def _storage_failed(self, error, operations, now):
         """Keep the operations that still wait for a foreign lock; fail all others."""
@@ -3114,7 +3141,7 @@ class Committer:
             operation.finish()
 
     def _run_transaction(self, operations, maintenance, ahead):
-        """Run it all in one transaction: (transaction, the parked operations that got something).
+        """Run it all in one transaction: (tx, the parked operations that got something).
 
         A transaction that an operation poisons begins again without it.
         """
@@ -3123,20 +3150,20 @@ class Committer:
             writes, inserts, polls = self._sort(operations, insert_in_bulk)
             try:
                 with self.database.transaction() as db:
-                    transaction, began = self._begin(db, ahead)
-                    run = functools.partial(self._run, transaction)
+                    tx, began = self._begin(db, ahead)
+                    run = functools.partial(self._run, tx)
                     if inserts:
-                        self._bulk_insert(transaction, inserts)
+                        self._bulk_insert(tx, inserts)
                     for operation in writes:
                         run(operation)
                     if maintenance:
                         run(maintenance)
-                    served = self.loop.waiters.serve(transaction.topics, run)
+                    served = self.loop.waiters.serve(tx.topics, run)
                     for operation in polls:
                         run(operation)
                 self.listening_until = began
                 self.database.last_storage_error = None
-                return transaction, served
+                return tx, served
             except PoisonedTransaction as error:
                 insert_in_bulk = False      # one by one it shows whose fault it is
                 if error.operation in writes:
@@ -3159,37 +3186,37 @@ class Committer:
         return writes, inserts, polls
 
     def _begin(self, db, ahead):
-        """(transaction, the loop's time at its begin). First of all leases are put right."""
-        transaction = self.store.begin(db, self.loop.budget.for_claims())
+        """(tx, the loop's time at its begin). First of all leases are put right."""
+        tx = self.store.begin(db, self.loop.budget.for_claims())
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
-            self.store.extend_leases(transaction, gap)
+            self.store.extend_leases(tx, gap)
         if ahead:
-            self.store.shift_deadlines(transaction, self.store.clock.offset + ahead, ahead)
-        return transaction, began
+            self.store.shift_deadlines(tx, self.store.clock.offset + ahead, ahead)
+        return tx, began
 
-    def _run(self, transaction, operation):
+    def _run(self, tx, operation):
         """Set its result or its error, unless it is known to fail."""
         if operation.error is not None:
             return
-        changes = transaction.db.total_changes
+        changes = tx.db.total_changes
         try:
-            operation.result = operation.work(transaction)
+            operation.result = operation.work(tx)
         except Exception as error:
             if is_storage_error(error):
                 raise
             operation.result = None
             operation.error = self.loop.server.as_http_error('an operation', error)
             operation.error.with_traceback(None)        # its frames hold the request's body
-            if transaction.db.total_changes != changes:
+            if tx.db.total_changes != changes:
                 raise PoisonedTransaction(operation) from error
 
-    def _bulk_insert(self, transaction, inserts):
+    def _bulk_insert(self, tx, inserts):
         """Insert the jobs of single inserts in few statements."""
         try:
             jobs = self.store.bulk_insert(
-                transaction, [operation.single_insert for operation in inserts])
+                tx, [operation.single_insert for operation in inserts])
         except Exception as error:
             if is_storage_error(error):
                 raise
@@ -3267,7 +3294,8 @@ class EventLoop:
         self.ended = False                  # written by the loop's thread, read by all
         # touched by the loop's thread only
         self.now = time.monotonic()         # the time of this pass, taken when something happened
-        self.drain_deadline = NEVER         # when the engine ends, whoever is still there
+        self.draining = False               # the engine ends once no connection is left
+        self.drain_deadline = NEVER         # when it ends, whoever is still there
         self.connections = set()
         self.timeouts = Timeouts()
         self.budget = Budget(self.connections)
@@ -3282,24 +3310,22 @@ class EventLoop:
             self.wake(b'.')
 
     def run_in_transaction(self, work):
-        """For other threads: the result of work(transaction), once it is on disk."""
+        """For other threads: the result of work(tx), once it is on disk."""
         operation = Operation(work)
         operation.client = ThreadWait(self)
         self.call_soon_threadsafe(functools.partial(self.committer.submit, operation))
         return operation.client.result()
 
-    def is_draining(self):
-        return self.drain_deadline < NEVER
-
     def drain(self):
         """Answer what was received, end what waits, and come to an end."""
+        self.draining = True
         self.drain_deadline = time.monotonic() + DRAIN_TIMEOUT
         self.waiters.end_all()
         for connection in [one for one in self.connections if one.request is None]:
             connection.close()
 
     def _is_drained(self):
-        return self.is_draining() and (
+        return self.draining and (
             not self.connections or time.monotonic() >= self.drain_deadline)
 
     def _run(self):
@@ -3364,6 +3390,9 @@ class Response(NamedTuple):
     status: int = 200
     content_type: str = 'application/json'
     headers: Tuple[Tuple[str, str], ...] = ()
+
+
+JSON_OK = Response()[1:]
 
 
 class RequestHead(NamedTuple):
@@ -3550,7 +3579,7 @@ class Connection(Client):
                 self.sock, server_side=True, do_handshake_on_connect=False)
         keep_alive = True
         self.set_timeout(REQUEST_TIMEOUT)
-        while keep_alive and (self.received or not self.loop.is_draining()):
+        while keep_alive and (self.received or not self.loop.draining):
             while not self.received or not self._skip_blank_lines():
                 yield READ
             self.set_timeout(REQUEST_TIMEOUT)
@@ -3560,7 +3589,7 @@ class Connection(Client):
             self.set_timeout(KEEP_ALIVE_TIMEOUT if keep_alive else LINGER)
         if not keep_alive:      # closing at once would reset the connection and lose the response
             self.sock.shutdown(socket.SHUT_WR)
-        while not (keep_alive or self.loop.is_draining()):
+        while not (keep_alive or self.loop.draining):
             self.received.clear()
             yield READ
 
@@ -3584,7 +3613,6 @@ class Connection(Client):
             file = self._begin_error(request, error, keep_alive)
         request.operation = request.body = None
         request.size = 0
-        self.set_timeout(REQUEST_TIMEOUT)
         if file:
             yield from self._send_file(file)
         elif not self._send():
@@ -3677,17 +3705,22 @@ class Connection(Client):
         if request.head:
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
-            response = Response(response)
-        body = encode_body(response.body)
-        file = body if hasattr(body, 'read') else None
-        length = os.fstat(file.fileno()).st_size if file else len(body)
-        if method == 'GET' and not file:
-            self.loop.budget.require_capacity(length)
-        self.server.store.meter.request(route, response.status)
+            response = (response, *JSON_OK)
+        body, status, content_type, headers = response
+        file = None
+        if hasattr(body, 'read'):
+            file = body
+            length = os.fstat(file.fileno()).st_size
+        else:
+            body = encode_body(body)
+            length = len(body)
+            if method == 'GET':
+                self.loop.budget.require_capacity(length)
+        self.server.store.meter.request(route, status)
         if self.server.verbose:
-            log(f'{self.address[0]} {method} {route} {response.status}')
-        head = response_head(response.status, response.content_type, response.headers, keep_alive)
-        if response.status != 204:
+            log(f'{self.address[0]} {method} {route} {status}')
+        head = response_head(status, content_type, headers, keep_alive)
+        if status != 204:
             head += b'Content-Length: %d\r\n\r\n' % length
         self.unsent = head if file or method == 'HEAD' else head + body
         if file and method == 'HEAD':
@@ -3705,6 +3738,8 @@ class Connection(Client):
         return not self.unsent
 
     def _send_rest(self):
+        """Send what the client did not take at once."""
+        self.set_timeout(REQUEST_TIMEOUT)
         yield WRITE
         while not self._send():
             yield WRITE
@@ -3713,7 +3748,6 @@ class Connection(Client):
         """Send what is left of the response, then the file piece by piece."""
         with file:
             while self.unsent:
-                self.set_timeout(REQUEST_TIMEOUT)
                 if not self._send():
                     yield from self._send_rest()
                 self.unsent = file.read(CHUNK_BYTES)
@@ -3747,11 +3781,11 @@ def enqueue(server, params):
     producers = server.store.producers
     if isinstance(params, dict):
         return Operation(
-            lambda transaction: producers.enqueue(transaction, [params]),
+            lambda tx: producers.enqueue(tx, [params]),
             lambda jobs: producers.render_created(jobs)[0],
             None if 'after' in params else params)
     return Operation(
-        lambda transaction: producers.enqueue(transaction, params),
+        lambda tx: producers.enqueue(tx, params),
         lambda jobs: f'{{"jobs":{json_list(producers.render_created(jobs))}}}')
 
 
@@ -3765,7 +3799,7 @@ def poll(server, params):
     claims = server.store.claims
     topic = ('queue', params['queue'])
     wait = params.get('wait', 0) / 1000000
-    return LongPoll(lambda transaction: claims.poll(transaction, params), render, topic, wait)
+    return LongPoll(lambda tx: claims.poll(tx, params), render, topic, wait)
 
 
 def write_call(name):
@@ -3775,10 +3809,10 @@ def write_call(name):
     def handler(server, params):
         method = method_of(server.store)
         if isinstance(params, dict):
-            return Operation(lambda transaction: method(transaction, params))
+            return Operation(lambda tx: method(tx, params))
         apply_item = server.store.claims.apply_item
-        return Operation(lambda transaction: {
-            'jobs': [apply_item(transaction, method, item) for item in params]})
+        return Operation(lambda tx: {
+            'jobs': [apply_item(tx, method, item) for item in params]})
     return handler
 
 
@@ -3790,7 +3824,7 @@ def schedule(server, params):
     if 'cron' in params:
         load_cron(wanted['cron'], wanted['zone'])     # refused before a transaction begins
     return Operation(
-        lambda transaction: server.store.schedules.schedule(transaction, wanted),
+        lambda tx: server.store.schedules.schedule(tx, wanted),
         lambda found: schedule_json(found[0], created=found[1]))
 
 
@@ -3799,9 +3833,9 @@ def change_call(call):
     def change_one(server, params):
         operators = server.store.operators
 
-        def work(transaction):
-            job, _ = operators.require_status(transaction, call, params)
-            getattr(operators, call)(transaction, job)
+        def work(tx):
+            job, _ = operators.require_status(tx, call, params)
+            getattr(operators, call)(tx, job)
             return {'count': 1}
         return Operation(work)
 
@@ -3812,8 +3846,8 @@ def change_call(call):
         count = 0
         for ids in operators.id_batches(params):
             count += server.loop.run_in_transaction(
-                lambda transaction, ids=ids: operators.apply_to_batch(
-                    transaction, method, ids, statuses))
+                lambda tx, ids=ids: operators.apply_to_batch(
+                    tx, method, ids, statuses))
         return {'count': count}
 
     def handler(server, params):
@@ -3978,7 +4012,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.store = store
         self.loop = EventLoop(self, store)
         self.loop.thread.start()
-        self.loop.run_in_transaction(lambda transaction: None)  # extends leases before polls come
+        self.loop.run_in_transaction(lambda tx: None)  # extends leases before polls come
 
     def get_request(self):
         try:
@@ -4099,7 +4133,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def run_due_now(self):
         """Do all that is due by now before this returns: for clocks that are moved by hand."""
-        def is_due(transaction):
+        def is_due(tx):
             return self.store.next_deadline <= self.store.clock.now()
 
         self.loop.call_soon_threadsafe(self.loop.committer.check_clock)
