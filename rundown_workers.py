@@ -2373,19 +2373,47 @@ class Reporter:
 class Heartbeat:
     """The thread that sends a sign of life for all claims of an engine, every third of the lease.
 
+    It does so at once when the engine says that a claim was taken away; the answer tells which.
     Claims whose outcome is not reported yet are among them.
     """
 
     def __init__(self, session):
-        self.session = session      # constant
+        # constant
+        self.session = session
+        self.worker = session.worker
+        self.client = session.client.clone()    # of its own, to be shut down by itself
+        # touched by the thread only
+        self.can_wait = True    # False: the engine does not know /lost
 
     def run(self):
         interval = LEASE / 3
-        while not self.session.worker.closed.wait(interval):
+        while not self.worker.closed.is_set():
+            self._wait(time.monotonic() + interval)
             items = [(claim, claim.json_prefix + '}') for claim in self.session.claims.copy()]
             for batch in batches(items, lambda item: len(item[1])):
                 for claim, answer in self.session.send_batch('heartbeat', batch, interval):
                     on_heartbeat_answer(claim, answer)
+
+    def _wait(self, deadline):
+        """Wait until a deadline, or until the engine has taken a claim away."""
+        while not self.worker.closed.is_set() and time.monotonic() < deadline:
+            seconds = max(0, deadline - time.monotonic())
+            if self.can_wait and not self.session.down_since:
+                if self._wait_for_loss(seconds):
+                    return
+                seconds = min(1, seconds)       # if it answered early, it does not wait now
+            self.worker.closed.wait(min(max(0, deadline - time.monotonic()), seconds))
+
+    def _wait_for_loss(self, seconds):
+        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}'
+        try:
+            answer = self.client.send(path, None, seconds + RESPONSE_TIMEOUT)
+            return isinstance(answer, dict) and answer.get('lost') is True
+        except Refused:
+            self.can_wait = False       # an older engine
+        except EngineUnavailable:
+            pass                        # the fetchers notice, and say so
+        return False
 
 
 def is_temporary(answer):
@@ -2685,6 +2713,7 @@ class Worker:
             slot.consumer.ready.put(None)
         for session in self.sessions.values():
             session.reporter.claims.put(None)
+            session.heartbeat.client.close()
             session.client.close()
         for consumer in self.consumers:
             consumer.fetcher.client.close()
