@@ -137,6 +137,7 @@ import traceback
 import types
 import urllib.parse
 import urllib.request
+from http import HTTPStatus
 from queue import Empty, SimpleQueue
 from typing import (
     TYPE_CHECKING,
@@ -201,21 +202,25 @@ __all__ = [
 
 # -- Settings --------------------------------------------------------------------------------------
 DEFAULT_URL = 'http://localhost:8181'   # of the engine if neither `host` nor RUNDOWN_URL names one
+EXAMPLE_URL = 'http://127.0.0.1:8181'   # in messages; it depends on no resolver
 
 # the client
 CLIENT_TIMEOUT = 30         # seconds that a call is tried again while no engine answers
 RESPONSE_TIMEOUT = 10       # seconds until a request counts as unanswered, beyond its own wait
 MIN_LAST_TRY = 1            # seconds that the last try of a call gets at least
+PROBE_TIMEOUT = 5           # seconds until the next of several engines is tried, if one is silent
 RETRY_PAUSE = 0.1           # seconds before the second try; doubled from try to try
 MAX_RETRY_PAUSE = 3         # seconds that this pause grows to
+STILL_TRYING_AFTER = 1      # seconds until a producer on a terminal says that no engine answers
 MAX_RETRY_AFTER = 60        # seconds of a Retry-After that are obeyed
+MAX_DELAY = 3650 * 86400    # seconds of a delay that an engine takes
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
 MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
 MAX_DEPTH = 100             # levels of a value that are searched for the part that is not JSON
 
 # the worker
 LEASE = 30                  # seconds that the engine waits for a sign of life
-LONG_POLL = 30              # seconds that a poll waits for a job
+LONG_POLL = 25              # seconds that a poll waits for a job; some proxies end one after 30
 GRACE = 30                  # seconds that running handlers get when the worker stops
 REPORT_GRACE = 2            # seconds, at least, that their outcomes get to be reported
 RELEASE_WINDOW = 0.5        # seconds in which jobs that arrive during a stop are released
@@ -260,6 +265,10 @@ class Error(Exception):
 
 class EngineUnavailable(Error):
     """No engine answers under the URL, or it cannot answer now."""
+
+
+class NotAnEngine(EngineUnavailable):
+    """A proxy or a stranger answers, with the HTTP status `status`; the engine is not reached."""
 
 
 class Refused(Error):
@@ -398,6 +407,12 @@ def drop_none(**fields):
 
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def clamp_delay(delay):
+    """A delay in seconds that an engine takes, so that a report is not refused for it."""
+    delay = in_seconds(delay)
+    return delay if delay is None else min(max(delay, 0), MAX_DELAY)
 
 
 def printable(text):
@@ -591,13 +606,59 @@ class ActiveHost:
 
     def __init__(self, hosts):
         self.hosts = hosts          # constant: URLs
-        # written by any thread; the worst a race does is one more try
+        # written by any thread; the worst that a race does is one more try
         self.url = hosts[0]
+        self.has_answered = len(hosts) == 1     # False: `url` may be one that never answers
 
     def move_on(self, failed):
         """Use the next engine. When several threads see the same one fail, that counts once."""
-        if failed == self.url:
+        if failed == self.url and len(self.hosts) > 1:
+            self.has_answered = False
             self.url = self.hosts[(self.hosts.index(failed) + 1) % len(self.hosts)]
+
+
+class Retries:
+    """How long a call is tried: for `give_up` seconds, at each of the engines in turn."""
+
+    def __init__(self, hosts, wait, give_up):
+        self.hosts = hosts
+        self.wait = wait                        # seconds that the engine may take to answer
+        self.give_up = in_seconds(give_up)
+        self.tries = 0
+        self.began = time.monotonic()
+        self.deadline = self.began + self.give_up + wait
+        self.has_said = False                   # that it is still trying
+
+    def seconds(self):
+        """The time of the next try, which leaves some for the other engines."""
+        share = (self.deadline - time.monotonic()) / len(self.hosts)
+        return max(share, self.wait + MIN_LAST_TRY)
+
+    def pause_after(self, error):
+        """Seconds until the next try; EngineUnavailable if there is none."""
+        if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            raise error         # a proxy's limit, which the next try meets as well
+        self.tries += 1
+        rounds, turn = divmod(self.tries, len(self.hosts))
+        pause = 0 if turn else max(retry_pause(rounds - 1), error.retry_after)
+        now = time.monotonic()
+        self.deadline = min(self.deadline, now + self.give_up)      # only the first try may wait
+        hosts = ' '.join(self.hosts)
+        if now + pause >= self.deadline:
+            final = type(error)(f'{hosts} was tried for {self.give_up:g} s: {error}')
+            final.status = error.status
+            raise final from None
+        if now + pause - self.began >= STILL_TRYING_AFTER and not self.has_said:
+            self.has_said = True
+            tell_terminal(f'no engine at {hosts}, still trying ({error})')
+        return pause
+
+
+def tell_terminal(sentence):
+    """Write to stderr if somebody sits in front of it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):      # it may be closed, or None
+        if sys.stderr.isatty():
+            print(f'rundown_workers: {sentence}', file=sys.stderr, flush=True)
 
 
 class Client:
@@ -653,9 +714,11 @@ class Client:
         if body is not None:
             data = (body if isinstance(body, str) else as_json(body, 'body')).encode()
         host = self.host
-        request = urllib.request.Request(host + path, data, self.headers)
         try:
-            response = self.opener.open(request, timeout=seconds)
+            if not self.active.has_answered:
+                self._open(host + '/health', None, min(seconds, PROBE_TIMEOUT))
+                self.active.has_answered = True
+            response = self._open(host + path, data, seconds)
             if response.status == 200:
                 return json.loads(response.content.decode())
             if response.status == 204:
@@ -665,7 +728,14 @@ class Client:
             reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
             message = f'no engine answers at {host}: {printable(reason)}'
             raise EngineUnavailable(message) from error
-        raise refusal(response)
+        error = refusal(response)
+        if isinstance(error, NotAnEngine):
+            self.active.move_on(host)
+        raise error
+
+    def _open(self, url, data, seconds):
+        request = urllib.request.Request(url, data, self.headers)
+        return self.opener.open(request, timeout=seconds)
 
     def call(
         self,
@@ -679,21 +749,12 @@ class Client:
         `wait` is how long the engine may take to answer. The last try gets at least a second
         beyond that, so a silent engine is noticed that much later.
         """
-        give_up = self.timeout if give_up is None else in_seconds(give_up)
-        deadline = time.monotonic() + give_up + wait
-        for tries in itertools.count():
-            share = (deadline - time.monotonic()) / len(self.hosts)     # each gets a chance
+        retries = Retries(self.hosts, wait, self.timeout if give_up is None else give_up)
+        while True:
             try:
-                return self.send(path, body, max(share, wait + MIN_LAST_TRY))
+                return self.send(path, body, retries.seconds())
             except EngineUnavailable as error:
-                rounds, turn = divmod(tries + 1, len(self.hosts))
-                pause = 0 if turn else max(retry_pause(rounds - 1), error.retry_after)
-                now = time.monotonic()
-                deadline = min(deadline, now + give_up)     # only the first try may wait
-                if now + pause >= deadline:
-                    hosts = ' '.join(self.hosts)
-                    message = f'{hosts} was tried for {give_up:g} s: {error}'
-                    raise EngineUnavailable(message) from None
+                pause = retries.pause_after(error)
             time.sleep(pause)
 
     def _post(self, path, **fields):
@@ -760,11 +821,23 @@ class Client:
             encode_job(payload, queue=queue, id=id, **options)
             for payload, id in zip(payloads, ids)
         )
-        jobs = []
-        for batch in batches(texts, len):
-            answer = self.call('/enqueue', '{"jobs":[' + ','.join(batch) + ']}', give_up=give_up)
-            jobs += [Job(job, self) for job in answer['jobs']]
-        return jobs
+        return [
+            Job(job, self)
+            for batch in batches(texts, len)
+            for job in self._enqueue_batch(batch, give_up)
+        ]
+
+    def _enqueue_batch(self, texts, give_up):
+        """The jobs of a batch; one that is too large for a proxy is sent in halves."""
+        try:
+            body = '{"jobs":[' + ','.join(texts) + ']}'
+            return self.call('/enqueue', body, give_up=give_up)['jobs']
+        except EngineUnavailable as error:
+            half = len(texts) // 2
+            if error.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE or not half:
+                raise
+            first = self._enqueue_batch(texts[:half], give_up)
+            return first + self._enqueue_batch(texts[half:], give_up)
 
     def poll(
         self,
@@ -799,8 +872,8 @@ class Client:
         delay: float | datetime.timedelta | None = None,
     ) -> dict[str, Any]:
         """Report a failure. `retry` False: for good. `delay` replaces the engine's backoff."""
-        delay = in_seconds(delay)
-        return self._post('/fail', id=id, attempt=attempt, error=error, retry=retry, delay=delay)
+        return self._post(
+            '/fail', id=id, attempt=attempt, error=error, retry=retry, delay=clamp_delay(delay))
 
     def heartbeat(
         self,
@@ -1027,7 +1100,7 @@ def parse_hosts(text):
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
         if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
-            raise Error(f'{url!r} is not the URL of an engine, such as {DEFAULT_URL}')
+            raise Error(f'{url!r} is not the URL of an engine, such as {EXAMPLE_URL}')
     return hosts
 
 
@@ -1042,20 +1115,35 @@ def tls_context(hosts, ca):
 
 
 def refusal(response):
-    """The exception for a response that is no success."""
-    try:
-        sentence = str(json.loads(response.content)['error'])
-    except (ValueError, TypeError, LookupError, RecursionError):
+    """The exception for a response that is no success.
+
+    Only an engine's own JSON is a verdict. Anything else comes from a proxy or a stranger.
+    """
+    message = error_message(response)
+    if message is None:
         location = response.headers.get('location')
         where = f', which points to {location}' if location else ''
-        sentence = f'HTTP status {response.status} {response.reason}{where}'
-    kind = Refused if is_permanent(response.status) else EngineUnavailable
-    error = kind(printable(sentence))
+        status = f'{response.status} {response.reason}{where}'
+        message = f'no engine answers, but something with HTTP status {status}'
+        error = NotAnEngine(printable(message))
+    elif is_permanent(response.status):
+        error = Refused(printable(message))
+    else:
+        error = EngineUnavailable(printable(message))
     error.status = response.status
     pause = response.headers.get('retry-after', '')
     if re.fullmatch('[0-9]{1,9}', pause):
         error.retry_after = min(int(pause), MAX_RETRY_AFTER)
     return error
+
+
+def error_message(response):
+    """The message of an engine's refusal; None if the response is not an engine's."""
+    try:
+        message = json.loads(response.content)['error']
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return message if isinstance(message, str) else None
 
 
 def is_permanent(status):
@@ -1360,7 +1448,7 @@ def failure(error, text=None, retry=True, delay=None):
     """The outcome of a job that failed; `text` is shown in place of the traceback."""
     text = truncate_middle(text or error_text(error), MAX_ERROR)
     return Outcome('fail', error, error=encode_json(text), retry=encode_json(retry),
-                   delay=encode_json(delay))
+                   delay=encode_json(clamp_delay(delay)))
 
 
 def error_text(error):
@@ -2371,20 +2459,16 @@ class Fetcher:
 
         Waits until the rate allows one, at most a second.
         """
-        after = None
-        while True:
-            path = '/queues' if after is None else f'/queues?after={quote(after)}'
-            page = self.client.send(path, None, RESPONSE_TIMEOUT)
-            for row in page['queues']:
-                if row['queue'] == self.consumer.name:
-                    is_due = row['oldest_age'] is not None and not row['paused']
-                    if not is_due or row['rate'] is None:
-                        return False
-                    self.worker.stopping.wait(min(1, row['per'] / row['rate']))
-                    return True
-            after = page['after']
-            if after is None:
-                return False
+        try:
+            page = self.client.send(f'/queues?queue={quote(self.consumer.name)}', None,
+                                    RESPONSE_TIMEOUT)
+        except Refused:
+            return False        # an older engine cannot tell
+        for row in page['queues']:
+            if row['oldest_age'] is not None and row['rate'] and not row['paused']:
+                self.worker.stopping.wait(min(1, row['per'] / row['rate']))
+                return True
+        return False
 
     def _configure(self):
         """Send the limits and the schedule of the queue to an engine that was not sent them yet."""
@@ -4629,19 +4713,13 @@ class DjangoTasks:
         return result
 
     def handler(self):
-        """A function that runs the tasks of a queue."""
+        """A function that runs the tasks of a queue. For an async one it returns a coroutine."""
         def run_task(payload):
-            function, args, kwargs = self.resolve(payload)
-            return function(*args, **kwargs)      # of an async task a coroutine, which is run
+            task = django_task(payload)
+            run = self.arun if inspect.iscoroutinefunction(task.func) else self.run
+            return run(task, job())
 
-        run_task.rundown_resolve = self.resolve
         return run_task
-
-    def resolve(self, payload):
-        """The function that runs a payload's task, async if the task is, and its arguments."""
-        task = django_task(payload)
-        is_async = inspect.iscoroutinefunction(task.func)
-        return self.arun if is_async else self.run, [task, job()], {}
 
     def run(self, task, job):
         from django.db import close_old_connections
