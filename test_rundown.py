@@ -7388,6 +7388,7 @@ DJANGO_PROJECT = {
             "default": {"BACKEND": BACKEND, "OPTIONS": {"outbox": True}, "QUEUES": QUEUES},
             "second": {"BACKEND": BACKEND, "OPTIONS": {"outbox": "other"}, "QUEUES": QUEUES},
             "direct": {"BACKEND": BACKEND, "OPTIONS": {"max_retries": 1}, "QUEUES": QUEUES},
+            "brief": {"BACKEND": BACKEND, "OPTIONS": {"max_retries": 0, "timeout": 0.3}, "QUEUES": QUEUES},
         }
     """,
     "shop/__init__.py": "",
@@ -7401,7 +7402,8 @@ DJANGO_PROJECT = {
                 app_label = "shop"
     """,
     "shop/tasks.py": """
-        from django.core.signals import request_started
+        import asyncio
+        import time
         from django.db import connection
         from django.dispatch import receiver
         from django.tasks import signals, task
@@ -7437,6 +7439,19 @@ DJANGO_PROJECT = {
         @task
         def fail_always(seconds=0):
             raise Unhappy("with\\ntwo lines")
+
+        @task
+        async def afail():
+            raise rw.Abort("never")
+
+        @task
+        async def asleep():
+            await asyncio.sleep(60)
+
+        @task
+        def sleep():
+            for _ in range(6000):
+                time.sleep(0.01)
 
         @task
         def count_orders(name):
@@ -7655,6 +7670,38 @@ def test_django_s_signals_are_sent_by_producer_and_worker(site):
     assert remote == [["started", 0, "RUNNING", 1, "DjangoBackend"], ["started", 0, "RUNNING", 2, "DjangoBackend"],
                       ["finished", 0, "SUCCESSFUL", 2, "DjangoBackend"],
                       ["started", 1, "RUNNING", 1, "DjangoBackend"], ["finished", 1, "FAILED", 1, "DjangoBackend"]]
+
+
+def test_django_tasks_that_fail_for_good_or_at_their_timeout_are_finished_with_a_signal(site):
+    ends, signals = site.run("""
+        tasks_that_end = [tasks.afail, tasks.asleep, tasks.sleep]
+        results = [ended(task.using(backend="brief").enqueue()) for task in tasks_that_end]
+        answer = [[[result.status, result.errors[0].traceback] for result in results],
+                  ended(tasks.signals_of.using(backend="direct").enqueue([one.id for one in results])).return_value]""")
+    assert [status for status, _ in ends] == ["FAILED"] * 3
+    assert "never" in ends[0][1] and "asyncio.sleep(60)" in ends[1][1] and "time.sleep(0.01)" in ends[2][1]
+    assert [(line[0], line[2]) for line in signals] == [("started", "RUNNING"), ("finished", "FAILED")] * 3
+
+
+def test_django_a_task_belongs_to_the_transaction_of_its_backend_s_database(site):
+    assert site.run("""
+        class Rollback(Exception):
+            pass
+
+        def rolled_back(database):
+            try:
+                with transaction.atomic(using=database):
+                    result = tasks.add.using(backend="second").enqueue(1)
+                    raise Rollback
+            except Rollback:
+                return result
+
+        kept, lost = rolled_back("default"), rolled_back("other")
+        kept = ended(kept).return_value
+        try:
+            answer = [kept, str(lost.refresh())]
+        except Exception as error:
+            answer = [kept, type(error).__name__]""") == [1, "TaskResultDoesNotExist"]
 
 
 def test_django_s_connections_are_closed_around_a_task(site):
