@@ -7094,8 +7094,11 @@ def test_a_table_without_numbers_is_repaired(engine, tmp_path, q, connect):
 def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_enqueue(engine, shop, box, q):
     id = rw.enqueue_in(box, q, {"a": "ä\0"}, delay=0.5, priority=7, tag="t")
     own = rw.enqueue_in(box, q, id=q + "-own")
+    far = rw.enqueue_in(box, q, delay=10**12)
     with pytest.raises(TypeError):
         rw.enqueue_in(box, q, color="red")
+    with pytest.raises(rw.Misuse, match="not both"):
+        rw.enqueue_in(box, q, delay=1, run_at="2030-01-01T00:00:00Z")
     with pytest.raises(rw.NotJSON):
         rw.enqueue_in(box, q, {1})
     box.commit()
@@ -7104,6 +7107,7 @@ def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_en
     job = engine.job(id)
     assert (job["payload"], job["priority"], job["tag"], own) == ({"a": "ä\0"}, 7, "t", q + "-own")
     assert engine.poll(q)["id"] == id and engine.poll(q)["id"] == own
+    assert when(engine.job(far)["next_run_at"]) > time.time() + 3600 * 86400
 
 
 def test_an_outbox_that_is_empty_is_looked_at_and_not_written(engine, tmp_path):
