@@ -48,6 +48,8 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
+    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
+                     cancelled or given to others, so that it need not wait for its heartbeat
     GET  /queues     limit, after, busy (work first), queue, search (in the name): counts, oldest
                      age, paused, workers seen, the last hour by the minute; totals of all queues
                      and those with due jobs that no worker polls
@@ -1605,7 +1607,8 @@ class Transaction:
         self.response_budget = response_budget  # characters of jobs that polls may still claim
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
-        self.topics = set()     # ('queue', q) and ('job', id) whose waiters may find something now
+        # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
+        self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
@@ -1682,6 +1685,8 @@ class Jobs:
                 changes['attempts'] = attempts_json(job, rule.outcome, tx.now, error)
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
+            if call in ('cancel', 'lose'):
+                tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
             self.place(tx, changes, queue, due, changes.get('waits_for', job['waits_for']))
@@ -2912,7 +2917,7 @@ class LongPoll(Operation):
 
 
 class JobWait:
-    """A wait for a job's end: it looks once without a transaction, then waits for its topic."""
+    """A wait for an event: it looks once without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
 
@@ -3874,6 +3879,15 @@ def get_job(server, params):
                    ('job', id), params['wait'] / 1000000)
 
 
+def wait_for_loss(server, params):
+    """Whether a job was taken from the worker: cancelled, or its lease was over."""
+    def render(was_lost):
+        return {'lost': bool(was_lost)}
+
+    topic = ('worker', params['worker'])
+    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
+
+
 def list_jobs(server, params):
     """A page of jobs; with `id`, which a path cannot hold if it is like `..`, that job."""
     return get_job(server, params) if 'id' in params else server.store.queries.jobs(**params)
@@ -3957,6 +3971,7 @@ ROUTES = {
     '/jobs': route(
         'GET', list_jobs, optional='id queue status tag limit after brief needed_by needs',
         offload=True),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
     '/queues': route(
         'GET', read_call('queues'), optional='limit after busy queue search', offload=True),
     '/metrics': route('GET', metrics, offload=True),
