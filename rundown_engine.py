@@ -5341,6 +5341,10 @@ svg {
 }
 
 @media (max-width: 40rem) {
+  #queues td.zero {
+    display: none;
+  }
+
   #totals {
     grid-template-columns: repeat(4, 1fr);
   }
@@ -5607,6 +5611,7 @@ const TYPED_FROM = 100;             // jobs from which a deletion is confirmed b
 const MAX_NAMED = 8;                // queues or workers in one line about a problem
 const MAX_LINE = 200;               // characters of an error's last line, in a search or a summary
 const MAX_SHOWN = 200000;           // characters of a payload or result that are shown
+const MAX_STEP = 2000;              // of a step's result
 const TOKEN_KEY = "rundown token " + location.pathname;     // one for each engine of an origin
 const STATUSES = ["pending", "running", "done", "failed", "cancelled"];
 const FILTERS = ["search", "queue", "status", "tag", "group"];
@@ -5867,9 +5872,14 @@ function query(path, fields) {
 }
 
 // -- Progress -----------------------------------------------------------------------------------
+function plainNumber(value) {       // of one that exactNumber() kept as it was sent
+  return JSON.isRawJSON?.(value) ? Number(value.rawJSON) : value;
+}
+
 function partDone(progress) {       // from 0 to 1; null: not a progress that has an end
-  const {done, total} = progress || {};
-  const part = typeof done === "number" && total > 0 ? done / total : progress;
+  const done = plainNumber(progress?.done);
+  const total = plainNumber(progress?.total);
+  const part = typeof done === "number" && total > 0 ? done / total : plainNumber(progress);
   return typeof part === "number" && part >= 0 && part <= 1 ? part : null;
 }
 
@@ -5890,7 +5900,8 @@ function secondsLeft(job, part) {
 
 function progressText(progress, part) {
   const percent = Math.floor(part * 100) + " %";
-  const {done, total} = progress;
+  const done = plainNumber(progress.done);
+  const total = plainNumber(progress.total);
   return total ? `${number(done)} of ${number(total)}, ${percent}` : percent;
 }
 
@@ -5991,7 +6002,7 @@ const TABLES = {
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
   groups: GROUP_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result))],
+  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -6073,6 +6084,11 @@ function unservedItem({queue, due, polled_at}) {
 function hungItem({worker, queue, hung}) {
   const name = worker || "without a name";
   return [name, " (", plural(hung, "hung thread"), " in ", jobsLink({queue}), ")"];
+}
+
+function drawTitle() {
+  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
+  document.title = ($("problems").textContent.trim() ? "(!) " : "") + title;
 }
 
 function drawProblems(health, {unserved, totals, workers}) {
@@ -6358,13 +6374,14 @@ function drawPaging({jobs, after}) {
 
 function drawJobs(page) {
   const keyOf = job => job.id;
+  const shown = page.jobs.length;
   drawTabs();
   drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
   drawPaging(page);
   show({
     nothing: nothingText(page),
-    "select-these": page.jobs.length > 0,
-    "select-label": `select these ${number(page.jobs.length)}`,
+    "select-these": shown > 0,
+    "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
   });
   drawFailures();
   drawSelection(page.after);
@@ -6490,10 +6507,10 @@ function drawSelection(hasMore) {
 }
 
 // -- One job ------------------------------------------------------------------------------------
-function jsonText(value) {
+function jsonText(value, longest = MAX_SHOWN) {
   const text = JSON.stringify(value, null, 2);
-  const isCut = text.length > MAX_SHOWN;
-  return isCut ? text.slice(0, MAX_SHOWN) + " ... (cut here; GET /jobs/ID has the rest)" : text;
+  const isCut = text.length > longest;
+  return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
 }
 
 function fieldValue({field, value}) {
@@ -6855,6 +6872,7 @@ async function refresh() {
       drawProblems(health, counts);
       draw(counts, ...rest);
     });
+    drawTitle();
   } catch (failure) {
     if (mine !== refreshId || showFailure(failure)) {
       return;
@@ -6902,6 +6920,7 @@ function showFailure(failure) {         // whether to wait for the token
     refused: isLocked && token ? "The engine refused this token." : "",
     offline: isLocked ? "" : `${failure.message}. Trying again.${shownSince()}`,
   });
+  drawTitle();
   if (isLocked) {
     $("token").focus();
   }
@@ -6925,8 +6944,6 @@ function route() {
   readAddress();
   clearSelection();
   found = null;
-  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
-  document.title = title;
   show({
     title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
     overview: view === "overview",
@@ -6935,7 +6952,8 @@ function route() {
     job: false,
     "job-sections": false,
     missing: false,
-    nothing: "",
+    nothing: "Looking ...",
+    "select-these": false,
     paging: "",
   });
   for (const each of document.querySelectorAll("[data-view]")) {
@@ -6948,6 +6966,7 @@ function route() {
     lastRows[id] = null;
     patch($(id).tBodies[0], "");
   }
+  drawTitle();
   if (view === "job") {
     $("title").focus();
   }
@@ -6957,7 +6976,11 @@ function route() {
 
 function applyFilter() {
   const fields = Object.fromEntries(new FormData($("filter")));
-  location.hash = address("jobs", {...fields, status: place.status});
+  const hash = address("jobs", {...fields, status: place.status});
+  if (location.hash === hash) {
+    route();                // the search is repeated
+  }
+  location.hash = hash;
 }
 
 // -- Events -------------------------------------------------------------------------------------

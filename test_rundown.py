@@ -4488,6 +4488,7 @@ def test_problems_are_shown_first_and_in_red(browser, own):
     browser.shows("#warnings", re.compile(r"no worker polls: lonely \(1 job due\)"))
     assert "w7 (2 hung threads in busy)" in browser.text("#warnings")
     assert is_red(browser, "#warnings p")
+    assert browser.js("return document.title") == "(!) Rundown-Workers"
     assert browser.complaints() == []
     engine.kill()
     browser.js("refresh()")
@@ -4531,6 +4532,8 @@ def test_progress_is_a_bar_with_the_time_left(browser, clocked):
     browser.shows("#progress", " 250 of 1,000, 25 %, about 3 min left")
     bar = "const {value, max} = document.querySelector('#progress progress'); return [value, max]"
     assert browser.js(bar) == [0.25, 1]
+    clocked.tell("heartbeat", claim, progress=1.0)
+    browser.shows("#progress", " 100 %, about 0 ms left")
     clocked.tell("heartbeat", claim, progress="halfway")
     browser.shows("#progress", 'progress "halfway"')
 
@@ -4624,7 +4627,7 @@ def test_hostile_filters_are_mere_text(hostile_texts, dashboard, board):
     for text in hostile_texts:
         query = urllib.parse.urlencode({"queue": text, "tag": text, "status": "failed"})
         dashboard.js("location.hash = 'jobs?' + arguments[0]", query)
-        dashboard.shows("#select-label", "select these 1")
+        dashboard.shows("#select-label", "select this one")
         assert dashboard.js("return document.querySelector('#filter [name=tag]').value") == text
         inert(dashboard, board)
         dashboard.js("location.hash = 'jobs?status=pending&tag=none'")
