@@ -48,6 +48,8 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
+    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
+                     cancelled or given to others, so that it need not wait for its heartbeat
     GET  /queues     limit, after, busy (work first), queue, search (in the name): counts, oldest
                      age, paused, workers seen, the last hour by the minute; totals of all queues
                      and those with due jobs that no worker polls
@@ -1619,7 +1621,8 @@ class Transaction:
         self.response_budget = response_budget  # characters of jobs that polls may still claim
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
-        self.topics = set()     # ('queue', q) and ('job', id) whose waiters may find something now
+        # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
+        self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
@@ -1696,6 +1699,8 @@ class Jobs:
                 changes['attempts'] = attempts_json(job, rule.outcome, tx.now, error)
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
+            if call in ('cancel', 'lose'):
+                tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
             self.place(tx, changes, queue, due, changes.get('waits_for', job['waits_for']))
@@ -2926,7 +2931,7 @@ class LongPoll(Operation):
 
 
 class JobWait:
-    """A wait for a job's end: it looks once without a transaction, then waits for its topic."""
+    """A wait for an event: it looks once without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
 
@@ -3888,6 +3893,15 @@ def get_job(server, params):
                    ('job', id), params['wait'] / 1000000)
 
 
+def wait_for_loss(server, params):
+    """Whether a job was taken from the worker: cancelled, or its lease was over."""
+    def render(was_lost):
+        return {'lost': bool(was_lost)}
+
+    topic = ('worker', params['worker'])
+    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
+
+
 def list_jobs(server, params):
     """A page of jobs; with `id`, which a path cannot hold if it is like `..`, that job."""
     return get_job(server, params) if 'id' in params else server.store.queries.jobs(**params)
@@ -3975,6 +3989,7 @@ ROUTES = {
     '/jobs': route(
         'GET', list_jobs, optional='id queue status tag limit after brief needed_by needs',
         offload=True),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
     '/queues': route(
         'GET', read_call('queues'), optional='limit after busy queue search', offload=True),
     '/metrics': route('GET', metrics, offload=True),
@@ -5559,6 +5574,10 @@ svg {
 }
 
 @media (max-width: 40rem) {
+  #queues td.zero {
+    display: none;
+  }
+
   #totals {
     grid-template-columns: repeat(4, 1fr);
   }
@@ -5825,6 +5844,7 @@ const TYPED_FROM = 100;             // jobs from which a deletion is confirmed b
 const MAX_NAMED = 8;                // queues or workers in one line about a problem
 const MAX_LINE = 200;               // characters of an error's last line, in a search or a summary
 const MAX_SHOWN = 200000;           // characters of a payload or result that are shown
+const MAX_STEP = 2000;              // of a step's result
 const TOKEN_KEY = "rundown token " + location.pathname;     // one for each engine of an origin
 const STATUSES = ["pending", "running", "done", "failed", "cancelled"];
 const FILTERS = ["search", "queue", "status", "tag", "group"];
@@ -6085,9 +6105,14 @@ function query(path, fields) {
 }
 
 // -- Progress -----------------------------------------------------------------------------------
+function plainNumber(value) {       // of one that exactNumber() kept as it was sent
+  return JSON.isRawJSON?.(value) ? Number(value.rawJSON) : value;
+}
+
 function partDone(progress) {       // from 0 to 1; null: not a progress that has an end
-  const {done, total} = progress || {};
-  const part = typeof done === "number" && total > 0 ? done / total : progress;
+  const done = plainNumber(progress?.done);
+  const total = plainNumber(progress?.total);
+  const part = typeof done === "number" && total > 0 ? done / total : plainNumber(progress);
   return typeof part === "number" && part >= 0 && part <= 1 ? part : null;
 }
 
@@ -6108,7 +6133,8 @@ function secondsLeft(job, part) {
 
 function progressText(progress, part) {
   const percent = Math.floor(part * 100) + " %";
-  const {done, total} = progress;
+  const done = plainNumber(progress.done);
+  const total = plainNumber(progress.total);
   return total ? `${number(done)} of ${number(total)}, ${percent}` : percent;
 }
 
@@ -6209,7 +6235,7 @@ const TABLES = {
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
   groups: GROUP_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result))],
+  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -6291,6 +6317,11 @@ function unservedItem({queue, due, polled_at}) {
 function hungItem({worker, queue, hung}) {
   const name = worker || "without a name";
   return [name, " (", plural(hung, "hung thread"), " in ", jobsLink({queue}), ")"];
+}
+
+function drawTitle() {
+  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
+  document.title = ($("problems").textContent.trim() ? "(!) " : "") + title;
 }
 
 function drawProblems(health, {unserved, totals, workers}) {
@@ -6576,13 +6607,14 @@ function drawPaging({jobs, after}) {
 
 function drawJobs(page) {
   const keyOf = job => job.id;
+  const shown = page.jobs.length;
   drawTabs();
   drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
   drawPaging(page);
   show({
     nothing: nothingText(page),
-    "select-these": page.jobs.length > 0,
-    "select-label": `select these ${number(page.jobs.length)}`,
+    "select-these": shown > 0,
+    "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
   });
   drawFailures();
   drawSelection(page.after);
@@ -6708,10 +6740,10 @@ function drawSelection(hasMore) {
 }
 
 // -- One job ------------------------------------------------------------------------------------
-function jsonText(value) {
+function jsonText(value, longest = MAX_SHOWN) {
   const text = JSON.stringify(value, null, 2);
-  const isCut = text.length > MAX_SHOWN;
-  return isCut ? text.slice(0, MAX_SHOWN) + " ... (cut here; GET /jobs/ID has the rest)" : text;
+  const isCut = text.length > longest;
+  return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
 }
 
 function fieldValue({field, value}) {
@@ -7073,6 +7105,7 @@ async function refresh() {
       drawProblems(health, counts);
       draw(counts, ...rest);
     });
+    drawTitle();
   } catch (failure) {
     if (mine !== refreshId || showFailure(failure)) {
       return;
@@ -7120,6 +7153,7 @@ function showFailure(failure) {         // whether to wait for the token
     refused: isLocked && token ? "The engine refused this token." : "",
     offline: isLocked ? "" : `${failure.message}. Trying again.${shownSince()}`,
   });
+  drawTitle();
   if (isLocked) {
     $("token").focus();
   }
@@ -7143,8 +7177,6 @@ function route() {
   readAddress();
   clearSelection();
   found = null;
-  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
-  document.title = title;
   show({
     title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
     overview: view === "overview",
@@ -7153,7 +7185,8 @@ function route() {
     job: false,
     "job-sections": false,
     missing: false,
-    nothing: "",
+    nothing: "Looking ...",
+    "select-these": false,
     paging: "",
   });
   for (const each of document.querySelectorAll("[data-view]")) {
@@ -7166,6 +7199,7 @@ function route() {
     lastRows[id] = null;
     patch($(id).tBodies[0], "");
   }
+  drawTitle();
   if (view === "job") {
     $("title").focus();
   }
@@ -7175,7 +7209,11 @@ function route() {
 
 function applyFilter() {
   const fields = Object.fromEntries(new FormData($("filter")));
-  location.hash = address("jobs", {...fields, status: place.status});
+  const hash = address("jobs", {...fields, status: place.status});
+  if (location.hash === hash) {
+    route();                // the search is repeated
+  }
+  location.hash = hash;
 }
 
 // -- Events -------------------------------------------------------------------------------------
