@@ -50,9 +50,9 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
     GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
                      cancelled or given to others, so that it need not wait for its heartbeat
-    GET  /queues     limit, after, busy (work first), queue, search (in the name): counts, oldest
-                     age, paused, workers seen, the last hour by the minute; totals of all queues
-                     and those with due jobs that no worker polls
+    GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
+                     oldest age, paused, workers seen, the last hour by the minute; totals=true:
+                     also the sums of all queues, and those with due jobs that no worker polls
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
@@ -522,6 +522,7 @@ FIELDS = {
     'retry': FLAG,
     'brief': FLAG,
     'busy': FLAG,
+    'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
     'max_running': whole_number(1, 10**6),
@@ -536,7 +537,7 @@ FIELDS = {
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy')      # numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 
@@ -2569,11 +2570,13 @@ class Queries:
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
 
 
-TOTALS = 'SELECT COUNT(*) AS queues, {} FROM queues'.format(
-    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)))
-WITHOUT_RUNNING_JOBS = '''
-    SELECT queue, pending - scheduled - waiting AS due FROM queues
-    WHERE paused = 0 AND running = 0 AND pending > scheduled + waiting ORDER BY queue'''
+IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting
+    AND COALESCE(polled_at, 0) < :silent_since)'''
+TOTALS = 'SELECT COUNT(*) AS queues, {}, COALESCE(SUM({}), 0) AS unserved FROM queues'.format(
+    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)), IS_UNSERVED)
+UNSERVED = f'''
+    SELECT queue, pending - scheduled - waiting AS due FROM queues WHERE {IS_UNSERVED}
+    ORDER BY queue LIMIT {MAX_UNSERVED_LISTED}'''
 
 
 class Overview:
@@ -2586,41 +2589,45 @@ class Overview:
         self.workers = workers
         self.meter = meter
 
-    def queues(self, limit=MAX_LIMIT, after='', busy=False, queue=None, search=''):
+    def queues(self, totals=False, **params):
         """A page of queues, by name or the busy first; `search` is a part of the name.
 
-        Totals, minutes and unserved queues are of all queues. Ages are in seconds.
+        `totals` adds the sums over all queues. Ages are in seconds.
         """
-        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        now = self.clock.now()
         with self.database.reading() as db:
-            rows = db.execute(
-                'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
-                f'AND INSTR(LOWER(queue), LOWER(:search)) ORDER BY {order} LIMIT :limit',
-                {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
-            oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
-            totals = dict(db.execute(TOTALS).fetchone())
-            idle = db.execute(WITHOUT_RUNNING_JOBS).fetchall()
+            page = self._page(db, now, **params)
             running = {(worker, queue): count
                        for worker, queue, count in db.execute(RUNNING_OF_WORKERS)}
-        now = self.clock.now()
-        unserved = self._unserved(idle, now)
+            sums = self._sums(db, now) if totals else {}
+        return {**page, 'now': rfc3339(now), **sums, 'workers': self._workers_json(running)}
+
+    def _page(self, db, now, limit=MAX_LIMIT, after='', busy=False, queue=None, search=None):
+        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        rows = db.execute(
+            'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
+            'AND (:search IS NULL OR INSTR(LOWER(queue), LOWER(:search))) '
+            f'ORDER BY {order} LIMIT :limit',
+            {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
+        oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
         return {
             'queues': self._queues_json(rows, oldest, now),
             'after': rows[-1]['queue'] if len(rows) == limit and not busy else None,
-            'now': rfc3339(now),
-            'totals': {**totals, 'unserved': len(unserved)},
-            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
-            'unserved': unserved[:MAX_UNSERVED_LISTED],
-            'workers': self._workers_json(running),
         }
 
-    def _unserved(self, idle, now):
-        """Those of the queues with due jobs that no worker has polled lately."""
-        polled = self.workers.last_polled
-        return [
-            {'queue': queue, 'due': due, 'polled_at': rfc3339(polled.get(queue))}
-            for queue, due in idle
-            if now - polled.get(queue, 0) > micros(WORKER_SILENCE)]
+    def _sums(self, db, now):
+        # the stored time of a poll may be older than the poll
+        silence = {'silent_since': now - micros(WORKER_SILENCE + POLL_TIME_RESOLUTION)}
+        totals = dict(db.execute(TOTALS, silence).fetchone())
+        unserved = db.execute(UNSERVED, silence).fetchall() if totals['unserved'] else []
+        return {
+            'totals': totals,
+            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
+            'unserved': [self._unserved_json(row) for row in unserved],
+        }
+
+    def _unserved_json(self, row):
+        return {**row, 'polled_at': rfc3339(self.workers.last_polled.get(row['queue']))}
 
     def _workers_json(self, running):
         return [
@@ -3973,7 +3980,8 @@ ROUTES = {
         offload=True),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
     '/queues': route(
-        'GET', read_call('queues'), optional='limit after busy queue search', offload=True),
+        'GET', read_call('queues'), optional='limit after busy queue search totals',
+        offload=True),
     '/metrics': route('GET', metrics, offload=True),
     '/health': route('GET', read_call('health')),
     '/backup': route('GET', backup, offload=True),
@@ -5477,7 +5485,10 @@ svg {
       </details>
     </section>
     <section class="optional">
-      <h2>Schedules</h2>
+      <div class="heading">
+        <h2>Schedules</h2>
+        <span id="schedules-cut" class="soft"></span>
+      </div>
       <table id="schedules"></table>
     </section>
   </div>
@@ -5602,6 +5613,7 @@ const NOTICE_TIME = 8000;           // ms that the outcome of an action is shown
 const CLICK_GUARD = 300;            // ms until a dialog can be confirmed: no double click does
 const WORKER_SILENCE = 120;         // seconds without a poll until a worker counts as gone
 const PAGE_QUEUES = 100;            // rows on a page
+const PAGE_SCHEDULES = 100;
 const PAGE_JOBS = 50;
 const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
 const GROUPED_FAILURES = 1000;      // newest failures that are grouped
@@ -6157,7 +6169,7 @@ function sums({done, failed}) {
 function sparkline(minutes) {
   const label = "last hour: " + sums(minutes);
   const attributes = {role: "img", class: "spark", viewBox: "0 0 120 28", "aria-label": label};
-  return el("svg", attributes, el("title", {}, label), jobBars(minutes, 2, 28));
+  return el("div", {title: label}, el("svg", attributes, jobBars(minutes, 2, 28)));
 }
 
 function minuteTime(i) {
@@ -6294,7 +6306,11 @@ function drawOverview(queues, schedules) {
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);
   const isEmpty = !queues.totals.queues;
-  show({example: isEmpty ? exampleText() : "", hour: !isEmpty});
+  show({
+    example: isEmpty ? exampleText() : "",
+    hour: !isEmpty,
+    "schedules-cut": schedules.after ? `the first ${PAGE_SCHEDULES} by name` : "",
+  });
 }
 
 function exampleText() {
@@ -6530,6 +6546,7 @@ function fact(name, ...content) {
 function jobFacts(job) {
   const retries = job.max_retries === null ? "" : `, ${job.retries} of ${job.max_retries} retries`;
   const isDue = job.status === "pending" && !job.waits_for;
+  const took = job.started_at && job.finished_at;
   return [
     fact("status", badge(job.status)),
     fact("queue", jobsLink({queue: job.queue})),
@@ -6539,6 +6556,8 @@ function jobFacts(job) {
     job.tag && fact("tag", jobsLink({tag: job.tag})),
     job.group && fact("group", jobsLink({queue: job.queue, group: job.group}, job.group)),
     isDue && fact("due", agoNode(job.next_run_at)),
+    took && fact("took", duration(secondsBetween(job.started_at, job.finished_at))),
+    job.finished_at && fact("ended", agoNode(job.finished_at)),
   ].filter(Boolean);
 }
 
@@ -6647,22 +6666,22 @@ const ACTIONS = {
     label: "Retry",
     path: "retry",
     statuses: ["failed", "cancelled"],
-    consequence: "They become pending again, with all their retries.",
+    consequence: "Retried jobs are pending again, with all their retries.",
   },
   run: {
     label: "Run now",
     path: "reschedule",
     fields: {delay: 0},
     statuses: ["pending"],
-    consequence: "They become due now, whatever time they were scheduled for.",
+    consequence: "Jobs become due now, whatever time they were scheduled for.",
   },
   cancel: {
     label: "Cancel",
     path: "cancel",
     statuses: ["pending", "running"],
     isDangerous: true,
-    consequence: "Those that run are interrupted, those that wait for them are cancelled too. "
-      + "They can be retried.",
+    consequence: "Running jobs are interrupted, and jobs that wait for a cancelled one are "
+      + "cancelled too. Cancelled jobs can be retried.",
   },
   delete: {
     label: "Delete",
@@ -6670,7 +6689,8 @@ const ACTIONS = {
     statuses: ["pending", "done", "failed", "cancelled"],
     isDangerous: true,
     isFinal: true,
-    consequence: "They are gone for good, with their payloads, results and errors.",
+    consequence: "Payloads, results and errors are deleted too, and jobs that wait for a deleted "
+      + "one are cancelled. This cannot be undone.",
   },
 };
 
@@ -6830,7 +6850,7 @@ async function fetchHealth() {
 const VIEWS = {
   overview: {
     queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
-    fetch: () => [call(query("schedules", {limit: 100}), {reviver: exactNumber})],
+    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES}), {reviver: exactNumber})],
     draw: drawOverview,
   },
   jobs: {
@@ -6862,7 +6882,7 @@ async function refresh() {
   const {queues, fetch, draw} = VIEWS[view];
   try {
     const [health, counts, ...rest] = await Promise.all([
-      fetchHealth(), call(query("queues", queues())), ...fetch()]);
+      fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
     if (mine !== refreshId) {
       return;
     }
