@@ -4286,9 +4286,12 @@ def enqueue_in(
     inspect.signature(Client.enqueue).bind(None, queue, **options)  # TypeError: unknown option
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
-    if delay is not None:
+    if run_at is not None and delay is not None:
+        raise Misuse('a job has a delay or a run_at, not both')
+    if run_at is None and (delay is not None or options.get('expires') is not None):
+        # counted from now, and not from when the engine gets the job
         now = datetime.datetime.now(datetime.timezone.utc)
-        run_at = now + datetime.timedelta(seconds=in_seconds(delay))
+        run_at = now + datetime.timedelta(seconds=clamp_delay(delay or 0))
     id = id or new_id()
     Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
     outbox_activity.last_write = time.monotonic()
