@@ -459,6 +459,7 @@ class FieldRule(NamedTuple):
     description: str                    # completes "FIELD must be ..."
     is_valid: Callable[[Any], Any]
     convert: Callable[[Any], Any]       # may raise ValueError, OverflowError, RecursionError
+    schema: Dict[str, Any]              # the same in JSON Schema, for OpenAPI
 
 
 def identity(value):
@@ -469,14 +470,16 @@ def whole_number(low, high):
     return FieldRule(
         f'a whole number from {low} to {high}',
         lambda value: type(value) is int and low <= value <= high,
-        identity)
+        identity,
+        {'type': 'integer', 'minimum': low, 'maximum': high})
 
 
 def duration(low, high):
     return FieldRule(
         f'a number of seconds from {low} to {high}',
         lambda value: type(value) in (int, float) and low <= value <= high,
-        micros)
+        micros,
+        {'type': 'number', 'minimum': low, 'maximum': high})
 
 
 def printable(longest):
@@ -484,33 +487,43 @@ def printable(longest):
         f'a string of 1 to {longest} characters without control characters',
         lambda value: (
             type(value) is str and 0 < len(value) <= longest and not UNPRINTABLE.search(value)),
-        identity)
+        identity,
+        {'type': 'string', 'minLength': 1, 'maxLength': longest})
 
 
 def one_of(words):
-    return FieldRule('one of ' + ', '.join(words), lambda value: value in words, identity)
+    return FieldRule(
+        'one of ' + ', '.join(words),
+        lambda value: value in words,
+        identity,
+        {'type': 'string', 'enum': list(words)})
 
 
 NAME = printable(200)
 JSON_VALUE = FieldRule(
     f'JSON of finite numbers that is nested at most {MAX_DEPTH} levels',
     lambda value: True,
-    storable_json)
-FLAG = FieldRule('true or false', lambda value: type(value) is bool, identity)
+    storable_json,
+    {})
+FLAG = FieldRule(
+    'true or false', lambda value: type(value) is bool, identity, {'type': 'boolean'})
 JOB_IDS = FieldRule(
     f'a list of 1 to {MAX_AFTER} ids of jobs',
     lambda value: (
         type(value) is list and 0 < len(value) <= MAX_AFTER and all(map(NAME.is_valid, value))),
-    lambda value: list(dict.fromkeys(value)))
+    lambda value: list(dict.fromkeys(value)),
+    {'type': 'array', 'items': NAME.schema, 'minItems': 1, 'maxItems': MAX_AFTER})
 
 ERROR_TEXT = FieldRule(
     'a string',
     lambda value: type(value) is str,
-    lambda value: truncate_middle(SURROGATE.sub('\ufffd', value), MAX_ERROR))
+    lambda value: truncate_middle(SURROGATE.sub('\ufffd', value), MAX_ERROR),
+    {'type': 'string'})
 CRON_TEXT = FieldRule(
     'a string like "0 3 * * *" or "@daily"',
     lambda value: type(value) is str and len(value) <= 1000,
-    identity)
+    identity,
+    {'type': 'string', 'maxLength': 1000})
 
 # The fields of requests; ROUTES says which call takes which. Those of JOB_COLUMNS and
 # SCHEDULE_COLUMNS join them below.
@@ -533,9 +546,10 @@ FIELDS = {
     'run_at': FieldRule(
         'a time like 2030-01-31T12:00:00Z',
         lambda value: type(value) is str and RFC3339.fullmatch(value),
-        parse_time),
+        parse_time,
+        {'type': 'string', 'format': 'date-time'}),
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
-    'jobs': FieldRule('at the top of the body', lambda value: False, identity),
+    'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
 JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
@@ -3920,6 +3934,10 @@ def docs(server, params):
     return Response(__doc__, content_type=PLAIN_TEXT)
 
 
+def node_sdk(server, params):
+    return Response(NODE_SDK, content_type='text/javascript; charset=utf-8')
+
+
 def dashboard(status=200):
     headers = (('Content-Security-Policy', POLICY),)
     return Response(DASHBOARD, status, 'text/html; charset=utf-8', headers)
@@ -3986,6 +4004,8 @@ ROUTES = {
     '/health': route('GET', read_call('health')),
     '/backup': route('GET', backup, offload=True),
     '/docs': route('GET', docs),
+    '/openapi.json': route('GET', lambda server, params: openapi()),
+    '/rundown.mjs': route('GET', node_sdk),
     '/': route('GET', lambda server, params: dashboard()),
 }
 
@@ -4295,6 +4315,219 @@ def sample(value, suffix='', **labels):
     pairs = ','.join(f'{name}="{str(text).translate(LABEL_ESCAPES)}"'
                      for name, text in labels.items())
     return f'{suffix}{{{pairs}}} {value}'
+
+
+# -- OpenAPI ---------------------------------------------------------------------------------------
+COLUMN_SCHEMAS = {      # function that writes a column -> what it writes, null aside
+    json_string: {'type': 'string'},
+    json_number: {'type': 'integer'},
+    json_time: {'type': 'string', 'format': 'date-time'},
+    json_duration: {'type': 'number'},
+    json_timeout: {'type': 'number'},
+    json_max_retries: {'type': 'integer'},
+    json_value: {},
+}
+
+
+def object_schema(required='', **properties):
+    return {'type': 'object', 'properties': properties, 'required': required.split()}
+
+
+def list_schema(items):
+    return {'type': 'array', 'items': items}
+
+
+def or_null(schema):
+    return {**schema, 'type': [schema['type'], 'null']} if 'type' in schema else schema
+
+
+def either(*schemas):
+    return {'anyOf': list(schemas)}
+
+
+def reference(schema):
+    return {'$ref': f'#/components/schemas/{schema}'}
+
+
+def page_schema(name, item):
+    return object_schema(f'{name} after', after=or_null(STRING), **{name: list_schema(item)})
+
+
+def table_schema(columns, **more):
+    """An object of the columns that clients see; what brief pages leave out is not required."""
+    schema = object_schema()
+    for name, column in columns.items():
+        if column.json:
+            values = dict(COLUMN_SCHEMAS[column.json])
+            if column.rule and 'enum' in column.rule.schema:
+                values['enum'] = column.rule.schema['enum']
+            is_set = re.search('NOT NULL|PRIMARY KEY', column.type) or column.json is json_timeout
+            schema['properties'][name] = values if is_set else or_null(values)
+            if column.brief:
+                schema['required'].append(name)
+    schema['properties'].update(more)
+    return schema
+
+
+STRING = {'type': 'string'}
+INTEGER = {'type': 'integer'}
+NUMBER = {'type': 'number'}
+BOOLEAN = {'type': 'boolean'}
+TIME = COLUMN_SCHEMAS[json_time]
+SCHEMAS = {
+    'Error': object_schema('error', error=STRING),
+    'Attempt': object_schema(
+        'attempt outcome', attempt=INTEGER, worker=or_null(STRING), outcome=STRING,
+        started_at=TIME, finished_at=or_null(TIME), error=or_null(STRING)),
+    'Job': table_schema(
+        JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
+        attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER),
+    'JobPage': page_schema('jobs', reference('Job')),
+    # of a report; in a batch `error` and `code` say that the item is refused
+    'Outcome': object_schema(
+        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, error=STRING,
+        code=INTEGER),
+    'Count': object_schema('count', count=INTEGER),
+    'Paused': object_schema('queue paused', queue=STRING, paused=BOOLEAN),
+    'Limits': object_schema(
+        'queue max_running rate per', queue=STRING, max_running=or_null(INTEGER),
+        rate=or_null(INTEGER), per=or_null(NUMBER)),
+    'Schedule': table_schema(SCHEDULE_COLUMNS, created=BOOLEAN),
+    'SchedulePage': page_schema('schedules', reference('Schedule')),
+    'Queue': object_schema(
+        'queue paused', queue=STRING, paused=BOOLEAN, oldest_age=or_null(NUMBER),
+        polled_at=or_null(TIME), max_running=or_null(INTEGER), rate=or_null(INTEGER),
+        per=or_null(NUMBER), workers=list_schema(STRING), minutes={},
+        **dict.fromkeys(COUNTS, INTEGER)),
+    'Worker': object_schema(
+        'worker queue seen_at running', worker=STRING, queue=STRING, seen_at=TIME, running=INTEGER,
+        hung=or_null(INTEGER)),
+    'QueuePage': object_schema(
+        'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
+        now=TIME, workers=list_schema(reference('Worker'))),
+    'Health': object_schema(
+        'status storage version', status=STRING, storage=STRING, version=STRING),
+}
+
+
+class Call(NamedTuple):
+    """What OpenAPI says of a route beyond its fields."""
+
+    name: str
+    summary: str
+    response: Dict[str, Any]
+    content_type: str = 'application/json'
+
+
+CALLS = {       # a route that is not here is described by its fields alone
+    '/enqueue': Call('enqueue', 'Add a job; or many, all or none.', reference('Job')),
+    '/poll': Call('poll', 'Claim a job; with `limit`, jobs.',
+                  either(reference('Job'), list_schema(reference('Job')))),
+    '/complete': Call('complete', 'Report that a job is done.', reference('Outcome')),
+    '/fail': Call('fail', 'Report that an attempt has failed.', reference('Outcome')),
+    '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
+    '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
+    '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
+    '/limit': Call('limit', 'Set the limits of a queue; null removes one.', reference('Limits')),
+    '/schedule': Call('schedule', 'Create or change a schedule.', reference('Schedule')),
+    '/unschedule': Call('unschedule', 'Delete a schedule; its jobs stay.', reference('Count')),
+    '/schedules': Call('list_schedules', 'A page of schedules.', reference('SchedulePage')),
+    '/jobs/': Call('get_job', 'A job; with `wait`, once it has ended.', reference('Job')),
+    '/status/': Call('get_status', 'A job.', reference('Job')),
+    '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
+    '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
+                  either(reference('JobPage'), reference('Job'))),
+    '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
+    '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
+    '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
+    '/backup': Call('backup', 'A copy of the database.', STRING, 'application/vnd.sqlite3'),
+    '/docs': Call('docs', 'The manual.', STRING, 'text/plain'),
+    '/openapi.json': Call('openapi', 'This document.', {'type': 'object'}),
+    '/rundown.mjs': Call('node_sdk', 'The SDK for Node.', STRING, 'text/javascript'),
+    '/': Call('dashboard', 'The dashboard.', STRING, 'text/html'),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def openapi():
+    """What the calls take and answer, from ROUTES, FIELDS and the tables of columns."""
+    requests = {}
+    paths = {}
+    for path, route in ROUTES.items():
+        operation = openapi_operation(path, route)
+        if route.method == 'POST':
+            name = path[1:].capitalize() + 'Request'
+            requests[name], body = openapi_body(route, reference(name))
+            operation['requestBody'] = {
+                'required': True, 'content': {'application/json': {'schema': body}}}
+        else:
+            operation['parameters'] = openapi_parameters(path, route)
+        if path.endswith('/') and path != '/':
+            path += f'{{{route.required[0][0]}}}'
+        paths[path] = {route.method.lower(): operation}
+    return {
+        'openapi': '3.1.0',
+        'info': {'title': 'Rundown', 'version': VERSION, 'summary': __doc__.partition('\n')[0]},
+        'servers': [{'url': '/'}],
+        'security': [{}, {'token': []}],
+        'paths': paths,
+        'components': {
+            'schemas': {**SCHEMAS, **requests},
+            'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}},
+        },
+    }
+
+
+def openapi_operation(path, route):
+    call = CALLS.get(path, Call(path.strip('/'), '', {}))
+    schema = call.response
+    if 'jobs' in route.rules:
+        schema = either(schema, object_schema('jobs', jobs=list_schema(schema)))
+    error = {'application/json': {'schema': reference('Error')}}
+    operation = {
+        'operationId': call.name,
+        'summary': call.summary,
+        'responses': {
+            '200': {'description': 'Done.', 'content': {call.content_type: {'schema': schema}}},
+            'default': {'description': 'Refused, or not possible now.', 'content': error},
+        },
+    }
+    if path == '/poll':
+        operation['responses']['204'] = {'description': 'No job came.'}
+    alternatives = [' or '.join(fields) for fields in route.required if len(fields) > 1]
+    if alternatives:
+        operation['description'] = f'It needs {", and ".join(alternatives)}.'
+    return operation
+
+
+def openapi_body(route, item):
+    """The schema of one item, and that of the body: an item, or where it may be, many."""
+    fields = {
+        field: or_null(rule.schema) if field in NULLABLE else rule.schema
+        for field, rule in route.rules.items() if field != 'jobs'}
+    schema = object_schema(**fields)
+    schema['required'] = [fields[0] for fields in route.required if len(fields) == 1]
+    schema['additionalProperties'] = False
+    if 'jobs' not in route.rules:
+        return schema, item
+    jobs = {**list_schema(item), 'minItems': 1, 'maxItems': MAX_BATCH}
+    return schema, either(item, object_schema('jobs', jobs=jobs))
+
+
+def openapi_parameters(path, route):
+    in_path = route.required[0][0] if route.required else None
+    return [
+        {
+            'name': field,
+            'in': 'path' if field == in_path else 'query',
+            'required': field == in_path,
+            'schema': rule.schema,
+        }
+        for field, rule in route.rules.items()]
 
 
 # -- Command line ---------------------------------------------------------------------------------
@@ -7083,8 +7316,8 @@ POLICY = '; '.join([
 ])
 
 
-# -- Node SDK ---------------------------------------------------------------------------------------
-NODE_SDK = r"""// @ts-nocheck: types are for programs that use this file, in the JSDoc of everything exported.
+# -- Node SDK --------------------------------------------------------------------------------------
+NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use this file
 /**
  * Rundown for Node 18 and newer: enqueue background jobs and work on them. No packages.
  *
@@ -7118,7 +7351,6 @@ import http from "node:http";
 import https from "node:https";
 import os from "node:os";
 import { setTimeout as sleep } from "node:timers/promises";
-import { urlToHttpOptions } from "node:url";
 import { inspect } from "node:util";
 
 const DEFAULT_URL = "http://127.0.0.1:8181";
@@ -7235,7 +7467,8 @@ function exchange(engine, path, text, limit, poll) {
   const isSecure = url.protocol === "https:";
   const token = process.env.RUNDOWN_TOKEN;
   const options = {
-    ...urlToHttpOptions(url),
+    hostname: url.hostname.replace(/^\[|\]$/g, ""), // of an IPv6 address
+    port: url.port,
     path: url.pathname.replace(/\/$/, "") + path,
     method: text === undefined ? "GET" : "POST",
     agent: isSecure ? secureAgent : plainAgent,
@@ -7840,7 +8073,6 @@ class Worker {
       try {
         await this.deliver(reports);
         tries = 0;
-        this.isStuck = false;
         this.back();
       } catch (error) {
         tries += 1;
@@ -7848,6 +8080,7 @@ class Worker {
         await pause(this.away(error, tries), this.closing.signal);
       }
       reports = this.nextReports();
+      this.isStuck = tries > 0 && reports.length > 0;
     }
     this.isReporting = false;
   }

@@ -4286,9 +4286,12 @@ def enqueue_in(
     inspect.signature(Client.enqueue).bind(None, queue, **options)  # TypeError: unknown option
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
-    if delay is not None:
+    if run_at is not None and delay is not None:
+        raise Misuse('a job has a delay or a run_at, not both')
+    if run_at is None and (delay is not None or options.get('expires') is not None):
+        # counted from now, and not from when the engine gets the job
         now = datetime.datetime.now(datetime.timezone.utc)
-        run_at = now + datetime.timedelta(seconds=in_seconds(delay))
+        run_at = now + datetime.timedelta(seconds=clamp_delay(delay or 0))
     id = id or new_id()
     Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
     outbox_activity.last_write = time.monotonic()
@@ -4308,8 +4311,8 @@ def driver_connection(connection):
         connection = connection.connection
     connection = getattr(connection, 'dbapi_connection', connection)
     if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
-        raise Misuse(f'a {type(connection).__name__} is not a connection that enqueue_in() takes: '
-                     'sqlite3, psycopg, psycopg2, SQLAlchemy or Django, and none of asyncio')
+        raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
+                     f'Django that is not for asyncio, not a {type(connection).__name__}')
     return connection
 
 
@@ -4353,11 +4356,12 @@ class Outbox:
         be larger than the memory.
         """
         now = time.monotonic()
-        postponed = [str(number) for number, at in self.postponed.items() if at > now]
+        self.postponed = {number: at for number, at in self.postponed.items() if at > now}
+        postponed = ','.join(map(str, self.postponed)) or '0'
         return self.execute(
             'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL '
             'AND (taken_by IS NULL OR taken_by <> ?) '
-            f'AND number NOT IN ({",".join(postponed) or "0"}) ORDER BY number LIMIT {OUTBOX_PAGE}',
+            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}',
             host)
 
     def texts(self, numbers):
@@ -4444,32 +4448,34 @@ class Outbox:
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
 
-    def number_rows(self):
-        """Repair a table without numbers. Version 1.1 made it through Django's SQLite connection.
+    def repair_numbers(self):
+        """Number the rows of a table that version 1.1 made through Django's SQLite connection.
 
         Its jobs are all sent again, since it does not tell which of them the engine has. The
         engine recognizes their ids.
         """
-        if not self.is_sqlite:
-            return
-        found = self._execute("SELECT sql FROM sqlite_master WHERE type = 'table' "
-                              "AND name = 'rundown_outbox' AND sql LIKE '%BIGSERIAL%'")
-        if not found:
+        if not self._lacks_numbers():
             return
         begins = not self.connection.in_transaction
         if begins:
             self._execute('BEGIN IMMEDIATE')
-        columns = 'job, error, taken_by, taken_at'
-        self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
-        self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
-        self._execute(f'INSERT INTO rundown_outbox ({columns}) '
-                      f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
-        self._execute('DROP TABLE rundown_outbox_unnumbered')
+        if self._lacks_numbers():       # still, now that no other forwarder can repair it
+            columns = 'job, error, taken_by, taken_at'
+            self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
+            self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
+            self._execute(f'INSERT INTO rundown_outbox ({columns}) '
+                          f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
+            self._execute('DROP TABLE rundown_outbox_unnumbered')
+            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
         if begins:
             self._execute('COMMIT')
         else:
             self.commit()
-        note(logging.WARNING, 'the outbox had no row numbers: repaired, its jobs are sent again')
+
+    def _lacks_numbers(self):
+        return self.is_sqlite and bool(self._execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
+            "AND sql LIKE '%BIGSERIAL%'"))
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -4481,7 +4487,7 @@ def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0
     client = default.client(host)
     with contextlib.closing(connect()) as connection:
         outbox = Outbox(connection)
-        outbox.number_rows()
+        outbox.repair_numbers()
         return forward_pending(outbox, client, client.call, keep)
 
 
@@ -4513,6 +4519,7 @@ def send_rows(outbox, client, send, keep, rows):
         outbox.commit()
         if not texts:       # another forwarder was faster
             continue
+        host = client.host
         try:
             send('/enqueue', f'{{"jobs":[{",".join(texts)}]}}')
         except (Refused, EngineUnavailable) as error:
@@ -4524,7 +4531,8 @@ def send_rows(outbox, client, send, keep, rows):
             else:
                 set_aside(outbox, numbers, error)
         else:
-            outbox.mark_taken(numbers, client.host, keep)
+            # If the client has changed to another engine meanwhile, that one gets them again.
+            outbox.mark_taken(numbers, host, keep)
             count += len(batch)
         outbox.commit()
     return count
@@ -4576,7 +4584,7 @@ def keep_forwarding(connect, host, keep, interval, stopping):
         try:
             with contextlib.closing(connect()) as connection:
                 outbox = Outbox(connection)
-                outbox.number_rows()
+                outbox.repair_numbers()
                 while not is_last:
                     is_last = stopping.is_set()
                     client = default.client(host)
