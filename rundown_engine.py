@@ -4404,7 +4404,8 @@ SCHEMAS = {
         hung=or_null(INTEGER)),
     'QueuePage': object_schema(
         'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
-        now=TIME, workers=list_schema(reference('Worker'))),
+        now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
+        unserved=list_schema({})),
     'Health': object_schema(
         'status storage version', status=STRING, storage=STRING, version=STRING),
 }
