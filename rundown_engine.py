@@ -48,9 +48,11 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
-    GET  /queues     limit, after, busy (work first), queue, search (in the name): counts, oldest
-                     age, paused, workers seen, the last hour by the minute; totals of all queues
-                     and those with due jobs that no worker polls
+    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
+                     cancelled or given to others, so that it need not wait for its heartbeat
+    GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
+                     oldest age, paused, workers seen, the last hour by the minute; totals=true:
+                     also the sums of all queues, and those with due jobs that no worker polls
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
@@ -459,6 +461,7 @@ class FieldRule(NamedTuple):
     description: str                    # completes "FIELD must be ..."
     is_valid: Callable[[Any], Any]
     convert: Callable[[Any], Any]       # may raise ValueError, OverflowError, RecursionError
+    schema: Dict[str, Any]              # the same in JSON Schema, for OpenAPI
 
 
 def identity(value):
@@ -469,14 +472,16 @@ def whole_number(low, high):
     return FieldRule(
         f'a whole number from {low} to {high}',
         lambda value: type(value) is int and low <= value <= high,
-        identity)
+        identity,
+        {'type': 'integer', 'minimum': low, 'maximum': high})
 
 
 def duration(low, high):
     return FieldRule(
         f'a number of seconds from {low} to {high}',
         lambda value: type(value) in (int, float) and low <= value <= high,
-        micros)
+        micros,
+        {'type': 'number', 'minimum': low, 'maximum': high})
 
 
 def printable(longest):
@@ -484,33 +489,43 @@ def printable(longest):
         f'a string of 1 to {longest} characters without control characters',
         lambda value: (
             type(value) is str and 0 < len(value) <= longest and not UNPRINTABLE.search(value)),
-        identity)
+        identity,
+        {'type': 'string', 'minLength': 1, 'maxLength': longest})
 
 
 def one_of(words):
-    return FieldRule('one of ' + ', '.join(words), lambda value: value in words, identity)
+    return FieldRule(
+        'one of ' + ', '.join(words),
+        lambda value: value in words,
+        identity,
+        {'type': 'string', 'enum': list(words)})
 
 
 NAME = printable(200)
 JSON_VALUE = FieldRule(
     f'JSON of finite numbers that is nested at most {MAX_DEPTH} levels',
     lambda value: True,
-    storable_json)
-FLAG = FieldRule('true or false', lambda value: type(value) is bool, identity)
+    storable_json,
+    {})
+FLAG = FieldRule(
+    'true or false', lambda value: type(value) is bool, identity, {'type': 'boolean'})
 JOB_IDS = FieldRule(
     f'a list of 1 to {MAX_AFTER} ids of jobs',
     lambda value: (
         type(value) is list and 0 < len(value) <= MAX_AFTER and all(map(NAME.is_valid, value))),
-    lambda value: list(dict.fromkeys(value)))
+    lambda value: list(dict.fromkeys(value)),
+    {'type': 'array', 'items': NAME.schema, 'minItems': 1, 'maxItems': MAX_AFTER})
 
 ERROR_TEXT = FieldRule(
     'a string',
     lambda value: type(value) is str,
-    lambda value: truncate_middle(SURROGATE.sub('\ufffd', value), MAX_ERROR))
+    lambda value: truncate_middle(SURROGATE.sub('\ufffd', value), MAX_ERROR),
+    {'type': 'string'})
 CRON_TEXT = FieldRule(
     'a string like "0 3 * * *" or "@daily"',
     lambda value: type(value) is str and len(value) <= 1000,
-    identity)
+    identity,
+    {'type': 'string', 'maxLength': 1000})
 
 # The fields of requests; ROUTES says which call takes which. Those of JOB_COLUMNS and
 # SCHEDULE_COLUMNS join them below.
@@ -522,6 +537,7 @@ FIELDS = {
     'retry': FLAG,
     'brief': FLAG,
     'busy': FLAG,
+    'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
     'max_running': whole_number(1, 10**6),
@@ -532,11 +548,12 @@ FIELDS = {
     'run_at': FieldRule(
         'a time like 2030-01-31T12:00:00Z',
         lambda value: type(value) is str and RFC3339.fullmatch(value),
-        parse_time),
+        parse_time,
+        {'type': 'string', 'format': 'date-time'}),
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
-    'jobs': FieldRule('at the top of the body', lambda value: False, identity),
+    'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy')      # numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 
@@ -1607,7 +1624,8 @@ class Transaction:
         self.response_budget = response_budget  # characters of jobs that polls may still claim
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
-        self.topics = set()     # ('queue', q) and ('job', id) whose waiters may find something now
+        # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
+        self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
@@ -1684,6 +1702,8 @@ class Jobs:
                 changes['attempts'] = attempts_json(job, rule.outcome, tx.now, error)
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
+            if call in ('cancel', 'lose'):
+                tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
             self.place(tx, changes, queue, due, changes.get('waits_for', job['waits_for']))
@@ -2566,11 +2586,13 @@ class Queries:
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
 
 
-TOTALS = 'SELECT COUNT(*) AS queues, {} FROM queues'.format(
-    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)))
-WITHOUT_RUNNING_JOBS = '''
-    SELECT queue, pending - scheduled - waiting AS due FROM queues
-    WHERE paused = 0 AND running = 0 AND pending > scheduled + waiting ORDER BY queue'''
+IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting
+    AND COALESCE(polled_at, 0) < :silent_since)'''
+TOTALS = 'SELECT COUNT(*) AS queues, {}, COALESCE(SUM({}), 0) AS unserved FROM queues'.format(
+    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)), IS_UNSERVED)
+UNSERVED = f'''
+    SELECT queue, pending - scheduled - waiting AS due FROM queues WHERE {IS_UNSERVED}
+    ORDER BY queue LIMIT {MAX_UNSERVED_LISTED}'''
 
 
 class Overview:
@@ -2583,41 +2605,45 @@ class Overview:
         self.workers = workers
         self.meter = meter
 
-    def queues(self, limit=MAX_LIMIT, after='', busy=False, queue=None, search=''):
+    def queues(self, totals=False, **params):
         """A page of queues, by name or the busy first; `search` is a part of the name.
 
-        Totals, minutes and unserved queues are of all queues. Ages are in seconds.
+        `totals` adds the sums over all queues. Ages are in seconds.
         """
-        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        now = self.clock.now()
         with self.database.reading() as db:
-            rows = db.execute(
-                'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
-                f'AND INSTR(LOWER(queue), LOWER(:search)) ORDER BY {order} LIMIT :limit',
-                {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
-            oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
-            totals = dict(db.execute(TOTALS).fetchone())
-            idle = db.execute(WITHOUT_RUNNING_JOBS).fetchall()
+            page = self._page(db, now, **params)
             running = {(worker, queue): count
                        for worker, queue, count in db.execute(RUNNING_OF_WORKERS)}
-        now = self.clock.now()
-        unserved = self._unserved(idle, now)
+            sums = self._sums(db, now) if totals else {}
+        return {**page, 'now': rfc3339(now), **sums, 'workers': self._workers_json(running)}
+
+    def _page(self, db, now, limit=MAX_LIMIT, after='', busy=False, queue=None, search=None):
+        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        rows = db.execute(
+            'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
+            'AND (:search IS NULL OR INSTR(LOWER(queue), LOWER(:search))) '
+            f'ORDER BY {order} LIMIT :limit',
+            {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
+        oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
         return {
             'queues': self._queues_json(rows, oldest, now),
             'after': rows[-1]['queue'] if len(rows) == limit and not busy else None,
-            'now': rfc3339(now),
-            'totals': {**totals, 'unserved': len(unserved)},
-            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
-            'unserved': unserved[:MAX_UNSERVED_LISTED],
-            'workers': self._workers_json(running),
         }
 
-    def _unserved(self, idle, now):
-        """Those of the queues with due jobs that no worker has polled lately."""
-        polled = self.workers.last_polled
-        return [
-            {'queue': queue, 'due': due, 'polled_at': rfc3339(polled.get(queue))}
-            for queue, due in idle
-            if now - polled.get(queue, 0) > micros(WORKER_SILENCE)]
+    def _sums(self, db, now):
+        # the stored time of a poll may be older than the poll
+        silence = {'silent_since': now - micros(WORKER_SILENCE + POLL_TIME_RESOLUTION)}
+        totals = dict(db.execute(TOTALS, silence).fetchone())
+        unserved = db.execute(UNSERVED, silence).fetchall() if totals['unserved'] else []
+        return {
+            'totals': totals,
+            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
+            'unserved': [self._unserved_json(row) for row in unserved],
+        }
+
+    def _unserved_json(self, row):
+        return {**row, 'polled_at': rfc3339(self.workers.last_polled.get(row['queue']))}
 
     def _workers_json(self, running):
         return [
@@ -2919,7 +2945,7 @@ class LongPoll(Operation):
 
 
 class JobWait:
-    """A wait for a job's end: it looks once without a transaction, then waits for its topic."""
+    """A wait for an event: it looks once without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
 
@@ -3975,6 +4001,15 @@ def get_job(server, params):
                    ('job', id), held_seconds(params))
 
 
+def wait_for_loss(server, params):
+    """Whether a job was taken from the worker: cancelled, or its lease was over."""
+    def render(was_lost):
+        return {'lost': bool(was_lost)}
+
+    topic = ('worker', params['worker'])
+    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
+
+
 def list_jobs(server, params):
     """A page of jobs; with `id`, which a path cannot hold if it is like `..`, that job."""
     return get_job(server, params) if 'id' in params else server.store.queries.jobs(**params)
@@ -3998,6 +4033,10 @@ def metrics(server, params):
 
 def docs(server, params):
     return Response(__doc__, content_type=PLAIN_TEXT)
+
+
+def node_sdk(server, params):
+    return Response(NODE_SDK, content_type='text/javascript; charset=utf-8')
 
 
 def dashboard(status=200):
@@ -4058,12 +4097,16 @@ ROUTES = {
     '/jobs': route(
         'GET', list_jobs, optional='id queue status tag limit after brief needed_by needs',
         offload=True),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
     '/queues': route(
-        'GET', read_call('queues'), optional='limit after busy queue search', offload=True),
+        'GET', read_call('queues'), optional='limit after busy queue search totals',
+        offload=True),
     '/metrics': route('GET', metrics, offload=True),
     '/health': route('GET', read_call('health')),
     '/backup': route('GET', backup, offload=True),
     '/docs': route('GET', docs),
+    '/openapi.json': route('GET', lambda server, params: openapi()),
+    '/rundown.mjs': route('GET', node_sdk),
     '/': route('GET', lambda server, params: dashboard()),
 }
 
@@ -4393,6 +4436,219 @@ def sample(value, suffix='', **labels):
     pairs = ','.join(f'{name}="{str(text).translate(LABEL_ESCAPES)}"'
                      for name, text in labels.items())
     return f'{suffix}{{{pairs}}} {value}'
+
+
+# -- OpenAPI ---------------------------------------------------------------------------------------
+COLUMN_SCHEMAS = {      # function that writes a column -> what it writes, null aside
+    json_string: {'type': 'string'},
+    json_number: {'type': 'integer'},
+    json_time: {'type': 'string', 'format': 'date-time'},
+    json_duration: {'type': 'number'},
+    json_timeout: {'type': 'number'},
+    json_max_retries: {'type': 'integer'},
+    json_value: {},
+}
+
+
+def object_schema(required='', **properties):
+    return {'type': 'object', 'properties': properties, 'required': required.split()}
+
+
+def list_schema(items):
+    return {'type': 'array', 'items': items}
+
+
+def or_null(schema):
+    return {**schema, 'type': [schema['type'], 'null']} if 'type' in schema else schema
+
+
+def either(*schemas):
+    return {'anyOf': list(schemas)}
+
+
+def reference(schema):
+    return {'$ref': f'#/components/schemas/{schema}'}
+
+
+def page_schema(name, item):
+    return object_schema(f'{name} after', after=or_null(STRING), **{name: list_schema(item)})
+
+
+def table_schema(columns, **more):
+    """An object of the columns that clients see; what brief pages leave out is not required."""
+    schema = object_schema()
+    for name, column in columns.items():
+        if column.json:
+            values = dict(COLUMN_SCHEMAS[column.json])
+            if column.rule and 'enum' in column.rule.schema:
+                values['enum'] = column.rule.schema['enum']
+            is_set = re.search('NOT NULL|PRIMARY KEY', column.type) or column.json is json_timeout
+            schema['properties'][name] = values if is_set else or_null(values)
+            if column.brief:
+                schema['required'].append(name)
+    schema['properties'].update(more)
+    return schema
+
+
+STRING = {'type': 'string'}
+INTEGER = {'type': 'integer'}
+NUMBER = {'type': 'number'}
+BOOLEAN = {'type': 'boolean'}
+TIME = COLUMN_SCHEMAS[json_time]
+SCHEMAS = {
+    'Error': object_schema('error', error=STRING),
+    'Attempt': object_schema(
+        'attempt outcome', attempt=INTEGER, worker=or_null(STRING), outcome=STRING,
+        started_at=TIME, finished_at=or_null(TIME), error=or_null(STRING)),
+    'Job': table_schema(
+        JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
+        attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER),
+    'JobPage': page_schema('jobs', reference('Job')),
+    # of a report; in a batch `error` and `code` say that the item is refused
+    'Outcome': object_schema(
+        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, error=STRING,
+        code=INTEGER),
+    'Count': object_schema('count', count=INTEGER),
+    'Paused': object_schema('queue paused', queue=STRING, paused=BOOLEAN),
+    'Limits': object_schema(
+        'queue max_running rate per', queue=STRING, max_running=or_null(INTEGER),
+        rate=or_null(INTEGER), per=or_null(NUMBER)),
+    'Schedule': table_schema(SCHEDULE_COLUMNS, created=BOOLEAN),
+    'SchedulePage': page_schema('schedules', reference('Schedule')),
+    'Queue': object_schema(
+        'queue paused', queue=STRING, paused=BOOLEAN, oldest_age=or_null(NUMBER),
+        polled_at=or_null(TIME), max_running=or_null(INTEGER), rate=or_null(INTEGER),
+        per=or_null(NUMBER), workers=list_schema(STRING), minutes={},
+        **dict.fromkeys(COUNTS, INTEGER)),
+    'Worker': object_schema(
+        'worker queue seen_at running', worker=STRING, queue=STRING, seen_at=TIME, running=INTEGER,
+        hung=or_null(INTEGER)),
+    'QueuePage': object_schema(
+        'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
+        now=TIME, workers=list_schema(reference('Worker'))),
+    'Health': object_schema(
+        'status storage version', status=STRING, storage=STRING, version=STRING),
+}
+
+
+class Call(NamedTuple):
+    """What OpenAPI says of a route beyond its fields."""
+
+    name: str
+    summary: str
+    response: Dict[str, Any]
+    content_type: str = 'application/json'
+
+
+CALLS = {       # a route that is not here is described by its fields alone
+    '/enqueue': Call('enqueue', 'Add a job; or many, all or none.', reference('Job')),
+    '/poll': Call('poll', 'Claim a job; with `limit`, jobs.',
+                  either(reference('Job'), list_schema(reference('Job')))),
+    '/complete': Call('complete', 'Report that a job is done.', reference('Outcome')),
+    '/fail': Call('fail', 'Report that an attempt has failed.', reference('Outcome')),
+    '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
+    '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
+    '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
+    '/limit': Call('limit', 'Set the limits of a queue; null removes one.', reference('Limits')),
+    '/schedule': Call('schedule', 'Create or change a schedule.', reference('Schedule')),
+    '/unschedule': Call('unschedule', 'Delete a schedule; its jobs stay.', reference('Count')),
+    '/schedules': Call('list_schedules', 'A page of schedules.', reference('SchedulePage')),
+    '/jobs/': Call('get_job', 'A job; with `wait`, once it has ended.', reference('Job')),
+    '/status/': Call('get_status', 'A job.', reference('Job')),
+    '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
+    '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
+                  either(reference('JobPage'), reference('Job'))),
+    '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
+    '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
+    '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
+    '/backup': Call('backup', 'A copy of the database.', STRING, 'application/vnd.sqlite3'),
+    '/docs': Call('docs', 'The manual.', STRING, 'text/plain'),
+    '/openapi.json': Call('openapi', 'This document.', {'type': 'object'}),
+    '/rundown.mjs': Call('node_sdk', 'The SDK for Node.', STRING, 'text/javascript'),
+    '/': Call('dashboard', 'The dashboard.', STRING, 'text/html'),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def openapi():
+    """What the calls take and answer, from ROUTES, FIELDS and the tables of columns."""
+    requests = {}
+    paths = {}
+    for path, route in ROUTES.items():
+        operation = openapi_operation(path, route)
+        if route.method == 'POST':
+            name = path[1:].capitalize() + 'Request'
+            requests[name], body = openapi_body(route, reference(name))
+            operation['requestBody'] = {
+                'required': True, 'content': {'application/json': {'schema': body}}}
+        else:
+            operation['parameters'] = openapi_parameters(path, route)
+        if path.endswith('/') and path != '/':
+            path += f'{{{route.required[0][0]}}}'
+        paths[path] = {route.method.lower(): operation}
+    return {
+        'openapi': '3.1.0',
+        'info': {'title': 'Rundown', 'version': VERSION, 'summary': __doc__.partition('\n')[0]},
+        'servers': [{'url': '/'}],
+        'security': [{}, {'token': []}],
+        'paths': paths,
+        'components': {
+            'schemas': {**SCHEMAS, **requests},
+            'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}},
+        },
+    }
+
+
+def openapi_operation(path, route):
+    call = CALLS.get(path, Call(path.strip('/'), '', {}))
+    schema = call.response
+    if 'jobs' in route.rules:
+        schema = either(schema, object_schema('jobs', jobs=list_schema(schema)))
+    error = {'application/json': {'schema': reference('Error')}}
+    operation = {
+        'operationId': call.name,
+        'summary': call.summary,
+        'responses': {
+            '200': {'description': 'Done.', 'content': {call.content_type: {'schema': schema}}},
+            'default': {'description': 'Refused, or not possible now.', 'content': error},
+        },
+    }
+    if path == '/poll':
+        operation['responses']['204'] = {'description': 'No job came.'}
+    alternatives = [' or '.join(fields) for fields in route.required if len(fields) > 1]
+    if alternatives:
+        operation['description'] = f'It needs {", and ".join(alternatives)}.'
+    return operation
+
+
+def openapi_body(route, item):
+    """The schema of one item, and that of the body: an item, or where it may be, many."""
+    fields = {
+        field: or_null(rule.schema) if field in NULLABLE else rule.schema
+        for field, rule in route.rules.items() if field != 'jobs'}
+    schema = object_schema(**fields)
+    schema['required'] = [fields[0] for fields in route.required if len(fields) == 1]
+    schema['additionalProperties'] = False
+    if 'jobs' not in route.rules:
+        return schema, item
+    jobs = {**list_schema(item), 'minItems': 1, 'maxItems': MAX_BATCH}
+    return schema, either(item, object_schema('jobs', jobs=jobs))
+
+
+def openapi_parameters(path, route):
+    in_path = route.required[0][0] if route.required else None
+    return [
+        {
+            'name': field,
+            'in': 'path' if field == in_path else 'query',
+            'required': field == in_path,
+            'schema': rule.schema,
+        }
+        for field, rule in route.rules.items()]
 
 
 # -- Command line ---------------------------------------------------------------------------------
@@ -5447,6 +5703,10 @@ svg {
 }
 
 @media (max-width: 40rem) {
+  #queues td.zero {
+    display: none;
+  }
+
   #totals {
     grid-template-columns: repeat(4, 1fr);
   }
@@ -5579,7 +5839,10 @@ svg {
       </details>
     </section>
     <section class="optional">
-      <h2>Schedules</h2>
+      <div class="heading">
+        <h2>Schedules</h2>
+        <span id="schedules-cut" class="soft"></span>
+      </div>
       <table id="schedules"></table>
     </section>
   </div>
@@ -5704,6 +5967,7 @@ const NOTICE_TIME = 8000;           // ms that the outcome of an action is shown
 const CLICK_GUARD = 300;            // ms until a dialog can be confirmed: no double click does
 const WORKER_SILENCE = 120;         // seconds without a poll until a worker counts as gone
 const PAGE_QUEUES = 100;            // rows on a page
+const PAGE_SCHEDULES = 100;
 const PAGE_JOBS = 50;
 const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
 const GROUPED_FAILURES = 1000;      // newest failures that are grouped
@@ -5713,6 +5977,7 @@ const TYPED_FROM = 100;             // jobs from which a deletion is confirmed b
 const MAX_NAMED = 8;                // queues or workers in one line about a problem
 const MAX_LINE = 200;               // characters of an error's last line, in a search or a summary
 const MAX_SHOWN = 200000;           // characters of a payload or result that are shown
+const MAX_STEP = 2000;              // of a step's result
 const TOKEN_KEY = "rundown token " + location.pathname;     // one for each engine of an origin
 const STATUSES = ["pending", "running", "done", "failed", "cancelled"];
 const FILTERS = ["search", "queue", "status", "tag", "group"];
@@ -5973,9 +6238,14 @@ function query(path, fields) {
 }
 
 // -- Progress -----------------------------------------------------------------------------------
+function plainNumber(value) {       // of one that exactNumber() kept as it was sent
+  return JSON.isRawJSON?.(value) ? Number(value.rawJSON) : value;
+}
+
 function partDone(progress) {       // from 0 to 1; null: not a progress that has an end
-  const {done, total} = progress || {};
-  const part = typeof done === "number" && total > 0 ? done / total : progress;
+  const done = plainNumber(progress?.done);
+  const total = plainNumber(progress?.total);
+  const part = typeof done === "number" && total > 0 ? done / total : plainNumber(progress);
   return typeof part === "number" && part >= 0 && part <= 1 ? part : null;
 }
 
@@ -5996,7 +6266,8 @@ function secondsLeft(job, part) {
 
 function progressText(progress, part) {
   const percent = Math.floor(part * 100) + " %";
-  const {done, total} = progress;
+  const done = plainNumber(progress.done);
+  const total = plainNumber(progress.total);
   return total ? `${number(done)} of ${number(total)}, ${percent}` : percent;
 }
 
@@ -6097,7 +6368,7 @@ const TABLES = {
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
   groups: GROUP_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result))],
+  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -6181,6 +6452,11 @@ function hungItem({worker, queue, hung}) {
   return [name, " (", plural(hung, "hung thread"), " in ", jobsLink({queue}), ")"];
 }
 
+function drawTitle() {
+  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
+  document.title = ($("problems").textContent.trim() ? "(!) " : "") + title;
+}
+
 function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
   const hung = workers.filter(worker => worker.hung);
@@ -6247,7 +6523,7 @@ function sums({done, failed}) {
 function sparkline(minutes) {
   const label = "last hour: " + sums(minutes);
   const attributes = {role: "img", class: "spark", viewBox: "0 0 120 28", "aria-label": label};
-  return el("svg", attributes, el("title", {}, label), jobBars(minutes, 2, 28));
+  return el("div", {title: label}, el("svg", attributes, jobBars(minutes, 2, 28)));
 }
 
 function minuteTime(i) {
@@ -6384,7 +6660,11 @@ function drawOverview(queues, schedules) {
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);
   const isEmpty = !queues.totals.queues;
-  show({example: isEmpty ? exampleText() : "", hour: !isEmpty});
+  show({
+    example: isEmpty ? exampleText() : "",
+    hour: !isEmpty,
+    "schedules-cut": schedules.after ? `the first ${PAGE_SCHEDULES} by name` : "",
+  });
 }
 
 function exampleText() {
@@ -6464,13 +6744,14 @@ function drawPaging({jobs, after}) {
 
 function drawJobs(page) {
   const keyOf = job => job.id;
+  const shown = page.jobs.length;
   drawTabs();
   drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
   drawPaging(page);
   show({
     nothing: nothingText(page),
-    "select-these": page.jobs.length > 0,
-    "select-label": `select these ${number(page.jobs.length)}`,
+    "select-these": shown > 0,
+    "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
   });
   drawFailures();
   drawSelection(page.after);
@@ -6596,10 +6877,10 @@ function drawSelection(hasMore) {
 }
 
 // -- One job ------------------------------------------------------------------------------------
-function jsonText(value) {
+function jsonText(value, longest = MAX_SHOWN) {
   const text = JSON.stringify(value, null, 2);
-  const isCut = text.length > MAX_SHOWN;
-  return isCut ? text.slice(0, MAX_SHOWN) + " ... (cut here; GET /jobs/ID has the rest)" : text;
+  const isCut = text.length > longest;
+  return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
 }
 
 function fieldValue({field, value}) {
@@ -6619,6 +6900,7 @@ function fact(name, ...content) {
 function jobFacts(job) {
   const retries = job.max_retries === null ? "" : `, ${job.retries} of ${job.max_retries} retries`;
   const isDue = job.status === "pending" && !job.waits_for;
+  const took = job.started_at && job.finished_at;
   return [
     fact("status", badge(job.status)),
     fact("queue", jobsLink({queue: job.queue})),
@@ -6628,6 +6910,8 @@ function jobFacts(job) {
     job.tag && fact("tag", jobsLink({tag: job.tag})),
     job.group && fact("group", jobsLink({queue: job.queue, group: job.group}, job.group)),
     isDue && fact("due", agoNode(job.next_run_at)),
+    took && fact("took", duration(secondsBetween(job.started_at, job.finished_at))),
+    job.finished_at && fact("ended", agoNode(job.finished_at)),
   ].filter(Boolean);
 }
 
@@ -6736,22 +7020,22 @@ const ACTIONS = {
     label: "Retry",
     path: "retry",
     statuses: ["failed", "cancelled"],
-    consequence: "They become pending again, with all their retries.",
+    consequence: "Retried jobs are pending again, with all their retries.",
   },
   run: {
     label: "Run now",
     path: "reschedule",
     fields: {delay: 0},
     statuses: ["pending"],
-    consequence: "They become due now, whatever time they were scheduled for.",
+    consequence: "Jobs become due now, whatever time they were scheduled for.",
   },
   cancel: {
     label: "Cancel",
     path: "cancel",
     statuses: ["pending", "running"],
     isDangerous: true,
-    consequence: "Those that run are interrupted, those that wait for them are cancelled too. "
-      + "They can be retried.",
+    consequence: "Running jobs are interrupted, and jobs that wait for a cancelled one are "
+      + "cancelled too. Cancelled jobs can be retried.",
   },
   delete: {
     label: "Delete",
@@ -6759,7 +7043,8 @@ const ACTIONS = {
     statuses: ["pending", "done", "failed", "cancelled"],
     isDangerous: true,
     isFinal: true,
-    consequence: "They are gone for good, with their payloads, results and errors.",
+    consequence: "Payloads, results and errors are deleted too, and jobs that wait for a deleted "
+      + "one are cancelled. This cannot be undone.",
   },
 };
 
@@ -6919,7 +7204,7 @@ async function fetchHealth() {
 const VIEWS = {
   overview: {
     queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
-    fetch: () => [call(query("schedules", {limit: 100}), {reviver: exactNumber})],
+    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES}), {reviver: exactNumber})],
     draw: drawOverview,
   },
   jobs: {
@@ -6951,7 +7236,7 @@ async function refresh() {
   const {queues, fetch, draw} = VIEWS[view];
   try {
     const [health, counts, ...rest] = await Promise.all([
-      fetchHealth(), call(query("queues", queues())), ...fetch()]);
+      fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
     if (mine !== refreshId) {
       return;
     }
@@ -6961,6 +7246,7 @@ async function refresh() {
       drawProblems(health, counts);
       draw(counts, ...rest);
     });
+    drawTitle();
   } catch (failure) {
     if (mine !== refreshId || showFailure(failure)) {
       return;
@@ -7008,6 +7294,7 @@ function showFailure(failure) {         // whether to wait for the token
     refused: isLocked && token ? "The engine refused this token." : "",
     offline: isLocked ? "" : `${failure.message}. Trying again.${shownSince()}`,
   });
+  drawTitle();
   if (isLocked) {
     $("token").focus();
   }
@@ -7031,8 +7318,6 @@ function route() {
   readAddress();
   clearSelection();
   found = null;
-  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
-  document.title = title;
   show({
     title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
     overview: view === "overview",
@@ -7041,7 +7326,8 @@ function route() {
     job: false,
     "job-sections": false,
     missing: false,
-    nothing: "",
+    nothing: "Looking ...",
+    "select-these": false,
     paging: "",
   });
   for (const each of document.querySelectorAll("[data-view]")) {
@@ -7054,6 +7340,7 @@ function route() {
     lastRows[id] = null;
     patch($(id).tBodies[0], "");
   }
+  drawTitle();
   if (view === "job") {
     $("title").focus();
   }
@@ -7063,7 +7350,11 @@ function route() {
 
 function applyFilter() {
   const fields = Object.fromEntries(new FormData($("filter")));
-  location.hash = address("jobs", {...fields, status: place.status});
+  const hash = address("jobs", {...fields, status: place.status});
+  if (location.hash === hash) {
+    route();                // the search is repeated
+  }
+  location.hash = hash;
 }
 
 // -- Events -------------------------------------------------------------------------------------
@@ -7146,8 +7437,8 @@ POLICY = '; '.join([
 ])
 
 
-# -- Node SDK ---------------------------------------------------------------------------------------
-NODE_SDK = r"""// @ts-nocheck: types are for programs that use this file, in the JSDoc of everything exported.
+# -- Node SDK --------------------------------------------------------------------------------------
+NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use this file
 /**
  * Rundown for Node 18 and newer: enqueue background jobs and work on them. No packages.
  *
@@ -7181,7 +7472,6 @@ import http from "node:http";
 import https from "node:https";
 import os from "node:os";
 import { setTimeout as sleep } from "node:timers/promises";
-import { urlToHttpOptions } from "node:url";
 import { inspect } from "node:util";
 
 const DEFAULT_URL = "http://127.0.0.1:8181";
@@ -7298,7 +7588,8 @@ function exchange(engine, path, text, limit, poll) {
   const isSecure = url.protocol === "https:";
   const token = process.env.RUNDOWN_TOKEN;
   const options = {
-    ...urlToHttpOptions(url),
+    hostname: url.hostname.replace(/^\[|\]$/g, ""), // of an IPv6 address
+    port: url.port,
     path: url.pathname.replace(/\/$/, "") + path,
     method: text === undefined ? "GET" : "POST",
     agent: isSecure ? secureAgent : plainAgent,
@@ -7903,7 +8194,6 @@ class Worker {
       try {
         await this.deliver(reports);
         tries = 0;
-        this.isStuck = false;
         this.back();
       } catch (error) {
         tries += 1;
@@ -7911,6 +8201,7 @@ class Worker {
         await pause(this.away(error, tries), this.closing.signal);
       }
       reports = this.nextReports();
+      this.isStuck = tries > 0 && reports.length > 0;
     }
     this.isReporting = false;
   }
