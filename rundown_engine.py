@@ -105,6 +105,7 @@ import collections
 import contextlib
 import datetime
 import difflib
+import email.utils
 import functools
 import gc
 import glob
@@ -169,6 +170,7 @@ MAX_KNOWN_HEADS = 1024          # request heads that are remembered once they ar
 MAX_KNOWN_HEAD_BYTES = 1024     # bytes of such a head
 KEEP_ALIVE_TIMEOUT = 120        # seconds until an idle connection is closed
 REQUEST_TIMEOUT = 30            # seconds a request may take to arrive, and a response to be taken
+MAX_HELD = 55                   # seconds until a poll or wait is answered; proxies give up after 60
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
@@ -2859,7 +2861,8 @@ class Client:
 
     resume(event)   Continue. `event` is SOCKET_READY, the result of an operation or of a slow call,
                     or an exception, which is raised where the client waits.
-    is_open         False once the client is gone: it is given no job any more.
+    is_open         False once the client is known to be gone.
+    is_connected()  Look at this moment; it costs a system call.
     set_timeout(s)  Have on_timeout() called in `s` seconds, instead of at the time set before.
     on_timeout()    The time is over.
     """
@@ -2880,6 +2883,10 @@ class Client:
 
     def on_timeout(self):
         raise NotImplementedError
+
+    def is_connected(self):
+        """Look whether the client is still there, before it is given a job."""
+        return self.is_open
 
 
 class ThreadWait(Client):
@@ -3025,6 +3032,8 @@ class Waiters:
             for operation in self.by_topic.get(topic, ()):
                 if isinstance(operation, JobWait):
                     operation.result = True
+                elif not operation.client.is_connected():
+                    continue
                 else:
                     run(operation)
                     if not operation.result and operation.error is None:
@@ -3059,7 +3068,7 @@ class Budget:
         if self.request_bytes <= MAX_REQUEST_BUFFER:
             return
         large = [connection for connection in self.connections
-                 if connection.request and len(connection.received) > RESERVED_BYTES]
+                 if connection.is_receiving and connection.request_bytes > RESERVED_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
@@ -3203,7 +3212,7 @@ class Committer:
         writes, inserts, polls = [], [], []
         for operation in operations:
             if operation.topic:
-                if operation.client.is_open:
+                if operation.client.is_connected():
                     polls.append(operation)
             elif operation.single_insert and insert_in_bulk and operation.error is None:
                 inserts.append(operation)
@@ -3399,10 +3408,17 @@ class EventLoop:
 
 
 # -- HTTP -----------------------------------------------------------------------------------------
-REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
+REQUEST_LINE = re.compile(
+    rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) '                                 # method
+    rb'(?:[Hh][Tt][Tt][Pp][Ss]?://([0-9A-Za-z._:\[\]-]{1,300})(?=/))?'  # absolute form
+    rb'(/[!-~]*) HTTP/1\.([01])')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin')
+SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin',
+                  'transfer-encoding')
+CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~]*)?')      # size, extensions
+MAX_CHUNK_LINE = 256            # bytes
+TLS_ALERT = b'\x15'             # the type of the record in which a client says goodbye
 END_OF_HEAD = b'\r\n\r\n'
 NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 PROMETHEUS = 'text/plain; version=0.0.4; charset=utf-8'
@@ -3429,10 +3445,11 @@ class RequestHead(NamedTuple):
     path_parameter: str         # '/jobs/17' is the route '/jobs/' and the parameter '17'
     query: str
     headers: Dict[str, str]     # by lower-case names
+    is_http_1_1: bool
     keep_alive: bool
     # known once it is authorized
     rule: Optional['Route'] = None
-    content_length: int = 0
+    content_length: Optional[int] = 0       # None: the body is chunked
 
 
 def check_head_bytes(head):
@@ -3456,7 +3473,7 @@ def parse_head(raw):
     fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1'))
               for match in matches[1:]]
     headers = dict(fields)
-    is_http_1_1 = request_line[3] == b'1'
+    is_http_1_1 = request_line[4] == b'1'
     if is_http_1_1 and 'host' not in headers:
         raise BadRequest('the header Host is missing')
     if len(headers) < len(fields):
@@ -3466,10 +3483,12 @@ def parse_head(raw):
                 raise BadRequest(f'the header {name} is there twice')
     connection = headers.get('connection', '').lower()
     keep_alive = 'close' not in connection and (is_http_1_1 or 'keep-alive' in connection)
-    path, _, query = request_line[2].decode().partition('?')
+    if request_line[2]:         # its host replaces that of the header (RFC 9112, 3.2.2)
+        headers['host'] = request_line[2].decode()
+    path, _, query = request_line[3].decode().partition('?')
     route, path_parameter = split_path(path)
-    return RequestHead(
-        request_line[1].decode(), path, route, path_parameter, query, headers, keep_alive)
+    return RequestHead(request_line[1].decode(), path, route, path_parameter, query, headers,
+                       is_http_1_1, keep_alive)
 
 
 def split_path(path):
@@ -3507,6 +3526,7 @@ class Request:
     def __init__(self, deadline):
         self.deadline = deadline    # the loop's time at which it has to be here
         self.head = None            # a RequestHead; None until its end was received
+        self.is_received = False
         self.body = None            # bytes, until they are parsed
         self.size = 0               # bytes of the body, also of what it became
         self.operation = None       # an Operation or JobWait that it waits for
@@ -3557,6 +3577,10 @@ class Connection(Client):
             self.server.log_bug('a connection', error)
             self.close()
 
+    @property
+    def is_receiving(self):
+        return self.request is not None and not self.request.is_received
+
     def on_timeout(self):
         if self.request and self.request.operation:
             self.resume(NOTHING)
@@ -3582,6 +3606,17 @@ class Connection(Client):
             return SOCKET_READY
         self.received += data
         return SOCKET_READY if data else EOFError()
+
+    def is_connected(self):
+        if not self.is_open:
+            return False
+        try:
+            data = socket.socket.recv(self.sock, 1, socket.MSG_PEEK)    # beneath TLS, too
+        except NOT_READY:
+            return True
+        except OSError:
+            return False
+        return data != b'' and not (self.server.tls and data == TLS_ALERT)
 
     def _watch(self, events):
         if self.watched:
@@ -3630,6 +3665,7 @@ class Connection(Client):
         keep_alive = False      # after an error in the head or body the next request is not found
         try:
             yield from self._receive_request(request)
+            request.is_received = True
             keep_alive = request.head.keep_alive
             response = yield from self._dispatch(request)
             file = self._begin_response(request, response, keep_alive)
@@ -3660,15 +3696,65 @@ class Connection(Client):
             request.head = self.server.authorize(request.head)
             self.server.remember_head(raw_head, request.head)
         length = request.head.content_length
+        if length is None:
+            self._expect_body(request)
+            request.body = yield from self._receive_chunks(request)
+            return
         self.loop.budget.require_capacity(length)
         if len(self.received) < length:
-            if 'expect' in request.head.headers:
-                self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self._expect_body(request)
             while len(self.received) < length:
                 yield READ
         request.body = bytes(self.received[:length])
         request.size = length
         del self.received[:length]
+
+    def _expect_body(self, request):
+        if 'expect' in request.head.headers and request.head.is_http_1_1:
+            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _receive_chunks(self, request):
+        """The body of a chunked request (RFC 9112, 7.1), without extensions and trailers."""
+        body = bytearray()
+        size = yield from self._receive_chunk_size()
+        while size:
+            request.size = len(body) + size
+            if request.size > MAX_BODY:
+                raise PayloadTooLarge(f'the body has more than {MAX_BODY} bytes')
+            self.loop.budget.require_capacity(request.size)
+            while len(self.received) < size + 2:
+                yield READ
+            if self.received[size:size + 2] != b'\r\n':
+                raise BadRequest('a chunk of the body is longer than its size')
+            body += self.received[:size]
+            del self.received[:size + 2]
+            size = yield from self._receive_chunk_size()
+        trailer = yield from self._receive_line(MAX_HEAD)
+        for _ in range(MAX_HEADERS):
+            if not trailer:
+                return bytes(body)
+            if not HEADER.fullmatch(trailer):
+                raise BadRequest('the body ends in a line that is no trailer')
+            trailer = yield from self._receive_line(MAX_HEAD)
+        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} trailers')
+
+    def _receive_chunk_size(self):
+        line = yield from self._receive_line(MAX_CHUNK_LINE)
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f'{describe(line.decode("latin-1"))} is no size of a chunk')
+        return int(match[1], 16)
+
+    def _receive_line(self, longest):
+        end = self.received.find(b'\r\n', 0, longest + 2)
+        while end < 0:
+            if len(self.received) > longest:
+                raise BadRequest(f'a line of the body has more than {longest} bytes')
+            yield READ
+            end = self.received.find(b'\r\n', 0, longest + 2)
+        line = bytes(self.received[:end])
+        del self.received[:end + 2]
+        return line
 
     def _dispatch(self, request):
         """The response of the handler, after the operation that it asks for."""
@@ -3745,9 +3831,15 @@ class Connection(Client):
         self.server.store.meter.request(route, status)
         if self.server.verbose:
             log(f'{self.address[0]} {method} {route} {status}')
-        head = response_head(status, content_type, headers, keep_alive)
-        if status != 204:
-            head += b'Content-Length: %d\r\n\r\n' % length
+        connection = '' if keep_alive else 'close'
+        if keep_alive and not request.head.is_http_1_1:
+            connection = 'keep-alive'
+        head = response_head(status, content_type, headers, connection)
+        date = date_header(int(time.time()))
+        if status == 204:
+            head = b'%s%s\r\n' % (head, date)
+        else:
+            head = b'%s%sContent-Length: %d\r\n\r\n' % (head, date, length)
         self.unsent = head if file or method == 'HEAD' else head + body
         if file and method == 'HEAD':
             file.close()
@@ -3789,16 +3881,20 @@ def encode_body(body):
 
 
 @functools.lru_cache(maxsize=256)
-def response_head(status, content_type, headers, keep_alive):
-    """The status line and headers, up to the content length; complete for 204, which has none."""
+def response_head(status, content_type, headers, connection):
+    """The status line and all headers but Date and Content-Length."""
     lines = [f'HTTP/1.1 {status} {http.client.responses[status]}', *COMMON_HEADERS]
     lines += [f'{name}: {value}' for name, value in headers]
-    if not keep_alive:
-        lines.append('Connection: close')
+    if connection:
+        lines.append(f'Connection: {connection}')
     if status != 204:
         lines.append(f'Content-Type: {content_type}')
-    end = '\r\n\r\n' if status == 204 else '\r\n'
-    return ('\r\n'.join(lines) + end).encode('latin-1')
+    return ''.join(f'{line}\r\n' for line in lines).encode('latin-1')
+
+
+@functools.lru_cache(maxsize=1)
+def date_header(second):
+    return f'Date: {email.utils.formatdate(second, usegmt=True)}\r\n'.encode()
 
 
 # handlers: (server, params) -> a response, or an Operation or JobWait whose result becomes one
@@ -3824,8 +3920,13 @@ def poll(server, params):
 
     claims = server.store.claims
     topic = ('queue', params['queue'])
-    wait = params.get('wait', 0) / 1000000
+    wait = held_seconds(params)
     return LongPoll(lambda tx: claims.poll(tx, params), render, topic, wait)
+
+
+def held_seconds(params):
+    """How long a poll or wait is held: not as long as proxies wait for a response."""
+    return min(params.get('wait', 0) / 1000000, MAX_HELD)
 
 
 def write_call(name):
@@ -3897,7 +3998,7 @@ def get_job(server, params):
     if 'wait' not in params:
         return queries.job(id)
     return JobWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
-                   ('job', id), params['wait'] / 1000000)
+                   ('job', id), held_seconds(params))
 
 
 def wait_for_loss(server, params):
@@ -4119,34 +4220,54 @@ class Server(http.server.ThreadingHTTPServer):
             raise BadRequest(f'{head.route} takes its fields in the body, not in the query')
         return head._replace(rule=rule, content_length=self._content_length(head))
 
+    def _is_own_name(self, host):
+        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
+        the DNS of an attacker may have bound it to this address."""
+        name = re.sub(r':\d*$', '', host).strip('[]').lower()
+        if name in self.allowed_hosts or is_loopback(name):
+            return True
+        return address_of(name) is not None and not self.is_loopback_only
+
     def _check_host(self, head):
-        """A foreign name may be one that an attacker's DNS has bound to this address."""
-        header = head.headers.get('host', 'localhost')
-        host = re.sub(r':\d*$', '', header).strip('[]').lower()
-        if host in self.allowed_hosts or is_loopback(host):
-            return
-        if not address_of(host) or self.is_loopback_only:
+        host = head.headers.get('host', 'localhost')
+        if not self._is_own_name(host):
             raise Misdirected(
-                f'Host {describe(header)} is not a name of this engine; see --allow-host')
+                f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
         """Pages of other origins may link to the pages, and call nothing.
 
-        They cannot send a token. So with one this need not hold, and a proxy may rewrite Host.
+        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
+        that no page can set; the name must be the engine's all the same. Whoever knows the token
+        is no foreign page.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
-        origin = head.headers.get('origin')
-        is_foreign = origin is not None and origin.partition('://')[2] != head.headers.get('host')
         site = head.headers.get('sec-fetch-site', 'none')
-        if is_foreign or site not in ('none', 'same-origin'):
+        origin = head.headers.get('origin')
+        is_foreign = site not in ('none', 'same-origin')
+        if origin is not None:
+            host = origin.partition('://')[2]
+            is_same = host == head.headers.get('host') or (
+                site == 'same-origin' and self._is_own_name(host))
+            is_foreign = is_foreign or not is_same
+        if is_foreign:
             raise Forbidden(
                 'Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
 
     def _content_length(self, head):
-        length = head.headers.get('content-length', None if head.method == 'POST' else '0')
-        if length is None or 'transfer-encoding' in head.headers:
-            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
+        """The length of the body; None if it is chunked. Two ways to tell it are none."""
+        length = head.headers.get('content-length')
+        coding = head.headers.get('transfer-encoding')
+        if coding is not None:
+            if length is not None or not head.is_http_1_1 or coding.lower() != 'chunked':
+                raise BadRequest('Transfer-Encoding can only be chunked, without '
+                                 'Content-Length and not in HTTP 1.0')
+            return None
+        if length is None:
+            if head.method == 'POST':
+                raise LengthRequired('Content-Length or Transfer-Encoding: chunked is needed')
+            return 0
         if not re.fullmatch('[0-9]{1,15}', length):
             raise BadRequest(f'Content-Length must be a number of bytes, not {describe(length)}')
         if int(length) > MAX_BODY:
