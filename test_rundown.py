@@ -4584,12 +4584,12 @@ def test_failures_are_grouped_by_their_last_line(dashboard, board, q):
         board.enqueue(q, number)
         board.tell("fail", board.poll(q), error="Traceback:\n  line %d\n%s" % (number, line))
     dashboard.js("location.hash = 'jobs?status=failed&queue=%s'" % q)
-    until(lambda: dashboard.text("#groups tbody"))
+    until(lambda: dashboard.text("#errors tbody"))
     groups = dashboard.js("""
-        const rows = [...document.querySelectorAll('#groups tbody tr')];
+        const rows = [...document.querySelectorAll('#errors tbody tr')];
         return rows.map(row => [row.cells[0].textContent, row.cells[1].textContent])""")
     assert groups == [["3", "OSError: no disk"], ["2", "KeyError: 'a'"]]
-    dashboard.press("#groups tbody tr:nth-child(2) button")
+    dashboard.press("#errors tbody tr:nth-child(2) button")
     dashboard.shows("#bulk b", "2 jobs selected")
 
 
@@ -4771,7 +4771,7 @@ def test_hostile_names_are_mere_text_in_the_lists(hostile_texts, dashboard, boar
     until(lambda: set(hostile_texts) <= set(dashboard.js(listed)))
     inert(dashboard, board)
     dashboard.js("location.hash = 'jobs?status=failed'")
-    groups = "return [...document.querySelectorAll('#groups tbody tr')].map(r => r.dataset.key)"
+    groups = "return [...document.querySelectorAll('#errors tbody tr')].map(r => r.dataset.key)"
     until(lambda: set(hostile_texts) <= set(dashboard.js(groups)))
     inert(dashboard, board)
 
@@ -4904,10 +4904,14 @@ def test_behind_a_proxy_with_a_path_the_buttons_work_with_a_token(browser, guard
         assert browser.origins() == {url.split("/some")[0]}
 
 
-def test_behind_such_a_proxy_without_a_token_buttons_work_where_the_page_has_an_own_name(
-        browser, board, q):
+def test_behind_such_a_proxy_without_a_token_a_foreign_name_may_change_nothing(browser, board, q):
     board.enqueue(q)
     with behind_a_path(board, "/some/path/") as url:
+        browser.open(url.replace("127.0.0.1", "jobs.localhost"))
+        until(lambda: browser.text(button(q, "pause")))
+        browser.press(button(q, "pause"))
+        browser.shows("#notice", re.compile("Origin"))
+        assert not board.queue(q)["paused"]
         browser.open(url)
         until(lambda: browser.text(button(q, "pause")))
         browser.press(button(q, "pause"))
