@@ -47,9 +47,12 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
-                     waited for, in its order
-    GET  /queues     limit, after, busy (work first): counts, oldest age, paused, workers seen,
-                     the last hour by the minute
+                     waited for, in its order; needs=ID: the jobs that wait or waited for this one
+    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
+                     cancelled or given to others, so that it need not wait for its heartbeat
+    GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
+                     oldest age, paused, workers seen, the last hour by the minute; totals=true:
+                     also the sums of all queues, and those with due jobs that no worker polls
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
@@ -102,6 +105,7 @@ import collections
 import contextlib
 import datetime
 import difflib
+import email.utils
 import functools
 import gc
 import glob
@@ -156,6 +160,8 @@ MAX_DEPENDENCIES = 20000        # jobs that all jobs of a request wait for
 MAX_STEPS = 1000                # steps of a job
 MAX_STEPS_SIZE = 8 << 20        # characters of their names and results
 MAX_DEPENDENTS_LISTED = 100     # jobs that wait for a job and are named there
+MAX_UNSERVED_LISTED = 20        # queues in GET /queues that no worker polls
+WORKER_SILENCE = 120            # seconds without a poll until a queue counts as unserved
 MAX_RESPONSE = 16 << 20         # characters of the jobs that polls claim in a pass, and of a page
 
 MAX_BODY = 8 << 20              # bytes in a request body
@@ -166,6 +172,7 @@ MAX_KNOWN_HEADS = 1024          # request heads that are remembered once they ar
 MAX_KNOWN_HEAD_BYTES = 1024     # bytes of such a head
 KEEP_ALIVE_TIMEOUT = 120        # seconds until an idle connection is closed
 REQUEST_TIMEOUT = 30            # seconds a request may take to arrive, and a response to be taken
+MAX_HELD = 55                   # seconds until a poll or wait is answered; proxies give up after 60
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
@@ -462,6 +469,7 @@ class FieldRule(NamedTuple):
     description: str                    # completes "FIELD must be ..."
     is_valid: Callable[[Any], Any]
     convert: Callable[[Any], Any]       # may raise ValueError, OverflowError, RecursionError
+    schema: Dict[str, Any]              # the same in JSON Schema, for OpenAPI
 
 
 def identity(value):
@@ -472,14 +480,16 @@ def whole_number(low, high):
     return FieldRule(
         f'a whole number from {low} to {high}',
         lambda value: type(value) is int and low <= value <= high,
-        identity)
+        identity,
+        {'type': 'integer', 'minimum': low, 'maximum': high})
 
 
 def duration(low, high):
     return FieldRule(
         f'a number of seconds from {low} to {high}',
         lambda value: type(value) in (int, float) and low <= value <= high,
-        micros)
+        micros,
+        {'type': 'number', 'minimum': low, 'maximum': high})
 
 
 def printable(longest):
@@ -487,48 +497,57 @@ def printable(longest):
         f'a string of 1 to {longest} characters without control characters',
         lambda value: (
             type(value) is str and 0 < len(value) <= longest and not UNPRINTABLE.search(value)),
-        identity)
+        identity,
+        {'type': 'string', 'minLength': 1, 'maxLength': longest})
 
 
 def one_of(words):
-    return FieldRule('one of ' + ', '.join(words), lambda value: value in words, identity)
+    return FieldRule(
+        'one of ' + ', '.join(words),
+        lambda value: value in words,
+        identity,
+        {'type': 'string', 'enum': list(words)})
 
 
 NAME = printable(200)
 JSON_VALUE = FieldRule(
     f'JSON of finite numbers that is nested at most {MAX_DEPTH} levels',
     lambda value: True,
-    storable_json)
-FLAG = FieldRule('true or false', lambda value: type(value) is bool, identity)
+    storable_json,
+    {})
+FLAG = FieldRule(
+    'true or false', lambda value: type(value) is bool, identity, {'type': 'boolean'})
 JOB_IDS = FieldRule(
     f'a list of 1 to {MAX_AFTER} ids of jobs',
     lambda value: (
         type(value) is list and 0 < len(value) <= MAX_AFTER and all(map(NAME.is_valid, value))),
-    lambda value: list(dict.fromkeys(value)))
+    lambda value: list(dict.fromkeys(value)),
+    {'type': 'array', 'items': NAME.schema, 'minItems': 1, 'maxItems': MAX_AFTER})
 
 ERROR_TEXT = FieldRule(
     'a string',
     lambda value: type(value) is str,
-    lambda value: truncate_middle(SURROGATE.sub('\ufffd', value), MAX_ERROR))
+    lambda value: truncate_middle(SURROGATE.sub('\ufffd', value), MAX_ERROR),
+    {'type': 'string'})
 CRON_TEXT = FieldRule(
     'a string like "0 3 * * *" or "@daily"',
     lambda value: type(value) is str and len(value) <= 1000,
-    identity)
+    identity,
+    {'type': 'string', 'maxLength': 1000})
 
 # The fields of requests; ROUTES says which call takes which. Those of JOB_COLUMNS and
 # SCHEDULE_COLUMNS join them below.
 FIELDS = {
-    'search': FieldRule(
-        'a string of 1 to 200 characters',
-        lambda value: type(value) is str and 0 < len(value) <= 200 and not SURROGATE.search(value),
-        identity),
     'replace': FLAG,
     'expires': duration(0.001, 3650 * 86400),
     'after': NAME,              # where a page begins; POST /enqueue takes JOB_IDS
     'needed_by': NAME,
+    'needs': NAME,
+    'search': NAME,
     'retry': FLAG,
     'brief': FLAG,
     'busy': FLAG,
+    'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
     'max_running': whole_number(1, 10**6),
@@ -539,11 +558,12 @@ FIELDS = {
     'run_at': FieldRule(
         'a time like 2030-01-31T12:00:00Z',
         lambda value: type(value) is str and RFC3339.fullmatch(value),
-        parse_time),
+        parse_time,
+        {'type': 'string', 'format': 'date-time'}),
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
-    'jobs': FieldRule('at the top of the body', lambda value: False, identity),
+    'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy')      # numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 
@@ -1303,6 +1323,7 @@ class Database:
     def __init__(self, path, sync):
         # constant after start
         self.path = os.path.realpath(path)
+        self.folder = os.path.dirname(self.path)
         self.sync = sync
         self.lock_file = None
         self.inodes = None              # of database, log and lock file, see _check_files()
@@ -1313,6 +1334,7 @@ class Database:
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
+        self.folder_mtime = None        # of the folder, when the files in it were looked at
         # written by the thread that writes, read by all
         self.last_storage_error = None  # why the last commit failed; None: it did not
 
@@ -1428,7 +1450,14 @@ class Database:
         return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
 
     def _check_files(self):
-        """Unavailable if a file was deleted or replaced: commits would go to the deleted one."""
+        """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
+
+        That changes their folder, so one look at the folder suffices after each commit, once its
+        last change is so old that no other can have the same time.
+        """
+        mtime = os.stat(self.folder).st_mtime
+        if mtime == self.folder_mtime:
+            return
         found = None
         with contextlib.suppress(FileNotFoundError):
             found = self._find_inodes()
@@ -1436,6 +1465,9 @@ class Database:
             raise Unavailable(
                 f'the database {self.path} or its lock file was deleted or replaced while in use; '
                 'restart the engine')
+        resolution = 0.1 if mtime % 1 else 2        # seconds; some file systems know whole ones only
+        is_settled = os.name == 'posix' and mtime < time.time() - resolution
+        self.folder_mtime = mtime if is_settled else None
 
     @contextlib.contextmanager
     def reading(self):
@@ -1697,7 +1729,8 @@ class Transaction:
         self.response_budget = response_budget  # characters of jobs that polls may still claim
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
-        self.topics = set()     # ('queue', q) and ('job', id) whose waiters may find something now
+        # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
+        self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
@@ -1714,6 +1747,15 @@ class Transaction:
 
     def upsert_queue(self, queue, **columns):
         self.db.execute(upsert_queue_statement(tuple(columns)), dict(columns, queue=queue))
+
+    def spend(self, size):
+        """Claim characters of the response budget for a row that goes into a response.
+
+        The last may be larger than what is left, so that any job can be in a response.
+        """
+        if self.response_budget <= (0 if size > RESERVED_BYTES else -MAX_RESPONSE):
+            raise Unavailable('too much is being handed out at a time; try again')
+        self.response_budget -= size
 
     def wake_at(self, moment):
         """Something falls due at this time."""
@@ -1775,6 +1817,8 @@ class Jobs:
                 changes['attempts'] = attempts_json(job, rule.outcome, tx.now, error)
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
+            if call in ('cancel', 'lose'):
+                tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
             waits_for = changes.get('waits_for', job['waits_for'])
@@ -1969,25 +2013,24 @@ class Producers:
 
     def enqueue(self, tx, items):
         """Add the jobs, all or none. Of each (row, what was done): CREATED, EXISTING, REPLACED."""
-        named = sum(len(item['after']) for item in items if 'after' in item)
-        if len(items) > 1 and named > MAX_DEPENDENCIES:
-            raise PayloadTooLarge(
-                f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
-                'send fewer at a time')
+        if len(items) > 1:
+            named = sum(len(item['after']) for item in items if 'after' in item)
+            if named > MAX_DEPENDENCIES:
+                raise PayloadTooLarge(
+                    f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
+                    'send fewer at a time')
         rows = [self._new_row(tx, item) for item in items]
         fields = frozenset(INSERTING_FIELDS.intersection(set().union(*items)))
         jobs = []
-        size = 0
+        budget = tx.response_budget
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
-            inserted = self._insert(tx, rows[len(jobs):len(jobs) + count], fields)
-            size += sum(size_of(row) for row, done in inserted if done is not CREATED)
-            if size > MAX_RESPONSE_BUFFER:
+            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields)
+            if budget - tx.response_budget > MAX_RESPONSE and len(rows) > 1:
                 raise PayloadTooLarge(
                     'jobs: those that exist already are too large for one answer; '
                     'send fewer at a time')
-            jobs += inserted
         for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
             self.jobs.advance_group(tx, queue, group)
         return jobs
@@ -2011,10 +2054,15 @@ class Producers:
 
     def _insert(self, tx, rows, fields):
         """Insert them in one statement, in half the time of one each; one by one if one exists."""
-        if not any(row['after'] for row in rows):
+        statement, values_of = insert_plan(len(rows), fields)
+        values = []
+        is_plain = True
+        for row in rows:
+            values += values_of(row)
+            is_plain = is_plain and row['after'] is None
+        if is_plain:
             with contextlib.suppress(sqlite3.IntegrityError):
-                statement, values_of = insert_plan(len(rows), fields)
-                tx.execute(statement, tuple(itertools.chain.from_iterable(map(values_of, rows))))
+                tx.execute(statement, values)
                 tx.events += [('enqueued', row['queue'], None) for row in rows]
                 return [(row, CREATED) for row in rows]
         if len(rows) == 1:
@@ -2025,9 +2073,11 @@ class Producers:
         """The job that has the id or key of the row; else the row, which has `after`, inserted."""
         existing = tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
         if existing:
+            tx.spend(size_of(existing))
             return existing, EXISTING
         existing = tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key'])
         if existing:
+            tx.spend(size_of(existing))
             return self._replace(tx, existing, row) if row.get('replace') else (existing, EXISTING)
         return self.dependencies.insert(tx, row), CREATED
 
@@ -2492,6 +2542,7 @@ FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     'after': 'seq < :after',            # from here on the values are seqs of jobs
     'beyond': 'seq > :beyond',
     'needed_by': 'dependent = :needed_by',
+    'needs': 'seq IN (SELECT dependent FROM dependencies WHERE dependency = :needs)',
     'after_position': ('position > (SELECT position FROM dependencies '
                        'WHERE dependent = :needed_by AND dependency = :after_position)'),
 }
@@ -2654,7 +2705,7 @@ class Queries:
         self.database = database
         self.clock = clock
         self.workers = workers
-        self.meter = meter
+        self.queues = Overview(database, clock, workers, meter).queues
 
     def job(self, id):
         """The job with its attempts, its dependents, and why it does not run."""
@@ -2690,7 +2741,7 @@ class Queries:
         source = 'jobs'
         order = 'seq DESC'
         with self.database.reading() as db:
-            for field in ('after', 'needed_by'):
+            for field in ('after', 'needed_by', 'needs'):
                 if field in params:
                     params[field] = self._seq_of(db, field, params[field])
             if 'needed_by' in params:
@@ -2730,43 +2781,6 @@ class Queries:
             rows = db.execute(SELECT_SCHEDULE + 'WHERE name > ? ORDER BY name LIMIT ?',
                               (after, limit or -1))
             return json_page('schedules', 'name', rows, schedule_json, limit)
-
-    def queues(self, limit=MAX_LIMIT, after='', busy=False):
-        """A page of queues, by name or the busy first, and the workers seen; ages in seconds."""
-        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
-        with self.database.reading() as db:
-            rows = db.execute(f'SELECT * FROM queues WHERE queue > ? ORDER BY {order} LIMIT ?',
-                              (after, limit)).fetchall()
-            running = {(worker, queue): count
-                       for worker, queue, count in db.execute(RUNNING_OF_WORKERS)}
-            oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
-        now = self.clock.now()
-        workers = list(self.workers.seen.items())
-        names = collections.defaultdict(list)
-        for (worker, queue), _ in workers:
-            names[queue].append(worker)
-        return {
-            'queues': [self._queue_json(row, due, names[row['queue']], now)
-                       for row, due in zip(rows, oldest)],
-            'after': rows[-1]['queue'] if len(rows) == limit and not busy else None,
-            'now': rfc3339(now),
-            'workers': [
-                {'worker': worker, 'queue': queue, 'seen_at': rfc3339(seen_at), 'hung': hung,
-                 'running': running.get((worker, queue), 0)}
-                for (worker, queue), (seen_at, hung) in reversed(workers)],
-        }
-
-    def _queue_json(self, row, oldest, workers, now):
-        queue = dict(row)
-        del queue['full_at']
-        name = queue['queue']
-        queue['per'] = as_seconds(queue['per'])
-        queue['paused'] = bool(queue['paused'])
-        queue['workers'] = workers
-        queue['polled_at'] = rfc3339(self.workers.last_polled.get(name))
-        queue['minutes'] = self.meter.last_hour(now, name)
-        queue['oldest_age'] = None if oldest is None else max(0, now - oldest) / 1000000
-        return queue
 
     def metric_counts(self):
         """The counts of the first queues, and of all others together; the first schedules."""
@@ -2852,6 +2866,91 @@ class Queries:
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
 
 
+IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting + grouped
+    AND COALESCE(polled_at, 0) < :silent_since)'''
+TOTALS = 'SELECT COUNT(*) AS queues, {}, COALESCE(SUM({}), 0) AS unserved FROM queues'.format(
+    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)), IS_UNSERVED)
+UNSERVED = f'''
+    SELECT queue, pending - scheduled - waiting - grouped AS due FROM queues WHERE {IS_UNSERVED}
+    ORDER BY queue LIMIT {MAX_UNSERVED_LISTED}'''
+
+
+class Overview:
+    """GET /queues: a page of the queues, their sums, and the workers seen."""
+
+    def __init__(self, database, clock, workers, meter):
+        # constant after start
+        self.database = database
+        self.clock = clock
+        self.workers = workers
+        self.meter = meter
+
+    def queues(self, totals=False, **params):
+        """A page of queues, by name or the busy first; `search` is a part of the name.
+
+        `totals` adds the sums over all queues. Ages are in seconds.
+        """
+        now = self.clock.now()
+        with self.database.reading() as db:
+            page = self._page(db, now, **params)
+            running = {(worker, queue): count
+                       for worker, queue, count in db.execute(RUNNING_OF_WORKERS)}
+            sums = self._sums(db, now) if totals else {}
+        return {**page, 'now': rfc3339(now), **sums, 'workers': self._workers_json(running)}
+
+    def _page(self, db, now, limit=MAX_LIMIT, after='', busy=False, queue=None, search=None):
+        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        rows = db.execute(
+            'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
+            'AND (:search IS NULL OR INSTR(LOWER(queue), LOWER(:search))) '
+            f'ORDER BY {order} LIMIT :limit',
+            {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
+        oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
+        return {
+            'queues': self._queues_json(rows, oldest, now),
+            'after': rows[-1]['queue'] if len(rows) == limit and not busy else None,
+        }
+
+    def _sums(self, db, now):
+        # the stored time of a poll may be older than the poll
+        silence = {'silent_since': now - micros(WORKER_SILENCE + POLL_TIME_RESOLUTION)}
+        totals = dict(db.execute(TOTALS, silence).fetchone())
+        unserved = db.execute(UNSERVED, silence).fetchall() if totals['unserved'] else []
+        return {
+            'totals': totals,
+            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
+            'unserved': [self._unserved_json(row) for row in unserved],
+        }
+
+    def _unserved_json(self, row):
+        return {**row, 'polled_at': rfc3339(self.workers.last_polled.get(row['queue']))}
+
+    def _workers_json(self, running):
+        return [
+            {'worker': worker, 'queue': queue, 'seen_at': rfc3339(seen_at), 'hung': hung,
+             'running': running.get((worker, queue), 0)}
+            for (worker, queue), (seen_at, hung) in reversed(list(self.workers.seen.items()))]
+
+    def _queues_json(self, rows, oldest, now):
+        workers = collections.defaultdict(list)
+        for worker, queue in list(self.workers.seen):
+            workers[queue].append(worker)
+        return [self._queue_json(row, due, workers[row['queue']], now)
+                for row, due in zip(rows, oldest)]
+
+    def _queue_json(self, row, oldest, workers, now):
+        queue = dict(row)
+        del queue['full_at']
+        name = queue['queue']
+        queue['per'] = as_seconds(queue['per'])
+        queue['paused'] = bool(queue['paused'])
+        queue['workers'] = workers
+        queue['polled_at'] = rfc3339(self.workers.last_polled.get(name))
+        queue['minutes'] = self.meter.last_hour(now, name)
+        queue['oldest_age'] = None if oldest is None else max(0, now - oldest) / 1000000
+        return queue
+
+
 # -- Jobs: known workers, counts, wiring -----------------------------------------------------------
 class Workers:
     """Signs of life. Written by the loop after a commit; threads copy a whole dict at a time."""
@@ -2897,10 +2996,13 @@ class Meter:
             for event, queue, took in events:
                 self.totals[event, queue] += 1
                 minute[event, queue] += 1
+                minute[event, None] += 1        # of all queues
                 if took is not None:
                     histogram = self.seconds.setdefault(
                         (event, queue), [0] * (len(DURATION_BUCKETS) + 2))
                     observe(histogram, DURATION_BUCKETS, max(0, took) / 1000000)
+                if event == 'started':
+                    minute['waited', None] += max(0, took)      # microseconds
             if len(self.minutes) > 60:
                 del self.minutes[min(self.minutes)]
 
@@ -2915,13 +3017,23 @@ class Meter:
                 self.totals[event, '(others)'] += self.totals.pop((event, queue), 0)
                 self.seconds.pop((event, queue), None)
 
-    def last_hour(self, now, queue):
-        """Of each of HOURLY 60 counts, the last one of the current minute."""
+    def last_hour(self, now, queue=None):
+        """Of each of HOURLY 60 counts, the last one of the current minute; None: of all queues."""
         with self.lock:
-            minutes = [self.minutes.get(now // 60000000 - ago, {}) for ago in range(59, -1, -1)]
+            minutes = self._last_minutes(now)
             return {
                 name: [sum(minute.get((event, queue), 0) for event in events) for minute in minutes]
                 for name, events in HOURLY.items()}
+
+    def waits(self, now):
+        """The mean seconds from due to claimed in each minute of the last hour; None: no claim."""
+        with self.lock:
+            pairs = [(minute.get(('waited', None), 0), minute.get(('started', None), 0))
+                     for minute in self._last_minutes(now)]
+        return [waited / started / 1000000 if started else None for waited, started in pairs]
+
+    def _last_minutes(self, now):
+        return [self.minutes.get(now // 60000000 - ago, {}) for ago in range(59, -1, -1)]
 
 
 def observe(histogram, buckets, value):
@@ -2976,8 +3088,9 @@ class Store:
 
     def committed(self, tx, group_size):
         """Make known what the transaction did, once it is on disk; it had so many operations."""
-        polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
-        self.starved = self.starved - polled | tx.starved
+        if tx.signs_of_life or tx.starved:
+            polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
+            self.starved = self.starved - polled | tx.starved
         self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
             self.next_deadline, tx.next_deadline)
         self.workers.record(tx)
@@ -3031,7 +3144,8 @@ class Client:
 
     resume(event)   Continue. `event` is SOCKET_READY, the result of an operation or of a slow call,
                     or an exception, which is raised where the client waits.
-    is_open         False once the client is gone: it is given no job any more.
+    is_open         False once the client is known to be gone.
+    is_connected()  Look at this moment; it costs a system call.
     set_timeout(s)  Have on_timeout() called in `s` seconds, instead of at the time set before.
     on_timeout()    The time is over.
     """
@@ -3052,6 +3166,10 @@ class Client:
 
     def on_timeout(self):
         raise NotImplementedError
+
+    def is_connected(self):
+        """Look whether the client is still there, before it is given a job."""
+        return self.is_open
 
 
 class ThreadWait(Client):
@@ -3110,7 +3228,7 @@ class LongPoll(Operation):
 
 
 class JobWait:
-    """A wait for a job's end: it looks once without a transaction, then waits for its topic."""
+    """A wait for an event: it looks once without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
 
@@ -3176,7 +3294,7 @@ class Waiters:
         """Park it if its result is empty and it may wait. True if it is parked."""
         if operation.result or operation.error or not operation.wait:
             return False
-        if not operation.client.is_open or self.loop.is_draining():
+        if not operation.client.is_open or self.loop.draining:
             return False
         self.by_topic.setdefault(operation.topic, {})[operation] = True
         operation.client.set_timeout(operation.wait)
@@ -3197,6 +3315,8 @@ class Waiters:
             for operation in self.by_topic.get(topic, ()):
                 if isinstance(operation, JobWait):
                     operation.result = True
+                elif not operation.client.is_connected():
+                    continue
                 else:
                     run(operation)
                     if not operation.result and operation.error is None:
@@ -3231,7 +3351,7 @@ class Budget:
         if self.request_bytes <= MAX_REQUEST_BUFFER:
             return
         large = [connection for connection in self.connections
-                 if connection.request and len(connection.received) > RESERVED_BYTES]
+                 if connection.is_receiving and connection.request_bytes > RESERVED_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
@@ -3260,6 +3380,7 @@ class Committer:
         self.database = store.database
         # touched by the loop's thread only; times are the loop's
         self.submitted = []                 # operations for the next transaction
+        self.maintenance = Operation(store.run_due)     # part of each of them
         self.lock_retry_at = 0              # another program has the write lock: no try before
         self.maintenance_paused_until = 0   # after trouble
         self.clock_checked_at = -NEVER
@@ -3295,26 +3416,26 @@ class Committer:
         if maintain and now - self.clock_checked_at >= CLOCK_CHECK_INTERVAL:
             self.clock_checked_at = now
             ahead = clock.slew()
-        is_due = maintain and (ahead or self.store.next_deadline <= clock.now())
-        if not (self.submitted or is_due):
+        if not (self.submitted or maintain and (
+                ahead or self.store.next_deadline <= clock.now())):
             return
         operations = self.submitted
         self.submitted = []
-        maintenance = Operation(self.store.run_due) if maintain else None
+        maintenance = self.maintenance if maintain else None
         try:
-            transaction, served = self._run_transaction(operations, maintenance, ahead)
+            tx, served = self._run_transaction(operations, maintenance, ahead)
         except Unavailable as error:
             clock.offset = offset       # the step of the clock is not on disk
             self._storage_failed(error, operations, now)
             return
-        failed = maintenance and maintenance.error
         self.lock_retry_at = 0
-        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if failed else 0
+        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if self.maintenance.error else 0
+        self.maintenance.error = None
         self.loop.now = time.monotonic()
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
-        self.store.committed(transaction, len(served) + len(operations))    # nobody waits for this
+        self.store.committed(tx, len(served) + len(operations))    # nobody waits for this
 
     def _storage_failed(self, error, operations, now):
         """Keep the operations that still wait for a foreign lock; fail all others."""
@@ -3338,7 +3459,7 @@ class Committer:
             operation.finish()
 
     def _run_transaction(self, operations, maintenance, ahead):
-        """Run it all in one transaction: (transaction, the parked operations that got something).
+        """Run it all in one transaction: (tx, the parked operations that got something).
 
         A transaction that an operation poisons begins again without it.
         """
@@ -3347,20 +3468,20 @@ class Committer:
             writes, inserts, polls = self._sort(operations, insert_in_bulk)
             try:
                 with self.database.transaction() as db:
-                    transaction, began = self._begin(db, ahead)
-                    run = functools.partial(self._run, transaction)
+                    tx, began = self._begin(db, ahead)
+                    run = functools.partial(self._run, tx)
                     if inserts:
-                        self._bulk_insert(transaction, inserts)
+                        self._bulk_insert(tx, inserts)
                     for operation in writes:
                         run(operation)
                     if maintenance:
                         run(maintenance)
-                    served = self.loop.waiters.serve(transaction.topics, run)
+                    served = self.loop.waiters.serve(tx.topics, run)
                     for operation in polls:
                         run(operation)
                 self.listening_until = began
                 self.database.last_storage_error = None
-                return transaction, served
+                return tx, served
             except PoisonedTransaction as error:
                 insert_in_bulk = False      # one by one it shows whose fault it is
                 if error.operation in writes:
@@ -3374,7 +3495,7 @@ class Committer:
         writes, inserts, polls = [], [], []
         for operation in operations:
             if operation.topic:
-                if operation.client.is_open:
+                if operation.client.is_connected():
                     polls.append(operation)
             elif operation.single_insert and insert_in_bulk and operation.error is None:
                 inserts.append(operation)
@@ -3383,37 +3504,37 @@ class Committer:
         return writes, inserts, polls
 
     def _begin(self, db, ahead):
-        """(transaction, the loop's time at its begin). First of all leases are put right."""
-        transaction = self.store.begin(db, self.loop.budget.for_claims())
+        """(tx, the loop's time at its begin). First of all leases are put right."""
+        tx = self.store.begin(db, self.loop.budget.for_claims())
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
-            self.store.extend_leases(transaction, gap)
+            self.store.extend_leases(tx, gap)
         if ahead:
-            self.store.shift_deadlines(transaction, self.store.clock.offset + ahead, ahead)
-        return transaction, began
+            self.store.shift_deadlines(tx, self.store.clock.offset + ahead, ahead)
+        return tx, began
 
-    def _run(self, transaction, operation):
+    def _run(self, tx, operation):
         """Set its result or its error, unless it is known to fail."""
         if operation.error is not None:
             return
-        changes = transaction.db.total_changes
+        changes = tx.db.total_changes
         try:
-            operation.result = operation.work(transaction)
+            operation.result = operation.work(tx)
         except Exception as error:
             if is_storage_error(error):
                 raise
             operation.result = None
             operation.error = self.loop.server.as_http_error('an operation', error)
             operation.error.with_traceback(None)        # its frames hold the request's body
-            if transaction.db.total_changes != changes:
+            if tx.db.total_changes != changes:
                 raise PoisonedTransaction(operation) from error
 
-    def _bulk_insert(self, transaction, inserts):
+    def _bulk_insert(self, tx, inserts):
         """Insert the jobs of single inserts in few statements."""
         try:
             jobs = self.store.bulk_insert(
-                transaction, [operation.single_insert for operation in inserts])
+                tx, [operation.single_insert for operation in inserts])
         except Exception as error:
             if is_storage_error(error):
                 raise
@@ -3491,7 +3612,8 @@ class EventLoop:
         self.ended = False                  # written by the loop's thread, read by all
         # touched by the loop's thread only
         self.now = time.monotonic()         # the time of this pass, taken when something happened
-        self.drain_deadline = NEVER         # when the engine ends, whoever is still there
+        self.draining = False               # the engine ends once no connection is left
+        self.drain_deadline = NEVER         # when it ends, whoever is still there
         self.connections = set()
         self.timeouts = Timeouts()
         self.budget = Budget(self.connections)
@@ -3506,24 +3628,22 @@ class EventLoop:
             self.wake(b'.')
 
     def run_in_transaction(self, work):
-        """For other threads: the result of work(transaction), once it is on disk."""
+        """For other threads: the result of work(tx), once it is on disk."""
         operation = Operation(work)
         operation.client = ThreadWait(self)
         self.call_soon_threadsafe(functools.partial(self.committer.submit, operation))
         return operation.client.result()
 
-    def is_draining(self):
-        return self.drain_deadline < NEVER
-
     def drain(self):
         """Answer what was received, end what waits, and come to an end."""
+        self.draining = True
         self.drain_deadline = time.monotonic() + DRAIN_TIMEOUT
         self.waiters.end_all()
         for connection in [one for one in self.connections if one.request is None]:
             connection.close()
 
     def _is_drained(self):
-        return self.is_draining() and (
+        return self.draining and (
             not self.connections or time.monotonic() >= self.drain_deadline)
 
     def _run(self):
@@ -3571,10 +3691,17 @@ class EventLoop:
 
 
 # -- HTTP -----------------------------------------------------------------------------------------
-REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
+REQUEST_LINE = re.compile(
+    rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) '                                 # method
+    rb'(?:[Hh][Tt][Tt][Pp][Ss]?://([0-9A-Za-z._:\[\]-]{1,300})(?=/))?'  # absolute form
+    rb'(/[!-~]*) HTTP/1\.([01])')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin')
+SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin',
+                  'transfer-encoding')
+CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~]*)?')      # size, extensions
+MAX_CHUNK_LINE = 256            # bytes
+TLS_ALERT = b'\x15'             # the type of the record in which a client says goodbye
 END_OF_HEAD = b'\r\n\r\n'
 NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 PROMETHEUS = 'text/plain; version=0.0.4; charset=utf-8'
@@ -3590,6 +3717,9 @@ class Response(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
 
 
+JSON_OK = Response()[1:]
+
+
 class RequestHead(NamedTuple):
     """The parsed request line and headers. Immutable, since clients that repeat a head share it."""
     method: str
@@ -3598,10 +3728,11 @@ class RequestHead(NamedTuple):
     path_parameter: str         # '/jobs/17' is the route '/jobs/' and the parameter '17'
     query: str
     headers: Dict[str, str]     # by lower-case names
+    is_http_1_1: bool
     keep_alive: bool
     # known once it is authorized
     rule: Optional['Route'] = None
-    content_length: int = 0
+    content_length: Optional[int] = 0       # None: the body is chunked
 
 
 def check_head_bytes(head):
@@ -3625,7 +3756,7 @@ def parse_head(raw):
     fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1'))
               for match in matches[1:]]
     headers = dict(fields)
-    is_http_1_1 = request_line[3] == b'1'
+    is_http_1_1 = request_line[4] == b'1'
     if is_http_1_1 and 'host' not in headers:
         raise BadRequest('the header Host is missing')
     if len(headers) < len(fields):
@@ -3635,10 +3766,12 @@ def parse_head(raw):
                 raise BadRequest(f'the header {name} is there twice')
     connection = headers.get('connection', '').lower()
     keep_alive = 'close' not in connection and (is_http_1_1 or 'keep-alive' in connection)
-    path, _, query = request_line[2].decode().partition('?')
+    if request_line[2]:         # its host replaces that of the header (RFC 9112, 3.2.2)
+        headers['host'] = request_line[2].decode()
+    path, _, query = request_line[3].decode().partition('?')
     route, path_parameter = split_path(path)
-    return RequestHead(
-        request_line[1].decode(), path, route, path_parameter, query, headers, keep_alive)
+    return RequestHead(request_line[1].decode(), path, route, path_parameter, query, headers,
+                       is_http_1_1, keep_alive)
 
 
 def split_path(path):
@@ -3676,6 +3809,7 @@ class Request:
     def __init__(self, deadline):
         self.deadline = deadline    # the loop's time at which it has to be here
         self.head = None            # a RequestHead; None until its end was received
+        self.is_received = False
         self.body = None            # bytes, until they are parsed
         self.size = 0               # bytes of the body, also of what it became
         self.operation = None       # an Operation or JobWait that it waits for
@@ -3726,6 +3860,10 @@ class Connection(Client):
             self.server.log_bug('a connection', error)
             self.close()
 
+    @property
+    def is_receiving(self):
+        return self.request is not None and not self.request.is_received
+
     def on_timeout(self):
         if self.request and self.request.operation:
             self.resume(NOTHING)
@@ -3752,6 +3890,17 @@ class Connection(Client):
         self.received += data
         return SOCKET_READY if data else EOFError()
 
+    def is_connected(self):
+        if not self.is_open:
+            return False
+        try:
+            data = socket.socket.recv(self.sock, 1, socket.MSG_PEEK)    # beneath TLS, too
+        except NOT_READY:
+            return True
+        except OSError:
+            return False
+        return data != b'' and not (self.server.tls and data == TLS_ALERT)
+
     def _watch(self, events):
         if self.watched:
             self.loop.selector.unregister(self.sock)
@@ -3774,7 +3923,7 @@ class Connection(Client):
                 self.sock, server_side=True, do_handshake_on_connect=False)
         keep_alive = True
         self.set_timeout(REQUEST_TIMEOUT)
-        while keep_alive and (self.received or not self.loop.is_draining()):
+        while keep_alive and (self.received or not self.loop.draining):
             while not self.received or not self._skip_blank_lines():
                 yield READ
             self.set_timeout(REQUEST_TIMEOUT)
@@ -3784,7 +3933,7 @@ class Connection(Client):
             self.set_timeout(KEEP_ALIVE_TIMEOUT if keep_alive else LINGER)
         if not keep_alive:      # closing at once would reset the connection and lose the response
             self.sock.shutdown(socket.SHUT_WR)
-        while not (keep_alive or self.loop.is_draining()):
+        while not (keep_alive or self.loop.draining):
             self.received.clear()
             yield READ
 
@@ -3799,6 +3948,7 @@ class Connection(Client):
         keep_alive = False      # after an error in the head or body the next request is not found
         try:
             yield from self._receive_request(request)
+            request.is_received = True
             keep_alive = request.head.keep_alive
             response = yield from self._dispatch(request)
             file = self._begin_response(request, response, keep_alive)
@@ -3808,7 +3958,6 @@ class Connection(Client):
             file = self._begin_error(request, error, keep_alive)
         request.operation = request.body = None
         request.size = 0
-        self.set_timeout(REQUEST_TIMEOUT)
         if file:
             yield from self._send_file(file)
         elif not self._send():
@@ -3830,15 +3979,65 @@ class Connection(Client):
             request.head = self.server.authorize(request.head)
             self.server.remember_head(raw_head, request.head)
         length = request.head.content_length
+        if length is None:
+            self._expect_body(request)
+            request.body = yield from self._receive_chunks(request)
+            return
         self.loop.budget.require_capacity(length)
         if len(self.received) < length:
-            if 'expect' in request.head.headers:
-                self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self._expect_body(request)
             while len(self.received) < length:
                 yield READ
         request.body = bytes(self.received[:length])
         request.size = length
         del self.received[:length]
+
+    def _expect_body(self, request):
+        if 'expect' in request.head.headers and request.head.is_http_1_1:
+            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _receive_chunks(self, request):
+        """The body of a chunked request (RFC 9112, 7.1), without extensions and trailers."""
+        body = bytearray()
+        size = yield from self._receive_chunk_size()
+        while size:
+            request.size = len(body) + size
+            if request.size > MAX_BODY:
+                raise PayloadTooLarge(f'the body has more than {MAX_BODY} bytes')
+            self.loop.budget.require_capacity(request.size)
+            while len(self.received) < size + 2:
+                yield READ
+            if self.received[size:size + 2] != b'\r\n':
+                raise BadRequest('a chunk of the body is longer than its size')
+            body += self.received[:size]
+            del self.received[:size + 2]
+            size = yield from self._receive_chunk_size()
+        trailer = yield from self._receive_line(MAX_HEAD)
+        for _ in range(MAX_HEADERS):
+            if not trailer:
+                return bytes(body)
+            if not HEADER.fullmatch(trailer):
+                raise BadRequest('the body ends in a line that is no trailer')
+            trailer = yield from self._receive_line(MAX_HEAD)
+        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} trailers')
+
+    def _receive_chunk_size(self):
+        line = yield from self._receive_line(MAX_CHUNK_LINE)
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f'{describe(line.decode("latin-1"))} is no size of a chunk')
+        return int(match[1], 16)
+
+    def _receive_line(self, longest):
+        end = self.received.find(b'\r\n', 0, longest + 2)
+        while end < 0:
+            if len(self.received) > longest:
+                raise BadRequest(f'a line of the body has more than {longest} bytes')
+            yield READ
+            end = self.received.find(b'\r\n', 0, longest + 2)
+        line = bytes(self.received[:end])
+        del self.received[:end + 2]
+        return line
 
     def _dispatch(self, request):
         """The response of the handler, after the operation that it asks for."""
@@ -3901,18 +4100,29 @@ class Connection(Client):
         if request.head:
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
-            response = Response(response)
-        body = encode_body(response.body)
-        file = body if hasattr(body, 'read') else None
-        length = os.fstat(file.fileno()).st_size if file else len(body)
-        if method == 'GET' and not file:
-            self.loop.budget.require_capacity(length)
-        self.server.store.meter.request(route, response.status)
+            response = (response, *JSON_OK)
+        body, status, content_type, headers = response
+        file = None
+        if hasattr(body, 'read'):
+            file = body
+            length = os.fstat(file.fileno()).st_size
+        else:
+            body = encode_body(body)
+            length = len(body)
+            if method == 'GET':
+                self.loop.budget.require_capacity(length)
+        self.server.store.meter.request(route, status)
         if self.server.verbose:
-            log(f'{self.address[0]} {method} {route} {response.status}')
-        head = response_head(response.status, response.content_type, response.headers, keep_alive)
-        if response.status != 204:
-            head += b'Content-Length: %d\r\n\r\n' % length
+            log(f'{self.address[0]} {method} {route} {status}')
+        connection = '' if keep_alive else 'close'
+        if keep_alive and not request.head.is_http_1_1:
+            connection = 'keep-alive'
+        head = response_head(status, content_type, headers, connection)
+        date = date_header(int(time.time()))
+        if status == 204:
+            head = b'%s%s\r\n' % (head, date)
+        else:
+            head = b'%s%sContent-Length: %d\r\n\r\n' % (head, date, length)
         self.unsent = head if file or method == 'HEAD' else head + body
         if file and method == 'HEAD':
             file.close()
@@ -3929,6 +4139,8 @@ class Connection(Client):
         return not self.unsent
 
     def _send_rest(self):
+        """Send what the client did not take at once."""
+        self.set_timeout(REQUEST_TIMEOUT)
         yield WRITE
         while not self._send():
             yield WRITE
@@ -3937,7 +4149,6 @@ class Connection(Client):
         """Send what is left of the response, then the file piece by piece."""
         with file:
             while self.unsent:
-                self.set_timeout(REQUEST_TIMEOUT)
                 if not self._send():
                     yield from self._send_rest()
                 self.unsent = file.read(CHUNK_BYTES)
@@ -3953,16 +4164,20 @@ def encode_body(body):
 
 
 @functools.lru_cache(maxsize=256)
-def response_head(status, content_type, headers, keep_alive):
-    """The status line and headers, up to the content length; complete for 204, which has none."""
+def response_head(status, content_type, headers, connection):
+    """The status line and all headers but Date and Content-Length."""
     lines = [f'HTTP/1.1 {status} {http.client.responses[status]}', *COMMON_HEADERS]
     lines += [f'{name}: {value}' for name, value in headers]
-    if not keep_alive:
-        lines.append('Connection: close')
+    if connection:
+        lines.append(f'Connection: {connection}')
     if status != 204:
         lines.append(f'Content-Type: {content_type}')
-    end = '\r\n\r\n' if status == 204 else '\r\n'
-    return ('\r\n'.join(lines) + end).encode('latin-1')
+    return ''.join(f'{line}\r\n' for line in lines).encode('latin-1')
+
+
+@functools.lru_cache(maxsize=1)
+def date_header(second):
+    return f'Date: {email.utils.formatdate(second, usegmt=True)}\r\n'.encode()
 
 
 # handlers: (server, params) -> a response, or an Operation or JobWait whose result becomes one
@@ -3971,11 +4186,11 @@ def enqueue(server, params):
     producers = server.store.producers
     if isinstance(params, dict):
         return Operation(
-            lambda transaction: producers.enqueue(transaction, [params]),
+            lambda tx: producers.enqueue(tx, [params]),
             lambda jobs: producers.render_created(jobs)[0],
             None if 'after' in params else params)
     return Operation(
-        lambda transaction: producers.enqueue(transaction, params),
+        lambda tx: producers.enqueue(tx, params),
         lambda jobs: f'{{"jobs":{json_list(producers.render_created(jobs))}}}')
 
 
@@ -3988,8 +4203,13 @@ def poll(server, params):
 
     claims = server.store.claims
     topic = ('queue', params['queue'])
-    wait = params.get('wait', 0) / 1000000
-    return LongPoll(lambda transaction: claims.poll(transaction, params), render, topic, wait)
+    wait = held_seconds(params)
+    return LongPoll(lambda tx: claims.poll(tx, params), render, topic, wait)
+
+
+def held_seconds(params):
+    """How long a poll or wait is held: not as long as proxies wait for a response."""
+    return min(params.get('wait', 0) / 1000000, MAX_HELD)
 
 
 def write_call(name):
@@ -3999,10 +4219,10 @@ def write_call(name):
     def handler(server, params):
         method = method_of(server.store)
         if isinstance(params, dict):
-            return Operation(lambda transaction: method(transaction, params))
+            return Operation(lambda tx: method(tx, params))
         apply_item = server.store.claims.apply_item
-        return Operation(lambda transaction: {
-            'jobs': [apply_item(transaction, method, item) for item in params]})
+        return Operation(lambda tx: {
+            'jobs': [apply_item(tx, method, item) for item in params]})
     return handler
 
 
@@ -4014,7 +4234,7 @@ def schedule(server, params):
     if 'cron' in params:
         load_cron(wanted['cron'], wanted['zone'])     # refused before a transaction begins
     return Operation(
-        lambda transaction: server.store.schedules.schedule(transaction, wanted),
+        lambda tx: server.store.schedules.schedule(tx, wanted),
         lambda found: schedule_json(found[0], created=found[1]))
 
 
@@ -4023,9 +4243,9 @@ def change_call(call):
     def change_one(server, params):
         operators = server.store.operators
 
-        def work(transaction):
-            job, _ = operators.require_status(transaction, call, params)
-            getattr(operators, call)(transaction, job)
+        def work(tx):
+            job, _ = operators.require_status(tx, call, params)
+            getattr(operators, call)(tx, job)
             return {'count': 1}
         return Operation(work)
 
@@ -4036,8 +4256,8 @@ def change_call(call):
         count = 0
         for ids in operators.id_batches(params):
             count += server.loop.run_in_transaction(
-                lambda transaction, ids=ids: operators.apply_to_batch(
-                    transaction, method, ids, statuses))
+                lambda tx, ids=ids: operators.apply_to_batch(
+                    tx, method, ids, statuses))
         return {'count': count}
 
     def handler(server, params):
@@ -4061,7 +4281,16 @@ def get_job(server, params):
     if 'wait' not in params:
         return queries.job(id)
     return JobWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
-                   ('job', id), params['wait'] / 1000000)
+                   ('job', id), held_seconds(params))
+
+
+def wait_for_loss(server, params):
+    """Whether a job was taken from the worker: cancelled, or its lease was over."""
+    def render(was_lost):
+        return {'lost': bool(was_lost)}
+
+    topic = ('worker', params['worker'])
+    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
 
 
 def list_jobs(server, params):
@@ -4087,6 +4316,10 @@ def metrics(server, params):
 
 def docs(server, params):
     return Response(__doc__, content_type=PLAIN_TEXT)
+
+
+def node_sdk(server, params):
+    return Response(NODE_SDK, content_type='text/javascript; charset=utf-8')
 
 
 def dashboard(status=200):
@@ -4150,13 +4383,19 @@ ROUTES = {
     '/status/': route('GET', get_job, ['id'], 'wait', offload=True),
     '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
     '/jobs': route(
-        'GET', list_jobs, optional='id queue status tag group limit after brief needed_by',
+        'GET', list_jobs,
+        optional='id queue status tag group limit after brief needed_by needs',
         offload=True),
-    '/queues': route('GET', read_call('queues'), optional='limit after busy', offload=True),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
+    '/queues': route(
+        'GET', read_call('queues'), optional='limit after busy queue search totals',
+        offload=True),
     '/metrics': route('GET', metrics, offload=True),
     '/health': route('GET', read_call('health')),
     '/backup': route('GET', backup, offload=True),
     '/docs': route('GET', docs),
+    '/openapi.json': route('GET', lambda server, params: openapi()),
+    '/rundown.mjs': route('GET', node_sdk),
     '/': route('GET', lambda server, params: dashboard()),
 }
 
@@ -4206,7 +4445,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.store = store
         self.loop = EventLoop(self, store)
         self.loop.thread.start()
-        self.loop.run_in_transaction(lambda transaction: None)  # extends leases before polls come
+        self.loop.run_in_transaction(lambda tx: None)  # extends leases before polls come
 
     def get_request(self):
         try:
@@ -4270,31 +4509,54 @@ class Server(http.server.ThreadingHTTPServer):
             raise BadRequest(f'{head.route} takes its fields in the body, not in the query')
         return head._replace(rule=rule, content_length=self._content_length(head))
 
+    def _is_own_name(self, host):
+        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
+        the DNS of an attacker may have bound it to this address."""
+        name = re.sub(r':\d*$', '', host).strip('[]').lower()
+        if name in self.allowed_hosts or is_loopback(name):
+            return True
+        return address_of(name) is not None and not self.is_loopback_only
+
     def _check_host(self, head):
-        """A foreign name may be one that an attacker's DNS has bound to this address."""
-        header = head.headers.get('host', 'localhost')
-        host = re.sub(r':\d*$', '', header).strip('[]').lower()
-        if host in self.allowed_hosts or is_loopback(host):
-            return
-        if not address_of(host) or self.is_loopback_only:
+        host = head.headers.get('host', 'localhost')
+        if not self._is_own_name(host):
             raise Misdirected(
-                f'Host {describe(header)} is not a name of this engine; see --allow-host')
+                f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
-        """Pages of other origins may link to the pages, and call nothing."""
-        if head.route in ('/', '/docs', '/health'):
+        """Pages of other origins may link to the pages, and call nothing.
+
+        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
+        that no page can set; the name must be the engine's all the same. Whoever knows the token
+        is no foreign page.
+        """
+        if self.token or head.route in ('/', '/docs', '/health'):
             return
-        origin = head.headers.get('origin')
-        is_foreign = origin is not None and origin.partition('://')[2] != head.headers.get('host')
         site = head.headers.get('sec-fetch-site', 'none')
-        if is_foreign or site not in ('none', 'same-origin'):
+        origin = head.headers.get('origin')
+        is_foreign = site not in ('none', 'same-origin')
+        if origin is not None:
+            host = origin.partition('://')[2]
+            is_same = host == head.headers.get('host') or (
+                site == 'same-origin' and self._is_own_name(host))
+            is_foreign = is_foreign or not is_same
+        if is_foreign:
             raise Forbidden(
                 'Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
 
     def _content_length(self, head):
-        length = head.headers.get('content-length', None if head.method == 'POST' else '0')
-        if length is None or 'transfer-encoding' in head.headers:
-            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
+        """The length of the body; None if it is chunked. Two ways to tell it are none."""
+        length = head.headers.get('content-length')
+        coding = head.headers.get('transfer-encoding')
+        if coding is not None:
+            if length is not None or not head.is_http_1_1 or coding.lower() != 'chunked':
+                raise BadRequest('Transfer-Encoding can only be chunked, without '
+                                 'Content-Length and not in HTTP 1.0')
+            return None
+        if length is None:
+            if head.method == 'POST':
+                raise LengthRequired('Content-Length or Transfer-Encoding: chunked is needed')
+            return 0
         if not re.fullmatch('[0-9]{1,15}', length):
             raise BadRequest(f'Content-Length must be a number of bytes, not {describe(length)}')
         if int(length) > MAX_BODY:
@@ -4324,7 +4586,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def run_due_now(self):
         """Do all that is due by now before this returns: for clocks that are moved by hand."""
-        def is_due(transaction):
+        def is_due(tx):
             return self.store.next_deadline <= self.store.clock.now()
 
         self.loop.call_soon_threadsafe(self.loop.committer.check_clock)
@@ -4464,6 +4726,225 @@ def sample(value, suffix='', **labels):
     pairs = ','.join(f'{name}="{str(text).translate(LABEL_ESCAPES)}"'
                      for name, text in labels.items())
     return f'{suffix}{{{pairs}}} {value}'
+
+
+# -- OpenAPI ---------------------------------------------------------------------------------------
+COLUMN_SCHEMAS = {      # function that writes a column -> what it writes, null aside
+    json_string: {'type': 'string'},
+    json_key: {'type': 'string'},
+    json_number: {'type': 'integer'},
+    json_time: {'type': 'string', 'format': 'date-time'},
+    json_duration: {'type': 'number'},
+    json_timeout: {'type': 'number'},
+    json_max_retries: {'type': 'integer'},
+    json_value: {},
+}
+
+
+def object_schema(required='', **properties):
+    return {'type': 'object', 'properties': properties, 'required': required.split()}
+
+
+def list_schema(items):
+    return {'type': 'array', 'items': items}
+
+
+def or_null(schema):
+    return {**schema, 'type': [schema['type'], 'null']} if 'type' in schema else schema
+
+
+def either(*schemas):
+    return {'anyOf': list(schemas)}
+
+
+def reference(schema):
+    return {'$ref': f'#/components/schemas/{schema}'}
+
+
+def page_schema(name, item):
+    return object_schema(f'{name} after', after=or_null(STRING), **{name: list_schema(item)})
+
+
+def table_schema(columns, **more):
+    """An object of the columns that clients see; what brief pages leave out is not required."""
+    schema = object_schema()
+    for name, column in columns.items():
+        if column.json:
+            values = dict(COLUMN_SCHEMAS[column.json])
+            if column.rule and 'enum' in column.rule.schema:
+                values['enum'] = column.rule.schema['enum']
+            is_set = re.search('NOT NULL|PRIMARY KEY', column.type) or column.json is json_timeout
+            schema['properties'][name] = values if is_set else or_null(values)
+            if column.brief and not column.optional:
+                schema['required'].append(name)
+    schema['properties'].update(more)
+    return schema
+
+
+STRING = {'type': 'string'}
+INTEGER = {'type': 'integer'}
+NUMBER = {'type': 'number'}
+BOOLEAN = {'type': 'boolean'}
+TIME = COLUMN_SCHEMAS[json_time]
+SCHEMAS = {
+    'Error': object_schema('error', error=STRING),
+    'Attempt': object_schema(
+        'attempt outcome', attempt=INTEGER, worker=or_null(STRING), outcome=STRING,
+        started_at=TIME, finished_at=or_null(TIME), error=or_null(STRING)),
+    'Job': table_schema(
+        JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
+        attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER,
+        steps={'type': 'object'}, replaced=BOOLEAN),
+    'JobPage': page_schema('jobs', reference('Job')),
+    # of a report; in a batch `error` and `code` say that the item is refused
+    'Outcome': object_schema(
+        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER,
+        error=STRING, code=INTEGER),
+    'Step': object_schema('id name created result', id=STRING, name=STRING, created=BOOLEAN,
+                          result={}),
+    'Count': object_schema('count', count=INTEGER),
+    'Paused': object_schema('queue paused', queue=STRING, paused=BOOLEAN),
+    'Limits': object_schema(
+        'queue max_running rate per', queue=STRING, max_running=or_null(INTEGER),
+        rate=or_null(INTEGER), per=or_null(NUMBER)),
+    'Schedule': table_schema(SCHEDULE_COLUMNS, created=BOOLEAN),
+    'SchedulePage': page_schema('schedules', reference('Schedule')),
+    'Queue': object_schema(
+        'queue paused', queue=STRING, paused=BOOLEAN, oldest_age=or_null(NUMBER),
+        polled_at=or_null(TIME), max_running=or_null(INTEGER), rate=or_null(INTEGER),
+        per=or_null(NUMBER), workers=list_schema(STRING), minutes={},
+        **dict.fromkeys(COUNTS, INTEGER)),
+    'Worker': object_schema(
+        'worker queue seen_at running', worker=STRING, queue=STRING, seen_at=TIME, running=INTEGER,
+        hung=or_null(INTEGER)),
+    'QueuePage': object_schema(
+        'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
+        now=TIME, workers=list_schema(reference('Worker'))),
+    'Health': object_schema(
+        'status storage version', status=STRING, storage=STRING, version=STRING),
+}
+
+
+class Call(NamedTuple):
+    """What OpenAPI says of a route beyond its fields."""
+
+    name: str
+    summary: str
+    response: Dict[str, Any]
+    content_type: str = 'application/json'
+
+
+CALLS = {       # a route that is not here is described by its fields alone
+    '/enqueue': Call('enqueue', 'Add a job; or many, all or none.', reference('Job')),
+    '/poll': Call('poll', 'Claim a job; with `limit`, jobs.',
+                  either(reference('Job'), list_schema(reference('Job')))),
+    '/complete': Call('complete', 'Report that a job is done.', reference('Outcome')),
+    '/fail': Call('fail', 'Report that an attempt has failed.', reference('Outcome')),
+    '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
+    '/step': Call('step', 'Keep the result of a step; the first one stays.', reference('Step')),
+    '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/reschedule': Call('reschedule', 'Change a pending job.', reference('Outcome')),
+    '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
+    '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
+    '/limit': Call('limit', 'Set the limits of a queue; null removes one.', reference('Limits')),
+    '/schedule': Call('schedule', 'Create or change a schedule.', reference('Schedule')),
+    '/unschedule': Call('unschedule', 'Delete a schedule; its jobs stay.', reference('Count')),
+    '/schedules': Call('list_schedules', 'A page of schedules.', reference('SchedulePage')),
+    '/jobs/': Call('get_job', 'A job; with `wait`, once it has ended.', reference('Job')),
+    '/status/': Call('get_status', 'A job.', reference('Job')),
+    '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
+    '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
+                  either(reference('JobPage'), reference('Job'))),
+    '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
+    '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
+    '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
+    '/backup': Call('backup', 'A copy of the database.', STRING, 'application/vnd.sqlite3'),
+    '/docs': Call('docs', 'The manual.', STRING, 'text/plain'),
+    '/openapi.json': Call('openapi', 'This document.', {'type': 'object'}),
+    '/rundown.mjs': Call('node_sdk', 'The SDK for Node.', STRING, 'text/javascript'),
+    '/': Call('dashboard', 'The dashboard.', STRING, 'text/html'),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def openapi():
+    """What the calls take and answer, from ROUTES, FIELDS and the tables of columns."""
+    requests = {}
+    paths = {}
+    for path, route in ROUTES.items():
+        operation = openapi_operation(path, route)
+        if route.method == 'POST':
+            name = path[1:].capitalize() + 'Request'
+            requests[name], body = openapi_body(route, reference(name))
+            operation['requestBody'] = {
+                'required': True, 'content': {'application/json': {'schema': body}}}
+        else:
+            operation['parameters'] = openapi_parameters(path, route)
+        if path.endswith('/') and path != '/':
+            path += f'{{{route.required[0][0]}}}'
+        paths[path] = {route.method.lower(): operation}
+    return {
+        'openapi': '3.1.0',
+        'info': {'title': 'Rundown', 'version': VERSION, 'summary': __doc__.partition('\n')[0]},
+        'servers': [{'url': '/'}],
+        'security': [{}, {'token': []}],
+        'paths': paths,
+        'components': {
+            'schemas': {**SCHEMAS, **requests},
+            'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}},
+        },
+    }
+
+
+def openapi_operation(path, route):
+    call = CALLS.get(path, Call(path.strip('/'), '', {}))
+    schema = call.response
+    if 'jobs' in route.rules:
+        schema = either(schema, object_schema('jobs', jobs=list_schema(schema)))
+    error = {'application/json': {'schema': reference('Error')}}
+    operation = {
+        'operationId': call.name,
+        'summary': call.summary,
+        'responses': {
+            '200': {'description': 'Done.', 'content': {call.content_type: {'schema': schema}}},
+            'default': {'description': 'Refused, or not possible now.', 'content': error},
+        },
+    }
+    if path == '/poll':
+        operation['responses']['204'] = {'description': 'No job came.'}
+    alternatives = [' or '.join(fields) for fields in route.required if len(fields) > 1]
+    if alternatives:
+        operation['description'] = f'It needs {", and ".join(alternatives)}.'
+    return operation
+
+
+def openapi_body(route, item):
+    """The schema of one item, and that of the body: an item, or where it may be, many."""
+    fields = {
+        field: or_null(rule.schema) if field in NULLABLE else rule.schema
+        for field, rule in route.rules.items() if field != 'jobs'}
+    schema = object_schema(**fields)
+    schema['required'] = [fields[0] for fields in route.required if len(fields) == 1]
+    schema['additionalProperties'] = False
+    if 'jobs' not in route.rules:
+        return schema, item
+    jobs = {**list_schema(item), 'minItems': 1, 'maxItems': MAX_BATCH}
+    return schema, either(item, object_schema('jobs', jobs=jobs))
+
+
+def openapi_parameters(path, route):
+    in_path = route.required[0][0] if route.required else None
+    return [
+        {
+            'name': field,
+            'in': 'path' if field == in_path else 'query',
+            'required': field == in_path,
+            'schema': rule.schema,
+        }
+        for field, rule in route.rules.items()]
 
 
 # -- Command line ---------------------------------------------------------------------------------
@@ -4613,211 +5094,2647 @@ def raise_file_limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
 
 
-# -- Dashboard --------------------------------------------------------------------------------------------------------
-DASHBOARD = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Rundown-Workers</title><link rel="icon" href="data:,">
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark; --back: light-dark(#f5f5f2, #121518); --card: light-dark(#fff, #1a1e22);
-  --text: light-dark(#1d2328, #e2e6e9); --soft: light-dark(#59636d, #9ba6b0); --line: light-dark(#dcdcd6, #30363c);
-  --accent: light-dark(#0a5fb8, #74b6ff); --bad: light-dark(#b3261e, #ff8f85); }  * { box-sizing: border-box; }  a { color: var(--accent); }
-body { margin: 0 auto; max-width: 90rem; padding: 0 1rem 4rem; background: var(--back); color: var(--text); overflow-wrap: anywhere;
-  font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; }  .bad, .bad a { color: var(--bad); font-weight: 650; }
-[hidden], p:empty, pre:empty, h2:has(+ :empty), table:has(tbody:empty), h2:has(+ table > tbody:empty), #login:not([hidden]) ~ main {
-  display: none !important; }  /* what has nothing to show */  #home { font-weight: 650; margin-right: auto; }
-header, form, #buttons { display: flex; flex-wrap: wrap; gap: .4rem .8rem; align-items: center; margin: .7rem 0; }
-h1, h2 { font-size: 1rem; margin: 1.4rem 0 .4rem; outline: none; }  #notice { position: fixed; bottom: 0; border-color: var(--accent); }
-button, input, select, table, pre, .box { font: inherit; color: var(--text); background: var(--card); border: 1px solid var(--line); }
-button, input, select { border-color: var(--soft); border-radius: 5px; padding: .1rem .5rem; }  #offline { position: sticky; top: 0; }
-button[aria-disabled=true] { color: var(--soft); border-color: var(--line); }  .armed { background: var(--bad); color: var(--card); }
-td button { margin-right: .3rem; min-width: 4.3rem; font-size: .85rem; }  td button:last-child { min-width: 6rem; margin: 0; }
-pre, .box { padding: .6rem .8rem; margin: .5rem 0; max-height: 30rem; overflow: auto; }  [data-attempt] { vertical-align: top; }
-table { width: 100%; border-collapse: collapse; table-layout: fixed; }  tr { border-bottom: 1px solid var(--line); }
-th, td { text-align: left; padding: .3rem .45rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-th, label, #updated, td.field { color: var(--soft); font-weight: 400; font-size: .85rem; }  td a, #home { text-decoration: none; }
-pre, td.error { font: 12.5px/1.45 ui-monospace, monospace; }  pre, .box, .error, .state, .value { white-space: pre-wrap; }
-.number { text-align: right; }  th.error { width: 50%; }  th.detail { width: 28%; }  th.queue { width: 13%; }  th.actions { width: 18rem; }
-th.last_hour, th.state { width: 8.6rem; }  th.field { width: 8rem; }
-svg { display: block; width: 120px; stroke: var(--accent); stroke-width: 1.6; }  svg .bad { stroke: var(--bad); }
-@media (max-width: 78rem) { table:not(#fields) {  /* each row becomes a card, its cells carry their headings */
-  thead { position: fixed; clip-path: inset(50%); }  &, tbody, td { display: block; padding: 0; text-align: left; white-space: pre-wrap; }
-  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)); gap: .4rem .8rem; padding: .6rem .8rem; }
-  td:before { content: attr(data-label); display: block; color: var(--soft); font: .85rem system-ui, sans-serif; }
-  .queue, .worker, .state, .last_hour { grid-column: span 2; }  td:first-child, .actions, .detail, .error { grid-column: 1 / -1; } } }
-</style><header><a id="home" href="#">Rundown-Workers</a> <noscript>this page needs JavaScript, the engine does not</noscript>
-  <span id="updated"></span> <a id="manual" href="/docs">manual</a></header> <p id="offline" class="box bad" role="alert"></p>
-<p id="notice" class="box" role="status"></p> <form id="login" method="dialog" class="box" hidden>
-  <label for="token">this engine asks for its token</label> <input id="token" type="password" autocomplete="current-password" required
-    pattern="[!-~]+" title="visible ASCII characters"> <button>open</button> <span id="refused" class="bad" role="alert"></span></form>
-<main id="list" hidden><h2>Queues</h2><table id="queues"></table> <h2>Schedules</h2><table id="schedules"></table>
-  <h2>Workers seen</h2><table id="workers"></table> <h2>Newest jobs</h2> <form id="filter" method="dialog" role="search">
-  <label>queue <input name="queue" autocomplete="off"></label> <label>status <select name="status"><option value="">any<option>pending
-  <option>running<option>done<option>failed<option>cancelled</select></label> <label>tag <input name="tag" autocomplete="off"></label>
-  <button>filter</button> <a href="#">all jobs</a></form> <table id="jobs"></table> <p id="older"></p> <pre id="example" tabindex="0"></pre>
-</main><main id="page" hidden><h1 id="title" tabindex="-1"></h1> <div id="job" hidden><p id="why" class="box"></p> <p id="buttons"></p>
-  <h2>Error</h2><pre id="error" tabindex="0"></pre> <h2>Payload</h2><pre id="payload" tabindex="0"></pre> <h2>Result</h2>
-  <pre id="result" tabindex="0"></pre> <h2>Waits or waited for</h2><p id="after"></p> <h2>Needed by</h2><p id="needed_by"></p>
-  <h2>Attempts</h2><table id="attempts"></table> <h2>Fields</h2><table id="fields"></table></div>
-  <p id="missing" class="box" hidden>There is no job with this id. It may have been purged.</p></main>
+# -- Dashboard -------------------------------------------------------------------------------------
+DASHBOARD = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Rundown-Workers</title>
+<link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+/* -- Colours and type ---------------------------------------------------------------------- */
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#f3f4f6, #0e1115);
+  --card: light-dark(#ffffff, #171b21);
+  --hover: light-dark(#f5f8fc, #1d232b);
+  --text: light-dark(#1b2129, #e3e7ec);
+  --soft: light-dark(#586371, #9ca8b5);
+  --line: light-dark(#e0e4e9, #2a313a);
+  --edge: light-dark(#8a95a3, #5d6976);
+  --accent: light-dark(#0b5bb0, #7db9ff);
+  --done: light-dark(#177245, #5ecb8f);
+  --bad: light-dark(#b8211a, #ff8d84);
+  --warn: light-dark(#855300, #e6b45c);
+  --on-solid: light-dark(#ffffff, #0e1115);
+}
+
+* {
+  box-sizing: border-box;
+}
+
+body {
+  margin: 0;
+  background: var(--page);
+  color: var(--text);
+  font: 14px/1.45 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere;
+}
+
+a {
+  color: var(--accent);
+  text-decoration: none;
+}
+
+a:hover {
+  text-decoration: underline;
+}
+
+:focus-visible {
+  outline: 2px solid var(--accent);
+  outline-offset: 1px;
+}
+
+h1:focus-visible {
+  outline: none;
+}
+
+h1,
+h2 {
+  margin: 0;
+  font-size: 1rem;
+  font-weight: 650;
+}
+
+h1 {
+  font-size: 1.15rem;
+}
+
+p {
+  margin: 0;
+}
+
+pre,
+code,
+.error {
+  font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+}
+
+pre {
+  margin: 0;
+  max-height: 30rem;
+  overflow: auto;
+  white-space: pre-wrap;
+}
+
+.soft {
+  color: var(--soft);
+}
+
+.bad,
+.bad a {
+  color: var(--bad);
+}
+
+.warn,
+.warn a {
+  color: var(--warn);
+}
+
+/* -- The frame ----------------------------------------------------------------------------- */
+[hidden],
+p:empty,
+section:has(> .body:empty),
+table:has(> tbody:empty),
+.optional:has(> table > tbody:empty),
+body:has(#login:not([hidden])) main {
+  display: none !important;
+}
+
+header {
+  position: sticky;
+  top: 0;
+  z-index: 2;
+  display: flex;
+  align-items: center;
+  gap: .2rem 1.2rem;
+  padding: 0 max(1rem, 50vw - 44rem);
+  min-height: 3rem;
+  background: var(--card);
+  border-bottom: 1px solid var(--line);
+}
+
+#home {
+  color: var(--text);
+  font-weight: 700;
+}
+
+nav {
+  display: flex;
+  align-self: stretch;
+  margin-right: auto;
+}
+
+nav a {
+  display: flex;
+  align-items: center;
+  padding: 0 .8rem;
+  color: var(--soft);
+  border-bottom: 2px solid transparent;
+}
+
+nav a[aria-current] {
+  color: var(--text);
+  font-weight: 600;
+  border-color: var(--accent);
+}
+
+#updated {
+  color: var(--soft);
+  font-size: .85rem;
+}
+
+main,
+#problems,
+#login {
+  max-width: 90rem;
+  margin: 0 auto;
+  padding: 0 1rem;
+}
+
+main {
+  padding-bottom: 5rem;
+}
+
+section,
+.card {
+  margin-top: 1rem;
+  padding: .8rem 1rem;
+  background: var(--card);
+  border: 1px solid var(--line);
+  border-radius: 8px;
+}
+
+.heading {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: .3rem 1rem;
+  margin-bottom: .5rem;
+}
+
+.heading > :first-child {
+  margin-right: auto;
+}
+
+.problem {
+  margin-top: .6rem;
+  padding: .6rem 1rem;
+  color: var(--bad);
+  background: color-mix(in srgb, var(--bad) 10%, var(--card));
+  border: 1px solid var(--bad);
+  border-radius: 8px;
+  font-weight: 600;
+}
+
+.problem a {
+  color: inherit;
+  text-decoration: underline;
+}
+
+.stale main {
+  opacity: .55;
+}
+
+#notice {
+  position: fixed;
+  z-index: 3;
+  left: 50%;
+  bottom: 1rem;
+  translate: -50%;
+  width: max-content;
+  max-width: 90vw;
+  padding: .6rem 1rem;
+  color: var(--page);
+  background: var(--text);
+  border-radius: 8px;
+}
+
+#login {
+  max-width: 30rem;
+  margin-top: 3rem;
+}
+
+#login form {
+  display: grid;
+  gap: .6rem;
+}
+
+/* -- Buttons, fields and dialogs ----------------------------------------------------------- */
+button,
+input,
+select {
+  padding: .25rem .7rem;
+  min-height: 2rem;
+  font: inherit;
+  color: var(--text);
+  background: var(--card);
+  border: 1px solid var(--edge);
+  border-radius: 6px;
+}
+
+button {
+  cursor: pointer;
+}
+
+button:hover {
+  background: var(--hover);
+}
+
+button.danger {
+  color: var(--bad);
+}
+
+button[aria-disabled=true],
+button[aria-disabled=true]:hover {
+  background: none;
+  color: var(--soft);
+  border-color: var(--line);
+  cursor: default;
+}
+
+button.primary {
+  color: var(--on-solid);
+  background: var(--accent);
+  border-color: var(--accent);
+}
+
+button.primary.danger {
+  background: var(--bad);
+  border-color: var(--bad);
+}
+
+button.plain {
+  padding: 0 .3rem;
+  color: var(--accent);
+  background: none;
+  border-color: transparent;
+}
+
+button:disabled {
+  opacity: .5;
+  cursor: default;
+}
+
+input[type=checkbox] {
+  width: 1.1rem;
+  height: 1.1rem;
+  min-height: 0;
+  margin: 0;
+  accent-color: var(--accent);
+  vertical-align: middle;
+}
+
+dialog {
+  width: min(30rem, 92vw);
+  padding: 1.2rem;
+  color: var(--text);
+  background: var(--card);
+  border: 1px solid var(--edge);
+  border-radius: 10px;
+}
+
+dialog::backdrop {
+  background: rgb(0 0 0 / .45);
+}
+
+dialog form {
+  display: grid;
+  gap: .8rem;
+}
+
+.buttons {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: .4rem;
+}
+
+dialog .buttons {
+  justify-content: end;
+}
+
+/* -- Tables -------------------------------------------------------------------------------- */
+table {
+  width: 100%;
+  border-collapse: collapse;
+  table-layout: fixed;
+}
+
+th,
+td {
+  padding: .35rem .4rem;
+  overflow: hidden;
+  text-align: left;
+  text-overflow: ellipsis;
+  white-space: nowrap;
+  border-bottom: 1px solid var(--line);
+}
+
+tbody tr:last-child td {
+  border-bottom: none;
+}
+
+tbody tr:hover {
+  background: var(--hover);
+}
+
+th {
+  color: var(--soft);
+  font-size: .79rem;
+  font-weight: 500;
+  white-space: normal;
+  overflow-wrap: normal;
+  vertical-align: bottom;
+}
+
+th.select,
+th.actions {
+  font-size: 0;
+}
+
+td.number,
+th.number {
+  text-align: right;
+}
+
+td.zero,
+td.zero a {
+  color: var(--soft);
+}
+
+td:is(.state, .ticks, .value, .result, .line),
+#workers td,
+#gone-workers td {
+  white-space: pre-wrap;
+}
+
+td button {
+  min-height: 1.7rem;
+  padding: 0 .4rem;
+  font-size: .8rem;
+  white-space: nowrap;
+}
+
+td .buttons {
+  flex-wrap: nowrap;
+}
+
+#queues th.number {
+  width: 5rem;
+}
+
+#queues th:is(.oldest, .per_minute) {
+  width: 4.2rem;
+}
+
+#jobs th.queue {
+  width: 14%;
+}
+
+th.actions {
+  width: 6.2rem;
+}
+
+#queues th.actions {
+  width: 16.8rem;
+}
+
+th.last_hour {
+  width: 136px;
+}
+
+th.state {
+  width: 8.4rem;
+}
+
+th.select {
+  width: 2.2rem;
+}
+
+th.job {
+  width: 9rem;
+}
+
+th.status,
+th.created {
+  width: 7rem;
+}
+
+th.attempt,
+th.count {
+  width: 5.5rem;
+}
+
+th.detail {
+  width: 36%;
+}
+
+th.field {
+  width: 9rem;
+}
+
+th.skipped,
+th.hung_threads,
+#workers th.running {
+  width: 4.8rem;
+}
+
+th.seen,
+th.next,
+th.last_run {
+  width: 5.6rem;
+}
+
+th.line {
+  width: 60%;
+}
+
+table:not(:has(td.tag a)) .tag,
+table:not(:has(td.group a)) .group {
+  display: none;
+}
+
+/* -- Statuses and progress ----------------------------------------------------------------- */
+.status-pending,
+.status-released {
+  --tint: var(--soft);
+}
+
+.status-running {
+  --tint: var(--accent);
+}
+
+.status-done {
+  --tint: var(--done);
+}
+
+.status-failed,
+.status-lost {
+  --tint: var(--bad);
+}
+
+.status-cancelled {
+  --tint: var(--warn);
+}
+
+.badge {
+  display: inline-block;
+  padding: 0 .55rem;
+  color: var(--tint, var(--soft));
+  background: color-mix(in srgb, var(--tint, var(--soft)) 12%, transparent);
+  border-radius: 1rem;
+  font-size: .88rem;
+  font-weight: 600;
+}
+
+progress {
+  width: 8rem;
+  height: .55rem;
+  appearance: none;
+  background: var(--line);
+  border: none;
+  border-radius: 1rem;
+  overflow: hidden;
+  vertical-align: middle;
+
+  &::-webkit-progress-bar {
+    background: var(--line);
+  }
+
+  &::-webkit-progress-value {
+    background: var(--accent);
+  }
+
+  &::-moz-progress-bar {
+    background: var(--accent);
+  }
+}
+
+#top progress {
+  width: min(24rem, 100%);
+  height: .8rem;
+}
+
+/* -- Overview ------------------------------------------------------------------------------ */
+#totals {
+  display: grid;
+  grid-template-columns: repeat(7, 1fr);
+  padding: 0;
+  overflow: hidden;
+}
+
+.total {
+  padding: .7rem 1rem;
+  color: var(--soft);
+  border-left: 1px solid var(--line);
+  margin-left: -1px;
+}
+
+.total b {
+  display: block;
+  color: var(--text);
+  font-size: 1.5rem;
+  font-weight: 600;
+  line-height: 1.2;
+}
+
+.total.bad b {
+  color: var(--bad);
+}
+
+a.total:hover {
+  background: var(--hover);
+  text-decoration: none;
+}
+
+svg {
+  display: block;
+}
+
+.bars-done {
+  stroke: var(--done);
+}
+
+.bars-failed {
+  stroke: var(--bad);
+}
+
+.bars-wait {
+  stroke: var(--warn);
+}
+
+.base {
+  stroke: var(--edge);
+}
+
+.spark {
+  width: 120px;
+  height: 28px;
+  stroke-width: 1.6;
+}
+
+#chart {
+  position: relative;
+  touch-action: pan-y;
+}
+
+#chart svg {
+  width: 100%;
+  stroke-width: 7;
+}
+
+#chart .base,
+#chart .cursor {
+  vector-effect: non-scaling-stroke;
+  stroke-width: 1;
+}
+
+#chart .cursor {
+  stroke: var(--text);
+}
+
+#chart .jobs {
+  height: 110px;
+}
+
+#chart .wait {
+  height: 46px;
+  margin-top: .3rem;
+}
+
+.scale {
+  display: flex;
+  justify-content: space-between;
+  color: var(--soft);
+  font-size: .82rem;
+}
+
+.legend {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0 1rem;
+}
+
+.legend span::before {
+  content: "";
+  display: inline-block;
+  width: .7rem;
+  height: .7rem;
+  margin-right: .35rem;
+  background: var(--tint);
+  border-radius: 2px;
+}
+
+.status-wait {
+  --tint: var(--warn);
+}
+
+#reading {
+  min-height: 1.45em;
+  font-weight: 600;
+}
+
+#halves {
+  display: grid;
+  grid-template-columns: 2fr 3fr;
+  gap: 0 1rem;
+  align-items: start;
+}
+
+#halves:has(#schedules > tbody:empty) {
+  grid-template-columns: 1fr;
+}
+
+/* -- Jobs ---------------------------------------------------------------------------------- */
+.tabs {
+  display: flex;
+  overflow: hidden;
+  gap: .3rem;
+  margin: 1rem 0 0;
+}
+
+.tabs a {
+  padding: .35rem .8rem;
+  color: var(--text);
+  white-space: nowrap;
+  border: 1px solid transparent;
+  border-radius: 1.2rem;
+}
+
+.tabs a[aria-current] {
+  background: var(--card);
+  border-color: var(--accent);
+  font-weight: 600;
+}
+
+#filter {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: end;
+  gap: .6rem;
+}
+
+#filter label {
+  display: grid;
+  flex: 1 1 8rem;
+  color: var(--soft);
+  font-size: .82rem;
+}
+
+#filter label:first-child {
+  flex-grow: 3;
+}
+
+#filter input {
+  width: 100%;
+  min-width: 0;
+}
+
+#failures .scroll {
+  max-height: 19rem;
+  overflow: auto;
+}
+
+#bulk {
+  position: sticky;
+  bottom: .6rem;
+  z-index: 1;
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: .4rem .8rem;
+  border-color: var(--accent);
+  box-shadow: 0 4px 18px rgb(0 0 0 / .25);
+}
+
+.id {
+  white-space: nowrap;
+}
+
+.id span {
+  font-size: 0;
+}
+
+.id span::after {
+  content: "…";
+  font-size: 14px;
+}
+
+/* -- One job ------------------------------------------------------------------------------- */
+#title code {
+  font-size: 1rem;
+  user-select: all;
+}
+
+#facts {
+  display: flex;
+  flex-wrap: wrap;
+  gap: .4rem 2rem;
+  margin: .8rem 0;
+}
+
+.fact b {
+  display: block;
+  color: var(--soft);
+  font-size: .82rem;
+  font-weight: 500;
+}
+
+#attempts {
+  margin: .5rem 0 0;
+  padding: 0 0 0 .4rem;
+  list-style: none;
+}
+
+#attempts li {
+  position: relative;
+  padding: 0 0 .8rem 1.4rem;
+  border-left: 2px solid var(--line);
+}
+
+#attempts li:last-child {
+  padding-bottom: 0;
+  border-color: transparent;
+}
+
+#attempts li::before {
+  content: "";
+  position: absolute;
+  top: .25rem;
+  left: -.45rem;
+  width: .75rem;
+  height: .75rem;
+  background: var(--tint, var(--edge));
+  border: 2px solid var(--card);
+  border-radius: 50%;
+}
+
+#attempts pre {
+  margin-top: .3rem;
+}
+
+/* -- Narrow screens: each row becomes a card whose cells carry their headings ---------------- */
+@media (max-width: 78rem) {
+  table:not(.small) {
+    &,
+    tbody,
+    td {
+      display: block;
+      width: auto;
+      padding: 0;
+      border: none;
+      text-align: left;
+      white-space: normal;
+    }
+
+    thead {
+      position: fixed;
+      clip-path: inset(50%);
+    }
+
+    tr {
+      display: grid;
+      grid-template-columns: repeat(auto-fill, minmax(5.4rem, 1fr));
+      gap: .4rem .6rem;
+      padding: .7rem 0;
+      border-bottom: 1px solid var(--line);
+    }
+
+    tr:last-child {
+      border: none;
+    }
+
+    td::before {
+      content: attr(data-label);
+      display: block;
+      color: var(--soft);
+      font: .8rem/1.3 system-ui, sans-serif;
+    }
+
+    td:empty,
+    td.select::before,
+    td.actions::before {
+      display: none;
+    }
+
+    td:is(.queue, .worker, .state, .last_hour, .schedule) {
+      grid-column: span 2;
+    }
+
+    td:is(.actions, .detail, .error, .line) {
+      grid-column: 1 / -1;
+    }
+
+    td.zero {
+      order: 1;
+    }
+
+    td.actions {
+      order: 2;
+    }
+  }
+
+  #halves {
+    grid-template-columns: 1fr;
+  }
+
+  #queues td.state {
+    order: -1;
+  }
+
+  #queues td.queue {
+    order: -2;
+    font-weight: 600;
+  }
+
+  #groups tr {
+    grid-template-columns: 2.4rem 1fr auto;
+  }
+
+  #groups td:is(.line, .actions) {
+    grid-column: auto;
+  }
+
+  #groups td::before,
+  #groups td.newest {
+    display: none;
+  }
+
+  :is(#jobs, #needs, #needed-by) tr {
+    position: relative;
+    grid-template-columns: 1fr auto;
+    gap: .1rem .8rem;
+  }
+
+  #jobs tr {
+    padding-left: 2.4rem;
+  }
+
+  :is(#jobs, #needs, #needed-by) td:not(.tag, .group)::before,
+  #jobs td.attempt {
+    display: none;
+  }
+
+  :is(#jobs, #needs, #needed-by) td.queue {
+    grid-column: auto;
+  }
+
+  :is(#jobs, #needs, #needed-by) td:is(.tag, .group, .detail) {
+    grid-column: 1 / -1;
+    order: 1;
+  }
+
+  #jobs td.created {
+    text-align: right;
+  }
+
+  #jobs td.select {
+    position: absolute;
+    top: .7rem;
+    left: 0;
+  }
+}
+
+@media (max-width: 40rem) {
+  #queues td.zero {
+    display: none;
+  }
+
+  #totals {
+    grid-template-columns: repeat(4, 1fr);
+  }
+
+  .tabs {
+    flex-wrap: wrap;
+  }
+
+  .tabs a {
+    padding: .6rem .8rem;
+  }
+
+  #filter label {
+    flex-basis: 5rem;
+  }
+
+  #filter label:first-child,
+  #filter button {
+    flex-basis: 100%;
+  }
+
+  table:not(.small, #jobs, #groups, #needs, #needed-by) tr {
+    grid-template-columns: repeat(4, 1fr);
+  }
+
+  .total {
+    padding: .5rem .7rem;
+    border-bottom: 1px solid var(--line);
+    margin-bottom: -1px;
+    font-size: .85rem;
+  }
+
+  .total b {
+    font-size: 1.15rem;
+  }
+
+  #updated,
+  #manual {
+    display: none;
+  }
+
+  button,
+  input,
+  select,
+  td button {
+    min-height: 2.5rem;
+  }
+
+  input[type=checkbox] {
+    width: 1.5rem;
+    height: 1.5rem;
+  }
+}
+</style>
+</head>
+<body>
+
+<header>
+  <a id="home" href="#">Rundown</a>
+  <nav aria-label="pages">
+    <a href="#" data-view="overview">Overview</a>
+    <a href="#jobs" data-view="jobs">Jobs</a>
+  </nav>
+  <noscript>This page needs JavaScript; the engine does not.</noscript>
+  <span id="updated"></span>
+  <a id="manual" href="docs">Manual</a>
+  <button id="forget" class="plain" hidden>Forget token</button>
+</header>
+
+<div id="problems">
+  <p id="offline" class="problem" role="alert"></p>
+  <p id="storage" class="problem" role="alert"></p>
+  <div id="warnings"></div>
+</div>
+<p id="notice" role="status"></p>
+
+<div id="login" hidden>
+  <form method="dialog" class="card">
+    <h2>This engine asks for its token</h2>
+    <label for="token" class="soft">
+      It is kept in this browser until you press "Forget token".
+    </label>
+    <input id="token" type="password" autocomplete="current-password" required
+      pattern="[!-~]+" title="visible ASCII characters">
+    <span id="refused" class="bad" role="alert"></span>
+    <button class="primary">Open</button>
+  </form>
+</div>
+
+<main id="overview" hidden>
+  <div id="totals" class="card"></div>
+  <section>
+    <h2>Enqueue a first job</h2>
+    <pre id="example" class="body" tabindex="0"></pre>
+  </section>
+  <section id="hour" aria-label="last hour">
+    <div class="heading">
+      <h2>Last hour</h2>
+      <p class="legend soft">
+        <span class="status-done">done</span>
+        <span class="status-failed">failed</span>
+        <span class="status-wait">waiting time</span>
+      </p>
+    </div>
+    <p id="reading"></p>
+    <div id="chart" tabindex="0" role="slider" aria-label="minute of the last hour"
+      aria-valuemin="0" aria-valuemax="59"></div>
+    <details>
+      <summary class="soft">As a table</summary>
+      <table id="minutes" class="small"></table>
+    </details>
+  </section>
+  <section>
+    <div class="heading">
+      <h2>Queues</h2>
+      <span id="shown" class="soft"></span>
+      <input id="find" type="search" placeholder="find a queue" aria-label="find a queue">
+    </div>
+    <table id="queues"></table>
+    <p id="no-queue" class="soft"></p>
+  </section>
+  <div id="halves">
+    <section>
+      <h2>Workers</h2>
+      <table id="workers"></table>
+      <p id="no-worker" class="soft"></p>
+      <details id="gone" class="optional">
+        <summary id="gone-count" class="soft"></summary>
+        <table id="gone-workers"></table>
+      </details>
+    </section>
+    <section class="optional">
+      <div class="heading">
+        <h2>Schedules</h2>
+        <span id="schedules-cut" class="soft"></span>
+      </div>
+      <table id="schedules"></table>
+    </section>
+  </div>
+</main>
+
+<main id="jobs-page" hidden>
+  <div id="tabs" class="tabs" role="navigation" aria-label="status"></div>
+  <section>
+    <form id="filter" method="dialog" role="search">
+      <label>search in payload, error, result, tag and id
+        <input name="search" type="search" autocomplete="off">
+      </label>
+      <label>queue <input name="queue" autocomplete="off"></label>
+      <label>tag <input name="tag" autocomplete="off"></label>
+      <label>group <input name="group" autocomplete="off"></label>
+      <button>Filter</button>
+    </form>
+  </section>
+  <section id="failures">
+    <details open>
+      <summary id="groups-count"></summary>
+      <div class="scroll">
+        <table id="groups"></table>
+      </div>
+    </details>
+  </section>
+  <section>
+    <label id="select-these" class="soft">
+      <input id="select-page" type="checkbox"> <span id="select-label"></span>
+    </label>
+    <table id="jobs"></table>
+    <p id="nothing" class="soft"></p>
+    <p id="paging" class="buttons"></p>
+  </section>
+  <div id="bulk" class="card" hidden>
+    <div id="selection" class="buttons"></div>
+  </div>
+</main>
+
+<main id="job-page" hidden>
+  <div id="top" class="card">
+    <div class="heading">
+      <h1 id="title" tabindex="-1"></h1>
+      <button class="copy" data-copy="title">Copy id</button>
+    </div>
+    <div id="job">
+      <p id="progress"></p>
+      <div id="facts"></div>
+      <p id="buttons" class="buttons"></p>
+    </div>
+    <p id="missing" hidden>There is no job with this id. It may have been deleted.</p>
+  </div>
+  <div id="job-sections" hidden>
+    <section>
+      <h2 id="why-title"></h2>
+      <p id="why" class="body"></p>
+    </section>
+    <section>
+      <h2 id="error-title" class="bad"></h2>
+      <pre id="error" class="body" tabindex="0"></pre>
+    </section>
+    <section>
+      <h2>Attempts</h2>
+      <ol id="attempts" class="body"></ol>
+    </section>
+    <section class="optional">
+      <h2>Steps that are done</h2>
+      <table id="steps"></table>
+    </section>
+    <section class="optional">
+      <h2>Waits or waited for</h2>
+      <table id="needs"></table>
+    </section>
+    <section class="optional">
+      <h2>Needed by</h2>
+      <table id="needed-by"></table>
+    </section>
+    <section>
+      <div class="heading">
+        <h2>Payload</h2>
+        <button class="copy" data-copy="payload">Copy</button>
+      </div>
+      <pre id="payload" class="body" tabindex="0"></pre>
+    </section>
+    <section>
+      <div class="heading">
+        <h2>Result</h2>
+        <button class="copy" data-copy="result">Copy</button>
+      </div>
+      <pre id="result" class="body" tabindex="0"></pre>
+    </section>
+    <section>
+      <h2>All fields</h2>
+      <table id="fields" class="small"></table>
+    </section>
+  </div>
+</main>
+
+<dialog id="confirm" aria-labelledby="question">
+  <form method="dialog">
+    <h2 id="question"></h2>
+    <p id="consequence"></p>
+    <label id="typing" hidden>
+      Type <b id="expected"></b> to confirm
+      <input id="typed" inputmode="numeric" autocomplete="off">
+    </label>
+    <p class="buttons">
+      <button id="no" value="no">Back</button>
+      <button id="yes" value="yes"></button>
+    </p>
+  </form>
+</dialog>
+
 <script>
 "use strict";
-let turn = 0, timer = 0, skew = 0, place = {}, armed = "";  // an answer to an older turn is dropped; skew: engine's clock - ours, ms
+
+// -- Settings -----------------------------------------------------------------------------------
+const REFRESH_INTERVAL = 2000;      // ms, at least; four times as long as the last refresh took
+const REQUEST_TIMEOUT = 10000;      // ms for a read
+const ACTION_TIMEOUT = 60000;       // ms for a write
+const NOTICE_TIME = 8000;           // ms that the outcome of an action is shown
+const CLICK_GUARD = 300;            // ms until a dialog can be confirmed: no double click does
+const WORKER_SILENCE = 120;         // seconds without a poll until a worker counts as gone
+const PAGE_QUEUES = 100;            // rows on a page
+const PAGE_SCHEDULES = 100;
+const PAGE_JOBS = 50;
+const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
+const GROUPED_FAILURES = 1000;      // newest failures that are grouped
+const MAX_SELECTED = 10000;         // jobs that can be selected
+const ACTION_BATCH = 1000;          // jobs in one request
+const TYPED_FROM = 100;             // jobs from which a deletion is confirmed by typing their count
+const MAX_NAMED = 8;                // queues or workers in one line about a problem
+const MAX_LINE = 200;               // characters of an error's last line, in a search or a summary
+const MAX_SHOWN = 200000;           // characters of a payload or result that are shown
+const MAX_STEP = 2000;              // of a step's result
+const TOKEN_KEY = "rundown token " + location.pathname;     // one for each engine of an origin
+const STATUSES = ["pending", "running", "done", "failed", "cancelled"];
+const FILTERS = ["search", "queue", "status", "tag", "group"];
+
+// -- State --------------------------------------------------------------------------------------
+let view = "";              // overview, jobs or job
+let place = {};             // the rest of the address: filters, the id of a job
+let refreshId = 0;          // answers to an earlier refresh are dropped
+let refreshTimer = 0;
+let noticeTimer = 0;
+let clockSkew = 0;          // ms that the engine's clock is ahead of the browser's
+let token = readToken();
+let pointer = "";           // what moved last: mouse, pen or touch
+let hour = null;            // the counts of the last hour, by the minute
+let pointedMinute = null;   // index into them, null: none
+let selected = new Map();   // id -> status of the jobs whose boxes are checked
+let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
+let found = null;           // the page of a search, which is not repeated: {address, page}
+let counts = null;          // of the jobs by status, of all queues or of the filter's queue
+let failures = [];          // the newest failed jobs of the filter
+let lastRows = {};          // table -> the items in its rows
+let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
+
+// -- Times and numbers --------------------------------------------------------------------------
+const number = value => value.toLocaleString("en");
+const plural = (total, noun) => `${number(total)} ${noun}${total === 1 ? "" : "s"}`;
+const now = () => Date.now() + clockSkew;
+const ageOf = time => (now() - Date.parse(time)) / 1000;
+const secondsBetween = (start, end) => (Date.parse(end) - Date.parse(start)) / 1000;
+
+function duration(seconds) {
+  if (seconds < 1) {
+    return Math.max(0, Math.round(seconds * 1000)) + " ms";
+  }
+  if (seconds < 10) {
+    return seconds.toFixed(1) + " s";
+  }
+  if (seconds < 120) {
+    return Math.round(seconds) + " s";
+  }
+  if (seconds < 7200) {
+    return Math.round(seconds / 60) + " min";
+  }
+  if (seconds < 172800) {
+    return Math.round(seconds / 3600) + " h";
+  }
+  return Math.round(seconds / 86400) + " d";
+}
+
+function ago(time) {
+  if (!time) {
+    return "never";
+  }
+  const age = ageOf(time);
+  if (Math.abs(age) < 1) {
+    return "now";
+  }
+  return age < 0 ? "in " + duration(-age) : duration(age) + " ago";
+}
+
+function local(time) {      // Swedish dates are ISO 8601
+  return new Date(time).toLocaleString("sv");
+}
+
+function timeNode(time, text = local(time)) {
+  const utc = new Date(time).toISOString().replace("T", " ").replace("Z", " UTC");
+  return el("time", {datetime: time, title: `${local(time)} here, ${utc}`}, text);
+}
+
+function agoNode(time) {
+  return time ? timeNode(time, ago(time)) : "never";
+}
+
+function withLocalTimes(sentence) {     // the UTC times in a sentence as times of the browser
+  const parts = (sentence || "").split(/(\d{4}-\d\d-\d\dT[\d:.]+Z)/);
+  return parts.map((part, i) => i % 2 ? timeNode(part) : part);
+}
+
+// -- Elements: data enters as text and attributes, never as markup ------------------------------
 const $ = id => document.getElementById(id);
-const fill = contents => { for (const id in contents) put($(id), contents[id]); };
-const age = (time, now = Date.now() + skew) => (now - Date.parse(time)) / 1000;
-const span = s => s < 10 ? Math.max(0, s).toFixed(1) + " s" : s < 120 ? Math.round(s) + " s" : s < 7200 ? Math.round(s / 60) + " min"
-  : s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " d";
-const ago = time => !time ? "never" : age(time) < 0 ? "in " + span(-age(time)) : span(age(time)) + " ago";
-const hash = filter => "#" + new URLSearchParams(Object.entries(filter).filter(pair => pair[1]));
-const link = (href, label, title = "") => el("a", {href, title}, label);
-const job = (id, label = id) => link("#job/" + encodeURIComponent(id), label, id);
-const exact = (key, value, source) =>  // where the browser can, 1.0 stays 1.0 and 2^63 keeps its digits
-  JSON.rawJSON && typeof value === "number" && String(value) !== source.source ? JSON.rawJSON(source.source) : value;
-function el(tag, attributes, ...children) {  // data enters as text and attributes, never as markup
-  const node = document.createElementNS("http://www.w3.org/" + (/svg|path/.test(tag) ? "2000/svg" : "1999/xhtml"), tag);
-  for (const name in attributes) node.setAttribute(name, attributes[name]);
-  node.append(...children.flat().map(child => typeof child === "number" ? child.toLocaleString("en") : child ?? ""));
+
+function el(tag, attributes = {}, ...children) {
+  const isDrawing = ["svg", "path"].includes(tag);
+  const space = isDrawing ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
+  const node = document.createElementNS(space, tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== false && value !== null && value !== undefined) {
+      node.setAttribute(name, value === true ? "" : value);
+    }
+  }
+  for (const child of children.flat(Infinity)) {
+    node.append(typeof child === "number" ? number(child) : child ?? "");
+  }
   return node;
 }
-function put(node, content) {  // text, a node or several, in place, so that focus, selection and a click that has begun are not lost
-  if (typeof content === "boolean") { node.hidden = !content; return; }  // or whether it is shown
-  const keyed = nodes => new Map(Array.from(nodes, (child, i) => [child.nodeName + (child.dataset?.key ?? i), child]));
-  const old = keyed(node.childNodes), next = keyed(el("p", {}, content).childNodes);
-  for (const [key, child] of old) if (!next.has(key) && !(child.dataset?.key && child.contains(document.activeElement))) child.remove();
-  [...next].forEach(([key, child], i) => {
-    const kept = old.get(key) || child;
-    if (kept.data !== child.data) kept.data = child.data;
-    for (const {name, value} of child.attributes || []) kept.setAttribute(name, value);
-    if (kept !== child && child.attributes) put(kept, [...child.childNodes]);
-    if (node.childNodes[i] !== kept) node.insertBefore(kept, node.childNodes[i]);
-  });
-}
-function button(label, able, about, action = label.replace(" ", "-")) {
-  const sure = action === "purge" && armed === about.queue;  // "disabled" instead of aria-disabled would drop the focus
-  const attributes = {"data-action": action, "data-about": JSON.stringify(about), "aria-disabled": !able, class: sure ? "armed" : ""};
-  return el("button", attributes, sure ? "sure?" : label);
-}
-function plot({done, failed}) {  // done rises from the base line, failed hangs below it, in one scale
-  const high = Math.max(...done), low = Math.max(...failed), unit = 25 / Math.max(1, high + low), base = 1.5 + (low ? high * unit : 25);
-  const bars = (values, up) => values.map((n, i) => n ? `M${2 * i + 1} ${base}v${up * Math.max(1, n * unit)}` : "").join("");
-  const sum = values => values.reduce((a, b) => a + b).toLocaleString("en");
-  const label = `last hour: ${sum(done)} done, ${sum(failed)} failed, at most ${high} done in a minute`;
-  return el("svg", {role: "img", viewBox: "0 0 120 28", "aria-label": label},
-    el("path", {d: bars(done, -1) + `M0 ${base}H120`}), el("path", {d: bars(failed, 1), class: "bad"}));
-}
-// tables: the first column names the row; a cell shows the field of its column's name, a time as its age, or what CELLS says; * is a number
-const TABLES = {queues: "queue pending* scheduled* running* done* failed* oldest* jobs/min* last_hour state actions", fields: "field value",
-  workers: "worker queue seen_at* running* hung_threads*", jobs: "job queue tag status attempt* worker created_at* detail",
-  attempts: "attempt worker started_at* took* outcome error", schedules: "schedule queue ticks next_run_at* last_run* skipped*"};
-const CELLS = {job: ({id}) => job(id, id.length > 16 ? "…" + id.slice(-12) : id),  // ids begin with the time, alike in all rows
-  queue: ({queue}) => link(hash({queue}), queue), tag: ({tag}) => tag && link(hash({tag}), tag), schedule: schedule => schedule.name,
-  took: ({started_at, finished_at}) => started_at && finished_at ? span(age(started_at, Date.parse(finished_at))) : "",
-  hung_threads: worker => worker.hung, oldest: queue => queue.oldest_age === null ? "–" : span(queue.oldest_age),
-  ticks: ({cron, zone, every}) => cron ? cron + " " + zone : "every " + span(every), last_hour: queue => plot(queue.minutes),
-  last_run: ({last_id, last_run_at}) => last_id ? job(last_id, ago(last_run_at)) : ago(last_run_at),
-  "jobs/min": ({minutes: {done, failed}}) =>  // of the last 60 s: this minute, and the part of the one before that this one lacks
-    Math.round(done[59] + failed[59] + (done[58] + failed[58]) * (1 - (Date.now() + skew) % 60000 / 60000)),
-  state: ({paused, polled_at, running, max_running, rate, per}) => (paused ? "paused" : !polled_at ? "no worker yet"
-    : age(polled_at) < 120 || running ? "open" : "no worker " + span(age(polled_at)))
-    + (max_running ? `, max ${max_running}` : "") + (rate ? `, ${rate} per ${per} s` : ""),
-  actions: ({queue, paused, failed, done}) => [button(paused ? "resume" : "pause", true, {queue}),
-    button("retry failed", failed, {queue, status: "failed"}), button("purge done", done, {queue, status: "done"}, "purge")],
-  detail: job => [{done: "took " + CELLS.took(job), running: job.progress !== null && "progress " + JSON.stringify(job.progress),
-    pending: job.waits_for ? `waits for ${job.waits_for} job(s)` : age(job.next_run_at) < 0 && "due " + ago(job.next_run_at)}[job.status],
-    (job.error || "").trim().split("\n").pop()].filter(Boolean).join(" ")};
-for (const status of ["pending", "running", "done", "failed"]) CELLS[status] = row => link(hash({queue: row.queue, status}), row[status]);
-const BAD = /^(failed|hung_threads) [1-9]|^status failed|^state (paused|no worker)/;
-function cells(id, item) {  // of the item's row; without an item the headings
-  return TABLES[id].split(" ").map(column => {
-    const key = column.replace("*", ""), label = key.replace(/_at$/, "").replaceAll("_", " "), role = item ? "cell" : "columnheader";
-    const content = !item ? label : key in CELLS ? CELLS[key](item) : key.endsWith("_at") ? ago(item[key]) : item[key];
-    const cell = el(item ? "td" : "th", {role, "data-count": key, "data-label": label}, content), shown = cell.textContent;
-    const className = key + (column === key ? " " : " number ") + (BAD.test(`${key} ${shown}`) ? "bad" : "");
-    return Object.assign(cell, {className, title: key === "actions" ? "" : shown});
-  });
-}
-function draw(tables) {  // the same item keeps its row, so that focus, scroll and selection stay; a row in focus stays anyway
-  for (const [id, items] of Object.entries(tables)) put($(id).tBodies[0], items.map(item => {
-    const first = TABLES[id].split(" ")[0], name = item[first] ?? item.id ?? item.name;
-    return el("tr", {role: "row", ["data-" + first]: name, "data-key": name + " " + item.queue}, cells(id, item));
-  }));
-}
-function list({queues, workers}, {schedules}, {jobs, after}) {
-  workers.sort((a, b) => a.queue.localeCompare(b.queue) || a.worker.localeCompare(b.worker));  // rows that stay where they are
-  draw({queues, schedules, workers, jobs});
-  fill({older: after && link(hash({...place, after}), "older"), example: jobs.length ? "" : `# no job here; how to enqueue one:
-curl -H 'Content-Type: application/json' -d '{"queue": "hello", "payload": "world"}' ${location.origin}/enqueue`});
-}
-function page({why, error, attempts, payload, result, after = [], needed_by = [], ...fields}) {
-  const {id, status} = fields, links = ids => ids.flatMap(id => [job(id), " "]);
-  const json = (value, text = JSON.stringify(value, null, 2)) =>
-    text.length > 200000 ? text.slice(0, 200000) + " ... (cut here; GET /jobs/ID has the rest)" : text;
-  const buttons = [button("retry", /failed|cancelled/.test(status), {id}), button("cancel", /pending|running/.test(status), {id})];
-  fill({why, buttons, error, payload: json(payload), result: result === null ? "" : json(result),
-    after: links(after), needed_by: links(needed_by)});
-  draw({attempts, fields: Object.entries(fields).map(([field, value]) => ({field, value: value === null ? "–" : typeof value !== "string"
-    ? JSON.stringify(value) : field.endsWith("_at") ? new Date(value).toLocaleString("sv") + ", " + ago(value) : value}))});
-}
-async function call(path, body, reviver) {  // what the engine answers; throws {status, message}
-  const {token} = sessionStorage, headers = {"Content-Type": "application/json", ...token && {Authorization: "Bearer " + token}};
-  const options = {method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal: AbortSignal.timeout(body ? 60000 : 10000)};
-  const read = async answer => [answer.status, JSON.parse(await answer.text(), reviver)];
-  const [status, content] = await fetch(path, options).then(read).catch(() => [0]);  // no answer, or none in JSON
-  if (status === 200) return content;
-  throw {status, message: status ? "the engine says: " + content.error : "engine does not answer, trying again"};
-}
-async function refresh() {
-  const mine = ++turn, began = Date.now(), {id} = place, {token} = sessionStorage;
-  clearTimeout(timer);
-  if (document.hidden) return;
-  const path = "/jobs?" + hash(id ? place : {...place, limit: 50, brief: true}).slice(1);  // the path /jobs/ID cannot hold the id ".."
-  try {
-    const [queues, schedules, found] = await Promise.all([call("/queues?busy=true&limit=100"), call("/schedules?limit=100"),
-      call(path, undefined, id && exact).catch(failure => { if (failure.status !== 404) throw failure; })]);
-    if (mine !== turn) return;
-    skew = Date.parse(queues.now) - Date.now();
-    if (!id) list(queues, schedules, found); else if (found) page(found);
-    fill({job: !!found, missing: !found, manual: !token, updated: "at " + new Date().toLocaleTimeString("sv"), offline: ""});
-  } catch ({status, message}) {
-    if (mine !== turn) return;
-    fill({login: status === 401, offline: status === 401 ? "" : message, refused: token ? "the engine refused this token" : ""});
-    if (status === 401) return $("token").focus();
+
+function show(contents) {       // id -> what the element contains, or whether it is shown at all
+  for (const [id, content] of Object.entries(contents)) {
+    if (typeof content === "boolean") {
+      $(id).hidden = !content;
+    } else {
+      patch($(id), content);
+    }
   }
-  timer = setTimeout(refresh, Math.max(2000, 4 * (Date.now() - began)));
 }
-async function press({action, about}) {
-  const arm = queue => { armed = queue; refresh(); }, {id, queue, status} = JSON.parse(about);
-  if (action === "purge" && armed !== queue)  // wants a second press, and a double click is not one
-    return [setTimeout(arm, 300, queue), setTimeout(arm, 5000, "")];
-  const said = await call("/" + action.replace("-failed", ""), {id, queue, status}).catch(failure => failure);
-  fill({notice: `${action} ${id || queue}: ${said.message || ("count" in said ? said.count + " job(s)" : "ok")}`});
-  setTimeout(fill, 6000, {notice: ""});
-  arm("");
+
+function keyed(nodes) {
+  const key = (child, i) => child.nodeName + (child.dataset?.key ?? i);
+  return new Map(Array.from(nodes, (child, i) => [key(child, i), child]));
 }
-function route() {
-  place = Object.fromEntries(new URLSearchParams(location.hash.slice(1).replace(/^job\//, "id=")));
-  for (const name of ["queue", "status", "tag"]) $("filter")[name].value = place[name] || "";
-  const title = document.title = place.id ? "job " + place.id : "Rundown-Workers";
-  fill({title, list: !place.id, page: !!place.id, job: false, missing: false});
-  if (place.id) { $("title").focus(); scrollTo(0, 0); }  // back in the history, the browser restores the scroll
-  else if (document.activeElement.closest("#queues, #workers")) $("filter").scrollIntoView({block: "nearest"});
+
+// Changes the contents of a node in place: focus, selection, scrolling and a click that has begun
+// are not lost. A row that has the focus stays even if it is gone from the contents.
+function patch(node, content) {
+  const before = keyed(node.childNodes);
+  const after = keyed(el("p", {}, content).childNodes);
+  for (const [key, child] of before) {
+    const isFocused = child.dataset?.key && child.contains(document.activeElement);
+    if (!after.has(key) && !isFocused) {
+      child.remove();
+    }
+  }
+  let i = 0;
+  for (const [key, child] of after) {
+    const kept = before.get(key) || child;
+    if (kept !== child) {
+      patchOne(kept, child);
+    }
+    if (node.childNodes[i] !== kept) {
+      node.insertBefore(kept, node.childNodes[i]);
+    }
+    i += 1;
+  }
+}
+
+function patchOne(kept, child) {
+  if (!child.attributes) {
+    if (kept.data !== child.data) {
+      kept.data = child.data;
+    }
+    return;
+  }
+  for (const {name} of [...kept.attributes]) {
+    if (!child.hasAttribute(name) && name !== "open") {     // a reader has opened it
+      kept.removeAttribute(name);
+    }
+  }
+  for (const {name, value} of child.attributes) {
+    if (kept.getAttribute(name) !== value) {
+      kept.setAttribute(name, value);
+    }
+  }
+  if (child.type === "checkbox") {
+    kept.checked = child.checked;
+  }
+  patch(kept, [...child.childNodes]);
+}
+
+// -- Links, buttons and badges ------------------------------------------------------------------
+function address(page, fields = {}) {
+  const filled = Object.entries(fields).filter(([, value]) => value);
+  return "#" + page + (filled.length ? "?" + new URLSearchParams(filled) : "");
+}
+
+function link(href, label, title) {
+  return el("a", {href, title}, label);
+}
+
+function jobsLink(fields, label = Object.values(fields)[0]) {
+  return link(address("jobs", fields), label);
+}
+
+function jobLink(id, label = id) {
+  return link("#job/" + encodeURIComponent(id), label, id);
+}
+
+function shortId(id) {      // ids begin with the time, alike in all rows; copied, it is whole
+  const cut = id.length > 16 ? id.length - 12 : 0;
+  return el("span", {class: "id"}, cut ? el("span", {}, id.slice(0, cut)) : "", id.slice(cut));
+}
+
+function badge(status) {
+  return el("span", {class: "badge status-" + status}, status);
+}
+
+function button(action, about, label, isPossible = true, look = "") {
+  return el("button", {
+    "data-action": action,
+    "data-about": JSON.stringify(about),
+    "aria-disabled": String(!isPossible),   // `disabled` would drop the focus
+    class: look,
+  }, label);
+}
+
+// -- Requests: relative addresses, so that the engine may live under any path -------------------
+function readToken() {
+  try {
+    return localStorage.getItem(TOKEN_KEY);
+  } catch {
+    return null;
+  }
+}
+
+function keepToken(value) {
+  token = value;
+  try {
+    if (value) {
+      localStorage.setItem(TOKEN_KEY, value);
+    } else {
+      localStorage.removeItem(TOKEN_KEY);
+    }
+  } catch {
+    show({notice: "This browser keeps no data of this page: it will ask again."});
+  }
+}
+
+class Failure extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;       // 0: the engine was not reached
+  }
+}
+
+async function call(path, {body, reviver, accepted = [200]} = {}) {
+  const headers = {"Content-Type": "application/json"};
+  if (token) {
+    headers.Authorization = "Bearer " + token;
+  }
+  const options = {
+    method: body ? "POST" : "GET",
+    headers,
+    body: body && JSON.stringify(body),
+    signal: AbortSignal.timeout(body ? ACTION_TIMEOUT : REQUEST_TIMEOUT),
+  };
+  let response = null;
+  let content = null;
+  try {
+    response = await fetch(path, options);
+    content = JSON.parse(await response.text(), reviver);
+  } catch {                     // no response, or one that is not the engine's
+    const from = response ? ` (something in between answered ${response.status})` : "";
+    throw new Failure(0, "The engine does not answer" + from);
+  }
+  if (!accepted.includes(response.status)) {
+    throw new Failure(response.status, "The engine says: " + content.error);
+  }
+  return content;
+}
+
+function exactNumber(key, value, context) {     // where the browser can, 1.0 and 2^63 stay as sent
+  const isExact = typeof value !== "number" || String(value) === context?.source;
+  return isExact || !JSON.rawJSON || !context ? value : JSON.rawJSON(context.source);
+}
+
+function query(path, fields) {
+  const filled = Object.entries(fields).filter(([, value]) => value);
+  return path + "?" + new URLSearchParams(filled);
+}
+
+// -- Progress -----------------------------------------------------------------------------------
+function plainNumber(value) {       // of one that exactNumber() kept as it was sent
+  return JSON.isRawJSON?.(value) ? Number(value.rawJSON) : value;
+}
+
+function partDone(progress) {       // from 0 to 1; null: not a progress that has an end
+  const done = plainNumber(progress?.done);
+  const total = plainNumber(progress?.total);
+  const part = typeof done === "number" && total > 0 ? done / total : plainNumber(progress);
+  return typeof part === "number" && part >= 0 && part <= 1 ? part : null;
+}
+
+// At the pace since this page first saw the attempt, else since the attempt began.
+function secondsLeft(job, part) {
+  const claim = job.id + " " + job.attempt;
+  if (firstProgress.claim !== claim || part < firstProgress.part) {
+    firstProgress = {claim, time: now(), part};
+  }
+  const seen = (now() - firstProgress.time) / 1000;
+  const gained = part - firstProgress.part;
+  if (gained > 0 && seen > 5) {
+    return (1 - part) * seen / gained;
+  }
+  const isWhole = part > 0 && job.attempt === 1;        // a later attempt may go on in the middle
+  return isWhole ? (1 - part) * ageOf(job.started_at) / part : null;
+}
+
+function progressText(progress, part) {
+  const percent = Math.floor(part * 100) + " %";
+  const done = plainNumber(progress.done);
+  const total = plainNumber(progress.total);
+  return total ? `${number(done)} of ${number(total)}, ${percent}` : percent;
+}
+
+function progressNodes(job, withTime) {
+  const part = partDone(job.progress);
+  if (part === null) {
+    return job.progress === null ? [] : ["progress " + JSON.stringify(job.progress)];
+  }
+  const text = progressText(job.progress, part);
+  const left = withTime && job.status === "running" ? secondsLeft(job, part) : null;
+  const time = left === null ? "" : `, about ${duration(left)} left`;
+  return [el("progress", {max: 1, value: part, "aria-label": text}), " " + text + time];
+}
+
+// -- Tables: a column is a name, what it shows of an item, and whether that is a number ---------
+function column(name, content = item => item[name], isNumber = false) {
+  return {name, content, isNumber, label: name.replaceAll("_", " ")};
+}
+
+function count(name, content) {
+  return column(name, content, true);
+}
+
+function statusCount(status) {
+  return count(status, row => jobsLink({queue: row.queue, status}, row[status]));
+}
+
+const QUEUE_COLUMNS = [
+  column("queue", row => jobsLink({queue: row.queue})),
+  statusCount("pending"),
+  count("scheduled"),
+  statusCount("running"),
+  statusCount("done"),
+  statusCount("failed"),
+  count("oldest", row => row.oldest_age === null ? "–" : duration(row.oldest_age)),
+  count("per_minute", row => lastMinute(row.minutes)),
+  column("last_hour", row => sparkline(row.minutes)),
+  column("state", queueState),
+  column("actions", queueButtons),
+];
+
+const WORKER_COLUMNS = [
+  column("worker", row => row.worker || "(without a name)"),
+  column("queue", row => row.queues.flatMap(queue => [jobsLink({queue}), " "]).slice(0, -1)),
+  count("running"),
+  count("hung_threads", row => row.hung),
+  count("seen", row => agoNode(row.seen_at)),
+];
+
+const SCHEDULE_COLUMNS = [
+  column("schedule", row => row.name),
+  column("queue", row => jobsLink({queue: row.queue})),
+  column("ticks", scheduleTicks),
+  count("next", row => agoNode(row.next_run_at)),
+  count("last_run", row => row.last_id ? jobLink(row.last_id, ago(row.last_run_at)) : "never"),
+  count("skipped"),
+  column("actions", row => button("run-schedule", {name: row.name}, "Run now")),
+];
+
+const MINUTE_COLUMNS = [
+  column("minute", row => row.time),
+  count("done"),
+  count("failed"),
+  count("waited", row => row.waited === null ? "–" : duration(row.waited)),
+];
+
+const JOB_COLUMNS = [
+  column("select", selectionBox),
+  column("job", row => jobLink(row.id, shortId(row.id))),
+  column("status", row => badge(row.status)),
+  column("queue", row => jobsLink({queue: row.queue})),
+  column("tag", row => row.tag && jobsLink({tag: row.tag})),
+  column("group", row => row.group && jobsLink({queue: row.queue, group: row.group}, row.group)),
+  count("attempt"),
+  count("created", row => agoNode(row.created_at)),
+  column("detail", jobDetail),
+];
+
+const GROUP_COLUMNS = [
+  count("count", row => row.jobs.length),
+  column("line", row => jobsLink({...place, after: "", search: row.search}, row.line)),
+  count("newest", row => agoNode(row.jobs[0].finished_at)),
+  column("actions", row => button("select-group", row.line, "Select")),
+];
+
+const DEPENDENCY_COLUMNS = [
+  column("job", row => jobLink(row.id)),
+  column("status", row => row.status && badge(row.status)),
+  column("queue", row => row.queue && jobsLink({queue: row.queue})),
+  column("detail", row => row.status ? jobDetail(row) : ""),
+];
+
+const TABLES = {
+  queues: QUEUE_COLUMNS,
+  workers: WORKER_COLUMNS,
+  "gone-workers": WORKER_COLUMNS,
+  schedules: SCHEDULE_COLUMNS,
+  minutes: MINUTE_COLUMNS,
+  jobs: JOB_COLUMNS,
+  groups: GROUP_COLUMNS,
+  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
+  needs: DEPENDENCY_COLUMNS,
+  "needed-by": DEPENDENCY_COLUMNS,
+  fields: [column("field"), column("value", row => fieldValue(row))],
+};
+
+function buildTables() {
+  for (const [id, columns] of Object.entries(TABLES)) {
+    const headings = columns.map(each => el("th", {
+      role: "columnheader",
+      class: cellClass(each),
+    }, each.label));
+    $(id).setAttribute("role", "table");        // a display other than table would lose the roles
+    $(id).append(
+      el("thead", {role: "rowgroup"}, el("tr", {role: "row"}, headings)),
+      el("tbody", {role: "rowgroup"}));
+  }
+}
+
+function cellClass({name, isNumber}, ...more) {
+  return [name, isNumber && "number", ...more].filter(Boolean).join(" ");
+}
+
+function drawTable(id, items, keyOf) {
+  const name = TABLES[id].find(each => each.name !== "select").name;
+  const rows = items.map(item => {
+    const key = keyOf(item);
+    const cells = TABLES[id].map(each => drawCell(each, item));
+    return el("tr", {role: "row", "data-key": key, ["data-" + name]: key}, cells);
+  });
+  patch($(id).tBodies[0], rows);
+  lastRows[id] = items;
+}
+
+function drawCell(each, item) {
+  const cell = el("td", {
+    role: "cell",
+    "data-count": each.name,
+    "data-label": each.label,
+  }, each.content(item));
+  const text = cell.textContent;
+  const isZero = each.isNumber && text === "0";
+  cell.className = cellClass(each, isBad(each.name, text) && "bad", isZero && "zero");
+  if (!cell.querySelector("button, input, time, svg") && text) {
+    cell.title = text;
+  }
+  return cell;
+}
+
+function isBad(name, text) {
+  const counts = ["failed", "hung_threads"];
+  return counts.includes(name) && text !== "0" || name === "state" && text.startsWith("no worker");
+}
+
+// While the pointer is on a table its rows stay where they are; they change in place. A new one
+// is added below (queues) or held back (jobs, which come in above).
+function heldRows(id, items, keyOf, addsNew) {
+  const isHeld = pointer === "mouse" && $(id).matches(":hover");     // after a touch it stays
+  if (!isHeld || !lastRows[id]) {
+    return items;
+  }
+  const fresh = new Map(items.map(item => [keyOf(item), item]));
+  const rows = lastRows[id].map(item => fresh.get(keyOf(item)) || item);
+  const known = new Set(rows.map(keyOf));
+  return addsNew ? [...rows, ...items.filter(item => !known.has(keyOf(item)))] : rows;
+}
+
+// -- Problems -----------------------------------------------------------------------------------
+function problemLine(key, intro, items, total = items.length) {
+  const rest = total > MAX_NAMED ? `, and ${number(total - MAX_NAMED)} more` : "";
+  const named = items.slice(0, MAX_NAMED).map((item, i) => [i ? ", " : "", item]);
+  return items.length ? el("p", {class: "problem", "data-key": key}, intro, named, rest) : "";
+}
+
+function unservedItem({queue, due, polled_at}) {
+  const since = polled_at ? ["not since ", timeNode(polled_at), ", "] : "";
+  return [jobsLink({queue}), " (", since, plural(due, "job"), " due)"];
+}
+
+function hungItem({worker, queue, hung}) {
+  const name = worker || "without a name";
+  return [name, " (", plural(hung, "hung thread"), " in ", jobsLink({queue}), ")"];
+}
+
+function drawTitle() {
+  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
+  document.title = ($("problems").textContent.trim() ? "(!) " : "") + title;
+}
+
+function drawProblems(health, {unserved, totals, workers}) {
+  const isInTrouble = health.status !== "ok";
+  const hung = workers.filter(worker => worker.hung);
+  show({
+    storage: isInTrouble ? "Storage trouble, nothing can be written: " + health.storage : "",
+    warnings: [
+      problemLine("unserved", "Jobs are due and no worker polls: ", unserved.map(unservedItem),
+        totals.unserved),
+      problemLine("hung", "Restart these workers: ", hung.map(hungItem)),
+    ],
+  });
+}
+
+// -- Overview: totals and the last hour ---------------------------------------------------------
+// Of the last 60 s: the current minute, and the part of the one before that this one lacks.
+function lastMinute({done, failed}) {
+  const lacking = 1 - now() % 60000 / 60000;
+  return Math.round(done[59] + failed[59] + (done[58] + failed[58]) * lacking);
+}
+
+function totalNode(name, value, href) {
+  const look = "total" + (name === "failed" && value ? " bad" : "");
+  const content = [el("b", {"data-total": name}, value), name];
+  return href ? el("a", {class: look, href}, content) : el("div", {class: look}, content);
+}
+
+function drawTotals(totals, minutes) {
+  const counts = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
+    const status = name === "scheduled" ? "pending" : name;
+    return totalNode(name, totals[name], address("jobs", {status}));
+  });
+  show({totals: [...counts, totalNode("per minute", lastMinute(minutes))]});
+}
+
+function bars(values, width, base, unit, direction) {
+  const bar = (value, i) => {
+    const height = Math.max(1, value * unit) * direction;
+    return value ? `M${(i + .5) * width} ${base}v${height.toFixed(2)}` : "";
+  };
+  return values.map(bar).join("");
+}
+
+// Done rises from the base line, failed hangs below it, in one scale.
+function jobBars({done, failed}, width, height) {
+  const high = Math.max(...done);
+  const low = Math.max(...failed);
+  const unit = (height - 3) / Math.max(1, high + low);
+  const base = 1.5 + (low ? high * unit : height - 3);
+  return [
+    el("path", {class: "bars-done", d: bars(done, width, base, unit, -1)}),
+    el("path", {class: "bars-failed", d: bars(failed, width, base, unit, 1)}),
+    el("path", {class: "base", d: `M0 ${base}H${60 * width}`}),
+  ];
+}
+
+function sum(values) {
+  return values.reduce((total, value) => total + value, 0);
+}
+
+function sums({done, failed}) {
+  return `${number(sum(done))} done, ${number(sum(failed))} failed`;
+}
+
+function sparkline(minutes) {
+  const label = "last hour: " + sums(minutes);
+  const attributes = {role: "img", class: "spark", viewBox: "0 0 120 28", "aria-label": label};
+  return el("div", {title: label}, el("svg", attributes, jobBars(minutes, 2, 28)));
+}
+
+function minuteTime(i) {
+  const time = new Date(now() - (59 - i) * 60000);
+  return time.toLocaleTimeString("sv", {hour: "2-digit", minute: "2-digit"});
+}
+
+function minuteText(i) {
+  const wait = hour.wait[i] === null ? "" : `, waited ${duration(hour.wait[i])}`;
+  return `${minuteTime(i)}: ${number(hour.done[i])} done, ${number(hour.failed[i])} failed${wait}`;
+}
+
+function chartNodes() {
+  const cursor = pointedMinute === null ? "" : `M${pointedMinute * 10 + 5} 0V200`;
+  const waits = hour.wait.map(value => value || 0);
+  const longest = Math.max(...waits);
+  const drawing = (name, height, ...content) => el("svg", {
+    class: name,
+    viewBox: `0 0 600 ${height}`,
+    preserveAspectRatio: "none",
+    "aria-hidden": "true",
+  }, content, el("path", {class: "cursor", d: cursor}));
+  return [
+    el("p", {class: "scale"}, `jobs a minute, at most ${number(Math.max(...hour.done))} done`),
+    drawing("jobs", 110, jobBars(hour, 10, 110)),
+    el("p", {class: "scale"}, `waiting time, at most ${duration(longest)}`),
+    drawing("wait", 46,
+      el("path", {class: "bars-wait", d: bars(waits, 10, 45, 43 / (longest || 1), -1)}),
+      el("path", {class: "base", d: "M0 45H600"})),
+    el("p", {class: "scale"}, el("span", {}, minuteTime(0)), el("span", {}, minuteTime(59))),
+  ];
+}
+
+function drawHour() {
+  const i = pointedMinute;
+  const text = i === null ? "in all " + sums(hour) : minuteText(i);
+  show({chart: chartNodes(), reading: text});
+  $("chart").setAttribute("aria-valuenow", i ?? 59);
+  $("chart").setAttribute("aria-valuetext", text);
+  const rows = hour.done.map((done, at) => (
+    {time: minuteTime(at), done, failed: hour.failed[at], waited: hour.wait[at]}));
+  drawTable("minutes", rows.reverse(), row => row.time);
+}
+
+function pointAtMinute(i) {
+  pointedMinute = i === null ? null : Math.max(0, Math.min(59, i));
+  if (hour) {
+    drawHour();
+  }
+}
+
+function minuteUnder({clientX}) {
+  const {left, width} = $("chart").getBoundingClientRect();
+  return Math.floor((clientX - left) / width * 60);
+}
+
+function moveMinute(event) {
+  const steps = {ArrowLeft: -1, ArrowRight: 1, Home: -60, End: 60};
+  if (event.key in steps) {
+    event.preventDefault();
+    pointAtMinute((pointedMinute ?? 59) + steps[event.key]);
+  }
+}
+
+// -- Overview: queues, workers, schedules -------------------------------------------------------
+function queueState(row) {
+  const {paused, polled_at, running, max_running, rate, per} = row;
+  const isServed = running || polled_at && ageOf(polled_at) < WORKER_SILENCE;
+  const silence = polled_at ? "no worker " + duration(ageOf(polled_at)) : "no worker yet";
+  const state = paused ? el("span", {class: "warn"}, "paused") : isServed ? "open" : silence;
+  const most = max_running ? `, max ${max_running}` : "";
+  return [state, most, rate ? `, ${rate} per ${per} s` : ""];
+}
+
+function queueButtons({queue, paused, failed, done}) {
+  const retry = {queue, status: "failed", count: failed};
+  const purge = {queue, status: "done", count: done};
+  return el("span", {class: "buttons"},
+    button(paused ? "resume" : "pause", {queue}, paused ? "Resume" : "Pause"),
+    button("retry-all", retry, "Retry failed", failed > 0),
+    button("delete-all", purge, "Delete done", done > 0));
+}
+
+function scheduleTicks({cron, zone, every}) {
+  return cron ? `${cron} ${zone}` : "every " + duration(every);
+}
+
+function byWorker(seen) {       // one row for each worker, with all its queues
+  const workers = new Map();
+  for (const {worker, queue, seen_at, hung, running} of seen) {
+    const row = workers.get(worker) || {worker, queues: [], seen_at, hung: 0, running: 0};
+    row.queues.push(queue);
+    row.seen_at = seen_at > row.seen_at ? seen_at : row.seen_at;
+    row.hung += hung;
+    row.running += running;
+    workers.set(worker, row);
+  }
+  const names = row => row.queues.sort().join();
+  return [...workers.values()].sort((a, b) => (
+    names(a).localeCompare(names(b)) || String(a.worker).localeCompare(String(b.worker))));
+}
+
+function drawWorkers(seen) {
+  const isLive = row => row.running || ageOf(row.seen_at) < WORKER_SILENCE;
+  const workers = byWorker(seen);
+  const gone = workers.filter(row => !isLive(row));
+  drawTable("workers", workers.filter(isLive), row => row.worker);
+  drawTable("gone-workers", gone, row => row.worker);
+  const hasLive = workers.length > gone.length;
+  show({
+    "gone-count": `${plural(gone.length, "worker")} not seen for two minutes or longer`,
+    "no-worker": hasLive ? "" : "No worker has polled in the last two minutes.",
+  });
+}
+
+function drawQueues({queues, totals}) {
+  const keyOf = row => row.queue;
+  const byName = [...queues].sort((a, b) => a.queue.localeCompare(b.queue));
+  const isCut = queues.length < totals.queues;
+  const which = place.find ? "that match" : "with work first";
+  drawTable("queues", heldRows("queues", byName, keyOf, true), keyOf);
+  show({
+    shown: isCut ? `${number(queues.length)} of ${number(totals.queues)}, ${which}` : "",
+    find: totals.queues > 10,
+    "no-queue": queues.length ? "" : place.find ? "Nothing matches." : "There are no queues yet.",
+  });
+}
+
+function drawOverview(queues, schedules) {
+  hour = queues.minutes;
+  drawTotals(queues.totals, queues.minutes);
+  drawHour();
+  drawQueues(queues);
+  drawWorkers(queues.workers);
+  drawTable("schedules", schedules.schedules, row => row.name);
+  const isEmpty = !queues.totals.queues;
+  show({
+    example: isEmpty ? exampleText() : "",
+    hour: !isEmpty,
+    "schedules-cut": schedules.after ? `the first ${PAGE_SCHEDULES} by name` : "",
+  });
+}
+
+function exampleText() {
+  const url = new URL("enqueue", location.href);
+  const secret = token ? " -H 'Authorization: Bearer ...'" : "";
+  const headers = "-H 'Content-Type: application/json'" + secret;
+  const host = new URL(".", location.href);
+  return `# in a shell
+curl ${headers} -d '{"queue": "hello", "payload": "world"}' ${url}
+
+# in Python, beside rundown_workers.py
+import rundown_workers as rw
+
+@rw.queue(name="hello", host="${host}")
+def hello(payload):
+    print("hello,", payload)
+
+rw.enqueue("hello", "world", host="${host}")
+rw.run()`;
+}
+
+// -- Jobs: the page -----------------------------------------------------------------------------
+function filters() {
+  return Object.fromEntries(FILTERS.filter(name => place[name]).map(name => [name, place[name]]));
+}
+
+function lastLine(error) {
+  return (error || "").trim().split("\n").pop();
+}
+
+function jobDetail(job) {
+  const details = {
+    running: () => progressNodes(job, false),
+    done: () => ["took " + duration(secondsBetween(job.started_at, job.finished_at))],
+    pending: () => [pendingDetail(job)],
+  };
+  const detail = (details[job.status] || (() => []))();
+  const error = job.status === "running" ? "" : lastLine(job.error);
+  return error ? [...detail, " ", el("span", {class: "error"}, error)] : detail;
+}
+
+function pendingDetail(job) {
+  if (job.waits_for) {
+    return `waits for ${plural(job.waits_for, "job")}`;
+  }
+  return ageOf(job.next_run_at) < 0 ? "due " + ago(job.next_run_at) : "";
+}
+
+function drawTabs() {
+  const tab = status => {
+    const href = address("jobs", {...filters(), status});
+    const isCurrent = (place.status || "") === status;
+    const isCounted = status && !place.tag && !place.group && !place.search;
+    const total = isCounted ? " " + number(counts[status]) : "";
+    return el("a", {href, "aria-current": isCurrent && "page"}, (status || "all") + total);
+  };
+  show({tabs: ["", ...STATUSES].map(tab)});
+}
+
+function nothingText(page) {
+  if (page.jobs.length) {
+    return "";
+  }
+  if (page.after) {
+    return "Nothing matches among the jobs that were looked at so far.";
+  }
+  return Object.keys(filters()).length ? "Nothing matches." : "There are no jobs yet.";
+}
+
+function drawPaging({jobs, after}) {
+  const label = jobs.length < PAGE_JOBS ? "Look further back" : "Older jobs";
+  const older = after && link(address("jobs", {...filters(), after}), label);
+  const newest = place.after && link(address("jobs", filters()), "Newest jobs");
+  const all = Object.keys(filters()).length ? link("#jobs", "Clear filters") : null;
+  show({paging: [newest, older, all].filter(Boolean)});
+}
+
+function drawJobs(page) {
+  const keyOf = job => job.id;
+  const shown = page.jobs.length;
+  drawTabs();
+  drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
+  drawPaging(page);
+  show({
+    nothing: nothingText(page),
+    "select-these": shown > 0,
+    "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
+  });
+  drawFailures();
+  drawSelection(page.after);
+}
+
+// A filter may look at many jobs that do not match: it takes several requests to fill a page.
+async function findJobs(fields, limit) {
+  const jobs = [];
+  let after = fields.after || "";
+  for (let i = 0; i < PAGE_SEARCHES; i += 1) {
+    const missing = Math.min(limit - jobs.length, ACTION_BATCH);
+    const page = await call(query("jobs", {...fields, after, brief: true, limit: missing}));
+    jobs.push(...page.jobs);
+    after = page.after;
+    if (!after || jobs.length >= limit) {
+      break;
+    }
+  }
+  return {jobs, after};
+}
+
+async function findPage() {
+  if (found?.address === location.hash) {
+    return found.page;
+  }
+  const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS);
+  found = place.search ? {address: location.hash, page} : null;
+  return page;
+}
+
+// -- Jobs: failures by their last line ----------------------------------------------------------
+async function findFailures() {
+  if (place.status !== "failed" || place.search) {
+    return [];
+  }
+  return (await findJobs(filters(), GROUPED_FAILURES)).jobs;
+}
+
+function failureGroups() {
+  const groups = new Map();
+  for (const job of failures) {
+    const line = lastLine(job.error) || "(no error)";
+    const group = groups.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
+    group.jobs.push(job);
+    groups.set(line, group);
+  }
+  return [...groups.values()].sort((a, b) => (
+    b.jobs.length - a.jobs.length || a.line.localeCompare(b.line)));
+}
+
+function drawFailures() {
+  const isCut = failures.length >= GROUPED_FAILURES;
+  const which = isCut ? `The newest ${number(failures.length)} failures` : "Failures";
+  drawTable("groups", failureGroups(), group => group.line);
+  show({
+    failures: failures.length > 0,
+    "groups-count": `${which} by the last line of their error`,
+  });
+}
+
+// -- Jobs: selection ----------------------------------------------------------------------------
+function selectionBox(job) {
+  return el("input", {
+    type: "checkbox",
+    "data-id": job.id,
+    "data-status": job.status,
+    "aria-label": "select " + job.id,
+    checked: selected.has(job.id) || selectedAll !== null,
+  });
+}
+
+function select(jobs, isSelected = true) {
+  selectedAll = null;
+  for (const job of jobs) {
+    if (isSelected) {
+      selected.set(job.id, job.status);
+    } else {
+      selected.delete(job.id);
+    }
+  }
   refresh();
 }
-for (const id in TABLES) Object.assign($(id), {role: "table", ariaLabel: id}).append(
-  el("thead", {role: "rowgroup"}, el("tr", {role: "row"}, cells(id))), el("tbody", {role: "rowgroup"}));
-$("filter").onsubmit = $("filter").onchange = () => { location.hash = hash(Object.fromEntries(new FormData($("filter")))); };
-$("login").onsubmit = () => { sessionStorage.token = $("token").value; location.reload(); };
-document.onclick = ({target}) => { const button = target.closest("[aria-disabled=false]"); if (button) press(button.dataset); };
-window.onload = window.onhashchange = route;
-document.onvisibilitychange = refresh;
-</script>"""
 
-# The Content-Security-Policy of the page: its own style and script by their digests, its own engine, nothing else.
-POLICY = '; '.join([*(
-    f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    for tag, text in re.findall('<(style|script)>(.*?)</', DASHBOARD, re.DOTALL)), "default-src 'none'",
-    "connect-src 'self'", 'img-src data:', "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
+function clearSelection() {
+  selected = new Map();
+  selectedAll = null;
+}
 
-# -- Node SDK ---------------------------------------------------------------------------------------
-NODE_SDK = r"""// @ts-nocheck: types are for programs that use this file, in the JSDoc of everything exported.
+// All jobs of a status, of one queue or of all, if they are too many to name them; else their ids.
+async function selectMatching() {
+  const {search, tag, group, queue, status} = place;
+  const total = status && !search && !tag && !group ? counts[status] : 0;
+  if (total > MAX_SELECTED) {
+    selectedAll = {queue, status, count: total};
+  } else {
+    select((await findJobs(filters(), MAX_SELECTED)).jobs);
+  }
+}
+
+function selectionCount(action) {       // of the selected jobs that the action applies to
+  const {statuses, path} = ACTIONS[action];
+  if (selectedAll) {
+    return statuses.includes(selectedAll.status) && path !== "reschedule" ? selectedAll.count : 0;
+  }
+  return [...selected.values()].filter(status => statuses.includes(status)).length;
+}
+
+function drawSelection(hasMore) {
+  const total = selectedAll ? selectedAll.count : selected.size;
+  const actions = Object.entries(ACTIONS).map(([name, {label, isDangerous}]) => {
+    const able = selectionCount(name);
+    const look = isDangerous ? "danger" : "";
+    return button("bulk", name, able ? `${label} ${number(able)}` : label, able > 0, look);
+  });
+  const content = [
+    el("b", {}, `${plural(total, "job")} selected`),
+    el("span", {class: "buttons"}, actions),
+    hasMore && button("select-matching", "", "Select all that match", true, "plain"),
+    button("select-none", "", "Clear", true, "plain"),
+  ];
+  show({bulk: total > 0, selection: content.filter(Boolean)});
+  $("select-page").checked = total > 0 && lastRows.jobs.every(job => selected.has(job.id));
+}
+
+// -- One job ------------------------------------------------------------------------------------
+function jsonText(value, longest = MAX_SHOWN) {
+  const text = JSON.stringify(value, null, 2);
+  const isCut = text.length > longest;
+  return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
+}
+
+function fieldValue({field, value}) {
+  if (value === null || value === undefined) {
+    return "–";
+  }
+  if (field.endsWith("_at")) {
+    return [timeNode(value), ", " + ago(value)];
+  }
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
+
+function fact(name, ...content) {
+  return el("div", {class: "fact", "data-fact": name}, el("b", {}, name), content);
+}
+
+function jobFacts(job) {
+  const retries = job.max_retries === null ? "" : `, ${job.retries} of ${job.max_retries} retries`;
+  const isDue = job.status === "pending" && !job.waits_for;
+  const took = job.started_at && job.finished_at;
+  return [
+    fact("status", badge(job.status)),
+    fact("queue", jobsLink({queue: job.queue})),
+    fact("age", timeNode(job.created_at, duration(ageOf(job.created_at)))),
+    fact("attempt", String(job.attempt) + retries),
+    job.worker && fact("worker", job.worker),
+    job.tag && fact("tag", jobsLink({tag: job.tag})),
+    job.group && fact("group", jobsLink({queue: job.queue, group: job.group}, job.group)),
+    isDue && fact("due", agoNode(job.next_run_at)),
+    took && fact("took", duration(secondsBetween(job.started_at, job.finished_at))),
+    job.finished_at && fact("ended", agoNode(job.finished_at)),
+  ].filter(Boolean);
+}
+
+function jobButtons({id, status}) {
+  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => (
+    button("one", {action, id}, label, statuses.includes(status), isDangerous ? "danger" : "")));
+}
+
+// A job that runs or is done does not open with the error of an attempt before that.
+function currentError({status, error, attempt}) {
+  if (!error || status === "running" || status === "done") {
+    return {"error-title": "", error: ""};
+  }
+  const title = status === "pending" ? `Error of attempt ${attempt}` : "Error";
+  return {"error-title": title, error};
+}
+
+function attemptError(error) {
+  if (!error) {
+    return "";
+  }
+  const text = el("pre", {}, error);
+  const line = lastLine(error);
+  if (line === error.trim() && line.length <= MAX_LINE) {
+    return text;
+  }
+  return el("details", {}, el("summary", {class: "error"}, line.slice(0, MAX_LINE)), text);
+}
+
+function attemptNode({attempt, worker, started_at, finished_at, outcome, error}) {
+  const took = started_at && finished_at ? duration(secondsBetween(started_at, finished_at)) : "";
+  const details = el("div", {class: "soft"},
+    started_at ? ["began ", timeNode(started_at)] : "",
+    took ? `, took ${took}` : "",
+    worker ? `, on ${worker}` : "");
+  const key = "attempt " + attempt;
+  return el("li", {class: "status-" + outcome, "data-key": key, "data-attempt": attempt},
+    el("b", {}, `Attempt ${attempt} `),
+    el("span", {"data-count": "outcome"}, badge(outcome)),
+    details,
+    attemptError(error));
+}
+
+function momentNode(name, time) {
+  return el("li", {"data-key": name},
+    el("b", {}, name),
+    el("div", {class: "soft"}, timeNode(time), ", " + ago(time)));
+}
+
+function timeline({created_at, next_run_at, status, waits_for, attempts = []}) {
+  const isDue = status === "pending" && !waits_for;
+  const next = isDue && next_run_at !== created_at ? [momentNode("Due", next_run_at)] : [];
+  return [momentNode("Enqueued", created_at), ...attempts.map(attemptNode), ...next];
+}
+
+function dependencies(ids, page) {      // in the order of the ids; one that is gone has no status
+  const known = new Map(page.jobs.map(job => [job.id, job]));
+  return ids.slice(0, PAGE_QUEUES).map(id => known.get(id) || {id});
+}
+
+async function fetchJob() {
+  try {
+    const job = await call(query("jobs", {id: place.id}), {reviver: exactNumber});
+    const brief = {brief: true, limit: PAGE_QUEUES};
+    const [needs, neededBy] = await Promise.all([
+      job.after ? call(query("jobs", {...brief, needed_by: job.id})) : {jobs: []},
+      job.needed_by ? call(query("jobs", {...brief, needs: job.id})) : {jobs: []},
+    ]);
+    return {job, needs, neededBy};
+  } catch (failure) {
+    if (failure.status === 404) {
+      return {};
+    }
+    throw failure;
+  }
+}
+
+function drawJob({job, needs, neededBy}) {
+  show({job: Boolean(job), "job-sections": Boolean(job), missing: !job});
+  if (!job) {
+    return;
+  }
+  const {why, error, attempts, payload, result, after, needed_by, steps, ...fields} = job;
+  show({
+    ...currentError(job),
+    progress: progressNodes(job, true),
+    facts: jobFacts(job),
+    buttons: jobButtons(job),
+    "why-title": "Why it is " + job.status,
+    why: withLocalTimes(why),
+    attempts: timeline(job),
+    payload: jsonText(payload),
+    result: result === null ? "" : jsonText(result),
+  });
+  drawTable("steps", Object.entries(steps || {}).map(([name, value]) => ({name, result: value})),
+    step => step.name);
+  drawTable("needs", dependencies(after || [], needs), each => each.id);
+  drawTable("needed-by", dependencies(needed_by || [], neededBy), each => each.id);
+  drawTable("fields", Object.entries(fields).map(([field, value]) => ({field, value})),
+    each => each.field);
+}
+
+// -- Actions on jobs ----------------------------------------------------------------------------
+const ACTIONS = {
+  retry: {
+    label: "Retry",
+    path: "retry",
+    statuses: ["failed", "cancelled"],
+    consequence: "Retried jobs are pending again, with all their retries.",
+  },
+  run: {
+    label: "Run now",
+    path: "reschedule",
+    fields: {delay: 0},
+    statuses: ["pending"],
+    consequence: "Jobs become due now, whatever time they were scheduled for.",
+  },
+  cancel: {
+    label: "Cancel",
+    path: "cancel",
+    statuses: ["pending", "running"],
+    isDangerous: true,
+    consequence: "Running jobs are interrupted, and jobs that wait for a cancelled one are "
+      + "cancelled too. Cancelled jobs can be retried.",
+  },
+  delete: {
+    label: "Delete",
+    path: "purge",
+    statuses: ["pending", "done", "failed", "cancelled"],
+    isDangerous: true,
+    isFinal: true,
+    consequence: "Payloads, results and errors are deleted too, and jobs that wait for a deleted "
+      + "one are cancelled. This cannot be undone.",
+  },
+};
+
+// Asks as the danger demands: nothing for one harmless change, a dialog for more or for a loss,
+// and the count, typed, for a large loss.
+function isConfirmed(action, total) {
+  const {label, isDangerous, isFinal, consequence} = ACTIONS[action];
+  if (total === 1 && !isDangerous) {
+    return true;
+  }
+  show({
+    question: `${label} ${plural(total, "job")}?`,
+    consequence,
+    expected: String(total),
+    typing: Boolean(isFinal && total >= TYPED_FROM),
+    yes: `${label} ${number(total)}`,
+  });
+  $("yes").className = isDangerous ? "primary danger" : "primary";
+  return openDialog();
+}
+
+function openDialog() {
+  const dialog = $("confirm");
+  $("typed").value = "";
+  $("yes").disabled = true;
+  setTimeout(allowYes, CLICK_GUARD);
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise(resolve => {
+    dialog.onclose = () => resolve(dialog.returnValue === "yes");
+  });
+}
+
+function allowYes() {
+  const isTyped = $("typed").value.trim() === $("expected").textContent;
+  $("yes").disabled = !isTyped && !$("typing").hidden;
+}
+
+async function applyToId(action, id) {
+  const {label, path, fields} = ACTIONS[action];
+  await call(path, {body: {id, ...fields}});
+  return `${label}: 1 job`;
+}
+
+async function applyToIds(action, ids) {
+  const {label, path, fields} = ACTIONS[action];
+  const refused = [];
+  for (let i = 0; i < ids.length; i += ACTION_BATCH) {
+    const jobs = ids.slice(i, i + ACTION_BATCH).map(id => ({id, ...fields}));
+    const answer = await call(path, {body: {jobs}});
+    refused.push(...answer.jobs.filter(each => each.code));
+  }
+  const rest = refused.length ? `; ${number(refused.length)} refused: ${refused[0].error}` : "";
+  return `${label}: ${plural(ids.length - refused.length, "job")}${rest}`;
+}
+
+async function applyToAll(action, {queue, status}) {
+  const {label, path} = ACTIONS[action];
+  const answer = await call(path, {body: {queue, status}});
+  return `${label}: ${plural(answer.count, "job")}`;
+}
+
+async function applyToSelected(action) {
+  if (!await isConfirmed(action, selectionCount(action))) {
+    return "";
+  }
+  const {statuses} = ACTIONS[action];
+  const ids = [...selected].filter(([, status]) => statuses.includes(status)).map(([id]) => id);
+  const all = selectedAll;
+  clearSelection();
+  return all ? applyToAll(action, all) : applyToIds(action, ids);
+}
+
+async function applyToOne({action, id}) {
+  if (!await isConfirmed(action, 1)) {
+    return "";
+  }
+  const outcome = await applyToId(action, id);
+  if (action === "delete") {
+    location.hash = "#jobs";
+  }
+  return outcome;
+}
+
+async function applyToQueue(action, about) {
+  return await isConfirmed(action, about.count) ? applyToAll(action, about) : "";
+}
+
+// -- Other actions ------------------------------------------------------------------------------
+async function pause(path, {queue}) {
+  await call(path, {body: {queue}});
+  return `${path === "pause" ? "Paused" : "Resumed"} ${queue}`;
+}
+
+async function runSchedule({name}) {
+  const schedule = lastRows.schedules.find(each => each.name === name);
+  const copied = ["queue", "payload", "timeout", "max_retries", "tag", "priority", "key", "group"];
+  const given = copied.filter(field => (schedule[field] ?? null) !== null);
+  const body = Object.fromEntries(given.map(field => [field, schedule[field]]));
+  const job = await call("enqueue", {body});
+  const known = `A job with the key ${schedule.key} is there already: ${job.id}`;
+  return job.created === false ? known : "Enqueued " + job.id;
+}
+
+async function copyText(id) {
+  const source = id === "title" ? $("id") : $(id);
+  try {
+    await navigator.clipboard.writeText(source.textContent);
+  } catch {                     // only a secure page may use the clipboard
+    getSelection().selectAllChildren(source);
+    document.execCommand("copy");
+  }
+  notify("Copied");
+}
+
+const PRESSES = {
+  pause: about => pause("pause", about),
+  resume: about => pause("resume", about),
+  "retry-all": about => applyToQueue("retry", about),
+  "delete-all": about => applyToQueue("delete", about),
+  "run-schedule": runSchedule,
+  one: applyToOne,
+  bulk: applyToSelected,
+  "select-group": line => select(failureGroups().find(group => group.line === line).jobs),
+  "select-matching": selectMatching,
+  "select-none": clearSelection,
+};
+
+function notify(text) {
+  show({notice: text});
+  clearTimeout(noticeTimer);
+  noticeTimer = setTimeout(show, NOTICE_TIME, {notice: ""});
+}
+
+async function press({action, about}) {
+  try {
+    const outcome = await PRESSES[action](JSON.parse(about));
+    if (outcome) {
+      notify(outcome);
+    }
+  } catch (failure) {
+    notify(failure.message);
+  }
+  found = null;
+  refresh();
+}
+
+// -- Refreshing ---------------------------------------------------------------------------------
+async function fetchHealth() {
+  const health = await call("health", {accepted: [200, 503]});
+  if (!health.status) {
+    throw new Failure(503, "The engine says: " + health.error);
+  }
+  return health;
+}
+
+const VIEWS = {
+  overview: {
+    queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
+    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES}), {reviver: exactNumber})],
+    draw: drawOverview,
+  },
+  jobs: {
+    queues: () => ({limit: 1, queue: place.queue}),
+    fetch: () => [findPage(), findFailures()],
+    draw: drawJobsPage,
+  },
+  job: {
+    queues: () => ({limit: 1}),
+    fetch: () => [fetchJob()],
+    draw: (queues, found) => drawJob(found),
+  },
+};
+
+function drawJobsPage(queues, page, failed) {
+  const none = Object.fromEntries(STATUSES.map(status => [status, 0]));
+  counts = place.queue ? queues.queues[0] || none : queues.totals;
+  failures = failed;
+  drawJobs(page);
+}
+
+async function refresh() {
+  const mine = ++refreshId;
+  const began = Date.now();
+  clearTimeout(refreshTimer);
+  if (document.hidden) {
+    return;
+  }
+  const {queues, fetch, draw} = VIEWS[view];
+  try {
+    const [health, counts, ...rest] = await Promise.all([
+      fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
+    if (mine !== refreshId) {
+      return;
+    }
+    clockSkew = Date.parse(counts.now) - Date.now();
+    keepingInPlace(() => {
+      showOnline();
+      drawProblems(health, counts);
+      draw(counts, ...rest);
+    });
+    drawTitle();
+  } catch (failure) {
+    if (mine !== refreshId || showFailure(failure)) {
+      return;
+    }
+  }
+  refreshTimer = setTimeout(refresh, Math.max(REFRESH_INTERVAL, 4 * (Date.now() - began)));
+}
+
+// The row under the pointer stays there, whatever comes or goes above it.
+function keepingInPlace(change) {
+  const row = document.querySelector("tr:hover");
+  const before = row?.getBoundingClientRect().top;
+  change();
+  if (row?.isConnected) {
+    scrollBy(0, row.getBoundingClientRect().top - before);
+  }
+}
+
+function showOnline() {
+  const time = new Date().toLocaleTimeString("sv");
+  document.body.classList.remove("stale");
+  show({
+    offline: "",
+    updated: "at " + time,
+    login: false,
+    manual: !token,         // a link cannot send it
+    forget: Boolean(token),
+  });
+}
+
+function shownSince() {
+  const time = $("updated").textContent;
+  return time ? ` This page shows the state ${time}.` : "";
+}
+
+function showFailure(failure) {         // whether to wait for the token
+  const isLocked = failure.status === 401;
+  if (failure.status === undefined) {
+    console.error(failure);
+  }
+  document.body.classList.toggle("stale", !isLocked);
+  show({
+    login: isLocked,
+    forget: false,
+    refused: isLocked && token ? "The engine refused this token." : "",
+    offline: isLocked ? "" : `${failure.message}. Trying again.${shownSince()}`,
+  });
+  drawTitle();
+  if (isLocked) {
+    $("token").focus();
+  }
+  return isLocked;
+}
+
+// -- Addresses: #, #jobs?queue=...&status=..., #job/ID ------------------------------------------
+function readAddress() {
+  const hash = location.hash.slice(1);
+  if (hash.startsWith("job/")) {
+    view = "job";
+    place = {id: new URLSearchParams("id=" + hash.slice(4)).get("id")};
+    return;
+  }
+  const [page, ...rest] = hash.split("?");
+  view = page === "jobs" ? "jobs" : "overview";
+  place = Object.fromEntries(new URLSearchParams(rest.join("?")));
+}
+
+function route() {
+  readAddress();
+  clearSelection();
+  found = null;
+  show({
+    title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
+    overview: view === "overview",
+    "jobs-page": view === "jobs",
+    "job-page": view === "job",
+    job: false,
+    "job-sections": false,
+    missing: false,
+    nothing: "Looking ...",
+    "select-these": false,
+    paging: "",
+  });
+  for (const each of document.querySelectorAll("[data-view]")) {
+    each.ariaCurrent = each.dataset.view === view ? "page" : null;
+  }
+  for (const name of ["search", "queue", "tag", "group"]) {
+    $("filter").elements[name].value = place[name] || "";
+  }
+  for (const id of ["jobs", "groups"]) {
+    lastRows[id] = null;
+    patch($(id).tBodies[0], "");
+  }
+  drawTitle();
+  if (view === "job") {
+    $("title").focus();
+  }
+  scrollTo(0, 0);           // back in the history, the browser restores the scroll
+  refresh();
+}
+
+function applyFilter() {
+  const fields = Object.fromEntries(new FormData($("filter")));
+  const hash = address("jobs", {...fields, status: place.status});
+  if (location.hash === hash) {
+    route();                // the search is repeated
+  }
+  location.hash = hash;
+}
+
+// -- Events -------------------------------------------------------------------------------------
+function onClick({target}) {
+  const pressed = target.closest("[data-action][aria-disabled=false]");
+  if (pressed) {
+    press(pressed.dataset);
+  }
+  const copied = target.closest(".copy");
+  if (copied) {
+    copyText(copied.dataset.copy);
+  }
+}
+
+function onCheck({target}) {
+  if (target.dataset.id) {
+    select([target.dataset], target.checked);
+  }
+  if (target.id === "select-page") {
+    select(lastRows.jobs, target.checked);
+  }
+}
+
+function listen() {
+  document.onclick = onClick;
+  document.onpointermove = ({pointerType}) => {
+    pointer = pointerType;
+  };
+  document.onvisibilitychange = refresh;
+  window.onhashchange = route;
+  $("jobs-page").onchange = onCheck;
+  $("filter").onchange = applyFilter;
+  $("filter").onsubmit = applyFilter;
+  $("typed").oninput = allowYes;
+  $("no").onclick = () => $("confirm").close("no");
+  $("forget").onclick = () => {
+    keepToken(null);
+    refresh();
+  };
+  $("login").onsubmit = () => {
+    keepToken($("token").value);
+    $("token").value = "";
+    refresh();
+  };
+  $("find").oninput = () => {
+    place.find = $("find").value;
+    refresh();
+  };
+  $("chart").onpointermove = event => pointAtMinute(minuteUnder(event));
+  $("chart").onpointerleave = () => pointAtMinute(null);
+  $("chart").onblur = () => pointAtMinute(null);
+  $("chart").onkeydown = moveMinute;
+}
+
+buildTables();
+listen();
+route();
+</script>
+</body>
+</html>"""
+
+
+def source_of(tag):
+    """The policy's source for the only <style> or <script> of the page: its digest."""
+    text = re.search(f'<{tag}>(.*?)</{tag}>', DASHBOARD, re.DOTALL).group(1)
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
+
+
+# The Content-Security-Policy: the page's own style and script, its own engine, nothing else.
+POLICY = '; '.join([
+    source_of('style'),
+    source_of('script'),
+    "default-src 'none'",
+    "connect-src 'self'",
+    'img-src data:',
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
+])
+
+
+# -- Node SDK --------------------------------------------------------------------------------------
+NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use this file
 /**
  * Rundown for Node 18 and newer: enqueue background jobs and work on them. No packages.
  *
@@ -4851,7 +7768,6 @@ import http from "node:http";
 import https from "node:https";
 import os from "node:os";
 import { setTimeout as sleep } from "node:timers/promises";
-import { urlToHttpOptions } from "node:url";
 import { inspect } from "node:util";
 
 const DEFAULT_URL = "http://127.0.0.1:8181";
@@ -4968,7 +7884,8 @@ function exchange(engine, path, text, limit, poll) {
   const isSecure = url.protocol === "https:";
   const token = process.env.RUNDOWN_TOKEN;
   const options = {
-    ...urlToHttpOptions(url),
+    hostname: url.hostname.replace(/^\[|\]$/g, ""), // of an IPv6 address
+    port: url.port,
     path: url.pathname.replace(/\/$/, "") + path,
     method: text === undefined ? "GET" : "POST",
     agent: isSecure ? secureAgent : plainAgent,
@@ -5573,7 +8490,6 @@ class Worker {
       try {
         await this.deliver(reports);
         tries = 0;
-        this.isStuck = false;
         this.back();
       } catch (error) {
         tries += 1;
@@ -5581,6 +8497,7 @@ class Worker {
         await pause(this.away(error, tries), this.closing.signal);
       }
       reports = this.nextReports();
+      this.isStuck = tries > 0 && reports.length > 0;
     }
     this.isReporting = false;
   }
