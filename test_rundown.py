@@ -11530,6 +11530,15 @@ def test_nginx_under_a_path_the_sdk_and_the_dashboard_find_their_way(engine, wor
     assert not re.findall(r"""(?:href|src|action)=["']?/|fetch\(["'`]/""", page)
 
 
+def test_nginx_under_a_path_that_passes_on_the_host_the_dashboard_s_buttons_work(board, browser, nginx, q):
+    url = nginx("location /jobs/ { proxy_pass %s/; proxy_set_header Host $http_host; }" % board.url)
+    board.enqueue(q)
+    browser.open(url + "/jobs/")
+    until(lambda: browser.text(button(q, "pause")))
+    browser.press(button(q, "pause"))
+    browser.shows(cell(q, "state"), "paused")
+
+
 def test_nginx_that_ends_a_long_poll_early_costs_no_job_and_one_line_of_the_log(engine, work, nginx, q):
     url = nginx("proxy_read_timeout 1s; location / { proxy_pass %s; }" % engine.url)
     worker = work(handler(q, "return payload"), types.SimpleNamespace(url=url))
