@@ -110,6 +110,7 @@ import difflib
 import dis
 import encodings
 import functools
+import glob
 import hashlib
 import http.client
 import importlib.util
@@ -2121,6 +2122,7 @@ NEVER = float('inf')        # of a time
 PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
 MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
 RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
 STOP_SIGNALS = [
     getattr(signal, name)
@@ -2219,6 +2221,7 @@ def exit_process(code):
     thread = threading.Thread(target=flush, daemon=True)
     thread.start()
     thread.join(REPORT_GRACE)
+    reloader.restart_if_changed()
     os._exit(code)
 
 
@@ -3096,7 +3099,7 @@ class IsolatedSlot(Slot):
         super().__init__(consumer)
 
     def prepare(self):
-        max_jobs = getattr(self.consumer.config, 'max_jobs', None)
+        max_jobs = self.consumer.config.max_jobs
         if max_jobs and self.jobs_run >= max_jobs:
             self.close()
         if self.process is None and not self.consumer.worker.stopping.is_set():
@@ -5066,7 +5069,20 @@ def command_status(client, options):
 
 def command_run(client, options):
     """Import a file or a module with handlers, and work on its queues."""
-    target = options.tasks
+    if options.reload:
+        reloader.start()
+    try:
+        import_target(options.tasks)
+    except Exception:
+        if not options.reload:
+            raise
+        traceback.print_exc()       # it may be a typing error, to be corrected now
+        reloader.wait_and_restart()
+    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+    reloader.restart_if_changed()
+
+
+def import_target(target):
     if os.path.isfile(target):
         file = os.path.abspath(target)
         sys.path.insert(0, os.path.dirname(file))
@@ -5080,7 +5096,66 @@ def command_run(client, options):
         if not is_name or not importlib.util.find_spec(target.partition('.')[0]):
             raise Misuse(f'there is neither a file nor a module {target}')
         importlib.import_module(target)
-    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
+
+class Reloader:
+    """Restarts the process when one of the project's modules changes."""
+
+    def __init__(self):
+        self.started_at = 0         # nanoseconds since 1970
+        self.modified_at = {}       # by file; touched by the watching thread only
+        self.has_changed = False    # written by it
+
+    def start(self):
+        self.started_at = time.time_ns()
+        start_daemon_thread(self._watch, 'reload')
+
+    def _watch(self):
+        while not self.has_changed:
+            for file in self._files():
+                with contextlib.suppress(OSError):      # an editor replaces it just now
+                    modified_at = os.stat(file).st_mtime_ns
+                    known = self.modified_at.setdefault(file, modified_at)
+                    if known != modified_at or modified_at > self.started_at:
+                        self.has_changed = True
+                        note(logging.INFO, '%s has changed: the worker restarts', file)
+            if not self.has_changed:
+                time.sleep(RELOAD_INTERVAL)
+        while True:
+            default.stop()
+            time.sleep(RELOAD_INTERVAL)     # run() may not have begun
+
+    def _files(self):
+        """The source files of modules that are neither Python's nor installed.
+
+        All in their folders, so that one that cannot be imported is among them.
+        """
+        files = [getattr(module, '__file__', None) for module in list(sys.modules.values())]
+        folders = {os.path.dirname(file) for file in files if file and is_of_project(file)}
+        folders.update(path for path in sys.path[:1] if is_of_project(path + os.sep))
+        return [file for folder in folders for file in glob.glob(f'{glob.escape(folder)}/*.py')]
+
+    def wait_and_restart(self):
+        while not self.has_changed:
+            time.sleep(RELOAD_INTERVAL)
+        self.restart_if_changed()
+
+    def restart_if_changed(self):
+        if not self.has_changed:
+            return
+        arguments = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]
+        if os.name == 'nt':         # there exec() ends the process for those who wait for it
+            os._exit(subprocess.call([sys.executable, *arguments]))
+        os.execv(sys.executable, [sys.executable, *arguments])
+
+
+reloader = Reloader()
+
+
+def is_of_project(path):
+    path = os.path.abspath(path)
+    return not path.startswith((STDLIB, sys.prefix + os.sep, sys.base_prefix + os.sep)) \
+        and 'site-packages' not in path
 
 
 def command_demo(client, options):
@@ -5212,6 +5287,7 @@ COMMANDS = [
     Command('schedules', command_call, 'list schedules by name', []),
     Command('run', command_run, 'import tasks, and work on them', [
         argument('tasks', metavar='FILE_OR_MODULE'),
+        argument('--reload', action='store_true', help='restart when a module of yours changes'),
         *WORKER_OPTIONS,
     ]),
     Command('exec', command_exec, 'run a program for each job of a queue', [

@@ -6545,6 +6545,32 @@ def test_a_cancel_reaches_the_handler_within_a_second(engine, work, q, kind):
     until(worker.said, 1)
 
 
+RELOADED = "import rundown_workers as rw, helper\n@rw.queue(%r)\ndef handle(payload): return helper.VALUE\n"
+
+
+@pytest.mark.skipif(not POSIX, reason="ends with SIGTERM")
+def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, q):
+    (tmp_path / "app.py").write_text(RELOADED % q)
+    helper = tmp_path / "helper.py"
+    helper.write_text("VALUE = 1\n")
+    command = [sys.executable, str(HERE / "rundown_workers.py"), "run", "app.py", "--reload"]
+    log = open(str(tmp_path / "log"), "wb")
+    worker = subprocess.Popen(command, cwd=str(tmp_path), stderr=log, env=environment(
+        {"RUNDOWN_URL": engine.url, "PYTHONDONTWRITEBYTECODE": "1"}))
+    try:
+        assert ended(engine, engine.enqueue(q))["result"] == 1
+        helper.write_text("VALUE = = 2\n")
+        until(lambda: "SyntaxError" in (tmp_path / "log").read_text(), 10)
+        helper.write_text("VALUE = 22\n")
+        assert ended(engine, engine.enqueue(q))["result"] == 22
+        worker.terminate()
+        assert worker.wait(10) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+        log.close()
+
+
 # -- SDK: at home for people who come from other queues --------------------------------------------
 
 
