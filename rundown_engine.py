@@ -48,9 +48,11 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
-    GET  /queues     limit, after, busy (work first), queue, search (in the name): counts, oldest
-                     age, paused, workers seen, the last hour by the minute; totals of all queues
-                     and those with due jobs that no worker polls
+    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
+                     cancelled or given to others, so that it need not wait for its heartbeat
+    GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
+                     oldest age, paused, workers seen, the last hour by the minute; totals=true:
+                     also the sums of all queues, and those with due jobs that no worker polls
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
@@ -103,6 +105,7 @@ import collections
 import contextlib
 import datetime
 import difflib
+import email.utils
 import functools
 import gc
 import glob
@@ -167,6 +170,7 @@ MAX_KNOWN_HEADS = 1024          # request heads that are remembered once they ar
 MAX_KNOWN_HEAD_BYTES = 1024     # bytes of such a head
 KEEP_ALIVE_TIMEOUT = 120        # seconds until an idle connection is closed
 REQUEST_TIMEOUT = 30            # seconds a request may take to arrive, and a response to be taken
+MAX_HELD = 55                   # seconds until a poll or wait is answered; proxies give up after 60
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
@@ -457,6 +461,7 @@ class FieldRule(NamedTuple):
     description: str                    # completes "FIELD must be ..."
     is_valid: Callable[[Any], Any]
     convert: Callable[[Any], Any]       # may raise ValueError, OverflowError, RecursionError
+    schema: Dict[str, Any]              # the same in JSON Schema, for OpenAPI
 
 
 def identity(value):
@@ -467,14 +472,16 @@ def whole_number(low, high):
     return FieldRule(
         f'a whole number from {low} to {high}',
         lambda value: type(value) is int and low <= value <= high,
-        identity)
+        identity,
+        {'type': 'integer', 'minimum': low, 'maximum': high})
 
 
 def duration(low, high):
     return FieldRule(
         f'a number of seconds from {low} to {high}',
         lambda value: type(value) in (int, float) and low <= value <= high,
-        micros)
+        micros,
+        {'type': 'number', 'minimum': low, 'maximum': high})
 
 
 def printable(longest):
@@ -482,33 +489,43 @@ def printable(longest):
         f'a string of 1 to {longest} characters without control characters',
         lambda value: (
             type(value) is str and 0 < len(value) <= longest and not UNPRINTABLE.search(value)),
-        identity)
+        identity,
+        {'type': 'string', 'minLength': 1, 'maxLength': longest})
 
 
 def one_of(words):
-    return FieldRule('one of ' + ', '.join(words), lambda value: value in words, identity)
+    return FieldRule(
+        'one of ' + ', '.join(words),
+        lambda value: value in words,
+        identity,
+        {'type': 'string', 'enum': list(words)})
 
 
 NAME = printable(200)
 JSON_VALUE = FieldRule(
     f'JSON of finite numbers that is nested at most {MAX_DEPTH} levels',
     lambda value: True,
-    storable_json)
-FLAG = FieldRule('true or false', lambda value: type(value) is bool, identity)
+    storable_json,
+    {})
+FLAG = FieldRule(
+    'true or false', lambda value: type(value) is bool, identity, {'type': 'boolean'})
 JOB_IDS = FieldRule(
     f'a list of 1 to {MAX_AFTER} ids of jobs',
     lambda value: (
         type(value) is list and 0 < len(value) <= MAX_AFTER and all(map(NAME.is_valid, value))),
-    lambda value: list(dict.fromkeys(value)))
+    lambda value: list(dict.fromkeys(value)),
+    {'type': 'array', 'items': NAME.schema, 'minItems': 1, 'maxItems': MAX_AFTER})
 
 ERROR_TEXT = FieldRule(
     'a string',
     lambda value: type(value) is str,
-    lambda value: truncate_middle(SURROGATE.sub('\ufffd', value), MAX_ERROR))
+    lambda value: truncate_middle(SURROGATE.sub('\ufffd', value), MAX_ERROR),
+    {'type': 'string'})
 CRON_TEXT = FieldRule(
     'a string like "0 3 * * *" or "@daily"',
     lambda value: type(value) is str and len(value) <= 1000,
-    identity)
+    identity,
+    {'type': 'string', 'maxLength': 1000})
 
 # The fields of requests; ROUTES says which call takes which. Those of JOB_COLUMNS and
 # SCHEDULE_COLUMNS join them below.
@@ -520,6 +537,7 @@ FIELDS = {
     'retry': FLAG,
     'brief': FLAG,
     'busy': FLAG,
+    'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
     'max_running': whole_number(1, 10**6),
@@ -530,11 +548,12 @@ FIELDS = {
     'run_at': FieldRule(
         'a time like 2030-01-31T12:00:00Z',
         lambda value: type(value) is str and RFC3339.fullmatch(value),
-        parse_time),
+        parse_time,
+        {'type': 'string', 'format': 'date-time'}),
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
-    'jobs': FieldRule('at the top of the body', lambda value: False, identity),
+    'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy')      # numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 
@@ -1225,6 +1244,7 @@ class Database:
     def __init__(self, path, sync):
         # constant after start
         self.path = os.path.realpath(path)
+        self.folder = os.path.dirname(self.path)
         self.sync = sync
         self.lock_file = None
         self.inodes = None              # of database, log and lock file, see _check_files()
@@ -1235,6 +1255,7 @@ class Database:
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
+        self.folder_mtime = None        # of the folder, when the files in it were looked at
         # written by the thread that writes, read by all
         self.last_storage_error = None  # why the last commit failed; None: it did not
 
@@ -1350,7 +1371,14 @@ class Database:
         return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
 
     def _check_files(self):
-        """Unavailable if a file was deleted or replaced: commits would go to the deleted one."""
+        """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
+
+        That changes their folder, so one look at the folder suffices after each commit, once its
+        last change is so old that no other can have the same time.
+        """
+        mtime = os.stat(self.folder).st_mtime
+        if mtime == self.folder_mtime:
+            return
         found = None
         with contextlib.suppress(FileNotFoundError):
             found = self._find_inodes()
@@ -1358,6 +1386,9 @@ class Database:
             raise Unavailable(
                 f'the database {self.path} or its lock file was deleted or replaced while in use; '
                 'restart the engine')
+        resolution = 0.1 if mtime % 1 else 2        # seconds; some file systems know whole ones only
+        is_settled = os.name == 'posix' and mtime < time.time() - resolution
+        self.folder_mtime = mtime if is_settled else None
 
     @contextlib.contextmanager
     def reading(self):
@@ -1593,7 +1624,8 @@ class Transaction:
         self.response_budget = response_budget  # characters of jobs that polls may still claim
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
-        self.topics = set()     # ('queue', q) and ('job', id) whose waiters may find something now
+        # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
+        self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
@@ -1610,6 +1642,15 @@ class Transaction:
 
     def upsert_queue(self, queue, **columns):
         self.db.execute(upsert_queue_statement(tuple(columns)), dict(columns, queue=queue))
+
+    def spend(self, size):
+        """Claim characters of the response budget for a row that goes into a response.
+
+        The last may be larger than what is left, so that any job can be in a response.
+        """
+        if self.response_budget <= (0 if size > RESERVED_BYTES else -MAX_RESPONSE):
+            raise Unavailable('too much is being handed out at a time; try again')
+        self.response_budget -= size
 
     def wake_at(self, moment):
         """Something falls due at this time."""
@@ -1661,6 +1702,8 @@ class Jobs:
                 changes['attempts'] = attempts_json(job, rule.outcome, tx.now, error)
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
+            if call in ('cancel', 'lose'):
+                tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
             self.place(tx, changes, queue, due, changes.get('waits_for', job['waits_for']))
@@ -1800,24 +1843,23 @@ class Producers:
 
     def enqueue(self, tx, items):
         """Add the jobs, all or none. Of each (row, created): the new job, or the existing one."""
-        named = sum(len(item['after']) for item in items if 'after' in item)
-        if len(items) > 1 and named > MAX_DEPENDENCIES:
-            raise PayloadTooLarge(
-                f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
-                'send fewer at a time')
+        if len(items) > 1:
+            named = sum(len(item['after']) for item in items if 'after' in item)
+            if named > MAX_DEPENDENCIES:
+                raise PayloadTooLarge(
+                    f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
+                    'send fewer at a time')
         rows = [self._new_row(tx, item) for item in items]
         jobs = []
-        size = 0
+        budget = tx.response_budget
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
-            inserted = self._insert(tx, rows[len(jobs):len(jobs) + count])
-            size += sum(size_of(row) for row, created in inserted if not created)
-            if size > MAX_RESPONSE_BUFFER:
+            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count])
+            if budget - tx.response_budget > MAX_RESPONSE and len(rows) > 1:
                 raise PayloadTooLarge(
                     'jobs: those that exist already are too large for one answer; '
                     'send fewer at a time')
-            jobs += inserted
         return jobs
 
     def _new_row(self, tx, item):
@@ -1831,10 +1873,14 @@ class Producers:
 
     def _insert(self, tx, rows):
         """Insert them in one statement, in half the time of one each; one by one if one exists."""
-        if not any(row['after'] for row in rows):
+        values = []
+        is_plain = True
+        for row in rows:
+            values += inserted_values(row)
+            is_plain = is_plain and row['after'] is None
+        if is_plain:
             with contextlib.suppress(sqlite3.IntegrityError):
-                values = itertools.chain.from_iterable(map(inserted_values, rows))
-                tx.execute(INSERT_JOBS[len(rows)], tuple(values))
+                tx.execute(INSERT_JOBS[len(rows)], values)
                 tx.events += [('enqueued', row['queue'], None) for row in rows]
                 return [(row, True) for row in rows]
         if len(rows) == 1:
@@ -1846,6 +1892,7 @@ class Producers:
         existing = (tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
                     or tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key']))
         if existing:
+            tx.spend(size_of(existing))
             return existing, False
         return self.dependencies.insert(tx, row), True
 
@@ -2539,11 +2586,13 @@ class Queries:
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
 
 
-TOTALS = 'SELECT COUNT(*) AS queues, {} FROM queues'.format(
-    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)))
-WITHOUT_RUNNING_JOBS = '''
-    SELECT queue, pending - scheduled - waiting AS due FROM queues
-    WHERE paused = 0 AND running = 0 AND pending > scheduled + waiting ORDER BY queue'''
+IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting
+    AND COALESCE(polled_at, 0) < :silent_since)'''
+TOTALS = 'SELECT COUNT(*) AS queues, {}, COALESCE(SUM({}), 0) AS unserved FROM queues'.format(
+    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)), IS_UNSERVED)
+UNSERVED = f'''
+    SELECT queue, pending - scheduled - waiting AS due FROM queues WHERE {IS_UNSERVED}
+    ORDER BY queue LIMIT {MAX_UNSERVED_LISTED}'''
 
 
 class Overview:
@@ -2556,41 +2605,45 @@ class Overview:
         self.workers = workers
         self.meter = meter
 
-    def queues(self, limit=MAX_LIMIT, after='', busy=False, queue=None, search=''):
+    def queues(self, totals=False, **params):
         """A page of queues, by name or the busy first; `search` is a part of the name.
 
-        Totals, minutes and unserved queues are of all queues. Ages are in seconds.
+        `totals` adds the sums over all queues. Ages are in seconds.
         """
-        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        now = self.clock.now()
         with self.database.reading() as db:
-            rows = db.execute(
-                'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
-                f'AND INSTR(LOWER(queue), LOWER(:search)) ORDER BY {order} LIMIT :limit',
-                {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
-            oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
-            totals = dict(db.execute(TOTALS).fetchone())
-            idle = db.execute(WITHOUT_RUNNING_JOBS).fetchall()
+            page = self._page(db, now, **params)
             running = {(worker, queue): count
                        for worker, queue, count in db.execute(RUNNING_OF_WORKERS)}
-        now = self.clock.now()
-        unserved = self._unserved(idle, now)
+            sums = self._sums(db, now) if totals else {}
+        return {**page, 'now': rfc3339(now), **sums, 'workers': self._workers_json(running)}
+
+    def _page(self, db, now, limit=MAX_LIMIT, after='', busy=False, queue=None, search=None):
+        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        rows = db.execute(
+            'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
+            'AND (:search IS NULL OR INSTR(LOWER(queue), LOWER(:search))) '
+            f'ORDER BY {order} LIMIT :limit',
+            {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
+        oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
         return {
             'queues': self._queues_json(rows, oldest, now),
             'after': rows[-1]['queue'] if len(rows) == limit and not busy else None,
-            'now': rfc3339(now),
-            'totals': {**totals, 'unserved': len(unserved)},
-            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
-            'unserved': unserved[:MAX_UNSERVED_LISTED],
-            'workers': self._workers_json(running),
         }
 
-    def _unserved(self, idle, now):
-        """Those of the queues with due jobs that no worker has polled lately."""
-        polled = self.workers.last_polled
-        return [
-            {'queue': queue, 'due': due, 'polled_at': rfc3339(polled.get(queue))}
-            for queue, due in idle
-            if now - polled.get(queue, 0) > micros(WORKER_SILENCE)]
+    def _sums(self, db, now):
+        # the stored time of a poll may be older than the poll
+        silence = {'silent_since': now - micros(WORKER_SILENCE + POLL_TIME_RESOLUTION)}
+        totals = dict(db.execute(TOTALS, silence).fetchone())
+        unserved = db.execute(UNSERVED, silence).fetchall() if totals['unserved'] else []
+        return {
+            'totals': totals,
+            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
+            'unserved': [self._unserved_json(row) for row in unserved],
+        }
+
+    def _unserved_json(self, row):
+        return {**row, 'polled_at': rfc3339(self.workers.last_polled.get(row['queue']))}
 
     def _workers_json(self, running):
         return [
@@ -2753,8 +2806,9 @@ class Store:
 
     def committed(self, tx, group_size):
         """Make known what the transaction did, once it is on disk; it had so many operations."""
-        polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
-        self.starved = self.starved - polled | tx.starved
+        if tx.signs_of_life or tx.starved:
+            polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
+            self.starved = self.starved - polled | tx.starved
         self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
             self.next_deadline, tx.next_deadline)
         self.workers.record(tx)
@@ -2807,7 +2861,8 @@ class Client:
 
     resume(event)   Continue. `event` is SOCKET_READY, the result of an operation or of a slow call,
                     or an exception, which is raised where the client waits.
-    is_open         False once the client is gone: it is given no job any more.
+    is_open         False once the client is known to be gone.
+    is_connected()  Look at this moment; it costs a system call.
     set_timeout(s)  Have on_timeout() called in `s` seconds, instead of at the time set before.
     on_timeout()    The time is over.
     """
@@ -2828,6 +2883,10 @@ class Client:
 
     def on_timeout(self):
         raise NotImplementedError
+
+    def is_connected(self):
+        """Look whether the client is still there, before it is given a job."""
+        return self.is_open
 
 
 class ThreadWait(Client):
@@ -2886,7 +2945,7 @@ class LongPoll(Operation):
 
 
 class JobWait:
-    """A wait for a job's end: it looks once without a transaction, then waits for its topic."""
+    """A wait for an event: it looks once without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
 
@@ -2952,7 +3011,7 @@ class Waiters:
         """Park it if its result is empty and it may wait. True if it is parked."""
         if operation.result or operation.error or not operation.wait:
             return False
-        if not operation.client.is_open or self.loop.is_draining():
+        if not operation.client.is_open or self.loop.draining:
             return False
         self.by_topic.setdefault(operation.topic, {})[operation] = True
         operation.client.set_timeout(operation.wait)
@@ -2973,6 +3032,8 @@ class Waiters:
             for operation in self.by_topic.get(topic, ()):
                 if isinstance(operation, JobWait):
                     operation.result = True
+                elif not operation.client.is_connected():
+                    continue
                 else:
                     run(operation)
                     if not operation.result and operation.error is None:
@@ -3007,7 +3068,7 @@ class Budget:
         if self.request_bytes <= MAX_REQUEST_BUFFER:
             return
         large = [connection for connection in self.connections
-                 if connection.request and len(connection.received) > RESERVED_BYTES]
+                 if connection.is_receiving and connection.request_bytes > RESERVED_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
@@ -3036,6 +3097,7 @@ class Committer:
         self.database = store.database
         # touched by the loop's thread only; times are the loop's
         self.submitted = []                 # operations for the next transaction
+        self.maintenance = Operation(store.run_due)     # part of each of them
         self.lock_retry_at = 0              # another program has the write lock: no try before
         self.maintenance_paused_until = 0   # after trouble
         self.clock_checked_at = -NEVER
@@ -3071,26 +3133,26 @@ class Committer:
         if maintain and now - self.clock_checked_at >= CLOCK_CHECK_INTERVAL:
             self.clock_checked_at = now
             ahead = clock.slew()
-        is_due = maintain and (ahead or self.store.next_deadline <= clock.now())
-        if not (self.submitted or is_due):
+        if not (self.submitted or maintain and (
+                ahead or self.store.next_deadline <= clock.now())):
             return
         operations = self.submitted
         self.submitted = []
-        maintenance = Operation(self.store.run_due) if maintain else None
+        maintenance = self.maintenance if maintain else None
         try:
-            transaction, served = self._run_transaction(operations, maintenance, ahead)
+            tx, served = self._run_transaction(operations, maintenance, ahead)
         except Unavailable as error:
             clock.offset = offset       # the step of the clock is not on disk
             self._storage_failed(error, operations, now)
             return
-        failed = maintenance and maintenance.error
         self.lock_retry_at = 0
-        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if failed else 0
+        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if self.maintenance.error else 0
+        self.maintenance.error = None
         self.loop.now = time.monotonic()
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
-        self.store.committed(transaction, len(served) + len(operations))    # nobody waits for this
+        self.store.committed(tx, len(served) + len(operations))    # nobody waits for this
 
     def _storage_failed(self, error, operations, now):
         """Keep the operations that still wait for a foreign lock; fail all others."""
@@ -3114,7 +3176,7 @@ class Committer:
             operation.finish()
 
     def _run_transaction(self, operations, maintenance, ahead):
-        """Run it all in one transaction: (transaction, the parked operations that got something).
+        """Run it all in one transaction: (tx, the parked operations that got something).
 
         A transaction that an operation poisons begins again without it.
         """
@@ -3123,20 +3185,20 @@ class Committer:
             writes, inserts, polls = self._sort(operations, insert_in_bulk)
             try:
                 with self.database.transaction() as db:
-                    transaction, began = self._begin(db, ahead)
-                    run = functools.partial(self._run, transaction)
+                    tx, began = self._begin(db, ahead)
+                    run = functools.partial(self._run, tx)
                     if inserts:
-                        self._bulk_insert(transaction, inserts)
+                        self._bulk_insert(tx, inserts)
                     for operation in writes:
                         run(operation)
                     if maintenance:
                         run(maintenance)
-                    served = self.loop.waiters.serve(transaction.topics, run)
+                    served = self.loop.waiters.serve(tx.topics, run)
                     for operation in polls:
                         run(operation)
                 self.listening_until = began
                 self.database.last_storage_error = None
-                return transaction, served
+                return tx, served
             except PoisonedTransaction as error:
                 insert_in_bulk = False      # one by one it shows whose fault it is
                 if error.operation in writes:
@@ -3150,7 +3212,7 @@ class Committer:
         writes, inserts, polls = [], [], []
         for operation in operations:
             if operation.topic:
-                if operation.client.is_open:
+                if operation.client.is_connected():
                     polls.append(operation)
             elif operation.single_insert and insert_in_bulk and operation.error is None:
                 inserts.append(operation)
@@ -3159,37 +3221,37 @@ class Committer:
         return writes, inserts, polls
 
     def _begin(self, db, ahead):
-        """(transaction, the loop's time at its begin). First of all leases are put right."""
-        transaction = self.store.begin(db, self.loop.budget.for_claims())
+        """(tx, the loop's time at its begin). First of all leases are put right."""
+        tx = self.store.begin(db, self.loop.budget.for_claims())
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
-            self.store.extend_leases(transaction, gap)
+            self.store.extend_leases(tx, gap)
         if ahead:
-            self.store.shift_deadlines(transaction, self.store.clock.offset + ahead, ahead)
-        return transaction, began
+            self.store.shift_deadlines(tx, self.store.clock.offset + ahead, ahead)
+        return tx, began
 
-    def _run(self, transaction, operation):
+    def _run(self, tx, operation):
         """Set its result or its error, unless it is known to fail."""
         if operation.error is not None:
             return
-        changes = transaction.db.total_changes
+        changes = tx.db.total_changes
         try:
-            operation.result = operation.work(transaction)
+            operation.result = operation.work(tx)
         except Exception as error:
             if is_storage_error(error):
                 raise
             operation.result = None
             operation.error = self.loop.server.as_http_error('an operation', error)
             operation.error.with_traceback(None)        # its frames hold the request's body
-            if transaction.db.total_changes != changes:
+            if tx.db.total_changes != changes:
                 raise PoisonedTransaction(operation) from error
 
-    def _bulk_insert(self, transaction, inserts):
+    def _bulk_insert(self, tx, inserts):
         """Insert the jobs of single inserts in few statements."""
         try:
             jobs = self.store.bulk_insert(
-                transaction, [operation.single_insert for operation in inserts])
+                tx, [operation.single_insert for operation in inserts])
         except Exception as error:
             if is_storage_error(error):
                 raise
@@ -3267,7 +3329,8 @@ class EventLoop:
         self.ended = False                  # written by the loop's thread, read by all
         # touched by the loop's thread only
         self.now = time.monotonic()         # the time of this pass, taken when something happened
-        self.drain_deadline = NEVER         # when the engine ends, whoever is still there
+        self.draining = False               # the engine ends once no connection is left
+        self.drain_deadline = NEVER         # when it ends, whoever is still there
         self.connections = set()
         self.timeouts = Timeouts()
         self.budget = Budget(self.connections)
@@ -3282,24 +3345,22 @@ class EventLoop:
             self.wake(b'.')
 
     def run_in_transaction(self, work):
-        """For other threads: the result of work(transaction), once it is on disk."""
+        """For other threads: the result of work(tx), once it is on disk."""
         operation = Operation(work)
         operation.client = ThreadWait(self)
         self.call_soon_threadsafe(functools.partial(self.committer.submit, operation))
         return operation.client.result()
 
-    def is_draining(self):
-        return self.drain_deadline < NEVER
-
     def drain(self):
         """Answer what was received, end what waits, and come to an end."""
+        self.draining = True
         self.drain_deadline = time.monotonic() + DRAIN_TIMEOUT
         self.waiters.end_all()
         for connection in [one for one in self.connections if one.request is None]:
             connection.close()
 
     def _is_drained(self):
-        return self.is_draining() and (
+        return self.draining and (
             not self.connections or time.monotonic() >= self.drain_deadline)
 
     def _run(self):
@@ -3347,10 +3408,17 @@ class EventLoop:
 
 
 # -- HTTP -----------------------------------------------------------------------------------------
-REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
+REQUEST_LINE = re.compile(
+    rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) '                                 # method
+    rb'(?:[Hh][Tt][Tt][Pp][Ss]?://([0-9A-Za-z._:\[\]-]{1,300})(?=/))?'  # absolute form
+    rb'(/[!-~]*) HTTP/1\.([01])')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin')
+SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin',
+                  'transfer-encoding')
+CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~]*)?')      # size, extensions
+MAX_CHUNK_LINE = 256            # bytes
+TLS_ALERT = b'\x15'             # the type of the record in which a client says goodbye
 END_OF_HEAD = b'\r\n\r\n'
 NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 PROMETHEUS = 'text/plain; version=0.0.4; charset=utf-8'
@@ -3366,6 +3434,9 @@ class Response(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
 
 
+JSON_OK = Response()[1:]
+
+
 class RequestHead(NamedTuple):
     """The parsed request line and headers. Immutable, since clients that repeat a head share it."""
     method: str
@@ -3374,10 +3445,11 @@ class RequestHead(NamedTuple):
     path_parameter: str         # '/jobs/17' is the route '/jobs/' and the parameter '17'
     query: str
     headers: Dict[str, str]     # by lower-case names
+    is_http_1_1: bool
     keep_alive: bool
     # known once it is authorized
     rule: Optional['Route'] = None
-    content_length: int = 0
+    content_length: Optional[int] = 0       # None: the body is chunked
 
 
 def check_head_bytes(head):
@@ -3401,7 +3473,7 @@ def parse_head(raw):
     fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1'))
               for match in matches[1:]]
     headers = dict(fields)
-    is_http_1_1 = request_line[3] == b'1'
+    is_http_1_1 = request_line[4] == b'1'
     if is_http_1_1 and 'host' not in headers:
         raise BadRequest('the header Host is missing')
     if len(headers) < len(fields):
@@ -3411,10 +3483,12 @@ def parse_head(raw):
                 raise BadRequest(f'the header {name} is there twice')
     connection = headers.get('connection', '').lower()
     keep_alive = 'close' not in connection and (is_http_1_1 or 'keep-alive' in connection)
-    path, _, query = request_line[2].decode().partition('?')
+    if request_line[2]:         # its host replaces that of the header (RFC 9112, 3.2.2)
+        headers['host'] = request_line[2].decode()
+    path, _, query = request_line[3].decode().partition('?')
     route, path_parameter = split_path(path)
-    return RequestHead(
-        request_line[1].decode(), path, route, path_parameter, query, headers, keep_alive)
+    return RequestHead(request_line[1].decode(), path, route, path_parameter, query, headers,
+                       is_http_1_1, keep_alive)
 
 
 def split_path(path):
@@ -3452,6 +3526,7 @@ class Request:
     def __init__(self, deadline):
         self.deadline = deadline    # the loop's time at which it has to be here
         self.head = None            # a RequestHead; None until its end was received
+        self.is_received = False
         self.body = None            # bytes, until they are parsed
         self.size = 0               # bytes of the body, also of what it became
         self.operation = None       # an Operation or JobWait that it waits for
@@ -3502,6 +3577,10 @@ class Connection(Client):
             self.server.log_bug('a connection', error)
             self.close()
 
+    @property
+    def is_receiving(self):
+        return self.request is not None and not self.request.is_received
+
     def on_timeout(self):
         if self.request and self.request.operation:
             self.resume(NOTHING)
@@ -3528,6 +3607,17 @@ class Connection(Client):
         self.received += data
         return SOCKET_READY if data else EOFError()
 
+    def is_connected(self):
+        if not self.is_open:
+            return False
+        try:
+            data = socket.socket.recv(self.sock, 1, socket.MSG_PEEK)    # beneath TLS, too
+        except NOT_READY:
+            return True
+        except OSError:
+            return False
+        return data != b'' and not (self.server.tls and data == TLS_ALERT)
+
     def _watch(self, events):
         if self.watched:
             self.loop.selector.unregister(self.sock)
@@ -3550,7 +3640,7 @@ class Connection(Client):
                 self.sock, server_side=True, do_handshake_on_connect=False)
         keep_alive = True
         self.set_timeout(REQUEST_TIMEOUT)
-        while keep_alive and (self.received or not self.loop.is_draining()):
+        while keep_alive and (self.received or not self.loop.draining):
             while not self.received or not self._skip_blank_lines():
                 yield READ
             self.set_timeout(REQUEST_TIMEOUT)
@@ -3560,7 +3650,7 @@ class Connection(Client):
             self.set_timeout(KEEP_ALIVE_TIMEOUT if keep_alive else LINGER)
         if not keep_alive:      # closing at once would reset the connection and lose the response
             self.sock.shutdown(socket.SHUT_WR)
-        while not (keep_alive or self.loop.is_draining()):
+        while not (keep_alive or self.loop.draining):
             self.received.clear()
             yield READ
 
@@ -3575,6 +3665,7 @@ class Connection(Client):
         keep_alive = False      # after an error in the head or body the next request is not found
         try:
             yield from self._receive_request(request)
+            request.is_received = True
             keep_alive = request.head.keep_alive
             response = yield from self._dispatch(request)
             file = self._begin_response(request, response, keep_alive)
@@ -3584,7 +3675,6 @@ class Connection(Client):
             file = self._begin_error(request, error, keep_alive)
         request.operation = request.body = None
         request.size = 0
-        self.set_timeout(REQUEST_TIMEOUT)
         if file:
             yield from self._send_file(file)
         elif not self._send():
@@ -3606,15 +3696,65 @@ class Connection(Client):
             request.head = self.server.authorize(request.head)
             self.server.remember_head(raw_head, request.head)
         length = request.head.content_length
+        if length is None:
+            self._expect_body(request)
+            request.body = yield from self._receive_chunks(request)
+            return
         self.loop.budget.require_capacity(length)
         if len(self.received) < length:
-            if 'expect' in request.head.headers:
-                self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self._expect_body(request)
             while len(self.received) < length:
                 yield READ
         request.body = bytes(self.received[:length])
         request.size = length
         del self.received[:length]
+
+    def _expect_body(self, request):
+        if 'expect' in request.head.headers and request.head.is_http_1_1:
+            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _receive_chunks(self, request):
+        """The body of a chunked request (RFC 9112, 7.1), without extensions and trailers."""
+        body = bytearray()
+        size = yield from self._receive_chunk_size()
+        while size:
+            request.size = len(body) + size
+            if request.size > MAX_BODY:
+                raise PayloadTooLarge(f'the body has more than {MAX_BODY} bytes')
+            self.loop.budget.require_capacity(request.size)
+            while len(self.received) < size + 2:
+                yield READ
+            if self.received[size:size + 2] != b'\r\n':
+                raise BadRequest('a chunk of the body is longer than its size')
+            body += self.received[:size]
+            del self.received[:size + 2]
+            size = yield from self._receive_chunk_size()
+        trailer = yield from self._receive_line(MAX_HEAD)
+        for _ in range(MAX_HEADERS):
+            if not trailer:
+                return bytes(body)
+            if not HEADER.fullmatch(trailer):
+                raise BadRequest('the body ends in a line that is no trailer')
+            trailer = yield from self._receive_line(MAX_HEAD)
+        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} trailers')
+
+    def _receive_chunk_size(self):
+        line = yield from self._receive_line(MAX_CHUNK_LINE)
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f'{describe(line.decode("latin-1"))} is no size of a chunk')
+        return int(match[1], 16)
+
+    def _receive_line(self, longest):
+        end = self.received.find(b'\r\n', 0, longest + 2)
+        while end < 0:
+            if len(self.received) > longest:
+                raise BadRequest(f'a line of the body has more than {longest} bytes')
+            yield READ
+            end = self.received.find(b'\r\n', 0, longest + 2)
+        line = bytes(self.received[:end])
+        del self.received[:end + 2]
+        return line
 
     def _dispatch(self, request):
         """The response of the handler, after the operation that it asks for."""
@@ -3677,18 +3817,29 @@ class Connection(Client):
         if request.head:
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
-            response = Response(response)
-        body = encode_body(response.body)
-        file = body if hasattr(body, 'read') else None
-        length = os.fstat(file.fileno()).st_size if file else len(body)
-        if method == 'GET' and not file:
-            self.loop.budget.require_capacity(length)
-        self.server.store.meter.request(route, response.status)
+            response = (response, *JSON_OK)
+        body, status, content_type, headers = response
+        file = None
+        if hasattr(body, 'read'):
+            file = body
+            length = os.fstat(file.fileno()).st_size
+        else:
+            body = encode_body(body)
+            length = len(body)
+            if method == 'GET':
+                self.loop.budget.require_capacity(length)
+        self.server.store.meter.request(route, status)
         if self.server.verbose:
-            log(f'{self.address[0]} {method} {route} {response.status}')
-        head = response_head(response.status, response.content_type, response.headers, keep_alive)
-        if response.status != 204:
-            head += b'Content-Length: %d\r\n\r\n' % length
+            log(f'{self.address[0]} {method} {route} {status}')
+        connection = '' if keep_alive else 'close'
+        if keep_alive and not request.head.is_http_1_1:
+            connection = 'keep-alive'
+        head = response_head(status, content_type, headers, connection)
+        date = date_header(int(time.time()))
+        if status == 204:
+            head = b'%s%s\r\n' % (head, date)
+        else:
+            head = b'%s%sContent-Length: %d\r\n\r\n' % (head, date, length)
         self.unsent = head if file or method == 'HEAD' else head + body
         if file and method == 'HEAD':
             file.close()
@@ -3705,6 +3856,8 @@ class Connection(Client):
         return not self.unsent
 
     def _send_rest(self):
+        """Send what the client did not take at once."""
+        self.set_timeout(REQUEST_TIMEOUT)
         yield WRITE
         while not self._send():
             yield WRITE
@@ -3713,7 +3866,6 @@ class Connection(Client):
         """Send what is left of the response, then the file piece by piece."""
         with file:
             while self.unsent:
-                self.set_timeout(REQUEST_TIMEOUT)
                 if not self._send():
                     yield from self._send_rest()
                 self.unsent = file.read(CHUNK_BYTES)
@@ -3729,16 +3881,20 @@ def encode_body(body):
 
 
 @functools.lru_cache(maxsize=256)
-def response_head(status, content_type, headers, keep_alive):
-    """The status line and headers, up to the content length; complete for 204, which has none."""
+def response_head(status, content_type, headers, connection):
+    """The status line and all headers but Date and Content-Length."""
     lines = [f'HTTP/1.1 {status} {http.client.responses[status]}', *COMMON_HEADERS]
     lines += [f'{name}: {value}' for name, value in headers]
-    if not keep_alive:
-        lines.append('Connection: close')
+    if connection:
+        lines.append(f'Connection: {connection}')
     if status != 204:
         lines.append(f'Content-Type: {content_type}')
-    end = '\r\n\r\n' if status == 204 else '\r\n'
-    return ('\r\n'.join(lines) + end).encode('latin-1')
+    return ''.join(f'{line}\r\n' for line in lines).encode('latin-1')
+
+
+@functools.lru_cache(maxsize=1)
+def date_header(second):
+    return f'Date: {email.utils.formatdate(second, usegmt=True)}\r\n'.encode()
 
 
 # handlers: (server, params) -> a response, or an Operation or JobWait whose result becomes one
@@ -3747,11 +3903,11 @@ def enqueue(server, params):
     producers = server.store.producers
     if isinstance(params, dict):
         return Operation(
-            lambda transaction: producers.enqueue(transaction, [params]),
+            lambda tx: producers.enqueue(tx, [params]),
             lambda jobs: producers.render_created(jobs)[0],
             None if 'after' in params else params)
     return Operation(
-        lambda transaction: producers.enqueue(transaction, params),
+        lambda tx: producers.enqueue(tx, params),
         lambda jobs: f'{{"jobs":{json_list(producers.render_created(jobs))}}}')
 
 
@@ -3764,8 +3920,13 @@ def poll(server, params):
 
     claims = server.store.claims
     topic = ('queue', params['queue'])
-    wait = params.get('wait', 0) / 1000000
-    return LongPoll(lambda transaction: claims.poll(transaction, params), render, topic, wait)
+    wait = held_seconds(params)
+    return LongPoll(lambda tx: claims.poll(tx, params), render, topic, wait)
+
+
+def held_seconds(params):
+    """How long a poll or wait is held: not as long as proxies wait for a response."""
+    return min(params.get('wait', 0) / 1000000, MAX_HELD)
 
 
 def write_call(name):
@@ -3775,10 +3936,10 @@ def write_call(name):
     def handler(server, params):
         method = method_of(server.store)
         if isinstance(params, dict):
-            return Operation(lambda transaction: method(transaction, params))
+            return Operation(lambda tx: method(tx, params))
         apply_item = server.store.claims.apply_item
-        return Operation(lambda transaction: {
-            'jobs': [apply_item(transaction, method, item) for item in params]})
+        return Operation(lambda tx: {
+            'jobs': [apply_item(tx, method, item) for item in params]})
     return handler
 
 
@@ -3790,7 +3951,7 @@ def schedule(server, params):
     if 'cron' in params:
         load_cron(wanted['cron'], wanted['zone'])     # refused before a transaction begins
     return Operation(
-        lambda transaction: server.store.schedules.schedule(transaction, wanted),
+        lambda tx: server.store.schedules.schedule(tx, wanted),
         lambda found: schedule_json(found[0], created=found[1]))
 
 
@@ -3799,9 +3960,9 @@ def change_call(call):
     def change_one(server, params):
         operators = server.store.operators
 
-        def work(transaction):
-            job, _ = operators.require_status(transaction, call, params)
-            getattr(operators, call)(transaction, job)
+        def work(tx):
+            job, _ = operators.require_status(tx, call, params)
+            getattr(operators, call)(tx, job)
             return {'count': 1}
         return Operation(work)
 
@@ -3812,8 +3973,8 @@ def change_call(call):
         count = 0
         for ids in operators.id_batches(params):
             count += server.loop.run_in_transaction(
-                lambda transaction, ids=ids: operators.apply_to_batch(
-                    transaction, method, ids, statuses))
+                lambda tx, ids=ids: operators.apply_to_batch(
+                    tx, method, ids, statuses))
         return {'count': count}
 
     def handler(server, params):
@@ -3837,7 +3998,16 @@ def get_job(server, params):
     if 'wait' not in params:
         return queries.job(id)
     return JobWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
-                   ('job', id), params['wait'] / 1000000)
+                   ('job', id), held_seconds(params))
+
+
+def wait_for_loss(server, params):
+    """Whether a job was taken from the worker: cancelled, or its lease was over."""
+    def render(was_lost):
+        return {'lost': bool(was_lost)}
+
+    topic = ('worker', params['worker'])
+    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
 
 
 def list_jobs(server, params):
@@ -3863,6 +4033,10 @@ def metrics(server, params):
 
 def docs(server, params):
     return Response(__doc__, content_type=PLAIN_TEXT)
+
+
+def node_sdk(server, params):
+    return Response(NODE_SDK, content_type='text/javascript; charset=utf-8')
 
 
 def dashboard(status=200):
@@ -3923,12 +4097,16 @@ ROUTES = {
     '/jobs': route(
         'GET', list_jobs, optional='id queue status tag limit after brief needed_by needs',
         offload=True),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
     '/queues': route(
-        'GET', read_call('queues'), optional='limit after busy queue search', offload=True),
+        'GET', read_call('queues'), optional='limit after busy queue search totals',
+        offload=True),
     '/metrics': route('GET', metrics, offload=True),
     '/health': route('GET', read_call('health')),
     '/backup': route('GET', backup, offload=True),
     '/docs': route('GET', docs),
+    '/openapi.json': route('GET', lambda server, params: openapi()),
+    '/rundown.mjs': route('GET', node_sdk),
     '/': route('GET', lambda server, params: dashboard()),
 }
 
@@ -3978,7 +4156,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.store = store
         self.loop = EventLoop(self, store)
         self.loop.thread.start()
-        self.loop.run_in_transaction(lambda transaction: None)  # extends leases before polls come
+        self.loop.run_in_transaction(lambda tx: None)  # extends leases before polls come
 
     def get_request(self):
         try:
@@ -4042,34 +4220,54 @@ class Server(http.server.ThreadingHTTPServer):
             raise BadRequest(f'{head.route} takes its fields in the body, not in the query')
         return head._replace(rule=rule, content_length=self._content_length(head))
 
+    def _is_own_name(self, host):
+        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
+        the DNS of an attacker may have bound it to this address."""
+        name = re.sub(r':\d*$', '', host).strip('[]').lower()
+        if name in self.allowed_hosts or is_loopback(name):
+            return True
+        return address_of(name) is not None and not self.is_loopback_only
+
     def _check_host(self, head):
-        """A foreign name may be one that an attacker's DNS has bound to this address."""
-        header = head.headers.get('host', 'localhost')
-        host = re.sub(r':\d*$', '', header).strip('[]').lower()
-        if host in self.allowed_hosts or is_loopback(host):
-            return
-        if not address_of(host) or self.is_loopback_only:
+        host = head.headers.get('host', 'localhost')
+        if not self._is_own_name(host):
             raise Misdirected(
-                f'Host {describe(header)} is not a name of this engine; see --allow-host')
+                f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
         """Pages of other origins may link to the pages, and call nothing.
 
-        They cannot send a token. So with one this need not hold, and a proxy may rewrite Host.
+        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
+        that no page can set; the name must be the engine's all the same. Whoever knows the token
+        is no foreign page.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
-        origin = head.headers.get('origin')
-        is_foreign = origin is not None and origin.partition('://')[2] != head.headers.get('host')
         site = head.headers.get('sec-fetch-site', 'none')
-        if is_foreign or site not in ('none', 'same-origin'):
+        origin = head.headers.get('origin')
+        is_foreign = site not in ('none', 'same-origin')
+        if origin is not None:
+            host = origin.partition('://')[2]
+            is_same = host == head.headers.get('host') or (
+                site == 'same-origin' and self._is_own_name(host))
+            is_foreign = is_foreign or not is_same
+        if is_foreign:
             raise Forbidden(
                 'Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
 
     def _content_length(self, head):
-        length = head.headers.get('content-length', None if head.method == 'POST' else '0')
-        if length is None or 'transfer-encoding' in head.headers:
-            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
+        """The length of the body; None if it is chunked. Two ways to tell it are none."""
+        length = head.headers.get('content-length')
+        coding = head.headers.get('transfer-encoding')
+        if coding is not None:
+            if length is not None or not head.is_http_1_1 or coding.lower() != 'chunked':
+                raise BadRequest('Transfer-Encoding can only be chunked, without '
+                                 'Content-Length and not in HTTP 1.0')
+            return None
+        if length is None:
+            if head.method == 'POST':
+                raise LengthRequired('Content-Length or Transfer-Encoding: chunked is needed')
+            return 0
         if not re.fullmatch('[0-9]{1,15}', length):
             raise BadRequest(f'Content-Length must be a number of bytes, not {describe(length)}')
         if int(length) > MAX_BODY:
@@ -4099,7 +4297,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def run_due_now(self):
         """Do all that is due by now before this returns: for clocks that are moved by hand."""
-        def is_due(transaction):
+        def is_due(tx):
             return self.store.next_deadline <= self.store.clock.now()
 
         self.loop.call_soon_threadsafe(self.loop.committer.check_clock)
@@ -4238,6 +4436,219 @@ def sample(value, suffix='', **labels):
     pairs = ','.join(f'{name}="{str(text).translate(LABEL_ESCAPES)}"'
                      for name, text in labels.items())
     return f'{suffix}{{{pairs}}} {value}'
+
+
+# -- OpenAPI ---------------------------------------------------------------------------------------
+COLUMN_SCHEMAS = {      # function that writes a column -> what it writes, null aside
+    json_string: {'type': 'string'},
+    json_number: {'type': 'integer'},
+    json_time: {'type': 'string', 'format': 'date-time'},
+    json_duration: {'type': 'number'},
+    json_timeout: {'type': 'number'},
+    json_max_retries: {'type': 'integer'},
+    json_value: {},
+}
+
+
+def object_schema(required='', **properties):
+    return {'type': 'object', 'properties': properties, 'required': required.split()}
+
+
+def list_schema(items):
+    return {'type': 'array', 'items': items}
+
+
+def or_null(schema):
+    return {**schema, 'type': [schema['type'], 'null']} if 'type' in schema else schema
+
+
+def either(*schemas):
+    return {'anyOf': list(schemas)}
+
+
+def reference(schema):
+    return {'$ref': f'#/components/schemas/{schema}'}
+
+
+def page_schema(name, item):
+    return object_schema(f'{name} after', after=or_null(STRING), **{name: list_schema(item)})
+
+
+def table_schema(columns, **more):
+    """An object of the columns that clients see; what brief pages leave out is not required."""
+    schema = object_schema()
+    for name, column in columns.items():
+        if column.json:
+            values = dict(COLUMN_SCHEMAS[column.json])
+            if column.rule and 'enum' in column.rule.schema:
+                values['enum'] = column.rule.schema['enum']
+            is_set = re.search('NOT NULL|PRIMARY KEY', column.type) or column.json is json_timeout
+            schema['properties'][name] = values if is_set else or_null(values)
+            if column.brief:
+                schema['required'].append(name)
+    schema['properties'].update(more)
+    return schema
+
+
+STRING = {'type': 'string'}
+INTEGER = {'type': 'integer'}
+NUMBER = {'type': 'number'}
+BOOLEAN = {'type': 'boolean'}
+TIME = COLUMN_SCHEMAS[json_time]
+SCHEMAS = {
+    'Error': object_schema('error', error=STRING),
+    'Attempt': object_schema(
+        'attempt outcome', attempt=INTEGER, worker=or_null(STRING), outcome=STRING,
+        started_at=TIME, finished_at=or_null(TIME), error=or_null(STRING)),
+    'Job': table_schema(
+        JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
+        attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER),
+    'JobPage': page_schema('jobs', reference('Job')),
+    # of a report; in a batch `error` and `code` say that the item is refused
+    'Outcome': object_schema(
+        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, error=STRING,
+        code=INTEGER),
+    'Count': object_schema('count', count=INTEGER),
+    'Paused': object_schema('queue paused', queue=STRING, paused=BOOLEAN),
+    'Limits': object_schema(
+        'queue max_running rate per', queue=STRING, max_running=or_null(INTEGER),
+        rate=or_null(INTEGER), per=or_null(NUMBER)),
+    'Schedule': table_schema(SCHEDULE_COLUMNS, created=BOOLEAN),
+    'SchedulePage': page_schema('schedules', reference('Schedule')),
+    'Queue': object_schema(
+        'queue paused', queue=STRING, paused=BOOLEAN, oldest_age=or_null(NUMBER),
+        polled_at=or_null(TIME), max_running=or_null(INTEGER), rate=or_null(INTEGER),
+        per=or_null(NUMBER), workers=list_schema(STRING), minutes={},
+        **dict.fromkeys(COUNTS, INTEGER)),
+    'Worker': object_schema(
+        'worker queue seen_at running', worker=STRING, queue=STRING, seen_at=TIME, running=INTEGER,
+        hung=or_null(INTEGER)),
+    'QueuePage': object_schema(
+        'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
+        now=TIME, workers=list_schema(reference('Worker'))),
+    'Health': object_schema(
+        'status storage version', status=STRING, storage=STRING, version=STRING),
+}
+
+
+class Call(NamedTuple):
+    """What OpenAPI says of a route beyond its fields."""
+
+    name: str
+    summary: str
+    response: Dict[str, Any]
+    content_type: str = 'application/json'
+
+
+CALLS = {       # a route that is not here is described by its fields alone
+    '/enqueue': Call('enqueue', 'Add a job; or many, all or none.', reference('Job')),
+    '/poll': Call('poll', 'Claim a job; with `limit`, jobs.',
+                  either(reference('Job'), list_schema(reference('Job')))),
+    '/complete': Call('complete', 'Report that a job is done.', reference('Outcome')),
+    '/fail': Call('fail', 'Report that an attempt has failed.', reference('Outcome')),
+    '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
+    '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
+    '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
+    '/limit': Call('limit', 'Set the limits of a queue; null removes one.', reference('Limits')),
+    '/schedule': Call('schedule', 'Create or change a schedule.', reference('Schedule')),
+    '/unschedule': Call('unschedule', 'Delete a schedule; its jobs stay.', reference('Count')),
+    '/schedules': Call('list_schedules', 'A page of schedules.', reference('SchedulePage')),
+    '/jobs/': Call('get_job', 'A job; with `wait`, once it has ended.', reference('Job')),
+    '/status/': Call('get_status', 'A job.', reference('Job')),
+    '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
+    '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
+                  either(reference('JobPage'), reference('Job'))),
+    '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
+    '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
+    '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
+    '/backup': Call('backup', 'A copy of the database.', STRING, 'application/vnd.sqlite3'),
+    '/docs': Call('docs', 'The manual.', STRING, 'text/plain'),
+    '/openapi.json': Call('openapi', 'This document.', {'type': 'object'}),
+    '/rundown.mjs': Call('node_sdk', 'The SDK for Node.', STRING, 'text/javascript'),
+    '/': Call('dashboard', 'The dashboard.', STRING, 'text/html'),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def openapi():
+    """What the calls take and answer, from ROUTES, FIELDS and the tables of columns."""
+    requests = {}
+    paths = {}
+    for path, route in ROUTES.items():
+        operation = openapi_operation(path, route)
+        if route.method == 'POST':
+            name = path[1:].capitalize() + 'Request'
+            requests[name], body = openapi_body(route, reference(name))
+            operation['requestBody'] = {
+                'required': True, 'content': {'application/json': {'schema': body}}}
+        else:
+            operation['parameters'] = openapi_parameters(path, route)
+        if path.endswith('/') and path != '/':
+            path += f'{{{route.required[0][0]}}}'
+        paths[path] = {route.method.lower(): operation}
+    return {
+        'openapi': '3.1.0',
+        'info': {'title': 'Rundown', 'version': VERSION, 'summary': __doc__.partition('\n')[0]},
+        'servers': [{'url': '/'}],
+        'security': [{}, {'token': []}],
+        'paths': paths,
+        'components': {
+            'schemas': {**SCHEMAS, **requests},
+            'securitySchemes': {'token': {'type': 'http', 'scheme': 'bearer'}},
+        },
+    }
+
+
+def openapi_operation(path, route):
+    call = CALLS.get(path, Call(path.strip('/'), '', {}))
+    schema = call.response
+    if 'jobs' in route.rules:
+        schema = either(schema, object_schema('jobs', jobs=list_schema(schema)))
+    error = {'application/json': {'schema': reference('Error')}}
+    operation = {
+        'operationId': call.name,
+        'summary': call.summary,
+        'responses': {
+            '200': {'description': 'Done.', 'content': {call.content_type: {'schema': schema}}},
+            'default': {'description': 'Refused, or not possible now.', 'content': error},
+        },
+    }
+    if path == '/poll':
+        operation['responses']['204'] = {'description': 'No job came.'}
+    alternatives = [' or '.join(fields) for fields in route.required if len(fields) > 1]
+    if alternatives:
+        operation['description'] = f'It needs {", and ".join(alternatives)}.'
+    return operation
+
+
+def openapi_body(route, item):
+    """The schema of one item, and that of the body: an item, or where it may be, many."""
+    fields = {
+        field: or_null(rule.schema) if field in NULLABLE else rule.schema
+        for field, rule in route.rules.items() if field != 'jobs'}
+    schema = object_schema(**fields)
+    schema['required'] = [fields[0] for fields in route.required if len(fields) == 1]
+    schema['additionalProperties'] = False
+    if 'jobs' not in route.rules:
+        return schema, item
+    jobs = {**list_schema(item), 'minItems': 1, 'maxItems': MAX_BATCH}
+    return schema, either(item, object_schema('jobs', jobs=jobs))
+
+
+def openapi_parameters(path, route):
+    in_path = route.required[0][0] if route.required else None
+    return [
+        {
+            'name': field,
+            'in': 'path' if field == in_path else 'query',
+            'required': field == in_path,
+            'schema': rule.schema,
+        }
+        for field, rule in route.rules.items()]
 
 
 # -- Command line ---------------------------------------------------------------------------------
@@ -5292,6 +5703,10 @@ svg {
 }
 
 @media (max-width: 40rem) {
+  #queues td.zero {
+    display: none;
+  }
+
   #totals {
     grid-template-columns: repeat(4, 1fr);
   }
@@ -5424,7 +5839,10 @@ svg {
       </details>
     </section>
     <section class="optional">
-      <h2>Schedules</h2>
+      <div class="heading">
+        <h2>Schedules</h2>
+        <span id="schedules-cut" class="soft"></span>
+      </div>
       <table id="schedules"></table>
     </section>
   </div>
@@ -5549,6 +5967,7 @@ const NOTICE_TIME = 8000;           // ms that the outcome of an action is shown
 const CLICK_GUARD = 300;            // ms until a dialog can be confirmed: no double click does
 const WORKER_SILENCE = 120;         // seconds without a poll until a worker counts as gone
 const PAGE_QUEUES = 100;            // rows on a page
+const PAGE_SCHEDULES = 100;
 const PAGE_JOBS = 50;
 const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
 const GROUPED_FAILURES = 1000;      // newest failures that are grouped
@@ -5558,6 +5977,7 @@ const TYPED_FROM = 100;             // jobs from which a deletion is confirmed b
 const MAX_NAMED = 8;                // queues or workers in one line about a problem
 const MAX_LINE = 200;               // characters of an error's last line, in a search or a summary
 const MAX_SHOWN = 200000;           // characters of a payload or result that are shown
+const MAX_STEP = 2000;              // of a step's result
 const TOKEN_KEY = "rundown token " + location.pathname;     // one for each engine of an origin
 const STATUSES = ["pending", "running", "done", "failed", "cancelled"];
 const FILTERS = ["search", "queue", "status", "tag", "group"];
@@ -5818,9 +6238,14 @@ function query(path, fields) {
 }
 
 // -- Progress -----------------------------------------------------------------------------------
+function plainNumber(value) {       // of one that exactNumber() kept as it was sent
+  return JSON.isRawJSON?.(value) ? Number(value.rawJSON) : value;
+}
+
 function partDone(progress) {       // from 0 to 1; null: not a progress that has an end
-  const {done, total} = progress || {};
-  const part = typeof done === "number" && total > 0 ? done / total : progress;
+  const done = plainNumber(progress?.done);
+  const total = plainNumber(progress?.total);
+  const part = typeof done === "number" && total > 0 ? done / total : plainNumber(progress);
   return typeof part === "number" && part >= 0 && part <= 1 ? part : null;
 }
 
@@ -5841,7 +6266,8 @@ function secondsLeft(job, part) {
 
 function progressText(progress, part) {
   const percent = Math.floor(part * 100) + " %";
-  const {done, total} = progress;
+  const done = plainNumber(progress.done);
+  const total = plainNumber(progress.total);
   return total ? `${number(done)} of ${number(total)}, ${percent}` : percent;
 }
 
@@ -5942,7 +6368,7 @@ const TABLES = {
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
   groups: GROUP_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result))],
+  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -6026,6 +6452,11 @@ function hungItem({worker, queue, hung}) {
   return [name, " (", plural(hung, "hung thread"), " in ", jobsLink({queue}), ")"];
 }
 
+function drawTitle() {
+  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
+  document.title = ($("problems").textContent.trim() ? "(!) " : "") + title;
+}
+
 function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
   const hung = workers.filter(worker => worker.hung);
@@ -6092,7 +6523,7 @@ function sums({done, failed}) {
 function sparkline(minutes) {
   const label = "last hour: " + sums(minutes);
   const attributes = {role: "img", class: "spark", viewBox: "0 0 120 28", "aria-label": label};
-  return el("svg", attributes, el("title", {}, label), jobBars(minutes, 2, 28));
+  return el("div", {title: label}, el("svg", attributes, jobBars(minutes, 2, 28)));
 }
 
 function minuteTime(i) {
@@ -6229,7 +6660,11 @@ function drawOverview(queues, schedules) {
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);
   const isEmpty = !queues.totals.queues;
-  show({example: isEmpty ? exampleText() : "", hour: !isEmpty});
+  show({
+    example: isEmpty ? exampleText() : "",
+    hour: !isEmpty,
+    "schedules-cut": schedules.after ? `the first ${PAGE_SCHEDULES} by name` : "",
+  });
 }
 
 function exampleText() {
@@ -6309,13 +6744,14 @@ function drawPaging({jobs, after}) {
 
 function drawJobs(page) {
   const keyOf = job => job.id;
+  const shown = page.jobs.length;
   drawTabs();
   drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
   drawPaging(page);
   show({
     nothing: nothingText(page),
-    "select-these": page.jobs.length > 0,
-    "select-label": `select these ${number(page.jobs.length)}`,
+    "select-these": shown > 0,
+    "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
   });
   drawFailures();
   drawSelection(page.after);
@@ -6441,10 +6877,10 @@ function drawSelection(hasMore) {
 }
 
 // -- One job ------------------------------------------------------------------------------------
-function jsonText(value) {
+function jsonText(value, longest = MAX_SHOWN) {
   const text = JSON.stringify(value, null, 2);
-  const isCut = text.length > MAX_SHOWN;
-  return isCut ? text.slice(0, MAX_SHOWN) + " ... (cut here; GET /jobs/ID has the rest)" : text;
+  const isCut = text.length > longest;
+  return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
 }
 
 function fieldValue({field, value}) {
@@ -6464,6 +6900,7 @@ function fact(name, ...content) {
 function jobFacts(job) {
   const retries = job.max_retries === null ? "" : `, ${job.retries} of ${job.max_retries} retries`;
   const isDue = job.status === "pending" && !job.waits_for;
+  const took = job.started_at && job.finished_at;
   return [
     fact("status", badge(job.status)),
     fact("queue", jobsLink({queue: job.queue})),
@@ -6473,6 +6910,8 @@ function jobFacts(job) {
     job.tag && fact("tag", jobsLink({tag: job.tag})),
     job.group && fact("group", jobsLink({queue: job.queue, group: job.group}, job.group)),
     isDue && fact("due", agoNode(job.next_run_at)),
+    took && fact("took", duration(secondsBetween(job.started_at, job.finished_at))),
+    job.finished_at && fact("ended", agoNode(job.finished_at)),
   ].filter(Boolean);
 }
 
@@ -6581,22 +7020,22 @@ const ACTIONS = {
     label: "Retry",
     path: "retry",
     statuses: ["failed", "cancelled"],
-    consequence: "They become pending again, with all their retries.",
+    consequence: "Retried jobs are pending again, with all their retries.",
   },
   run: {
     label: "Run now",
     path: "reschedule",
     fields: {delay: 0},
     statuses: ["pending"],
-    consequence: "They become due now, whatever time they were scheduled for.",
+    consequence: "Jobs become due now, whatever time they were scheduled for.",
   },
   cancel: {
     label: "Cancel",
     path: "cancel",
     statuses: ["pending", "running"],
     isDangerous: true,
-    consequence: "Those that run are interrupted, those that wait for them are cancelled too. "
-      + "They can be retried.",
+    consequence: "Running jobs are interrupted, and jobs that wait for a cancelled one are "
+      + "cancelled too. Cancelled jobs can be retried.",
   },
   delete: {
     label: "Delete",
@@ -6604,7 +7043,8 @@ const ACTIONS = {
     statuses: ["pending", "done", "failed", "cancelled"],
     isDangerous: true,
     isFinal: true,
-    consequence: "They are gone for good, with their payloads, results and errors.",
+    consequence: "Payloads, results and errors are deleted too, and jobs that wait for a deleted "
+      + "one are cancelled. This cannot be undone.",
   },
 };
 
@@ -6764,7 +7204,7 @@ async function fetchHealth() {
 const VIEWS = {
   overview: {
     queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
-    fetch: () => [call(query("schedules", {limit: 100}), {reviver: exactNumber})],
+    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES}), {reviver: exactNumber})],
     draw: drawOverview,
   },
   jobs: {
@@ -6796,7 +7236,7 @@ async function refresh() {
   const {queues, fetch, draw} = VIEWS[view];
   try {
     const [health, counts, ...rest] = await Promise.all([
-      fetchHealth(), call(query("queues", queues())), ...fetch()]);
+      fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
     if (mine !== refreshId) {
       return;
     }
@@ -6806,6 +7246,7 @@ async function refresh() {
       drawProblems(health, counts);
       draw(counts, ...rest);
     });
+    drawTitle();
   } catch (failure) {
     if (mine !== refreshId || showFailure(failure)) {
       return;
@@ -6853,6 +7294,7 @@ function showFailure(failure) {         // whether to wait for the token
     refused: isLocked && token ? "The engine refused this token." : "",
     offline: isLocked ? "" : `${failure.message}. Trying again.${shownSince()}`,
   });
+  drawTitle();
   if (isLocked) {
     $("token").focus();
   }
@@ -6876,8 +7318,6 @@ function route() {
   readAddress();
   clearSelection();
   found = null;
-  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
-  document.title = title;
   show({
     title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
     overview: view === "overview",
@@ -6886,7 +7326,8 @@ function route() {
     job: false,
     "job-sections": false,
     missing: false,
-    nothing: "",
+    nothing: "Looking ...",
+    "select-these": false,
     paging: "",
   });
   for (const each of document.querySelectorAll("[data-view]")) {
@@ -6899,6 +7340,7 @@ function route() {
     lastRows[id] = null;
     patch($(id).tBodies[0], "");
   }
+  drawTitle();
   if (view === "job") {
     $("title").focus();
   }
@@ -6908,7 +7350,11 @@ function route() {
 
 function applyFilter() {
   const fields = Object.fromEntries(new FormData($("filter")));
-  location.hash = address("jobs", {...fields, status: place.status});
+  const hash = address("jobs", {...fields, status: place.status});
+  if (location.hash === hash) {
+    route();                // the search is repeated
+  }
+  location.hash = hash;
 }
 
 // -- Events -------------------------------------------------------------------------------------
@@ -6991,8 +7437,8 @@ POLICY = '; '.join([
 ])
 
 
-# -- Node SDK ---------------------------------------------------------------------------------------
-NODE_SDK = r"""// @ts-nocheck: types are for programs that use this file, in the JSDoc of everything exported.
+# -- Node SDK --------------------------------------------------------------------------------------
+NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use this file
 /**
  * Rundown for Node 18 and newer: enqueue background jobs and work on them. No packages.
  *
@@ -7026,7 +7472,6 @@ import http from "node:http";
 import https from "node:https";
 import os from "node:os";
 import { setTimeout as sleep } from "node:timers/promises";
-import { urlToHttpOptions } from "node:url";
 import { inspect } from "node:util";
 
 const DEFAULT_URL = "http://127.0.0.1:8181";
@@ -7143,7 +7588,8 @@ function exchange(engine, path, text, limit, poll) {
   const isSecure = url.protocol === "https:";
   const token = process.env.RUNDOWN_TOKEN;
   const options = {
-    ...urlToHttpOptions(url),
+    hostname: url.hostname.replace(/^\[|\]$/g, ""), // of an IPv6 address
+    port: url.port,
     path: url.pathname.replace(/\/$/, "") + path,
     method: text === undefined ? "GET" : "POST",
     agent: isSecure ? secureAgent : plainAgent,
@@ -7748,7 +8194,6 @@ class Worker {
       try {
         await this.deliver(reports);
         tries = 0;
-        this.isStuck = false;
         this.back();
       } catch (error) {
         tries += 1;
@@ -7756,6 +8201,7 @@ class Worker {
         await pause(this.away(error, tries), this.closing.signal);
       }
       reports = this.nextReports();
+      this.isStuck = tries > 0 && reports.length > 0;
     }
     this.isReporting = false;
   }

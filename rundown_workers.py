@@ -79,14 +79,28 @@ grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes that it leaves i
 killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
-    enqueue_in(connection, queue, payload, ...)     write a job into the open transaction
-    forward(connect, keep), forwarding(...)         send committed jobs; a context that does so in
-                                                    a thread
+    enqueue_in(connection, queue, payload, ...)
+                                write a job into the open transaction of a connection of sqlite3,
+                                psycopg, psycopg2, SQLAlchemy or Django; returns its id
+    forward(connect, host, keep)
+                                send the committed jobs of the database that connect() opens
+    forwarding(connect, host, keep, interval)
+                                a context that does so in a thread
 
 The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which
-is made on first use (in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order and
-once, whoever is killed or away. One that the engine refuses stays, with its `error`, and holds up
-no other; it is sent again when somebody sets that to NULL.
+is made on first use, until the engine has it. Jobs arrive in order and once, whichever process is
+killed. A job that the engine refuses stays in the table with its `error`, and holds up no other;
+set `error` to NULL to send it again. Connections in autocommit mode are rejected.
+
+DJANGO (6.0 and newer)
+    TASKS = {"default": {"BACKEND": "rundown_workers.DjangoBackend", "OPTIONS": {"outbox": True}}}
+    python rundown_workers.py django [QUEUE ...]
+                                the worker; it forwards the outbox, and needs
+                                DJANGO_SETTINGS_MODULE
+
+With `outbox` (True, or the alias of a database) a task runs if and only if the open transaction
+commits. Other OPTIONS: host, max_retries, timeout. Connections are closed around each task.
+task_finished is sent after the last attempt.
 
 COMMAND LINE: JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused,
 3 no engine.
@@ -142,6 +156,7 @@ from queue import Empty, SimpleQueue
 from typing import (
     TYPE_CHECKING,
     Any,
+    AsyncIterator,
     Callable,
     Dict,
     Generic,
@@ -177,6 +192,7 @@ __all__ = [
     'Unfinished',
     'aenqueue',
     'around',
+    'checkpoint',
     'enqueue',
     'enqueue_in',
     'enqueue_many',
@@ -190,9 +206,11 @@ __all__ = [
     'results',
     'run',
     'schedule',
+    'step',
     'stop',
     'task',
     'testing',
+    'track',
     'unschedule',
     'wait',
 ]
@@ -810,7 +828,9 @@ class Client:
             payload, id=id, run_at=run_at, delay=delay, after=after, queue=queue, timeout=timeout,
             max_retries=max_retries, tag=tag, priority=priority, key=key, after_any=after_any,
         )
-        return Job(self.call('/enqueue', text, give_up=give_up), self)
+        job = Job(self.call('/enqueue', text, give_up=give_up), self)
+        warn_of_own_key(job)
+        return job
 
     def enqueue_many(
         self,
@@ -871,6 +891,8 @@ class Client:
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """wait() for asyncio programs; a thousand at a time are fine."""
+        if current.get() and not isinstance(job, str):
+            warn_of_deadlock(job)
         return Job(await async_calls().wait(self, job, timeout, give_up), self)
 
     def poll(
@@ -1046,6 +1068,8 @@ class Client:
         Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
         for `give_up` seconds, or until the timeout.
         """
+        if current.get():
+            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
         waiting = Waiting(self, job, timeout, give_up)
         while True:
             job = self.call(**waiting.next_call(LONG_POLL))
@@ -1452,7 +1476,7 @@ def async_calls():
         return async_calls_instance[0]
 
 
-# -- Running a handler -----------------------------------------------------------------------------
+# -- In a handler ----------------------------------------------------------------------------------
 # the claim that the handler of this context works on; in an isolated process a ChildClaim
 current = contextvars.ContextVar('rundown_claim', default=None)
 
@@ -1488,6 +1512,199 @@ def inputs() -> list[Any]:
     return [results.get(id) for id in after]
 
 
+# -- Steps and checkpoints -------------------------------------------------------------------------
+T = TypeVar('T')
+
+
+def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Do a part of the job once: call the function and keep its result, or return the kept result.
+
+    The result is on disk before this returns; later attempts get it, and do not call the function.
+    It comes back as JSON gives it, the first time too. What the function raises is not kept. With
+    a coroutine function: `await step(...)`. While the worker stops this raises Lost, and the job is
+    given back. Outside of handlers it calls the function.
+    """
+    claim = current.get()
+    if inspect.iscoroutinefunction(function):
+        return async_step(claim, name, function, args, kwargs)
+    if claim is None:
+        return function(*args, **kwargs)
+    claim.leave_if_stopping()
+    if name not in claim.steps:
+        text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
+        claim.steps[name] = claim.save_step(name, text)
+    return copy.deepcopy(claim.steps[name])
+
+
+async def async_step(claim, name, function, args, kwargs):
+    if claim is None:
+        return await function(*args, **kwargs)
+    claim.leave_if_stopping()
+    if name not in claim.steps:
+        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
+        claim.steps[name] = await run_in_thread(claim.save_step, name, text)
+    return copy.deepcopy(claim.steps[name])
+
+
+def checkpoint(value: Any) -> Any:
+    """progress() that returns once the value is on disk.
+
+    A later attempt finds it in `job()["progress"]`. In async handlers: `await checkpoint(value)`.
+    While the worker stops this raises Lost, after the value is saved, and the job is given back.
+    """
+    text = as_json(value, 'progress')
+    claim = current.get()
+    save = functools.partial(claim.save_progress, text) if claim else lambda: None
+    return run_in_thread(save) if is_in_event_loop() else save()
+
+
+def track(
+    iterable: Iterable[T], total: int | None = None, every: int | None = None
+) -> Track[T]:
+    """The items, with {"done": n, "total": total} as the job's progress; `total` may be len().
+
+    With `every` each so many items are a checkpoint() in place of that, and a later attempt
+    continues after the last one. In async handlers: `async for`.
+    """
+    return Track(iterable, total, every)
+
+
+class Track(Generic[T]):
+    """See track()."""
+
+    def __init__(self, iterable: Iterable[T], total: int | None, every: int | None) -> None:
+        if every is not None:
+            check('every', every, 1)
+        self._iterable = iterable
+        self._every = every
+        self._total = len(iterable) if total is None and hasattr(iterable, '__len__') else total
+
+    def __iter__(self) -> Iterator[T]:
+        if self._every and is_in_event_loop():
+            raise Misuse('track(every=...) needs `async for` in an async handler')
+        done = self._first()
+        for item in itertools.islice(self._iterable, done, None):
+            yield item
+            done += 1
+            if not self._every:
+                progress(self._value(done))
+            elif done % self._every == 0:
+                checkpoint(self._value(done))
+        if self._every:
+            checkpoint(self._value(done))
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        first = self._first()
+        done = 0
+        async for item in as_async(self._iterable):
+            done += 1
+            if done <= first:
+                continue
+            yield item
+            if not self._every:
+                progress(self._value(done))
+            elif done % self._every == 0:
+                await checkpoint(self._value(done))
+        if self._every:
+            await checkpoint(self._value(done))
+
+    def _first(self):
+        """How many items an earlier attempt has done."""
+        claim = current.get()
+        progress = claim.job.get('progress') if claim and self._every else None
+        done = progress.get('done') if isinstance(progress, dict) else None
+        return done if type(done) is int and done > 0 else 0
+
+    def _value(self, done):
+        return {'done': done, 'total': self._total}
+
+
+async def as_async(iterable):
+    if hasattr(iterable, '__aiter__'):
+        async for item in iterable:
+            yield item
+    else:
+        for item in iterable:
+            yield item
+
+
+def is_in_event_loop():
+    """Whether the caller runs in an event loop, which must not be blocked."""
+    asyncio = sys.modules.get('asyncio')    # otherwise there is none
+    return asyncio is not None and asyncio._get_running_loop() is not None
+
+
+def run_in_thread(function, *args):
+    """A future of the event loop that calls the function in a thread of its own."""
+    import asyncio
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def resolve(set_it, value):
+        if not future.done():
+            set_it(value)
+
+    def run():
+        try:
+            outcome = future.set_result, function(*args)
+        except BaseException as error:
+            outcome = future.set_exception, error
+        with contextlib.suppress(RuntimeError):     # the loop has ended
+            loop.call_soon_threadsafe(resolve, *outcome)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def warn_of_own_key(job):
+    """A handler has enqueued a job, and its own job holds the key: nothing was added."""
+    claim = current.get()
+    if claim and not job.get('created', True) and job.get('id') == claim.job.get('id'):
+        note(logging.WARNING, 'the handler of %s enqueued a job with the key %s, which its own job '
+             'holds until it ends: nothing was added. key_until="start" frees a key when its job '
+             'begins', describe_job(claim.job), job.get('key'))
+
+
+def warn_of_deadlock(job):
+    """A handler waits for a job of its own queue, and holds the last slot for it."""
+    claim = current.get()
+    if claim and job.get('queue') == claim.job.get('queue') and claim.holds_last_slot():
+        note(logging.WARNING, 'the handler of %s waits for the job %s of its own queue, which has '
+             'no free slot: it may wait for ever', describe_job(claim.job), job.get('id'))
+
+
+def describe_job(job):
+    return f'{job.get("queue")} {job.get("id")}'
+
+
+class Saver:
+    """What a claim saves while its handler runs. A subclass has the attributes that are used."""
+
+    def save_step(self, name, text):
+        """Save a step's result, JSON text; returns the first result that was saved by that name."""
+        body = f'{self.json_prefix},"name":{as_json(name, "name")},"result":{text}}}'
+        return self._save('/step', body)['result']
+
+    def save_progress(self, text):
+        self.progress.clear()       # what is older must not come later
+        self._save('/heartbeat', f'{self.json_prefix},"progress":{text}}}')
+        self.leave_if_stopping()
+
+    def _save(self, path, body):
+        try:
+            return self.client.call(path, body, give_up=self.timeout)
+        except Refused as error:
+            if error.status in GONE:
+                raise Lost(str(error)) from None
+            raise
+
+
+def json_prefix(job):
+    """How an item of a batch begins: a JSON object that is still open."""
+    return f'{{"id":{encode_json(job["id"])},"attempt":{job["attempt"]}'
+
+
+# -- Running a handler -----------------------------------------------------------------------------
 OUR_FILE = job.__code__.co_filename
 
 
@@ -1735,7 +1952,7 @@ def pass_jobs_to_threads():
     ThreadPoolExecutor.submit = submit_with_claim
 
 
-class Claim:
+class Claim(Saver):
     """A claimed job on its way through the worker.
 
     The first to finish it decides how it ends; what others report later is dropped.
@@ -1748,8 +1965,9 @@ class Claim:
         self.client = consumer.session.client
         self.claimed_at = now               # monotonic seconds, like the other times here
         self.timeout = job['timeout']       # seconds
-        # how an item of a batch begins: a JSON object that is still open
-        self.json_prefix = f'{{"id":{encode_json(job["id"])},"attempt":{job["attempt"]}'
+        self.json_prefix = json_prefix(job)
+        # written by the handler's threads
+        self.steps = job.get('steps') or {}     # results by name
         # changed with the lock held, once each
         self.lock = threading.Lock()
         self.outcome = None                 # None: not finished
@@ -1789,6 +2007,18 @@ class Claim:
         fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
         self.outcome = outcome
         self.report_item = f'{self.json_prefix}{fields}}}'
+
+    def leave_if_stopping(self):
+        """Raise Lost if the claim is over, or if the worker stops: then give the job back."""
+        if self.outcome is None and self.consumer.worker.stopping.is_set():
+            self.consumer.let_go(self)
+        if self.outcome is not None:
+            raise Lost('the job was given back, or is not this worker\'s any more')
+
+    def holds_last_slot(self):
+        """Whether no slot is free for another job of its queue."""
+        running = [claim for claim in self.consumer.in_flight.copy() if claim.slot]
+        return len(running) >= len(self.consumer.slots)
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
@@ -1841,6 +2071,9 @@ class Slot:
 
     def call_hooks(self, event, claim, value):
         self.consumer.call_hooks(event, claim, value)
+
+    def on_stop(self):
+        """The worker stops."""
 
     def interrupt(self, claim, interruption):
         """Stop the handler, and continue with another slot. The claim's lock is held."""
@@ -2389,6 +2622,13 @@ class Consumer:
         self._remove(claim)
         return True
 
+    def let_go(self, claim):
+        """Give a running job back whose handler has come to a step or checkpoint."""
+        if claim.try_finish(RELEASED):
+            self.report(claim, RELEASED)
+            self._remove(claim)
+            note(logging.INFO, '%s released', claim)
+
     def report(self, claim, outcome):
         claim.set_report(outcome)
         if outcome.call:
@@ -2492,20 +2732,16 @@ class Fetcher:
 
         Waits until the rate allows one, at most a second.
         """
-        after = None
-        while True:
-            path = '/queues' if after is None else f'/queues?after={quote(after)}'
-            page = self.client.send(path, None, RESPONSE_TIMEOUT)
-            for row in page['queues']:
-                if row['queue'] == self.consumer.name:
-                    is_due = row['oldest_age'] is not None and not row['paused']
-                    if not is_due or row['rate'] is None:
-                        return False
-                    self.worker.stopping.wait(min(1, row['per'] / row['rate']))
-                    return True
-            after = page['after']
-            if after is None:
-                return False
+        try:
+            page = self.client.send(f'/queues?queue={quote(self.consumer.name)}', None,
+                                    RESPONSE_TIMEOUT)
+        except Refused:
+            return False        # an older engine cannot tell
+        for row in page['queues']:
+            if row['oldest_age'] is not None and row['rate'] and not row['paused']:
+                self.worker.stopping.wait(min(1, row['per'] / row['rate']))
+                return True
+        return False
 
     def _configure(self):
         """Send the limits and the schedule of the queue to an engine that was not sent them yet."""
@@ -2718,19 +2954,47 @@ class Reporter:
 class Heartbeat:
     """The thread that sends a sign of life for all claims of an engine, every third of the lease.
 
+    It does so at once when the engine says that a claim was taken away; the answer tells which.
     Claims whose outcome is not reported yet are among them.
     """
 
     def __init__(self, session):
-        self.session = session      # constant
+        # constant
+        self.session = session
+        self.worker = session.worker
+        self.client = session.client.clone()    # of its own, to be shut down by itself
+        # touched by the thread only
+        self.can_wait = True    # False: the engine does not know /lost
 
     def run(self):
         interval = LEASE / 3
-        while not self.session.worker.closed.wait(interval):
+        while not self.worker.closed.is_set():
+            self._wait(time.monotonic() + interval)
             items = [(claim, claim.json_prefix + '}') for claim in self.session.claims.copy()]
             for batch in batches(items, lambda item: len(item[1])):
                 for claim, answer in self.session.send_batch('heartbeat', batch, interval):
                     on_heartbeat_answer(claim, answer)
+
+    def _wait(self, deadline):
+        """Wait until a deadline, or until the engine has taken a claim away."""
+        while not self.worker.closed.is_set() and time.monotonic() < deadline:
+            seconds = max(0, deadline - time.monotonic())
+            if self.can_wait and not self.session.down_since:
+                if self._wait_for_loss(seconds):
+                    return
+                seconds = min(1, seconds)       # if it answered early, it does not wait now
+            self.worker.closed.wait(min(max(0, deadline - time.monotonic()), seconds))
+
+    def _wait_for_loss(self, seconds):
+        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}'
+        try:
+            answer = self.client.send(path, None, seconds + RESPONSE_TIMEOUT)
+            return isinstance(answer, dict) and answer.get('lost') is True
+        except Refused:
+            self.can_wait = False       # an older engine
+        except EngineUnavailable:
+            pass                        # the fetchers notice, and say so
+        return False
 
 
 def is_temporary(answer):
@@ -2991,6 +3255,8 @@ class Worker:
         deadline = time.monotonic() + self.grace
         self.stopping.set()
         self.release()
+        for slot in self.slots():
+            slot.on_stop()
         running = sum(len(consumer.in_flight) for consumer in self.consumers)
         if not self.burst or running:
             note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, self.grace)
@@ -3030,6 +3296,7 @@ class Worker:
             slot.consumer.ready.put(None)
         for session in self.sessions.values():
             session.reporter.claims.put(None)
+            session.heartbeat.client.close()
             session.client.close()
         for consumer in self.consumers:
             consumer.fetcher.client.close()
@@ -3057,9 +3324,12 @@ READY = 'ready'             # the handler's module is imported
 STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
 LOGGED = 'logged'           # the attributes of a log record
+LEFT = 'left'               # the worker stops, and the job is to be given back
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
 HOOKS_CALLED = 'hooks'      # the process can take the next job
 CRASHED = 'crashed'         # there is no outcome; the value says why
+
+STOP = 'stop'               # a message to the process: the worker stops; None: it has to end
 
 # the events of App.on() whose hooks run in the process of the handler
 CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
@@ -3071,6 +3341,7 @@ class ChildSettings(NamedTuple):
     surroundings: list      # places
     hooks: dict             # events to lists of places
     client: tuple           # the arguments of Client
+    concurrency: int        # of the queue
     log_levels: dict        # names of loggers to levels
 
 
@@ -3092,6 +3363,10 @@ class IsolatedSlot(Slot):
     pipe = None
     is_ready = False
     jobs_run = 0            # by this process
+
+    def __init__(self, consumer):
+        self.pipe_lock = threading.Lock()       # held to write into the pipe
+        super().__init__(consumer)
 
     def prepare(self):
         max_jobs = getattr(self.consumer.config, 'max_jobs', None)
@@ -3124,6 +3399,7 @@ class IsolatedSlot(Slot):
             {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
              for event in CHILD_EVENTS},
             self.consumer.session.settings,
+            self.consumer.concurrency,
             {logger.name: logger.level for logger in loggers if getattr(logger, 'level', 0)})
 
     def _receive(self):
@@ -3146,9 +3422,11 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # finished from outside, when there was no process to kill
             return claim.outcome
-        while kind in (STARTED, PROGRESS_MADE):
+        while kind in (STARTED, PROGRESS_MADE, LEFT):
             if kind == PROGRESS_MADE:
                 claim.show_progress(value)
+            if kind == LEFT:
+                self.consumer.let_go(claim)
             kind, value = self._receive()
         if kind == FINISHED:
             self.jobs_run += 1
@@ -3170,13 +3448,21 @@ class IsolatedSlot(Slot):
                 self._start_process()
             if claim.outcome:
                 break
-            with contextlib.suppress(OSError):
-                self.pipe.send(claim.job)
-            message = self._receive()
+            self._write(claim.job)
+            message = HOOKS_CALLED, None
+            while message[0] == HOOKS_CALLED:       # of a job that was given back
+                message = self._receive()
             if message[0] == STARTED or claim.outcome:
                 break
             self.close()
         return message
+
+    def _write(self, message):
+        with contextlib.suppress(OSError, AttributeError), self.pipe_lock:
+            self.pipe.send(message)
+
+    def on_stop(self):
+        self._write(STOP)
 
     def call_hooks(self, event, claim, value):
         """Call the hooks that the process could not find, and wait until it has called the others.
@@ -3217,10 +3503,9 @@ class IsolatedSlot(Slot):
         if self.process is None:
             return
         if self.consumer.worker.app.hooks['stop_worker']:
-            with contextlib.suppress(OSError):
-                self.pipe.send(None)
-                while self._receive()[0] != CRASHED:    # it ends after the hooks
-                    pass
+            self._write(None)
+            while self._receive()[0] != CRASHED:    # it ends after the hooks
+                pass
         self.kill()
         atexit.unregister(self.kill)
         self.pipe.close()
@@ -3252,15 +3537,30 @@ def exit_text(code):
     return f'ended with exit code {code}'
 
 
-class ChildClaim:
-    """What job(), progress() and inputs() need of a claim, in an isolated process."""
+class ChildClaim(Saver):
+    """What job(), progress(), step() and so on need of a claim, in an isolated process."""
 
     asyncio_task = None
+    was_left = False
 
     def __init__(self, job, child):
         self.job = job
         self.child = child
         self.client = child.client
+        self.timeout = job['timeout']
+        self.json_prefix = json_prefix(job)
+        self.steps = job.get('steps') or {}
+        self.progress = []      # what is not sent yet: nothing, since the worker sends it
+
+    def leave_if_stopping(self):
+        if self.child.stopping.is_set():
+            if not self.was_left:
+                self.was_left = True
+                self.child.send(LEFT)
+            raise Lost('the worker stops: the job is given back')
+
+    def holds_last_slot(self):
+        return self.child.settings.concurrency == 1
 
     def show_progress(self, text):
         self.child.send(PROGRESS_MADE, text)
@@ -3306,6 +3606,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
+        self.stopping = threading.Event()
         # set by load()
         self.handlers = None
         self.surroundings = []
@@ -3356,13 +3657,15 @@ class Child:
             call_hook('stop_worker', function)
 
     def _run_job(self, job):
-        current.set(ChildClaim(job, self))
+        claim = ChildClaim(job, self)
+        current.set(claim)
         self._call_hooks('start', job, None)
         outcome = run_handler(self.handlers, job, self.surroundings)
         has_failed = outcome.call == 'fail'
         error = error_text(outcome.value) if has_failed else None
         self.send(FINISHED, (outcome.call, outcome.fields, error))
-        self._call_hooks('failure' if has_failed else 'success', job, outcome.value)
+        if not claim.was_left:
+            self._call_hooks('failure' if has_failed else 'success', job, outcome.value)
         self.send(HOOKS_CALLED)
 
     def _call_hooks(self, event, job, value):
@@ -3372,7 +3675,11 @@ class Child:
     def _receive_jobs(self):
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self.jobs.put(self.pipe.recv())
+                message = self.pipe.recv()
+                if message == STOP:
+                    self.stopping.set()
+                else:
+                    self.jobs.put(message)
         signal_group(multiprocessing.current_process(), KILL)
         os._exit(1)
 
@@ -4273,9 +4580,12 @@ def enqueue_in(
     inspect.signature(Client.enqueue).bind(None, queue, **options)  # TypeError: unknown option
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
-    if delay is not None:
+    if run_at is not None and delay is not None:
+        raise Misuse('a job has a delay or a run_at, not both')
+    if run_at is None and (delay is not None or options.get('expires') is not None):
+        # counted from now, and not from when the engine gets the job
         now = datetime.datetime.now(datetime.timezone.utc)
-        run_at = now + datetime.timedelta(seconds=in_seconds(delay))
+        run_at = now + datetime.timedelta(seconds=clamp_delay(delay or 0))
     id = id or new_id()
     Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
     outbox_activity.last_write = time.monotonic()
@@ -4295,8 +4605,8 @@ def driver_connection(connection):
         connection = connection.connection
     connection = getattr(connection, 'dbapi_connection', connection)
     if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
-        raise Misuse(f'a {type(connection).__name__} is not a connection that enqueue_in() takes: '
-                     'sqlite3, psycopg, psycopg2, SQLAlchemy or Django, and none of asyncio')
+        raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
+                     f'Django that is not for asyncio, not a {type(connection).__name__}')
     return connection
 
 
@@ -4340,11 +4650,12 @@ class Outbox:
         be larger than the memory.
         """
         now = time.monotonic()
-        postponed = [str(number) for number, at in self.postponed.items() if at > now]
+        self.postponed = {number: at for number, at in self.postponed.items() if at > now}
+        postponed = ','.join(map(str, self.postponed)) or '0'
         return self.execute(
             'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL '
             'AND (taken_by IS NULL OR taken_by <> ?) '
-            f'AND number NOT IN ({",".join(postponed) or "0"}) ORDER BY number LIMIT {OUTBOX_PAGE}',
+            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}',
             host)
 
     def texts(self, numbers):
@@ -4431,32 +4742,34 @@ class Outbox:
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
 
-    def number_rows(self):
-        """Repair a table without numbers. Version 1.1 made it through Django's SQLite connection.
+    def repair_numbers(self):
+        """Number the rows of a table that version 1.1 made through Django's SQLite connection.
 
         Its jobs are all sent again, since it does not tell which of them the engine has. The
         engine recognizes their ids.
         """
-        if not self.is_sqlite:
-            return
-        found = self._execute("SELECT sql FROM sqlite_master WHERE type = 'table' "
-                              "AND name = 'rundown_outbox' AND sql LIKE '%BIGSERIAL%'")
-        if not found:
+        if not self._lacks_numbers():
             return
         begins = not self.connection.in_transaction
         if begins:
             self._execute('BEGIN IMMEDIATE')
-        columns = 'job, error, taken_by, taken_at'
-        self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
-        self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
-        self._execute(f'INSERT INTO rundown_outbox ({columns}) '
-                      f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
-        self._execute('DROP TABLE rundown_outbox_unnumbered')
+        if self._lacks_numbers():       # still, now that no other forwarder can repair it
+            columns = 'job, error, taken_by, taken_at'
+            self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
+            self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
+            self._execute(f'INSERT INTO rundown_outbox ({columns}) '
+                          f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
+            self._execute('DROP TABLE rundown_outbox_unnumbered')
+            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
         if begins:
             self._execute('COMMIT')
         else:
             self.commit()
-        note(logging.WARNING, 'the outbox had no row numbers: repaired, its jobs are sent again')
+
+    def _lacks_numbers(self):
+        return self.is_sqlite and bool(self._execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
+            "AND sql LIKE '%BIGSERIAL%'"))
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -4468,7 +4781,7 @@ def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0
     client = default.client(host)
     with contextlib.closing(connect()) as connection:
         outbox = Outbox(connection)
-        outbox.number_rows()
+        outbox.repair_numbers()
         return forward_pending(outbox, client, client.call, keep)
 
 
@@ -4500,6 +4813,7 @@ def send_rows(outbox, client, send, keep, rows):
         outbox.commit()
         if not texts:       # another forwarder was faster
             continue
+        host = client.host
         try:
             send('/enqueue', f'{{"jobs":[{",".join(texts)}]}}')
         except (Refused, EngineUnavailable) as error:
@@ -4511,7 +4825,8 @@ def send_rows(outbox, client, send, keep, rows):
             else:
                 set_aside(outbox, numbers, error)
         else:
-            outbox.mark_taken(numbers, client.host, keep)
+            # If the client has changed to another engine meanwhile, that one gets them again.
+            outbox.mark_taken(numbers, host, keep)
             count += len(batch)
         outbox.commit()
     return count
@@ -4563,7 +4878,7 @@ def keep_forwarding(connect, host, keep, interval, stopping):
         try:
             with contextlib.closing(connect()) as connection:
                 outbox = Outbox(connection)
-                outbox.number_rows()
+                outbox.repair_numbers()
                 while not is_last:
                     is_last = stopping.is_set()
                     client = default.client(host)
