@@ -50,9 +50,9 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
     GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
                      cancelled or given to others, so that it need not wait for its heartbeat
-    GET  /queues     limit, after, busy (work first), queue, search (in the name): counts, oldest
-                     age, paused, workers seen, the last hour by the minute; totals of all queues
-                     and those with due jobs that no worker polls
+    GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
+                     oldest age, paused, workers seen, the last hour by the minute; totals=true:
+                     also the sums of all queues, and those with due jobs that no worker polls
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
@@ -105,6 +105,7 @@ import collections
 import contextlib
 import datetime
 import difflib
+import email.utils
 import functools
 import gc
 import glob
@@ -169,6 +170,7 @@ MAX_KNOWN_HEADS = 1024          # request heads that are remembered once they ar
 MAX_KNOWN_HEAD_BYTES = 1024     # bytes of such a head
 KEEP_ALIVE_TIMEOUT = 120        # seconds until an idle connection is closed
 REQUEST_TIMEOUT = 30            # seconds a request may take to arrive, and a response to be taken
+MAX_HELD = 55                   # seconds until a poll or wait is answered; proxies give up after 60
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
@@ -535,6 +537,7 @@ FIELDS = {
     'retry': FLAG,
     'brief': FLAG,
     'busy': FLAG,
+    'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
     'max_running': whole_number(1, 10**6),
@@ -550,7 +553,7 @@ FIELDS = {
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy')      # numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 
@@ -2583,11 +2586,13 @@ class Queries:
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
 
 
-TOTALS = 'SELECT COUNT(*) AS queues, {} FROM queues'.format(
-    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)))
-WITHOUT_RUNNING_JOBS = '''
-    SELECT queue, pending - scheduled - waiting AS due FROM queues
-    WHERE paused = 0 AND running = 0 AND pending > scheduled + waiting ORDER BY queue'''
+IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting
+    AND COALESCE(polled_at, 0) < :silent_since)'''
+TOTALS = 'SELECT COUNT(*) AS queues, {}, COALESCE(SUM({}), 0) AS unserved FROM queues'.format(
+    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)), IS_UNSERVED)
+UNSERVED = f'''
+    SELECT queue, pending - scheduled - waiting AS due FROM queues WHERE {IS_UNSERVED}
+    ORDER BY queue LIMIT {MAX_UNSERVED_LISTED}'''
 
 
 class Overview:
@@ -2600,41 +2605,45 @@ class Overview:
         self.workers = workers
         self.meter = meter
 
-    def queues(self, limit=MAX_LIMIT, after='', busy=False, queue=None, search=''):
+    def queues(self, totals=False, **params):
         """A page of queues, by name or the busy first; `search` is a part of the name.
 
-        Totals, minutes and unserved queues are of all queues. Ages are in seconds.
+        `totals` adds the sums over all queues. Ages are in seconds.
         """
-        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        now = self.clock.now()
         with self.database.reading() as db:
-            rows = db.execute(
-                'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
-                f'AND INSTR(LOWER(queue), LOWER(:search)) ORDER BY {order} LIMIT :limit',
-                {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
-            oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
-            totals = dict(db.execute(TOTALS).fetchone())
-            idle = db.execute(WITHOUT_RUNNING_JOBS).fetchall()
+            page = self._page(db, now, **params)
             running = {(worker, queue): count
                        for worker, queue, count in db.execute(RUNNING_OF_WORKERS)}
-        now = self.clock.now()
-        unserved = self._unserved(idle, now)
+            sums = self._sums(db, now) if totals else {}
+        return {**page, 'now': rfc3339(now), **sums, 'workers': self._workers_json(running)}
+
+    def _page(self, db, now, limit=MAX_LIMIT, after='', busy=False, queue=None, search=None):
+        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        rows = db.execute(
+            'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
+            'AND (:search IS NULL OR INSTR(LOWER(queue), LOWER(:search))) '
+            f'ORDER BY {order} LIMIT :limit',
+            {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
+        oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
         return {
             'queues': self._queues_json(rows, oldest, now),
             'after': rows[-1]['queue'] if len(rows) == limit and not busy else None,
-            'now': rfc3339(now),
-            'totals': {**totals, 'unserved': len(unserved)},
-            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
-            'unserved': unserved[:MAX_UNSERVED_LISTED],
-            'workers': self._workers_json(running),
         }
 
-    def _unserved(self, idle, now):
-        """Those of the queues with due jobs that no worker has polled lately."""
-        polled = self.workers.last_polled
-        return [
-            {'queue': queue, 'due': due, 'polled_at': rfc3339(polled.get(queue))}
-            for queue, due in idle
-            if now - polled.get(queue, 0) > micros(WORKER_SILENCE)]
+    def _sums(self, db, now):
+        # the stored time of a poll may be older than the poll
+        silence = {'silent_since': now - micros(WORKER_SILENCE + POLL_TIME_RESOLUTION)}
+        totals = dict(db.execute(TOTALS, silence).fetchone())
+        unserved = db.execute(UNSERVED, silence).fetchall() if totals['unserved'] else []
+        return {
+            'totals': totals,
+            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
+            'unserved': [self._unserved_json(row) for row in unserved],
+        }
+
+    def _unserved_json(self, row):
+        return {**row, 'polled_at': rfc3339(self.workers.last_polled.get(row['queue']))}
 
     def _workers_json(self, running):
         return [
@@ -2852,7 +2861,8 @@ class Client:
 
     resume(event)   Continue. `event` is SOCKET_READY, the result of an operation or of a slow call,
                     or an exception, which is raised where the client waits.
-    is_open         False once the client is gone: it is given no job any more.
+    is_open         False once the client is known to be gone.
+    is_connected()  Look at this moment; it costs a system call.
     set_timeout(s)  Have on_timeout() called in `s` seconds, instead of at the time set before.
     on_timeout()    The time is over.
     """
@@ -2873,6 +2883,10 @@ class Client:
 
     def on_timeout(self):
         raise NotImplementedError
+
+    def is_connected(self):
+        """Look whether the client is still there, before it is given a job."""
+        return self.is_open
 
 
 class ThreadWait(Client):
@@ -3018,6 +3032,8 @@ class Waiters:
             for operation in self.by_topic.get(topic, ()):
                 if isinstance(operation, JobWait):
                     operation.result = True
+                elif not operation.client.is_connected():
+                    continue
                 else:
                     run(operation)
                     if not operation.result and operation.error is None:
@@ -3052,7 +3068,7 @@ class Budget:
         if self.request_bytes <= MAX_REQUEST_BUFFER:
             return
         large = [connection for connection in self.connections
-                 if connection.request and len(connection.received) > RESERVED_BYTES]
+                 if connection.is_receiving and connection.request_bytes > RESERVED_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
@@ -3196,7 +3212,7 @@ class Committer:
         writes, inserts, polls = [], [], []
         for operation in operations:
             if operation.topic:
-                if operation.client.is_open:
+                if operation.client.is_connected():
                     polls.append(operation)
             elif operation.single_insert and insert_in_bulk and operation.error is None:
                 inserts.append(operation)
@@ -3392,10 +3408,17 @@ class EventLoop:
 
 
 # -- HTTP -----------------------------------------------------------------------------------------
-REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
+REQUEST_LINE = re.compile(
+    rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) '                                 # method
+    rb'(?:[Hh][Tt][Tt][Pp][Ss]?://([0-9A-Za-z._:\[\]-]{1,300})(?=/))?'  # absolute form
+    rb'(/[!-~]*) HTTP/1\.([01])')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin')
+SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin',
+                  'transfer-encoding')
+CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~]*)?')      # size, extensions
+MAX_CHUNK_LINE = 256            # bytes
+TLS_ALERT = b'\x15'             # the type of the record in which a client says goodbye
 END_OF_HEAD = b'\r\n\r\n'
 NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 PROMETHEUS = 'text/plain; version=0.0.4; charset=utf-8'
@@ -3422,10 +3445,11 @@ class RequestHead(NamedTuple):
     path_parameter: str         # '/jobs/17' is the route '/jobs/' and the parameter '17'
     query: str
     headers: Dict[str, str]     # by lower-case names
+    is_http_1_1: bool
     keep_alive: bool
     # known once it is authorized
     rule: Optional['Route'] = None
-    content_length: int = 0
+    content_length: Optional[int] = 0       # None: the body is chunked
 
 
 def check_head_bytes(head):
@@ -3449,7 +3473,7 @@ def parse_head(raw):
     fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1'))
               for match in matches[1:]]
     headers = dict(fields)
-    is_http_1_1 = request_line[3] == b'1'
+    is_http_1_1 = request_line[4] == b'1'
     if is_http_1_1 and 'host' not in headers:
         raise BadRequest('the header Host is missing')
     if len(headers) < len(fields):
@@ -3459,10 +3483,12 @@ def parse_head(raw):
                 raise BadRequest(f'the header {name} is there twice')
     connection = headers.get('connection', '').lower()
     keep_alive = 'close' not in connection and (is_http_1_1 or 'keep-alive' in connection)
-    path, _, query = request_line[2].decode().partition('?')
+    if request_line[2]:         # its host replaces that of the header (RFC 9112, 3.2.2)
+        headers['host'] = request_line[2].decode()
+    path, _, query = request_line[3].decode().partition('?')
     route, path_parameter = split_path(path)
-    return RequestHead(
-        request_line[1].decode(), path, route, path_parameter, query, headers, keep_alive)
+    return RequestHead(request_line[1].decode(), path, route, path_parameter, query, headers,
+                       is_http_1_1, keep_alive)
 
 
 def split_path(path):
@@ -3500,6 +3526,7 @@ class Request:
     def __init__(self, deadline):
         self.deadline = deadline    # the loop's time at which it has to be here
         self.head = None            # a RequestHead; None until its end was received
+        self.is_received = False
         self.body = None            # bytes, until they are parsed
         self.size = 0               # bytes of the body, also of what it became
         self.operation = None       # an Operation or JobWait that it waits for
@@ -3550,6 +3577,10 @@ class Connection(Client):
             self.server.log_bug('a connection', error)
             self.close()
 
+    @property
+    def is_receiving(self):
+        return self.request is not None and not self.request.is_received
+
     def on_timeout(self):
         if self.request and self.request.operation:
             self.resume(NOTHING)
@@ -3575,6 +3606,17 @@ class Connection(Client):
             return SOCKET_READY
         self.received += data
         return SOCKET_READY if data else EOFError()
+
+    def is_connected(self):
+        if not self.is_open:
+            return False
+        try:
+            data = socket.socket.recv(self.sock, 1, socket.MSG_PEEK)    # beneath TLS, too
+        except NOT_READY:
+            return True
+        except OSError:
+            return False
+        return data != b'' and not (self.server.tls and data == TLS_ALERT)
 
     def _watch(self, events):
         if self.watched:
@@ -3623,6 +3665,7 @@ class Connection(Client):
         keep_alive = False      # after an error in the head or body the next request is not found
         try:
             yield from self._receive_request(request)
+            request.is_received = True
             keep_alive = request.head.keep_alive
             response = yield from self._dispatch(request)
             file = self._begin_response(request, response, keep_alive)
@@ -3653,15 +3696,65 @@ class Connection(Client):
             request.head = self.server.authorize(request.head)
             self.server.remember_head(raw_head, request.head)
         length = request.head.content_length
+        if length is None:
+            self._expect_body(request)
+            request.body = yield from self._receive_chunks(request)
+            return
         self.loop.budget.require_capacity(length)
         if len(self.received) < length:
-            if 'expect' in request.head.headers:
-                self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self._expect_body(request)
             while len(self.received) < length:
                 yield READ
         request.body = bytes(self.received[:length])
         request.size = length
         del self.received[:length]
+
+    def _expect_body(self, request):
+        if 'expect' in request.head.headers and request.head.is_http_1_1:
+            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _receive_chunks(self, request):
+        """The body of a chunked request (RFC 9112, 7.1), without extensions and trailers."""
+        body = bytearray()
+        size = yield from self._receive_chunk_size()
+        while size:
+            request.size = len(body) + size
+            if request.size > MAX_BODY:
+                raise PayloadTooLarge(f'the body has more than {MAX_BODY} bytes')
+            self.loop.budget.require_capacity(request.size)
+            while len(self.received) < size + 2:
+                yield READ
+            if self.received[size:size + 2] != b'\r\n':
+                raise BadRequest('a chunk of the body is longer than its size')
+            body += self.received[:size]
+            del self.received[:size + 2]
+            size = yield from self._receive_chunk_size()
+        trailer = yield from self._receive_line(MAX_HEAD)
+        for _ in range(MAX_HEADERS):
+            if not trailer:
+                return bytes(body)
+            if not HEADER.fullmatch(trailer):
+                raise BadRequest('the body ends in a line that is no trailer')
+            trailer = yield from self._receive_line(MAX_HEAD)
+        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} trailers')
+
+    def _receive_chunk_size(self):
+        line = yield from self._receive_line(MAX_CHUNK_LINE)
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f'{describe(line.decode("latin-1"))} is no size of a chunk')
+        return int(match[1], 16)
+
+    def _receive_line(self, longest):
+        end = self.received.find(b'\r\n', 0, longest + 2)
+        while end < 0:
+            if len(self.received) > longest:
+                raise BadRequest(f'a line of the body has more than {longest} bytes')
+            yield READ
+            end = self.received.find(b'\r\n', 0, longest + 2)
+        line = bytes(self.received[:end])
+        del self.received[:end + 2]
+        return line
 
     def _dispatch(self, request):
         """The response of the handler, after the operation that it asks for."""
@@ -3738,9 +3831,15 @@ class Connection(Client):
         self.server.store.meter.request(route, status)
         if self.server.verbose:
             log(f'{self.address[0]} {method} {route} {status}')
-        head = response_head(status, content_type, headers, keep_alive)
-        if status != 204:
-            head += b'Content-Length: %d\r\n\r\n' % length
+        connection = '' if keep_alive else 'close'
+        if keep_alive and not request.head.is_http_1_1:
+            connection = 'keep-alive'
+        head = response_head(status, content_type, headers, connection)
+        date = date_header(int(time.time()))
+        if status == 204:
+            head = b'%s%s\r\n' % (head, date)
+        else:
+            head = b'%s%sContent-Length: %d\r\n\r\n' % (head, date, length)
         self.unsent = head if file or method == 'HEAD' else head + body
         if file and method == 'HEAD':
             file.close()
@@ -3782,16 +3881,20 @@ def encode_body(body):
 
 
 @functools.lru_cache(maxsize=256)
-def response_head(status, content_type, headers, keep_alive):
-    """The status line and headers, up to the content length; complete for 204, which has none."""
+def response_head(status, content_type, headers, connection):
+    """The status line and all headers but Date and Content-Length."""
     lines = [f'HTTP/1.1 {status} {http.client.responses[status]}', *COMMON_HEADERS]
     lines += [f'{name}: {value}' for name, value in headers]
-    if not keep_alive:
-        lines.append('Connection: close')
+    if connection:
+        lines.append(f'Connection: {connection}')
     if status != 204:
         lines.append(f'Content-Type: {content_type}')
-    end = '\r\n\r\n' if status == 204 else '\r\n'
-    return ('\r\n'.join(lines) + end).encode('latin-1')
+    return ''.join(f'{line}\r\n' for line in lines).encode('latin-1')
+
+
+@functools.lru_cache(maxsize=1)
+def date_header(second):
+    return f'Date: {email.utils.formatdate(second, usegmt=True)}\r\n'.encode()
 
 
 # handlers: (server, params) -> a response, or an Operation or JobWait whose result becomes one
@@ -3817,8 +3920,13 @@ def poll(server, params):
 
     claims = server.store.claims
     topic = ('queue', params['queue'])
-    wait = params.get('wait', 0) / 1000000
+    wait = held_seconds(params)
     return LongPoll(lambda tx: claims.poll(tx, params), render, topic, wait)
+
+
+def held_seconds(params):
+    """How long a poll or wait is held: not as long as proxies wait for a response."""
+    return min(params.get('wait', 0) / 1000000, MAX_HELD)
 
 
 def write_call(name):
@@ -3890,7 +3998,7 @@ def get_job(server, params):
     if 'wait' not in params:
         return queries.job(id)
     return JobWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
-                   ('job', id), params['wait'] / 1000000)
+                   ('job', id), held_seconds(params))
 
 
 def wait_for_loss(server, params):
@@ -3991,7 +4099,8 @@ ROUTES = {
         offload=True),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
     '/queues': route(
-        'GET', read_call('queues'), optional='limit after busy queue search', offload=True),
+        'GET', read_call('queues'), optional='limit after busy queue search totals',
+        offload=True),
     '/metrics': route('GET', metrics, offload=True),
     '/health': route('GET', read_call('health')),
     '/backup': route('GET', backup, offload=True),
@@ -4111,34 +4220,54 @@ class Server(http.server.ThreadingHTTPServer):
             raise BadRequest(f'{head.route} takes its fields in the body, not in the query')
         return head._replace(rule=rule, content_length=self._content_length(head))
 
+    def _is_own_name(self, host):
+        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
+        the DNS of an attacker may have bound it to this address."""
+        name = re.sub(r':\d*$', '', host).strip('[]').lower()
+        if name in self.allowed_hosts or is_loopback(name):
+            return True
+        return address_of(name) is not None and not self.is_loopback_only
+
     def _check_host(self, head):
-        """A foreign name may be one that an attacker's DNS has bound to this address."""
-        header = head.headers.get('host', 'localhost')
-        host = re.sub(r':\d*$', '', header).strip('[]').lower()
-        if host in self.allowed_hosts or is_loopback(host):
-            return
-        if not address_of(host) or self.is_loopback_only:
+        host = head.headers.get('host', 'localhost')
+        if not self._is_own_name(host):
             raise Misdirected(
-                f'Host {describe(header)} is not a name of this engine; see --allow-host')
+                f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
         """Pages of other origins may link to the pages, and call nothing.
 
-        They cannot send a token. So with one this need not hold, and a proxy may rewrite Host.
+        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
+        that no page can set; the name must be the engine's all the same. Whoever knows the token
+        is no foreign page.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
-        origin = head.headers.get('origin')
-        is_foreign = origin is not None and origin.partition('://')[2] != head.headers.get('host')
         site = head.headers.get('sec-fetch-site', 'none')
-        if is_foreign or site not in ('none', 'same-origin'):
+        origin = head.headers.get('origin')
+        is_foreign = site not in ('none', 'same-origin')
+        if origin is not None:
+            host = origin.partition('://')[2]
+            is_same = host == head.headers.get('host') or (
+                site == 'same-origin' and self._is_own_name(host))
+            is_foreign = is_foreign or not is_same
+        if is_foreign:
             raise Forbidden(
                 'Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
 
     def _content_length(self, head):
-        length = head.headers.get('content-length', None if head.method == 'POST' else '0')
-        if length is None or 'transfer-encoding' in head.headers:
-            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
+        """The length of the body; None if it is chunked. Two ways to tell it are none."""
+        length = head.headers.get('content-length')
+        coding = head.headers.get('transfer-encoding')
+        if coding is not None:
+            if length is not None or not head.is_http_1_1 or coding.lower() != 'chunked':
+                raise BadRequest('Transfer-Encoding can only be chunked, without '
+                                 'Content-Length and not in HTTP 1.0')
+            return None
+        if length is None:
+            if head.method == 'POST':
+                raise LengthRequired('Content-Length or Transfer-Encoding: chunked is needed')
+            return 0
         if not re.fullmatch('[0-9]{1,15}', length):
             raise BadRequest(f'Content-Length must be a number of bytes, not {describe(length)}')
         if int(length) > MAX_BODY:
@@ -5710,7 +5839,10 @@ svg {
       </details>
     </section>
     <section class="optional">
-      <h2>Schedules</h2>
+      <div class="heading">
+        <h2>Schedules</h2>
+        <span id="schedules-cut" class="soft"></span>
+      </div>
       <table id="schedules"></table>
     </section>
   </div>
@@ -5835,6 +5967,7 @@ const NOTICE_TIME = 8000;           // ms that the outcome of an action is shown
 const CLICK_GUARD = 300;            // ms until a dialog can be confirmed: no double click does
 const WORKER_SILENCE = 120;         // seconds without a poll until a worker counts as gone
 const PAGE_QUEUES = 100;            // rows on a page
+const PAGE_SCHEDULES = 100;
 const PAGE_JOBS = 50;
 const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
 const GROUPED_FAILURES = 1000;      // newest failures that are grouped
@@ -6390,7 +6523,7 @@ function sums({done, failed}) {
 function sparkline(minutes) {
   const label = "last hour: " + sums(minutes);
   const attributes = {role: "img", class: "spark", viewBox: "0 0 120 28", "aria-label": label};
-  return el("svg", attributes, el("title", {}, label), jobBars(minutes, 2, 28));
+  return el("div", {title: label}, el("svg", attributes, jobBars(minutes, 2, 28)));
 }
 
 function minuteTime(i) {
@@ -6527,7 +6660,11 @@ function drawOverview(queues, schedules) {
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);
   const isEmpty = !queues.totals.queues;
-  show({example: isEmpty ? exampleText() : "", hour: !isEmpty});
+  show({
+    example: isEmpty ? exampleText() : "",
+    hour: !isEmpty,
+    "schedules-cut": schedules.after ? `the first ${PAGE_SCHEDULES} by name` : "",
+  });
 }
 
 function exampleText() {
@@ -6763,6 +6900,7 @@ function fact(name, ...content) {
 function jobFacts(job) {
   const retries = job.max_retries === null ? "" : `, ${job.retries} of ${job.max_retries} retries`;
   const isDue = job.status === "pending" && !job.waits_for;
+  const took = job.started_at && job.finished_at;
   return [
     fact("status", badge(job.status)),
     fact("queue", jobsLink({queue: job.queue})),
@@ -6772,6 +6910,8 @@ function jobFacts(job) {
     job.tag && fact("tag", jobsLink({tag: job.tag})),
     job.group && fact("group", jobsLink({queue: job.queue, group: job.group}, job.group)),
     isDue && fact("due", agoNode(job.next_run_at)),
+    took && fact("took", duration(secondsBetween(job.started_at, job.finished_at))),
+    job.finished_at && fact("ended", agoNode(job.finished_at)),
   ].filter(Boolean);
 }
 
@@ -6880,22 +7020,22 @@ const ACTIONS = {
     label: "Retry",
     path: "retry",
     statuses: ["failed", "cancelled"],
-    consequence: "They become pending again, with all their retries.",
+    consequence: "Retried jobs are pending again, with all their retries.",
   },
   run: {
     label: "Run now",
     path: "reschedule",
     fields: {delay: 0},
     statuses: ["pending"],
-    consequence: "They become due now, whatever time they were scheduled for.",
+    consequence: "Jobs become due now, whatever time they were scheduled for.",
   },
   cancel: {
     label: "Cancel",
     path: "cancel",
     statuses: ["pending", "running"],
     isDangerous: true,
-    consequence: "Those that run are interrupted, those that wait for them are cancelled too. "
-      + "They can be retried.",
+    consequence: "Running jobs are interrupted, and jobs that wait for a cancelled one are "
+      + "cancelled too. Cancelled jobs can be retried.",
   },
   delete: {
     label: "Delete",
@@ -6903,7 +7043,8 @@ const ACTIONS = {
     statuses: ["pending", "done", "failed", "cancelled"],
     isDangerous: true,
     isFinal: true,
-    consequence: "They are gone for good, with their payloads, results and errors.",
+    consequence: "Payloads, results and errors are deleted too, and jobs that wait for a deleted "
+      + "one are cancelled. This cannot be undone.",
   },
 };
 
@@ -7063,7 +7204,7 @@ async function fetchHealth() {
 const VIEWS = {
   overview: {
     queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
-    fetch: () => [call(query("schedules", {limit: 100}), {reviver: exactNumber})],
+    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES}), {reviver: exactNumber})],
     draw: drawOverview,
   },
   jobs: {
@@ -7095,7 +7236,7 @@ async function refresh() {
   const {queues, fetch, draw} = VIEWS[view];
   try {
     const [health, counts, ...rest] = await Promise.all([
-      fetchHealth(), call(query("queues", queues())), ...fetch()]);
+      fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
     if (mine !== refreshId) {
       return;
     }
