@@ -4692,6 +4692,15 @@ def test_progress_is_a_bar_with_the_time_left(browser, clocked):
     browser.shows("#progress", 'progress "halfway"')
 
 
+def test_steps_of_a_job_are_shown(dashboard, board, q):
+    job = board.enqueue(q)
+    claim = board.poll(q)
+    board.post("/step", id=job["id"], attempt=claim["attempt"], name="charge", result={"paid": 12})
+    job_page(dashboard, job)
+    step = "#steps [data-step=charge] [data-count=result]"
+    assert json.loads(dashboard.text(step)) == {"paid": 12}
+
+
 def test_times_are_the_browser_s_with_utc_on_hover_and_ids_are_copied_whole(dashboard, board, q):
     job = board.enqueue(q, delay=3600)
     dashboard.call("POST", "/goog/cdp/execute", cmd="Emulation.setTimezoneOverride",
