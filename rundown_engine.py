@@ -7321,7 +7321,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * the worker stops). A job may run more than once, since workers get killed: make handlers
  * idempotent, or divide them into steps.
  *
- * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`
+ * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`. TypeScript needs "allowJs".
  *
  * Heartbeats need the event loop. A handler that blocks it for longer than the lease (30 s) loses
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
@@ -7344,6 +7344,7 @@ const LEASE = 30; // seconds the engine waits for a heartbeat
 const PROGRESS_INTERVAL = 0.5; // seconds until a job's progress is reported
 const GRACE = 30; // seconds that running handlers get when the worker stops
 const FAREWELL = 2; // seconds that their outcomes get then, at least
+const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whose client has gone
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
@@ -7896,9 +7897,11 @@ function failure(error) {
 
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
-  name = `${os.hostname().slice(0, 150)}:${process.pid}`;
+  // unlike any other's, since releaseStrays() goes by it
+  name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
@@ -7972,6 +7975,21 @@ class Worker {
       } catch (error) {
         tries += 1;
         await pause(this.away(error, tries), signal);
+        if (signal.aborted) {
+          this.unanswered.add(name);
+        }
+      }
+    }
+  }
+
+  /** Gives back the jobs of a poll whose answer is lost: proxies drop it after half a close. */
+  async releaseStrays(name) {
+    const path = `/jobs?status=running&brief=true&limit=1000&queue=${encodeURIComponent(name)}`;
+    const page = await call(path, undefined, { patience: FAREWELL }).catch(() => ({ jobs: [] }));
+    const held = new Set([...this.claims].map((claim) => claim.address.id));
+    for (const job of page.jobs) {
+      if (job.worker === this.name && !held.has(job.id)) {
+        this.start(new Claim(job, this, () => {}));
       }
     }
   }
@@ -8128,6 +8146,8 @@ class Worker {
     for (const claim of this.claims) {
       claim.release();
     }
+    await pause(this.unanswered.size && STRAY_DELAY);
+    await Promise.all([...this.unanswered].map((name) => this.releaseStrays(name)));
     const farewell = Math.max(deadline, now() + FAREWELL);
     while (this.claims.size && now() < farewell) {
       await pause(0.01);
