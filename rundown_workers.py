@@ -79,14 +79,28 @@ grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes that it leaves i
 killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
-    enqueue_in(connection, queue, payload, ...)     write a job into the open transaction
-    forward(connect, keep), forwarding(...)         send committed jobs; a context that does so in
-                                                    a thread
+    enqueue_in(connection, queue, payload, ...)
+                                write a job into the open transaction of a connection of sqlite3,
+                                psycopg, psycopg2, SQLAlchemy or Django; returns its id
+    forward(connect, host, keep)
+                                send the committed jobs of the database that connect() opens
+    forwarding(connect, host, keep, interval)
+                                a context that does so in a thread
 
 The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which
-is made on first use (in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order and
-once, whoever is killed or away. One that the engine refuses stays, with its `error`, and holds up
-no other; it is sent again when somebody sets that to NULL.
+is made on first use, until the engine has it. Jobs arrive in order and once, whichever process is
+killed. A job that the engine refuses stays in the table with its `error`, and holds up no other;
+set `error` to NULL to send it again. Connections in autocommit mode are rejected.
+
+DJANGO (6.0 and newer)
+    TASKS = {"default": {"BACKEND": "rundown_workers.DjangoBackend", "OPTIONS": {"outbox": True}}}
+    python rundown_workers.py django [QUEUE ...]
+                                the worker; it forwards the outbox, and needs
+                                DJANGO_SETTINGS_MODULE
+
+With `outbox` (True, or the alias of a database) a task runs if and only if the open transaction
+commits. Other OPTIONS: host, max_retries, timeout. Connections are closed around each task.
+task_finished is sent after the last attempt.
 
 COMMAND LINE: JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused,
 3 no engine.
@@ -110,6 +124,7 @@ import difflib
 import dis
 import encodings
 import functools
+import glob
 import hashlib
 import http.client
 import importlib.util
@@ -176,6 +191,7 @@ __all__ = [
     'Retry',
     'Timeout',
     'Unfinished',
+    'aenqueue',
     'around',
     'checkpoint',
     'enqueue',
@@ -216,6 +232,11 @@ MAX_RETRY_AFTER = 60        # seconds of a Retry-After that are obeyed
 MAX_DELAY = 3650 * 86400    # seconds of a delay that an engine takes
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
 MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
+MAX_ASYNC_CALLS = 100       # calls of asyncio programs that are made at a time
+MAX_ASYNC_WAITS = 2000      # connections on which asyncio programs wait for jobs
+CROWDED_POLL = 1            # seconds of a look at a job, if there are more waits than that
+MAX_IDLE_STREAMS = 20       # idle connections of asyncio programs
+MAX_RESPONSE_HEAD = 1 << 17     # bytes in which the headers of a response have to end
 MAX_DEPTH = 100             # levels of a value that are searched for the part that is not JSON
 
 # the worker
@@ -353,7 +374,8 @@ def as_json(value, name):
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         path = truncate_middle(path, 200)
         raise NotJSON(f'{path} is {kind}, which JSON cannot hold: {error}') from None
-    check_keys(value, name)
+    if isinstance(value, (dict, list, tuple)):
+        check_keys(value, name)
     return text
 
 
@@ -483,7 +505,24 @@ class DeadlineResponse(http.client.HTTPResponse):
         self.fp = io.BufferedReader(DeadlineReader(connection, sock, self.fp.detach()))
 
 
-class PooledConnection(http.client.HTTPConnection):
+class BufferingConnection(http.client.HTTPConnection):
+    """Keeps the parts of a request, since two small packets cost more than one."""
+
+    def __init__(self, host, **options):
+        super().__init__(host, **options)
+        self.outgoing = []      # parts of the request that are not sent yet
+
+    def send(self, data):
+        self.outgoing.append(data)
+
+    def request_bytes(self, request):
+        """A request of urllib.request as bytes."""
+        self.outgoing = []
+        self.request(request.get_method(), request.selector, request.data, request.headers)
+        return b''.join(self.outgoing)
+
+
+class PooledConnection(BufferingConnection):
     """A connection that is used for one request after the other."""
 
     def __init__(self, origin, deadline, **options):
@@ -493,21 +532,15 @@ class PooledConnection(http.client.HTTPConnection):
         self.origin = origin        # (scheme, host and port), constant
         self.reusable = False       # True once a response has been read to its end
         self.deadline = deadline    # of the request in flight, time.monotonic()
-        self.outgoing = []          # parts of the request that are not sent yet
         self.connect()
-
-    def send(self, data):
-        """Keep a part of a request, since two small packets cost more than one."""
-        self.outgoing.append(data)
 
     def exchange(self, request, deadline):
         """The response to a request, read to its end."""
         self.deadline = deadline
-        self.outgoing = []
-        self.request(request.get_method(), request.selector, request.data, request.headers)
+        data = self.request_bytes(request)
         self.sock.settimeout(remaining(deadline))
-        with contextlib.suppress(ConnectionError):
-            self.sock.sendall(b''.join(self.outgoing))      # a refusal may come before all is sent
+        with contextlib.suppress(ConnectionError):      # a refusal may come before all is sent
+            self.sock.sendall(data)
         response = self.getresponse()
         check_framing(response)
         response.content = response.read()
@@ -710,32 +743,38 @@ class Client:
 
         `body` is a dict or JSON text and makes it a POST; without it the call is a GET.
         """
-        data = None
-        if body is not None:
-            data = (body if isinstance(body, str) else as_json(body, 'body')).encode()
+        data = encode_body(body)
         host = self.host
         try:
             if not self.active.has_answered:
                 self._open(host + '/health', None, min(seconds, PROBE_TIMEOUT))
                 self.active.has_answered = True
-            response = self._open(host + path, data, seconds)
-            if response.status == 200:
-                return json.loads(response.content.decode())
-            if response.status == 204:
-                return None
-        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            self.active.move_on(host)
-            reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
-            message = f'no engine answers at {host}: {printable(reason)}'
-            raise EngineUnavailable(message) from error
+            return self._read(host, self._open(host + path, data, seconds))
+        except UNREACHABLE as error:
+            raise self._unreachable(host, error) from error
+
+    def _request(self, url, data):
+        return urllib.request.Request(url, data, self.headers)
+
+    def _open(self, url, data, seconds):
+        return self.opener.open(self._request(url, data), timeout=seconds)
+
+    def _read(self, host, response):
+        """The value of a response; raises its refusal."""
+        if response.status == 200:
+            return json.loads(response.content.decode())
+        if response.status == 204:
+            return None
         error = refusal(response)
         if isinstance(error, NotAnEngine):
             self.active.move_on(host)
         raise error
 
-    def _open(self, url, data, seconds):
-        request = urllib.request.Request(url, data, self.headers)
-        return self.opener.open(request, timeout=seconds)
+    def _unreachable(self, host, error):
+        """The exception for a failure to get a response; the next engine is used from now on."""
+        self.active.move_on(host)
+        reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
+        return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
     def call(
         self,
@@ -838,6 +877,24 @@ class Client:
                 raise
             first = self._enqueue_batch(texts[:half], give_up)
             return first + self._enqueue_batch(texts[half:], give_up)
+
+    async def aenqueue(self, queue: str, payload: Any = None, **options: Any) -> Job:
+        """enqueue() for asyncio programs; it never blocks their event loop."""
+        give_up = options.pop('give_up', None)
+        check_names(options, ENQUEUE_OPTIONS)
+        text = encode_job(payload, queue=queue, **options)
+        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
+
+    async def await_job(
+        self,
+        job: Any,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """wait() for asyncio programs; a thousand at a time are fine."""
+        if current.get() and not isinstance(job, str):
+            warn_of_deadlock(job)
+        return Job(await async_calls().wait(self, job, timeout, give_up), self)
 
     def poll(
         self,
@@ -1012,21 +1069,13 @@ class Client:
         Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
         for `give_up` seconds, or until the timeout.
         """
-        id = job if isinstance(job, str) else job['id']
         if current.get():
-            warn_of_deadlock(self.job(id) if isinstance(job, str) else job)
-        give_up = self.timeout if give_up is None else in_seconds(give_up)
-        deadline = deadline_after(timeout)
+            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
+        waiting = Waiting(self, job, timeout, give_up)
         while True:
-            left = max(0, deadline - time.monotonic())
-            wait = round(min(LONG_POLL, left), 3)
-            path = f'/jobs/{quote(id)}?wait={wait}'
-            job = self.call(path, wait=wait, give_up=min(give_up, left))
-            if job['status'] in ENDED:
+            job = self.call(**waiting.next_call(LONG_POLL))
+            if waiting.is_over(job):
                 return Job(job, self)
-            if time.monotonic() >= deadline:
-                seconds = in_seconds(timeout)
-                raise Unfinished(f'job {id} is still {job["status"]} after {seconds:g} s')
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
@@ -1038,6 +1087,32 @@ class Client:
 
 
 ENDED = ('done', 'failed', 'cancelled')     # statuses of a job that has ended
+ENQUEUE_OPTIONS = list(inspect.signature(Client.enqueue).parameters)[3:]
+
+
+class Waiting:
+    """The calls that wait for the end of a job, until a timeout."""
+
+    def __init__(self, client, job, timeout, give_up):
+        self.id = job if isinstance(job, str) else job['id']
+        self.timeout = in_seconds(timeout)
+        self.deadline = deadline_after(timeout)
+        self.give_up = client.timeout if give_up is None else in_seconds(give_up)
+
+    def next_call(self, longest):
+        """The arguments of Client.call() for the next look, which lasts `longest` seconds."""
+        left = max(0, self.deadline - time.monotonic())
+        wait = round(min(longest, left), 3)
+        path = f'/jobs/{quote(self.id)}?wait={wait}'
+        return {'path': path, 'wait': wait, 'give_up': min(self.give_up, left)}
+
+    def is_over(self, job):
+        """Has the job ended? Unfinished if it has not and the timeout is over."""
+        if job['status'] in ENDED:
+            return True
+        if time.monotonic() >= self.deadline:
+            raise Unfinished(f'job {self.id} is still {job["status"]} after {self.timeout:g} s')
+        return False
 
 
 class Job(Dict[str, Any], Generic[R]):
@@ -1073,6 +1148,15 @@ class Job(Dict[str, Any], Generic[R]):
         self.wait(timeout, give_up)
         return self._result()
 
+    async def aresult(
+        self,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> R:
+        """result() for asyncio programs; it never blocks their event loop."""
+        self.update(await self.client.await_job(self, timeout, give_up))
+        return self._result()
+
     def _result(self):
         if self['status'] != 'done':
             error = Failed(self['error'] or f'the job was {self["status"]}')
@@ -1093,6 +1177,16 @@ def results(
     """The results of many jobs, in order: see Job.result. The timeout is that of all."""
     deadline = deadline_after(timeout)
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
+
+
+UNREACHABLE = (OSError, http.client.HTTPException, ValueError, RecursionError)
+
+
+def encode_body(body):
+    """The bytes of a request's body, which is a dict, JSON text or None."""
+    if body is None:
+        return None
+    return (body if isinstance(body, str) else as_json(body, 'body')).encode()
 
 
 def parse_hosts(text):
@@ -1202,6 +1296,186 @@ def batches(items, size):
         total += length
     if batch:
         yield batch
+
+# -- asyncio: calls that never block an event loop -------------------------------------------------
+class AsyncCalls:
+    """A thread whose event loop makes the calls of asyncio programs.
+
+    The loops of the programs only wait for a future. Nothing blocks them, not even the resolution
+    of a name, and their default executors stay free.
+    """
+
+    def __init__(self):
+        import asyncio      # here, since it takes megabytes that most programs have no use for
+        self.process = os.getpid()      # constant: a fork has no such thread
+        self.loop = asyncio.new_event_loop()
+        # used by the loop's thread only
+        self.idle = {}          # (origin, TLS settings) -> deque of (reader, writer)
+        self.call_slots = None  # semaphores: short calls, and waits for a job
+        self.wait_slots = None
+        thread = threading.Thread(target=self._run, name='rundown-asyncio', daemon=True)
+        contextvars.Context().run(thread.start)     # it belongs to no job
+
+    def _run(self):
+        import asyncio
+        asyncio.set_event_loop(self.loop)       # Python 3.8 takes that of the semaphores from there
+        self.call_slots = asyncio.Semaphore(MAX_ASYNC_CALLS)
+        self.wait_slots = asyncio.Semaphore(max_async_waits())
+        self.loop.run_forever()
+
+    def submit(self, coroutine):
+        """A future of the running loop; cancelling it cancels the coroutine."""
+        import asyncio
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+
+    async def call(self, client, path, body=None, give_up=None):
+        """Client.call() for the caller's loop."""
+        return await self.submit(self._call(client, path, body, give_up=give_up))
+
+    async def wait(self, client, job, timeout, give_up):
+        """Client.wait() for the caller's loop; the fields of the job."""
+        return await self.submit(self._wait(client, Waiting(client, job, timeout, give_up)))
+
+    async def _wait(self, client, waiting):
+        while True:
+            # when connections are scarce, the waits take turns
+            longest = CROWDED_POLL if self.wait_slots.locked() else LONG_POLL
+            async with self.wait_slots:
+                job = await self._try(client, **waiting.next_call(longest))
+            if waiting.is_over(job):
+                return job
+
+    async def _call(self, client, path, body, give_up):
+        async with self.call_slots:
+            return await self._try(client, path, body, give_up=give_up)
+
+    async def _try(self, client, path, body=None, wait=0, give_up=None):
+        import asyncio
+        retries = Retries(client.hosts, wait, client.timeout if give_up is None else give_up)
+        while True:
+            try:
+                return await self._send(client, path, body, retries.seconds())
+            except EngineUnavailable as error:
+                pause = retries.pause_after(error)
+            await asyncio.sleep(pause)
+
+    async def _send(self, client, path, body, seconds):
+        """Client.send() on this loop."""
+        data = encode_body(body)
+        host = client.host
+        try:
+            if not client.active.has_answered:
+                await self._open(client, host + '/health', None, min(seconds, PROBE_TIMEOUT))
+                client.active.has_answered = True
+            return client._read(host, await self._open(client, host + path, data, seconds))
+        except UNREACHABLE as error:
+            raise client._unreachable(host, error) from error
+
+    async def _open(self, client, url, data, seconds):
+        import asyncio
+        exchange = self._exchange(client._request(url, data), client.pool.context)
+        try:
+            return await asyncio.wait_for(exchange, seconds)
+        except asyncio.TimeoutError:
+            raise socket.timeout('timed out') from None
+
+    async def _exchange(self, request, context):
+        origin = (request.type, request.host)
+        idle = self.idle.setdefault((origin, context), collections.deque())
+        while True:
+            reused = bool(idle)
+            reader, writer = idle.pop() if reused else await connect_streams(origin, context)
+            try:
+                writer.write(BufferingConnection(request.host).request_bytes(request))
+                response = await receive_response(reader)
+            except BaseException as error:
+                writer.close()
+                if reused and isinstance(error, ConnectionError):
+                    continue        # it was closed while it was idle
+                raise
+            if response.will_close or response.chunked or len(idle) >= MAX_IDLE_STREAMS:
+                writer.close()
+            else:
+                idle.append((reader, writer))
+            return response
+
+
+async def connect_streams(origin, context):
+    import asyncio
+    scheme, place = origin
+    parts = urllib.parse.urlsplit(f'{scheme}://{place}')
+    if scheme == 'https':
+        return await asyncio.open_connection(parts.hostname, parts.port or 443, ssl=context)
+    return await asyncio.open_connection(parts.hostname, parts.port or 80)
+
+
+async def receive_response(reader):
+    data = b''
+    while True:
+        part = await reader.read(1 << 16)
+        data += part
+        response = parse_response(data, is_all=not part)
+        if response is not None:
+            return response
+
+
+class ReceivedBytes:
+    """Stands for a socket from which http.client reads what has been received so far."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def makefile(self, mode):
+        return io.BytesIO(self.data)
+
+
+def parse_response(data, is_all):
+    """The response in the bytes; None if more of them are to come."""
+    if not is_all and not has_final_head(data):
+        return None
+    response = http.client.HTTPResponse(ReceivedBytes(data))
+    try:
+        response.begin()
+        check_framing(response)
+        lasts_until_close = response.length is None and not response.chunked
+        if lasts_until_close and not is_all:
+            return None
+        response.content = response.read()
+    except (http.client.IncompleteRead, http.client.RemoteDisconnected):
+        if is_all:
+            raise
+        return None
+    return response
+
+
+def has_final_head(data):
+    """Are the headers complete, those of a response that is not `100 Continue`?"""
+    heads = data[:MAX_RESPONSE_HEAD].replace(b'\r\n', b'\n').split(b'\n\n')[:-1]
+    return len(data) > MAX_RESPONSE_HEAD or any(
+        not re.match(rb'HTTP/1\.[01] 1', head) for head in heads)
+
+
+def max_async_waits():
+    """Half of the files that this process may open, at most MAX_ASYNC_WAITS."""
+    try:
+        import resource     # not on Windows
+    except ImportError:
+        return min(MAX_ASYNC_WAITS, 250)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_ASYNC_WAITS if files < 0 else max(10, min(MAX_ASYNC_WAITS, files // 2))
+
+
+async_calls_lock = threading.Lock()
+async_calls_instance = []       # the AsyncCalls of this process, if it needed one
+
+
+def async_calls():
+    """The AsyncCalls of this process."""
+    with async_calls_lock:
+        if not async_calls_instance or async_calls_instance[0].process != os.getpid():
+            async_calls_instance[:] = [AsyncCalls()]
+        return async_calls_instance[0]
+
 
 # -- In a handler ----------------------------------------------------------------------------------
 # the claim that the handler of this context works on; in an isolated process a ChildClaim
@@ -2121,6 +2395,7 @@ NEVER = float('inf')        # of a time
 PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
 MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
 RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
 STOP_SIGNALS = [
     getattr(signal, name)
@@ -2219,6 +2494,7 @@ def exit_process(code):
     thread = threading.Thread(target=flush, daemon=True)
     thread.start()
     thread.join(REPORT_GRACE)
+    reloader.restart_if_changed()
     os._exit(code)
 
 
@@ -3096,7 +3372,7 @@ class IsolatedSlot(Slot):
         super().__init__(consumer)
 
     def prepare(self):
-        max_jobs = getattr(self.consumer.config, 'max_jobs', None)
+        max_jobs = self.consumer.config.max_jobs
         if max_jobs and self.jobs_run >= max_jobs:
             self.close()
         if self.process is None and not self.consumer.worker.stopping.is_set():
@@ -3877,8 +4153,9 @@ class App:
     ) -> Any:
         """Make the decorated function a task, one of any number on its queue.
 
-        `.delay(...)` sends its arguments as a job, `.options(delay=60).delay(...)` gives the job
-        options of enqueue(). `max_retries` and `timeout` are sent
+        `.delay(...)` sends its arguments as a job, `.adelay(...)` does so in asyncio programs.
+        `.options(delay=60).delay(...)` gives the job options of enqueue(), and
+        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are sent
         with each job. `name` is the task's name for producers and workers; without it, it is the
         one under which the function is imported. `settings` are those of the queue, as queue()
         has them; the last one given holds.
@@ -3899,7 +4176,7 @@ class App:
             function.policy = policy
             options = drop_none(host=host, max_retries=max_retries, timeout=timeout)
             sender = TaskSender(self, function, task, queue, options)
-            for method in ('delay', 'options'):
+            for method in ('delay', 'adelay', 'options', 'schedule'):
                 setattr(function, method, getattr(sender, method))
             return function
         return register if function is None else register(function)
@@ -3977,6 +4254,12 @@ class App:
             run_at=run_at, priority=priority, key=key, id=id, after=after, after_any=after_any,
             give_up=give_up,
         )
+
+    async def aenqueue(
+        self, queue: str, payload: Any = None, *, host: str | None = None, **options: Any,
+    ) -> Job:
+        """enqueue() for asyncio programs; it never blocks their event loop."""
+        return await self.client(host).aenqueue(queue, payload, **options)
 
     def enqueue_many(
         self,
@@ -4116,6 +4399,7 @@ class TaskSender:
         self.queue = queue
         self.enqueue_options = options
         self.delay = with_signature(self._delay, function)
+        self.adelay = with_signature(self._adelay, function)
 
     def _payload(self, args, kwargs):
         check_call(self.function, args, kwargs)
@@ -4125,6 +4409,18 @@ class TaskSender:
         """Add a job that calls the task with these arguments, and return it; see enqueue()."""
         payload = self._payload(args, kwargs)
         return self.app.enqueue(self.queue, payload, **self.enqueue_options)
+
+    async def _adelay(self, /, *args, **kwargs):
+        """delay() for asyncio programs; it never blocks their event loop."""
+        payload = self._payload(args, kwargs)
+        return await self.app.aenqueue(self.queue, payload, **self.enqueue_options)
+
+    def schedule(self, name, cron=None, every=None, zone=None, args=(), kwargs=None, **options):
+        """Have the task called with these arguments at each tick; see rw.schedule()."""
+        payload = self._payload(args, kwargs or {})
+        merged = {**self.enqueue_options, **options}
+        return self.app.schedule(
+            name, self.queue, cron=cron, every=every, zone=zone, payload=payload, **merged)
 
     def options(self, **options):
         """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
@@ -4241,6 +4537,7 @@ task = default.task
 on = default.on
 around = default.around
 enqueue = default.enqueue
+aenqueue = default.aenqueue
 enqueue_many = default.enqueue_many
 schedule = default.schedule
 unschedule = default.unschedule
@@ -4311,8 +4608,8 @@ def driver_connection(connection):
         connection = connection.connection
     connection = getattr(connection, 'dbapi_connection', connection)
     if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
-        raise Misuse(f'a {type(connection).__name__} is not a connection that enqueue_in() takes: '
-                     'sqlite3, psycopg, psycopg2, SQLAlchemy or Django, and none of asyncio')
+        raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
+                     f'Django that is not for asyncio, not a {type(connection).__name__}')
     return connection
 
 
@@ -4356,11 +4653,12 @@ class Outbox:
         be larger than the memory.
         """
         now = time.monotonic()
-        postponed = [str(number) for number, at in self.postponed.items() if at > now]
+        self.postponed = {number: at for number, at in self.postponed.items() if at > now}
+        postponed = ','.join(map(str, self.postponed)) or '0'
         return self.execute(
             'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL '
             'AND (taken_by IS NULL OR taken_by <> ?) '
-            f'AND number NOT IN ({",".join(postponed) or "0"}) ORDER BY number LIMIT {OUTBOX_PAGE}',
+            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}',
             host)
 
     def texts(self, numbers):
@@ -4447,32 +4745,34 @@ class Outbox:
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
 
-    def number_rows(self):
-        """Repair a table without numbers. Version 1.1 made it through Django's SQLite connection.
+    def repair_numbers(self):
+        """Number the rows of a table that version 1.1 made through Django's SQLite connection.
 
         Its jobs are all sent again, since it does not tell which of them the engine has. The
         engine recognizes their ids.
         """
-        if not self.is_sqlite:
-            return
-        found = self._execute("SELECT sql FROM sqlite_master WHERE type = 'table' "
-                              "AND name = 'rundown_outbox' AND sql LIKE '%BIGSERIAL%'")
-        if not found:
+        if not self._lacks_numbers():
             return
         begins = not self.connection.in_transaction
         if begins:
             self._execute('BEGIN IMMEDIATE')
-        columns = 'job, error, taken_by, taken_at'
-        self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
-        self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
-        self._execute(f'INSERT INTO rundown_outbox ({columns}) '
-                      f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
-        self._execute('DROP TABLE rundown_outbox_unnumbered')
+        if self._lacks_numbers():       # still, now that no other forwarder can repair it
+            columns = 'job, error, taken_by, taken_at'
+            self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
+            self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
+            self._execute(f'INSERT INTO rundown_outbox ({columns}) '
+                          f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
+            self._execute('DROP TABLE rundown_outbox_unnumbered')
+            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
         if begins:
             self._execute('COMMIT')
         else:
             self.commit()
-        note(logging.WARNING, 'the outbox had no row numbers: repaired, its jobs are sent again')
+
+    def _lacks_numbers(self):
+        return self.is_sqlite and bool(self._execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
+            "AND sql LIKE '%BIGSERIAL%'"))
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -4484,7 +4784,7 @@ def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0
     client = default.client(host)
     with contextlib.closing(connect()) as connection:
         outbox = Outbox(connection)
-        outbox.number_rows()
+        outbox.repair_numbers()
         return forward_pending(outbox, client, client.call, keep)
 
 
@@ -4516,6 +4816,7 @@ def send_rows(outbox, client, send, keep, rows):
         outbox.commit()
         if not texts:       # another forwarder was faster
             continue
+        host = client.host
         try:
             send('/enqueue', f'{{"jobs":[{",".join(texts)}]}}')
         except (Refused, EngineUnavailable) as error:
@@ -4527,7 +4828,8 @@ def send_rows(outbox, client, send, keep, rows):
             else:
                 set_aside(outbox, numbers, error)
         else:
-            outbox.mark_taken(numbers, client.host, keep)
+            # If the client has changed to another engine meanwhile, that one gets them again.
+            outbox.mark_taken(numbers, host, keep)
             count += len(batch)
         outbox.commit()
     return count
@@ -4579,7 +4881,7 @@ def keep_forwarding(connect, host, keep, interval, stopping):
         try:
             with contextlib.closing(connect()) as connection:
                 outbox = Outbox(connection)
-                outbox.number_rows()
+                outbox.repair_numbers()
                 while not is_last:
                     is_last = stopping.is_set()
                     client = default.client(host)
@@ -5061,7 +5363,20 @@ def command_status(client, options):
 
 def command_run(client, options):
     """Import a file or a module with handlers, and work on its queues."""
-    target = options.tasks
+    if options.reload:
+        reloader.start()
+    try:
+        import_target(options.tasks)
+    except Exception:
+        if not options.reload:
+            raise
+        traceback.print_exc()       # it may be a typing error, to be corrected now
+        reloader.wait_and_restart()
+    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+    reloader.restart_if_changed()
+
+
+def import_target(target):
     if os.path.isfile(target):
         file = os.path.abspath(target)
         sys.path.insert(0, os.path.dirname(file))
@@ -5075,7 +5390,66 @@ def command_run(client, options):
         if not is_name or not importlib.util.find_spec(target.partition('.')[0]):
             raise Misuse(f'there is neither a file nor a module {target}')
         importlib.import_module(target)
-    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
+
+class Reloader:
+    """Restarts the process when one of the project's modules changes."""
+
+    def __init__(self):
+        self.started_at = 0         # nanoseconds since 1970
+        self.modified_at = {}       # by file; touched by the watching thread only
+        self.has_changed = False    # written by it
+
+    def start(self):
+        self.started_at = time.time_ns()
+        start_daemon_thread(self._watch, 'reload')
+
+    def _watch(self):
+        while not self.has_changed:
+            for file in self._files():
+                with contextlib.suppress(OSError):      # an editor replaces it just now
+                    modified_at = os.stat(file).st_mtime_ns
+                    known = self.modified_at.setdefault(file, modified_at)
+                    if known != modified_at or modified_at > self.started_at:
+                        self.has_changed = True
+                        note(logging.INFO, '%s has changed: the worker restarts', file)
+            if not self.has_changed:
+                time.sleep(RELOAD_INTERVAL)
+        while True:
+            default.stop()
+            time.sleep(RELOAD_INTERVAL)     # run() may not have begun
+
+    def _files(self):
+        """The source files of modules that are neither Python's nor installed.
+
+        All in their folders, so that one that cannot be imported is among them.
+        """
+        files = [getattr(module, '__file__', None) for module in list(sys.modules.values())]
+        folders = {os.path.dirname(file) for file in files if file and is_of_project(file)}
+        folders.update(path for path in sys.path[:1] if is_of_project(path + os.sep))
+        return [file for folder in folders for file in glob.glob(f'{glob.escape(folder)}/*.py')]
+
+    def wait_and_restart(self):
+        while not self.has_changed:
+            time.sleep(RELOAD_INTERVAL)
+        self.restart_if_changed()
+
+    def restart_if_changed(self):
+        if not self.has_changed:
+            return
+        arguments = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]
+        if os.name == 'nt':         # there exec() ends the process for those who wait for it
+            os._exit(subprocess.call([sys.executable, *arguments]))
+        os.execv(sys.executable, [sys.executable, *arguments])
+
+
+reloader = Reloader()
+
+
+def is_of_project(path):
+    path = os.path.abspath(path)
+    return not path.startswith((STDLIB, sys.prefix + os.sep, sys.base_prefix + os.sep)) \
+        and 'site-packages' not in path
 
 
 def command_demo(client, options):
@@ -5207,6 +5581,7 @@ COMMANDS = [
     Command('schedules', command_call, 'list schedules by name', []),
     Command('run', command_run, 'import tasks, and work on them', [
         argument('tasks', metavar='FILE_OR_MODULE'),
+        argument('--reload', action='store_true', help='restart when a module of yours changes'),
         *WORKER_OPTIONS,
     ]),
     Command('exec', command_exec, 'run a program for each job of a queue', [
