@@ -8531,7 +8531,7 @@ def test_openapi_describes_every_route(engine):
     described = {(path.split("{")[0], list(calls)[0]) for path, calls in document["paths"].items()}
     routes = rundown_engine.ROUTES
     assert described == {(path, route.method.lower()) for path, route in routes.items()}
-    assert set(rundown_engine.CALLS) == set(routes)
+    assert set(rundown_engine.CALLS) <= set(routes)
     assert set(document["components"]["schemas"]["FailRequest"]["properties"]) == {
         "id", "attempt", "error", "retry", "delay"
     }
@@ -8589,6 +8589,12 @@ def test_answers_are_what_openapi_says(engine, q):
     for path in ("/queues", "/health"):
         call(path)
     call("/details/t", "/details/{tag}")
+    later = call("/enqueue", queue=q, delay=60, group="g", key="d", key_until="start", expires=90)
+    call("/reschedule", id=later["id"], priority=3, delay=0)
+    step = call("/poll", queue=q)
+    call("/step", id=step["id"], attempt=step["attempt"], name="one", result=[1])
+    call("/jobs/" + step["id"], "/jobs/{id}")
+    call("/lost?worker=w", "/lost")
     call("/enqueue", queue=1)
     call("/purge", queue=q)
 
@@ -9075,9 +9081,6 @@ def test_a_node_worker_over_tls(https, tmp_path, q):
         assert time.monotonic() - began < 1.5
 
 
-needs_steps = pytest.mark.skipif(
-    "/step" not in rundown_engine.ROUTES, reason="the engine has no /step yet"
-)
 STEPS = """
     queue("%s", async (payload, { step, job }) => {
       const first = await step("first", async () => {
@@ -9090,7 +9093,6 @@ STEPS = """
     });"""
 
 
-@needs_steps
 def test_a_node_step_is_done_once_and_its_result_is_what_json_gives_back(engine, tmp_path, q):
     job = engine.enqueue(q)
     with node(tmp_path, engine, STEPS % q) as worker:
@@ -9099,7 +9101,6 @@ def test_a_node_step_is_done_once_and_its_result_is_what_json_gives_back(engine,
     assert worker.said() == ["first", "second"]
 
 
-@needs_steps
 def test_between_two_steps_a_node_worker_that_stops_lets_the_job_go(engine, tmp_path, q):
     job = engine.enqueue(q)
     source = (
@@ -9118,7 +9119,6 @@ def test_between_two_steps_a_node_worker_that_stops_lets_the_job_go(engine, tmp_
     assert (row["status"], row["retries"], row["steps"]) == ("pending", 0, {"first": None})
 
 
-@needs_steps
 def test_a_node_step_of_a_lost_claim_throws_into_the_handler(engine, tmp_path, q):
     job = engine.enqueue(q)
     source = (
