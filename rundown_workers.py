@@ -4955,37 +4955,76 @@ class DjangoTasks:
         from django.tasks.signals import task_enqueued
         self.validate_task(task)
         payload = django_payload(task, args, kwargs)
-        result = self._result(task, self._enqueue(task, payload))
+        if self.database:
+            job = self._enqueue_in_outbox(task, payload)
+        else:
+            job = default.enqueue(payload=payload, **self._enqueue_options(task))
+        result = self._result(task, job)
         task_enqueued.send(type(self), task_result=result)
         return result
 
-    def _enqueue(self, task, payload):
-        """The job, with few fields if it is in an outbox."""
+    async def aenqueue(self, task, args, kwargs):
+        from django.tasks.signals import task_enqueued
+        if self.database:       # in the thread that has the connection
+            return await super().aenqueue(task, args, kwargs)
+        self.validate_task(task)
+        payload = django_payload(task, args, kwargs)
+        job = await default.aenqueue(payload=payload, **self._enqueue_options(task))
+        result = self._result(task, job)
+        await task_enqueued.asend(type(self), task_result=result)
+        return result
+
+    def _enqueue_options(self, task):
+        return {
+            **self.job_options,
+            'queue': task.queue_name,
+            'host': self.host,
+            'priority': task.priority,
+            'run_at': task.run_after,
+        }
+
+    def _enqueue_in_outbox(self, task, payload):
+        """The job, with the few fields that are known here."""
         from django.db import connections, transaction
-        options = {**self.job_options, 'priority': task.priority, 'run_at': task.run_after}
-        if self.database is None:
-            return default.enqueue(task.queue_name, payload, host=self.host, **options)
         connection = connections[self.database]
+        options = self._enqueue_options(task)
+        del options['host']
         begins = connection.get_autocommit()
         with transaction.atomic(self.database) if begins else contextlib.nullcontext():
-            id = enqueue_in(connection, task.queue_name, payload, **options)
+            id = enqueue_in(connection, payload=payload, **options)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
         return {'id': id, 'status': 'pending', 'payload': payload, 'created_at': now}
 
     def get_result(self, result_id):
-        from django.db import connections
         from django.tasks.exceptions import TaskResultDoesNotExist
         client = default.client(self.host)
         for _ in range(2):      # a job may move from the outbox to the engine between two looks
-            try:
-                job = client.job(result_id)
-            except Refused as error:
-                if error.status != 404:
-                    raise
-                job = self.database and Outbox(connections[self.database]).find(result_id)
+            with missing_job():
+                return self._stored_result(client.job(result_id))
+            job = self._find_in_outbox(result_id)
             if job:
-                return self._result(self._task(job), job)
+                return self._stored_result(job)
         raise TaskResultDoesNotExist(result_id)
+
+    async def aget_result(self, result_id):
+        from asgiref.sync import sync_to_async
+        from django.tasks.exceptions import TaskResultDoesNotExist
+        client = default.client(self.host)
+        for _ in range(2):
+            with missing_job():
+                job = await async_calls().call(client, '/jobs/' + quote(result_id))
+                return self._stored_result(job)
+            job = await sync_to_async(self._find_in_outbox)(result_id)
+            if job:
+                return self._stored_result(job)
+        raise TaskResultDoesNotExist(result_id)
+
+    def _find_in_outbox(self, id):
+        from django.db import connections
+        return self.database and Outbox(connections[self.database]).find(id)
+
+    def _stored_result(self, job):
+        return self._result(self._task(job), job)
 
     def _task(self, job):
         """The task that a job is for, with the queue and the priority of the job."""
@@ -5031,7 +5070,7 @@ class DjangoTasks:
         from django.tasks.signals import task_finished, task_started
         close_old_connections()
         try:
-            result = self._result(self._task(job), job)
+            result = self._stored_result(job)
             task_started.send(type(self), task_result=result)
             try:
                 set_django_result(result, task.func(*django_args(result), **result.kwargs))
@@ -5051,7 +5090,7 @@ class DjangoTasks:
         from django.tasks.signals import task_finished, task_started
         await sync_to_async(close_old_connections)()
         try:
-            result = self._result(self._task(job), job)
+            result = self._stored_result(job)
             await task_started.asend(type(self), task_result=result)
             try:
                 set_django_result(result, await task.func(*django_args(result), **result.kwargs))
@@ -5063,6 +5102,16 @@ class DjangoTasks:
             return result.return_value
         finally:
             await sync_to_async(close_old_connections)()
+
+
+@contextlib.contextmanager
+def missing_job():
+    """Suppress the refusal of an engine that does not have the job."""
+    try:
+        yield
+    except Refused as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
 
 
 def django_payload(task, args, kwargs):

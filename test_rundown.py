@@ -8176,6 +8176,7 @@ DJANGO_PROJECT = {
             "default": {"BACKEND": BACKEND, "OPTIONS": {"outbox": True}, "QUEUES": QUEUES},
             "second": {"BACKEND": BACKEND, "OPTIONS": {"outbox": "other"}, "QUEUES": QUEUES},
             "direct": {"BACKEND": BACKEND, "OPTIONS": {"max_retries": 1}, "QUEUES": QUEUES},
+            "away": {"BACKEND": BACKEND, "OPTIONS": {"host": "http://127.0.0.1:1"}},
             "brief": {"BACKEND": BACKEND, "OPTIONS": {"max_retries": 0, "timeout": 0.3}, "QUEUES": QUEUES},
         }
     """,
@@ -8490,6 +8491,24 @@ def test_django_a_task_belongs_to_the_transaction_of_its_backend_s_database(site
             answer = [kept, str(lost.refresh())]
         except Exception as error:
             answer = [kept, type(error).__name__]""") == [1, "TaskResultDoesNotExist"]
+
+
+def test_django_s_synchronous_code_goes_on_while_an_asynchronous_call_waits_for_the_engine(site):
+    assert site.run("""
+        from asgiref.sync import sync_to_async
+
+        async def main():
+            calls = [asyncio.create_task(tasks.add.using(backend="away").aenqueue(1)),
+                     asyncio.create_task(task_backends["away"].aget_result("no"))]
+            await asyncio.sleep(0.1)
+            count = await asyncio.wait_for(sync_to_async(Order.objects.count)(), 5)
+            waiting = [not call.done() for call in calls]
+            for call in calls:
+                call.cancel()
+            await asyncio.wait(calls)
+            return [count >= 0, *waiting, *[call.cancelled() for call in calls]]
+
+        answer = asyncio.run(main())""") == [True] * 5
 
 
 def test_django_s_connections_are_closed_around_a_task(site):
