@@ -124,6 +124,7 @@ import difflib
 import dis
 import encodings
 import functools
+import glob
 import hashlib
 import http.client
 import importlib.util
@@ -2496,6 +2497,7 @@ NEVER = float('inf')        # of a time
 PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
 MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
 RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
 STOP_SIGNALS = [
     getattr(signal, name)
@@ -2594,6 +2596,7 @@ def exit_process(code):
     thread = threading.Thread(target=flush, daemon=True)
     thread.start()
     thread.join(REPORT_GRACE)
+    reloader.restart_if_changed()
     os._exit(code)
 
 
@@ -3471,7 +3474,7 @@ class IsolatedSlot(Slot):
         super().__init__(consumer)
 
     def prepare(self):
-        max_jobs = getattr(self.consumer.config, 'max_jobs', None)
+        max_jobs = self.consumer.config.max_jobs
         if max_jobs and self.jobs_run >= max_jobs:
             self.close()
         if self.process is None and not self.consumer.worker.stopping.is_set():
@@ -5109,37 +5112,76 @@ class DjangoTasks:
         from django.tasks.signals import task_enqueued
         self.validate_task(task)
         payload = django_payload(task, args, kwargs)
-        result = self._result(task, self._enqueue(task, payload))
+        if self.database:
+            job = self._enqueue_in_outbox(task, payload)
+        else:
+            job = default.enqueue(payload=payload, **self._enqueue_options(task))
+        result = self._result(task, job)
         task_enqueued.send(type(self), task_result=result)
         return result
 
-    def _enqueue(self, task, payload):
-        """The job, with few fields if it is in an outbox."""
+    async def aenqueue(self, task, args, kwargs):
+        from django.tasks.signals import task_enqueued
+        if self.database:       # in the thread that has the connection
+            return await super().aenqueue(task, args, kwargs)
+        self.validate_task(task)
+        payload = django_payload(task, args, kwargs)
+        job = await default.aenqueue(payload=payload, **self._enqueue_options(task))
+        result = self._result(task, job)
+        await task_enqueued.asend(type(self), task_result=result)
+        return result
+
+    def _enqueue_options(self, task):
+        return {
+            **self.job_options,
+            'queue': task.queue_name,
+            'host': self.host,
+            'priority': task.priority,
+            'run_at': task.run_after,
+        }
+
+    def _enqueue_in_outbox(self, task, payload):
+        """The job, with the few fields that are known here."""
         from django.db import connections, transaction
-        options = {**self.job_options, 'priority': task.priority, 'run_at': task.run_after}
-        if self.database is None:
-            return default.enqueue(task.queue_name, payload, host=self.host, **options)
         connection = connections[self.database]
+        options = self._enqueue_options(task)
+        del options['host']
         begins = connection.get_autocommit()
         with transaction.atomic(self.database) if begins else contextlib.nullcontext():
-            id = enqueue_in(connection, task.queue_name, payload, **options)
+            id = enqueue_in(connection, payload=payload, **options)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
         return {'id': id, 'status': 'pending', 'payload': payload, 'created_at': now}
 
     def get_result(self, result_id):
-        from django.db import connections
         from django.tasks.exceptions import TaskResultDoesNotExist
         client = default.client(self.host)
         for _ in range(2):      # a job may move from the outbox to the engine between two looks
-            try:
-                job = client.job(result_id)
-            except Refused as error:
-                if error.status != 404:
-                    raise
-                job = self.database and Outbox(connections[self.database]).find(result_id)
+            with missing_job():
+                return self._stored_result(client.job(result_id))
+            job = self._find_in_outbox(result_id)
             if job:
-                return self._result(self._task(job), job)
+                return self._stored_result(job)
         raise TaskResultDoesNotExist(result_id)
+
+    async def aget_result(self, result_id):
+        from asgiref.sync import sync_to_async
+        from django.tasks.exceptions import TaskResultDoesNotExist
+        client = default.client(self.host)
+        for _ in range(2):
+            with missing_job():
+                job = await async_calls().call(client, '/jobs/' + quote(result_id))
+                return self._stored_result(job)
+            job = await sync_to_async(self._find_in_outbox)(result_id)
+            if job:
+                return self._stored_result(job)
+        raise TaskResultDoesNotExist(result_id)
+
+    def _find_in_outbox(self, id):
+        from django.db import connections
+        return self.database and Outbox(connections[self.database]).find(id)
+
+    def _stored_result(self, job):
+        return self._result(self._task(job), job)
 
     def _task(self, job):
         """The task that a job is for, with the queue and the priority of the job."""
@@ -5185,7 +5227,7 @@ class DjangoTasks:
         from django.tasks.signals import task_finished, task_started
         close_old_connections()
         try:
-            result = self._result(self._task(job), job)
+            result = self._stored_result(job)
             task_started.send(type(self), task_result=result)
             try:
                 set_django_result(result, task.func(*django_args(result), **result.kwargs))
@@ -5205,7 +5247,7 @@ class DjangoTasks:
         from django.tasks.signals import task_finished, task_started
         await sync_to_async(close_old_connections)()
         try:
-            result = self._result(self._task(job), job)
+            result = self._stored_result(job)
             await task_started.asend(type(self), task_result=result)
             try:
                 set_django_result(result, await task.func(*django_args(result), **result.kwargs))
@@ -5217,6 +5259,16 @@ class DjangoTasks:
             return result.return_value
         finally:
             await sync_to_async(close_old_connections)()
+
+
+@contextlib.contextmanager
+def missing_job():
+    """Suppress the refusal of an engine that does not have the job."""
+    try:
+        yield
+    except Refused as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
 
 
 def django_payload(task, args, kwargs):
@@ -5517,7 +5569,20 @@ def command_status(client, options):
 
 def command_run(client, options):
     """Import a file or a module with handlers, and work on its queues."""
-    target = options.tasks
+    if options.reload:
+        reloader.start()
+    try:
+        import_target(options.tasks)
+    except Exception:
+        if not options.reload:
+            raise
+        traceback.print_exc()       # it may be a typing error, to be corrected now
+        reloader.wait_and_restart()
+    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+    reloader.restart_if_changed()
+
+
+def import_target(target):
     if os.path.isfile(target):
         import_file(os.path.abspath(target))
     else:
@@ -5526,7 +5591,66 @@ def command_run(client, options):
         if not is_name or not importlib.util.find_spec(target.partition('.')[0]):
             raise Misuse(f'there is neither a file nor a module {target}')
         importlib.import_module(target)
-    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
+
+class Reloader:
+    """Restarts the process when one of the project's modules changes."""
+
+    def __init__(self):
+        self.started_at = 0         # nanoseconds since 1970
+        self.modified_at = {}       # by file; touched by the watching thread only
+        self.has_changed = False    # written by it
+
+    def start(self):
+        self.started_at = time.time_ns()
+        start_daemon_thread(self._watch, 'reload')
+
+    def _watch(self):
+        while not self.has_changed:
+            for file in self._files():
+                with contextlib.suppress(OSError):      # an editor replaces it just now
+                    modified_at = os.stat(file).st_mtime_ns
+                    known = self.modified_at.setdefault(file, modified_at)
+                    if known != modified_at or modified_at > self.started_at:
+                        self.has_changed = True
+                        note(logging.INFO, '%s has changed: the worker restarts', file)
+            if not self.has_changed:
+                time.sleep(RELOAD_INTERVAL)
+        while True:
+            default.stop()
+            time.sleep(RELOAD_INTERVAL)     # run() may not have begun
+
+    def _files(self):
+        """The source files of modules that are neither Python's nor installed.
+
+        All in their folders, so that one that cannot be imported is among them.
+        """
+        files = [getattr(module, '__file__', None) for module in list(sys.modules.values())]
+        folders = {os.path.dirname(file) for file in files if file and is_of_project(file)}
+        folders.update(path for path in sys.path[:1] if is_of_project(path + os.sep))
+        return [file for folder in folders for file in glob.glob(f'{glob.escape(folder)}/*.py')]
+
+    def wait_and_restart(self):
+        while not self.has_changed:
+            time.sleep(RELOAD_INTERVAL)
+        self.restart_if_changed()
+
+    def restart_if_changed(self):
+        if not self.has_changed:
+            return
+        arguments = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]
+        if os.name == 'nt':         # there exec() ends the process for those who wait for it
+            os._exit(subprocess.call([sys.executable, *arguments]))
+        os.execv(sys.executable, [sys.executable, *arguments])
+
+
+reloader = Reloader()
+
+
+def is_of_project(path):
+    path = os.path.abspath(path)
+    return not path.startswith((STDLIB, sys.prefix + os.sep, sys.base_prefix + os.sep)) \
+        and 'site-packages' not in path
 
 
 def import_file(file):
@@ -5671,6 +5795,7 @@ COMMANDS = [
     Command('schedules', command_call, 'list schedules by name', []),
     Command('run', command_run, 'import tasks, and work on them', [
         argument('tasks', metavar='FILE_OR_MODULE'),
+        argument('--reload', action='store_true', help='restart when a module of yours changes'),
         *WORKER_OPTIONS,
     ]),
     Command('exec', command_exec, 'run a program for each job of a queue', [
