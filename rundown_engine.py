@@ -4859,6 +4859,8 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
+    '/lost': Call('wait_for_loss', 'Wait until a worker loses a job that it runs.',
+                  object_schema('lost', lost=BOOLEAN)),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
@@ -4937,12 +4939,13 @@ def openapi_body(route, item):
 
 
 def openapi_parameters(path, route):
-    in_path = route.required[0][0] if route.required else None
+    required = [fields[0] for fields in route.required]
+    place = 'path' if path.endswith('/') else 'query'
     return [
         {
             'name': field,
-            'in': 'path' if field == in_path else 'query',
-            'required': field == in_path,
+            'in': place if field in required else 'query',
+            'required': field in required,
             'schema': rule.schema,
         }
         for field, rule in route.rules.items()]
@@ -7789,7 +7792,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * the worker stops). A job may run more than once, since workers get killed: make handlers
  * idempotent, or divide them into steps.
  *
- * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`
+ * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`. TypeScript needs "allowJs".
  *
  * Heartbeats need the event loop. A handler that blocks it for longer than the lease (30 s) loses
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
@@ -7812,6 +7815,7 @@ const LEASE = 30; // seconds the engine waits for a heartbeat
 const PROGRESS_INTERVAL = 0.5; // seconds until a job's progress is reported
 const GRACE = 30; // seconds that running handlers get when the worker stops
 const FAREWELL = 2; // seconds that their outcomes get then, at least
+const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whose client has gone
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
@@ -8364,9 +8368,11 @@ function failure(error) {
 
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
-  name = `${os.hostname().slice(0, 150)}:${process.pid}`;
+  // unlike any other's, since releaseStrays() goes by it
+  name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
@@ -8440,6 +8446,21 @@ class Worker {
       } catch (error) {
         tries += 1;
         await pause(this.away(error, tries), signal);
+        if (signal.aborted) {
+          this.unanswered.add(name);
+        }
+      }
+    }
+  }
+
+  /** Gives back the jobs of a poll whose answer is lost: proxies drop it after half a close. */
+  async releaseStrays(name) {
+    const path = `/jobs?status=running&brief=true&limit=1000&queue=${encodeURIComponent(name)}`;
+    const page = await call(path, undefined, { patience: FAREWELL }).catch(() => ({ jobs: [] }));
+    const held = new Set([...this.claims].map((claim) => claim.address.id));
+    for (const job of page.jobs) {
+      if (job.worker === this.name && !held.has(job.id)) {
+        this.start(new Claim(job, this, () => {}));
       }
     }
   }
@@ -8596,6 +8617,8 @@ class Worker {
     for (const claim of this.claims) {
       claim.release();
     }
+    await pause(this.unanswered.size && STRAY_DELAY);
+    await Promise.all([...this.unanswered].map((name) => this.releaseStrays(name)));
     const farewell = Math.max(deadline, now() + FAREWELL);
     while (this.claims.size && now() < farewell) {
       await pause(0.01);
