@@ -50,9 +50,9 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
     GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
                      cancelled or given to others, so that it need not wait for its heartbeat
-    GET  /queues     limit, after, busy (work first), queue, search (in the name): counts, oldest
-                     age, paused, workers seen, the last hour by the minute; totals of all queues
-                     and those with due jobs that no worker polls
+    GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
+                     oldest age, paused, workers seen, the last hour by the minute; totals=true:
+                     also the sums of all queues, and those with due jobs that no worker polls
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
@@ -105,6 +105,7 @@ import collections
 import contextlib
 import datetime
 import difflib
+import email.utils
 import functools
 import gc
 import glob
@@ -134,7 +135,7 @@ import time
 import traceback
 import urllib.parse
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
 
 # -- Settings --------------------------------------------------------------------------------------
 VERSION = '1.0'
@@ -156,6 +157,8 @@ MAX_ATTEMPT_ERROR = 4 << 10     # characters of the error of a remembered attemp
 MAX_WORKERS = 1000              # workers that are remembered
 MAX_AFTER = 1000                # jobs that a job waits for
 MAX_DEPENDENCIES = 20000        # jobs that all jobs of a request wait for
+MAX_STEPS = 1000                # steps of a job
+MAX_STEPS_SIZE = 8 << 20        # characters of their names and results
 MAX_DEPENDENTS_LISTED = 100     # jobs that wait for a job and are named there
 MAX_UNSERVED_LISTED = 20        # queues in GET /queues that no worker polls
 WORKER_SILENCE = 120            # seconds without a poll until a queue counts as unserved
@@ -169,6 +172,7 @@ MAX_KNOWN_HEADS = 1024          # request heads that are remembered once they ar
 MAX_KNOWN_HEAD_BYTES = 1024     # bytes of such a head
 KEEP_ALIVE_TIMEOUT = 120        # seconds until an idle connection is closed
 REQUEST_TIMEOUT = 30            # seconds a request may take to arrive, and a response to be taken
+MAX_HELD = 55                   # seconds until a poll or wait is answered; proxies give up after 60
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
@@ -182,7 +186,8 @@ LOCK_TIMEOUT = 5                # seconds to wait for another program's write lo
 LOCK_RETRY_INTERVAL = 0.005     # seconds between two tries for it
 MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases are extended
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
-ROWS_PER_INSERT = 64            # a power of two; SQLite before 3.32 takes 999 values a statement
+# a power of two; SQLite before 3.32 takes 999 values a statement
+ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
 BATCH_ROWS = 500                # rows that one step of a long change touches
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
@@ -202,6 +207,7 @@ ENDED = ('done', 'failed', 'cancelled')
 READY = 0
 DELAYED = 1                     # next_run_at has not come
 BLOCKED = 2                     # it waits for other jobs
+QUEUED_IN_GROUP = 3             # another job of its group has to end first
 
 
 class Transition(NamedTuple):
@@ -219,9 +225,13 @@ TRANSITIONS = {
     'fail': Transition(('running',), ('pending', 'failed'), 'failed', 'failed'),
     'lose': Transition(('running',), ('pending', 'failed'), 'lost', 'lost'),
     'heartbeat': Transition(('running',), ('running',)),
+    'step': Transition(('running',), ('running',)),
     'release': Transition(('running',), ('pending',), 'released', 'released'),
     'cancel': Transition(('pending', 'running'), ('cancelled',), 'cancelled', 'cancelled'),
+    'expire': Transition(('pending',), ('cancelled',), 'expired'),
     'retry': Transition(('failed', 'cancelled'), ('pending',)),
+    'reschedule': Transition(('pending',), ('pending',)),
+    'replace': Transition(('pending',), ('pending',)),
     'unblock': Transition(('pending',), ('pending',)),      # a job that it waits for has ended
     'purge': Transition(('pending', 'done', 'failed', 'cancelled'), ()),
 }
@@ -528,6 +538,8 @@ CRON_TEXT = FieldRule(
 # The fields of requests; ROUTES says which call takes which. Those of JOB_COLUMNS and
 # SCHEDULE_COLUMNS join them below.
 FIELDS = {
+    'replace': FLAG,
+    'expires': duration(0.001, 3650 * 86400),
     'after': NAME,              # where a page begins; POST /enqueue takes JOB_IDS
     'needed_by': NAME,
     'needs': NAME,
@@ -535,6 +547,7 @@ FIELDS = {
     'retry': FLAG,
     'brief': FLAG,
     'busy': FLAG,
+    'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
     'max_running': whole_number(1, 10**6),
@@ -550,7 +563,7 @@ FIELDS = {
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy')      # numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 
@@ -802,8 +815,9 @@ class Column(NamedTuple):
     type: str                           # SQL
     json: Optional[Callable] = None     # value -> JSON text; None: clients do not see it
     brief: Optional[Callable] = None    # the same in brief pages
-    inserted: bool = False              # written by INSERT; otherwise the default
-    large: bool = False                 # not read by transitions
+    inserted: Union[bool, str] = False  # whether INSERT writes it; or the field that has it written
+    optional: bool = False              # left out of the JSON while it is null
+    passive: bool = False               # not read by transitions: they need not know it
     default: Any = None                 # in SQL and in the rows of new jobs
     of_row: bool = False                # `json` takes the row instead of the value
     rule: Optional[FieldRule] = None    # joins FIELDS
@@ -855,6 +869,10 @@ def max_retries_of(row):
     return row['worker_max_retries'] or 0 if own is None else own
 
 
+def json_key(row):
+    return json_string(row['released_key'] if row['key'] is None else row['key'])
+
+
 def json_timeout(row):
     return as_seconds(timeout_of(row))
 
@@ -870,36 +888,45 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'seq': Column('INTEGER PRIMARY KEY'),       # the order of arrival; never used again
     'id': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME),
     'queue': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME, filter=True),
-    'tag': shown('TEXT', json_string, inserted=True, rule=NAME, filter=True),
-    'payload': Column('TEXT', json_value, inserted=True, large=True, rule=JSON_VALUE),
+    'tag': shown('TEXT', json_string, inserted='tag', rule=NAME, filter=True, passive=True),
+    'payload': Column('TEXT', json_value, inserted=True, passive=True, rule=JSON_VALUE),
     'status': shown('TEXT NOT NULL', json_string, default='pending', rule=one_of(STATUSES)),
     'hold': Column('INTEGER NOT NULL', default=READY, inserted=True),   # why it is not handed out
-    'priority': shown('INTEGER NOT NULL', json_number, default=0, inserted=True,
+    'priority': shown('INTEGER NOT NULL', json_number, default=0, inserted='priority',
                       rule=whole_number(-2**31, 2**31 - 1)),
     'attempt': shown('INTEGER NOT NULL', json_number, default=0,        # how many claims
                      rule=whole_number(0, 2**53)),
     'retries': shown('INTEGER NOT NULL', json_number, default=0),       # failures and losses
     'losses': Column('INTEGER NOT NULL', default=0),                    # lost workers alone
-    'max_retries': shown('INTEGER', json_max_retries, of_row=True, inserted=True,
+    'max_retries': shown('INTEGER', json_max_retries, of_row=True, inserted='max_retries',
                          rule=whole_number(0, 1000)),
     'worker_max_retries': Column('INTEGER'),    # of the last claim, if the job has none of its own
-    'timeout': shown('INTEGER', json_timeout, of_row=True, inserted=True,
+    'timeout': shown('INTEGER', json_timeout, of_row=True, inserted='timeout',
                      rule=duration(0, 7 * 86400)),
     'worker_timeout': Column('INTEGER'),        # of the last claim, if the job has none of its own
     'lease': Column('INTEGER', rule=duration(0.1, 86400)),      # null: the timeout and the grace
     'lease_until': Column('INTEGER'),
-    'key': shown('TEXT', json_string, inserted=True, rule=NAME),
+    'key': shown('TEXT', json_key, of_row=True, inserted='key', rule=NAME,      # while it is held
+                 passive=True),
+    'key_until': Column('TEXT', inserted='key_until', rule=one_of(('start', 'end')), passive=True),
+    'released_key': Column('TEXT', passive=True),       # the key, once it is not held any more
     'worker': shown('TEXT', json_string, rule=NAME),
-    'progress': shown('TEXT', json_value, large=True, rule=JSON_VALUE),
-    'result': Column('TEXT', json_value, large=True, rule=JSON_VALUE),
-    'error': Column('TEXT', json_string, brief=json_last_line, large=True, rule=ERROR_TEXT),
+    'progress': shown('TEXT', json_value, passive=True, rule=JSON_VALUE),
+    'result': Column('TEXT', json_value, passive=True, rule=JSON_VALUE),
+    'error': Column('TEXT', json_string, brief=json_last_line, passive=True, rule=ERROR_TEXT),
     'attempts': Column('TEXT'),                 # JSON: those that did not end in done
-    'created_at': shown('INTEGER NOT NULL', json_time, inserted=True),
-    'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True),
+    'created_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
+    'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=True),
     'started_at': shown('INTEGER', json_time),
-    'finished_at': shown('INTEGER', json_time),
-    'after': Column('TEXT', large=True),        # JSON: the ids of its dependencies
+    'finished_at': shown('INTEGER', json_time, passive=True),
+    'group': shown('TEXT', json_string, optional=True, inserted='group', rule=NAME, filter=True),
+    'expires_at': shown('INTEGER', json_time, optional=True, inserted='expires', passive=True),
+    'is_timed': Column('INTEGER NOT NULL', default=0, inserted='run_at',    # 1: a time was given
+                       passive=True),
+    'steps': Column('INTEGER NOT NULL', default=0),     # how many rows of `steps` it has
+    'steps_size': Column('INTEGER NOT NULL', default=0),    # characters of those
+    'after': Column('TEXT', passive=True),        # JSON: the ids of its dependencies
     'after_any': Column('INTEGER NOT NULL', default=0, rule=FLAG),      # 1: however they end
     'waits_for': Column('INTEGER NOT NULL', default=0),     # how many of them have not ended
 }
@@ -911,6 +938,7 @@ SCHEDULE_COLUMNS = {
     'tag': shown('TEXT', json_string, inserted=True),
     'priority': shown('INTEGER', json_number, inserted=True),
     'key': shown('TEXT', json_string, inserted=True),
+    'group': shown('TEXT', json_string, optional=True, inserted=True),
     'cron': shown('TEXT', json_string, rule=CRON_TEXT),
     'every': shown('INTEGER', json_duration, rule=duration(1, 3650 * 86400)),
     'zone': shown('TEXT', json_string, rule=NAME),
@@ -918,7 +946,7 @@ SCHEDULE_COLUMNS = {
     'last_run_at': shown('INTEGER', json_time),
     'last_id': shown('TEXT', json_string),
     'skipped': shown('INTEGER NOT NULL', json_number, default=0),
-    'payload': Column('TEXT', json_value, inserted=True, large=True),
+    'payload': Column('TEXT', json_value, inserted=True, passive=True),
 }
 
 
@@ -936,6 +964,7 @@ COUNTS = {      # columns of `queues`, and the condition of the jobs that each c
     **{status: f"status = '{status}'" for status in STATUSES},
     'scheduled': f'hold = {DELAYED}',
     'waiting': f'hold = {BLOCKED}',
+    'grouped': f'hold = {QUEUED_IN_GROUP}',
 }
 UNFINISHED = "status IN ('pending', 'running')"
 TABLES = {
@@ -953,6 +982,7 @@ CREATE TABLE queues (
     cancelled INTEGER NOT NULL DEFAULT 0,
     scheduled INTEGER NOT NULL DEFAULT 0,
     waiting INTEGER NOT NULL DEFAULT 0,
+    grouped INTEGER NOT NULL DEFAULT 0,
     max_running INTEGER,
     rate INTEGER,                           -- `rate` claims at once,
     per INTEGER,                            -- then one each per / rate microseconds
@@ -972,6 +1002,14 @@ CREATE TABLE unresolved_ends (              -- jobs that ended, and have depende
     id TEXT NOT NULL,
     outcome TEXT NOT NULL                   -- a status, or purged
 )''',
+    'steps': '''
+CREATE TABLE steps (
+    job INTEGER NOT NULL,                   -- seq
+    name TEXT NOT NULL,
+    position INTEGER NOT NULL,              -- the order in which they were done
+    result TEXT NOT NULL,                   -- JSON
+    PRIMARY KEY (job, name)
+) WITHOUT ROWID''',
     'last_seq': '''
 CREATE TABLE last_seq (                     -- one row: no deleted job had a higher seq
     seq INTEGER NOT NULL
@@ -992,6 +1030,15 @@ CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND hold = 
     # enqueue with a key
     'jobs_key': f'''
 CREATE UNIQUE INDEX jobs_key ON jobs (queue, key) WHERE key IS NOT NULL AND {UNFINISHED}''',
+    # the jobs of a group; of those that have not ended the active one and the next
+    'jobs_group': 'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
+    'jobs_group_next': f'''
+CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
+    WHERE "group" IS NOT NULL AND {UNFINISHED}''',
+    # what has expired
+    'jobs_expiry': '''
+CREATE INDEX jobs_expiry ON jobs (expires_at)
+    WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
     # GET /details and /jobs
     'jobs_tag': 'CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL',
     # retention
@@ -1014,10 +1061,11 @@ def counting(change):
 TRIGGERS = {
     'jobs_insert': f'''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting)
-    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED})
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
+    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED}, NEW.hold = {QUEUED_IN_GROUP})
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
-        scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting;
+        scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
+        grouped = grouped + excluded.grouped;
 END''',
     'jobs_update': f'''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
@@ -1031,6 +1079,10 @@ END''',
     'jobs_delete_dependencies': '''
 CREATE TRIGGER jobs_delete_dependencies AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
     DELETE FROM dependencies WHERE dependent = OLD.seq;
+END''',
+    'jobs_delete_steps': '''
+CREATE TRIGGER jobs_delete_steps AFTER DELETE ON jobs WHEN OLD.steps > 0 BEGIN
+    DELETE FROM steps WHERE job = OLD.seq;
 END''',
 }
 SCHEMA = [*TABLES.values(), *INDEXES.values(), 'INSERT INTO last_seq VALUES (0)',
@@ -1102,12 +1154,35 @@ CREATE TRIGGER jobs_forget AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
     DELETE FROM needs WHERE job = OLD.seq;
 END''',
     ],
-    2: [        # version 1.1: columns and tables had other names
+    2: [        # version 1.1: no groups, steps and expiry; columns and tables had other names
         'DROP TRIGGER jobs_insert',
         'DROP TRIGGER jobs_update',
         'DROP TRIGGER jobs_delete',
         'DROP TRIGGER jobs_forget',
         'ALTER TABLE jobs RENAME COLUMN scheduled TO hold',
+        'ALTER TABLE jobs ADD COLUMN key_until TEXT',
+        'ALTER TABLE jobs ADD COLUMN released_key TEXT',
+        'ALTER TABLE jobs ADD COLUMN "group" TEXT',
+        'ALTER TABLE jobs ADD COLUMN expires_at INTEGER',
+        'ALTER TABLE jobs ADD COLUMN is_timed INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE jobs ADD COLUMN steps INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE jobs ADD COLUMN steps_size INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE schedules ADD COLUMN "group" TEXT',
+        'ALTER TABLE queues ADD COLUMN grouped INTEGER NOT NULL DEFAULT 0',
+        # times that were given cannot be told from delays any more; a retry is counted in seconds
+        "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
+        'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
+        '''
+CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
+    WHERE "group" IS NOT NULL AND status IN ('pending', 'running')''',
+        '''
+CREATE INDEX jobs_expiry ON jobs (expires_at)
+    WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
+        '''
+CREATE TABLE steps (
+    job INTEGER NOT NULL, name TEXT NOT NULL, position INTEGER NOT NULL, result TEXT NOT NULL,
+    PRIMARY KEY (job, name)
+) WITHOUT ROWID''',
         'ALTER TABLE needs RENAME TO dependencies',
         'ALTER TABLE dependencies RENAME COLUMN job TO dependent',
         'ALTER TABLE dependencies RENAME COLUMN place TO position',
@@ -1122,10 +1197,11 @@ INSERT INTO last_seq SELECT IFNULL(MAX(seq), 0) FROM (
     UNION ALL SELECT MAX(job) FROM unresolved_ends)''',
         '''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting)
-    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2)
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
+    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2, NEW.hold = 3)
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
-        scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting;
+        scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
+        grouped = grouped + excluded.grouped;
 END''',
         '''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
@@ -1136,7 +1212,8 @@ CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
         failed = failed + (NEW.status = 'failed') - (OLD.status = 'failed'),
         cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled'),
         scheduled = scheduled + (NEW.hold = 1) - (OLD.hold = 1),
-        waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2)
+        waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2),
+        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3)
     WHERE queue = NEW.queue;
 END''',
         '''
@@ -1148,13 +1225,18 @@ CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
         failed = failed - (OLD.status = 'failed'),
         cancelled = cancelled - (OLD.status = 'cancelled'),
         scheduled = scheduled - (OLD.hold = 1),
-        waiting = waiting - (OLD.hold = 2)
+        waiting = waiting - (OLD.hold = 2),
+        grouped = grouped - (OLD.hold = 3)
     WHERE queue = OLD.queue;
     UPDATE last_seq SET seq = OLD.seq WHERE seq < OLD.seq;
 END''',
         '''
 CREATE TRIGGER jobs_delete_dependencies AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
     DELETE FROM dependencies WHERE dependent = OLD.seq;
+END''',
+        '''
+CREATE TRIGGER jobs_delete_steps AFTER DELETE ON jobs WHEN OLD.steps > 0 BEGIN
+    DELETE FROM steps WHERE job = OLD.seq;
 END''',
     ],
 }
@@ -1461,12 +1543,11 @@ def names(columns):
 
 
 COLUMNS = list(JOB_COLUMNS)
-TRANSITION_COLUMNS = columns_where(lambda column: not column.large)
+TRANSITION_COLUMNS = columns_where(lambda column: not column.passive)
 BRIEF_COLUMNS = [*columns_where(lambda column: column.brief),
-                 'worker_max_retries', 'worker_timeout', 'waits_for']   # which their JSON needs
-INSERTED_COLUMNS = columns_where(lambda column: column.inserted)
+                 # which their JSON needs
+                 'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
 NEW_JOB = {name: column.default for name, column in JOB_COLUMNS.items()}
-inserted_values = operator.itemgetter(*INSERTED_COLUMNS)
 
 # Named, in the order of the table: a migrated database may have its columns in another order.
 SELECT_JOB = f'SELECT {names(COLUMNS)} FROM jobs WHERE '
@@ -1482,16 +1563,21 @@ NEXT_SEQ = ('(SELECT MAX(seq) + 1 FROM '
             '(SELECT MAX(seq) AS seq FROM jobs UNION ALL SELECT seq FROM last_seq))')
 
 
-def insert_statement(rows):
-    """For so many rows. Those after the first get a seq by counting on."""
-    values = ', ?' * len(INSERTED_COLUMNS)
-    others = f', (NULL{values})' * (rows - 1)
-    return (f'INSERT INTO jobs (seq, {names(INSERTED_COLUMNS)}) '
-            f'VALUES ({NEXT_SEQ}{values}){others}')
+INSERTING_FIELDS = {column.inserted for column in JOB_COLUMNS.values()} - {True, False}
 
 
-INSERT_JOBS = {     # by the number of rows: powers of two, so that few statements suffice
-    2 ** power: insert_statement(2 ** power) for power in range(ROWS_PER_INSERT.bit_length())}
+@functools.lru_cache(maxsize=256)
+def insert_plan(rows, fields=frozenset(INSERTING_FIELDS)):
+    """(statement, function of a row that gives its values) for so many rows.
+
+    Only columns of these fields are written: each of the others would cost a bulk insert 3 %.
+    """
+    columns = columns_where(lambda column: column.inserted is True or column.inserted in fields)
+    values = ', ?' * len(columns)
+    others = f', (NULL{values})' * (rows - 1)       # their seqs count on from the first one
+    statement = f'INSERT INTO jobs (seq, {names(columns)}) VALUES ({NEXT_SEQ}{values}){others}'
+    return statement, operator.itemgetter(*columns)
+
 
 CLAIMABLE = f"FROM jobs WHERE queue = :queue AND status = 'pending' AND hold = {READY}"
 CLAIM = f'''
@@ -1519,16 +1605,23 @@ def upsert_queue_statement(columns):
 
 
 def compile_renderer(columns, of_page):
-    """A function of a row that gives its JSON text without the last brace.
+    """A function of a row that gives the members of its JSON object.
 
     Compiled: to walk over the table for each job takes half as long again, which a batch feels.
     """
-    renderers = {name: of_page(column) for name, column in columns.items() if of_page(column)}
-    template = '{' + ','.join(f'"{name}":%s' for name in renderers)
-    values = ', '.join(
-        f'{renderer.__name__}({"row" if columns[name].of_row else f"row[{name!r}]"})'
-        for name, renderer in renderers.items())
-    return eval(f'lambda row: {template!r} % ({values})', globals())
+    template = []
+    values = []
+    for name, column in columns.items():
+        renderer = of_page(column)
+        if renderer:
+            value = f'{renderer.__name__}({"row" if column.of_row else f"row[{name!r}]"})'
+            label = f'"{name}":' if not template else f',"{name}":'
+            if column.optional:
+                value = f'"" if row[{name!r}] is None else {label!r} + {value}'
+                label = ''
+            template.append(label + '%s')
+            values.append(value)
+    return eval(f'lambda row: {"".join(template)!r} % ({", ".join(values)})', globals())
 
 
 render_job = compile_renderer(JOB_COLUMNS, operator.attrgetter('json'))
@@ -1540,16 +1633,31 @@ def job_json(row, more='', brief=False):
     """A job as clients see it, as JSON text, with `more` (', "name": value' ...) at its end."""
     if brief:
         waits = f',"waits_for":{row["waits_for"]}' if row['waits_for'] else ''
-        return f'{render_brief_job(row)}{waits}{more}}}'
+        return f'{{{render_brief_job(row)}{waits}{more}}}'
     waits = ''
     if row['after']:
         waits = f',"after":{row["after"]},"waits_for":{row["waits_for"]}'
-    return f'{render_job(row)}{waits}{more}}}'
+    return f'{{{render_job(row)}{waits}{more}}}'
+
+
+def claim_json(claim):
+    """A job that a poll gave, with its steps if it has any."""
+    return job_json(claim, claim.get('steps_json', ''))
+
+
+def steps_json(db, row):
+    """The steps of a job as a member of its JSON object; '' if it has none."""
+    if not row['steps']:
+        return ''
+    steps = db.execute('SELECT name, result FROM steps WHERE job = ? ORDER BY position',
+                       (row['seq'],))
+    members = ','.join(f'{json_quote(name)}:{result}' for name, result in steps)
+    return f',"steps":{{{members}}}'
 
 
 def schedule_json(row, **more):
-    return render_schedule(row) + ''.join(
-        f',"{name}":{encode(value)}' for name, value in more.items()) + '}'
+    members = [render_schedule(row)] + [f'"{name}":{encode(value)}' for name, value in more.items()]
+    return f'{{{",".join(members)}}}'
 
 
 def json_list(texts):
@@ -1588,7 +1696,7 @@ def attempts_json(row, outcome, finished_at, error=None):
 
 def size_of(row):
     """Characters of a job in a response, roughly: those of the fields that may be large."""
-    size = 500
+    size = 500 + row['steps_size']
     for field in ('payload', 'result', 'error', 'progress', 'after'):
         size += len(row[field] or '')
     return size
@@ -1671,12 +1779,22 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     "UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by "
     "WHERE status = 'running'",
     f"UPDATE jobs SET next_run_at = next_run_at + :by "
-    f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0",
+    f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
 SELECT_DUE = f'''
     SELECT seq, queue FROM jobs WHERE status = 'pending' AND hold = {DELAYED} AND next_run_at <= ?
     ORDER BY next_run_at LIMIT ?'''
+
+
+ACTIVE_IN_GROUP = f'''
+    {FIND_JOB} queue = ? AND "group" = ? AND {UNFINISHED} AND hold < {QUEUED_IN_GROUP} LIMIT 1'''
+FIRST_IN_GROUP = f'''
+    {FIND_JOB} queue = ? AND "group" = ? AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP}
+    ORDER BY seq LIMIT 1'''
+SELECT_EXPIRED = f'''
+    {FIND_JOB} expires_at <= ? AND status = 'pending' AND attempt = 0
+    ORDER BY expires_at LIMIT ?'''
 
 
 class Jobs:
@@ -1703,12 +1821,17 @@ class Jobs:
                 tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
-            self.place(tx, changes, queue, due, changes.get('waits_for', job['waits_for']))
+            waits_for = changes.get('waits_for', job['waits_for'])
+            queued = job['group'] is not None and (
+                job['hold'] == QUEUED_IN_GROUP or job['status'] in ENDED)
+            self.place(tx, changes, queue, due, waits_for, queued)
             changes['finished_at'] = None
         else:
             changes.update(hold=READY, finished_at=tx.now)
-        changes.update(seq=job['seq'], status=target, updated_at=tx.now)
-        tx.execute(update_statement(tuple(changes)), changes)
+        changes.update(status=target, updated_at=tx.now)
+        self._write(tx, job, changes)
+        if job['group'] is not None:
+            self.advance_group(tx, queue, job['group'])
         if rule.event:
             took = tx.now - job['started_at'] if target == 'done' else None
             tx.events.append((rule.event, queue, took))
@@ -1721,10 +1844,15 @@ class Jobs:
             raise AssertionError(f'{call} does not lead from {source} to {target}')
         return rule
 
-    def place(self, tx, columns, queue, next_run_at, waits_for=0):
-        """Set in `columns` when a pending job is handed out; wake polls or set a deadline."""
+    def place(self, tx, columns, queue, next_run_at, waits_for=0, queued=False):
+        """Set in `columns` when a pending job is handed out; wake polls or set a deadline.
+
+        `queued`: it is not for this method to make it the active job of its group.
+        """
         columns['next_run_at'] = next_run_at
-        if waits_for:
+        if queued:
+            columns['hold'] = QUEUED_IN_GROUP
+        elif waits_for:
             columns['hold'] = BLOCKED
         elif next_run_at > tx.now:
             columns['hold'] = DELAYED
@@ -1732,6 +1860,32 @@ class Jobs:
         else:
             columns['hold'] = READY
             tx.wake_polls(queue)
+
+    def advance_group(self, tx, queue, group):
+        """Have the right job of the group be the active one, after any change of one of them.
+
+        The active job is the running one, else the oldest that has not ended. All others are
+        QUEUED_IN_GROUP. It costs two index lookups, however many those are.
+        """
+        active = tx.fetch_one(ACTIVE_IN_GROUP, queue, group)
+        if active and active['status'] == 'running':
+            return
+        first = tx.fetch_one(FIRST_IN_GROUP, queue, group)
+        if not first or active and active['seq'] < first['seq']:
+            return
+        if active:      # an older job was retried
+            self._hold(tx, active, queued=True)
+        self._hold(tx, first, queued=False)
+
+    def _hold(self, tx, job, queued):
+        columns = {}
+        self.place(tx, columns, job['queue'], job['next_run_at'], job['waits_for'], queued)
+        self._write(tx, job, columns)
+
+    def _write(self, tx, job, columns):
+        statement = update_statement(tuple(columns))
+        columns['seq'] = job['seq']
+        tx.db.execute(statement, columns)
 
     def claim(self, tx, claims, columns):
         """Start jobs: `claims` are their rows as they are then, `columns` those that changed."""
@@ -1744,8 +1898,7 @@ class Jobs:
     def set_leases(self, tx, jobs, *columns):
         """Write `lease_until` of running jobs, and these columns; `jobs` are dicts with `seq`."""
         tx.db.executemany(update_statement((*columns, 'lease_until')), jobs)
-        for job in jobs:
-            tx.wake_at(job['lease_until'])
+        tx.wake_at(min(job['lease_until'] for job in jobs))
 
     def extend_leases(self, tx, pause_seconds):
         """Nobody could be heard for so long: leases shorter than twice that get one more period."""
@@ -1767,17 +1920,24 @@ class Jobs:
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
 
+    def expire(self, tx):
+        """A step of cancelling jobs that have not started in time."""
+        for job in tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS):
+            self.transition(tx, 'expire', job, 'cancelled', error='expired')
+
     def update(self, tx, job, **columns):
         """Write columns of a job that have no owner."""
         owned = OWNED_COLUMNS.intersection(columns)
         if owned:
             raise AssertionError(f'{", ".join(owned)}: Jobs has a method that writes it')
-        tx.execute(update_statement(tuple(columns)), dict(columns, seq=job['seq']))
+        self._write(tx, job, columns)
 
     def delete(self, tx, job):
         self._rule_of_purge(job)
         self.announce_end(tx, job, 'purged')
         tx.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
+        if job['group'] is not None:
+            self.advance_group(tx, job['queue'], job['group'])
 
     def _rule_of_purge(self, job):
         if job['status'] not in TRANSITIONS['purge'].sources:
@@ -1800,7 +1960,7 @@ class Jobs:
         retries = job['retries'] + 1
         wait = micros(BACKOFF * retries ** 2) if delay is None else delay
         self.transition(tx, call, job, 'pending', tx.now + wait, retries=retries, error=error,
-                        **changes)
+                        is_timed=0, **changes)
 
     def require_status(self, tx, call, params):
         """(job, True) if the call is possible; (job, False) if it is a replay; else Conflict.
@@ -1829,6 +1989,19 @@ def last_outcome(job):
 
 
 # -- Jobs: producers -------------------------------------------------------------------------------
+# what enqueue did for a job
+CREATED = 'created'
+EXISTING = 'existing'           # its id or key is taken
+REPLACED = 'replaced'           # the job that has its key got its values
+MEMBERS_OF = {                  # of the job in the answer
+    CREATED: ',"created":true',
+    EXISTING: ',"created":false',
+    REPLACED: ',"created":false,"replaced":true',
+}
+REPLACED_COLUMNS = ('payload', 'tag', 'priority', 'timeout', 'max_retries', 'key_until',
+                    'expires_at', 'is_timed')
+
+
 class Producers:
     """Enqueue."""
 
@@ -1839,7 +2012,7 @@ class Producers:
         self.workers = workers
 
     def enqueue(self, tx, items):
-        """Add the jobs, all or none. Of each (row, created): the new job, or the existing one."""
+        """Add the jobs, all or none. Of each (row, what was done): CREATED, EXISTING, REPLACED."""
         if len(items) > 1:
             named = sum(len(item['after']) for item in items if 'after' in item)
             if named > MAX_DEPENDENCIES:
@@ -1847,16 +2020,19 @@ class Producers:
                     f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
                     'send fewer at a time')
         rows = [self._new_row(tx, item) for item in items]
+        fields = frozenset(INSERTING_FIELDS.intersection(set().union(*items)))
         jobs = []
         budget = tx.response_budget
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
-            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count])
+            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields)
             if budget - tx.response_budget > MAX_RESPONSE and len(rows) > 1:
                 raise PayloadTooLarge(
                     'jobs: those that exist already are too large for one answer; '
                     'send fewer at a time')
+        for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
+            self.jobs.advance_group(tx, queue, group)
         return jobs
 
     def _new_row(self, tx, item):
@@ -1864,34 +2040,54 @@ class Producers:
         row.update(item)
         row['id'] = item.get('id') or new_id(tx.now)
         row['created_at'] = row['updated_at'] = tx.now
-        due = item['run_at'] if 'run_at' in item else tx.now + item.get('delay', 0)
-        self.jobs.place(tx, row, row['queue'], due)
+        due = tx.now + item.get('delay', 0)
+        start = tx.now      # from which `expires` counts
+        if 'run_at' in item:
+            due = start = item['run_at']
+            row['is_timed'] = 1
+        if 'expires' in item:
+            row['expires_at'] = max(start, tx.now) + item['expires']
+            tx.wake_at(row['expires_at'])
+        # enqueue() makes the right job of the group the active one, once all are inserted
+        self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row
 
-    def _insert(self, tx, rows):
+    def _insert(self, tx, rows, fields):
         """Insert them in one statement, in half the time of one each; one by one if one exists."""
+        statement, values_of = insert_plan(len(rows), fields)
         values = []
         is_plain = True
         for row in rows:
-            values += inserted_values(row)
+            values += values_of(row)
             is_plain = is_plain and row['after'] is None
         if is_plain:
             with contextlib.suppress(sqlite3.IntegrityError):
-                tx.execute(INSERT_JOBS[len(rows)], values)
+                tx.execute(statement, values)
                 tx.events += [('enqueued', row['queue'], None) for row in rows]
-                return [(row, True) for row in rows]
+                return [(row, CREATED) for row in rows]
         if len(rows) == 1:
             return [self._insert_one(tx, rows[0])]
-        return [pair for row in rows for pair in self._insert(tx, [row])]
+        return [pair for row in rows for pair in self._insert(tx, [row], fields)]
 
     def _insert_one(self, tx, row):
         """The job that has the id or key of the row; else the row, which has `after`, inserted."""
-        existing = (tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
-                    or tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key']))
+        existing = tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
         if existing:
             tx.spend(size_of(existing))
-            return existing, False
-        return self.dependencies.insert(tx, row), True
+            return existing, EXISTING
+        existing = tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key'])
+        if existing:
+            tx.spend(size_of(existing))
+            return self._replace(tx, existing, row) if row.get('replace') else (existing, EXISTING)
+        return self.dependencies.insert(tx, row), CREATED
+
+    def _replace(self, tx, existing, row):
+        """Give the job that holds the key the values of the row, unless it has started."""
+        if existing['status'] != 'pending' or existing['attempt']:
+            return existing, EXISTING
+        values = {field: row[field] for field in REPLACED_COLUMNS}
+        self.jobs.transition(tx, 'replace', existing, 'pending', row['next_run_at'], **values)
+        return tx.fetch_one(SELECT_JOB + 'seq = ?', existing['seq']), REPLACED
 
     def render_created(self, jobs):
         """The JSON texts of the result of enqueue(), with a warning if nobody polls their queue."""
@@ -1900,10 +2096,10 @@ class Producers:
         # comparing names takes time: only those of one queue are
         known = () if first in last_polled else tuple(last_polled)[-20:]
         texts = []
-        for row, created in jobs:
-            more = ',"created":true' if created else ',"created":false'
+        for row, done in jobs:
+            more = MEMBERS_OF[done]
             queue = row['queue']
-            if created and queue not in last_polled:
+            if done is CREATED and queue not in last_polled:
                 warning = no_worker_warning(queue, known if queue == first else ())
                 more += f',"warning":{json_quote(warning)}'
             texts.append(job_json(row, more))
@@ -1920,6 +2116,7 @@ def no_worker_warning(queue, known):
 
 
 # -- Jobs: claims ----------------------------------------------------------------------------------
+SELECT_STEP = 'SELECT result FROM steps WHERE job = ? AND name = ?'
 FIND_LOST = f"{FIND_JOB} status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
 
 
@@ -1953,12 +2150,35 @@ class Claims:
             'worker_timeout': params.get('timeout'),
             'worker_max_retries': params.get('max_retries'),
         }
-        rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
-        claims = self._within_budget(tx, rows, changes)
+        claims = self._take(tx, queue, limit, changes)
         if claims:
             self.jobs.claim(tx, claims, (*changes, 'attempt'))
             self.limits.take(tx, queue, len(claims))
+            self._complete_claims(tx, claims)
         return claims
+
+    def _take(self, tx, queue, limit, changes):
+        """The rows of due jobs as they will be once claimed; expired ones are cancelled."""
+        rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
+        expired = []
+        claims = self._within_budget(tx, rows, changes, expired)
+        for job in expired:
+            self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
+        if expired and not claims:
+            # others may be due behind them: try again after the next step of Jobs.expire()
+            tx.starved.add(queue)
+            tx.wake_at(tx.now)
+        return claims
+
+    def _complete_claims(self, tx, claims):
+        """Release keys that are held until the start, and add the steps of earlier attempts."""
+        for claim in claims:
+            if claim['key_until'] == 'start' and claim['key'] is not None:
+                claim['released_key'] = claim['key']
+                claim['key'] = None
+                self.jobs.update(tx, claim, key=None, released_key=claim['released_key'])
+            if claim['steps']:
+                claim['steps_json'] = steps_json(tx.db, claim)
 
     def _record_poll(self, tx, queue, params):
         """A sign of life. `polled_at` is stored now and then; the workers' memory is exact."""
@@ -1967,15 +2187,19 @@ class Claims:
             tx.upsert_queue(queue, polled_at=tx.now)
         tx.signs_of_life.append((queue, params.get('worker'), params.get('hung', 0)))
 
-    def _within_budget(self, tx, rows, changes):
+    def _within_budget(self, tx, rows, changes, expired):
         """The rows as they will be once claimed, as many as the response budget allows."""
         claims = []
         for row in rows:
-            size = size_of(row)
+            claim = dict(zip(COLUMNS, row))     # five times as fast as dict(row)
+            expires_at = claim['expires_at']
+            if expires_at is not None and expires_at <= tx.now and not claim['attempt']:
+                expired.append({column: claim[column] for column in TRANSITION_COLUMNS})
+                continue
+            size = size_of(claim)
             if claims and size > tx.response_budget:
                 break
             tx.response_budget -= size
-            claim = dict(zip(COLUMNS, row))     # five times as fast as dict(row)
             claim.update(changes)
             claim['attempt'] += 1
             claim['lease_until'] = latest_lease(claim, tx.now)
@@ -2023,15 +2247,43 @@ class Claims:
 
     def heartbeat(self, tx, params):
         job, _ = self.jobs.require_status(tx, 'heartbeat', params)
-        changes = {'updated_at': tx.now}
-        if 'progress' in params:
-            changes['progress'] = params['progress']
+        changes = {'progress': params['progress']} if 'progress' in params else {}
+        self._keep(tx, job, **changes)
+        return {'id': job['id'], 'status': 'running'}
+
+    def step(self, tx, params):
+        """Keep the result of a step, as JSON text; the first one under a name stays."""
+        job, _ = self.jobs.require_status(tx, 'step', params)
+        name = params['name']
+        known = tx.fetch_one(SELECT_STEP, job['seq'], name)
+        result = known['result'] if known else params.get('result', 'null')
+        if known:
+            self._keep(tx, job)
+        else:
+            self._add_step(tx, job, name, result)
+        created = encode(not known)
+        return (f'{{"id":{json_quote(job["id"])},"name":{json_quote(name)},"created":{created},'
+                f'"result":{result}}}')
+
+    def _add_step(self, tx, job, name, result):
+        size = job['steps_size'] + len(name) + len(result)
+        if job['steps'] >= MAX_STEPS:
+            raise PayloadTooLarge(f'name: the job has {MAX_STEPS} steps already')
+        if size > MAX_STEPS_SIZE:
+            raise PayloadTooLarge(
+                f'result: the steps of the job exceed {MAX_STEPS_SIZE} characters')
+        tx.execute('INSERT INTO steps (job, name, position, result) VALUES (?, ?, ?, ?)',
+                   (job['seq'], name, job['steps'], result))
+        self._keep(tx, job, steps=job['steps'] + 1, steps_size=size)
+
+    def _keep(self, tx, job, **changes):
+        """A sign of life of the worker: extend the lease, and change columns of the job."""
+        changes['updated_at'] = tx.now
         until = min(tx.now + (job['lease'] or 0), latest_lease(job, job['started_at']))
         until = max(until, job['lease_until'])
         self.jobs.set_leases(tx, [dict(changes, seq=job['seq'], lease_until=until)], *changes)
         if job['worker']:
             tx.signs_of_life.append((job['queue'], job['worker'], None))
-        return {'id': job['id'], 'status': 'running'}
 
     def lose_overdue(self, tx):
         """A step of giving up the workers whose leases are over."""
@@ -2072,7 +2324,10 @@ class Dependencies:
             require(tx.fetch_one(FIND_BY_ID, id), 'after: there is no job', id, BadRequest)
             for id in row['after']]
         states = [DEPENDENCY_STATE.get(job['status'], 0) for job in dependencies]
-        seq = tx.execute(INSERT_JOBS[1], inserted_values({**row, 'hold': BLOCKED})).lastrowid
+        if row['group'] is None:
+            row['hold'] = BLOCKED
+        statement, values_of = insert_plan(1)
+        seq = tx.execute(statement, values_of(row)).lastrowid
         self.jobs.update(tx, {'seq': seq}, after=encode(row['after']),
                          after_any=bool(row['after_any']))
         tx.db.executemany('INSERT INTO dependencies VALUES (?, ?, ?, ?)', [
@@ -2104,7 +2359,8 @@ class Dependencies:
         state = DEPENDENCY_STATE[end['status']]
         tx.execute(SET_DEPENDENCY_STATE, (state, end['dependent'], end['position']))
         job = tx.fetch_one(FIND_BY_SEQ, end['dependent'])
-        if job['hold'] != BLOCKED:      # cancelled, or due since before the dependency was retried
+        # it was cancelled, or is due since before the dependency was retried
+        if job['status'] != 'pending' or not job['waits_for']:
             return
         if state != SUCCEEDED and not job['after_any']:
             self._cancel_dependent(tx, job, end)
@@ -2136,8 +2392,9 @@ class Dependencies:
 
     def reopen(self, tx, job):
         """A job that had ended is retried: dependents that are blocked wait for it again."""
-        tx.execute(f'''
-            UPDATE jobs SET waits_for = waits_for + 1 WHERE hold = {BLOCKED} AND seq IN (
+        tx.execute('''
+            UPDATE jobs SET waits_for = waits_for + 1
+            WHERE status = 'pending' AND waits_for > 0 AND seq IN (
                 SELECT dependent FROM dependencies WHERE dependency = ? AND state <> 0)''',
                    (job['seq'],))
         tx.execute('UPDATE dependencies SET state = 0 WHERE dependency = ?', (job['seq'],))
@@ -2270,8 +2527,8 @@ class Schedules:
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
         item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
-        (job, created), = self.producers.enqueue(tx, [item])
-        is_skipped = not created and job['id'] != item['id']
+        (job, done), = self.producers.enqueue(tx, [item])
+        is_skipped = done is EXISTING and job['id'] != item['id']
         tx.execute(
             'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, '
             'skipped = skipped + ? WHERE name = ?',
@@ -2314,7 +2571,7 @@ class Operators:
         waits_for = self.dependencies.recheck(tx, job)
         try:
             self.jobs.transition(tx, 'retry', job, 'pending', tx.now, retries=0, losses=0,
-                                 waits_for=waits_for)
+                                 waits_for=waits_for, expires_at=None, is_timed=0)
         except sqlite3.IntegrityError:
             raise Conflict('key: another job with the same key is pending or running in the '
                            'queue') from None
@@ -2322,6 +2579,21 @@ class Operators:
 
     def purge(self, tx, job):
         self.jobs.delete(tx, job)
+
+    def reschedule(self, tx, params):
+        """Change when a pending job is due, or its priority."""
+        job, _ = self.require_status(tx, 'reschedule', params)
+        changes = {'priority': params['priority']} if 'priority' in params else {}
+        due = job['next_run_at']
+        if 'run_at' in params:
+            due = params['run_at']
+            changes['is_timed'] = 1
+        elif 'delay' in params:
+            due = tx.now + params['delay']
+            changes['is_timed'] = 0
+        self.jobs.transition(tx, 'reschedule', job, 'pending', due, **changes)
+        return {'id': job['id'], 'status': 'pending', 'next_run_at': rfc3339(due),
+                'priority': changes.get('priority', job['priority'])}
 
     def pause(self, tx, params):
         return self._set_paused(tx, params['queue'], True)
@@ -2443,7 +2715,8 @@ class Queries:
             attempts = row['attempts'] or '[]'      # those that did not end in done
             if row['status'] in ('running', 'done'):
                 attempts = attempts_json(row, row['status'], row['finished_at'])
-            more = f',"attempts":{attempts},"why":{json_string(self._why(db, row))}'
+            more = steps_json(db, row)
+            more += f',"attempts":{attempts},"why":{json_string(self._why(db, row))}'
             dependents = [dependent for dependent, in db.execute(
                 'SELECT id FROM dependencies JOIN jobs ON seq = dependent WHERE dependency = ? '
                 'ORDER BY seq LIMIT ?', (row['seq'], MAX_DEPENDENTS_LISTED))]
@@ -2537,6 +2810,7 @@ class Queries:
         queue = db.execute(SELECT_QUEUE, (row['queue'],)).fetchone()
         reasons = [reason for reason in (
             'the queue is paused' if queue['paused'] else None,
+            self._why_queued(db, row),
             self._why_blocked(db, row),
             self._why_limited(queue),
             self._why_delayed(row),
@@ -2545,8 +2819,17 @@ class Queries:
         ) if reason]
         return '; '.join(reasons) or 'next in line'
 
+    def _why_queued(self, db, row):
+        if row['hold'] != QUEUED_IN_GROUP:
+            return None
+        ahead = db.execute(ACTIVE_IN_GROUP, (row['queue'], row['group'])).fetchone()
+        if not ahead:       # it has just ended
+            return None
+        return (f'waits in the group {describe(row["group"])} for the job {describe(ahead["id"])}, '
+                f'which is {ahead["status"]}')
+
     def _why_blocked(self, db, row):
-        if row['hold'] != BLOCKED:
+        if not row['waits_for']:
             return None
         names = [describe(id) for id, in db.execute(UNFINISHED_DEPENDENCIES, (row['seq'],))]
         if len(names) > 3:
@@ -2563,7 +2846,7 @@ class Queries:
         return None
 
     def _why_delayed(self, row):
-        if row['hold'] != DELAYED:
+        if row['next_run_at'] <= self.clock.now() or row['hold'] == READY:
             return None
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
         return f'scheduled for {rfc3339(row["next_run_at"])}{retry}'
@@ -2583,11 +2866,13 @@ class Queries:
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
 
 
-TOTALS = 'SELECT COUNT(*) AS queues, {} FROM queues'.format(
-    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)))
-WITHOUT_RUNNING_JOBS = '''
-    SELECT queue, pending - scheduled - waiting AS due FROM queues
-    WHERE paused = 0 AND running = 0 AND pending > scheduled + waiting ORDER BY queue'''
+IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting + grouped
+    AND COALESCE(polled_at, 0) < :silent_since)'''
+TOTALS = 'SELECT COUNT(*) AS queues, {}, COALESCE(SUM({}), 0) AS unserved FROM queues'.format(
+    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)), IS_UNSERVED)
+UNSERVED = f'''
+    SELECT queue, pending - scheduled - waiting - grouped AS due FROM queues WHERE {IS_UNSERVED}
+    ORDER BY queue LIMIT {MAX_UNSERVED_LISTED}'''
 
 
 class Overview:
@@ -2600,41 +2885,45 @@ class Overview:
         self.workers = workers
         self.meter = meter
 
-    def queues(self, limit=MAX_LIMIT, after='', busy=False, queue=None, search=''):
+    def queues(self, totals=False, **params):
         """A page of queues, by name or the busy first; `search` is a part of the name.
 
-        Totals, minutes and unserved queues are of all queues. Ages are in seconds.
+        `totals` adds the sums over all queues. Ages are in seconds.
         """
-        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        now = self.clock.now()
         with self.database.reading() as db:
-            rows = db.execute(
-                'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
-                f'AND INSTR(LOWER(queue), LOWER(:search)) ORDER BY {order} LIMIT :limit',
-                {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
-            oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
-            totals = dict(db.execute(TOTALS).fetchone())
-            idle = db.execute(WITHOUT_RUNNING_JOBS).fetchall()
+            page = self._page(db, now, **params)
             running = {(worker, queue): count
                        for worker, queue, count in db.execute(RUNNING_OF_WORKERS)}
-        now = self.clock.now()
-        unserved = self._unserved(idle, now)
+            sums = self._sums(db, now) if totals else {}
+        return {**page, 'now': rfc3339(now), **sums, 'workers': self._workers_json(running)}
+
+    def _page(self, db, now, limit=MAX_LIMIT, after='', busy=False, queue=None, search=None):
+        order = 'pending + running > 0 DESC, failed > 0 DESC, queue' if busy else 'queue'
+        rows = db.execute(
+            'SELECT * FROM queues WHERE queue > :after AND queue = COALESCE(:queue, queue) '
+            'AND (:search IS NULL OR INSTR(LOWER(queue), LOWER(:search))) '
+            f'ORDER BY {order} LIMIT :limit',
+            {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
+        oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
         return {
             'queues': self._queues_json(rows, oldest, now),
             'after': rows[-1]['queue'] if len(rows) == limit and not busy else None,
-            'now': rfc3339(now),
-            'totals': {**totals, 'unserved': len(unserved)},
-            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
-            'unserved': unserved[:MAX_UNSERVED_LISTED],
-            'workers': self._workers_json(running),
         }
 
-    def _unserved(self, idle, now):
-        """Those of the queues with due jobs that no worker has polled lately."""
-        polled = self.workers.last_polled
-        return [
-            {'queue': queue, 'due': due, 'polled_at': rfc3339(polled.get(queue))}
-            for queue, due in idle
-            if now - polled.get(queue, 0) > micros(WORKER_SILENCE)]
+    def _sums(self, db, now):
+        # the stored time of a poll may be older than the poll
+        silence = {'silent_since': now - micros(WORKER_SILENCE + POLL_TIME_RESOLUTION)}
+        totals = dict(db.execute(TOTALS, silence).fetchone())
+        unserved = db.execute(UNSERVED, silence).fetchall() if totals['unserved'] else []
+        return {
+            'totals': totals,
+            'minutes': {**self.meter.last_hour(now), 'wait': self.meter.waits(now)},
+            'unserved': [self._unserved_json(row) for row in unserved],
+        }
+
+    def _unserved_json(self, row):
+        return {**row, 'polled_at': rfc3339(self.workers.last_polled.get(row['queue']))}
 
     def _workers_json(self, running):
         return [
@@ -2759,6 +3048,8 @@ NEXT_DEADLINE = f'''
         SELECT MIN(next_run_at) AS moment FROM jobs WHERE status = 'pending' AND hold = {DELAYED}
         UNION ALL SELECT MIN(lease_until) FROM jobs WHERE status = 'running'
         UNION ALL SELECT MIN(next_run_at) FROM schedules
+        UNION ALL SELECT MIN(expires_at) FROM jobs
+            WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0
         UNION ALL SELECT MIN(1) FROM unresolved_ends
         UNION ALL SELECT ?)'''
 
@@ -2832,6 +3123,7 @@ class Store:
         for queue in self.starved:
             tx.wake_polls(queue)
         self.schedules.run_due(tx)
+        self.jobs.expire(tx)
         self.jobs.release_due(tx)
         self.claims.lose_overdue(tx)
         self.dependencies.resolve(tx)
@@ -2852,7 +3144,8 @@ class Client:
 
     resume(event)   Continue. `event` is SOCKET_READY, the result of an operation or of a slow call,
                     or an exception, which is raised where the client waits.
-    is_open         False once the client is gone: it is given no job any more.
+    is_open         False once the client is known to be gone.
+    is_connected()  Look at this moment; it costs a system call.
     set_timeout(s)  Have on_timeout() called in `s` seconds, instead of at the time set before.
     on_timeout()    The time is over.
     """
@@ -2873,6 +3166,10 @@ class Client:
 
     def on_timeout(self):
         raise NotImplementedError
+
+    def is_connected(self):
+        """Look whether the client is still there, before it is given a job."""
+        return self.is_open
 
 
 class ThreadWait(Client):
@@ -3018,6 +3315,8 @@ class Waiters:
             for operation in self.by_topic.get(topic, ()):
                 if isinstance(operation, JobWait):
                     operation.result = True
+                elif not operation.client.is_connected():
+                    continue
                 else:
                     run(operation)
                     if not operation.result and operation.error is None:
@@ -3052,7 +3351,7 @@ class Budget:
         if self.request_bytes <= MAX_REQUEST_BUFFER:
             return
         large = [connection for connection in self.connections
-                 if connection.request and len(connection.received) > RESERVED_BYTES]
+                 if connection.is_receiving and connection.request_bytes > RESERVED_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
@@ -3196,7 +3495,7 @@ class Committer:
         writes, inserts, polls = [], [], []
         for operation in operations:
             if operation.topic:
-                if operation.client.is_open:
+                if operation.client.is_connected():
                     polls.append(operation)
             elif operation.single_insert and insert_in_bulk and operation.error is None:
                 inserts.append(operation)
@@ -3392,10 +3691,17 @@ class EventLoop:
 
 
 # -- HTTP -----------------------------------------------------------------------------------------
-REQUEST_LINE = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) (/[!-~]*) HTTP/1\.([01])')
+REQUEST_LINE = re.compile(
+    rb'([!#-\'*+.0-9A-Z^-z|~-]{1,32}) '                                 # method
+    rb'(?:[Hh][Tt][Tt][Pp][Ss]?://([0-9A-Za-z._:\[\]-]{1,300})(?=/))?'  # absolute form
+    rb'(/[!-~]*) HTTP/1\.([01])')
 HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
-SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin')
+SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin',
+                  'transfer-encoding')
+CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~]*)?')      # size, extensions
+MAX_CHUNK_LINE = 256            # bytes
+TLS_ALERT = b'\x15'             # the type of the record in which a client says goodbye
 END_OF_HEAD = b'\r\n\r\n'
 NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 PROMETHEUS = 'text/plain; version=0.0.4; charset=utf-8'
@@ -3422,10 +3728,11 @@ class RequestHead(NamedTuple):
     path_parameter: str         # '/jobs/17' is the route '/jobs/' and the parameter '17'
     query: str
     headers: Dict[str, str]     # by lower-case names
+    is_http_1_1: bool
     keep_alive: bool
     # known once it is authorized
     rule: Optional['Route'] = None
-    content_length: int = 0
+    content_length: Optional[int] = 0       # None: the body is chunked
 
 
 def check_head_bytes(head):
@@ -3449,7 +3756,7 @@ def parse_head(raw):
     fields = [(match[1].decode().lower(), match[2].strip(b' \t').decode('latin-1'))
               for match in matches[1:]]
     headers = dict(fields)
-    is_http_1_1 = request_line[3] == b'1'
+    is_http_1_1 = request_line[4] == b'1'
     if is_http_1_1 and 'host' not in headers:
         raise BadRequest('the header Host is missing')
     if len(headers) < len(fields):
@@ -3459,10 +3766,12 @@ def parse_head(raw):
                 raise BadRequest(f'the header {name} is there twice')
     connection = headers.get('connection', '').lower()
     keep_alive = 'close' not in connection and (is_http_1_1 or 'keep-alive' in connection)
-    path, _, query = request_line[2].decode().partition('?')
+    if request_line[2]:         # its host replaces that of the header (RFC 9112, 3.2.2)
+        headers['host'] = request_line[2].decode()
+    path, _, query = request_line[3].decode().partition('?')
     route, path_parameter = split_path(path)
-    return RequestHead(
-        request_line[1].decode(), path, route, path_parameter, query, headers, keep_alive)
+    return RequestHead(request_line[1].decode(), path, route, path_parameter, query, headers,
+                       is_http_1_1, keep_alive)
 
 
 def split_path(path):
@@ -3500,6 +3809,7 @@ class Request:
     def __init__(self, deadline):
         self.deadline = deadline    # the loop's time at which it has to be here
         self.head = None            # a RequestHead; None until its end was received
+        self.is_received = False
         self.body = None            # bytes, until they are parsed
         self.size = 0               # bytes of the body, also of what it became
         self.operation = None       # an Operation or JobWait that it waits for
@@ -3550,6 +3860,10 @@ class Connection(Client):
             self.server.log_bug('a connection', error)
             self.close()
 
+    @property
+    def is_receiving(self):
+        return self.request is not None and not self.request.is_received
+
     def on_timeout(self):
         if self.request and self.request.operation:
             self.resume(NOTHING)
@@ -3575,6 +3889,17 @@ class Connection(Client):
             return SOCKET_READY
         self.received += data
         return SOCKET_READY if data else EOFError()
+
+    def is_connected(self):
+        if not self.is_open:
+            return False
+        try:
+            data = socket.socket.recv(self.sock, 1, socket.MSG_PEEK)    # beneath TLS, too
+        except NOT_READY:
+            return True
+        except OSError:
+            return False
+        return data != b'' and not (self.server.tls and data == TLS_ALERT)
 
     def _watch(self, events):
         if self.watched:
@@ -3623,6 +3948,7 @@ class Connection(Client):
         keep_alive = False      # after an error in the head or body the next request is not found
         try:
             yield from self._receive_request(request)
+            request.is_received = True
             keep_alive = request.head.keep_alive
             response = yield from self._dispatch(request)
             file = self._begin_response(request, response, keep_alive)
@@ -3653,15 +3979,65 @@ class Connection(Client):
             request.head = self.server.authorize(request.head)
             self.server.remember_head(raw_head, request.head)
         length = request.head.content_length
+        if length is None:
+            self._expect_body(request)
+            request.body = yield from self._receive_chunks(request)
+            return
         self.loop.budget.require_capacity(length)
         if len(self.received) < length:
-            if 'expect' in request.head.headers:
-                self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self._expect_body(request)
             while len(self.received) < length:
                 yield READ
         request.body = bytes(self.received[:length])
         request.size = length
         del self.received[:length]
+
+    def _expect_body(self, request):
+        if 'expect' in request.head.headers and request.head.is_http_1_1:
+            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _receive_chunks(self, request):
+        """The body of a chunked request (RFC 9112, 7.1), without extensions and trailers."""
+        body = bytearray()
+        size = yield from self._receive_chunk_size()
+        while size:
+            request.size = len(body) + size
+            if request.size > MAX_BODY:
+                raise PayloadTooLarge(f'the body has more than {MAX_BODY} bytes')
+            self.loop.budget.require_capacity(request.size)
+            while len(self.received) < size + 2:
+                yield READ
+            if self.received[size:size + 2] != b'\r\n':
+                raise BadRequest('a chunk of the body is longer than its size')
+            body += self.received[:size]
+            del self.received[:size + 2]
+            size = yield from self._receive_chunk_size()
+        trailer = yield from self._receive_line(MAX_HEAD)
+        for _ in range(MAX_HEADERS):
+            if not trailer:
+                return bytes(body)
+            if not HEADER.fullmatch(trailer):
+                raise BadRequest('the body ends in a line that is no trailer')
+            trailer = yield from self._receive_line(MAX_HEAD)
+        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} trailers')
+
+    def _receive_chunk_size(self):
+        line = yield from self._receive_line(MAX_CHUNK_LINE)
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f'{describe(line.decode("latin-1"))} is no size of a chunk')
+        return int(match[1], 16)
+
+    def _receive_line(self, longest):
+        end = self.received.find(b'\r\n', 0, longest + 2)
+        while end < 0:
+            if len(self.received) > longest:
+                raise BadRequest(f'a line of the body has more than {longest} bytes')
+            yield READ
+            end = self.received.find(b'\r\n', 0, longest + 2)
+        line = bytes(self.received[:end])
+        del self.received[:end + 2]
+        return line
 
     def _dispatch(self, request):
         """The response of the handler, after the operation that it asks for."""
@@ -3738,9 +4114,15 @@ class Connection(Client):
         self.server.store.meter.request(route, status)
         if self.server.verbose:
             log(f'{self.address[0]} {method} {route} {status}')
-        head = response_head(status, content_type, headers, keep_alive)
-        if status != 204:
-            head += b'Content-Length: %d\r\n\r\n' % length
+        connection = '' if keep_alive else 'close'
+        if keep_alive and not request.head.is_http_1_1:
+            connection = 'keep-alive'
+        head = response_head(status, content_type, headers, connection)
+        date = date_header(int(time.time()))
+        if status == 204:
+            head = b'%s%s\r\n' % (head, date)
+        else:
+            head = b'%s%sContent-Length: %d\r\n\r\n' % (head, date, length)
         self.unsent = head if file or method == 'HEAD' else head + body
         if file and method == 'HEAD':
             file.close()
@@ -3782,16 +4164,20 @@ def encode_body(body):
 
 
 @functools.lru_cache(maxsize=256)
-def response_head(status, content_type, headers, keep_alive):
-    """The status line and headers, up to the content length; complete for 204, which has none."""
+def response_head(status, content_type, headers, connection):
+    """The status line and all headers but Date and Content-Length."""
     lines = [f'HTTP/1.1 {status} {http.client.responses[status]}', *COMMON_HEADERS]
     lines += [f'{name}: {value}' for name, value in headers]
-    if not keep_alive:
-        lines.append('Connection: close')
+    if connection:
+        lines.append(f'Connection: {connection}')
     if status != 204:
         lines.append(f'Content-Type: {content_type}')
-    end = '\r\n\r\n' if status == 204 else '\r\n'
-    return ('\r\n'.join(lines) + end).encode('latin-1')
+    return ''.join(f'{line}\r\n' for line in lines).encode('latin-1')
+
+
+@functools.lru_cache(maxsize=1)
+def date_header(second):
+    return f'Date: {email.utils.formatdate(second, usegmt=True)}\r\n'.encode()
 
 
 # handlers: (server, params) -> a response, or an Operation or JobWait whose result becomes one
@@ -3812,13 +4198,18 @@ def poll(server, params):
     def render(jobs):
         if not jobs:
             return Response(status=204)
-        texts = [job_json(job) for job in jobs]
+        texts = [claim_json(job) for job in jobs]
         return json_list(texts) if 'limit' in params else texts[0]
 
     claims = server.store.claims
     topic = ('queue', params['queue'])
-    wait = params.get('wait', 0) / 1000000
+    wait = held_seconds(params)
     return LongPoll(lambda tx: claims.poll(tx, params), render, topic, wait)
+
+
+def held_seconds(params):
+    """How long a poll or wait is held: not as long as proxies wait for a response."""
+    return min(params.get('wait', 0) / 1000000, MAX_HELD)
 
 
 def write_call(name):
@@ -3890,7 +4281,7 @@ def get_job(server, params):
     if 'wait' not in params:
         return queries.job(id)
     return JobWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
-                   ('job', id), params['wait'] / 1000000)
+                   ('job', id), held_seconds(params))
 
 
 def wait_for_loss(server, params):
@@ -3963,7 +4354,8 @@ def change_route(call, *required):
 ROUTES = {
     '/enqueue': route(
         'POST', enqueue, ['queue'],
-        'payload timeout max_retries tag priority delay run_at key id jobs after after_any',
+        'payload timeout max_retries tag priority delay run_at key key_until replace expires group '
+        'id jobs after after_any',
         after=JOB_IDS),
     '/poll': route(
         'POST', poll, ['queue'], 'limit wait worker lease max_retries timeout hung'),
@@ -3971,27 +4363,33 @@ ROUTES = {
     '/fail': route('POST', write_call('claims.fail'), ['id'], 'attempt error retry delay jobs'),
     '/heartbeat': route(
         'POST', write_call('claims.heartbeat'), ['id'], 'attempt progress jobs'),
+    '/step': route('POST', write_call('claims.step'), ['id', 'name'], 'attempt result', name=NAME),
     '/release': route('POST', write_call('claims.release'), ['id'], 'attempt jobs'),
     '/cancel': change_route('cancel', ('id', 'queue'), ('id', 'status')),
     '/retry': change_route('retry', ('id', 'queue'), ('id', 'status')),
+    '/reschedule': route(
+        'POST', write_call('operators.reschedule'),
+        ['id', ('delay', 'run_at', 'priority')], 'jobs'),
     '/purge': change_route('purge', ('queue', 'status')),
     '/pause': route('POST', write_call('operators.pause'), ['queue']),
     '/resume': route('POST', write_call('operators.resume'), ['queue']),
     '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
     '/schedule': route(
         'POST', schedule, ['name', 'queue', ('cron', 'every')],
-        'zone payload timeout max_retries tag priority key'),
+        'zone payload timeout max_retries tag priority key group'),
     '/unschedule': route('POST', write_call('schedules.unschedule'), ['name']),
     '/schedules': route('GET', read_call('schedules'), optional='limit after', offload=True),
     '/jobs/': route('GET', get_job, ['id'], 'wait', offload=True),
     '/status/': route('GET', get_job, ['id'], 'wait', offload=True),
     '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
     '/jobs': route(
-        'GET', list_jobs, optional='id queue status tag limit after brief needed_by needs',
+        'GET', list_jobs,
+        optional='id queue status tag group limit after brief needed_by needs',
         offload=True),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
     '/queues': route(
-        'GET', read_call('queues'), optional='limit after busy queue search', offload=True),
+        'GET', read_call('queues'), optional='limit after busy queue search totals',
+        offload=True),
     '/metrics': route('GET', metrics, offload=True),
     '/health': route('GET', read_call('health')),
     '/backup': route('GET', backup, offload=True),
@@ -4111,34 +4509,54 @@ class Server(http.server.ThreadingHTTPServer):
             raise BadRequest(f'{head.route} takes its fields in the body, not in the query')
         return head._replace(rule=rule, content_length=self._content_length(head))
 
+    def _is_own_name(self, host):
+        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
+        the DNS of an attacker may have bound it to this address."""
+        name = re.sub(r':\d*$', '', host).strip('[]').lower()
+        if name in self.allowed_hosts or is_loopback(name):
+            return True
+        return address_of(name) is not None and not self.is_loopback_only
+
     def _check_host(self, head):
-        """A foreign name may be one that an attacker's DNS has bound to this address."""
-        header = head.headers.get('host', 'localhost')
-        host = re.sub(r':\d*$', '', header).strip('[]').lower()
-        if host in self.allowed_hosts or is_loopback(host):
-            return
-        if not address_of(host) or self.is_loopback_only:
+        host = head.headers.get('host', 'localhost')
+        if not self._is_own_name(host):
             raise Misdirected(
-                f'Host {describe(header)} is not a name of this engine; see --allow-host')
+                f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
         """Pages of other origins may link to the pages, and call nothing.
 
-        They cannot send a token. So with one this need not hold, and a proxy may rewrite Host.
+        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
+        that no page can set; the name must be the engine's all the same. Whoever knows the token
+        is no foreign page.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
-        origin = head.headers.get('origin')
-        is_foreign = origin is not None and origin.partition('://')[2] != head.headers.get('host')
         site = head.headers.get('sec-fetch-site', 'none')
-        if is_foreign or site not in ('none', 'same-origin'):
+        origin = head.headers.get('origin')
+        is_foreign = site not in ('none', 'same-origin')
+        if origin is not None:
+            host = origin.partition('://')[2]
+            is_same = host == head.headers.get('host') or (
+                site == 'same-origin' and self._is_own_name(host))
+            is_foreign = is_foreign or not is_same
+        if is_foreign:
             raise Forbidden(
                 'Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
 
     def _content_length(self, head):
-        length = head.headers.get('content-length', None if head.method == 'POST' else '0')
-        if length is None or 'transfer-encoding' in head.headers:
-            raise LengthRequired('Content-Length is needed, and no Transfer-Encoding')
+        """The length of the body; None if it is chunked. Two ways to tell it are none."""
+        length = head.headers.get('content-length')
+        coding = head.headers.get('transfer-encoding')
+        if coding is not None:
+            if length is not None or not head.is_http_1_1 or coding.lower() != 'chunked':
+                raise BadRequest('Transfer-Encoding can only be chunked, without '
+                                 'Content-Length and not in HTTP 1.0')
+            return None
+        if length is None:
+            if head.method == 'POST':
+                raise LengthRequired('Content-Length or Transfer-Encoding: chunked is needed')
+            return 0
         if not re.fullmatch('[0-9]{1,15}', length):
             raise BadRequest(f'Content-Length must be a number of bytes, not {describe(length)}')
         if int(length) > MAX_BODY:
@@ -4203,6 +4621,7 @@ def log(sentence):
 
 
 # -- Metrics --------------------------------------------------------------------------------------
+EVENTS = ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled', 'expired')
 LABEL_ESCAPES = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
 
 
@@ -4235,9 +4654,9 @@ def metric_families(store):
 def queue_families(queues, now):
     yield Family(
         'jobs', 'gauge',
-        'Jobs by queue and status; scheduled and waiting ones are part of the pending ones.',
+        'Jobs by queue and status; scheduled, waiting and grouped ones are pending, too.',
         (sample(queue[name], queue=queue['queue'], status=name)
-         for queue in queues for name in (*STATUSES, 'scheduled', 'waiting')))
+         for queue in queues for name in COUNTS if name != 'grouped' or queue[name]))
     yield Family(
         'max_running', 'gauge', 'Jobs of the queue that may run at a time.',
         (sample(queue['max_running'], queue=queue['queue'])
@@ -4272,7 +4691,7 @@ def meter_families(meter, named_queues):
                       if key[1] in named_queues}
         for (event, queue), count in meter.totals.items():
             totals[event, queue if queue in named_queues else '(others)'] += count
-    for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
+    for event in EVENTS:
         yield Family(
             f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.',
             [sample(count, queue=queue) for (name, queue), count in totals.items()
@@ -4312,6 +4731,7 @@ def sample(value, suffix='', **labels):
 # -- OpenAPI ---------------------------------------------------------------------------------------
 COLUMN_SCHEMAS = {      # function that writes a column -> what it writes, null aside
     json_string: {'type': 'string'},
+    json_key: {'type': 'string'},
     json_number: {'type': 'integer'},
     json_time: {'type': 'string', 'format': 'date-time'},
     json_duration: {'type': 'number'},
@@ -4355,7 +4775,7 @@ def table_schema(columns, **more):
                 values['enum'] = column.rule.schema['enum']
             is_set = re.search('NOT NULL|PRIMARY KEY', column.type) or column.json is json_timeout
             schema['properties'][name] = values if is_set else or_null(values)
-            if column.brief:
+            if column.brief and not column.optional:
                 schema['required'].append(name)
     schema['properties'].update(more)
     return schema
@@ -4373,12 +4793,15 @@ SCHEMAS = {
         started_at=TIME, finished_at=or_null(TIME), error=or_null(STRING)),
     'Job': table_schema(
         JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
-        attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER),
+        attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER,
+        steps={'type': 'object'}, replaced=BOOLEAN),
     'JobPage': page_schema('jobs', reference('Job')),
     # of a report; in a batch `error` and `code` say that the item is refused
     'Outcome': object_schema(
-        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, error=STRING,
-        code=INTEGER),
+        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER,
+        error=STRING, code=INTEGER),
+    'Step': object_schema('id name created result', id=STRING, name=STRING, created=BOOLEAN,
+                          result={}),
     'Count': object_schema('count', count=INTEGER),
     'Paused': object_schema('queue paused', queue=STRING, paused=BOOLEAN),
     'Limits': object_schema(
@@ -4396,7 +4819,8 @@ SCHEMAS = {
         hung=or_null(INTEGER)),
     'QueuePage': object_schema(
         'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
-        now=TIME, workers=list_schema(reference('Worker'))),
+        now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
+        unserved=list_schema({})),
     'Health': object_schema(
         'status storage version', status=STRING, storage=STRING, version=STRING),
 }
@@ -4418,10 +4842,12 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/complete': Call('complete', 'Report that a job is done.', reference('Outcome')),
     '/fail': Call('fail', 'Report that an attempt has failed.', reference('Outcome')),
     '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
+    '/step': Call('step', 'Keep the result of a step; the first one stays.', reference('Step')),
     '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
     '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
     '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
     '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/reschedule': Call('reschedule', 'Change a pending job.', reference('Outcome')),
     '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
     '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
     '/limit': Call('limit', 'Set the limits of a queue; null removes one.', reference('Limits')),
@@ -4433,6 +4859,8 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
+    '/lost': Call('wait_for_loss', 'Wait until a worker loses a job that it runs.',
+                  object_schema('lost', lost=BOOLEAN)),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
@@ -4511,12 +4939,13 @@ def openapi_body(route, item):
 
 
 def openapi_parameters(path, route):
-    in_path = route.required[0][0] if route.required else None
+    required = [fields[0] for fields in route.required]
+    place = 'path' if path.endswith('/') else 'query'
     return [
         {
             'name': field,
-            'in': 'path' if field == in_path else 'query',
-            'required': field == in_path,
+            'in': place if field in required else 'query',
+            'required': field in required,
             'schema': rule.schema,
         }
         for field, rule in route.rules.items()]
@@ -5525,16 +5954,16 @@ svg {
     font-weight: 600;
   }
 
-  #groups tr {
+  #errors tr {
     grid-template-columns: 2.4rem 1fr auto;
   }
 
-  #groups td:is(.line, .actions) {
+  #errors td:is(.line, .actions) {
     grid-column: auto;
   }
 
-  #groups td::before,
-  #groups td.newest {
+  #errors td::before,
+  #errors td.newest {
     display: none;
   }
 
@@ -5599,7 +6028,7 @@ svg {
     flex-basis: 100%;
   }
 
-  table:not(.small, #jobs, #groups, #needs, #needed-by) tr {
+  table:not(.small, #jobs, #errors, #needs, #needed-by) tr {
     grid-template-columns: repeat(4, 1fr);
   }
 
@@ -5710,7 +6139,10 @@ svg {
       </details>
     </section>
     <section class="optional">
-      <h2>Schedules</h2>
+      <div class="heading">
+        <h2>Schedules</h2>
+        <span id="schedules-cut" class="soft"></span>
+      </div>
       <table id="schedules"></table>
     </section>
   </div>
@@ -5731,9 +6163,9 @@ svg {
   </section>
   <section id="failures">
     <details open>
-      <summary id="groups-count"></summary>
+      <summary id="errors-title"></summary>
       <div class="scroll">
-        <table id="groups"></table>
+        <table id="errors"></table>
       </div>
     </details>
   </section>
@@ -5835,9 +6267,11 @@ const NOTICE_TIME = 8000;           // ms that the outcome of an action is shown
 const CLICK_GUARD = 300;            // ms until a dialog can be confirmed: no double click does
 const WORKER_SILENCE = 120;         // seconds without a poll until a worker counts as gone
 const PAGE_QUEUES = 100;            // rows on a page
+const PAGE_SCHEDULES = 100;
 const PAGE_JOBS = 50;
 const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
 const GROUPED_FAILURES = 1000;      // newest failures that are grouped
+const FAILURES_INTERVAL = 10000;    // ms until they are fetched again
 const MAX_SELECTED = 10000;         // jobs that can be selected
 const ACTION_BATCH = 1000;          // jobs in one request
 const TYPED_FROM = 100;             // jobs from which a deletion is confirmed by typing their count
@@ -5864,7 +6298,7 @@ let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
 let found = null;           // the page of a search, which is not repeated: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
-let failures = [];          // the newest failed jobs of the filter
+let failures = noFailures();        // the newest failed jobs of the filter at `address`
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -6213,11 +6647,11 @@ const JOB_COLUMNS = [
   column("detail", jobDetail),
 ];
 
-const GROUP_COLUMNS = [
+const FAILURE_COLUMNS = [
   count("count", row => row.jobs.length),
-  column("line", row => jobsLink({...place, after: "", search: row.search}, row.line)),
+  column("line", row => jobsLink({...filters(), search: row.search}, row.line)),
   count("newest", row => agoNode(row.jobs[0].finished_at)),
-  column("actions", row => button("select-group", row.line, "Select")),
+  column("actions", row => button("select-failures", row.line, "Select")),
 ];
 
 const DEPENDENCY_COLUMNS = [
@@ -6234,7 +6668,7 @@ const TABLES = {
   schedules: SCHEDULE_COLUMNS,
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
-  groups: GROUP_COLUMNS,
+  errors: FAILURE_COLUMNS,
   steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
@@ -6285,8 +6719,7 @@ function drawCell(each, item) {
 }
 
 function isBad(name, text) {
-  const counts = ["failed", "hung_threads"];
-  return counts.includes(name) && text !== "0" || name === "state" && text.startsWith("no worker");
+  return ["failed", "hung_threads"].includes(name) && text !== "0";
 }
 
 // While the pointer is on a table its rows stay where they are; they change in place. A new one
@@ -6351,11 +6784,11 @@ function totalNode(name, value, href) {
 }
 
 function drawTotals(totals, minutes) {
-  const counts = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
+  const nodes = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
     const status = name === "scheduled" ? "pending" : name;
     return totalNode(name, totals[name], address("jobs", {status}));
   });
-  show({totals: [...counts, totalNode("per minute", lastMinute(minutes))]});
+  show({totals: [...nodes, totalNode("per minute", lastMinute(minutes))]});
 }
 
 function bars(values, width, base, unit, direction) {
@@ -6390,7 +6823,7 @@ function sums({done, failed}) {
 function sparkline(minutes) {
   const label = "last hour: " + sums(minutes);
   const attributes = {role: "img", class: "spark", viewBox: "0 0 120 28", "aria-label": label};
-  return el("svg", attributes, el("title", {}, label), jobBars(minutes, 2, 28));
+  return el("div", {title: label}, el("svg", attributes, jobBars(minutes, 2, 28)));
 }
 
 function minuteTime(i) {
@@ -6457,12 +6890,22 @@ function moveMinute(event) {
 
 // -- Overview: queues, workers, schedules -------------------------------------------------------
 function queueState(row) {
-  const {paused, polled_at, running, max_running, rate, per} = row;
+  const {paused, polled_at, running, oldest_age} = row;
   const isServed = running || polled_at && ageOf(polled_at) < WORKER_SILENCE;
+  if (paused) {
+    return [el("span", {class: "warn"}, "paused"), limitText(row)];
+  }
+  if (isServed) {
+    return ["open", limitText(row)];
+  }
+  const look = oldest_age === null ? "soft" : "bad";
   const silence = polled_at ? "no worker " + duration(ageOf(polled_at)) : "no worker yet";
-  const state = paused ? el("span", {class: "warn"}, "paused") : isServed ? "open" : silence;
+  return [el("span", {class: look}, silence), limitText(row)];
+}
+
+function limitText({max_running, rate, per}) {
   const most = max_running ? `, max ${max_running}` : "";
-  return [state, most, rate ? `, ${rate} per ${per} s` : ""];
+  return most + (rate ? `, ${rate} per ${per} s` : "");
 }
 
 function queueButtons({queue, paused, failed, done}) {
@@ -6527,7 +6970,11 @@ function drawOverview(queues, schedules) {
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);
   const isEmpty = !queues.totals.queues;
-  show({example: isEmpty ? exampleText() : "", hour: !isEmpty});
+  show({
+    example: isEmpty ? exampleText() : "",
+    hour: !isEmpty,
+    "schedules-cut": schedules.after ? `the first ${PAGE_SCHEDULES} by name` : "",
+  });
 }
 
 function exampleText() {
@@ -6608,6 +7055,7 @@ function drawPaging({jobs, after}) {
 function drawJobs(page) {
   const keyOf = job => job.id;
   const shown = page.jobs.length;
+  updateSelected(page.jobs);
   drawTabs();
   drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
   drawPaging(page);
@@ -6616,7 +7064,6 @@ function drawJobs(page) {
     "select-these": shown > 0,
     "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
   });
-  drawFailures();
   drawSelection(page.after);
 }
 
@@ -6646,32 +7093,42 @@ async function findPage() {
 }
 
 // -- Jobs: failures by their last line ----------------------------------------------------------
+function noFailures() {
+  return {address: "", time: 0, jobs: []};
+}
+
 async function findFailures() {
   if (place.status !== "failed" || place.search) {
     return [];
   }
-  return (await findJobs(filters(), GROUPED_FAILURES)).jobs;
+  const isFresh = Date.now() - failures.time < FAILURES_INTERVAL;
+  if (failures.address === location.hash && isFresh) {
+    return failures.jobs;
+  }
+  const {jobs} = await findJobs(filters(), GROUPED_FAILURES);
+  failures = {address: location.hash, time: Date.now(), jobs};
+  return jobs;
 }
 
-function failureGroups() {
-  const groups = new Map();
-  for (const job of failures) {
+function failuresByLine() {
+  const rows = new Map();
+  for (const job of failures.jobs) {
     const line = lastLine(job.error) || "(no error)";
-    const group = groups.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
-    group.jobs.push(job);
-    groups.set(line, group);
+    const row = rows.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
+    row.jobs.push(job);
+    rows.set(line, row);
   }
-  return [...groups.values()].sort((a, b) => (
+  return [...rows.values()].sort((a, b) => (
     b.jobs.length - a.jobs.length || a.line.localeCompare(b.line)));
 }
 
-function drawFailures() {
-  const isCut = failures.length >= GROUPED_FAILURES;
-  const which = isCut ? `The newest ${number(failures.length)} failures` : "Failures";
-  drawTable("groups", failureGroups(), group => group.line);
+function drawFailures(jobs) {
+  const isCut = jobs.length >= GROUPED_FAILURES;
+  const which = isCut ? `The newest ${number(jobs.length)} failures` : "Failures";
+  drawTable("errors", jobs.length ? failuresByLine() : [], row => row.line);
   show({
-    failures: failures.length > 0,
-    "groups-count": `${which} by the last line of their error`,
+    failures: jobs.length > 0,
+    "errors-title": `${which} by the last line of their error`,
   });
 }
 
@@ -6711,6 +7168,14 @@ async function selectMatching() {
     selectedAll = {queue, status, count: total};
   } else {
     select((await findJobs(filters(), MAX_SELECTED)).jobs);
+  }
+}
+
+function updateSelected(jobs) {
+  for (const {id, status} of jobs) {
+    if (selected.has(id)) {
+      selected.set(id, status);
+    }
   }
 }
 
@@ -6763,6 +7228,7 @@ function fact(name, ...content) {
 function jobFacts(job) {
   const retries = job.max_retries === null ? "" : `, ${job.retries} of ${job.max_retries} retries`;
   const isDue = job.status === "pending" && !job.waits_for;
+  const took = job.started_at && job.finished_at;
   return [
     fact("status", badge(job.status)),
     fact("queue", jobsLink({queue: job.queue})),
@@ -6772,6 +7238,8 @@ function jobFacts(job) {
     job.tag && fact("tag", jobsLink({tag: job.tag})),
     job.group && fact("group", jobsLink({queue: job.queue, group: job.group}, job.group)),
     isDue && fact("due", agoNode(job.next_run_at)),
+    took && fact("took", duration(secondsBetween(job.started_at, job.finished_at))),
+    job.finished_at && fact("ended", agoNode(job.finished_at)),
   ].filter(Boolean);
 }
 
@@ -6880,22 +7348,22 @@ const ACTIONS = {
     label: "Retry",
     path: "retry",
     statuses: ["failed", "cancelled"],
-    consequence: "They become pending again, with all their retries.",
+    consequence: "Retried jobs are pending again, with all their retries.",
   },
   run: {
     label: "Run now",
     path: "reschedule",
     fields: {delay: 0},
     statuses: ["pending"],
-    consequence: "They become due now, whatever time they were scheduled for.",
+    consequence: "Jobs become due now, whatever time they were scheduled for.",
   },
   cancel: {
     label: "Cancel",
     path: "cancel",
     statuses: ["pending", "running"],
     isDangerous: true,
-    consequence: "Those that run are interrupted, those that wait for them are cancelled too. "
-      + "They can be retried.",
+    consequence: "Running jobs are interrupted, and jobs that wait for a cancelled one are "
+      + "cancelled too. Cancelled jobs can be retried.",
   },
   delete: {
     label: "Delete",
@@ -6903,7 +7371,8 @@ const ACTIONS = {
     statuses: ["pending", "done", "failed", "cancelled"],
     isDangerous: true,
     isFinal: true,
-    consequence: "They are gone for good, with their payloads, results and errors.",
+    consequence: "Payloads, results and errors are deleted too, and jobs that wait for a deleted "
+      + "one are cancelled. This cannot be undone.",
   },
 };
 
@@ -7027,7 +7496,7 @@ const PRESSES = {
   "run-schedule": runSchedule,
   one: applyToOne,
   bulk: applyToSelected,
-  "select-group": line => select(failureGroups().find(group => group.line === line).jobs),
+  "select-failures": line => select(failuresByLine().find(row => row.line === line).jobs),
   "select-matching": selectMatching,
   "select-none": clearSelection,
 };
@@ -7048,6 +7517,7 @@ async function press({action, about}) {
     notify(failure.message);
   }
   found = null;
+  failures = noFailures();
   refresh();
 }
 
@@ -7063,7 +7533,7 @@ async function fetchHealth() {
 const VIEWS = {
   overview: {
     queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
-    fetch: () => [call(query("schedules", {limit: 100}), {reviver: exactNumber})],
+    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES}), {reviver: exactNumber})],
     draw: drawOverview,
   },
   jobs: {
@@ -7081,7 +7551,7 @@ const VIEWS = {
 function drawJobsPage(queues, page, failed) {
   const none = Object.fromEntries(STATUSES.map(status => [status, 0]));
   counts = place.queue ? queues.queues[0] || none : queues.totals;
-  failures = failed;
+  drawFailures(failed);
   drawJobs(page);
 }
 
@@ -7094,16 +7564,16 @@ async function refresh() {
   }
   const {queues, fetch, draw} = VIEWS[view];
   try {
-    const [health, counts, ...rest] = await Promise.all([
-      fetchHealth(), call(query("queues", queues())), ...fetch()]);
+    const [health, overview, ...rest] = await Promise.all([
+      fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
     if (mine !== refreshId) {
       return;
     }
-    clockSkew = Date.parse(counts.now) - Date.now();
+    clockSkew = Date.parse(overview.now) - Date.now();
     keepingInPlace(() => {
       showOnline();
-      drawProblems(health, counts);
-      draw(counts, ...rest);
+      drawProblems(health, overview);
+      draw(overview, ...rest);
     });
     drawTitle();
   } catch (failure) {
@@ -7195,7 +7665,8 @@ function route() {
   for (const name of ["search", "queue", "tag", "group"]) {
     $("filter").elements[name].value = place[name] || "";
   }
-  for (const id of ["jobs", "groups"]) {
+  $("find").value = "";
+  for (const id of ["jobs", "errors"]) {
     lastRows[id] = null;
     patch($(id).tBodies[0], "");
   }
@@ -7321,7 +7792,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * the worker stops). A job may run more than once, since workers get killed: make handlers
  * idempotent, or divide them into steps.
  *
- * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`
+ * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`. TypeScript needs "allowJs".
  *
  * Heartbeats need the event loop. A handler that blocks it for longer than the lease (30 s) loses
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
@@ -7344,6 +7815,7 @@ const LEASE = 30; // seconds the engine waits for a heartbeat
 const PROGRESS_INTERVAL = 0.5; // seconds until a job's progress is reported
 const GRACE = 30; // seconds that running handlers get when the worker stops
 const FAREWELL = 2; // seconds that their outcomes get then, at least
+const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whose client has gone
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
@@ -7896,9 +8368,11 @@ function failure(error) {
 
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
-  name = `${os.hostname().slice(0, 150)}:${process.pid}`;
+  // unlike any other's, since releaseStrays() goes by it
+  name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
@@ -7972,6 +8446,21 @@ class Worker {
       } catch (error) {
         tries += 1;
         await pause(this.away(error, tries), signal);
+        if (signal.aborted) {
+          this.unanswered.add(name);
+        }
+      }
+    }
+  }
+
+  /** Gives back the jobs of a poll whose answer is lost: proxies drop it after half a close. */
+  async releaseStrays(name) {
+    const path = `/jobs?status=running&brief=true&limit=1000&queue=${encodeURIComponent(name)}`;
+    const page = await call(path, undefined, { patience: FAREWELL }).catch(() => ({ jobs: [] }));
+    const held = new Set([...this.claims].map((claim) => claim.address.id));
+    for (const job of page.jobs) {
+      if (job.worker === this.name && !held.has(job.id)) {
+        this.start(new Claim(job, this, () => {}));
       }
     }
   }
@@ -8128,6 +8617,8 @@ class Worker {
     for (const claim of this.claims) {
       claim.release();
     }
+    await pause(this.unanswered.size && STRAY_DELAY);
+    await Promise.all([...this.unanswered].map((name) => this.releaseStrays(name)));
     const farewell = Math.max(deadline, now() + FAREWELL);
     while (this.claims.size && now() < farewell) {
       await pause(0.01);
