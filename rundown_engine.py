@@ -5495,7 +5495,7 @@ td .buttons {
 }
 
 #jobs th.queue {
-  width: 14%;
+  width: 12%;
 }
 
 th.actions {
@@ -5529,11 +5529,19 @@ th.created {
 
 th.attempt,
 th.count {
-  width: 5.5rem;
+  width: 4.5rem;
 }
 
 th.detail {
-  width: 36%;
+  width: 32%;
+}
+
+:is(#needs, #needed-by) th.job {
+  width: 21rem;
+}
+
+th.step {
+  width: 14rem;
 }
 
 th.field {
@@ -5928,8 +5936,16 @@ svg {
       grid-column: span 2;
     }
 
-    td:is(.actions, .detail, .error, .line) {
+    td:is(.actions, .detail, .error, .line, .step, .result) {
       grid-column: 1 / -1;
+    }
+
+    td:is(.step, .result)::before {
+      display: none;
+    }
+
+    td.step {
+      font-weight: 600;
     }
 
     td.zero {
@@ -6669,7 +6685,7 @@ const TABLES = {
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
   errors: FAILURE_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
+  steps: [column("step", row => row.name), column("result", row => stepResult(row.result))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -7211,6 +7227,11 @@ function jsonText(value, longest = MAX_SHOWN) {
   return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
 }
 
+function stepResult(value) {
+  const line = JSON.stringify(value);
+  return line.length <= MAX_LINE ? line : jsonText(value, MAX_STEP);
+}
+
 function fieldValue({field, value}) {
   if (value === null || value === undefined) {
     return "–";
@@ -7243,9 +7264,12 @@ function jobFacts(job) {
   ].filter(Boolean);
 }
 
-function jobButtons({id, status}) {
-  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => (
-    button("one", {action, id}, label, statuses.includes(status), isDangerous ? "danger" : "")));
+function jobButtons({id, status, waits_for}) {
+  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => {
+    const isBlocked = action === "run" && waits_for;
+    const isPossible = statuses.includes(status) && !isBlocked;
+    return button("one", {action, id}, label, isPossible, isDangerous ? "danger" : "");
+  });
 }
 
 // A job that runs or is done does not open with the error of an attempt before that.
