@@ -4819,7 +4819,8 @@ SCHEMAS = {
         hung=or_null(INTEGER)),
     'QueuePage': object_schema(
         'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
-        now=TIME, workers=list_schema(reference('Worker'))),
+        now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
+        unserved=list_schema({})),
     'Health': object_schema(
         'status storage version', status=STRING, storage=STRING, version=STRING),
 }
@@ -4858,6 +4859,8 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
+    '/lost': Call('wait_for_loss', 'Wait until a worker loses a job that it runs.',
+                  object_schema('lost', lost=BOOLEAN)),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
@@ -4936,12 +4939,13 @@ def openapi_body(route, item):
 
 
 def openapi_parameters(path, route):
-    in_path = route.required[0][0] if route.required else None
+    required = [fields[0] for fields in route.required]
+    place = 'path' if path.endswith('/') else 'query'
     return [
         {
             'name': field,
-            'in': 'path' if field == in_path else 'query',
-            'required': field == in_path,
+            'in': place if field in required else 'query',
+            'required': field in required,
             'schema': rule.schema,
         }
         for field, rule in route.rules.items()]
@@ -5950,16 +5954,16 @@ svg {
     font-weight: 600;
   }
 
-  #groups tr {
+  #errors tr {
     grid-template-columns: 2.4rem 1fr auto;
   }
 
-  #groups td:is(.line, .actions) {
+  #errors td:is(.line, .actions) {
     grid-column: auto;
   }
 
-  #groups td::before,
-  #groups td.newest {
+  #errors td::before,
+  #errors td.newest {
     display: none;
   }
 
@@ -6024,7 +6028,7 @@ svg {
     flex-basis: 100%;
   }
 
-  table:not(.small, #jobs, #groups, #needs, #needed-by) tr {
+  table:not(.small, #jobs, #errors, #needs, #needed-by) tr {
     grid-template-columns: repeat(4, 1fr);
   }
 
@@ -6159,9 +6163,9 @@ svg {
   </section>
   <section id="failures">
     <details open>
-      <summary id="groups-count"></summary>
+      <summary id="errors-title"></summary>
       <div class="scroll">
-        <table id="groups"></table>
+        <table id="errors"></table>
       </div>
     </details>
   </section>
@@ -6267,6 +6271,7 @@ const PAGE_SCHEDULES = 100;
 const PAGE_JOBS = 50;
 const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
 const GROUPED_FAILURES = 1000;      // newest failures that are grouped
+const FAILURES_INTERVAL = 10000;    // ms until they are fetched again
 const MAX_SELECTED = 10000;         // jobs that can be selected
 const ACTION_BATCH = 1000;          // jobs in one request
 const TYPED_FROM = 100;             // jobs from which a deletion is confirmed by typing their count
@@ -6293,7 +6298,7 @@ let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
 let found = null;           // the page of a search, which is not repeated: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
-let failures = [];          // the newest failed jobs of the filter
+let failures = noFailures();        // the newest failed jobs of the filter at `address`
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -6642,11 +6647,11 @@ const JOB_COLUMNS = [
   column("detail", jobDetail),
 ];
 
-const GROUP_COLUMNS = [
+const FAILURE_COLUMNS = [
   count("count", row => row.jobs.length),
-  column("line", row => jobsLink({...place, after: "", search: row.search}, row.line)),
+  column("line", row => jobsLink({...filters(), search: row.search}, row.line)),
   count("newest", row => agoNode(row.jobs[0].finished_at)),
-  column("actions", row => button("select-group", row.line, "Select")),
+  column("actions", row => button("select-failures", row.line, "Select")),
 ];
 
 const DEPENDENCY_COLUMNS = [
@@ -6663,7 +6668,7 @@ const TABLES = {
   schedules: SCHEDULE_COLUMNS,
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
-  groups: GROUP_COLUMNS,
+  errors: FAILURE_COLUMNS,
   steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
@@ -6714,8 +6719,7 @@ function drawCell(each, item) {
 }
 
 function isBad(name, text) {
-  const counts = ["failed", "hung_threads"];
-  return counts.includes(name) && text !== "0" || name === "state" && text.startsWith("no worker");
+  return ["failed", "hung_threads"].includes(name) && text !== "0";
 }
 
 // While the pointer is on a table its rows stay where they are; they change in place. A new one
@@ -6780,11 +6784,11 @@ function totalNode(name, value, href) {
 }
 
 function drawTotals(totals, minutes) {
-  const counts = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
+  const nodes = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
     const status = name === "scheduled" ? "pending" : name;
     return totalNode(name, totals[name], address("jobs", {status}));
   });
-  show({totals: [...counts, totalNode("per minute", lastMinute(minutes))]});
+  show({totals: [...nodes, totalNode("per minute", lastMinute(minutes))]});
 }
 
 function bars(values, width, base, unit, direction) {
@@ -6886,12 +6890,22 @@ function moveMinute(event) {
 
 // -- Overview: queues, workers, schedules -------------------------------------------------------
 function queueState(row) {
-  const {paused, polled_at, running, max_running, rate, per} = row;
+  const {paused, polled_at, running, oldest_age} = row;
   const isServed = running || polled_at && ageOf(polled_at) < WORKER_SILENCE;
+  if (paused) {
+    return [el("span", {class: "warn"}, "paused"), limitText(row)];
+  }
+  if (isServed) {
+    return ["open", limitText(row)];
+  }
+  const look = oldest_age === null ? "soft" : "bad";
   const silence = polled_at ? "no worker " + duration(ageOf(polled_at)) : "no worker yet";
-  const state = paused ? el("span", {class: "warn"}, "paused") : isServed ? "open" : silence;
+  return [el("span", {class: look}, silence), limitText(row)];
+}
+
+function limitText({max_running, rate, per}) {
   const most = max_running ? `, max ${max_running}` : "";
-  return [state, most, rate ? `, ${rate} per ${per} s` : ""];
+  return most + (rate ? `, ${rate} per ${per} s` : "");
 }
 
 function queueButtons({queue, paused, failed, done}) {
@@ -7041,6 +7055,7 @@ function drawPaging({jobs, after}) {
 function drawJobs(page) {
   const keyOf = job => job.id;
   const shown = page.jobs.length;
+  updateSelected(page.jobs);
   drawTabs();
   drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
   drawPaging(page);
@@ -7049,7 +7064,6 @@ function drawJobs(page) {
     "select-these": shown > 0,
     "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
   });
-  drawFailures();
   drawSelection(page.after);
 }
 
@@ -7079,32 +7093,42 @@ async function findPage() {
 }
 
 // -- Jobs: failures by their last line ----------------------------------------------------------
+function noFailures() {
+  return {address: "", time: 0, jobs: []};
+}
+
 async function findFailures() {
   if (place.status !== "failed" || place.search) {
     return [];
   }
-  return (await findJobs(filters(), GROUPED_FAILURES)).jobs;
+  const isFresh = Date.now() - failures.time < FAILURES_INTERVAL;
+  if (failures.address === location.hash && isFresh) {
+    return failures.jobs;
+  }
+  const {jobs} = await findJobs(filters(), GROUPED_FAILURES);
+  failures = {address: location.hash, time: Date.now(), jobs};
+  return jobs;
 }
 
-function failureGroups() {
-  const groups = new Map();
-  for (const job of failures) {
+function failuresByLine() {
+  const rows = new Map();
+  for (const job of failures.jobs) {
     const line = lastLine(job.error) || "(no error)";
-    const group = groups.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
-    group.jobs.push(job);
-    groups.set(line, group);
+    const row = rows.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
+    row.jobs.push(job);
+    rows.set(line, row);
   }
-  return [...groups.values()].sort((a, b) => (
+  return [...rows.values()].sort((a, b) => (
     b.jobs.length - a.jobs.length || a.line.localeCompare(b.line)));
 }
 
-function drawFailures() {
-  const isCut = failures.length >= GROUPED_FAILURES;
-  const which = isCut ? `The newest ${number(failures.length)} failures` : "Failures";
-  drawTable("groups", failureGroups(), group => group.line);
+function drawFailures(jobs) {
+  const isCut = jobs.length >= GROUPED_FAILURES;
+  const which = isCut ? `The newest ${number(jobs.length)} failures` : "Failures";
+  drawTable("errors", jobs.length ? failuresByLine() : [], row => row.line);
   show({
-    failures: failures.length > 0,
-    "groups-count": `${which} by the last line of their error`,
+    failures: jobs.length > 0,
+    "errors-title": `${which} by the last line of their error`,
   });
 }
 
@@ -7144,6 +7168,14 @@ async function selectMatching() {
     selectedAll = {queue, status, count: total};
   } else {
     select((await findJobs(filters(), MAX_SELECTED)).jobs);
+  }
+}
+
+function updateSelected(jobs) {
+  for (const {id, status} of jobs) {
+    if (selected.has(id)) {
+      selected.set(id, status);
+    }
   }
 }
 
@@ -7464,7 +7496,7 @@ const PRESSES = {
   "run-schedule": runSchedule,
   one: applyToOne,
   bulk: applyToSelected,
-  "select-group": line => select(failureGroups().find(group => group.line === line).jobs),
+  "select-failures": line => select(failuresByLine().find(row => row.line === line).jobs),
   "select-matching": selectMatching,
   "select-none": clearSelection,
 };
@@ -7485,6 +7517,7 @@ async function press({action, about}) {
     notify(failure.message);
   }
   found = null;
+  failures = noFailures();
   refresh();
 }
 
@@ -7518,7 +7551,7 @@ const VIEWS = {
 function drawJobsPage(queues, page, failed) {
   const none = Object.fromEntries(STATUSES.map(status => [status, 0]));
   counts = place.queue ? queues.queues[0] || none : queues.totals;
-  failures = failed;
+  drawFailures(failed);
   drawJobs(page);
 }
 
@@ -7531,16 +7564,16 @@ async function refresh() {
   }
   const {queues, fetch, draw} = VIEWS[view];
   try {
-    const [health, counts, ...rest] = await Promise.all([
+    const [health, overview, ...rest] = await Promise.all([
       fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
     if (mine !== refreshId) {
       return;
     }
-    clockSkew = Date.parse(counts.now) - Date.now();
+    clockSkew = Date.parse(overview.now) - Date.now();
     keepingInPlace(() => {
       showOnline();
-      drawProblems(health, counts);
-      draw(counts, ...rest);
+      drawProblems(health, overview);
+      draw(overview, ...rest);
     });
     drawTitle();
   } catch (failure) {
@@ -7632,7 +7665,8 @@ function route() {
   for (const name of ["search", "queue", "tag", "group"]) {
     $("filter").elements[name].value = place[name] || "";
   }
-  for (const id of ["jobs", "groups"]) {
+  $("find").value = "";
+  for (const id of ["jobs", "errors"]) {
     lastRows[id] = null;
     patch($(id).tBodies[0], "");
   }
@@ -7758,7 +7792,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * the worker stops). A job may run more than once, since workers get killed: make handlers
  * idempotent, or divide them into steps.
  *
- * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`
+ * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`. TypeScript needs "allowJs".
  *
  * Heartbeats need the event loop. A handler that blocks it for longer than the lease (30 s) loses
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
@@ -7781,6 +7815,7 @@ const LEASE = 30; // seconds the engine waits for a heartbeat
 const PROGRESS_INTERVAL = 0.5; // seconds until a job's progress is reported
 const GRACE = 30; // seconds that running handlers get when the worker stops
 const FAREWELL = 2; // seconds that their outcomes get then, at least
+const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whose client has gone
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
@@ -8333,9 +8368,11 @@ function failure(error) {
 
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
-  name = `${os.hostname().slice(0, 150)}:${process.pid}`;
+  // unlike any other's, since releaseStrays() goes by it
+  name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
@@ -8409,6 +8446,21 @@ class Worker {
       } catch (error) {
         tries += 1;
         await pause(this.away(error, tries), signal);
+        if (signal.aborted) {
+          this.unanswered.add(name);
+        }
+      }
+    }
+  }
+
+  /** Gives back the jobs of a poll whose answer is lost: proxies drop it after half a close. */
+  async releaseStrays(name) {
+    const path = `/jobs?status=running&brief=true&limit=1000&queue=${encodeURIComponent(name)}`;
+    const page = await call(path, undefined, { patience: FAREWELL }).catch(() => ({ jobs: [] }));
+    const held = new Set([...this.claims].map((claim) => claim.address.id));
+    for (const job of page.jobs) {
+      if (job.worker === this.name && !held.has(job.id)) {
+        this.start(new Claim(job, this, () => {}));
       }
     }
   }
@@ -8565,6 +8617,8 @@ class Worker {
     for (const claim of this.claims) {
       claim.release();
     }
+    await pause(this.unanswered.size && STRAY_DELAY);
+    await Promise.all([...this.unanswered].map((name) => this.releaseStrays(name)));
     const farewell = Math.max(deadline, now() + FAREWELL);
     while (this.claims.size && now() < farewell) {
       await pause(0.01);
