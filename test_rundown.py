@@ -8070,9 +8070,40 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
         async def commit(self):
             pass
 
-    for odd in Asynchronous(), object(), None:
+    adapted = type("AdaptedConnection", (), dict(__module__="somewhere.aiosqlite", cursor=None, commit=print))()
+    for odd in Asynchronous(), adapted, object(), None:
         with pytest.raises(rw.Misuse, match="psycopg2, SQLAlchemy or Django that is not for asyncio"):
             rw.enqueue_in(odd, q)
+
+
+class OtherCursor:
+    """The cursor of a driver that writes parameters as %s, such as MySQL's."""
+
+    def __init__(self, cursor):
+        self.cursor = cursor
+        self.fetchall = cursor.fetchall
+        self.close = cursor.close
+
+    def execute(self, statement, values):
+        if "SAVEPOINT" not in statement:
+            assert "?" not in statement
+            self.cursor.execute(statement.replace("%s", "?"), values)
+
+    @property
+    def description(self):
+        return self.cursor.description
+
+
+def test_the_connection_of_another_driver_is_used_and_no_table_is_made_there(engine, tmp_path, q):
+    box = sqlite3.connect(str(tmp_path / "shop.db"))
+    other = types.SimpleNamespace(cursor=lambda: OtherCursor(box.cursor()), commit=box.commit, close=lambda: None)
+    with contextlib.closing(box):
+        with pytest.raises(rw.Error, match="nor made: .* The statement that makes it"):
+            rw.enqueue_in(other, q, 1)
+        rw.enqueue_in(box, q, 2)
+        rw.enqueue_in(other, q, 3)
+        box.commit()
+        assert rw.forward(lambda: other, engine.url) == 2 and payloads(engine, q) == [2, 3]
 
 
 def test_the_table_of_an_older_version_is_completed(engine, shop, box, q):
