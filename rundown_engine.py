@@ -137,7 +137,7 @@ import time
 import traceback
 import urllib.parse
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
 
 # -- Settings --------------------------------------------------------------------------------------
 VERSION = '1.0'
@@ -159,6 +159,8 @@ MAX_ATTEMPT_ERROR = 4 << 10     # characters of the error of a remembered attemp
 MAX_WORKERS = 1000              # workers that are remembered
 MAX_AFTER = 1000                # jobs that a job waits for
 MAX_DEPENDENCIES = 20000        # jobs that all jobs of a request wait for
+MAX_STEPS = 1000                # steps of a job
+MAX_STEPS_SIZE = 8 << 20        # characters of their names and results
 MAX_DEPENDENTS_LISTED = 100     # jobs that wait for a job and are named there
 MAX_UNSERVED_LISTED = 20        # queues in GET /queues that no worker polls
 WORKER_SILENCE = 120            # seconds without a poll until a queue counts as unserved
@@ -187,7 +189,8 @@ LOCK_TIMEOUT = 5                # seconds to wait for another program's write lo
 LOCK_RETRY_INTERVAL = 0.005     # seconds between two tries for it
 MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases are extended
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
-ROWS_PER_INSERT = 64            # a power of two; SQLite before 3.32 takes 999 values a statement
+# a power of two; SQLite before 3.32 takes 999 values a statement
+ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
 BATCH_ROWS = 500                # rows that one step of a long change touches
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
@@ -207,6 +210,7 @@ ENDED = ('done', 'failed', 'cancelled')
 READY = 0
 DELAYED = 1                     # next_run_at has not come
 BLOCKED = 2                     # it waits for other jobs
+QUEUED_IN_GROUP = 3             # another job of its group has to end first
 
 
 class Transition(NamedTuple):
@@ -224,9 +228,13 @@ TRANSITIONS = {
     'fail': Transition(('running',), ('pending', 'failed'), 'failed', 'failed'),
     'lose': Transition(('running',), ('pending', 'failed'), 'lost', 'lost'),
     'heartbeat': Transition(('running',), ('running',)),
+    'step': Transition(('running',), ('running',)),
     'release': Transition(('running',), ('pending',), 'released', 'released'),
     'cancel': Transition(('pending', 'running'), ('cancelled',), 'cancelled', 'cancelled'),
+    'expire': Transition(('pending',), ('cancelled',), 'expired'),
     'retry': Transition(('failed', 'cancelled'), ('pending',)),
+    'reschedule': Transition(('pending',), ('pending',)),
+    'replace': Transition(('pending',), ('pending',)),
     'unblock': Transition(('pending',), ('pending',)),      # a job that it waits for has ended
     'purge': Transition(('pending', 'done', 'failed', 'cancelled'), ()),
 }
@@ -533,6 +541,8 @@ CRON_TEXT = FieldRule(
 # The fields of requests; ROUTES says which call takes which. Those of JOB_COLUMNS and
 # SCHEDULE_COLUMNS join them below.
 FIELDS = {
+    'replace': FLAG,
+    'expires': duration(0.001, 3650 * 86400),
     'after': NAME,              # where a page begins; POST /enqueue takes JOB_IDS
     'needed_by': NAME,
     'needs': NAME,
@@ -808,8 +818,9 @@ class Column(NamedTuple):
     type: str                           # SQL
     json: Optional[Callable] = None     # value -> JSON text; None: clients do not see it
     brief: Optional[Callable] = None    # the same in brief pages
-    inserted: bool = False              # written by INSERT; otherwise the default
-    large: bool = False                 # not read by transitions
+    inserted: Union[bool, str] = False  # whether INSERT writes it; or the field that has it written
+    optional: bool = False              # left out of the JSON while it is null
+    passive: bool = False               # not read by transitions: they need not know it
     default: Any = None                 # in SQL and in the rows of new jobs
     of_row: bool = False                # `json` takes the row instead of the value
     rule: Optional[FieldRule] = None    # joins FIELDS
@@ -861,6 +872,10 @@ def max_retries_of(row):
     return row['worker_max_retries'] or 0 if own is None else own
 
 
+def json_key(row):
+    return json_string(row['released_key'] if row['key'] is None else row['key'])
+
+
 def json_timeout(row):
     return as_seconds(timeout_of(row))
 
@@ -876,36 +891,45 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'seq': Column('INTEGER PRIMARY KEY'),       # the order of arrival; never used again
     'id': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME),
     'queue': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME, filter=True),
-    'tag': shown('TEXT', json_string, inserted=True, rule=NAME, filter=True),
-    'payload': Column('TEXT', json_value, inserted=True, large=True, rule=JSON_VALUE),
+    'tag': shown('TEXT', json_string, inserted='tag', rule=NAME, filter=True, passive=True),
+    'payload': Column('TEXT', json_value, inserted=True, passive=True, rule=JSON_VALUE),
     'status': shown('TEXT NOT NULL', json_string, default='pending', rule=one_of(STATUSES)),
     'hold': Column('INTEGER NOT NULL', default=READY, inserted=True),   # why it is not handed out
-    'priority': shown('INTEGER NOT NULL', json_number, default=0, inserted=True,
+    'priority': shown('INTEGER NOT NULL', json_number, default=0, inserted='priority',
                       rule=whole_number(-2**31, 2**31 - 1)),
     'attempt': shown('INTEGER NOT NULL', json_number, default=0,        # how many claims
                      rule=whole_number(0, 2**53)),
     'retries': shown('INTEGER NOT NULL', json_number, default=0),       # failures and losses
     'losses': Column('INTEGER NOT NULL', default=0),                    # lost workers alone
-    'max_retries': shown('INTEGER', json_max_retries, of_row=True, inserted=True,
+    'max_retries': shown('INTEGER', json_max_retries, of_row=True, inserted='max_retries',
                          rule=whole_number(0, 1000)),
     'worker_max_retries': Column('INTEGER'),    # of the last claim, if the job has none of its own
-    'timeout': shown('INTEGER', json_timeout, of_row=True, inserted=True,
+    'timeout': shown('INTEGER', json_timeout, of_row=True, inserted='timeout',
                      rule=duration(0, 7 * 86400)),
     'worker_timeout': Column('INTEGER'),        # of the last claim, if the job has none of its own
     'lease': Column('INTEGER', rule=duration(0.1, 86400)),      # null: the timeout and the grace
     'lease_until': Column('INTEGER'),
-    'key': shown('TEXT', json_string, inserted=True, rule=NAME),
+    'key': shown('TEXT', json_key, of_row=True, inserted='key', rule=NAME,      # while it is held
+                 passive=True),
+    'key_until': Column('TEXT', inserted='key_until', rule=one_of(('start', 'end')), passive=True),
+    'released_key': Column('TEXT', passive=True),       # the key, once it is not held any more
     'worker': shown('TEXT', json_string, rule=NAME),
-    'progress': shown('TEXT', json_value, large=True, rule=JSON_VALUE),
-    'result': Column('TEXT', json_value, large=True, rule=JSON_VALUE),
-    'error': Column('TEXT', json_string, brief=json_last_line, large=True, rule=ERROR_TEXT),
+    'progress': shown('TEXT', json_value, passive=True, rule=JSON_VALUE),
+    'result': Column('TEXT', json_value, passive=True, rule=JSON_VALUE),
+    'error': Column('TEXT', json_string, brief=json_last_line, passive=True, rule=ERROR_TEXT),
     'attempts': Column('TEXT'),                 # JSON: those that did not end in done
-    'created_at': shown('INTEGER NOT NULL', json_time, inserted=True),
-    'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True),
+    'created_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
+    'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=True),
     'started_at': shown('INTEGER', json_time),
-    'finished_at': shown('INTEGER', json_time),
-    'after': Column('TEXT', large=True),        # JSON: the ids of its dependencies
+    'finished_at': shown('INTEGER', json_time, passive=True),
+    'group': shown('TEXT', json_string, optional=True, inserted='group', rule=NAME, filter=True),
+    'expires_at': shown('INTEGER', json_time, optional=True, inserted='expires', passive=True),
+    'is_timed': Column('INTEGER NOT NULL', default=0, inserted='run_at',    # 1: a time was given
+                       passive=True),
+    'steps': Column('INTEGER NOT NULL', default=0),     # how many rows of `steps` it has
+    'steps_size': Column('INTEGER NOT NULL', default=0),    # characters of those
+    'after': Column('TEXT', passive=True),        # JSON: the ids of its dependencies
     'after_any': Column('INTEGER NOT NULL', default=0, rule=FLAG),      # 1: however they end
     'waits_for': Column('INTEGER NOT NULL', default=0),     # how many of them have not ended
 }
@@ -917,6 +941,7 @@ SCHEDULE_COLUMNS = {
     'tag': shown('TEXT', json_string, inserted=True),
     'priority': shown('INTEGER', json_number, inserted=True),
     'key': shown('TEXT', json_string, inserted=True),
+    'group': shown('TEXT', json_string, optional=True, inserted=True),
     'cron': shown('TEXT', json_string, rule=CRON_TEXT),
     'every': shown('INTEGER', json_duration, rule=duration(1, 3650 * 86400)),
     'zone': shown('TEXT', json_string, rule=NAME),
@@ -924,7 +949,7 @@ SCHEDULE_COLUMNS = {
     'last_run_at': shown('INTEGER', json_time),
     'last_id': shown('TEXT', json_string),
     'skipped': shown('INTEGER NOT NULL', json_number, default=0),
-    'payload': Column('TEXT', json_value, inserted=True, large=True),
+    'payload': Column('TEXT', json_value, inserted=True, passive=True),
 }
 
 
@@ -942,6 +967,7 @@ COUNTS = {      # columns of `queues`, and the condition of the jobs that each c
     **{status: f"status = '{status}'" for status in STATUSES},
     'scheduled': f'hold = {DELAYED}',
     'waiting': f'hold = {BLOCKED}',
+    'grouped': f'hold = {QUEUED_IN_GROUP}',
 }
 UNFINISHED = "status IN ('pending', 'running')"
 TABLES = {
@@ -959,6 +985,7 @@ CREATE TABLE queues (
     cancelled INTEGER NOT NULL DEFAULT 0,
     scheduled INTEGER NOT NULL DEFAULT 0,
     waiting INTEGER NOT NULL DEFAULT 0,
+    grouped INTEGER NOT NULL DEFAULT 0,
     max_running INTEGER,
     rate INTEGER,                           -- `rate` claims at once,
     per INTEGER,                            -- then one each per / rate microseconds
@@ -978,6 +1005,14 @@ CREATE TABLE unresolved_ends (              -- jobs that ended, and have depende
     id TEXT NOT NULL,
     outcome TEXT NOT NULL                   -- a status, or purged
 )''',
+    'steps': '''
+CREATE TABLE steps (
+    job INTEGER NOT NULL,                   -- seq
+    name TEXT NOT NULL,
+    position INTEGER NOT NULL,              -- the order in which they were done
+    result TEXT NOT NULL,                   -- JSON
+    PRIMARY KEY (job, name)
+) WITHOUT ROWID''',
     'last_seq': '''
 CREATE TABLE last_seq (                     -- one row: no deleted job had a higher seq
     seq INTEGER NOT NULL
@@ -998,6 +1033,15 @@ CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND hold = 
     # enqueue with a key
     'jobs_key': f'''
 CREATE UNIQUE INDEX jobs_key ON jobs (queue, key) WHERE key IS NOT NULL AND {UNFINISHED}''',
+    # the jobs of a group; of those that have not ended the active one and the next
+    'jobs_group': 'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
+    'jobs_group_next': f'''
+CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
+    WHERE "group" IS NOT NULL AND {UNFINISHED}''',
+    # what has expired
+    'jobs_expiry': '''
+CREATE INDEX jobs_expiry ON jobs (expires_at)
+    WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
     # GET /details and /jobs
     'jobs_tag': 'CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL',
     # retention
@@ -1020,10 +1064,11 @@ def counting(change):
 TRIGGERS = {
     'jobs_insert': f'''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting)
-    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED})
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
+    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED}, NEW.hold = {QUEUED_IN_GROUP})
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
-        scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting;
+        scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
+        grouped = grouped + excluded.grouped;
 END''',
     'jobs_update': f'''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
@@ -1037,6 +1082,10 @@ END''',
     'jobs_delete_dependencies': '''
 CREATE TRIGGER jobs_delete_dependencies AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
     DELETE FROM dependencies WHERE dependent = OLD.seq;
+END''',
+    'jobs_delete_steps': '''
+CREATE TRIGGER jobs_delete_steps AFTER DELETE ON jobs WHEN OLD.steps > 0 BEGIN
+    DELETE FROM steps WHERE job = OLD.seq;
 END''',
 }
 SCHEMA = [*TABLES.values(), *INDEXES.values(), 'INSERT INTO last_seq VALUES (0)',
@@ -1108,12 +1157,35 @@ CREATE TRIGGER jobs_forget AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
     DELETE FROM needs WHERE job = OLD.seq;
 END''',
     ],
-    2: [        # version 1.1: columns and tables had other names
+    2: [        # version 1.1: no groups, steps and expiry; columns and tables had other names
         'DROP TRIGGER jobs_insert',
         'DROP TRIGGER jobs_update',
         'DROP TRIGGER jobs_delete',
         'DROP TRIGGER jobs_forget',
         'ALTER TABLE jobs RENAME COLUMN scheduled TO hold',
+        'ALTER TABLE jobs ADD COLUMN key_until TEXT',
+        'ALTER TABLE jobs ADD COLUMN released_key TEXT',
+        'ALTER TABLE jobs ADD COLUMN "group" TEXT',
+        'ALTER TABLE jobs ADD COLUMN expires_at INTEGER',
+        'ALTER TABLE jobs ADD COLUMN is_timed INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE jobs ADD COLUMN steps INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE jobs ADD COLUMN steps_size INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE schedules ADD COLUMN "group" TEXT',
+        'ALTER TABLE queues ADD COLUMN grouped INTEGER NOT NULL DEFAULT 0',
+        # times that were given cannot be told from delays any more; a retry is counted in seconds
+        "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
+        'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
+        '''
+CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
+    WHERE "group" IS NOT NULL AND status IN ('pending', 'running')''',
+        '''
+CREATE INDEX jobs_expiry ON jobs (expires_at)
+    WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
+        '''
+CREATE TABLE steps (
+    job INTEGER NOT NULL, name TEXT NOT NULL, position INTEGER NOT NULL, result TEXT NOT NULL,
+    PRIMARY KEY (job, name)
+) WITHOUT ROWID''',
         'ALTER TABLE needs RENAME TO dependencies',
         'ALTER TABLE dependencies RENAME COLUMN job TO dependent',
         'ALTER TABLE dependencies RENAME COLUMN place TO position',
@@ -1128,10 +1200,11 @@ INSERT INTO last_seq SELECT IFNULL(MAX(seq), 0) FROM (
     UNION ALL SELECT MAX(job) FROM unresolved_ends)''',
         '''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting)
-    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2)
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
+    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2, NEW.hold = 3)
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
-        scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting;
+        scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
+        grouped = grouped + excluded.grouped;
 END''',
         '''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
@@ -1142,7 +1215,8 @@ CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
         failed = failed + (NEW.status = 'failed') - (OLD.status = 'failed'),
         cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled'),
         scheduled = scheduled + (NEW.hold = 1) - (OLD.hold = 1),
-        waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2)
+        waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2),
+        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3)
     WHERE queue = NEW.queue;
 END''',
         '''
@@ -1154,13 +1228,18 @@ CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
         failed = failed - (OLD.status = 'failed'),
         cancelled = cancelled - (OLD.status = 'cancelled'),
         scheduled = scheduled - (OLD.hold = 1),
-        waiting = waiting - (OLD.hold = 2)
+        waiting = waiting - (OLD.hold = 2),
+        grouped = grouped - (OLD.hold = 3)
     WHERE queue = OLD.queue;
     UPDATE last_seq SET seq = OLD.seq WHERE seq < OLD.seq;
 END''',
         '''
 CREATE TRIGGER jobs_delete_dependencies AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
     DELETE FROM dependencies WHERE dependent = OLD.seq;
+END''',
+        '''
+CREATE TRIGGER jobs_delete_steps AFTER DELETE ON jobs WHEN OLD.steps > 0 BEGIN
+    DELETE FROM steps WHERE job = OLD.seq;
 END''',
     ],
 }
@@ -1522,12 +1601,11 @@ def names(columns):
 
 
 COLUMNS = list(JOB_COLUMNS)
-TRANSITION_COLUMNS = columns_where(lambda column: not column.large)
+TRANSITION_COLUMNS = columns_where(lambda column: not column.passive)
 BRIEF_COLUMNS = [*columns_where(lambda column: column.brief),
-                 'worker_max_retries', 'worker_timeout', 'waits_for']   # which their JSON needs
-INSERTED_COLUMNS = columns_where(lambda column: column.inserted)
+                 # which their JSON needs
+                 'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
 NEW_JOB = {name: column.default for name, column in JOB_COLUMNS.items()}
-inserted_values = operator.itemgetter(*INSERTED_COLUMNS)
 
 # Named, in the order of the table: a migrated database may have its columns in another order.
 SELECT_JOB = f'SELECT {names(COLUMNS)} FROM jobs WHERE '
@@ -1543,16 +1621,21 @@ NEXT_SEQ = ('(SELECT MAX(seq) + 1 FROM '
             '(SELECT MAX(seq) AS seq FROM jobs UNION ALL SELECT seq FROM last_seq))')
 
 
-def insert_statement(rows):
-    """For so many rows. Those after the first get a seq by counting on."""
-    values = ', ?' * len(INSERTED_COLUMNS)
-    others = f', (NULL{values})' * (rows - 1)
-    return (f'INSERT INTO jobs (seq, {names(INSERTED_COLUMNS)}) '
-            f'VALUES ({NEXT_SEQ}{values}){others}')
+INSERTING_FIELDS = {column.inserted for column in JOB_COLUMNS.values()} - {True, False}
 
 
-INSERT_JOBS = {     # by the number of rows: powers of two, so that few statements suffice
-    2 ** power: insert_statement(2 ** power) for power in range(ROWS_PER_INSERT.bit_length())}
+@functools.lru_cache(maxsize=256)
+def insert_plan(rows, fields=frozenset(INSERTING_FIELDS)):
+    """(statement, function of a row that gives its values) for so many rows.
+
+    Only columns of these fields are written: each of the others would cost a bulk insert 3 %.
+    """
+    columns = columns_where(lambda column: column.inserted is True or column.inserted in fields)
+    values = ', ?' * len(columns)
+    others = f', (NULL{values})' * (rows - 1)       # their seqs count on from the first one
+    statement = f'INSERT INTO jobs (seq, {names(columns)}) VALUES ({NEXT_SEQ}{values}){others}'
+    return statement, operator.itemgetter(*columns)
+
 
 CLAIMABLE = f"FROM jobs WHERE queue = :queue AND status = 'pending' AND hold = {READY}"
 CLAIM = f'''
@@ -1580,16 +1663,23 @@ def upsert_queue_statement(columns):
 
 
 def compile_renderer(columns, of_page):
-    """A function of a row that gives its JSON text without the last brace.
+    """A function of a row that gives the members of its JSON object.
 
     Compiled: to walk over the table for each job takes half as long again, which a batch feels.
     """
-    renderers = {name: of_page(column) for name, column in columns.items() if of_page(column)}
-    template = '{' + ','.join(f'"{name}":%s' for name in renderers)
-    values = ', '.join(
-        f'{renderer.__name__}({"row" if columns[name].of_row else f"row[{name!r}]"})'
-        for name, renderer in renderers.items())
-    return eval(f'lambda row: {template!r} % ({values})', globals())
+    template = []
+    values = []
+    for name, column in columns.items():
+        renderer = of_page(column)
+        if renderer:
+            value = f'{renderer.__name__}({"row" if column.of_row else f"row[{name!r}]"})'
+            label = f'"{name}":' if not template else f',"{name}":'
+            if column.optional:
+                value = f'"" if row[{name!r}] is None else {label!r} + {value}'
+                label = ''
+            template.append(label + '%s')
+            values.append(value)
+    return eval(f'lambda row: {"".join(template)!r} % ({", ".join(values)})', globals())
 
 
 render_job = compile_renderer(JOB_COLUMNS, operator.attrgetter('json'))
@@ -1601,16 +1691,31 @@ def job_json(row, more='', brief=False):
     """A job as clients see it, as JSON text, with `more` (', "name": value' ...) at its end."""
     if brief:
         waits = f',"waits_for":{row["waits_for"]}' if row['waits_for'] else ''
-        return f'{render_brief_job(row)}{waits}{more}}}'
+        return f'{{{render_brief_job(row)}{waits}{more}}}'
     waits = ''
     if row['after']:
         waits = f',"after":{row["after"]},"waits_for":{row["waits_for"]}'
-    return f'{render_job(row)}{waits}{more}}}'
+    return f'{{{render_job(row)}{waits}{more}}}'
+
+
+def claim_json(claim):
+    """A job that a poll gave, with its steps if it has any."""
+    return job_json(claim, claim.get('steps_json', ''))
+
+
+def steps_json(db, row):
+    """The steps of a job as a member of its JSON object; '' if it has none."""
+    if not row['steps']:
+        return ''
+    steps = db.execute('SELECT name, result FROM steps WHERE job = ? ORDER BY position',
+                       (row['seq'],))
+    members = ','.join(f'{json_quote(name)}:{result}' for name, result in steps)
+    return f',"steps":{{{members}}}'
 
 
 def schedule_json(row, **more):
-    return render_schedule(row) + ''.join(
-        f',"{name}":{encode(value)}' for name, value in more.items()) + '}'
+    members = [render_schedule(row)] + [f'"{name}":{encode(value)}' for name, value in more.items()]
+    return f'{{{",".join(members)}}}'
 
 
 def json_list(texts):
@@ -1649,7 +1754,7 @@ def attempts_json(row, outcome, finished_at, error=None):
 
 def size_of(row):
     """Characters of a job in a response, roughly: those of the fields that may be large."""
-    size = 500
+    size = 500 + row['steps_size']
     for field in ('payload', 'result', 'error', 'progress', 'after'):
         size += len(row[field] or '')
     return size
@@ -1732,12 +1837,22 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     "UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by "
     "WHERE status = 'running'",
     f"UPDATE jobs SET next_run_at = next_run_at + :by "
-    f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0",
+    f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
 SELECT_DUE = f'''
     SELECT seq, queue FROM jobs WHERE status = 'pending' AND hold = {DELAYED} AND next_run_at <= ?
     ORDER BY next_run_at LIMIT ?'''
+
+
+ACTIVE_IN_GROUP = f'''
+    {FIND_JOB} queue = ? AND "group" = ? AND {UNFINISHED} AND hold < {QUEUED_IN_GROUP} LIMIT 1'''
+FIRST_IN_GROUP = f'''
+    {FIND_JOB} queue = ? AND "group" = ? AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP}
+    ORDER BY seq LIMIT 1'''
+SELECT_EXPIRED = f'''
+    {FIND_JOB} expires_at <= ? AND status = 'pending' AND attempt = 0
+    ORDER BY expires_at LIMIT ?'''
 
 
 class Jobs:
@@ -1764,12 +1879,17 @@ class Jobs:
                 tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
-            self.place(tx, changes, queue, due, changes.get('waits_for', job['waits_for']))
+            waits_for = changes.get('waits_for', job['waits_for'])
+            queued = job['group'] is not None and (
+                job['hold'] == QUEUED_IN_GROUP or job['status'] in ENDED)
+            self.place(tx, changes, queue, due, waits_for, queued)
             changes['finished_at'] = None
         else:
             changes.update(hold=READY, finished_at=tx.now)
-        changes.update(seq=job['seq'], status=target, updated_at=tx.now)
-        tx.execute(update_statement(tuple(changes)), changes)
+        changes.update(status=target, updated_at=tx.now)
+        self._write(tx, job, changes)
+        if job['group'] is not None:
+            self.advance_group(tx, queue, job['group'])
         if rule.event:
             took = tx.now - job['started_at'] if target == 'done' else None
             tx.events.append((rule.event, queue, took))
@@ -1782,10 +1902,15 @@ class Jobs:
             raise AssertionError(f'{call} does not lead from {source} to {target}')
         return rule
 
-    def place(self, tx, columns, queue, next_run_at, waits_for=0):
-        """Set in `columns` when a pending job is handed out; wake polls or set a deadline."""
+    def place(self, tx, columns, queue, next_run_at, waits_for=0, queued=False):
+        """Set in `columns` when a pending job is handed out; wake polls or set a deadline.
+
+        `queued`: it is not for this method to make it the active job of its group.
+        """
         columns['next_run_at'] = next_run_at
-        if waits_for:
+        if queued:
+            columns['hold'] = QUEUED_IN_GROUP
+        elif waits_for:
             columns['hold'] = BLOCKED
         elif next_run_at > tx.now:
             columns['hold'] = DELAYED
@@ -1793,6 +1918,32 @@ class Jobs:
         else:
             columns['hold'] = READY
             tx.wake_polls(queue)
+
+    def advance_group(self, tx, queue, group):
+        """Have the right job of the group be the active one, after any change of one of them.
+
+        The active job is the running one, else the oldest that has not ended. All others are
+        QUEUED_IN_GROUP. It costs two index lookups, however many those are.
+        """
+        active = tx.fetch_one(ACTIVE_IN_GROUP, queue, group)
+        if active and active['status'] == 'running':
+            return
+        first = tx.fetch_one(FIRST_IN_GROUP, queue, group)
+        if not first or active and active['seq'] < first['seq']:
+            return
+        if active:      # an older job was retried
+            self._hold(tx, active, queued=True)
+        self._hold(tx, first, queued=False)
+
+    def _hold(self, tx, job, queued):
+        columns = {}
+        self.place(tx, columns, job['queue'], job['next_run_at'], job['waits_for'], queued)
+        self._write(tx, job, columns)
+
+    def _write(self, tx, job, columns):
+        statement = update_statement(tuple(columns))
+        columns['seq'] = job['seq']
+        tx.db.execute(statement, columns)
 
     def claim(self, tx, claims, columns):
         """Start jobs: `claims` are their rows as they are then, `columns` those that changed."""
@@ -1805,8 +1956,7 @@ class Jobs:
     def set_leases(self, tx, jobs, *columns):
         """Write `lease_until` of running jobs, and these columns; `jobs` are dicts with `seq`."""
         tx.db.executemany(update_statement((*columns, 'lease_until')), jobs)
-        for job in jobs:
-            tx.wake_at(job['lease_until'])
+        tx.wake_at(min(job['lease_until'] for job in jobs))
 
     def extend_leases(self, tx, pause_seconds):
         """Nobody could be heard for so long: leases shorter than twice that get one more period."""
@@ -1828,17 +1978,24 @@ class Jobs:
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
 
+    def expire(self, tx):
+        """A step of cancelling jobs that have not started in time."""
+        for job in tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS):
+            self.transition(tx, 'expire', job, 'cancelled', error='expired')
+
     def update(self, tx, job, **columns):
         """Write columns of a job that have no owner."""
         owned = OWNED_COLUMNS.intersection(columns)
         if owned:
             raise AssertionError(f'{", ".join(owned)}: Jobs has a method that writes it')
-        tx.execute(update_statement(tuple(columns)), dict(columns, seq=job['seq']))
+        self._write(tx, job, columns)
 
     def delete(self, tx, job):
         self._rule_of_purge(job)
         self.announce_end(tx, job, 'purged')
         tx.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
+        if job['group'] is not None:
+            self.advance_group(tx, job['queue'], job['group'])
 
     def _rule_of_purge(self, job):
         if job['status'] not in TRANSITIONS['purge'].sources:
@@ -1861,7 +2018,7 @@ class Jobs:
         retries = job['retries'] + 1
         wait = micros(BACKOFF * retries ** 2) if delay is None else delay
         self.transition(tx, call, job, 'pending', tx.now + wait, retries=retries, error=error,
-                        **changes)
+                        is_timed=0, **changes)
 
     def require_status(self, tx, call, params):
         """(job, True) if the call is possible; (job, False) if it is a replay; else Conflict.
@@ -1890,6 +2047,19 @@ def last_outcome(job):
 
 
 # -- Jobs: producers -------------------------------------------------------------------------------
+# what enqueue did for a job
+CREATED = 'created'
+EXISTING = 'existing'           # its id or key is taken
+REPLACED = 'replaced'           # the job that has its key got its values
+MEMBERS_OF = {                  # of the job in the answer
+    CREATED: ',"created":true',
+    EXISTING: ',"created":false',
+    REPLACED: ',"created":false,"replaced":true',
+}
+REPLACED_COLUMNS = ('payload', 'tag', 'priority', 'timeout', 'max_retries', 'key_until',
+                    'expires_at', 'is_timed')
+
+
 class Producers:
     """Enqueue."""
 
@@ -1900,7 +2070,7 @@ class Producers:
         self.workers = workers
 
     def enqueue(self, tx, items):
-        """Add the jobs, all or none. Of each (row, created): the new job, or the existing one."""
+        """Add the jobs, all or none. Of each (row, what was done): CREATED, EXISTING, REPLACED."""
         if len(items) > 1:
             named = sum(len(item['after']) for item in items if 'after' in item)
             if named > MAX_DEPENDENCIES:
@@ -1908,16 +2078,19 @@ class Producers:
                     f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
                     'send fewer at a time')
         rows = [self._new_row(tx, item) for item in items]
+        fields = frozenset(INSERTING_FIELDS.intersection(set().union(*items)))
         jobs = []
         budget = tx.response_budget
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
-            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count])
+            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields)
             if budget - tx.response_budget > MAX_RESPONSE and len(rows) > 1:
                 raise PayloadTooLarge(
                     'jobs: those that exist already are too large for one answer; '
                     'send fewer at a time')
+        for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
+            self.jobs.advance_group(tx, queue, group)
         return jobs
 
     def _new_row(self, tx, item):
@@ -1925,34 +2098,54 @@ class Producers:
         row.update(item)
         row['id'] = item.get('id') or new_id(tx.now)
         row['created_at'] = row['updated_at'] = tx.now
-        due = item['run_at'] if 'run_at' in item else tx.now + item.get('delay', 0)
-        self.jobs.place(tx, row, row['queue'], due)
+        due = tx.now + item.get('delay', 0)
+        start = tx.now      # from which `expires` counts
+        if 'run_at' in item:
+            due = start = item['run_at']
+            row['is_timed'] = 1
+        if 'expires' in item:
+            row['expires_at'] = max(start, tx.now) + item['expires']
+            tx.wake_at(row['expires_at'])
+        # enqueue() makes the right job of the group the active one, once all are inserted
+        self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row
 
-    def _insert(self, tx, rows):
+    def _insert(self, tx, rows, fields):
         """Insert them in one statement, in half the time of one each; one by one if one exists."""
+        statement, values_of = insert_plan(len(rows), fields)
         values = []
         is_plain = True
         for row in rows:
-            values += inserted_values(row)
+            values += values_of(row)
             is_plain = is_plain and row['after'] is None
         if is_plain:
             with contextlib.suppress(sqlite3.IntegrityError):
-                tx.execute(INSERT_JOBS[len(rows)], values)
+                tx.execute(statement, values)
                 tx.events += [('enqueued', row['queue'], None) for row in rows]
-                return [(row, True) for row in rows]
+                return [(row, CREATED) for row in rows]
         if len(rows) == 1:
             return [self._insert_one(tx, rows[0])]
-        return [pair for row in rows for pair in self._insert(tx, [row])]
+        return [pair for row in rows for pair in self._insert(tx, [row], fields)]
 
     def _insert_one(self, tx, row):
         """The job that has the id or key of the row; else the row, which has `after`, inserted."""
-        existing = (tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
-                    or tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key']))
+        existing = tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
         if existing:
             tx.spend(size_of(existing))
-            return existing, False
-        return self.dependencies.insert(tx, row), True
+            return existing, EXISTING
+        existing = tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key'])
+        if existing:
+            tx.spend(size_of(existing))
+            return self._replace(tx, existing, row) if row.get('replace') else (existing, EXISTING)
+        return self.dependencies.insert(tx, row), CREATED
+
+    def _replace(self, tx, existing, row):
+        """Give the job that holds the key the values of the row, unless it has started."""
+        if existing['status'] != 'pending' or existing['attempt']:
+            return existing, EXISTING
+        values = {field: row[field] for field in REPLACED_COLUMNS}
+        self.jobs.transition(tx, 'replace', existing, 'pending', row['next_run_at'], **values)
+        return tx.fetch_one(SELECT_JOB + 'seq = ?', existing['seq']), REPLACED
 
     def render_created(self, jobs):
         """The JSON texts of the result of enqueue(), with a warning if nobody polls their queue."""
@@ -1961,10 +2154,10 @@ class Producers:
         # comparing names takes time: only those of one queue are
         known = () if first in last_polled else tuple(last_polled)[-20:]
         texts = []
-        for row, created in jobs:
-            more = ',"created":true' if created else ',"created":false'
+        for row, done in jobs:
+            more = MEMBERS_OF[done]
             queue = row['queue']
-            if created and queue not in last_polled:
+            if done is CREATED and queue not in last_polled:
                 warning = no_worker_warning(queue, known if queue == first else ())
                 more += f',"warning":{json_quote(warning)}'
             texts.append(job_json(row, more))
@@ -1981,6 +2174,7 @@ def no_worker_warning(queue, known):
 
 
 # -- Jobs: claims ----------------------------------------------------------------------------------
+SELECT_STEP = 'SELECT result FROM steps WHERE job = ? AND name = ?'
 FIND_LOST = f"{FIND_JOB} status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
 
 
@@ -2014,12 +2208,35 @@ class Claims:
             'worker_timeout': params.get('timeout'),
             'worker_max_retries': params.get('max_retries'),
         }
-        rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
-        claims = self._within_budget(tx, rows, changes)
+        claims = self._take(tx, queue, limit, changes)
         if claims:
             self.jobs.claim(tx, claims, (*changes, 'attempt'))
             self.limits.take(tx, queue, len(claims))
+            self._complete_claims(tx, claims)
         return claims
+
+    def _take(self, tx, queue, limit, changes):
+        """The rows of due jobs as they will be once claimed; expired ones are cancelled."""
+        rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
+        expired = []
+        claims = self._within_budget(tx, rows, changes, expired)
+        for job in expired:
+            self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
+        if expired and not claims:
+            # others may be due behind them: try again after the next step of Jobs.expire()
+            tx.starved.add(queue)
+            tx.wake_at(tx.now)
+        return claims
+
+    def _complete_claims(self, tx, claims):
+        """Release keys that are held until the start, and add the steps of earlier attempts."""
+        for claim in claims:
+            if claim['key_until'] == 'start' and claim['key'] is not None:
+                claim['released_key'] = claim['key']
+                claim['key'] = None
+                self.jobs.update(tx, claim, key=None, released_key=claim['released_key'])
+            if claim['steps']:
+                claim['steps_json'] = steps_json(tx.db, claim)
 
     def _record_poll(self, tx, queue, params):
         """A sign of life. `polled_at` is stored now and then; the workers' memory is exact."""
@@ -2028,15 +2245,19 @@ class Claims:
             tx.upsert_queue(queue, polled_at=tx.now)
         tx.signs_of_life.append((queue, params.get('worker'), params.get('hung', 0)))
 
-    def _within_budget(self, tx, rows, changes):
+    def _within_budget(self, tx, rows, changes, expired):
         """The rows as they will be once claimed, as many as the response budget allows."""
         claims = []
         for row in rows:
-            size = size_of(row)
+            claim = dict(zip(COLUMNS, row))     # five times as fast as dict(row)
+            expires_at = claim['expires_at']
+            if expires_at is not None and expires_at <= tx.now and not claim['attempt']:
+                expired.append({column: claim[column] for column in TRANSITION_COLUMNS})
+                continue
+            size = size_of(claim)
             if claims and size > tx.response_budget:
                 break
             tx.response_budget -= size
-            claim = dict(zip(COLUMNS, row))     # five times as fast as dict(row)
             claim.update(changes)
             claim['attempt'] += 1
             claim['lease_until'] = latest_lease(claim, tx.now)
@@ -2084,15 +2305,43 @@ class Claims:
 
     def heartbeat(self, tx, params):
         job, _ = self.jobs.require_status(tx, 'heartbeat', params)
-        changes = {'updated_at': tx.now}
-        if 'progress' in params:
-            changes['progress'] = params['progress']
+        changes = {'progress': params['progress']} if 'progress' in params else {}
+        self._keep(tx, job, **changes)
+        return {'id': job['id'], 'status': 'running'}
+
+    def step(self, tx, params):
+        """Keep the result of a step, as JSON text; the first one under a name stays."""
+        job, _ = self.jobs.require_status(tx, 'step', params)
+        name = params['name']
+        known = tx.fetch_one(SELECT_STEP, job['seq'], name)
+        result = known['result'] if known else params.get('result', 'null')
+        if known:
+            self._keep(tx, job)
+        else:
+            self._add_step(tx, job, name, result)
+        created = encode(not known)
+        return (f'{{"id":{json_quote(job["id"])},"name":{json_quote(name)},"created":{created},'
+                f'"result":{result}}}')
+
+    def _add_step(self, tx, job, name, result):
+        size = job['steps_size'] + len(name) + len(result)
+        if job['steps'] >= MAX_STEPS:
+            raise PayloadTooLarge(f'name: the job has {MAX_STEPS} steps already')
+        if size > MAX_STEPS_SIZE:
+            raise PayloadTooLarge(
+                f'result: the steps of the job exceed {MAX_STEPS_SIZE} characters')
+        tx.execute('INSERT INTO steps (job, name, position, result) VALUES (?, ?, ?, ?)',
+                   (job['seq'], name, job['steps'], result))
+        self._keep(tx, job, steps=job['steps'] + 1, steps_size=size)
+
+    def _keep(self, tx, job, **changes):
+        """A sign of life of the worker: extend the lease, and change columns of the job."""
+        changes['updated_at'] = tx.now
         until = min(tx.now + (job['lease'] or 0), latest_lease(job, job['started_at']))
         until = max(until, job['lease_until'])
         self.jobs.set_leases(tx, [dict(changes, seq=job['seq'], lease_until=until)], *changes)
         if job['worker']:
             tx.signs_of_life.append((job['queue'], job['worker'], None))
-        return {'id': job['id'], 'status': 'running'}
 
     def lose_overdue(self, tx):
         """A step of giving up the workers whose leases are over."""
@@ -2133,7 +2382,10 @@ class Dependencies:
             require(tx.fetch_one(FIND_BY_ID, id), 'after: there is no job', id, BadRequest)
             for id in row['after']]
         states = [DEPENDENCY_STATE.get(job['status'], 0) for job in dependencies]
-        seq = tx.execute(INSERT_JOBS[1], inserted_values({**row, 'hold': BLOCKED})).lastrowid
+        if row['group'] is None:
+            row['hold'] = BLOCKED
+        statement, values_of = insert_plan(1)
+        seq = tx.execute(statement, values_of(row)).lastrowid
         self.jobs.update(tx, {'seq': seq}, after=encode(row['after']),
                          after_any=bool(row['after_any']))
         tx.db.executemany('INSERT INTO dependencies VALUES (?, ?, ?, ?)', [
@@ -2165,7 +2417,8 @@ class Dependencies:
         state = DEPENDENCY_STATE[end['status']]
         tx.execute(SET_DEPENDENCY_STATE, (state, end['dependent'], end['position']))
         job = tx.fetch_one(FIND_BY_SEQ, end['dependent'])
-        if job['hold'] != BLOCKED:      # cancelled, or due since before the dependency was retried
+        # it was cancelled, or is due since before the dependency was retried
+        if job['status'] != 'pending' or not job['waits_for']:
             return
         if state != SUCCEEDED and not job['after_any']:
             self._cancel_dependent(tx, job, end)
@@ -2197,8 +2450,9 @@ class Dependencies:
 
     def reopen(self, tx, job):
         """A job that had ended is retried: dependents that are blocked wait for it again."""
-        tx.execute(f'''
-            UPDATE jobs SET waits_for = waits_for + 1 WHERE hold = {BLOCKED} AND seq IN (
+        tx.execute('''
+            UPDATE jobs SET waits_for = waits_for + 1
+            WHERE status = 'pending' AND waits_for > 0 AND seq IN (
                 SELECT dependent FROM dependencies WHERE dependency = ? AND state <> 0)''',
                    (job['seq'],))
         tx.execute('UPDATE dependencies SET state = 0 WHERE dependency = ?', (job['seq'],))
@@ -2331,8 +2585,8 @@ class Schedules:
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
         item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
-        (job, created), = self.producers.enqueue(tx, [item])
-        is_skipped = not created and job['id'] != item['id']
+        (job, done), = self.producers.enqueue(tx, [item])
+        is_skipped = done is EXISTING and job['id'] != item['id']
         tx.execute(
             'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, '
             'skipped = skipped + ? WHERE name = ?',
@@ -2375,7 +2629,7 @@ class Operators:
         waits_for = self.dependencies.recheck(tx, job)
         try:
             self.jobs.transition(tx, 'retry', job, 'pending', tx.now, retries=0, losses=0,
-                                 waits_for=waits_for)
+                                 waits_for=waits_for, expires_at=None, is_timed=0)
         except sqlite3.IntegrityError:
             raise Conflict('key: another job with the same key is pending or running in the '
                            'queue') from None
@@ -2383,6 +2637,21 @@ class Operators:
 
     def purge(self, tx, job):
         self.jobs.delete(tx, job)
+
+    def reschedule(self, tx, params):
+        """Change when a pending job is due, or its priority."""
+        job, _ = self.require_status(tx, 'reschedule', params)
+        changes = {'priority': params['priority']} if 'priority' in params else {}
+        due = job['next_run_at']
+        if 'run_at' in params:
+            due = params['run_at']
+            changes['is_timed'] = 1
+        elif 'delay' in params:
+            due = tx.now + params['delay']
+            changes['is_timed'] = 0
+        self.jobs.transition(tx, 'reschedule', job, 'pending', due, **changes)
+        return {'id': job['id'], 'status': 'pending', 'next_run_at': rfc3339(due),
+                'priority': changes.get('priority', job['priority'])}
 
     def pause(self, tx, params):
         return self._set_paused(tx, params['queue'], True)
@@ -2504,7 +2773,8 @@ class Queries:
             attempts = row['attempts'] or '[]'      # those that did not end in done
             if row['status'] in ('running', 'done'):
                 attempts = attempts_json(row, row['status'], row['finished_at'])
-            more = f',"attempts":{attempts},"why":{json_string(self._why(db, row))}'
+            more = steps_json(db, row)
+            more += f',"attempts":{attempts},"why":{json_string(self._why(db, row))}'
             dependents = [dependent for dependent, in db.execute(
                 'SELECT id FROM dependencies JOIN jobs ON seq = dependent WHERE dependency = ? '
                 'ORDER BY seq LIMIT ?', (row['seq'], MAX_DEPENDENTS_LISTED))]
@@ -2598,6 +2868,7 @@ class Queries:
         queue = db.execute(SELECT_QUEUE, (row['queue'],)).fetchone()
         reasons = [reason for reason in (
             'the queue is paused' if queue['paused'] else None,
+            self._why_queued(db, row),
             self._why_blocked(db, row),
             self._why_limited(queue),
             self._why_delayed(row),
@@ -2606,8 +2877,17 @@ class Queries:
         ) if reason]
         return '; '.join(reasons) or 'next in line'
 
+    def _why_queued(self, db, row):
+        if row['hold'] != QUEUED_IN_GROUP:
+            return None
+        ahead = db.execute(ACTIVE_IN_GROUP, (row['queue'], row['group'])).fetchone()
+        if not ahead:       # it has just ended
+            return None
+        return (f'waits in the group {describe(row["group"])} for the job {describe(ahead["id"])}, '
+                f'which is {ahead["status"]}')
+
     def _why_blocked(self, db, row):
-        if row['hold'] != BLOCKED:
+        if not row['waits_for']:
             return None
         names = [describe(id) for id, in db.execute(UNFINISHED_DEPENDENCIES, (row['seq'],))]
         if len(names) > 3:
@@ -2624,7 +2904,7 @@ class Queries:
         return None
 
     def _why_delayed(self, row):
-        if row['hold'] != DELAYED:
+        if row['next_run_at'] <= self.clock.now() or row['hold'] == READY:
             return None
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
         return f'scheduled for {rfc3339(row["next_run_at"])}{retry}'
@@ -2644,12 +2924,12 @@ class Queries:
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
 
 
-IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting
+IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting + grouped
     AND COALESCE(polled_at, 0) < :silent_since)'''
 TOTALS = 'SELECT COUNT(*) AS queues, {}, COALESCE(SUM({}), 0) AS unserved FROM queues'.format(
     ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)), IS_UNSERVED)
 UNSERVED = f'''
-    SELECT queue, pending - scheduled - waiting AS due FROM queues WHERE {IS_UNSERVED}
+    SELECT queue, pending - scheduled - waiting - grouped AS due FROM queues WHERE {IS_UNSERVED}
     ORDER BY queue LIMIT {MAX_UNSERVED_LISTED}'''
 
 
@@ -2826,6 +3106,8 @@ NEXT_DEADLINE = f'''
         SELECT MIN(next_run_at) AS moment FROM jobs WHERE status = 'pending' AND hold = {DELAYED}
         UNION ALL SELECT MIN(lease_until) FROM jobs WHERE status = 'running'
         UNION ALL SELECT MIN(next_run_at) FROM schedules
+        UNION ALL SELECT MIN(expires_at) FROM jobs
+            WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0
         UNION ALL SELECT MIN(1) FROM unresolved_ends
         UNION ALL SELECT ?)'''
 
@@ -2899,6 +3181,7 @@ class Store:
         for queue in self.starved:
             tx.wake_polls(queue)
         self.schedules.run_due(tx)
+        self.jobs.expire(tx)
         self.jobs.release_due(tx)
         self.claims.lose_overdue(tx)
         self.dependencies.resolve(tx)
@@ -3978,7 +4261,7 @@ def poll(server, params):
     def render(jobs):
         if not jobs:
             return Response(status=204)
-        texts = [job_json(job) for job in jobs]
+        texts = [claim_json(job) for job in jobs]
         return json_list(texts) if 'limit' in params else texts[0]
 
     claims = server.store.claims
@@ -4134,7 +4417,8 @@ def change_route(call, *required):
 ROUTES = {
     '/enqueue': route(
         'POST', enqueue, ['queue'],
-        'payload timeout max_retries tag priority delay run_at key id jobs after after_any',
+        'payload timeout max_retries tag priority delay run_at key key_until replace expires group '
+        'id jobs after after_any',
         after=JOB_IDS),
     '/poll': route(
         'POST', poll, ['queue'], 'limit wait worker lease max_retries timeout hung'),
@@ -4142,23 +4426,28 @@ ROUTES = {
     '/fail': route('POST', write_call('claims.fail'), ['id'], 'attempt error retry delay jobs'),
     '/heartbeat': route(
         'POST', write_call('claims.heartbeat'), ['id'], 'attempt progress jobs'),
+    '/step': route('POST', write_call('claims.step'), ['id', 'name'], 'attempt result', name=NAME),
     '/release': route('POST', write_call('claims.release'), ['id'], 'attempt jobs'),
     '/cancel': change_route('cancel', ('id', 'queue'), ('id', 'status')),
     '/retry': change_route('retry', ('id', 'queue'), ('id', 'status')),
+    '/reschedule': route(
+        'POST', write_call('operators.reschedule'),
+        ['id', ('delay', 'run_at', 'priority')], 'jobs'),
     '/purge': change_route('purge', ('queue', 'status')),
     '/pause': route('POST', write_call('operators.pause'), ['queue']),
     '/resume': route('POST', write_call('operators.resume'), ['queue']),
     '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
     '/schedule': route(
         'POST', schedule, ['name', 'queue', ('cron', 'every')],
-        'zone payload timeout max_retries tag priority key'),
+        'zone payload timeout max_retries tag priority key group'),
     '/unschedule': route('POST', write_call('schedules.unschedule'), ['name']),
     '/schedules': route('GET', read_call('schedules'), optional='limit after', offload=True),
     '/jobs/': route('GET', get_job, ['id'], 'wait', offload=True),
     '/status/': route('GET', get_job, ['id'], 'wait', offload=True),
     '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
     '/jobs': route(
-        'GET', list_jobs, optional='id queue status tag limit after brief needed_by needs',
+        'GET', list_jobs,
+        optional='id queue status tag group limit after brief needed_by needs',
         offload=True),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
     '/queues': route(
@@ -4395,6 +4684,7 @@ def log(sentence):
 
 
 # -- Metrics --------------------------------------------------------------------------------------
+EVENTS = ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled', 'expired')
 LABEL_ESCAPES = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
 
 
@@ -4427,9 +4717,9 @@ def metric_families(store):
 def queue_families(queues, now):
     yield Family(
         'jobs', 'gauge',
-        'Jobs by queue and status; scheduled and waiting ones are part of the pending ones.',
+        'Jobs by queue and status; scheduled, waiting and grouped ones are pending, too.',
         (sample(queue[name], queue=queue['queue'], status=name)
-         for queue in queues for name in (*STATUSES, 'scheduled', 'waiting')))
+         for queue in queues for name in COUNTS if name != 'grouped' or queue[name]))
     yield Family(
         'max_running', 'gauge', 'Jobs of the queue that may run at a time.',
         (sample(queue['max_running'], queue=queue['queue'])
@@ -4464,7 +4754,7 @@ def meter_families(meter, named_queues):
                       if key[1] in named_queues}
         for (event, queue), count in meter.totals.items():
             totals[event, queue if queue in named_queues else '(others)'] += count
-    for event in ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled'):
+    for event in EVENTS:
         yield Family(
             f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.',
             [sample(count, queue=queue) for (name, queue), count in totals.items()
@@ -4504,6 +4794,7 @@ def sample(value, suffix='', **labels):
 # -- OpenAPI ---------------------------------------------------------------------------------------
 COLUMN_SCHEMAS = {      # function that writes a column -> what it writes, null aside
     json_string: {'type': 'string'},
+    json_key: {'type': 'string'},
     json_number: {'type': 'integer'},
     json_time: {'type': 'string', 'format': 'date-time'},
     json_duration: {'type': 'number'},
@@ -4547,7 +4838,7 @@ def table_schema(columns, **more):
                 values['enum'] = column.rule.schema['enum']
             is_set = re.search('NOT NULL|PRIMARY KEY', column.type) or column.json is json_timeout
             schema['properties'][name] = values if is_set else or_null(values)
-            if column.brief:
+            if column.brief and not column.optional:
                 schema['required'].append(name)
     schema['properties'].update(more)
     return schema
@@ -4565,12 +4856,15 @@ SCHEMAS = {
         started_at=TIME, finished_at=or_null(TIME), error=or_null(STRING)),
     'Job': table_schema(
         JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
-        attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER),
+        attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER,
+        steps={'type': 'object'}, replaced=BOOLEAN),
     'JobPage': page_schema('jobs', reference('Job')),
     # of a report; in a batch `error` and `code` say that the item is refused
     'Outcome': object_schema(
-        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, error=STRING,
-        code=INTEGER),
+        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER,
+        error=STRING, code=INTEGER),
+    'Step': object_schema('id name created result', id=STRING, name=STRING, created=BOOLEAN,
+                          result={}),
     'Count': object_schema('count', count=INTEGER),
     'Paused': object_schema('queue paused', queue=STRING, paused=BOOLEAN),
     'Limits': object_schema(
@@ -4588,7 +4882,8 @@ SCHEMAS = {
         hung=or_null(INTEGER)),
     'QueuePage': object_schema(
         'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
-        now=TIME, workers=list_schema(reference('Worker'))),
+        now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
+        unserved=list_schema({})),
     'Health': object_schema(
         'status storage version', status=STRING, storage=STRING, version=STRING),
 }
@@ -4610,10 +4905,12 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/complete': Call('complete', 'Report that a job is done.', reference('Outcome')),
     '/fail': Call('fail', 'Report that an attempt has failed.', reference('Outcome')),
     '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
+    '/step': Call('step', 'Keep the result of a step; the first one stays.', reference('Step')),
     '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
     '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
     '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
     '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/reschedule': Call('reschedule', 'Change a pending job.', reference('Outcome')),
     '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
     '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
     '/limit': Call('limit', 'Set the limits of a queue; null removes one.', reference('Limits')),
@@ -4625,6 +4922,8 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
+    '/lost': Call('wait_for_loss', 'Wait until a worker loses a job that it runs.',
+                  object_schema('lost', lost=BOOLEAN)),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
@@ -4703,12 +5002,13 @@ def openapi_body(route, item):
 
 
 def openapi_parameters(path, route):
-    in_path = route.required[0][0] if route.required else None
+    required = [fields[0] for fields in route.required]
+    place = 'path' if path.endswith('/') else 'query'
     return [
         {
             'name': field,
-            'in': 'path' if field == in_path else 'query',
-            'required': field == in_path,
+            'in': place if field in required else 'query',
+            'required': field in required,
             'schema': rule.schema,
         }
         for field, rule in route.rules.items()]
@@ -5277,7 +5577,7 @@ td .buttons {
 }
 
 #jobs th.queue {
-  width: 14%;
+  width: 12%;
 }
 
 th.actions {
@@ -5311,11 +5611,19 @@ th.created {
 
 th.attempt,
 th.count {
-  width: 5.5rem;
+  width: 4.5rem;
 }
 
 th.detail {
-  width: 36%;
+  width: 32%;
+}
+
+:is(#needs, #needed-by) th.job {
+  width: 21rem;
+}
+
+th.step {
+  width: 14rem;
 }
 
 th.field {
@@ -5710,8 +6018,16 @@ svg {
       grid-column: span 2;
     }
 
-    td:is(.actions, .detail, .error, .line) {
+    td:is(.actions, .detail, .error, .line, .step, .result) {
       grid-column: 1 / -1;
+    }
+
+    td:is(.step, .result)::before {
+      display: none;
+    }
+
+    td.step {
+      font-weight: 600;
     }
 
     td.zero {
@@ -5736,16 +6052,16 @@ svg {
     font-weight: 600;
   }
 
-  #groups tr {
+  #errors tr {
     grid-template-columns: 2.4rem 1fr auto;
   }
 
-  #groups td:is(.line, .actions) {
+  #errors td:is(.line, .actions) {
     grid-column: auto;
   }
 
-  #groups td::before,
-  #groups td.newest {
+  #errors td::before,
+  #errors td.newest {
     display: none;
   }
 
@@ -5810,7 +6126,7 @@ svg {
     flex-basis: 100%;
   }
 
-  table:not(.small, #jobs, #groups, #needs, #needed-by) tr {
+  table:not(.small, #jobs, #errors, #needs, #needed-by) tr {
     grid-template-columns: repeat(4, 1fr);
   }
 
@@ -5945,9 +6261,9 @@ svg {
   </section>
   <section id="failures">
     <details open>
-      <summary id="groups-count"></summary>
+      <summary id="errors-title"></summary>
       <div class="scroll">
-        <table id="groups"></table>
+        <table id="errors"></table>
       </div>
     </details>
   </section>
@@ -6053,6 +6369,7 @@ const PAGE_SCHEDULES = 100;
 const PAGE_JOBS = 50;
 const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
 const GROUPED_FAILURES = 1000;      // newest failures that are grouped
+const FAILURES_INTERVAL = 10000;    // ms until they are fetched again
 const MAX_SELECTED = 10000;         // jobs that can be selected
 const ACTION_BATCH = 1000;          // jobs in one request
 const TYPED_FROM = 100;             // jobs from which a deletion is confirmed by typing their count
@@ -6079,7 +6396,7 @@ let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
 let found = null;           // the page of a search, which is not repeated: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
-let failures = [];          // the newest failed jobs of the filter
+let failures = noFailures();        // the newest failed jobs of the filter at `address`
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -6428,11 +6745,11 @@ const JOB_COLUMNS = [
   column("detail", jobDetail),
 ];
 
-const GROUP_COLUMNS = [
+const FAILURE_COLUMNS = [
   count("count", row => row.jobs.length),
-  column("line", row => jobsLink({...place, after: "", search: row.search}, row.line)),
+  column("line", row => jobsLink({...filters(), search: row.search}, row.line)),
   count("newest", row => agoNode(row.jobs[0].finished_at)),
-  column("actions", row => button("select-group", row.line, "Select")),
+  column("actions", row => button("select-failures", row.line, "Select")),
 ];
 
 const DEPENDENCY_COLUMNS = [
@@ -6449,8 +6766,8 @@ const TABLES = {
   schedules: SCHEDULE_COLUMNS,
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
-  groups: GROUP_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
+  errors: FAILURE_COLUMNS,
+  steps: [column("step", row => row.name), column("result", row => stepResult(row.result))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -6500,8 +6817,7 @@ function drawCell(each, item) {
 }
 
 function isBad(name, text) {
-  const counts = ["failed", "hung_threads"];
-  return counts.includes(name) && text !== "0" || name === "state" && text.startsWith("no worker");
+  return ["failed", "hung_threads"].includes(name) && text !== "0";
 }
 
 // While the pointer is on a table its rows stay where they are; they change in place. A new one
@@ -6566,11 +6882,11 @@ function totalNode(name, value, href) {
 }
 
 function drawTotals(totals, minutes) {
-  const counts = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
+  const nodes = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
     const status = name === "scheduled" ? "pending" : name;
     return totalNode(name, totals[name], address("jobs", {status}));
   });
-  show({totals: [...counts, totalNode("per minute", lastMinute(minutes))]});
+  show({totals: [...nodes, totalNode("per minute", lastMinute(minutes))]});
 }
 
 function bars(values, width, base, unit, direction) {
@@ -6672,12 +6988,22 @@ function moveMinute(event) {
 
 // -- Overview: queues, workers, schedules -------------------------------------------------------
 function queueState(row) {
-  const {paused, polled_at, running, max_running, rate, per} = row;
+  const {paused, polled_at, running, oldest_age} = row;
   const isServed = running || polled_at && ageOf(polled_at) < WORKER_SILENCE;
+  if (paused) {
+    return [el("span", {class: "warn"}, "paused"), limitText(row)];
+  }
+  if (isServed) {
+    return ["open", limitText(row)];
+  }
+  const look = oldest_age === null ? "soft" : "bad";
   const silence = polled_at ? "no worker " + duration(ageOf(polled_at)) : "no worker yet";
-  const state = paused ? el("span", {class: "warn"}, "paused") : isServed ? "open" : silence;
+  return [el("span", {class: look}, silence), limitText(row)];
+}
+
+function limitText({max_running, rate, per}) {
   const most = max_running ? `, max ${max_running}` : "";
-  return [state, most, rate ? `, ${rate} per ${per} s` : ""];
+  return most + (rate ? `, ${rate} per ${per} s` : "");
 }
 
 function queueButtons({queue, paused, failed, done}) {
@@ -6827,6 +7153,7 @@ function drawPaging({jobs, after}) {
 function drawJobs(page) {
   const keyOf = job => job.id;
   const shown = page.jobs.length;
+  updateSelected(page.jobs);
   drawTabs();
   drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
   drawPaging(page);
@@ -6835,7 +7162,6 @@ function drawJobs(page) {
     "select-these": shown > 0,
     "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
   });
-  drawFailures();
   drawSelection(page.after);
 }
 
@@ -6865,32 +7191,42 @@ async function findPage() {
 }
 
 // -- Jobs: failures by their last line ----------------------------------------------------------
+function noFailures() {
+  return {address: "", time: 0, jobs: []};
+}
+
 async function findFailures() {
   if (place.status !== "failed" || place.search) {
     return [];
   }
-  return (await findJobs(filters(), GROUPED_FAILURES)).jobs;
+  const isFresh = Date.now() - failures.time < FAILURES_INTERVAL;
+  if (failures.address === location.hash && isFresh) {
+    return failures.jobs;
+  }
+  const {jobs} = await findJobs(filters(), GROUPED_FAILURES);
+  failures = {address: location.hash, time: Date.now(), jobs};
+  return jobs;
 }
 
-function failureGroups() {
-  const groups = new Map();
-  for (const job of failures) {
+function failuresByLine() {
+  const rows = new Map();
+  for (const job of failures.jobs) {
     const line = lastLine(job.error) || "(no error)";
-    const group = groups.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
-    group.jobs.push(job);
-    groups.set(line, group);
+    const row = rows.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
+    row.jobs.push(job);
+    rows.set(line, row);
   }
-  return [...groups.values()].sort((a, b) => (
+  return [...rows.values()].sort((a, b) => (
     b.jobs.length - a.jobs.length || a.line.localeCompare(b.line)));
 }
 
-function drawFailures() {
-  const isCut = failures.length >= GROUPED_FAILURES;
-  const which = isCut ? `The newest ${number(failures.length)} failures` : "Failures";
-  drawTable("groups", failureGroups(), group => group.line);
+function drawFailures(jobs) {
+  const isCut = jobs.length >= GROUPED_FAILURES;
+  const which = isCut ? `The newest ${number(jobs.length)} failures` : "Failures";
+  drawTable("errors", jobs.length ? failuresByLine() : [], row => row.line);
   show({
-    failures: failures.length > 0,
-    "groups-count": `${which} by the last line of their error`,
+    failures: jobs.length > 0,
+    "errors-title": `${which} by the last line of their error`,
   });
 }
 
@@ -6933,6 +7269,14 @@ async function selectMatching() {
   }
 }
 
+function updateSelected(jobs) {
+  for (const {id, status} of jobs) {
+    if (selected.has(id)) {
+      selected.set(id, status);
+    }
+  }
+}
+
 function selectionCount(action) {       // of the selected jobs that the action applies to
   const {statuses, path} = ACTIONS[action];
   if (selectedAll) {
@@ -6963,6 +7307,11 @@ function jsonText(value, longest = MAX_SHOWN) {
   const text = JSON.stringify(value, null, 2);
   const isCut = text.length > longest;
   return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
+}
+
+function stepResult(value) {
+  const line = JSON.stringify(value);
+  return line.length <= MAX_LINE ? line : jsonText(value, MAX_STEP);
 }
 
 function fieldValue({field, value}) {
@@ -6997,9 +7346,12 @@ function jobFacts(job) {
   ].filter(Boolean);
 }
 
-function jobButtons({id, status}) {
-  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => (
-    button("one", {action, id}, label, statuses.includes(status), isDangerous ? "danger" : "")));
+function jobButtons({id, status, waits_for}) {
+  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => {
+    const isBlocked = action === "run" && waits_for;
+    const isPossible = statuses.includes(status) && !isBlocked;
+    return button("one", {action, id}, label, isPossible, isDangerous ? "danger" : "");
+  });
 }
 
 // A job that runs or is done does not open with the error of an attempt before that.
@@ -7250,7 +7602,7 @@ const PRESSES = {
   "run-schedule": runSchedule,
   one: applyToOne,
   bulk: applyToSelected,
-  "select-group": line => select(failureGroups().find(group => group.line === line).jobs),
+  "select-failures": line => select(failuresByLine().find(row => row.line === line).jobs),
   "select-matching": selectMatching,
   "select-none": clearSelection,
 };
@@ -7271,6 +7623,7 @@ async function press({action, about}) {
     notify(failure.message);
   }
   found = null;
+  failures = noFailures();
   refresh();
 }
 
@@ -7304,7 +7657,7 @@ const VIEWS = {
 function drawJobsPage(queues, page, failed) {
   const none = Object.fromEntries(STATUSES.map(status => [status, 0]));
   counts = place.queue ? queues.queues[0] || none : queues.totals;
-  failures = failed;
+  drawFailures(failed);
   drawJobs(page);
 }
 
@@ -7317,16 +7670,16 @@ async function refresh() {
   }
   const {queues, fetch, draw} = VIEWS[view];
   try {
-    const [health, counts, ...rest] = await Promise.all([
+    const [health, overview, ...rest] = await Promise.all([
       fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
     if (mine !== refreshId) {
       return;
     }
-    clockSkew = Date.parse(counts.now) - Date.now();
+    clockSkew = Date.parse(overview.now) - Date.now();
     keepingInPlace(() => {
       showOnline();
-      drawProblems(health, counts);
-      draw(counts, ...rest);
+      drawProblems(health, overview);
+      draw(overview, ...rest);
     });
     drawTitle();
   } catch (failure) {
@@ -7418,7 +7771,8 @@ function route() {
   for (const name of ["search", "queue", "tag", "group"]) {
     $("filter").elements[name].value = place[name] || "";
   }
-  for (const id of ["jobs", "groups"]) {
+  $("find").value = "";
+  for (const id of ["jobs", "errors"]) {
     lastRows[id] = null;
     patch($(id).tBodies[0], "");
   }
@@ -7544,7 +7898,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * the worker stops). A job may run more than once, since workers get killed: make handlers
  * idempotent, or divide them into steps.
  *
- * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`
+ * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`. TypeScript needs "allowJs".
  *
  * Heartbeats need the event loop. A handler that blocks it for longer than the lease (30 s) loses
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
@@ -7567,6 +7921,7 @@ const LEASE = 30; // seconds the engine waits for a heartbeat
 const PROGRESS_INTERVAL = 0.5; // seconds until a job's progress is reported
 const GRACE = 30; // seconds that running handlers get when the worker stops
 const FAREWELL = 2; // seconds that their outcomes get then, at least
+const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whose client has gone
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
@@ -8119,9 +8474,11 @@ function failure(error) {
 
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
-  name = `${os.hostname().slice(0, 150)}:${process.pid}`;
+  // unlike any other's, since releaseStrays() goes by it
+  name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
@@ -8195,6 +8552,21 @@ class Worker {
       } catch (error) {
         tries += 1;
         await pause(this.away(error, tries), signal);
+        if (signal.aborted) {
+          this.unanswered.add(name);
+        }
+      }
+    }
+  }
+
+  /** Gives back the jobs of a poll whose answer is lost: proxies drop it after half a close. */
+  async releaseStrays(name) {
+    const path = `/jobs?status=running&brief=true&limit=1000&queue=${encodeURIComponent(name)}`;
+    const page = await call(path, undefined, { patience: FAREWELL }).catch(() => ({ jobs: [] }));
+    const held = new Set([...this.claims].map((claim) => claim.address.id));
+    for (const job of page.jobs) {
+      if (job.worker === this.name && !held.has(job.id)) {
+        this.start(new Claim(job, this, () => {}));
       }
     }
   }
@@ -8351,6 +8723,8 @@ class Worker {
     for (const claim of this.claims) {
       claim.release();
     }
+    await pause(this.unanswered.size && STRAY_DELAY);
+    await Promise.all([...this.unanswered].map((name) => this.releaseStrays(name)));
     const farewell = Math.max(deadline, now() + FAREWELL);
     while (this.claims.size && now() < farewell) {
       await pause(0.01);

@@ -79,14 +79,28 @@ grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes that it leaves i
 killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
-    enqueue_in(connection, queue, payload, ...)     write a job into the open transaction
-    forward(connect, keep), forwarding(...)         send committed jobs; a context that does so in
-                                                    a thread
+    enqueue_in(connection, queue, payload, ...)
+                                write a job into the open transaction of a connection of sqlite3,
+                                psycopg, psycopg2, SQLAlchemy or Django; returns its id
+    forward(connect, host, keep)
+                                send the committed jobs of the database that connect() opens
+    forwarding(connect, host, keep, interval)
+                                a context that does so in a thread
 
 The job exists if and only if the transaction commits. It waits in the table rundown_outbox, which
-is made on first use (in SQLite and PostgreSQL), until the engine has it. Jobs arrive in order and
-once, whoever is killed or away. One that the engine refuses stays, with its `error`, and holds up
-no other; it is sent again when somebody sets that to NULL.
+is made on first use, until the engine has it. Jobs arrive in order and once, whichever process is
+killed. A job that the engine refuses stays in the table with its `error`, and holds up no other;
+set `error` to NULL to send it again. Connections in autocommit mode are rejected.
+
+DJANGO (6.0 and newer)
+    TASKS = {"default": {"BACKEND": "rundown_workers.DjangoBackend", "OPTIONS": {"outbox": True}}}
+    python rundown_workers.py django [QUEUE ...]
+                                the worker; it forwards the outbox, and needs
+                                DJANGO_SETTINGS_MODULE
+
+With `outbox` (True, or the alias of a database) a task runs if and only if the open transaction
+commits. Other OPTIONS: host, max_retries, timeout. Connections are closed around each task.
+task_finished is sent after the last attempt.
 
 COMMAND LINE: JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused,
 3 no engine.
@@ -110,6 +124,7 @@ import difflib
 import dis
 import encodings
 import functools
+import glob
 import hashlib
 import http.client
 import importlib.util
@@ -124,6 +139,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -176,6 +192,7 @@ __all__ = [
     'Retry',
     'Timeout',
     'Unfinished',
+    'aenqueue',
     'around',
     'checkpoint',
     'enqueue',
@@ -183,6 +200,7 @@ __all__ = [
     'enqueue_many',
     'forward',
     'forwarding',
+    'get',
     'inputs',
     'job',
     'on',
@@ -200,6 +218,8 @@ __all__ = [
     'wait',
 ]
 
+__version__ = '1.2'
+
 # -- Settings --------------------------------------------------------------------------------------
 DEFAULT_URL = 'http://localhost:8181'   # of the engine if neither `host` nor RUNDOWN_URL names one
 EXAMPLE_URL = 'http://127.0.0.1:8181'   # in messages; it depends on no resolver
@@ -216,6 +236,11 @@ MAX_RETRY_AFTER = 60        # seconds of a Retry-After that are obeyed
 MAX_DELAY = 3650 * 86400    # seconds of a delay that an engine takes
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
 MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
+MAX_ASYNC_CALLS = 100       # calls of asyncio programs that are made at a time
+MAX_ASYNC_WAITS = 2000      # connections on which asyncio programs wait for jobs
+CROWDED_POLL = 1            # seconds of a look at a job, if there are more waits than that
+MAX_IDLE_STREAMS = 20       # idle connections of asyncio programs
+MAX_RESPONSE_HEAD = 1 << 17     # bytes in which the headers of a response have to end
 MAX_DEPTH = 100             # levels of a value that are searched for the part that is not JSON
 
 # the worker
@@ -353,7 +378,8 @@ def as_json(value, name):
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         path = truncate_middle(path, 200)
         raise NotJSON(f'{path} is {kind}, which JSON cannot hold: {error}') from None
-    check_keys(value, name)
+    if isinstance(value, (dict, list, tuple)):
+        check_keys(value, name)
     return text
 
 
@@ -407,6 +433,13 @@ def drop_none(**fields):
 
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def in_utc(moment):
+    """A datetime as RFC 3339 in UTC, where one without a zone is local time; text as it is."""
+    if isinstance(moment, datetime.datetime):
+        return moment.astimezone(datetime.timezone.utc).isoformat()
+    return moment
 
 
 def clamp_delay(delay):
@@ -483,7 +516,24 @@ class DeadlineResponse(http.client.HTTPResponse):
         self.fp = io.BufferedReader(DeadlineReader(connection, sock, self.fp.detach()))
 
 
-class PooledConnection(http.client.HTTPConnection):
+class BufferingConnection(http.client.HTTPConnection):
+    """Keeps the parts of a request, since two small packets cost more than one."""
+
+    def __init__(self, host, **options):
+        super().__init__(host, **options)
+        self.outgoing = []      # parts of the request that are not sent yet
+
+    def send(self, data):
+        self.outgoing.append(data)
+
+    def request_bytes(self, request):
+        """A request of urllib.request as bytes."""
+        self.outgoing = []
+        self.request(request.get_method(), request.selector, request.data, request.headers)
+        return b''.join(self.outgoing)
+
+
+class PooledConnection(BufferingConnection):
     """A connection that is used for one request after the other."""
 
     def __init__(self, origin, deadline, **options):
@@ -493,21 +543,15 @@ class PooledConnection(http.client.HTTPConnection):
         self.origin = origin        # (scheme, host and port), constant
         self.reusable = False       # True once a response has been read to its end
         self.deadline = deadline    # of the request in flight, time.monotonic()
-        self.outgoing = []          # parts of the request that are not sent yet
         self.connect()
-
-    def send(self, data):
-        """Keep a part of a request, since two small packets cost more than one."""
-        self.outgoing.append(data)
 
     def exchange(self, request, deadline):
         """The response to a request, read to its end."""
         self.deadline = deadline
-        self.outgoing = []
-        self.request(request.get_method(), request.selector, request.data, request.headers)
+        data = self.request_bytes(request)
         self.sock.settimeout(remaining(deadline))
-        with contextlib.suppress(ConnectionError):
-            self.sock.sendall(b''.join(self.outgoing))      # a refusal may come before all is sent
+        with contextlib.suppress(ConnectionError):      # a refusal may come before all is sent
+            self.sock.sendall(data)
         response = self.getresponse()
         check_framing(response)
         response.content = response.read()
@@ -601,6 +645,27 @@ class ConnectionPool(urllib.request.BaseHandler):
 
 
 # -- Client ----------------------------------------------------------------------------------------
+def check_names(given, known, problem='there is no option'):
+    """Misuse for a name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise Misuse(f'{problem} {name}{hint}')
+
+
+def names_near_misses(function: F) -> F:
+    """Have a call with an unknown option say which known one is near."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        check_names(kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
+
+
 class ActiveHost:
     """The engine that a client and its clones use, out of several: one that answers."""
 
@@ -710,32 +775,38 @@ class Client:
 
         `body` is a dict or JSON text and makes it a POST; without it the call is a GET.
         """
-        data = None
-        if body is not None:
-            data = (body if isinstance(body, str) else as_json(body, 'body')).encode()
+        data = encode_body(body)
         host = self.host
         try:
             if not self.active.has_answered:
                 self._open(host + '/health', None, min(seconds, PROBE_TIMEOUT))
                 self.active.has_answered = True
-            response = self._open(host + path, data, seconds)
-            if response.status == 200:
-                return json.loads(response.content.decode())
-            if response.status == 204:
-                return None
-        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            self.active.move_on(host)
-            reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
-            message = f'no engine answers at {host}: {printable(reason)}'
-            raise EngineUnavailable(message) from error
+            return self._read(host, self._open(host + path, data, seconds))
+        except UNREACHABLE as error:
+            raise self._unreachable(host, error) from error
+
+    def _request(self, url, data):
+        return urllib.request.Request(url, data, self.headers)
+
+    def _open(self, url, data, seconds):
+        return self.opener.open(self._request(url, data), timeout=seconds)
+
+    def _read(self, host, response):
+        """The value of a response; raises its refusal."""
+        if response.status == 200:
+            return json.loads(response.content.decode())
+        if response.status == 204:
+            return None
         error = refusal(response)
         if isinstance(error, NotAnEngine):
             self.active.move_on(host)
         raise error
 
-    def _open(self, url, data, seconds):
-        request = urllib.request.Request(url, data, self.headers)
-        return self.opener.open(request, timeout=seconds)
+    def _unreachable(self, host, error):
+        """The exception for a failure to get a response; the next engine is used from now on."""
+        self.active.move_on(host)
+        reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
+        return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
     def call(
         self,
@@ -764,6 +835,7 @@ class Client:
         query = urllib.parse.urlencode(drop_none(**fields))
         return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
 
+    @names_near_misses
     def enqueue(
         self,
         queue: str,
@@ -779,16 +851,26 @@ class Client:
         give_up: float | datetime.timedelta | None = None,
         after: Any = None,
         after_any: bool | None = None,
+        group: str | None = None,
+        key_until: str | None = None,
+        replace: bool | None = None,
+        expires: float | datetime.timedelta | None = None,
     ) -> Job:
         """Add a job, once however often the call is sent, and return it.
 
-        `created` in it is False if its id or its key was there before. The job waits until the
-        jobs `after` (jobs or ids) are done; if one of them fails it is cancelled, unless
-        `after_any` is True. A `run_at` without a zone is local time; durations are in seconds.
+        `created` in it is False if its id or its key was there before. A `run_at` without a zone
+        is local time; durations are in seconds, or timedeltas.
+
+        The job waits until the jobs `after` (jobs or ids) are done; if one of them fails it is
+        cancelled, unless `after_any` is True. Jobs of a `group` run one at a time, in order.
+        A `key` is held until the job has ended, with `key_until="start"` until it starts; with
+        `replace` the new job takes the place of one that holds the key and has not started. A
+        job that has not started `expires` seconds after it was due is cancelled.
         """
         text = encode_job(
             payload, id=id, run_at=run_at, delay=delay, after=after, queue=queue, timeout=timeout,
             max_retries=max_retries, tag=tag, priority=priority, key=key, after_any=after_any,
+            group=group, key_until=key_until, replace=replace, expires=expires,
         )
         job = Job(self.call('/enqueue', text, give_up=give_up), self)
         warn_of_own_key(job)
@@ -812,6 +894,7 @@ class Client:
             raise Misuse(f'payloads must be a list with one payload for each job, not a {kind}')
         if 'id' in options or 'key' in options:
             raise Misuse('id and key are for one job, and these are many; ids takes a list')
+        check_names(options, ENQUEUE_OPTIONS)
         payloads = list(payloads)
         ids = sorted(new_id() for _ in payloads) if ids is None else list(ids)
         if len(ids) != len(payloads):
@@ -838,6 +921,24 @@ class Client:
                 raise
             first = self._enqueue_batch(texts[:half], give_up)
             return first + self._enqueue_batch(texts[half:], give_up)
+
+    async def aenqueue(self, queue: str, payload: Any = None, **options: Any) -> Job:
+        """enqueue() for asyncio programs; it never blocks their event loop."""
+        give_up = options.pop('give_up', None)
+        check_names(options, ENQUEUE_OPTIONS)
+        text = encode_job(payload, queue=queue, **options)
+        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
+
+    async def await_job(
+        self,
+        job: Any,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """wait() for asyncio programs; a thousand at a time are fine."""
+        if current.get() and not isinstance(job, str):
+            warn_of_deadlock(job)
+        return Job(await async_calls().wait(self, job, timeout, give_up), self)
 
     def poll(
         self,
@@ -896,27 +997,71 @@ class Client:
         """Hand out jobs of the queue again."""
         return self._post('/resume', queue=queue)
 
+    def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
+        """Store the result of a step of a job; the first result under a name is kept."""
+        return self.call('/step', {'id': id, 'attempt': attempt, 'name': name, 'result': result})
+
+    def reschedule(
+        self,
+        id: str | None = None,
+        delay: float | datetime.timedelta | None = None,
+        run_at: str | datetime.datetime | None = None,
+        priority: int | None = None,
+        jobs: Iterable[Any] | None = None,
+    ) -> dict[str, Any]:
+        """Change the time or the priority of a pending job; `delay` 0 means now.
+
+        With `jobs` (jobs or ids) of many: returns {"jobs": [...]}, a reply for each.
+        """
+        fields = {'delay': in_seconds(delay), 'run_at': in_utc(run_at), 'priority': priority}
+        return self._change('/reschedule', jobs, id=id, **fields)
+
     def cancel(
         self,
         id: str | None = None,
         queue: str | None = None,
         status: str | None = None,
+        tag: str | None = None,
+        jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Cancel a job, or all of a queue and status; returns {"count": n}."""
-        return self._post('/cancel', id=id, queue=queue, status=status)
+        """Cancel a job, or all of a queue, status and tag; returns {"count": n}.
+
+        With `jobs` (jobs or ids) many: returns {"jobs": [...]}, a reply for each.
+        """
+        return self._change('/cancel', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def retry(
         self,
         id: str | None = None,
         queue: str | None = None,
         status: str | None = None,
+        tag: str | None = None,
+        jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
-        return self._post('/retry', id=id, queue=queue, status=status)
+        """Make a failed or cancelled job pending again, or many; see cancel()."""
+        return self._change('/retry', jobs, id=id, queue=queue, status=status, tag=tag)
 
-    def purge(self, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
-        """Delete the jobs of a queue and/or status, except running ones; {"count": n}."""
-        return self._post('/purge', queue=queue, status=status)
+    def purge(
+        self,
+        queue: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+        id: str | None = None,
+        jobs: Iterable[Any] | None = None,
+    ) -> dict[str, Any]:
+        """Delete a job, or many, except running ones; see cancel()."""
+        return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
+
+    def _change(self, path, jobs, **fields):
+        """A call about one job, about all that the fields describe, or about a list of jobs."""
+        if jobs is None:
+            return self._post(path, **fields)
+        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
+        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        replies = []
+        for batch in batches(texts, len):
+            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
+        return {'jobs': replies}
 
     def limit(
         self,
@@ -934,6 +1079,7 @@ class Client:
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
+    @names_near_misses
     def schedule(
         self,
         name: str,
@@ -947,6 +1093,7 @@ class Client:
         tag: str | None = None,
         priority: int | None = None,
         key: str | None = None,
+        group: str | None = None,
     ) -> dict[str, Any]:
         """Have a job made at each tick of `cron`, or `every` so many seconds.
 
@@ -956,7 +1103,7 @@ class Client:
         return self._post(
             '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
             payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
-            priority=priority, key=key,
+            priority=priority, key=key, group=group,
         )
 
     def unschedule(self, name: str) -> dict[str, Any]:
@@ -975,14 +1122,18 @@ class Client:
         limit: int | None = None,
         after: str | None = None,
         needed_by: str | None = None,
+        group: str | None = None,
+        search: str | None = None,
     ) -> dict[str, Any]:
         """A page of jobs, newest first; the answer's `after` asks for the next page.
 
-        `needed_by` is an id: the jobs that this job waits or waited for, in its order.
+        `needed_by` is an id: the jobs that this job waits or waited for, in its order. `search`
+        is a text in the payload, error, result, tag or id; a page of these may be empty though
+        there is a next one.
         """
         return self._get(
             '/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after,
-            needed_by=needed_by,
+            needed_by=needed_by, group=group, search=search,
         )
 
     def queues(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
@@ -1012,21 +1163,13 @@ class Client:
         Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
         for `give_up` seconds, or until the timeout.
         """
-        id = job if isinstance(job, str) else job['id']
         if current.get():
-            warn_of_deadlock(self.job(id) if isinstance(job, str) else job)
-        give_up = self.timeout if give_up is None else in_seconds(give_up)
-        deadline = deadline_after(timeout)
+            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
+        waiting = Waiting(self, job, timeout, give_up)
         while True:
-            left = max(0, deadline - time.monotonic())
-            wait = round(min(LONG_POLL, left), 3)
-            path = f'/jobs/{quote(id)}?wait={wait}'
-            job = self.call(path, wait=wait, give_up=min(give_up, left))
-            if job['status'] in ENDED:
+            job = self.call(**waiting.next_call(LONG_POLL))
+            if waiting.is_over(job):
                 return Job(job, self)
-            if time.monotonic() >= deadline:
-                seconds = in_seconds(timeout)
-                raise Unfinished(f'job {id} is still {job["status"]} after {seconds:g} s')
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
@@ -1038,6 +1181,32 @@ class Client:
 
 
 ENDED = ('done', 'failed', 'cancelled')     # statuses of a job that has ended
+ENQUEUE_OPTIONS = list(inspect.signature(Client.enqueue).parameters)[3:]
+
+
+class Waiting:
+    """The calls that wait for the end of a job, until a timeout."""
+
+    def __init__(self, client, job, timeout, give_up):
+        self.id = job if isinstance(job, str) else job['id']
+        self.timeout = in_seconds(timeout)
+        self.deadline = deadline_after(timeout)
+        self.give_up = client.timeout if give_up is None else in_seconds(give_up)
+
+    def next_call(self, longest):
+        """The arguments of Client.call() for the next look, which lasts `longest` seconds."""
+        left = max(0, self.deadline - time.monotonic())
+        wait = round(min(longest, left), 3)
+        path = f'/jobs/{quote(self.id)}?wait={wait}'
+        return {'path': path, 'wait': wait, 'give_up': min(self.give_up, left)}
+
+    def is_over(self, job):
+        """Has the job ended? Unfinished if it has not and the timeout is over."""
+        if job['status'] in ENDED:
+            return True
+        if time.monotonic() >= self.deadline:
+            raise Unfinished(f'job {self.id} is still {job["status"]} after {self.timeout:g} s')
+        return False
 
 
 class Job(Dict[str, Any], Generic[R]):
@@ -1051,6 +1220,16 @@ class Job(Dict[str, Any], Generic[R]):
         """Bring it up to date, and return it."""
         self.update(self.client.job(self['id']))
         return self
+
+    def cancel(self) -> Job[R]:
+        """Cancel it, bring it up to date, and return it; Refused if it has ended."""
+        self.client.cancel(self['id'])
+        return self.refresh()
+
+    def retry(self) -> Job[R]:
+        """Make it pending again, bring it up to date, and return it; Refused if it is not over."""
+        self.client.retry(self['id'])
+        return self.refresh()
 
     def wait(
         self,
@@ -1073,6 +1252,15 @@ class Job(Dict[str, Any], Generic[R]):
         self.wait(timeout, give_up)
         return self._result()
 
+    async def aresult(
+        self,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> R:
+        """result() for asyncio programs; it never blocks their event loop."""
+        self.update(await self.client.await_job(self, timeout, give_up))
+        return self._result()
+
     def _result(self):
         if self['status'] != 'done':
             error = Failed(self['error'] or f'the job was {self["status"]}')
@@ -1093,6 +1281,16 @@ def results(
     """The results of many jobs, in order: see Job.result. The timeout is that of all."""
     deadline = deadline_after(timeout)
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
+
+
+UNREACHABLE = (OSError, http.client.HTTPException, ValueError, RecursionError)
+
+
+def encode_body(body):
+    """The bytes of a request's body, which is a dict, JSON text or None."""
+    if body is None:
+        return None
+    return (body if isinstance(body, str) else as_json(body, 'body')).encode()
 
 
 def parse_hosts(text):
@@ -1171,17 +1369,15 @@ def is_item_reply(item):
     )
 
 
-def encode_job(payload, id=None, run_at=None, delay=None, after=None, timeout=None, **fields):
+def encode_job(payload, id=None, run_at=None, after=None, **fields):
     """A job to be enqueued, as JSON text. It gets its id here, so that it can be sent again."""
-    if isinstance(run_at, datetime.datetime):
-        run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
-    fields = drop_none(
-        payload=payload, id=new_id() if id is None else id, run_at=run_at,
-        delay=in_seconds(delay), after=after, timeout=in_seconds(timeout), **fields,
-    )
+    for name in ('delay', 'timeout', 'expires'):
+        fields[name] = in_seconds(fields.get(name))
+    id = new_id() if id is None else id
+    fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
     return as_json(fields, 'the job')
 
 
@@ -1202,6 +1398,186 @@ def batches(items, size):
         total += length
     if batch:
         yield batch
+
+# -- asyncio: calls that never block an event loop -------------------------------------------------
+class AsyncCalls:
+    """A thread whose event loop makes the calls of asyncio programs.
+
+    The loops of the programs only wait for a future. Nothing blocks them, not even the resolution
+    of a name, and their default executors stay free.
+    """
+
+    def __init__(self):
+        import asyncio      # here, since it takes megabytes that most programs have no use for
+        self.process = os.getpid()      # constant: a fork has no such thread
+        self.loop = asyncio.new_event_loop()
+        # used by the loop's thread only
+        self.idle = {}          # (origin, TLS settings) -> deque of (reader, writer)
+        self.call_slots = None  # semaphores: short calls, and waits for a job
+        self.wait_slots = None
+        thread = threading.Thread(target=self._run, name='rundown-asyncio', daemon=True)
+        contextvars.Context().run(thread.start)     # it belongs to no job
+
+    def _run(self):
+        import asyncio
+        asyncio.set_event_loop(self.loop)       # Python 3.8 takes that of the semaphores from there
+        self.call_slots = asyncio.Semaphore(MAX_ASYNC_CALLS)
+        self.wait_slots = asyncio.Semaphore(max_async_waits())
+        self.loop.run_forever()
+
+    def submit(self, coroutine):
+        """A future of the running loop; cancelling it cancels the coroutine."""
+        import asyncio
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+
+    async def call(self, client, path, body=None, give_up=None):
+        """Client.call() for the caller's loop."""
+        return await self.submit(self._call(client, path, body, give_up=give_up))
+
+    async def wait(self, client, job, timeout, give_up):
+        """Client.wait() for the caller's loop; the fields of the job."""
+        return await self.submit(self._wait(client, Waiting(client, job, timeout, give_up)))
+
+    async def _wait(self, client, waiting):
+        while True:
+            # when connections are scarce, the waits take turns
+            longest = CROWDED_POLL if self.wait_slots.locked() else LONG_POLL
+            async with self.wait_slots:
+                job = await self._try(client, **waiting.next_call(longest))
+            if waiting.is_over(job):
+                return job
+
+    async def _call(self, client, path, body, give_up):
+        async with self.call_slots:
+            return await self._try(client, path, body, give_up=give_up)
+
+    async def _try(self, client, path, body=None, wait=0, give_up=None):
+        import asyncio
+        retries = Retries(client.hosts, wait, client.timeout if give_up is None else give_up)
+        while True:
+            try:
+                return await self._send(client, path, body, retries.seconds())
+            except EngineUnavailable as error:
+                pause = retries.pause_after(error)
+            await asyncio.sleep(pause)
+
+    async def _send(self, client, path, body, seconds):
+        """Client.send() on this loop."""
+        data = encode_body(body)
+        host = client.host
+        try:
+            if not client.active.has_answered:
+                await self._open(client, host + '/health', None, min(seconds, PROBE_TIMEOUT))
+                client.active.has_answered = True
+            return client._read(host, await self._open(client, host + path, data, seconds))
+        except UNREACHABLE as error:
+            raise client._unreachable(host, error) from error
+
+    async def _open(self, client, url, data, seconds):
+        import asyncio
+        exchange = self._exchange(client._request(url, data), client.pool.context)
+        try:
+            return await asyncio.wait_for(exchange, seconds)
+        except asyncio.TimeoutError:
+            raise socket.timeout('timed out') from None
+
+    async def _exchange(self, request, context):
+        origin = (request.type, request.host)
+        idle = self.idle.setdefault((origin, context), collections.deque())
+        while True:
+            reused = bool(idle)
+            reader, writer = idle.pop() if reused else await connect_streams(origin, context)
+            try:
+                writer.write(BufferingConnection(request.host).request_bytes(request))
+                response = await receive_response(reader)
+            except BaseException as error:
+                writer.close()
+                if reused and isinstance(error, ConnectionError):
+                    continue        # it was closed while it was idle
+                raise
+            if response.will_close or response.chunked or len(idle) >= MAX_IDLE_STREAMS:
+                writer.close()
+            else:
+                idle.append((reader, writer))
+            return response
+
+
+async def connect_streams(origin, context):
+    import asyncio
+    scheme, place = origin
+    parts = urllib.parse.urlsplit(f'{scheme}://{place}')
+    if scheme == 'https':
+        return await asyncio.open_connection(parts.hostname, parts.port or 443, ssl=context)
+    return await asyncio.open_connection(parts.hostname, parts.port or 80)
+
+
+async def receive_response(reader):
+    data = b''
+    while True:
+        part = await reader.read(1 << 16)
+        data += part
+        response = parse_response(data, is_all=not part)
+        if response is not None:
+            return response
+
+
+class ReceivedBytes:
+    """Stands for a socket from which http.client reads what has been received so far."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def makefile(self, mode):
+        return io.BytesIO(self.data)
+
+
+def parse_response(data, is_all):
+    """The response in the bytes; None if more of them are to come."""
+    if not is_all and not has_final_head(data):
+        return None
+    response = http.client.HTTPResponse(ReceivedBytes(data))
+    try:
+        response.begin()
+        check_framing(response)
+        lasts_until_close = response.length is None and not response.chunked
+        if lasts_until_close and not is_all:
+            return None
+        response.content = response.read()
+    except (http.client.IncompleteRead, http.client.RemoteDisconnected):
+        if is_all:
+            raise
+        return None
+    return response
+
+
+def has_final_head(data):
+    """Are the headers complete, those of a response that is not `100 Continue`?"""
+    heads = data[:MAX_RESPONSE_HEAD].replace(b'\r\n', b'\n').split(b'\n\n')[:-1]
+    return len(data) > MAX_RESPONSE_HEAD or any(
+        not re.match(rb'HTTP/1\.[01] 1', head) for head in heads)
+
+
+def max_async_waits():
+    """Half of the files that this process may open, at most MAX_ASYNC_WAITS."""
+    try:
+        import resource     # not on Windows
+    except ImportError:
+        return min(MAX_ASYNC_WAITS, 250)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_ASYNC_WAITS if files < 0 else max(10, min(MAX_ASYNC_WAITS, files // 2))
+
+
+async_calls_lock = threading.Lock()
+async_calls_instance = []       # the AsyncCalls of this process, if it needed one
+
+
+def async_calls():
+    """The AsyncCalls of this process."""
+    with async_calls_lock:
+        if not async_calls_instance or async_calls_instance[0].process != os.getpid():
+            async_calls_instance[:] = [AsyncCalls()]
+        return async_calls_instance[0]
+
 
 # -- In a handler ----------------------------------------------------------------------------------
 # the claim that the handler of this context works on; in an isolated process a ChildClaim
@@ -2121,6 +2497,7 @@ NEVER = float('inf')        # of a time
 PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
 MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
 RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
 STOP_SIGNALS = [
     getattr(signal, name)
@@ -2219,6 +2596,7 @@ def exit_process(code):
     thread = threading.Thread(target=flush, daemon=True)
     thread.start()
     thread.join(REPORT_GRACE)
+    reloader.restart_if_changed()
     os._exit(code)
 
 
@@ -3096,7 +3474,7 @@ class IsolatedSlot(Slot):
         super().__init__(consumer)
 
     def prepare(self):
-        max_jobs = getattr(self.consumer.config, 'max_jobs', None)
+        max_jobs = self.consumer.config.max_jobs
         if max_jobs and self.jobs_run >= max_jobs:
             self.close()
         if self.process is None and not self.consumer.worker.stopping.is_set():
@@ -3733,18 +4111,6 @@ if TYPE_CHECKING:
         def __call__(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
 
 
-def names_near_misses(function: F) -> F:
-    """Have a call with an unknown option say which known one is near."""
-    known = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        check_names(kwargs, known)
-        return function(*args, **kwargs)
-
-    return checked
-
-
 class App:
     """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
 
@@ -3877,13 +4243,16 @@ class App:
     ) -> Any:
         """Make the decorated function a task, one of any number on its queue.
 
-        `.delay(...)` sends its arguments as a job, `.options(delay=60).delay(...)` gives the job
-        options of enqueue(). `max_retries` and `timeout` are sent
-        with each job. `name` is the task's name for producers and workers; without it, it is the
-        one under which the function is imported. `settings` are those of the queue, as queue()
-        has them; the last one given holds.
+        `.delay(...)` sends its arguments as a job, `.adelay(...)` does so in asyncio programs.
+        `.options(delay=60).delay(...)` gives the job options of enqueue(), and
+        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are
+        sent with each job. `name` is the task's name for producers and workers; by default
+        the one under which the function is imported. `settings` are those of the queue, as
+        queue() has them; the last one given holds.
         """
-        check_names(settings, TASK_SETTINGS, 'a task has no setting')
+        if settings.keys() - set(TASK_SETTINGS):
+            known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
+            check_names(settings, known, 'a task has no setting')
         host = settings.get('host')
         max_running = settings.pop('max_running', None)
         limits = engine_settings(queue, max_running, settings.pop('rate', None))
@@ -3899,7 +4268,7 @@ class App:
             function.policy = policy
             options = drop_none(host=host, max_retries=max_retries, timeout=timeout)
             sender = TaskSender(self, function, task, queue, options)
-            for method in ('delay', 'options'):
+            for method in ('delay', 'adelay', 'options', 'schedule'):
                 setattr(function, method, getattr(sender, method))
             return function
         return register if function is None else register(function)
@@ -3970,13 +4339,28 @@ class App:
         after: Any = None,
         after_any: bool | None = None,
         give_up: float | datetime.timedelta | None = None,
+        group: str | None = None,
+        key_until: str | None = None,
+        replace: bool | None = None,
+        expires: float | datetime.timedelta | None = None,
     ) -> Job:
         """Add a job, and return it; see Client.enqueue for the options."""
         return self.client(host).enqueue(
             queue, payload, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay,
             run_at=run_at, priority=priority, key=key, id=id, after=after, after_any=after_any,
-            give_up=give_up,
+            give_up=give_up, group=group, key_until=key_until, replace=replace, expires=expires,
         )
+
+    def get(self, id: str, host: str | None = None) -> Job:
+        """The job with that id; Refused (404) if there is none."""
+        client = self.client(host)
+        return Job(client.job(id), client)
+
+    async def aenqueue(
+        self, queue: str, payload: Any = None, *, host: str | None = None, **options: Any,
+    ) -> Job:
+        """enqueue() for asyncio programs; it never blocks their event loop."""
+        return await self.client(host).aenqueue(queue, payload, **options)
 
     def enqueue_many(
         self,
@@ -4044,6 +4428,8 @@ class App:
         set_up_log()
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
+        if not burst:
+            threading.Thread(target=self._report_undeclared, daemon=True).start()
         self.workers.append(worker)
         try:
             worker.run()
@@ -4057,6 +4443,20 @@ class App:
             exit_process(code)
         if code:
             raise SystemExit(code)
+
+    def _report_undeclared(self):
+        """Log the schedules and limits that decorators declared once, and do not any more."""
+        configs_by_client = {}
+        for config in list(self.registered.values()):
+            configs_by_client.setdefault(self.client(config.host), []).append(config)
+        for client, configs in configs_by_client.items():
+            try:
+                for setting, queue, remedy in undeclared_settings(client, configs):
+                    note(logging.WARNING, 'the engine has a %s of %s that this code does not '
+                         'declare; to remove it: python rundown_workers.py %s',
+                         setting, queue, remedy)
+            except (Error, LookupError, TypeError, AttributeError) as error:
+                note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
 
     def stop(self) -> None:
         """Have run() end as after SIGTERM, from any thread."""
@@ -4116,6 +4516,7 @@ class TaskSender:
         self.queue = queue
         self.enqueue_options = options
         self.delay = with_signature(self._delay, function)
+        self.adelay = with_signature(self._adelay, function)
 
     def _payload(self, args, kwargs):
         check_call(self.function, args, kwargs)
@@ -4125,6 +4526,18 @@ class TaskSender:
         """Add a job that calls the task with these arguments, and return it; see enqueue()."""
         payload = self._payload(args, kwargs)
         return self.app.enqueue(self.queue, payload, **self.enqueue_options)
+
+    async def _adelay(self, /, *args, **kwargs):
+        """delay() for asyncio programs; it never blocks their event loop."""
+        payload = self._payload(args, kwargs)
+        return await self.app.aenqueue(self.queue, payload, **self.enqueue_options)
+
+    def schedule(self, name, cron=None, every=None, zone=None, args=(), kwargs=None, **options):
+        """Have the task called with these arguments at each tick; see rw.schedule()."""
+        payload = self._payload(args, kwargs or {})
+        merged = {**self.enqueue_options, **options}
+        return self.app.schedule(
+            name, self.queue, cron=cron, every=every, zone=zone, payload=payload, **merged)
 
     def options(self, **options):
         """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
@@ -4147,17 +4560,35 @@ def with_signature(method, function):
 
 
 def task_name(function):
-    """The name under which a task's function is imported, also for a script that runs."""
+    """The name under which a task's function is imported, also where its module is a script."""
     module = function.__module__
     if module in ('__main__', '__mp_main__'):
-        module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
+        module = main_module_name() or module_of_file(inspect.getfile(function))[1]
     return f'{module}.{function.__qualname__}'
 
 
+def main_module_name():
+    """The name with which `python -m` was called; None without it."""
+    spec = getattr(sys.modules['__main__'], '__spec__', None)
+    return spec.name if spec and spec.name != '__main__' else None
+
+
+def module_of_file(file):
+    """The folder from which a file is imported, and its name there, as in package.module."""
+    folder, name = os.path.split(os.path.abspath(file))
+    names = [os.path.splitext(name)[0]]
+    while os.path.exists(os.path.join(folder, '__init__.py')):
+        folder, name = os.path.split(folder)
+        names.insert(0, name)
+    return folder, '.'.join(names)
+
+
 def source(function):
-    """Where a function is written: the same when its module is loaded again."""
-    code = getattr(function, '__code__', None)
-    return getattr(code, 'co_filename', None), getattr(function, '__qualname__', function)
+    """Where a function is written: the same when its module, or a notebook's cell, runs again."""
+    file = getattr(getattr(function, '__code__', None), 'co_filename', None)
+    if file and not os.path.isfile(file):
+        file = None     # of a cell; they are numbered
+    return file, getattr(function, '__qualname__', function)
 
 
 def check(name, value, minimum, types=int):
@@ -4172,15 +4603,6 @@ def check_all(**settings):
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
         check(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
-
-
-def check_names(given, known, problem='there is no option'):
-    """Misuse for a name that is not known, with the nearest one that is."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            raise Misuse(f'{problem} {name}{hint}')
 
 
 def check_call(function, args, kwargs=None):
@@ -4216,22 +4638,52 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     return calls
 
 
-def iter_jobs(client, **filters):
-    """All jobs that the filters of Client.jobs let pass, newest first."""
+def undeclared_settings(client, configs):
+    """(kind, queue, command that removes it) of what an engine has and no decorator declares.
+
+    A decorator's schedule has the name of its queue and no payload. That of another queue counts
+    if nobody works on it.
+    """
+    # the limits of a queue of `exec` are its operator's
+    here = {config.name for config in configs
+            if not hasattr(config.functions.get(None), 'slot_type')}
+    declared = {(path, body['queue']) for config in configs for path, body in config.setup_calls}
+    queues = {row['queue']: row for row in iter_pages(client.queues, 'queues')}
+    for schedule in iter_pages(client.schedules, 'schedules'):
+        name = schedule['name']
+        is_ours = name == schedule['queue'] and schedule['payload'] is None
+        is_worked_on = queues.get(name, {}).get('workers') and name not in here
+        if is_ours and not is_worked_on and ('/schedule', name) not in declared:
+            yield 'schedule', name, f'unschedule {shlex.quote(name)}'
+    for name in sorted(here & queues.keys()):
+        has_limit = queues[name]['max_running'] or queues[name]['rate']
+        if has_limit and ('/limit', name) not in declared:
+            yield 'limit', name, f'limit {shlex.quote(name)} --max-running none --rate none'
+
+
+def iter_pages(call, key, **filters):
+    """All rows of a call whose answers are pages."""
     after = None
     while True:
-        page = client.jobs(limit=1000, after=after, **filters)
-        yield from page['jobs']
-        after = page['after']
+        page = call(after=after, **filters)
+        yield from page[key]
+        after = page.get('after')
         if not after:
             return
 
 
+def iter_jobs(client, **filters):
+    """All jobs that the filters of Client.jobs let pass, newest first."""
+    return iter_pages(client.jobs, 'jobs', limit=1000, **filters)
+
+
 def set_up_log():
-    """Log to stderr, where nobody set up logging."""
+    """Log to stderr, until somebody sets up logging."""
     if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        handler.addFilter(lambda record: not logging.getLogger().handlers)
+        log.addHandler(handler)
         log.setLevel(log.level or logging.INFO)
 
 
@@ -4241,7 +4693,9 @@ task = default.task
 on = default.on
 around = default.around
 enqueue = default.enqueue
+aenqueue = default.aenqueue
 enqueue_many = default.enqueue_many
+get = default.get
 schedule = default.schedule
 unschedule = default.unschedule
 wait = default.wait
@@ -4310,7 +4764,12 @@ def driver_connection(connection):
             connection.begin()      # as its first statement would do; its commit() needs that
         connection = connection.connection
     connection = getattr(connection, 'dbapi_connection', connection)
-    if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and not inspect.iscoroutinefunction(connection.commit)
+        and (is_sqlite(connection) or not is_from(connection, 'sqlite'))    # as aiosqlite is
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return connection
@@ -4318,6 +4777,11 @@ def driver_connection(connection):
 
 def is_sqlite(connection):
     return hasattr(connection, 'total_changes')
+
+
+def is_from(connection, name):
+    """Does the name of a module that defines the connection's class, or a base of it, have `name`?"""
+    return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
 def commits_each_statement(connection):
@@ -4410,8 +4874,11 @@ class Outbox:
                 raise
         create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
         try:
-            for change in ADD_COLUMNS if 'taken_' in reasons[0] else [create]:
-                self._execute_guarded(change)
+            if 'taken_' in reasons[0]:
+                for change in ADD_COLUMNS:
+                    self._execute_guarded(change)
+            elif self.is_sqlite or is_from(self.connection, 'psycopg'):
+                self._execute_guarded(create)
         except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
@@ -4658,37 +5125,76 @@ class DjangoTasks:
         from django.tasks.signals import task_enqueued
         self.validate_task(task)
         payload = django_payload(task, args, kwargs)
-        result = self._result(task, self._enqueue(task, payload))
+        if self.database:
+            job = self._enqueue_in_outbox(task, payload)
+        else:
+            job = default.enqueue(payload=payload, **self._enqueue_options(task))
+        result = self._result(task, job)
         task_enqueued.send(type(self), task_result=result)
         return result
 
-    def _enqueue(self, task, payload):
-        """The job, with few fields if it is in an outbox."""
+    async def aenqueue(self, task, args, kwargs):
+        from django.tasks.signals import task_enqueued
+        if self.database:       # in the thread that has the connection
+            return await super().aenqueue(task, args, kwargs)
+        self.validate_task(task)
+        payload = django_payload(task, args, kwargs)
+        job = await default.aenqueue(payload=payload, **self._enqueue_options(task))
+        result = self._result(task, job)
+        await task_enqueued.asend(type(self), task_result=result)
+        return result
+
+    def _enqueue_options(self, task):
+        return {
+            **self.job_options,
+            'queue': task.queue_name,
+            'host': self.host,
+            'priority': task.priority,
+            'run_at': task.run_after,
+        }
+
+    def _enqueue_in_outbox(self, task, payload):
+        """The job, with the few fields that are known here."""
         from django.db import connections, transaction
-        options = {**self.job_options, 'priority': task.priority, 'run_at': task.run_after}
-        if self.database is None:
-            return default.enqueue(task.queue_name, payload, host=self.host, **options)
         connection = connections[self.database]
+        options = self._enqueue_options(task)
+        del options['host']
         begins = connection.get_autocommit()
         with transaction.atomic(self.database) if begins else contextlib.nullcontext():
-            id = enqueue_in(connection, task.queue_name, payload, **options)
+            id = enqueue_in(connection, payload=payload, **options)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
         return {'id': id, 'status': 'pending', 'payload': payload, 'created_at': now}
 
     def get_result(self, result_id):
-        from django.db import connections
         from django.tasks.exceptions import TaskResultDoesNotExist
         client = default.client(self.host)
         for _ in range(2):      # a job may move from the outbox to the engine between two looks
-            try:
-                job = client.job(result_id)
-            except Refused as error:
-                if error.status != 404:
-                    raise
-                job = self.database and Outbox(connections[self.database]).find(result_id)
+            with missing_job():
+                return self._stored_result(client.job(result_id))
+            job = self._find_in_outbox(result_id)
             if job:
-                return self._result(self._task(job), job)
+                return self._stored_result(job)
         raise TaskResultDoesNotExist(result_id)
+
+    async def aget_result(self, result_id):
+        from asgiref.sync import sync_to_async
+        from django.tasks.exceptions import TaskResultDoesNotExist
+        client = default.client(self.host)
+        for _ in range(2):
+            with missing_job():
+                job = await async_calls().call(client, '/jobs/' + quote(result_id))
+                return self._stored_result(job)
+            job = await sync_to_async(self._find_in_outbox)(result_id)
+            if job:
+                return self._stored_result(job)
+        raise TaskResultDoesNotExist(result_id)
+
+    def _find_in_outbox(self, id):
+        from django.db import connections
+        return self.database and Outbox(connections[self.database]).find(id)
+
+    def _stored_result(self, job):
+        return self._result(self._task(job), job)
 
     def _task(self, job):
         """The task that a job is for, with the queue and the priority of the job."""
@@ -4734,7 +5240,7 @@ class DjangoTasks:
         from django.tasks.signals import task_finished, task_started
         close_old_connections()
         try:
-            result = self._result(self._task(job), job)
+            result = self._stored_result(job)
             task_started.send(type(self), task_result=result)
             try:
                 set_django_result(result, task.func(*django_args(result), **result.kwargs))
@@ -4754,7 +5260,7 @@ class DjangoTasks:
         from django.tasks.signals import task_finished, task_started
         await sync_to_async(close_old_connections)()
         try:
-            result = self._result(self._task(job), job)
+            result = self._stored_result(job)
             await task_started.asend(type(self), task_result=result)
             try:
                 set_django_result(result, await task.func(*django_args(result), **result.kwargs))
@@ -4766,6 +5272,16 @@ class DjangoTasks:
             return result.return_value
         finally:
             await sync_to_async(close_old_connections)()
+
+
+@contextlib.contextmanager
+def missing_job():
+    """Suppress the refusal of an engine that does not have the job."""
+    try:
+        yield
+    except Refused as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
 
 
 def django_payload(task, args, kwargs):
@@ -5066,21 +5582,101 @@ def command_status(client, options):
 
 def command_run(client, options):
     """Import a file or a module with handlers, and work on its queues."""
-    target = options.tasks
+    if options.reload:
+        reloader.start()
+    try:
+        import_target(options.tasks)
+    except Exception:
+        if not options.reload:
+            raise
+        traceback.print_exc()       # it may be a typing error, to be corrected now
+        reloader.wait_and_restart()
+    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+    reloader.restart_if_changed()
+
+
+def import_target(target):
     if os.path.isfile(target):
-        file = os.path.abspath(target)
-        sys.path.insert(0, os.path.dirname(file))
-        name = os.path.splitext(os.path.basename(file))[0]
-        if not name.isidentifier() or name in sys.modules:
-            name = 'tasks_' + re.sub(r'\W', '_', name)
-        load(file, name)
+        import_file(os.path.abspath(target))
     else:
         sys.path.insert(0, os.getcwd())
         is_name = re.fullmatch(r'\w+(\.\w+)*', target)
         if not is_name or not importlib.util.find_spec(target.partition('.')[0]):
             raise Misuse(f'there is neither a file nor a module {target}')
         importlib.import_module(target)
-    default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+
+
+class Reloader:
+    """Restarts the process when one of the project's modules changes."""
+
+    def __init__(self):
+        self.started_at = 0         # nanoseconds since 1970
+        self.modified_at = {}       # by file; touched by the watching thread only
+        self.has_changed = False    # written by it
+
+    def start(self):
+        self.started_at = time.time_ns()
+        start_daemon_thread(self._watch, 'reload')
+
+    def _watch(self):
+        while not self.has_changed:
+            for file in self._files():
+                with contextlib.suppress(OSError):      # an editor replaces it just now
+                    modified_at = os.stat(file).st_mtime_ns
+                    known = self.modified_at.setdefault(file, modified_at)
+                    if known != modified_at or modified_at > self.started_at:
+                        self.has_changed = True
+                        note(logging.INFO, '%s has changed: the worker restarts', file)
+            if not self.has_changed:
+                time.sleep(RELOAD_INTERVAL)
+        while True:
+            default.stop()
+            time.sleep(RELOAD_INTERVAL)     # run() may not have begun
+
+    def _files(self):
+        """The source files of modules that are neither Python's nor installed.
+
+        All in their folders, so that one that cannot be imported is among them.
+        """
+        files = [getattr(module, '__file__', None) for module in list(sys.modules.values())]
+        folders = {os.path.dirname(file) for file in files if file and is_of_project(file)}
+        folders.update(path for path in sys.path[:1] if is_of_project(path + os.sep))
+        return [file for folder in folders for file in glob.glob(f'{glob.escape(folder)}/*.py')]
+
+    def wait_and_restart(self):
+        while not self.has_changed:
+            time.sleep(RELOAD_INTERVAL)
+        self.restart_if_changed()
+
+    def restart_if_changed(self):
+        if not self.has_changed:
+            return
+        arguments = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]
+        if os.name == 'nt':         # there exec() ends the process for those who wait for it
+            os._exit(subprocess.call([sys.executable, *arguments]))
+        os.execv(sys.executable, [sys.executable, *arguments])
+
+
+reloader = Reloader()
+
+
+def is_of_project(path):
+    path = os.path.abspath(path)
+    return not path.startswith((STDLIB, sys.prefix + os.sep, sys.base_prefix + os.sep)) \
+        and 'site-packages' not in path
+
+
+def import_file(file):
+    """Import a file under the name that other programs import it by."""
+    folder, name = module_of_file(file)
+    sys.path.insert(0, folder)
+    if '.' in name:
+        sys.path.append(os.path.dirname(file))      # modules beside it may be imported, too
+        importlib.import_module(name)
+    else:
+        if not name.isidentifier() or name in sys.modules:
+            name = 'tasks_' + re.sub(r'\W', '_', name)
+        load(file, name)
 
 
 def command_demo(client, options):
@@ -5212,6 +5808,7 @@ COMMANDS = [
     Command('schedules', command_call, 'list schedules by name', []),
     Command('run', command_run, 'import tasks, and work on them', [
         argument('tasks', metavar='FILE_OR_MODULE'),
+        argument('--reload', action='store_true', help='restart when a module of yours changes'),
         *WORKER_OPTIONS,
     ]),
     Command('exec', command_exec, 'run a program for each job of a queue', [
@@ -5242,6 +5839,8 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
+        '--version', action='version', version=f'rundown_workers {__version__}')
+    parser.add_argument(
         '--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
     parser.add_argument(
         '--give-up', type=float, default=10, metavar='S',
@@ -5258,6 +5857,9 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):       # it may be None, or something else
+            stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only
     options = build_parser().parse_args(argv)
     try:
         if options.host:
@@ -5270,8 +5872,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, Misuse) else 1
 
 
+def answer_to_other_names():
+    """Have task files that import this module meet this instance of it."""
+    names = ['rundown_workers', main_module_name(), module_of_file(__file__)[1]]
+    for name in filter(None, names):
+        sys.modules.setdefault(name, sys.modules[__name__])
+
+
 if __name__ in ('__main__', '__mp_main__'):
-    # task files that import this module have to meet this instance of it
-    sys.modules.setdefault('rundown_workers', sys.modules[__name__])
+    answer_to_other_names()
 if __name__ == '__main__':
     sys.exit(main())
