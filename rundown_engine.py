@@ -114,6 +114,7 @@ import heapq
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -128,6 +129,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -176,6 +178,7 @@ MAX_HELD = 55                   # seconds until a poll or wait is answered; prox
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
+MIN_DOWNLOAD_RATE = 256 << 10   # bytes per second at which a copy of the database has to be taken
 CHUNK_BYTES = 64 << 10          # bytes that are received, or read from a file, at a time
 RESERVED_BYTES = 64 << 10       # bytes of a request or response for which there is always room
 MAX_REQUEST_BUFFER = 64 << 20   # bytes of all requests that are not answered yet
@@ -1274,6 +1277,26 @@ def is_storage_error(error):
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
 
+def owner_and_mode(path):
+    info = os.stat(path)
+    owner = info.st_uid
+    with contextlib.suppress(ImportError, KeyError):
+        import pwd
+        owner = pwd.getpwuid(owner).pw_name
+    return f'owner {owner}, mode {stat.filemode(info.st_mode)}'
+
+
+def is_mounted_alone(path):
+    """Whether a file is a mount point of its own, on Linux: `docker run -v ./jobs.db:/jobs.db`."""
+    try:
+        lines = pathlib.Path('/proc/self/mountinfo').read_bytes().splitlines()
+    except OSError:
+        return False
+    points = [re.sub(rb'\\([0-7]{3})', lambda code: bytes([int(code[1], 8)]), line.split(b' ')[4])
+              for line in lines]
+    return os.fsencode(path) in points
+
+
 def lock(path):
     """The open, locked file PATH.lock.
 
@@ -1302,6 +1325,10 @@ def check_header(path):
     if names > 1:       # each name would have a lock and a write-ahead log of its own
         raise StartupError(
             f'{path} has {names} names (hard links); an engine takes a database that has one')
+    if is_mounted_alone(path):      # the log beside it would be left behind with the container
+        raise StartupError(
+            f'{path} is mounted by itself, without the write-ahead log beside it; '
+            'mount its folder instead')
     journal = path + '-journal'
     has_journal = os.path.exists(journal) and os.path.getsize(journal)
     if header and not has_journal:      # else SQLite rolls back the hot journal first
@@ -1330,7 +1357,7 @@ class Database:
         # safe by themselves
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
-        self.copying = threading.Lock()     # held while a copy is made: one at a time
+        self.copying = threading.Lock()     # held until a copy is taken: one at a time
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
@@ -1357,8 +1384,19 @@ class Database:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
                 raise
-            reason = getattr(error, 'strerror', None) or error.__cause__ or error
-            raise StartupError(f'{self.path} cannot be used: {reason}') from None
+            raise StartupError(f'{self.path} cannot be used: {self._obstacle(error)}') from None
+
+    def _obstacle(self, error):
+        """The reason, with the file that is in the way, if one is."""
+        reason = getattr(error, 'strerror', None) or error.__cause__ or error
+        named = getattr(error, 'filename', None)
+        if named and not os.path.exists(named):
+            return f'{reason}: {named} in {self.folder} ({owner_and_mode(self.folder)})'
+        files = [self.path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
+        for path in (*files, self.folder):
+            if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+                return f'{reason}: {path} ({owner_and_mode(path)})'
+        return f'{reason}: {named}' if named else reason
 
     def _create_or_migrate(self, db):
         version, = db.execute('PRAGMA user_version').fetchone()
@@ -1491,25 +1529,32 @@ class Database:
                 self.idle_readers.append(db)
 
     def backup(self):
-        """An open file, deleted when it is closed: a consistent copy, made beside the load."""
+        """An open file, deleted when it is closed: a consistent copy, made beside the load.
+
+        One at a time, since each takes as much space as the database.
+        """
         if not self.copying.acquire(blocking=False):
-            raise Unavailable('another copy is being made; try again when it is done')
+            raise Unavailable('another copy is being made or taken; try again when that is done')
         try:
-            folder, name = os.path.split(self.path)
-            handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
-            os.close(handle)
-            try:
-                with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
-                    db.backup(copy)
-                return open(copy_path, 'rb', opener=open_temporary)
-            finally:
-                # Windows deletes it when it is closed
-                with contextlib.suppress(PermissionError, FileNotFoundError):
-                    os.unlink(copy_path)
-        except OSError as error:
-            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
-        finally:
+            return self._make_copy()
+        except BaseException as error:
             self.copying.release()
+            if not isinstance(error, OSError):
+                raise
+            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
+
+    def _make_copy(self):
+        folder, name = os.path.split(self.path)
+        handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
+        os.close(handle)
+        try:
+            with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
+                db.backup(copy)
+            return Copy(copy_path, self.copying.release)
+        finally:
+            # Windows deletes it when it is closed
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                os.unlink(copy_path)
 
     def _remove_copies(self):
         """Remove copies that were cut off."""
@@ -1526,6 +1571,19 @@ class Database:
             self._remove_copies()
         if self.lock_file:
             self.lock_file.close()
+
+
+class Copy(io.FileIO):
+    """A copy of the database; on_close() is called when it is closed, by whatever."""
+
+    def __init__(self, path, on_close):
+        super().__init__(path, 'r', opener=open_temporary)
+        self.on_close = on_close
+
+    def close(self):
+        if not self.closed:
+            super().close()
+            self.on_close()
 
 
 def open_temporary(path, flags):
@@ -3842,6 +3900,8 @@ class Connection(Client):
 
     def resume(self, event):
         if not self.is_open:
+            if isinstance(event, Response) and isinstance(event.body, io.IOBase):
+                event.body.close()      # nobody takes it
             return
         try:
             if event is SOCKET_READY and self.watched == READ:
@@ -3959,7 +4019,7 @@ class Connection(Client):
         request.operation = request.body = None
         request.size = 0
         if file:
-            yield from self._send_file(file)
+            yield from self._send_file(file, os.fstat(file.fileno()).st_size)
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
@@ -4145,12 +4205,15 @@ class Connection(Client):
         while not self._send():
             yield WRITE
 
-    def _send_file(self, file):
+    def _send_file(self, file, length):
         """Send what is left of the response, then the file piece by piece."""
+        deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
         with file:
             while self.unsent:
                 if not self._send():
                     yield from self._send_rest()
+                if self.loop.now > deadline:
+                    raise RequestTimeout('the file was not taken in time')
                 self.unsent = file.read(CHUNK_BYTES)
 
 
@@ -5046,12 +5109,14 @@ def parse_arguments(argv):
     add('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
     add('--allow-host', action='append', default=[], metavar='NAME',
         help='another name clients call the engine by')
+    add('--version', action='version', version=f'rundown_engine {VERSION}')
     add('--verbose', action='store_true', help='a line per request')
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Serve until SIGTERM or SIGINT; the exit code."""
+    signals = StopSignals()
     options = vars(parse_arguments(argv))
     port = options.pop('port')
     token_file = options.pop('token_file')
@@ -5064,22 +5129,39 @@ def main(argv=None):
     except (StartupError, HTTPError, OSError, sqlite3.Error) as error:
         print(f'rundown_engine: {error}', file=sys.stderr)
         return 2
-    stop_on_signals(server)
     gc.set_threshold(20000)     # requests leave few cycles; a search every 700 objects is felt
     print_greeting(server)
+    signals.stop(server)
     server.serve_forever()
     server.server_close()
     return int(server.failed)
 
 
-def stop_on_signals(server):
-    def stop(*_):
-        threading.Thread(target=server.shutdown).start()
+class StopSignals:
+    """SIGTERM and SIGINT, and Ctrl-Break on Windows, end the engine.
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    if hasattr(signal, 'SIGBREAK'):     # Windows
-        signal.signal(signal.SIGBREAK, stop)
+    They are caught from the beginning: to start may take long, and the kernel drops signals to
+    process 1 of a container that it does not catch.
+    """
+
+    def __init__(self):
+        self.server = None
+        self.came = False
+        for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._catch)
+
+    def _catch(self, *_):
+        self.came = True
+        if self.server:
+            # shutdown() waits for serve_forever(), which this thread runs
+            threading.Thread(target=self.server.shutdown, daemon=True).start()
+
+    def stop(self, server):
+        """Have them stop this server; at once, if one has come already."""
+        self.server = server
+        if self.came:
+            self._catch()
 
 
 def print_greeting(server):
@@ -5495,7 +5577,7 @@ td .buttons {
 }
 
 #jobs th.queue {
-  width: 14%;
+  width: 12%;
 }
 
 th.actions {
@@ -5529,11 +5611,19 @@ th.created {
 
 th.attempt,
 th.count {
-  width: 5.5rem;
+  width: 4.5rem;
 }
 
 th.detail {
-  width: 36%;
+  width: 32%;
+}
+
+:is(#needs, #needed-by) th.job {
+  width: 21rem;
+}
+
+th.step {
+  width: 14rem;
 }
 
 th.field {
@@ -5928,8 +6018,16 @@ svg {
       grid-column: span 2;
     }
 
-    td:is(.actions, .detail, .error, .line) {
+    td:is(.actions, .detail, .error, .line, .step, .result) {
       grid-column: 1 / -1;
+    }
+
+    td:is(.step, .result)::before {
+      display: none;
+    }
+
+    td.step {
+      font-weight: 600;
     }
 
     td.zero {
@@ -6669,7 +6767,7 @@ const TABLES = {
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
   errors: FAILURE_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
+  steps: [column("step", row => row.name), column("result", row => stepResult(row.result))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -7211,6 +7309,11 @@ function jsonText(value, longest = MAX_SHOWN) {
   return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
 }
 
+function stepResult(value) {
+  const line = JSON.stringify(value);
+  return line.length <= MAX_LINE ? line : jsonText(value, MAX_STEP);
+}
+
 function fieldValue({field, value}) {
   if (value === null || value === undefined) {
     return "–";
@@ -7243,9 +7346,12 @@ function jobFacts(job) {
   ].filter(Boolean);
 }
 
-function jobButtons({id, status}) {
-  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => (
-    button("one", {action, id}, label, statuses.includes(status), isDangerous ? "danger" : "")));
+function jobButtons({id, status, waits_for}) {
+  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => {
+    const isBlocked = action === "run" && waits_for;
+    const isPossible = statuses.includes(status) && !isBlocked;
+    return button("one", {action, id}, label, isPossible, isDangerous ? "danger" : "");
+  });
 }
 
 // A job that runs or is done does not open with the error of an attempt before that.

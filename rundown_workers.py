@@ -4764,7 +4764,12 @@ def driver_connection(connection):
             connection.begin()      # as its first statement would do; its commit() needs that
         connection = connection.connection
     connection = getattr(connection, 'dbapi_connection', connection)
-    if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and not inspect.iscoroutinefunction(connection.commit)
+        and (is_sqlite(connection) or not is_from(connection, 'sqlite'))    # as aiosqlite is
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return connection
@@ -4772,6 +4777,11 @@ def driver_connection(connection):
 
 def is_sqlite(connection):
     return hasattr(connection, 'total_changes')
+
+
+def is_from(connection, name):
+    """Does the name of a module that defines the connection's class, or a base of it, have `name`?"""
+    return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
 def commits_each_statement(connection):
@@ -4864,8 +4874,11 @@ class Outbox:
                 raise
         create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
         try:
-            for change in ADD_COLUMNS if 'taken_' in reasons[0] else [create]:
-                self._execute_guarded(change)
+            if 'taken_' in reasons[0]:
+                for change in ADD_COLUMNS:
+                    self._execute_guarded(change)
+            elif self.is_sqlite or is_from(self.connection, 'psycopg'):
+                self._execute_guarded(create)
         except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
         try:

@@ -1017,21 +1017,20 @@ def test_a_client_that_went_away_while_waiting_burns_no_attempt(engine, q):
     assert engine.job(job)["attempt"] == 1
 
 
-def test_jobs_are_not_handed_to_polls_whose_clients_have_just_gone(engine, q):
-    count = 60
+def test_jobs_are_not_handed_to_polls_whose_clients_left_during_the_same_pass(engine, q):
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(socket.create_connection((engine.host, engine.port)))
-                   for _ in range(count)]
+                   for _ in range(50)]
         for client in clients:
             client.sendall(packed("/poll", queue=q, wait=30))
         time.sleep(0.3)
-        jobs = packed("/enqueue", jobs=[{"queue": q}] * count)
-        with socket.create_connection((engine.host, engine.port)) as producer:
-            for client in clients:
-                client.close()
-            producer.sendall(jobs)      # comes with the ends of the polls, mostly in one pass
-            assert producer.recv(12) == b"HTTP/1.1 200"
-    assert engine.queue(q)["pending"] == count
+        producer = stack.enter_context(socket.create_connection((engine.host, engine.port)))
+        producer.sendall(packed("/enqueue", jobs=[{"queue": q}] * 9000))
+        time.sleep(0.05)        # it inserts them for longer than that
+        for client in clients:
+            client.close()
+        assert producer.recv(12) == b"HTTP/1.1 200"
+    assert engine.queue(q)["running"] == 0
 
 
 def test_a_job_for_a_client_that_went_away_stays_pending(engine, q):
@@ -3196,6 +3195,34 @@ def test_one_copy_is_made_at_a_time_and_none_is_left_behind(own, q):
     assert [path.name for path in engine.folder.iterdir() if "backup" in path.name] == []
 
 
+@pytest.mark.skipif(not LINUX, reason="looks at the files of a process in /proc")
+def test_a_copy_that_is_taken_slowly_is_the_only_one_and_has_a_deadline_for_all_of_it(own, q):
+    def copies():
+        files = []
+        for fd in os.listdir("/proc/%d/fd" % engine.process.pid):
+            with contextlib.suppress(OSError):
+                files.append(os.readlink("/proc/%d/fd/%s" % (engine.process.pid, fd)))
+        return sum(".backup-" in name for name in files)
+
+    engine = own(constants={"REQUEST_TIMEOUT": 1.5, "MIN_DOWNLOAD_RATE": 1 << 40})
+    engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 70000} for _ in range(100)])
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        slow.connect((engine.host, engine.port))
+        slow.sendall(request(engine, "GET /backup HTTP/1.1"))
+        assert slow.recv(15) == b"HTTP/1.1 200 OK"
+        for _ in range(5):
+            assert engine.call("GET", "/backup")[0] == 503
+        assert copies() == 1
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            while copies():
+                slow.recv(40000)        # each piece in time
+                time.sleep(0.05)
+        assert time.monotonic() - began < 5
+    assert engine.call("GET", "/backup")[0] == 200
+
+
 def test_a_poll_with_a_large_body_takes_no_place_while_it_waits(own, q):
     engine = own()
     padded = json.dumps({"queue": q, "wait": 5}).encode() + b" " * (300 << 10)
@@ -3207,6 +3234,33 @@ def test_a_poll_with_a_large_body_takes_no_place_while_it_waits(own, q):
         began = time.monotonic()
         engine.enqueue(q + "-other", "x" * 300000)
         assert time.monotonic() - began < 2
+
+
+IN_NAMESPACE = ("unshare", "--map-root-user", "--mount")
+
+
+def in_namespace(*options):
+    """The command that begins a namespace of its own, where one may mount things."""
+    command = [*IN_NAMESPACE, *options]
+    if not shutil.which("unshare") or subprocess.run(
+            [*command, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this system lets nobody begin a namespace")
+    return command
+
+
+@pytest.mark.skipif(not LINUX, reason="mounts a file in a namespace of its own")
+@pytest.mark.parametrize("name", ["jobs.db", "my jobs\\.db"])
+def test_a_database_that_is_mounted_without_its_folder_is_refused(tmp_path, name):
+    (tmp_path / "outside").write_bytes(b"")
+    (tmp_path / name).write_bytes(b"")
+    script = 'mount --bind "$0" "$1" && shift && exec "$@"'
+    ended = subprocess.run(
+        [*in_namespace(), "sh", "-c", script, str(tmp_path / "outside"), str(tmp_path / name),
+         *main_of(rundown_engine, {}), "--db", str(tmp_path / name), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), timeout=20)
+    line, = ended.stderr.decode().splitlines()
+    assert ended.returncode == 2 and "mount its folder" in line and name in line
+    assert (tmp_path / "outside").read_bytes() == b""
 
 
 @pytest.mark.skipif(not POSIX, reason="hard links")
@@ -3978,6 +4032,72 @@ def pace(engine, q):
             took.append(time.perf_counter() - began)
             assert code == 200
     return sorted(took)[30]
+
+
+IN_THE_WAY = ["jobs.db.lock", "jobs.db", "jobs.db-wal", "folder"]
+
+
+@pytest.mark.skipif(not POSIX, reason="owners and modes")
+@pytest.mark.parametrize("culprit", IN_THE_WAY)
+def test_an_engine_that_may_not_use_a_file_names_it_with_owner_and_mode(own, tmp_path, culprit):
+    if os.geteuid() == 0 and not shutil.which("setpriv"):
+        pytest.skip("root may use every file")
+    engine = own()
+    engine.kill()
+    if culprit == "folder":
+        (engine.folder / "jobs.db.lock").unlink()
+    blocked = engine.folder / ("" if culprit == "folder" else culprit)
+    nobody = []
+    if os.geteuid() == 0:
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        for path in (engine.folder, *engine.folder.iterdir()):
+            os.chown(str(path), 65534, 65534)
+        for path in (tmp_path, *list(tmp_path.parents)[:2]):
+            path.chmod(0o755)
+    blocked.chmod(0o555 if culprit == "folder" else 0o400)
+    if os.geteuid() == 0:
+        os.chown(str(blocked), 0, 0)
+    program = tmp_path / "engine.py"
+    program.write_bytes(Path(rundown_engine.__file__).read_bytes())
+    try:
+        ended = subprocess.run(
+            [*nobody, sys.executable, str(program), "--db", str(engine.database), "--port", "0"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), timeout=20)
+    finally:
+        blocked.chmod(0o700)
+    line, = ended.stderr.decode().splitlines()
+    assert ended.returncode == 2
+    assert "%s (owner " % str(blocked).rstrip("/") in line and "mode " in line, line
+
+
+@pytest.mark.skipif(not POSIX, reason="ends the engine by a signal")
+@pytest.mark.parametrize("as_process_1", [False, True])
+def test_an_engine_that_is_stopped_while_it_starts_ends(own, as_process_1):
+    engine = own()
+    engine.stop()
+    prefix = []
+    if as_process_1:
+        prefix = in_namespace("--pid", "--fork", "--mount-proc", "--kill-child")
+    with write_lock(engine):        # it waits for that
+        process = subprocess.Popen(
+            [*prefix, *main_of(rundown_engine, {}), "--db", str(engine.database), "--port", "0"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
+        children = Path("/proc/%d/task/%d/children" % (process.pid, process.pid))
+        target = process.pid
+        if as_process_1:
+            until(lambda: children.read_text().split())
+            target = int(children.read_text().split()[0])
+        time.sleep(1)
+        os.kill(target, signal.SIGTERM)
+        time.sleep(0.2)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 0 and said == b""
+
+
+def test_the_engine_tells_its_version():
+    shown = subprocess.run([*main_of(rundown_engine, {}), "--version"], stdout=subprocess.PIPE,
+                           env=environment(), timeout=20)
+    assert shown.stdout.decode().split() == ["rundown_engine", rundown_engine.VERSION]
 
 
 def refusal(folder, *options, env=None, name="jobs.db"):
@@ -8071,9 +8191,40 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
         async def commit(self):
             pass
 
-    for odd in Asynchronous(), object(), None:
+    adapted = type("AdaptedConnection", (), dict(__module__="somewhere.aiosqlite", cursor=None, commit=print))()
+    for odd in Asynchronous(), adapted, object(), None:
         with pytest.raises(rw.Misuse, match="psycopg2, SQLAlchemy or Django that is not for asyncio"):
             rw.enqueue_in(odd, q)
+
+
+class OtherCursor:
+    """The cursor of a driver that writes parameters as %s, such as MySQL's."""
+
+    def __init__(self, cursor):
+        self.cursor = cursor
+        self.fetchall = cursor.fetchall
+        self.close = cursor.close
+
+    def execute(self, statement, values):
+        if "SAVEPOINT" not in statement:
+            assert "?" not in statement
+            self.cursor.execute(statement.replace("%s", "?"), values)
+
+    @property
+    def description(self):
+        return self.cursor.description
+
+
+def test_the_connection_of_another_driver_is_used_and_no_table_is_made_there(engine, tmp_path, q):
+    box = sqlite3.connect(str(tmp_path / "shop.db"))
+    other = types.SimpleNamespace(cursor=lambda: OtherCursor(box.cursor()), commit=box.commit, close=lambda: None)
+    with contextlib.closing(box):
+        with pytest.raises(rw.Error, match="nor made: .* The statement that makes it"):
+            rw.enqueue_in(other, q, 1)
+        rw.enqueue_in(box, q, 2)
+        rw.enqueue_in(other, q, 3)
+        box.commit()
+        assert rw.forward(lambda: other, engine.url) == 2 and payloads(engine, q) == [2, 3]
 
 
 def test_the_table_of_an_older_version_is_completed(engine, shop, box, q):
