@@ -11954,9 +11954,149 @@ def test_a_full_file_system_gets_503_keeps_what_it_has_and_recovers_when_there_i
     assert engine.count(q) == codes.count(200) + 1
 
 
-def on_a_small_disk(own, folder):
-    """An engine whose database is on a file system of 4 MB that only it sees."""
-    mount = 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"'
+def fill(engine, q, of=40000):
+    """Enqueues until the disk is full; how many jobs were acknowledged."""
+    count = 0
+    for size in (of, of // 10, 100):
+        while True:
+            jobs = [{"queue": q, "payload": "x" * size}] * 5
+            code, answer = engine.call("POST", "/enqueue", {"jobs": jobs})
+            if code == 503:
+                assert "disk is full" in answer["error"]
+                break
+            count += 5
+    return count
+
+
+@pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
+def test_on_a_disk_full_of_jobs_these_can_be_completed_and_purged_and_then_others_added(
+        own, tmp_path, q):
+    small = tmp_path / "small"
+    small.mkdir()
+    engine = on_a_small_disk(own, small, "12m")
+    assert "rundown_reserve_bytes 1572864\n" in engine.get("/metrics")
+    engine.post("/schedule", name=q, queue=q + "-ticks", every=1)
+    count = fill(engine, q)
+    code, health = engine.call("GET", "/health")
+    assert code == 503 and health["status"] == "trouble" and "disk is full" in health["storage"]
+    metrics = engine.get("/metrics")
+    assert "rundown_reserve_bytes 0\n" in metrics and "rundown_storage_trouble 1\n" in metrics
+    for verb in ["complete", "fail", "heartbeat", "release"] * 10:
+        assert engine.tell(verb, engine.poll(q))[0] == 200
+    assert cpu_is_idle(engine)      # the schedule, whose jobs have no room, does not spin
+    assert engine.call("POST", "/purge", {"queue": q, "status": "pending"})[0] == 200
+    assert engine.enqueue(q, "x" * 40000)
+    until(lambda: engine.call("GET", "/health")[0] == 200, 10)
+    until(lambda: engine.queue(q + "-ticks")["pending"])
+    assert count > 100
+
+
+def cpu_is_idle(engine):
+    before = cpu(engine.process)
+    time.sleep(0.5)
+    return cpu(engine.process) - before < 0.2
+
+
+@pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
+def test_an_engine_that_was_killed_on_a_disk_full_of_its_jobs_starts_and_purges_them(
+        own, tmp_path, q):
+    small = tmp_path / "small"
+    small.mkdir()
+    keeper = subprocess.Popen([*in_namespace(), "sh", "-c",
+                               'mount -t tmpfs -o size=12m tmpfs "$0" && echo up && cat', str(small)],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        keeper.stdout.readline()
+        inside = ("nsenter", "--user", "--mount", "--preserve-credentials", "-t", str(keeper.pid))
+        engine = own("--db", str(small / "jobs.db"), prefix=inside)
+        fill(engine, q)
+        for restart in range(2):
+            engine.kill()
+            engine.start("--db", str(small / "jobs.db"), prefix=inside)
+        claim = engine.poll(q)
+        assert engine.tell("complete", claim)[0] == 200
+        assert engine.call("POST", "/purge", {"queue": q, "status": "pending"})[0] == 200
+        assert engine.enqueue(q, "x" * 40000)
+    finally:
+        keeper.stdin.close()
+        keeper.wait()
+
+
+def test_the_files_shrink_in_short_steps_after_a_purge(own, q):
+    engine = own("--sync", "normal")
+    for _ in range(4):
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 7500}] * 1000)
+
+    def size():
+        return sum(path.stat().st_size for path in engine.folder.glob("jobs.db*"))
+
+    peak = size()
+    engine.post("/purge", queue=q)
+    slowest = 0
+    end = time.monotonic() + 30
+    while engine.database.stat().st_size > peak // 4:
+        began = time.monotonic()
+        assert began < end
+        engine.enqueue(q + "-other")
+        slowest = max(slowest, time.monotonic() - began)
+    assert slowest < 0.5
+    engine.stop()
+    assert size() < peak // 4
+    with contextlib.closing(sqlite3.connect(str(engine.database))) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+
+
+def test_a_program_that_reads_for_long_is_told_of_by_the_health(own, q):
+    engine = own(constants={"MAX_LOG_BYTES": 100000})
+    engine.enqueue(q)
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 5000}] * 100)
+        code, health = engine.call("GET", "/health")
+        assert code == 200 and "has been reading" in health["warnings"][0]
+
+
+AUDITED = [     # call, body, what the line says
+    ("/pause", {"queue": "Q"}, '/pause queue="Q": 1'),
+    ("/resume", {"queue": "Q"}, '/resume queue="Q": 1'),
+    ("/limit", {"queue": "Q", "rate": 3}, '/limit queue="Q" rate=3: 1'),
+    ("/schedule", {"name": "S", "queue": "Q", "every": 9}, '/schedule name="S" queue="Q": 1'),
+    ("/unschedule", {"name": "S"}, '/unschedule name="S": 1'),
+    ("/cancel", {"queue": "Q", "status": "pending"}, '/cancel queue="Q" status="pending": 3'),
+    ("/retry", {"queue": "Q", "status": "cancelled"}, '/retry queue="Q" status="cancelled": 3'),
+    ("/reschedule", {"jobs": [{"id": "A", "delay": 0}, {"id": "none", "delay": 0}]},
+     "/reschedule 2 jobs: 1"),
+    ("/purge", {"queue": "Q"}, '/purge queue="Q": 3'),
+]
+
+
+def test_what_an_operator_does_is_logged_in_a_line_with_address_and_count(own):
+    engine = own()
+    engine.post("/enqueue", jobs=[{"queue": "Q", "id": id} for id in "ABC"])
+    for path, body, _ in AUDITED:
+        assert engine.call("POST", path, body)[0] == 200
+    assert engine.call("POST", "/retry", {"id": "A"})[0] == 404
+    lines = [line.split(" ", 2)[2] for line in engine.log().splitlines()]
+    assert lines == ["127.0.0.1 " + line for _, _, line in AUDITED]
+
+
+def test_the_metrics_tell_of_storage_workers_pauses_and_the_loop(engine, q):
+    engine.poll(q, worker=q)
+    engine.post("/pause", queue=q)
+    values = dict(line.split(" ") for line in engine.get("/metrics").splitlines()
+                  if line[0] != "#" and "{" not in line)
+    engine.post("/resume", queue=q)
+    assert values["rundown_storage_trouble"] == "0" and float(values["rundown_workers"]) >= 1
+    assert int(values["rundown_queues_paused"]) >= 1
+    for name in ("database_bytes", "log_bytes", "disk_free_bytes", "loop_lag_seconds",
+                 "commit_seconds_sum", "commit_seconds_count"):
+        assert float(values["rundown_" + name]) > 0, name
+
+
+def on_a_small_disk(own, folder, size="4m"):
+    """An engine whose database is on a small file system that only it sees."""
+    mount = 'mount -t tmpfs -o size=%s tmpfs "$0" && exec "$@"' % size
     prefix = ("unshare", "-rm", "sh", "-c", mount, str(folder))
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this system lets nobody mount in a namespace")
