@@ -10337,6 +10337,7 @@ class Rampage:
             thread.start()
         for _ in range(workers):
             self.hire()
+        Path(self.history.path + ".shop").touch()
         self.shop = self.open_shop()
         self.forwarder = self.start_forwarder()
 
@@ -10503,8 +10504,8 @@ def produce(witness, over):
             if known and dice.random() < 0.2:       # a job after jobs
                 order.update(after=dice.sample(list(known), min(len(known), 2)),
                              after_any=dice.random() < 0.5)
-            if dice.random() < 0.3:
-                order.update(group=dice.choice("abc"))
+            if dice.random() < 0.15:
+                order.update(group=dice.choice("abcdef"))
         witness.insist("enqueue", **(orders[0] if len(orders) == 1 else {"jobs": orders}))
         known.extend(order["id"] for order in orders)
         time.sleep(dice.uniform(0, 0.02))
