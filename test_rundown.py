@@ -7440,21 +7440,24 @@ def test_a_key_that_json_would_turn_into_a_string_is_refused_with_its_path(engin
 TERMINAL = pytest.mark.skipif(not POSIX, reason="needs a pseudo-terminal")
 
 
-def on_terminal(*command, env=None, seconds=20):
-    """What a command shows on a terminal of 80 columns, and its exit code."""
+def on_terminal(*command, env=None, answer=b"", is_enough=None, seconds=20):
+    """What a command shows on a terminal of 80 columns, and its exit code; `is_enough` ends it."""
     import fcntl, pty, struct, termios
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen([sys.executable, *command], stdin=secondary, stdout=secondary, stderr=secondary,
                                env=environment(env or {}), close_fds=True)
     os.close(secondary)
+    os.write(primary, answer)
     shown = b""
     with contextlib.suppress(OSError):
         while True:
             part = os.read(primary, 65536)
+            shown += part
+            if is_enough and is_enough(shown):
+                process.terminate()
             if not part:
                 break
-            shown += part
     os.close(primary)
     return shown.decode().replace("\r\n", "\n"), process.wait(seconds)
 
@@ -7532,6 +7535,100 @@ def test_the_command_line_waits_for_a_job(engine, q):
         assert not waited.done()
         engine.tell("complete", job, result=5)
         assert waited.result(10)["result"] == 5
+
+
+SDK_FILE = str(HERE / "rundown_workers.py")
+
+
+@TERMINAL
+def test_jobs_on_a_terminal_fit_it_and_show_age_and_the_end_of_the_error(clocked, q):
+    job = clocked.enqueue(q + "-with-a-long-name" * 5, tag="t" * 50)
+    clocked.tell("fail", clocked.poll(q + "-with-a-long-name" * 5), error="Traceback\n  line\nValueError: " + "x" * 200)
+    shown, code = on_terminal(SDK_FILE, "jobs", env={"RUNDOWN_URL": clocked.url})
+    lines = shown.splitlines()
+    at = [job["id"] in line for line in lines].index(True)
+    row, error = lines[at:at + 2]
+    assert code == 0 and max(map(len, lines)) <= 80
+    assert error.startswith("    ValueError: xxx") and "failed" in row and re.search(r" \d+ s ", row) and "Traceback" not in shown
+
+
+@TERMINAL
+def test_status_on_a_terminal_shows_an_attempt_a_line(engine, q):
+    job = engine.enqueue(q, max_retries=1)
+    engine.tell("fail", engine.poll(q, worker="w1"), error="one\ntwo", delay=0)
+    engine.tell("complete", engine.poll(q, worker="w2"), result=5)
+    shown, code = on_terminal(SDK_FILE, "status", job["id"], env={"RUNDOWN_URL": engine.url})
+    attempts = shown[shown.index("attempts:"):].splitlines()[1:3]
+    assert code == 0 and attempts[0].split()[:2] == ["1", "failed"] and attempts[0].endswith("w1  two")
+    assert attempts[1].split()[:2] == ["2", "done"] and attempts[1].endswith("w2")
+
+
+@TERMINAL
+def test_waiting_on_a_terminal_draws_the_progress(engine, q):
+    job = engine.enqueue(q)
+    claim = engine.poll(q)
+    engine.tell("heartbeat", claim, progress={"done": 1, "total": 4})
+    timer = threading.Timer(1.0, engine.tell, ("complete", claim), {"result": 5})
+    timer.start()
+    shown, code = on_terminal(SDK_FILE, "status", job["id"], "--wait", env={"RUNDOWN_URL": engine.url})
+    timer.join()
+    assert code == 0 and "[########......................]  25%" in shown and "result        5" in shown
+
+
+def running(progress, seconds):
+    began = datetime.datetime(2026, 1, 1)
+    times = {"started_at": began, "updated_at": began + datetime.timedelta(seconds=seconds)}
+    return {"status": "running", "progress": progress, **{name: at.isoformat() + "Z" for name, at in times.items()}}
+
+
+BARS = {
+    "a share": (running(0.5, 30), "[###############...............]  50%, 30 s left"),
+    "done of total": (running({"done": 1, "total": 10}, 60), "[###...........................]  10%, 9 min left"),
+    "just begun": (running(0.5, 0.5), "[###############...............]  50%"),
+    "nothing": (running(None, 9), "running"), "a text": (running("half", 9), "running"), "true": (running(True, 9), "running"),
+    "beyond": (running(1.5, 9), "running"), "no total": (running({"done": 1, "total": 0}, 9), "running"),
+    "pending": ({**running(0.5, 9), "status": "pending"}, "pending"), "at zero": (running(0, 9), "[" + "." * 30 + "]   0%"),
+}
+
+
+@pytest.mark.parametrize("job, text", BARS.values(), ids=BARS)
+def test_a_progress_is_a_bar_with_the_time_left(job, text):
+    assert rw.progress_text(job) == text
+
+
+@TERMINAL
+def test_purge_over_all_queues_asks_on_a_terminal(own, q):
+    engine = own()
+
+    def purged(*options, answer=b""):
+        job = engine.enqueue(q)
+        engine.tell("complete", engine.poll(q))
+        shown, code = on_terminal(SDK_FILE, "purge", "--status", "done", *options, env={"RUNDOWN_URL": engine.url}, answer=answer)
+        return "all queues?" in shown, engine.call("GET", "/jobs/" + job["id"])[0] == 404, code
+
+    assert purged(answer=b"n\n") == (True, False, 1)
+    assert purged(answer=b"y\n") == (True, True, 0)
+    assert purged("--yes") == (False, True, 0)
+    assert purged("--queue", q) == (False, True, 0)
+
+
+def test_top_on_a_pipe_is_plain_and_ends(engine, q):
+    engine.enqueue(q), engine.enqueue(q, delay=100), engine.poll(q, worker="w-" + q)
+    shown = rundown(engine, "top")
+    row = [line.split() for line in shown.splitlines() if line.startswith(q + " ")][0]
+    assert row[1:4] == ["1", "1", "1"] and "\x1b" not in shown
+    assert [line for line in shown.splitlines() if line.startswith("w-" + q)]
+
+
+@TERMINAL
+def test_top_on_a_terminal_is_drawn_again(engine):
+    shown, _ = on_terminal(SDK_FILE, "top", "--interval", "0.05", env={"RUNDOWN_URL": engine.url},
+                           is_enough=lambda shown: shown.count(rw.CLEAR_SCREEN.encode()) > 3)
+    assert shown.count("done/min") > 2
+
+
+def test_versions_are_shown(engine):
+    assert re.match(r"rundown_workers \d", rundown(engine, "--version"))
 
 
 @pytest.mark.parametrize("arguments", [["status", "nobody"], ["enqueue", "q", "{no json"], ["surprise"],
