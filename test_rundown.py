@@ -4483,9 +4483,11 @@ def test_a_failed_job_is_opened_retried_and_seen_to_run(dashboard, board, q):
     dashboard.press("[data-action=one]")
     dashboard.shows(fact("status"), "statuspending")
     claim = board.poll(q, worker="second try")
+    dashboard.js("refresh()")
     dashboard.shows("#why", re.compile("runs on second try"))
     assert dashboard.text("#error") is None     # that was the attempt before
     board.tell("complete", claim, result="all well")
+    dashboard.js("refresh()")
     dashboard.shows("#result", '"all well"')
     assert dashboard.text("#error") is None
     assert dashboard.text("[data-attempt='1'] [data-count=outcome]") == "failed"
@@ -4661,6 +4663,7 @@ def test_storage_trouble_is_shown(browser, own, q):
     assert browser.text("#storage") is None
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
+    browser.js("refresh()")
     browser.shows("#storage", re.compile("Storage trouble, nothing can be written: .*lock file"))
     assert is_red(browser, "#storage") and browser.text(cell(q, "queue")) == q
 
@@ -4687,8 +4690,10 @@ def test_progress_is_a_bar_with_the_time_left(browser, clocked):
     bar = "const {value, max} = document.querySelector('#progress progress'); return [value, max]"
     assert browser.js(bar) == [0.25, 1]
     clocked.tell("heartbeat", claim, progress=1.0)
+    browser.js("refresh()")
     browser.shows("#progress", " 100 %, about 0 ms left")
     clocked.tell("heartbeat", claim, progress="halfway")
+    browser.js("refresh()")
     browser.shows("#progress", 'progress "halfway"')
 
 
