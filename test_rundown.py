@@ -8795,6 +8795,10 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
             rw.DjangoBackend
         return
     assert "DJANGO_SETTINGS_MODULE" in rundown(engine, "django", code=2)
+    (tmp_path / "settings.py").write_text("TASKS = {'default': {'BACKEND': 'rundown_workers.DjangoBackend'}}")
+    env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)}
+    assert "'other' among its QUEUES" in rundown(engine, "django", "other", code=2, env=env)
+    assert "working on default" in rundown(engine, "django", "default", "--burst", env=env)
 
 
 def test_without_django_nothing_of_it_is_imported_and_other_names_are_unknown():
