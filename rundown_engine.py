@@ -48,8 +48,9 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
-    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
-                     cancelled or given to others, so that it need not wait for its heartbeat
+    GET  /lost       worker, wait, since (of the answer before): {"lost": true, "since": ...} as
+                     soon as a job that this worker runs is cancelled or given to others, so that it
+                     need not wait for its heartbeat
     GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
                      oldest age, paused, workers seen, the last hour by the minute; totals=true:
                      also the sums of all queues, and those with due jobs that no worker polls
@@ -550,6 +551,7 @@ FIELDS = {
     'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
+    'since': whole_number(0, 2**63 - 1),
     'max_running': whole_number(1, 10**6),
     'rate': whole_number(1, 10**6),
     'per': duration(0.001, 366 * 86400),
@@ -563,7 +565,8 @@ FIELDS = {
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
+# numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 
@@ -1732,6 +1735,7 @@ class Transaction:
         # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
         self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
+        self.losses = set()     # workers from whom a job was taken
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # whether that holds for everything, not for this alone
@@ -1818,6 +1822,7 @@ class Jobs:
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
             if call in ('cancel', 'lose'):
+                tx.losses.add(job['worker'])
                 tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
@@ -2958,6 +2963,8 @@ class Workers:
     def __init__(self, last_polled):
         self.last_polled = last_polled          # queue -> time of its last poll
         self.seen = collections.OrderedDict()   # (worker, queue) -> (time, hung threads)
+        # worker -> time at which the latest job was taken from it, since the start
+        self.lost_at = collections.OrderedDict()
 
     def record(self, tx):
         for queue, worker, hung in tx.signs_of_life:
@@ -2966,8 +2973,12 @@ class Workers:
             if worker:
                 _, known = self.seen.pop((worker, queue), (0, 0))
                 self.seen[worker, queue] = tx.now, known if hung is None else hung
-        while len(self.seen) > MAX_WORKERS:
-            self.seen.popitem(last=False)
+        for worker in tx.losses:
+            self.lost_at[worker] = tx.now
+            self.lost_at.move_to_end(worker)
+        for known in (self.seen, self.lost_at):
+            while len(known) > MAX_WORKERS:
+                known.popitem(last=False)
 
 
 HOURLY = {      # what a queue's last hour counts, and the events of each
@@ -4285,12 +4296,22 @@ def get_job(server, params):
 
 
 def wait_for_loss(server, params):
-    """Whether a job was taken from the worker: cancelled, or its lease was over."""
-    def render(was_lost):
-        return {'lost': bool(was_lost)}
+    """Whether a job was taken from the worker since then: cancelled, or its lease was over.
 
-    topic = ('worker', params['worker'])
-    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
+    The next call gets the `since` of this answer, so that it misses none in between.
+    """
+    worker = params['worker']
+    lost_at = server.store.workers.lost_at
+    since = params.get('since', lost_at.get(worker, 0))
+
+    def was_lost():
+        return lost_at.get(worker, 0) > since
+
+    def render(was_woken):      # before `lost_at` is written, perhaps
+        latest = max(since, lost_at.get(worker, 0))
+        return {'lost': bool(was_woken) or latest > since, 'since': latest}
+
+    return JobWait(was_lost, render, ('worker', worker), params.get('wait', 0) / 1000000)
 
 
 def list_jobs(server, params):
@@ -4386,7 +4407,7 @@ ROUTES = {
         'GET', list_jobs,
         optional='id queue status tag group limit after brief needed_by needs',
         offload=True),
-    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
         'GET', read_call('queues'), optional='limit after busy queue search totals',
         offload=True),
@@ -4820,6 +4841,7 @@ SCHEMAS = {
     'QueuePage': object_schema(
         'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
         now=TIME, workers=list_schema(reference('Worker'))),
+    'Loss': object_schema('lost since', lost={'type': 'boolean'}, since=INTEGER),
     'Health': object_schema(
         'status storage version', status=STRING, storage=STRING, version=STRING),
 }
@@ -4858,6 +4880,7 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
+    '/lost': Call('wait_for_loss', 'Whether jobs were taken from a worker.', reference('Loss')),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),

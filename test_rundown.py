@@ -6724,6 +6724,194 @@ def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, 
         log.close()
 
 
+# -- SDK: steps, checkpoints, track ----------------------------------------------------------------
+
+CHARGED = {
+    "thread": """
+        first = rw.step("charge", charge, 7)
+        if rw.job()["attempt"] == 1:
+            raise rw.Retry(delay=0)
+        return [first, rw.step("charge", charge, 7)]
+    """,
+    "async": """
+        first = await rw.step("charge", acharge, 7)
+        if rw.job()["attempt"] == 1:
+            raise rw.Retry(delay=0)
+        return [first, await rw.step("charge", acharge, 7)]
+    """,
+}
+CHARGED["isolated"] = CHARGED["thread"]
+CHARGE = """
+def charge(amount):
+    say("charged", amount)
+    return {'1': (amount, None)}
+async def acharge(amount):
+    return charge(amount)
+"""
+
+
+def of_kind(kind, source):
+    return source.replace("def handle", "async def handle") if kind == "async" else source
+
+
+@pytest.mark.parametrize("kind", CHARGED)
+def test_a_step_is_done_once_and_its_result_comes_back_as_json_gives_it(engine, work, q, kind):
+    job = engine.enqueue(q)
+    source = handler(q, CHARGED[kind], isolate=kind == "isolated", max_retries=1)
+    worker = work(CHARGE + of_kind(kind, source), run=BURST)
+    worker.wait()
+    job = engine.job(job)
+    assert job["status"] == "done", job["error"]
+    assert job["result"] == [{"1": [7, None]}] * 2
+    assert worker.said() == ["charged 7"]
+    assert job["steps"] == {"charge": {"1": [7, None]}}
+
+
+def test_a_step_that_fails_is_not_kept_and_one_outside_of_handlers_is_a_call():
+    assert rw.step("a", lambda x, y=1: [x, y], 2, y=3) == [2, 3]
+    assert rw.checkpoint({"n": 1}) is None
+    assert list(rw.track("abc", every=2)) == ["a", "b", "c"]
+    with pytest.raises(ZeroDivisionError):
+        rw.step("b", lambda: 1 / 0)
+    with pytest.raises(rw.Misuse, match="every"):
+        rw.track("abc", every=0)
+
+
+def test_steps_of_a_changed_result_do_not_change_what_is_kept(engine, work, q):
+    job = engine.enqueue(q)
+    body = "rw.step('a', list).append(1)\nreturn [rw.step('a', list), rw.job()['attempt']]"
+    work(handler(q, body), run=BURST).wait()
+    assert engine.job(job)["result"] == [[], 1]
+
+
+LONG = {
+    "thread": """
+        for number in range(1000):
+            say(number)
+            time.sleep(0.05)
+            rw.checkpoint({"at": number})
+    """,
+    "async": """
+        for number in range(1000):
+            say(number)
+            await asyncio.sleep(0.05)
+            await rw.checkpoint({"at": number})
+    """,
+    "step": """
+        for number in range(1000):
+            say(number)
+            rw.step(str(number), time.sleep, 0.05)
+    """,
+    "track": """
+        for number in rw.track(range(1000), every=2):
+            say(number)
+            time.sleep(0.03)
+    """,
+    "async track": """
+        async for number in rw.track(range(1000), every=2):
+            say(number)
+            await asyncio.sleep(0.03)
+    """,
+}
+LONG["isolated"] = LONG["thread"]
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_stopping_worker_lets_a_handler_go_at_its_next_checkpoint(engine, work, q, kind):
+    job = engine.enqueue(q)
+    body = textwrap.dedent(LONG[kind])
+    body = "try:\n%s\nexcept rw.Lost:\n    say('let go')\n    raise\n" % textwrap.indent(body, "    ")
+    source = handler(q, body, isolate=kind == "isolated", timeout=3600)
+    worker = work(of_kind(kind.split()[0], source), run="rw.run(grace=30)")
+    until(lambda: len(worker.said()) > 4)
+    began = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - began < 2
+    job = engine.job(job)
+    assert (job["status"], job["retries"]) == ("pending", 0)
+    assert worker.said()[-1] == "let go"
+    last = int(worker.said()[-2])
+    if kind in ("thread", "async", "isolated"):
+        assert job["progress"] == {"at": last}
+    if "track" in kind:
+        assert job["progress"]["total"] == 1000
+        assert job["progress"]["done"] == last + 1
+
+
+@pytest.mark.parametrize("kind", ["", "async "])
+def test_track_continues_after_its_last_checkpoint(engine, work, q, kind):
+    job = engine.enqueue(q)
+    body = """
+        for number in rw.track(iter(range(10)), total=10, every=4):
+            say(number)
+            if number == 6 and rw.job()["attempt"] == 1:
+                raise rw.Retry(delay=0)
+    """
+    source = handler(q, body, max_retries=1)
+    if kind:
+        source = source.replace("for number", "async for number").replace("def", "async def")
+    worker = work(source, run=BURST)
+    worker.wait()
+    assert worker.said() == [str(number) for number in [*range(7), *range(4, 10)]]
+    assert engine.job(job)["progress"] == {"done": 10, "total": 10}
+
+
+def test_track_without_every_shows_progress_and_begins_at_the_start(engine, work, q):
+    job = engine.enqueue(q)
+    body = """
+        for number in rw.track(range(3)):
+            say(number)
+        time.sleep(1)
+        if rw.job()["attempt"] == 1:
+            raise rw.Retry(delay=0)
+    """
+    worker = work(handler(q, body, max_retries=1), run=BURST)
+    worker.wait()
+    assert worker.said() == ["0", "1", "2"] * 2
+    assert engine.job(job)["progress"] == {"done": 3, "total": 3}
+
+
+def test_a_step_of_a_claim_that_is_gone_raises_lost(engine, work, q):
+    body = """
+        time.sleep(0.3)
+        try:
+            rw.step("late", say, "done")
+        except rw.Lost as error:
+            say("lost", error)
+    """
+    job = engine.enqueue(q)
+    worker = work("rw.LEASE = 30\n" + handler(q, body))
+    until(lambda: engine.job(job)["status"] == "running")
+    engine.post("/cancel", id=job["id"])
+    until(lambda: any(line.startswith("lost") for line in worker.said()) or "lost" in worker.log())
+    assert "steps" not in engine.job(job)
+
+
+@pytest.mark.skipif(not POSIX, reason="kills")
+def test_steps_survive_a_killed_worker_and_a_killed_engine(own, work, q):
+    engine = own(constants={"BACKOFF": 0.1})
+    body = """
+        rw.step("one", say, "one")
+        rw.step("two", say, "two")
+        if rw.job()["attempt"] < 3:
+            time.sleep(60)
+        return rw.step("three", lambda: list(rw.job()["steps"]))
+    """
+    job = engine.enqueue(q)
+    source = "rw.LEASE = 1\n" + handler(q, body)
+    first = work(source, engine)
+    until(lambda: "two" in first.said() and len(engine.job(job).get("steps", {})) == 2)
+    engine.kill()
+    first.kill()
+    engine.start(constants={"BACKOFF": 0.1})
+    second = work(source, engine)
+    until(lambda: engine.job(job)["attempt"] == 2 and engine.job(job)["status"] == "running", 20)
+    second.kill()
+    third = work(source, engine)
+    assert ended(engine, job, 40)["result"] == ["one", "two"]
+    assert first.said() + second.said() + third.said() == ["one", "two"]
+
+
 # -- SDK: at home for people who come from other queues --------------------------------------------
 
 
