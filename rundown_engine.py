@@ -115,6 +115,7 @@ import heapq
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -129,6 +130,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -177,6 +179,7 @@ MAX_HELD = 55                   # seconds until a poll or wait is answered; prox
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
+MIN_DOWNLOAD_RATE = 256 << 10   # bytes per second at which a copy of the database has to be taken
 CHUNK_BYTES = 64 << 10          # bytes that are received, or read from a file, at a time
 RESERVED_BYTES = 64 << 10       # bytes of a request or response for which there is always room
 MAX_REQUEST_BUFFER = 64 << 20   # bytes of all requests that are not answered yet
@@ -1277,6 +1280,26 @@ def is_storage_error(error):
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
 
+def owner_and_mode(path):
+    info = os.stat(path)
+    owner = info.st_uid
+    with contextlib.suppress(ImportError, KeyError):
+        import pwd
+        owner = pwd.getpwuid(owner).pw_name
+    return f'owner {owner}, mode {stat.filemode(info.st_mode)}'
+
+
+def is_mounted_alone(path):
+    """Whether a file is a mount point of its own, on Linux: `docker run -v ./jobs.db:/jobs.db`."""
+    try:
+        lines = pathlib.Path('/proc/self/mountinfo').read_bytes().splitlines()
+    except OSError:
+        return False
+    points = [re.sub(rb'\\([0-7]{3})', lambda code: bytes([int(code[1], 8)]), line.split(b' ')[4])
+              for line in lines]
+    return os.fsencode(path) in points
+
+
 def lock(path):
     """The open, locked file PATH.lock.
 
@@ -1305,6 +1328,10 @@ def check_header(path):
     if names > 1:       # each name would have a lock and a write-ahead log of its own
         raise StartupError(
             f'{path} has {names} names (hard links); an engine takes a database that has one')
+    if is_mounted_alone(path):      # the log beside it would be left behind with the container
+        raise StartupError(
+            f'{path} is mounted by itself, without the write-ahead log beside it; '
+            'mount its folder instead')
     journal = path + '-journal'
     has_journal = os.path.exists(journal) and os.path.getsize(journal)
     if header and not has_journal:      # else SQLite rolls back the hot journal first
@@ -1333,7 +1360,7 @@ class Database:
         # safe by themselves
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
-        self.copying = threading.Lock()     # held while a copy is made: one at a time
+        self.copying = threading.Lock()     # held until a copy is taken: one at a time
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
@@ -1360,8 +1387,19 @@ class Database:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
                 raise
-            reason = getattr(error, 'strerror', None) or error.__cause__ or error
-            raise StartupError(f'{self.path} cannot be used: {reason}') from None
+            raise StartupError(f'{self.path} cannot be used: {self._obstacle(error)}') from None
+
+    def _obstacle(self, error):
+        """The reason, with the file that is in the way, if one is."""
+        reason = getattr(error, 'strerror', None) or error.__cause__ or error
+        named = getattr(error, 'filename', None)
+        if named and not os.path.exists(named):
+            return f'{reason}: {named} in {self.folder} ({owner_and_mode(self.folder)})'
+        files = [self.path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
+        for path in (*files, self.folder):
+            if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+                return f'{reason}: {path} ({owner_and_mode(path)})'
+        return f'{reason}: {named}' if named else reason
 
     def _create_or_migrate(self, db):
         version, = db.execute('PRAGMA user_version').fetchone()
@@ -1494,25 +1532,32 @@ class Database:
                 self.idle_readers.append(db)
 
     def backup(self):
-        """An open file, deleted when it is closed: a consistent copy, made beside the load."""
+        """An open file, deleted when it is closed: a consistent copy, made beside the load.
+
+        One at a time, since each takes as much space as the database.
+        """
         if not self.copying.acquire(blocking=False):
-            raise Unavailable('another copy is being made; try again when it is done')
+            raise Unavailable('another copy is being made or taken; try again when that is done')
         try:
-            folder, name = os.path.split(self.path)
-            handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
-            os.close(handle)
-            try:
-                with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
-                    db.backup(copy)
-                return open(copy_path, 'rb', opener=open_temporary)
-            finally:
-                # Windows deletes it when it is closed
-                with contextlib.suppress(PermissionError, FileNotFoundError):
-                    os.unlink(copy_path)
-        except OSError as error:
-            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
-        finally:
+            return self._make_copy()
+        except BaseException as error:
             self.copying.release()
+            if not isinstance(error, OSError):
+                raise
+            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
+
+    def _make_copy(self):
+        folder, name = os.path.split(self.path)
+        handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
+        os.close(handle)
+        try:
+            with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
+                db.backup(copy)
+            return Copy(copy_path, self.copying.release)
+        finally:
+            # Windows deletes it when it is closed
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                os.unlink(copy_path)
 
     def _remove_copies(self):
         """Remove copies that were cut off."""
@@ -1529,6 +1574,19 @@ class Database:
             self._remove_copies()
         if self.lock_file:
             self.lock_file.close()
+
+
+class Copy(io.FileIO):
+    """A copy of the database; on_close() is called when it is closed, by whatever."""
+
+    def __init__(self, path, on_close):
+        super().__init__(path, 'r', opener=open_temporary)
+        self.on_close = on_close
+
+    def close(self):
+        if not self.closed:
+            super().close()
+            self.on_close()
 
 
 def open_temporary(path, flags):
@@ -3853,6 +3911,8 @@ class Connection(Client):
 
     def resume(self, event):
         if not self.is_open:
+            if isinstance(event, Response) and isinstance(event.body, io.IOBase):
+                event.body.close()      # nobody takes it
             return
         try:
             if event is SOCKET_READY and self.watched == READ:
@@ -3970,7 +4030,7 @@ class Connection(Client):
         request.operation = request.body = None
         request.size = 0
         if file:
-            yield from self._send_file(file)
+            yield from self._send_file(file, os.fstat(file.fileno()).st_size)
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
@@ -4156,12 +4216,15 @@ class Connection(Client):
         while not self._send():
             yield WRITE
 
-    def _send_file(self, file):
+    def _send_file(self, file, length):
         """Send what is left of the response, then the file piece by piece."""
+        deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
         with file:
             while self.unsent:
                 if not self._send():
                     yield from self._send_rest()
+                if self.loop.now > deadline:
+                    raise RequestTimeout('the file was not taken in time')
                 self.unsent = file.read(CHUNK_BYTES)
 
 
@@ -4840,8 +4903,8 @@ SCHEMAS = {
         hung=or_null(INTEGER)),
     'QueuePage': object_schema(
         'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
-        now=TIME, workers=list_schema(reference('Worker'))),
-    'Loss': object_schema('lost since', lost={'type': 'boolean'}, since=INTEGER),
+        now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
+        unserved=list_schema({})),
     'Health': object_schema(
         'status storage version', status=STRING, storage=STRING, version=STRING),
 }
@@ -4880,7 +4943,8 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
-    '/lost': Call('wait_for_loss', 'Whether jobs were taken from a worker.', reference('Loss')),
+    '/lost': Call('wait_for_loss', 'Wait until a worker loses a job that it runs.',
+                  object_schema('lost since', lost=BOOLEAN, since=INTEGER)),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
@@ -4959,12 +5023,13 @@ def openapi_body(route, item):
 
 
 def openapi_parameters(path, route):
-    in_path = route.required[0][0] if route.required else None
+    required = [fields[0] for fields in route.required]
+    place = 'path' if path.endswith('/') else 'query'
     return [
         {
             'name': field,
-            'in': 'path' if field == in_path else 'query',
-            'required': field == in_path,
+            'in': place if field in required else 'query',
+            'required': field in required,
             'schema': rule.schema,
         }
         for field, rule in route.rules.items()]
@@ -5065,12 +5130,14 @@ def parse_arguments(argv):
     add('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
     add('--allow-host', action='append', default=[], metavar='NAME',
         help='another name clients call the engine by')
+    add('--version', action='version', version=f'rundown_engine {VERSION}')
     add('--verbose', action='store_true', help='a line per request')
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Serve until SIGTERM or SIGINT; the exit code."""
+    signals = StopSignals()
     options = vars(parse_arguments(argv))
     port = options.pop('port')
     token_file = options.pop('token_file')
@@ -5083,22 +5150,39 @@ def main(argv=None):
     except (StartupError, HTTPError, OSError, sqlite3.Error) as error:
         print(f'rundown_engine: {error}', file=sys.stderr)
         return 2
-    stop_on_signals(server)
     gc.set_threshold(20000)     # requests leave few cycles; a search every 700 objects is felt
     print_greeting(server)
+    signals.stop(server)
     server.serve_forever()
     server.server_close()
     return int(server.failed)
 
 
-def stop_on_signals(server):
-    def stop(*_):
-        threading.Thread(target=server.shutdown).start()
+class StopSignals:
+    """SIGTERM and SIGINT, and Ctrl-Break on Windows, end the engine.
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    if hasattr(signal, 'SIGBREAK'):     # Windows
-        signal.signal(signal.SIGBREAK, stop)
+    They are caught from the beginning: to start may take long, and the kernel drops signals to
+    process 1 of a container that it does not catch.
+    """
+
+    def __init__(self):
+        self.server = None
+        self.came = False
+        for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._catch)
+
+    def _catch(self, *_):
+        self.came = True
+        if self.server:
+            # shutdown() waits for serve_forever(), which this thread runs
+            threading.Thread(target=self.server.shutdown, daemon=True).start()
+
+    def stop(self, server):
+        """Have them stop this server; at once, if one has come already."""
+        self.server = server
+        if self.came:
+            self._catch()
 
 
 def print_greeting(server):
@@ -5514,7 +5598,7 @@ td .buttons {
 }
 
 #jobs th.queue {
-  width: 14%;
+  width: 12%;
 }
 
 th.actions {
@@ -5548,11 +5632,19 @@ th.created {
 
 th.attempt,
 th.count {
-  width: 5.5rem;
+  width: 4.5rem;
 }
 
 th.detail {
-  width: 36%;
+  width: 32%;
+}
+
+:is(#needs, #needed-by) th.job {
+  width: 21rem;
+}
+
+th.step {
+  width: 14rem;
 }
 
 th.field {
@@ -5947,8 +6039,16 @@ svg {
       grid-column: span 2;
     }
 
-    td:is(.actions, .detail, .error, .line) {
+    td:is(.actions, .detail, .error, .line, .step, .result) {
       grid-column: 1 / -1;
+    }
+
+    td:is(.step, .result)::before {
+      display: none;
+    }
+
+    td.step {
+      font-weight: 600;
     }
 
     td.zero {
@@ -5973,16 +6073,16 @@ svg {
     font-weight: 600;
   }
 
-  #groups tr {
+  #errors tr {
     grid-template-columns: 2.4rem 1fr auto;
   }
 
-  #groups td:is(.line, .actions) {
+  #errors td:is(.line, .actions) {
     grid-column: auto;
   }
 
-  #groups td::before,
-  #groups td.newest {
+  #errors td::before,
+  #errors td.newest {
     display: none;
   }
 
@@ -6047,7 +6147,7 @@ svg {
     flex-basis: 100%;
   }
 
-  table:not(.small, #jobs, #groups, #needs, #needed-by) tr {
+  table:not(.small, #jobs, #errors, #needs, #needed-by) tr {
     grid-template-columns: repeat(4, 1fr);
   }
 
@@ -6182,9 +6282,9 @@ svg {
   </section>
   <section id="failures">
     <details open>
-      <summary id="groups-count"></summary>
+      <summary id="errors-title"></summary>
       <div class="scroll">
-        <table id="groups"></table>
+        <table id="errors"></table>
       </div>
     </details>
   </section>
@@ -6290,6 +6390,7 @@ const PAGE_SCHEDULES = 100;
 const PAGE_JOBS = 50;
 const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
 const GROUPED_FAILURES = 1000;      // newest failures that are grouped
+const FAILURES_INTERVAL = 10000;    // ms until they are fetched again
 const MAX_SELECTED = 10000;         // jobs that can be selected
 const ACTION_BATCH = 1000;          // jobs in one request
 const TYPED_FROM = 100;             // jobs from which a deletion is confirmed by typing their count
@@ -6316,7 +6417,7 @@ let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
 let found = null;           // the page of a search, which is not repeated: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
-let failures = [];          // the newest failed jobs of the filter
+let failures = noFailures();        // the newest failed jobs of the filter at `address`
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -6665,11 +6766,11 @@ const JOB_COLUMNS = [
   column("detail", jobDetail),
 ];
 
-const GROUP_COLUMNS = [
+const FAILURE_COLUMNS = [
   count("count", row => row.jobs.length),
-  column("line", row => jobsLink({...place, after: "", search: row.search}, row.line)),
+  column("line", row => jobsLink({...filters(), search: row.search}, row.line)),
   count("newest", row => agoNode(row.jobs[0].finished_at)),
-  column("actions", row => button("select-group", row.line, "Select")),
+  column("actions", row => button("select-failures", row.line, "Select")),
 ];
 
 const DEPENDENCY_COLUMNS = [
@@ -6686,8 +6787,8 @@ const TABLES = {
   schedules: SCHEDULE_COLUMNS,
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
-  groups: GROUP_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
+  errors: FAILURE_COLUMNS,
+  steps: [column("step", row => row.name), column("result", row => stepResult(row.result))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -6737,8 +6838,7 @@ function drawCell(each, item) {
 }
 
 function isBad(name, text) {
-  const counts = ["failed", "hung_threads"];
-  return counts.includes(name) && text !== "0" || name === "state" && text.startsWith("no worker");
+  return ["failed", "hung_threads"].includes(name) && text !== "0";
 }
 
 // While the pointer is on a table its rows stay where they are; they change in place. A new one
@@ -6803,11 +6903,11 @@ function totalNode(name, value, href) {
 }
 
 function drawTotals(totals, minutes) {
-  const counts = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
+  const nodes = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
     const status = name === "scheduled" ? "pending" : name;
     return totalNode(name, totals[name], address("jobs", {status}));
   });
-  show({totals: [...counts, totalNode("per minute", lastMinute(minutes))]});
+  show({totals: [...nodes, totalNode("per minute", lastMinute(minutes))]});
 }
 
 function bars(values, width, base, unit, direction) {
@@ -6909,12 +7009,22 @@ function moveMinute(event) {
 
 // -- Overview: queues, workers, schedules -------------------------------------------------------
 function queueState(row) {
-  const {paused, polled_at, running, max_running, rate, per} = row;
+  const {paused, polled_at, running, oldest_age} = row;
   const isServed = running || polled_at && ageOf(polled_at) < WORKER_SILENCE;
+  if (paused) {
+    return [el("span", {class: "warn"}, "paused"), limitText(row)];
+  }
+  if (isServed) {
+    return ["open", limitText(row)];
+  }
+  const look = oldest_age === null ? "soft" : "bad";
   const silence = polled_at ? "no worker " + duration(ageOf(polled_at)) : "no worker yet";
-  const state = paused ? el("span", {class: "warn"}, "paused") : isServed ? "open" : silence;
+  return [el("span", {class: look}, silence), limitText(row)];
+}
+
+function limitText({max_running, rate, per}) {
   const most = max_running ? `, max ${max_running}` : "";
-  return [state, most, rate ? `, ${rate} per ${per} s` : ""];
+  return most + (rate ? `, ${rate} per ${per} s` : "");
 }
 
 function queueButtons({queue, paused, failed, done}) {
@@ -7064,6 +7174,7 @@ function drawPaging({jobs, after}) {
 function drawJobs(page) {
   const keyOf = job => job.id;
   const shown = page.jobs.length;
+  updateSelected(page.jobs);
   drawTabs();
   drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
   drawPaging(page);
@@ -7072,7 +7183,6 @@ function drawJobs(page) {
     "select-these": shown > 0,
     "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
   });
-  drawFailures();
   drawSelection(page.after);
 }
 
@@ -7102,32 +7212,42 @@ async function findPage() {
 }
 
 // -- Jobs: failures by their last line ----------------------------------------------------------
+function noFailures() {
+  return {address: "", time: 0, jobs: []};
+}
+
 async function findFailures() {
   if (place.status !== "failed" || place.search) {
     return [];
   }
-  return (await findJobs(filters(), GROUPED_FAILURES)).jobs;
+  const isFresh = Date.now() - failures.time < FAILURES_INTERVAL;
+  if (failures.address === location.hash && isFresh) {
+    return failures.jobs;
+  }
+  const {jobs} = await findJobs(filters(), GROUPED_FAILURES);
+  failures = {address: location.hash, time: Date.now(), jobs};
+  return jobs;
 }
 
-function failureGroups() {
-  const groups = new Map();
-  for (const job of failures) {
+function failuresByLine() {
+  const rows = new Map();
+  for (const job of failures.jobs) {
     const line = lastLine(job.error) || "(no error)";
-    const group = groups.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
-    group.jobs.push(job);
-    groups.set(line, group);
+    const row = rows.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
+    row.jobs.push(job);
+    rows.set(line, row);
   }
-  return [...groups.values()].sort((a, b) => (
+  return [...rows.values()].sort((a, b) => (
     b.jobs.length - a.jobs.length || a.line.localeCompare(b.line)));
 }
 
-function drawFailures() {
-  const isCut = failures.length >= GROUPED_FAILURES;
-  const which = isCut ? `The newest ${number(failures.length)} failures` : "Failures";
-  drawTable("groups", failureGroups(), group => group.line);
+function drawFailures(jobs) {
+  const isCut = jobs.length >= GROUPED_FAILURES;
+  const which = isCut ? `The newest ${number(jobs.length)} failures` : "Failures";
+  drawTable("errors", jobs.length ? failuresByLine() : [], row => row.line);
   show({
-    failures: failures.length > 0,
-    "groups-count": `${which} by the last line of their error`,
+    failures: jobs.length > 0,
+    "errors-title": `${which} by the last line of their error`,
   });
 }
 
@@ -7170,6 +7290,14 @@ async function selectMatching() {
   }
 }
 
+function updateSelected(jobs) {
+  for (const {id, status} of jobs) {
+    if (selected.has(id)) {
+      selected.set(id, status);
+    }
+  }
+}
+
 function selectionCount(action) {       // of the selected jobs that the action applies to
   const {statuses, path} = ACTIONS[action];
   if (selectedAll) {
@@ -7200,6 +7328,11 @@ function jsonText(value, longest = MAX_SHOWN) {
   const text = JSON.stringify(value, null, 2);
   const isCut = text.length > longest;
   return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
+}
+
+function stepResult(value) {
+  const line = JSON.stringify(value);
+  return line.length <= MAX_LINE ? line : jsonText(value, MAX_STEP);
 }
 
 function fieldValue({field, value}) {
@@ -7234,9 +7367,12 @@ function jobFacts(job) {
   ].filter(Boolean);
 }
 
-function jobButtons({id, status}) {
-  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => (
-    button("one", {action, id}, label, statuses.includes(status), isDangerous ? "danger" : "")));
+function jobButtons({id, status, waits_for}) {
+  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => {
+    const isBlocked = action === "run" && waits_for;
+    const isPossible = statuses.includes(status) && !isBlocked;
+    return button("one", {action, id}, label, isPossible, isDangerous ? "danger" : "");
+  });
 }
 
 // A job that runs or is done does not open with the error of an attempt before that.
@@ -7487,7 +7623,7 @@ const PRESSES = {
   "run-schedule": runSchedule,
   one: applyToOne,
   bulk: applyToSelected,
-  "select-group": line => select(failureGroups().find(group => group.line === line).jobs),
+  "select-failures": line => select(failuresByLine().find(row => row.line === line).jobs),
   "select-matching": selectMatching,
   "select-none": clearSelection,
 };
@@ -7508,6 +7644,7 @@ async function press({action, about}) {
     notify(failure.message);
   }
   found = null;
+  failures = noFailures();
   refresh();
 }
 
@@ -7541,7 +7678,7 @@ const VIEWS = {
 function drawJobsPage(queues, page, failed) {
   const none = Object.fromEntries(STATUSES.map(status => [status, 0]));
   counts = place.queue ? queues.queues[0] || none : queues.totals;
-  failures = failed;
+  drawFailures(failed);
   drawJobs(page);
 }
 
@@ -7554,16 +7691,16 @@ async function refresh() {
   }
   const {queues, fetch, draw} = VIEWS[view];
   try {
-    const [health, counts, ...rest] = await Promise.all([
+    const [health, overview, ...rest] = await Promise.all([
       fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
     if (mine !== refreshId) {
       return;
     }
-    clockSkew = Date.parse(counts.now) - Date.now();
+    clockSkew = Date.parse(overview.now) - Date.now();
     keepingInPlace(() => {
       showOnline();
-      drawProblems(health, counts);
-      draw(counts, ...rest);
+      drawProblems(health, overview);
+      draw(overview, ...rest);
     });
     drawTitle();
   } catch (failure) {
@@ -7655,7 +7792,8 @@ function route() {
   for (const name of ["search", "queue", "tag", "group"]) {
     $("filter").elements[name].value = place[name] || "";
   }
-  for (const id of ["jobs", "groups"]) {
+  $("find").value = "";
+  for (const id of ["jobs", "errors"]) {
     lastRows[id] = null;
     patch($(id).tBodies[0], "");
   }
@@ -7781,7 +7919,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * the worker stops). A job may run more than once, since workers get killed: make handlers
  * idempotent, or divide them into steps.
  *
- * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`
+ * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`. TypeScript needs "allowJs".
  *
  * Heartbeats need the event loop. A handler that blocks it for longer than the lease (30 s) loses
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
@@ -7804,6 +7942,7 @@ const LEASE = 30; // seconds the engine waits for a heartbeat
 const PROGRESS_INTERVAL = 0.5; // seconds until a job's progress is reported
 const GRACE = 30; // seconds that running handlers get when the worker stops
 const FAREWELL = 2; // seconds that their outcomes get then, at least
+const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whose client has gone
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
@@ -8356,9 +8495,11 @@ function failure(error) {
 
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
-  name = `${os.hostname().slice(0, 150)}:${process.pid}`;
+  // unlike any other's, since releaseStrays() goes by it
+  name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
@@ -8432,6 +8573,21 @@ class Worker {
       } catch (error) {
         tries += 1;
         await pause(this.away(error, tries), signal);
+        if (signal.aborted) {
+          this.unanswered.add(name);
+        }
+      }
+    }
+  }
+
+  /** Gives back the jobs of a poll whose answer is lost: proxies drop it after half a close. */
+  async releaseStrays(name) {
+    const path = `/jobs?status=running&brief=true&limit=1000&queue=${encodeURIComponent(name)}`;
+    const page = await call(path, undefined, { patience: FAREWELL }).catch(() => ({ jobs: [] }));
+    const held = new Set([...this.claims].map((claim) => claim.address.id));
+    for (const job of page.jobs) {
+      if (job.worker === this.name && !held.has(job.id)) {
+        this.start(new Claim(job, this, () => {}));
       }
     }
   }
@@ -8588,6 +8744,8 @@ class Worker {
     for (const claim of this.claims) {
       claim.release();
     }
+    await pause(this.unanswered.size && STRAY_DELAY);
+    await Promise.all([...this.unanswered].map((name) => this.releaseStrays(name)));
     const farewell = Math.max(deadline, now() + FAREWELL);
     while (this.claims.size && now() < farewell) {
       await pause(0.01);

@@ -139,6 +139,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -199,6 +200,7 @@ __all__ = [
     'enqueue_many',
     'forward',
     'forwarding',
+    'get',
     'inputs',
     'job',
     'on',
@@ -215,6 +217,8 @@ __all__ = [
     'unschedule',
     'wait',
 ]
+
+__version__ = '1.2'
 
 # -- Settings --------------------------------------------------------------------------------------
 DEFAULT_URL = 'http://localhost:8181'   # of the engine if neither `host` nor RUNDOWN_URL names one
@@ -431,6 +435,13 @@ def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
 
 
+def in_utc(moment):
+    """A datetime as RFC 3339 in UTC, where one without a zone is local time; text as it is."""
+    if isinstance(moment, datetime.datetime):
+        return moment.astimezone(datetime.timezone.utc).isoformat()
+    return moment
+
+
 def clamp_delay(delay):
     """A delay in seconds that an engine takes, so that a report is not refused for it."""
     delay = in_seconds(delay)
@@ -634,6 +645,27 @@ class ConnectionPool(urllib.request.BaseHandler):
 
 
 # -- Client ----------------------------------------------------------------------------------------
+def check_names(given, known, problem='there is no option'):
+    """Misuse for a name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise Misuse(f'{problem} {name}{hint}')
+
+
+def names_near_misses(function: F) -> F:
+    """Have a call with an unknown option say which known one is near."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        check_names(kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
+
+
 class ActiveHost:
     """The engine that a client and its clones use, out of several: one that answers."""
 
@@ -803,6 +835,7 @@ class Client:
         query = urllib.parse.urlencode(drop_none(**fields))
         return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
 
+    @names_near_misses
     def enqueue(
         self,
         queue: str,
@@ -818,16 +851,26 @@ class Client:
         give_up: float | datetime.timedelta | None = None,
         after: Any = None,
         after_any: bool | None = None,
+        group: str | None = None,
+        key_until: str | None = None,
+        replace: bool | None = None,
+        expires: float | datetime.timedelta | None = None,
     ) -> Job:
         """Add a job, once however often the call is sent, and return it.
 
-        `created` in it is False if its id or its key was there before. The job waits until the
-        jobs `after` (jobs or ids) are done; if one of them fails it is cancelled, unless
-        `after_any` is True. A `run_at` without a zone is local time; durations are in seconds.
+        `created` in it is False if its id or its key was there before. A `run_at` without a zone
+        is local time; durations are in seconds, or timedeltas.
+
+        The job waits until the jobs `after` (jobs or ids) are done; if one of them fails it is
+        cancelled, unless `after_any` is True. Jobs of a `group` run one at a time, in order.
+        A `key` is held until the job has ended, with `key_until="start"` until it starts; with
+        `replace` the new job takes the place of one that holds the key and has not started. A
+        job that has not started `expires` seconds after it was due is cancelled.
         """
         text = encode_job(
             payload, id=id, run_at=run_at, delay=delay, after=after, queue=queue, timeout=timeout,
             max_retries=max_retries, tag=tag, priority=priority, key=key, after_any=after_any,
+            group=group, key_until=key_until, replace=replace, expires=expires,
         )
         job = Job(self.call('/enqueue', text, give_up=give_up), self)
         warn_of_own_key(job)
@@ -851,6 +894,7 @@ class Client:
             raise Misuse(f'payloads must be a list with one payload for each job, not a {kind}')
         if 'id' in options or 'key' in options:
             raise Misuse('id and key are for one job, and these are many; ids takes a list')
+        check_names(options, ENQUEUE_OPTIONS)
         payloads = list(payloads)
         ids = sorted(new_id() for _ in payloads) if ids is None else list(ids)
         if len(ids) != len(payloads):
@@ -953,27 +997,71 @@ class Client:
         """Hand out jobs of the queue again."""
         return self._post('/resume', queue=queue)
 
+    def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
+        """Store the result of a step of a job; the first result under a name is kept."""
+        return self.call('/step', {'id': id, 'attempt': attempt, 'name': name, 'result': result})
+
+    def reschedule(
+        self,
+        id: str | None = None,
+        delay: float | datetime.timedelta | None = None,
+        run_at: str | datetime.datetime | None = None,
+        priority: int | None = None,
+        jobs: Iterable[Any] | None = None,
+    ) -> dict[str, Any]:
+        """Change the time or the priority of a pending job; `delay` 0 means now.
+
+        With `jobs` (jobs or ids) of many: returns {"jobs": [...]}, a reply for each.
+        """
+        fields = {'delay': in_seconds(delay), 'run_at': in_utc(run_at), 'priority': priority}
+        return self._change('/reschedule', jobs, id=id, **fields)
+
     def cancel(
         self,
         id: str | None = None,
         queue: str | None = None,
         status: str | None = None,
+        tag: str | None = None,
+        jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Cancel a job, or all of a queue and status; returns {"count": n}."""
-        return self._post('/cancel', id=id, queue=queue, status=status)
+        """Cancel a job, or all of a queue, status and tag; returns {"count": n}.
+
+        With `jobs` (jobs or ids) many: returns {"jobs": [...]}, a reply for each.
+        """
+        return self._change('/cancel', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def retry(
         self,
         id: str | None = None,
         queue: str | None = None,
         status: str | None = None,
+        tag: str | None = None,
+        jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
-        return self._post('/retry', id=id, queue=queue, status=status)
+        """Make a failed or cancelled job pending again, or many; see cancel()."""
+        return self._change('/retry', jobs, id=id, queue=queue, status=status, tag=tag)
 
-    def purge(self, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
-        """Delete the jobs of a queue and/or status, except running ones; {"count": n}."""
-        return self._post('/purge', queue=queue, status=status)
+    def purge(
+        self,
+        queue: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+        id: str | None = None,
+        jobs: Iterable[Any] | None = None,
+    ) -> dict[str, Any]:
+        """Delete a job, or many, except running ones; see cancel()."""
+        return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
+
+    def _change(self, path, jobs, **fields):
+        """A call about one job, about all that the fields describe, or about a list of jobs."""
+        if jobs is None:
+            return self._post(path, **fields)
+        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
+        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        replies = []
+        for batch in batches(texts, len):
+            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
+        return {'jobs': replies}
 
     def limit(
         self,
@@ -991,6 +1079,7 @@ class Client:
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
+    @names_near_misses
     def schedule(
         self,
         name: str,
@@ -1004,6 +1093,7 @@ class Client:
         tag: str | None = None,
         priority: int | None = None,
         key: str | None = None,
+        group: str | None = None,
     ) -> dict[str, Any]:
         """Have a job made at each tick of `cron`, or `every` so many seconds.
 
@@ -1013,7 +1103,7 @@ class Client:
         return self._post(
             '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
             payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
-            priority=priority, key=key,
+            priority=priority, key=key, group=group,
         )
 
     def unschedule(self, name: str) -> dict[str, Any]:
@@ -1032,14 +1122,18 @@ class Client:
         limit: int | None = None,
         after: str | None = None,
         needed_by: str | None = None,
+        group: str | None = None,
+        search: str | None = None,
     ) -> dict[str, Any]:
         """A page of jobs, newest first; the answer's `after` asks for the next page.
 
-        `needed_by` is an id: the jobs that this job waits or waited for, in its order.
+        `needed_by` is an id: the jobs that this job waits or waited for, in its order. `search`
+        is a text in the payload, error, result, tag or id; a page of these may be empty though
+        there is a next one.
         """
         return self._get(
             '/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after,
-            needed_by=needed_by,
+            needed_by=needed_by, group=group, search=search,
         )
 
     def queues(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
@@ -1126,6 +1220,16 @@ class Job(Dict[str, Any], Generic[R]):
         """Bring it up to date, and return it."""
         self.update(self.client.job(self['id']))
         return self
+
+    def cancel(self) -> Job[R]:
+        """Cancel it, bring it up to date, and return it; Refused if it has ended."""
+        self.client.cancel(self['id'])
+        return self.refresh()
+
+    def retry(self) -> Job[R]:
+        """Make it pending again, bring it up to date, and return it; Refused if it is not over."""
+        self.client.retry(self['id'])
+        return self.refresh()
 
     def wait(
         self,
@@ -1265,17 +1369,15 @@ def is_item_reply(item):
     )
 
 
-def encode_job(payload, id=None, run_at=None, delay=None, after=None, timeout=None, **fields):
+def encode_job(payload, id=None, run_at=None, after=None, **fields):
     """A job to be enqueued, as JSON text. It gets its id here, so that it can be sent again."""
-    if isinstance(run_at, datetime.datetime):
-        run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
-    fields = drop_none(
-        payload=payload, id=new_id() if id is None else id, run_at=run_at,
-        delay=in_seconds(delay), after=after, timeout=in_seconds(timeout), **fields,
-    )
+    for name in ('delay', 'timeout', 'expires'):
+        fields[name] = in_seconds(fields.get(name))
+    id = new_id() if id is None else id
+    fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
     return as_json(fields, 'the job')
 
 
@@ -4014,18 +4116,6 @@ if TYPE_CHECKING:
         def __call__(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
 
 
-def names_near_misses(function: F) -> F:
-    """Have a call with an unknown option say which known one is near."""
-    known = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        check_names(kwargs, known)
-        return function(*args, **kwargs)
-
-    return checked
-
-
 class App:
     """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
 
@@ -4160,12 +4250,14 @@ class App:
 
         `.delay(...)` sends its arguments as a job, `.adelay(...)` does so in asyncio programs.
         `.options(delay=60).delay(...)` gives the job options of enqueue(), and
-        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are sent
-        with each job. `name` is the task's name for producers and workers; without it, it is the
-        one under which the function is imported. `settings` are those of the queue, as queue()
-        has them; the last one given holds.
+        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are
+        sent with each job. `name` is the task's name for producers and workers; by default
+        the one under which the function is imported. `settings` are those of the queue, as
+        queue() has them; the last one given holds.
         """
-        check_names(settings, TASK_SETTINGS, 'a task has no setting')
+        if settings.keys() - set(TASK_SETTINGS):
+            known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
+            check_names(settings, known, 'a task has no setting')
         host = settings.get('host')
         max_running = settings.pop('max_running', None)
         limits = engine_settings(queue, max_running, settings.pop('rate', None))
@@ -4252,13 +4344,22 @@ class App:
         after: Any = None,
         after_any: bool | None = None,
         give_up: float | datetime.timedelta | None = None,
+        group: str | None = None,
+        key_until: str | None = None,
+        replace: bool | None = None,
+        expires: float | datetime.timedelta | None = None,
     ) -> Job:
         """Add a job, and return it; see Client.enqueue for the options."""
         return self.client(host).enqueue(
             queue, payload, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay,
             run_at=run_at, priority=priority, key=key, id=id, after=after, after_any=after_any,
-            give_up=give_up,
+            give_up=give_up, group=group, key_until=key_until, replace=replace, expires=expires,
         )
+
+    def get(self, id: str, host: str | None = None) -> Job:
+        """The job with that id; Refused (404) if there is none."""
+        client = self.client(host)
+        return Job(client.job(id), client)
 
     async def aenqueue(
         self, queue: str, payload: Any = None, *, host: str | None = None, **options: Any,
@@ -4332,6 +4433,8 @@ class App:
         set_up_log()
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
+        if not burst:
+            threading.Thread(target=self._report_undeclared, daemon=True).start()
         self.workers.append(worker)
         try:
             worker.run()
@@ -4345,6 +4448,20 @@ class App:
             exit_process(code)
         if code:
             raise SystemExit(code)
+
+    def _report_undeclared(self):
+        """Log the schedules and limits that decorators declared once, and do not any more."""
+        configs_by_client = {}
+        for config in list(self.registered.values()):
+            configs_by_client.setdefault(self.client(config.host), []).append(config)
+        for client, configs in configs_by_client.items():
+            try:
+                for setting, queue, remedy in undeclared_settings(client, configs):
+                    note(logging.WARNING, 'the engine has a %s of %s that this code does not '
+                         'declare; to remove it: python rundown_workers.py %s',
+                         setting, queue, remedy)
+            except (Error, LookupError, TypeError, AttributeError) as error:
+                note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
 
     def stop(self) -> None:
         """Have run() end as after SIGTERM, from any thread."""
@@ -4448,17 +4565,35 @@ def with_signature(method, function):
 
 
 def task_name(function):
-    """The name under which a task's function is imported, also for a script that runs."""
+    """The name under which a task's function is imported, also where its module is a script."""
     module = function.__module__
     if module in ('__main__', '__mp_main__'):
-        module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
+        module = main_module_name() or module_of_file(inspect.getfile(function))[1]
     return f'{module}.{function.__qualname__}'
 
 
+def main_module_name():
+    """The name with which `python -m` was called; None without it."""
+    spec = getattr(sys.modules['__main__'], '__spec__', None)
+    return spec.name if spec and spec.name != '__main__' else None
+
+
+def module_of_file(file):
+    """The folder from which a file is imported, and its name there, as in package.module."""
+    folder, name = os.path.split(os.path.abspath(file))
+    names = [os.path.splitext(name)[0]]
+    while os.path.exists(os.path.join(folder, '__init__.py')):
+        folder, name = os.path.split(folder)
+        names.insert(0, name)
+    return folder, '.'.join(names)
+
+
 def source(function):
-    """Where a function is written: the same when its module is loaded again."""
-    code = getattr(function, '__code__', None)
-    return getattr(code, 'co_filename', None), getattr(function, '__qualname__', function)
+    """Where a function is written: the same when its module, or a notebook's cell, runs again."""
+    file = getattr(getattr(function, '__code__', None), 'co_filename', None)
+    if file and not os.path.isfile(file):
+        file = None     # of a cell; they are numbered
+    return file, getattr(function, '__qualname__', function)
 
 
 def check(name, value, minimum, types=int):
@@ -4473,15 +4608,6 @@ def check_all(**settings):
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
         check(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
-
-
-def check_names(given, known, problem='there is no option'):
-    """Misuse for a name that is not known, with the nearest one that is."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            raise Misuse(f'{problem} {name}{hint}')
 
 
 def check_call(function, args, kwargs=None):
@@ -4517,22 +4643,52 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     return calls
 
 
-def iter_jobs(client, **filters):
-    """All jobs that the filters of Client.jobs let pass, newest first."""
+def undeclared_settings(client, configs):
+    """(kind, queue, command that removes it) of what an engine has and no decorator declares.
+
+    A decorator's schedule has the name of its queue and no payload. That of another queue counts
+    if nobody works on it.
+    """
+    # the limits of a queue of `exec` are its operator's
+    here = {config.name for config in configs
+            if not hasattr(config.functions.get(None), 'slot_type')}
+    declared = {(path, body['queue']) for config in configs for path, body in config.setup_calls}
+    queues = {row['queue']: row for row in iter_pages(client.queues, 'queues')}
+    for schedule in iter_pages(client.schedules, 'schedules'):
+        name = schedule['name']
+        is_ours = name == schedule['queue'] and schedule['payload'] is None
+        is_worked_on = queues.get(name, {}).get('workers') and name not in here
+        if is_ours and not is_worked_on and ('/schedule', name) not in declared:
+            yield 'schedule', name, f'unschedule {shlex.quote(name)}'
+    for name in sorted(here & queues.keys()):
+        has_limit = queues[name]['max_running'] or queues[name]['rate']
+        if has_limit and ('/limit', name) not in declared:
+            yield 'limit', name, f'limit {shlex.quote(name)} --max-running none --rate none'
+
+
+def iter_pages(call, key, **filters):
+    """All rows of a call whose answers are pages."""
     after = None
     while True:
-        page = client.jobs(limit=1000, after=after, **filters)
-        yield from page['jobs']
-        after = page['after']
+        page = call(after=after, **filters)
+        yield from page[key]
+        after = page.get('after')
         if not after:
             return
 
 
+def iter_jobs(client, **filters):
+    """All jobs that the filters of Client.jobs let pass, newest first."""
+    return iter_pages(client.jobs, 'jobs', limit=1000, **filters)
+
+
 def set_up_log():
-    """Log to stderr, where nobody set up logging."""
+    """Log to stderr, until somebody sets up logging."""
     if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        handler.addFilter(lambda record: not logging.getLogger().handlers)
+        log.addHandler(handler)
         log.setLevel(log.level or logging.INFO)
 
 
@@ -4544,6 +4700,7 @@ around = default.around
 enqueue = default.enqueue
 aenqueue = default.aenqueue
 enqueue_many = default.enqueue_many
+get = default.get
 schedule = default.schedule
 unschedule = default.unschedule
 wait = default.wait
@@ -4612,7 +4769,12 @@ def driver_connection(connection):
             connection.begin()      # as its first statement would do; its commit() needs that
         connection = connection.connection
     connection = getattr(connection, 'dbapi_connection', connection)
-    if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and not inspect.iscoroutinefunction(connection.commit)
+        and (is_sqlite(connection) or not is_from(connection, 'sqlite'))    # as aiosqlite is
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return connection
@@ -4620,6 +4782,11 @@ def driver_connection(connection):
 
 def is_sqlite(connection):
     return hasattr(connection, 'total_changes')
+
+
+def is_from(connection, name):
+    """Does the name of a module that defines the connection's class, or a base of it, have `name`?"""
+    return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
 def commits_each_statement(connection):
@@ -4712,8 +4879,11 @@ class Outbox:
                 raise
         create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
         try:
-            for change in ADD_COLUMNS if 'taken_' in reasons[0] else [create]:
-                self._execute_guarded(change)
+            if 'taken_' in reasons[0]:
+                for change in ADD_COLUMNS:
+                    self._execute_guarded(change)
+            elif self.is_sqlite or is_from(self.connection, 'psycopg'):
+                self._execute_guarded(create)
         except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
@@ -5432,12 +5602,7 @@ def command_run(client, options):
 
 def import_target(target):
     if os.path.isfile(target):
-        file = os.path.abspath(target)
-        sys.path.insert(0, os.path.dirname(file))
-        name = os.path.splitext(os.path.basename(file))[0]
-        if not name.isidentifier() or name in sys.modules:
-            name = 'tasks_' + re.sub(r'\W', '_', name)
-        load(file, name)
+        import_file(os.path.abspath(target))
     else:
         sys.path.insert(0, os.getcwd())
         is_name = re.fullmatch(r'\w+(\.\w+)*', target)
@@ -5504,6 +5669,19 @@ def is_of_project(path):
     path = os.path.abspath(path)
     return not path.startswith((STDLIB, sys.prefix + os.sep, sys.base_prefix + os.sep)) \
         and 'site-packages' not in path
+
+
+def import_file(file):
+    """Import a file under the name that other programs import it by."""
+    folder, name = module_of_file(file)
+    sys.path.insert(0, folder)
+    if '.' in name:
+        sys.path.append(os.path.dirname(file))      # modules beside it may be imported, too
+        importlib.import_module(name)
+    else:
+        if not name.isidentifier() or name in sys.modules:
+            name = 'tasks_' + re.sub(r'\W', '_', name)
+        load(file, name)
 
 
 def command_demo(client, options):
@@ -5666,6 +5844,8 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
+        '--version', action='version', version=f'rundown_workers {__version__}')
+    parser.add_argument(
         '--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
     parser.add_argument(
         '--give-up', type=float, default=10, metavar='S',
@@ -5682,6 +5862,9 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):       # it may be None, or something else
+            stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only
     options = build_parser().parse_args(argv)
     try:
         if options.host:
@@ -5694,8 +5877,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, Misuse) else 1
 
 
+def answer_to_other_names():
+    """Have task files that import this module meet this instance of it."""
+    names = ['rundown_workers', main_module_name(), module_of_file(__file__)[1]]
+    for name in filter(None, names):
+        sys.modules.setdefault(name, sys.modules[__name__])
+
+
 if __name__ in ('__main__', '__mp_main__'):
-    # task files that import this module have to meet this instance of it
-    sys.modules.setdefault('rundown_workers', sys.modules[__name__])
+    answer_to_other_names()
 if __name__ == '__main__':
     sys.exit(main())
