@@ -3070,6 +3070,7 @@ class Heartbeat:
         self.client = session.client.clone()    # of its own, to be shut down by itself
         # touched by the thread only
         self.can_wait = True    # False: the engine does not know /lost
+        self.since = None       # of its last answer: it tells of losses after that
 
     def run(self):
         interval = LEASE / 3
@@ -3091,10 +3092,14 @@ class Heartbeat:
             self.worker.closed.wait(min(max(0, deadline - time.monotonic()), seconds))
 
     def _wait_for_loss(self, seconds):
-        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}'
+        since = '' if self.since is None else f'&since={self.since}'
+        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}{since}'
         try:
             answer = self.client.send(path, None, seconds + RESPONSE_TIMEOUT)
-            return isinstance(answer, dict) and answer.get('lost') is True
+            self.since = int(answer['since'])
+            return answer['lost'] is True
+        except (LookupError, TypeError, ValueError):
+            self.can_wait = False       # this is not the engine's answer
         except Refused:
             self.can_wait = False       # an older engine
         except EngineUnavailable:
