@@ -12697,7 +12697,23 @@ def test_container_a_read_only_root_with_a_writable_volume_is_enough_for_the_eng
     assert engine.count(q + "-single") == 400
 
 
-@pytest.mark.xfail(reason="not mended yet")
+@pytest.mark.parametrize("what", [pytest.param(name, marks=pytest.mark.xfail(reason="not mended yet"))
+                                  for name in ("exec", "testing", "demo")])
+def test_container_what_needs_a_temporary_folder_says_so_at_the_start(engine, tmp_path, q, what):
+    job = engine.enqueue(q)
+    commands = {
+        "exec": [*main_of(rw, {}), "exec", q, "--burst", "--", "true"],
+        "testing": [sys.executable, "-c", "import sys; sys.path[:0] = [%r]\n"
+                    "import rundown_workers as rw\nwith rw.testing(): pass" % str(HERE)],
+        "demo": [*main_of(rw, {}), "demo"],
+    }
+    ran = subprocess.run([*namespace(READ_ONLY, volume(tmp_path)), *commands[what]], stderr=subprocess.PIPE, timeout=60,
+                         env=environment({"RUNDOWN_URL": engine.url, **NO_TEMPORARY_FOLDER}))
+    said = ran.stderr.decode()
+    assert ran.returncode and "TMPDIR" in said.splitlines()[-1], said
+    assert engine.job(job)["attempt"] == 0
+
+
 def test_container_a_database_file_that_is_mounted_alone_is_refused(tmp_path):
     outside, inside = tmp_path / "host.db", tmp_path / "container" / "jobs.db"
     inside.parent.mkdir()
@@ -12713,8 +12729,7 @@ def test_container_a_database_file_that_is_mounted_alone_is_refused(tmp_path):
     assert outside.stat().st_size == 0
 
 
-@pytest.mark.parametrize("when", [
-    pytest.param("while it starts", marks=pytest.mark.xfail(reason="not mended yet")), "when it serves"])
+@pytest.mark.parametrize("when", ["while it starts", "when it serves"])
 def test_container_sigterm_ends_an_engine_that_is_pid_1(tmp_path, when):
     database = str(tmp_path / "jobs.db")
     program = [*main_of(rundown_engine, {}), "--db", database, "--port", "0"]
