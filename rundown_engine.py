@@ -48,8 +48,9 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
-    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
-                     cancelled or given to others, so that it need not wait for its heartbeat
+    GET  /lost       worker, wait, since (of the answer before): {"lost": true, "since": ...} as
+                     soon as a job that this worker runs is cancelled or given to others, so that it
+                     need not wait for its heartbeat
     GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
                      oldest age, paused, workers seen, the last hour by the minute; totals=true:
                      also the sums of all queues, and those with due jobs that no worker polls
@@ -114,6 +115,7 @@ import heapq
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -128,6 +130,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -176,6 +179,7 @@ MAX_HELD = 55                   # seconds until a poll or wait is answered; prox
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
+MIN_DOWNLOAD_RATE = 256 << 10   # bytes per second at which a copy of the database has to be taken
 CHUNK_BYTES = 64 << 10          # bytes that are received, or read from a file, at a time
 RESERVED_BYTES = 64 << 10       # bytes of a request or response for which there is always room
 MAX_REQUEST_BUFFER = 64 << 20   # bytes of all requests that are not answered yet
@@ -550,6 +554,7 @@ FIELDS = {
     'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
+    'since': whole_number(0, 2**63 - 1),
     'max_running': whole_number(1, 10**6),
     'rate': whole_number(1, 10**6),
     'per': duration(0.001, 366 * 86400),
@@ -563,7 +568,8 @@ FIELDS = {
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
+# numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 
@@ -1274,6 +1280,26 @@ def is_storage_error(error):
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
 
+def owner_and_mode(path):
+    info = os.stat(path)
+    owner = info.st_uid
+    with contextlib.suppress(ImportError, KeyError):
+        import pwd
+        owner = pwd.getpwuid(owner).pw_name
+    return f'owner {owner}, mode {stat.filemode(info.st_mode)}'
+
+
+def is_mounted_alone(path):
+    """Whether a file is a mount point of its own, on Linux: `docker run -v ./jobs.db:/jobs.db`."""
+    try:
+        lines = pathlib.Path('/proc/self/mountinfo').read_bytes().splitlines()
+    except OSError:
+        return False
+    points = [re.sub(rb'\\([0-7]{3})', lambda code: bytes([int(code[1], 8)]), line.split(b' ')[4])
+              for line in lines]
+    return os.fsencode(path) in points
+
+
 def lock(path):
     """The open, locked file PATH.lock.
 
@@ -1302,6 +1328,10 @@ def check_header(path):
     if names > 1:       # each name would have a lock and a write-ahead log of its own
         raise StartupError(
             f'{path} has {names} names (hard links); an engine takes a database that has one')
+    if is_mounted_alone(path):      # the log beside it would be left behind with the container
+        raise StartupError(
+            f'{path} is mounted by itself, without the write-ahead log beside it; '
+            'mount its folder instead')
     journal = path + '-journal'
     has_journal = os.path.exists(journal) and os.path.getsize(journal)
     if header and not has_journal:      # else SQLite rolls back the hot journal first
@@ -1330,7 +1360,7 @@ class Database:
         # safe by themselves
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
-        self.copying = threading.Lock()     # held while a copy is made: one at a time
+        self.copying = threading.Lock()     # held until a copy is taken: one at a time
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
@@ -1357,8 +1387,19 @@ class Database:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
                 raise
-            reason = getattr(error, 'strerror', None) or error.__cause__ or error
-            raise StartupError(f'{self.path} cannot be used: {reason}') from None
+            raise StartupError(f'{self.path} cannot be used: {self._obstacle(error)}') from None
+
+    def _obstacle(self, error):
+        """The reason, with the file that is in the way, if one is."""
+        reason = getattr(error, 'strerror', None) or error.__cause__ or error
+        named = getattr(error, 'filename', None)
+        if named and not os.path.exists(named):
+            return f'{reason}: {named} in {self.folder} ({owner_and_mode(self.folder)})'
+        files = [self.path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
+        for path in (*files, self.folder):
+            if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+                return f'{reason}: {path} ({owner_and_mode(path)})'
+        return f'{reason}: {named}' if named else reason
 
     def _create_or_migrate(self, db):
         version, = db.execute('PRAGMA user_version').fetchone()
@@ -1491,25 +1532,32 @@ class Database:
                 self.idle_readers.append(db)
 
     def backup(self):
-        """An open file, deleted when it is closed: a consistent copy, made beside the load."""
+        """An open file, deleted when it is closed: a consistent copy, made beside the load.
+
+        One at a time, since each takes as much space as the database.
+        """
         if not self.copying.acquire(blocking=False):
-            raise Unavailable('another copy is being made; try again when it is done')
+            raise Unavailable('another copy is being made or taken; try again when that is done')
         try:
-            folder, name = os.path.split(self.path)
-            handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
-            os.close(handle)
-            try:
-                with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
-                    db.backup(copy)
-                return open(copy_path, 'rb', opener=open_temporary)
-            finally:
-                # Windows deletes it when it is closed
-                with contextlib.suppress(PermissionError, FileNotFoundError):
-                    os.unlink(copy_path)
-        except OSError as error:
-            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
-        finally:
+            return self._make_copy()
+        except BaseException as error:
             self.copying.release()
+            if not isinstance(error, OSError):
+                raise
+            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
+
+    def _make_copy(self):
+        folder, name = os.path.split(self.path)
+        handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
+        os.close(handle)
+        try:
+            with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
+                db.backup(copy)
+            return Copy(copy_path, self.copying.release)
+        finally:
+            # Windows deletes it when it is closed
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                os.unlink(copy_path)
 
     def _remove_copies(self):
         """Remove copies that were cut off."""
@@ -1526,6 +1574,19 @@ class Database:
             self._remove_copies()
         if self.lock_file:
             self.lock_file.close()
+
+
+class Copy(io.FileIO):
+    """A copy of the database; on_close() is called when it is closed, by whatever."""
+
+    def __init__(self, path, on_close):
+        super().__init__(path, 'r', opener=open_temporary)
+        self.on_close = on_close
+
+    def close(self):
+        if not self.closed:
+            super().close()
+            self.on_close()
 
 
 def open_temporary(path, flags):
@@ -1732,6 +1793,7 @@ class Transaction:
         # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
         self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
+        self.losses = set()     # workers from whom a job was taken
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # whether that holds for everything, not for this alone
@@ -1818,6 +1880,7 @@ class Jobs:
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
             if call in ('cancel', 'lose'):
+                tx.losses.add(job['worker'])
                 tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
@@ -2958,6 +3021,8 @@ class Workers:
     def __init__(self, last_polled):
         self.last_polled = last_polled          # queue -> time of its last poll
         self.seen = collections.OrderedDict()   # (worker, queue) -> (time, hung threads)
+        # worker -> time at which the latest job was taken from it, since the start
+        self.lost_at = collections.OrderedDict()
 
     def record(self, tx):
         for queue, worker, hung in tx.signs_of_life:
@@ -2966,8 +3031,12 @@ class Workers:
             if worker:
                 _, known = self.seen.pop((worker, queue), (0, 0))
                 self.seen[worker, queue] = tx.now, known if hung is None else hung
-        while len(self.seen) > MAX_WORKERS:
-            self.seen.popitem(last=False)
+        for worker in tx.losses:
+            self.lost_at[worker] = tx.now
+            self.lost_at.move_to_end(worker)
+        for known in (self.seen, self.lost_at):
+            while len(known) > MAX_WORKERS:
+                known.popitem(last=False)
 
 
 HOURLY = {      # what a queue's last hour counts, and the events of each
@@ -3842,6 +3911,8 @@ class Connection(Client):
 
     def resume(self, event):
         if not self.is_open:
+            if isinstance(event, Response) and isinstance(event.body, io.IOBase):
+                event.body.close()      # nobody takes it
             return
         try:
             if event is SOCKET_READY and self.watched == READ:
@@ -3959,7 +4030,7 @@ class Connection(Client):
         request.operation = request.body = None
         request.size = 0
         if file:
-            yield from self._send_file(file)
+            yield from self._send_file(file, os.fstat(file.fileno()).st_size)
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
@@ -4145,12 +4216,15 @@ class Connection(Client):
         while not self._send():
             yield WRITE
 
-    def _send_file(self, file):
+    def _send_file(self, file, length):
         """Send what is left of the response, then the file piece by piece."""
+        deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
         with file:
             while self.unsent:
                 if not self._send():
                     yield from self._send_rest()
+                if self.loop.now > deadline:
+                    raise RequestTimeout('the file was not taken in time')
                 self.unsent = file.read(CHUNK_BYTES)
 
 
@@ -4285,12 +4359,22 @@ def get_job(server, params):
 
 
 def wait_for_loss(server, params):
-    """Whether a job was taken from the worker: cancelled, or its lease was over."""
-    def render(was_lost):
-        return {'lost': bool(was_lost)}
+    """Whether a job was taken from the worker since then: cancelled, or its lease was over.
 
-    topic = ('worker', params['worker'])
-    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
+    The next call gets the `since` of this answer, so that it misses none in between.
+    """
+    worker = params['worker']
+    lost_at = server.store.workers.lost_at
+    since = params.get('since', lost_at.get(worker, 0))
+
+    def was_lost():
+        return lost_at.get(worker, 0) > since
+
+    def render(was_woken):      # before `lost_at` is written, perhaps
+        latest = max(since, lost_at.get(worker, 0))
+        return {'lost': bool(was_woken) or latest > since, 'since': latest}
+
+    return JobWait(was_lost, render, ('worker', worker), params.get('wait', 0) / 1000000)
 
 
 def list_jobs(server, params):
@@ -4386,7 +4470,7 @@ ROUTES = {
         'GET', list_jobs,
         optional='id queue status tag group limit after brief needed_by needs',
         offload=True),
-    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
         'GET', read_call('queues'), optional='limit after busy queue search totals',
         offload=True),
@@ -4860,7 +4944,7 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
     '/lost': Call('wait_for_loss', 'Wait until a worker loses a job that it runs.',
-                  object_schema('lost', lost=BOOLEAN)),
+                  object_schema('lost since', lost=BOOLEAN, since=INTEGER)),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
@@ -5046,12 +5130,14 @@ def parse_arguments(argv):
     add('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
     add('--allow-host', action='append', default=[], metavar='NAME',
         help='another name clients call the engine by')
+    add('--version', action='version', version=f'rundown_engine {VERSION}')
     add('--verbose', action='store_true', help='a line per request')
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Serve until SIGTERM or SIGINT; the exit code."""
+    signals = StopSignals()
     options = vars(parse_arguments(argv))
     port = options.pop('port')
     token_file = options.pop('token_file')
@@ -5064,22 +5150,39 @@ def main(argv=None):
     except (StartupError, HTTPError, OSError, sqlite3.Error) as error:
         print(f'rundown_engine: {error}', file=sys.stderr)
         return 2
-    stop_on_signals(server)
     gc.set_threshold(20000)     # requests leave few cycles; a search every 700 objects is felt
     print_greeting(server)
+    signals.stop(server)
     server.serve_forever()
     server.server_close()
     return int(server.failed)
 
 
-def stop_on_signals(server):
-    def stop(*_):
-        threading.Thread(target=server.shutdown).start()
+class StopSignals:
+    """SIGTERM and SIGINT, and Ctrl-Break on Windows, end the engine.
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    if hasattr(signal, 'SIGBREAK'):     # Windows
-        signal.signal(signal.SIGBREAK, stop)
+    They are caught from the beginning: to start may take long, and the kernel drops signals to
+    process 1 of a container that it does not catch.
+    """
+
+    def __init__(self):
+        self.server = None
+        self.came = False
+        for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._catch)
+
+    def _catch(self, *_):
+        self.came = True
+        if self.server:
+            # shutdown() waits for serve_forever(), which this thread runs
+            threading.Thread(target=self.server.shutdown, daemon=True).start()
+
+    def stop(self, server):
+        """Have them stop this server; at once, if one has come already."""
+        self.server = server
+        if self.came:
+            self._catch()
 
 
 def print_greeting(server):
@@ -5495,7 +5598,7 @@ td .buttons {
 }
 
 #jobs th.queue {
-  width: 14%;
+  width: 12%;
 }
 
 th.actions {
@@ -5529,11 +5632,19 @@ th.created {
 
 th.attempt,
 th.count {
-  width: 5.5rem;
+  width: 4.5rem;
 }
 
 th.detail {
-  width: 36%;
+  width: 32%;
+}
+
+:is(#needs, #needed-by) th.job {
+  width: 21rem;
+}
+
+th.step {
+  width: 14rem;
 }
 
 th.field {
@@ -5928,8 +6039,16 @@ svg {
       grid-column: span 2;
     }
 
-    td:is(.actions, .detail, .error, .line) {
+    td:is(.actions, .detail, .error, .line, .step, .result) {
       grid-column: 1 / -1;
+    }
+
+    td:is(.step, .result)::before {
+      display: none;
+    }
+
+    td.step {
+      font-weight: 600;
     }
 
     td.zero {
@@ -6669,7 +6788,7 @@ const TABLES = {
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
   errors: FAILURE_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
+  steps: [column("step", row => row.name), column("result", row => stepResult(row.result))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -6857,21 +6976,25 @@ function chartNodes() {
   ];
 }
 
-function drawHour() {
+function drawChart() {
   const i = pointedMinute;
   const text = i === null ? "in all " + sums(hour) : minuteText(i);
   show({chart: chartNodes(), reading: text});
   $("chart").setAttribute("aria-valuenow", i ?? 59);
   $("chart").setAttribute("aria-valuetext", text);
+}
+
+function drawMinutes() {
   const rows = hour.done.map((done, at) => (
     {time: minuteTime(at), done, failed: hour.failed[at], waited: hour.wait[at]}));
   drawTable("minutes", rows.reverse(), row => row.time);
 }
 
 function pointAtMinute(i) {
+  const before = pointedMinute;
   pointedMinute = i === null ? null : Math.max(0, Math.min(59, i));
-  if (hour) {
-    drawHour();
+  if (hour && pointedMinute !== before) {
+    drawChart();
   }
 }
 
@@ -6965,7 +7088,8 @@ function drawQueues({queues, totals}) {
 function drawOverview(queues, schedules) {
   hour = queues.minutes;
   drawTotals(queues.totals, queues.minutes);
-  drawHour();
+  drawChart();
+  drawMinutes();
   drawQueues(queues);
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);
@@ -7211,6 +7335,11 @@ function jsonText(value, longest = MAX_SHOWN) {
   return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
 }
 
+function stepResult(value) {
+  const line = JSON.stringify(value);
+  return line.length <= MAX_LINE ? line : jsonText(value, MAX_STEP);
+}
+
 function fieldValue({field, value}) {
   if (value === null || value === undefined) {
     return "–";
@@ -7243,9 +7372,12 @@ function jobFacts(job) {
   ].filter(Boolean);
 }
 
-function jobButtons({id, status}) {
-  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => (
-    button("one", {action, id}, label, statuses.includes(status), isDangerous ? "danger" : "")));
+function jobButtons({id, status, waits_for}) {
+  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => {
+    const isBlocked = action === "run" && waits_for;
+    const isPossible = statuses.includes(status) && !isBlocked;
+    return button("one", {action, id}, label, isPossible, isDangerous ? "danger" : "");
+  });
 }
 
 // A job that runs or is done does not open with the error of an attempt before that.

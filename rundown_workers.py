@@ -3070,6 +3070,7 @@ class Heartbeat:
         self.client = session.client.clone()    # of its own, to be shut down by itself
         # touched by the thread only
         self.can_wait = True    # False: the engine does not know /lost
+        self.since = None       # of its last answer: it tells of losses after that
 
     def run(self):
         interval = LEASE / 3
@@ -3091,10 +3092,14 @@ class Heartbeat:
             self.worker.closed.wait(min(max(0, deadline - time.monotonic()), seconds))
 
     def _wait_for_loss(self, seconds):
-        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}'
+        since = '' if self.since is None else f'&since={self.since}'
+        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}{since}'
         try:
             answer = self.client.send(path, None, seconds + RESPONSE_TIMEOUT)
-            return isinstance(answer, dict) and answer.get('lost') is True
+            self.since = int(answer['since'])
+            return answer['lost'] is True
+        except (LookupError, TypeError, ValueError):
+            self.can_wait = False       # this is not the engine's answer
         except Refused:
             self.can_wait = False       # an older engine
         except EngineUnavailable:
@@ -4764,7 +4769,12 @@ def driver_connection(connection):
             connection.begin()      # as its first statement would do; its commit() needs that
         connection = connection.connection
     connection = getattr(connection, 'dbapi_connection', connection)
-    if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and not inspect.iscoroutinefunction(connection.commit)
+        and (is_sqlite(connection) or not is_from(connection, 'sqlite'))    # as aiosqlite is
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return connection
@@ -4772,6 +4782,11 @@ def driver_connection(connection):
 
 def is_sqlite(connection):
     return hasattr(connection, 'total_changes')
+
+
+def is_from(connection, name):
+    """Has a module that defines the connection's class, or a base of it, this in its name?"""
+    return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
 def commits_each_statement(connection):
@@ -4864,8 +4879,11 @@ class Outbox:
                 raise
         create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
         try:
-            for change in ADD_COLUMNS if 'taken_' in reasons[0] else [create]:
-                self._execute_guarded(change)
+            if 'taken_' in reasons[0]:
+                for change in ADD_COLUMNS:
+                    self._execute_guarded(change)
+            elif self.is_sqlite or is_from(self.connection, 'psycopg'):
+                self._execute_guarded(create)
         except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
@@ -5371,7 +5389,7 @@ def django_backend():
 
 if not TYPE_CHECKING:       # a checker would take any name for one that is here
     def __getattr__(name):
-        """DjangoBackend is made when it is asked for, so that only those import Django who use it."""
+        """Make DjangoBackend when it is asked for, so that only its users import Django."""
         if name != 'DjangoBackend':
             raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
         try:
@@ -5384,9 +5402,27 @@ if not TYPE_CHECKING:       # a checker would take any name for one that is here
 def command_django(client, options):
     """Work on Django's tasks, and forward what is in the outboxes of their backends."""
     sys.path.insert(0, os.getcwd())
+    if options.reload:
+        reloader.start()
+    backends = find_django_backends()
+    register_django_queues(backends, options.queues)
+    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
+    with contextlib.ExitStack() as forwarders:
+        for database, host in outboxes:
+            from django.db import connections
+            connect = functools.partial(connections.create_connection, database)
+            if options.burst:
+                forward(connect, host)      # before the worker finds that nothing is due
+            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
+            forwarders.enter_context(forwarder)
+        default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+    reloader.restart_if_changed()
+
+
+def find_django_backends():
+    """The backends of a project's setting TASKS that are DjangoBackends."""
     try:
         import django
-        from django.db import connections
         from django.tasks import task_backends
     except ImportError as error:
         raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
@@ -5396,21 +5432,22 @@ def command_django(client, options):
     backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
     if not backends:
         raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
+    return backends
+
+
+def register_django_queues(backends, names):
+    """Register handlers for the queues with these names; without names, for those in QUEUES."""
     for backend in backends:
-        for queue in options.queues or sorted(backend.queues):
-            if (queue, backend.host) not in default.registered:
+        for queue in names or sorted(backend.queues):
+            is_allowed = not backend.queues or queue in backend.queues
+            if is_allowed and (queue, backend.host) not in default.registered:
                 default.queue(queue, host=backend.host)(backend.handler())
-    if not default.registered:
+    registered = {queue for queue, host in default.registered}
+    unknown = [queue for queue in names if queue not in registered]
+    if unknown:
+        raise Misuse(f'no backend in the setting TASKS has {unknown[0]!r} among its QUEUES')
+    if not registered:
         raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
-    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
-    with contextlib.ExitStack() as forwarders:
-        for database, host in outboxes:
-            connect = functools.partial(connections.create_connection, database)
-            if options.burst:
-                forward(connect, host)      # before the worker finds that nothing is due
-            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
-            forwarders.enter_context(forwarder)
-        default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
 # -- Testing ---------------------------------------------------------------------------------------
@@ -6031,6 +6068,7 @@ COMMANDS = [
     ]),
     Command('django', command_django, 'work on the tasks of a Django project', [
         argument('queues', nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
+        argument('--reload', action='store_true', help='restart when a module of yours changes'),
         *WORKER_OPTIONS,
     ]),
     Command('demo', command_demo, 'hash files as jobs of an engine of its own', [
