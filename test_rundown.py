@@ -8578,6 +8578,21 @@ def test_an_outbox_that_is_empty_is_looked_at_and_not_written(engine, tmp_path):
         rw.enqueue_in(connect(), "q", 1, give_up=2)
 
 
+def test_a_look_into_an_outbox_does_not_pass_over_what_is_refused_or_kept(engine, tmp_path, q):
+    steps = []
+    with contextlib.closing(sqlite3.connect(str(tmp_path / "shop.db"))) as box:
+        rw.enqueue_in(box, q, 1)
+        fill = "INSERT INTO rundown_outbox (job, error, taken_by, taken_at) VALUES ('{}', ?, ?, ?)"
+        box.executemany(fill, [("refused", None, None)] * 5000 + [(None, engine.url, int(time.time()))] * 5000)
+        box.commit()
+        box.set_progress_handler(lambda: steps.append(1), 100)      # at each 100 instructions
+        outbox, client = rw.Outbox(box), rw.Client(engine.url)
+        assert rw.forward_pending(outbox, client, client.send, keep=60) == 1
+        steps.clear()
+        assert rw.forward_pending(outbox, client, client.send, keep=60) == 0
+    assert len(steps) < 10
+
+
 def test_who_commits_late_is_forwarded_too(engine, shop, q, box):
     if shop.kind == "sqlite":
         pytest.skip("has one writer at a time")
