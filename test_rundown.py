@@ -12794,8 +12794,7 @@ def test_container_a_read_only_root_with_a_writable_volume_is_enough_for_the_eng
     assert engine.count(q + "-single") == 400
 
 
-@pytest.mark.parametrize("what", [pytest.param(name, marks=pytest.mark.xfail(reason="not mended yet"))
-                                  for name in ("exec", "testing", "demo")])
+@pytest.mark.parametrize("what", ["exec", "testing", "demo"])
 def test_container_what_needs_a_temporary_folder_says_so_at_the_start(engine, tmp_path, q, what):
     job = engine.enqueue(q)
     commands = {
