@@ -9372,7 +9372,7 @@ def test_an_idle_node_worker_has_one_poll_per_queue_and_ends_at_once(engine, pro
         for name in "ab":
             until(lambda: any(one["queue"] == q + name for one in engine.get("/queues")["workers"]))
         time.sleep(0.3)
-        assert proxy.connections == 2
+        assert proxy.connections == 3       # one hears of claims that are lost
         began = time.monotonic()
         assert worker.stop() == 0
         assert time.monotonic() - began < 1.5
@@ -9412,7 +9412,7 @@ def test_a_cancelled_job_aborts_its_node_handler_and_its_slot_is_free(engine, tm
     job = engine.enqueue(q, "first")
     source = (
         """
-        queue("%s", { lease: 0.9 }, async (payload, { signal }) => {
+        queue("%s", async (payload, { signal }) => {
           if (payload === "second") return "ran";
           say("begun");
           await new Promise((resolve) => signal.addEventListener("abort", resolve));
