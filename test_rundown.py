@@ -6438,7 +6438,7 @@ def test_an_exception_is_not_raised_while_a_lock_of_logging_is_being_taken():
     try:
         until(lambda: thread.ident in sys._current_frames())
         for _ in range(20):
-            assert not rw.try_raise(thread.ident, rw.Timeout)
+            assert not rw.try_raise(thread, rw.Timeout)
             time.sleep(0.005)
     finally:
         handler.release()
@@ -6458,10 +6458,10 @@ def test_an_exception_is_raised_in_a_handler_that_sleeps():
             raised.append(1)
 
     thread = in_thread(sleep)
-    until(lambda: rw.try_raise(thread.ident, rw.Timeout))
+    until(lambda: rw.try_raise(thread, rw.Timeout))
     thread.join(5)
     assert raised
-    assert rw.try_raise(thread.ident, rw.Timeout)       # it has ended
+    assert rw.try_raise(thread, rw.Timeout)       # it has ended
 
 
 SLOW_LOG = """
@@ -6856,6 +6856,15 @@ def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, 
         worker.kill()
         worker.wait()
         log.close()
+
+
+def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(engine, work, q):
+    job = engine.enqueue(q)
+    source = "rw.MAX_DELAY = 1e15\n" + handler(q, "raise rw.Retry('the reason', delay=1e12)")
+    work(source, run=BURST).wait()
+    job = engine.job(job)
+    assert (job["status"], job["retries"]) == ("pending", 1)
+    assert job["error"].startswith("the reason\n(the engine refused")
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
