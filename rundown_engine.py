@@ -6976,21 +6976,25 @@ function chartNodes() {
   ];
 }
 
-function drawHour() {
+function drawChart() {
   const i = pointedMinute;
   const text = i === null ? "in all " + sums(hour) : minuteText(i);
   show({chart: chartNodes(), reading: text});
   $("chart").setAttribute("aria-valuenow", i ?? 59);
   $("chart").setAttribute("aria-valuetext", text);
+}
+
+function drawMinutes() {
   const rows = hour.done.map((done, at) => (
     {time: minuteTime(at), done, failed: hour.failed[at], waited: hour.wait[at]}));
   drawTable("minutes", rows.reverse(), row => row.time);
 }
 
 function pointAtMinute(i) {
+  const before = pointedMinute;
   pointedMinute = i === null ? null : Math.max(0, Math.min(59, i));
-  if (hour) {
-    drawHour();
+  if (hour && pointedMinute !== before) {
+    drawChart();
   }
 }
 
@@ -7084,7 +7088,8 @@ function drawQueues({queues, totals}) {
 function drawOverview(queues, schedules) {
   hour = queues.minutes;
   drawTotals(queues.totals, queues.minutes);
-  drawHour();
+  drawChart();
+  drawMinutes();
   drawQueues(queues);
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);

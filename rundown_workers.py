@@ -4831,7 +4831,7 @@ def is_sqlite(connection):
 
 
 def is_from(connection, name):
-    """Does the name of a module that defines the connection's class, or a base of it, have `name`?"""
+    """Has a module that defines the connection's class, or a base of it, this in its name?"""
     return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
@@ -5435,7 +5435,7 @@ def django_backend():
 
 if not TYPE_CHECKING:       # a checker would take any name for one that is here
     def __getattr__(name):
-        """DjangoBackend is made when it is asked for, so that only those import Django who use it."""
+        """Make DjangoBackend when it is asked for, so that only its users import Django."""
         if name != 'DjangoBackend':
             raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
         try:
@@ -5448,9 +5448,27 @@ if not TYPE_CHECKING:       # a checker would take any name for one that is here
 def command_django(client, options):
     """Work on Django's tasks, and forward what is in the outboxes of their backends."""
     sys.path.insert(0, os.getcwd())
+    if options.reload:
+        reloader.start()
+    backends = find_django_backends()
+    register_django_queues(backends, options.queues)
+    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
+    with contextlib.ExitStack() as forwarders:
+        for database, host in outboxes:
+            from django.db import connections
+            connect = functools.partial(connections.create_connection, database)
+            if options.burst:
+                forward(connect, host)      # before the worker finds that nothing is due
+            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
+            forwarders.enter_context(forwarder)
+        default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+    reloader.restart_if_changed()
+
+
+def find_django_backends():
+    """The backends of a project's setting TASKS that are DjangoBackends."""
     try:
         import django
-        from django.db import connections
         from django.tasks import task_backends
     except ImportError as error:
         raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
@@ -5460,21 +5478,22 @@ def command_django(client, options):
     backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
     if not backends:
         raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
+    return backends
+
+
+def register_django_queues(backends, names):
+    """Register handlers for the queues with these names; without names, for those in QUEUES."""
     for backend in backends:
-        for queue in options.queues or sorted(backend.queues):
-            if (queue, backend.host) not in default.registered:
+        for queue in names or sorted(backend.queues):
+            is_allowed = not backend.queues or queue in backend.queues
+            if is_allowed and (queue, backend.host) not in default.registered:
                 default.queue(queue, host=backend.host)(backend.handler())
-    if not default.registered:
+    registered = {queue for queue, host in default.registered}
+    unknown = [queue for queue in names if queue not in registered]
+    if unknown:
+        raise Misuse(f'no backend in the setting TASKS has {unknown[0]!r} among its QUEUES')
+    if not registered:
         raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
-    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
-    with contextlib.ExitStack() as forwarders:
-        for database, host in outboxes:
-            connect = functools.partial(connections.create_connection, database)
-            if options.burst:
-                forward(connect, host)      # before the worker finds that nothing is due
-            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
-            forwarders.enter_context(forwarder)
-        default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
 # -- Testing ---------------------------------------------------------------------------------------
@@ -5550,18 +5569,25 @@ def environment_variable(name, value):
 
 # -- Command line ----------------------------------------------------------------------------------
 TABLES = {      # key of an answer with rows -> the columns that a terminal shows
-    'jobs': [
-        'id', 'queue', 'status', 'attempt', 'retries', 'priority', 'tag', 'next_run_at', 'worker',
-    ],
+    'jobs': ['id', 'queue', 'status', 'attempt', 'age', 'tag'],
     'queues': [
         'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
         'paused',
     ],
     'schedules': [
-        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'last_id',
-        'skipped',
+        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
     ],
+    'top': [
+        'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest',
+        'workers',
+    ],
+    'workers': ['worker', 'queue', 'running', 'hung', 'seen'],
 }
+MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
+FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
+BAR_WIDTH = 30          # characters of a progress bar
+CLEAR_SCREEN = '\x1b[H\x1b[2J'
+CLEAR_LINE = '\r\x1b[K'
 
 
 def show(answer):
@@ -5570,22 +5596,71 @@ def show(answer):
         print(json.dumps(answer))
         return
     for key in TABLES.keys() & answer.keys():
-        print_table(TABLES[key], answer[key])
+        print_table(key, answer[key])
         return
     for field, value in answer.items():
+        show_field(field, value)
+
+
+def show_field(field, value):
+    if field == 'attempts' and isinstance(value, list):
+        lines = [attempt_line(attempt) for attempt in value]
+    else:
         lines = [printable(line) for line in plain(value).splitlines()]
-        if len(lines) > 1:
-            print('\n'.join([f'{field}:', *lines]))
-        else:
-            print(f'{field:14}{"".join(lines)}')
+    if len(lines) > 1 or field == 'attempts' and lines:
+        print('\n'.join([f'{field}:', *lines]))
+    else:
+        print(f'{field:14}{"".join(lines)}')
 
 
-def print_table(columns, rows):
+def attempt_line(attempt):
+    """An attempt as a line: its number, outcome, time, worker and the end of its error."""
+    began = parse_time(attempt['started_at'])
+    ended = parse_time(attempt['finished_at'])
+    took = f'{ended - began:.1f} s' if began and ended else ''
+    error = last_error_line(attempt.get('error'))
+    parts = [
+        f'{attempt["attempt"]:4}', f'{plain(attempt["outcome"]):10}', plain(attempt['started_at']),
+        f'{took:>9}', plain(attempt['worker']), error,
+    ]
+    return printable('  '.join(parts).rstrip())
+
+
+def print_table(key, rows):
+    """The rows as a table that is no wider than the terminal, if there is one.
+
+    The error of a row gets a line of its own.
+    """
+    columns = TABLES[key]
     cells = [columns]
-    cells += [[printable(plain(row[column])) for column in columns] for row in rows]
+    cells += [[printable(plain(row.get(column))) for column in columns] for row in rows]
+    errors = [None, *(row.get('error') for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print('  '.join(map(str.ljust, row, widths)).rstrip())
+    available = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    fit_widths(columns, widths, available)
+    for row, error in zip(cells, errors):
+        texts = [shorten_end(text, width) for text, width in zip(row, widths)]
+        print('  '.join(map(str.ljust, texts, widths)).rstrip())
+        if error:
+            print(shorten_end('    ' + printable(last_error_line(error)), available))
+
+
+def fit_widths(columns, widths, available):
+    """Shorten the widest columns until the table fits."""
+    excess = sum(widths) + 2 * (len(widths) - 1) - available
+    while excess > 0:
+        shrinkable = [
+            number for number, width in enumerate(widths)
+            if width > MIN_COLUMN and columns[number] in FLEXIBLE_COLUMNS
+        ]
+        if not shrinkable:
+            return
+        widths[max(shrinkable, key=widths.__getitem__)] -= 1
+        excess -= 1
+
+
+def shorten_end(text, width):
+    return text if len(text) <= width else text[:width - 1] + '~'
 
 
 def plain(value):
@@ -5593,6 +5668,28 @@ def plain(value):
     if value is None:
         return ''
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def parse_time(text):
+    """Seconds since 1970 of a time in the engine's JSON, or None."""
+    return text and datetime.datetime.fromisoformat(text.replace('Z', '+00:00')).timestamp()
+
+
+def duration_text(seconds):
+    """A duration in its largest unit, such as `5 s` or `3 h`."""
+    for size, unit in ((86400, 'd'), (3600, 'h'), (60, 'min')):
+        if seconds >= size:
+            return f'{seconds / size:.0f} {unit}'
+    return f'{max(0, seconds):.0f} s'
+
+
+def age_text(moment):
+    """The time since a moment of the engine's JSON, such as `3 h`."""
+    return duration_text(time.time() - parse_time(moment)) if moment else ''
+
+
+def last_error_line(error):
+    return (error or '').strip().rpartition('\n')[2]
 
 
 def json_argument(text):
@@ -5614,6 +5711,16 @@ def command_call(client, options):
     show(call(**{field: value for field, value in vars(options).items() if field in known}))
 
 
+def command_jobs(client, options):
+    """List jobs; on a terminal with their ages and the last lines of their errors."""
+    filters = vars(options).keys() & inspect.signature(client.jobs).parameters.keys()
+    answer = client.jobs(**{name: getattr(options, name) for name in filters})
+    if sys.stdout.isatty():
+        for job in answer['jobs']:
+            job['age'] = age_text(job['created_at'])
+    show(answer)
+
+
 def command_queues(client, options):
     answer = client.queues()
     if not options.minutes:
@@ -5622,13 +5729,120 @@ def command_queues(client, options):
     show(answer)
 
 
+def command_top(client, options):
+    """Show queues and workers: again each second on a terminal, once on a pipe."""
+    in_terminal = sys.stdout.isatty()
+    interval = options.interval or (1 if in_terminal else None)
+    while True:
+        page = client.queues()
+        if in_terminal:
+            print(CLEAR_SCREEN, end='')
+        show_top(page)
+        sys.stdout.flush()
+        if interval is None:
+            return
+        time.sleep(interval)
+
+
+def show_top(page):
+    now = parse_time(page['now'])
+    rows = page['queues']
+    total = {
+        name: sum(row[name] for row in rows)
+        for name in ('pending', 'scheduled', 'running', 'done', 'failed')
+    }
+    counts = '  '.join(f'{name} {count:,}' for name, count in total.items())
+    print(f'{page["now"][:19]}Z  {counts}')
+    for row in rows:
+        row['done/min'] = per_minute(row['minutes']['done'], now)
+        row['fail/min'] = per_minute(row['minutes']['failed'], now)
+        row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
+        row['workers'] = len(row['workers'])
+        row['later'] = row['scheduled']
+        row['queue'] += ' (paused)' if row['paused'] else ''
+    print_table('top', rows)
+    for worker in page['workers']:
+        worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
+    if page['workers']:
+        print()
+        print_table('workers', page['workers'])
+
+
+def per_minute(counts, now):
+    """How many in the last 60 seconds, from the counts of whole minutes."""
+    part = now % 60 / 60        # of the current minute, which comes last
+    return round(counts[-1] + counts[-2] * (1 - part))
+
+
 def command_status(client, options):
     if options.wait is None:
         show(client.job(options.id))
         return False
-    job = client.wait(options.id, options.wait)
+    if sys.stdout.isatty():
+        job = watch_progress(client, options.id, options.wait)
+    else:
+        job = client.wait(options.id, options.wait)
     show(job)
     return job['status'] != 'done'
+
+
+def watch_progress(client, id, timeout):
+    """The job once it has ended; meanwhile its progress is drawn."""
+    waiting = Waiting(client, id, timeout, None)
+    longest = 0
+    try:
+        while True:
+            job = client.call(**waiting.next_call(longest))
+            longest = 1
+            print(CLEAR_LINE + progress_text(job), end='', flush=True)
+            if waiting.is_over(job):
+                return job
+    finally:
+        print(CLEAR_LINE, end='', flush=True)
+
+
+def progress_text(job):
+    """The status of a job, with a bar and the time left if its progress tells them."""
+    done = progress_share(job['progress'])
+    if job['status'] != 'running' or done is None:
+        return job['status']
+    filled = round(done * BAR_WIDTH)
+    bar = '#' * filled + '.' * (BAR_WIDTH - filled)
+    text = f'[{bar}] {done:4.0%}'
+    took = parse_time(job['updated_at']) - parse_time(job['started_at'])
+    return f'{text}, {duration_text(took / done - took)} left' if done and took > 1 else text
+
+
+def progress_share(progress):
+    """The part that is done, from 0 to 1, if progress is a number or has `done` and `total`."""
+    if isinstance(progress, dict):
+        done, total = progress.get('done'), progress.get('total')
+        if not is_number(done) or not is_number(total) or total <= 0:
+            return None
+        progress = done / total
+    return progress if is_number(progress) and 0 <= progress <= 1 else None
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def command_purge(client, options):
+    """Delete jobs; over all queues only when somebody says so, if there is somebody."""
+    everywhere = options.id is None and options.queue is None
+    if everywhere and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
+        kind = ' '.join(filter(None, [options.status, options.tag and f'{options.tag!r}']))
+        if not confirmed(f'Delete the {kind} jobs of all queues?'.replace('  ', ' ')):
+            return True
+    command_call(client, options)
+    return False
+
+
+def confirmed(question):
+    try:
+        return input(f'{question} [y/N] ').strip().lower() in ('y', 'yes')
+    except EOFError:
+        return False
 
 
 def command_run(client, options):
@@ -5783,8 +5997,11 @@ PAYLOAD = argument(
     'payload', nargs='?', default='null', type=json_argument, help='JSON; - reads it from stdin')
 QUEUE_OPTION = argument('--queue')
 STATUS_OPTION = argument('--status')
+TAG_OPTION = argument('--tag')
+OPTIONAL_ID = argument('id', nargs='?')
 JOB_OPTIONS = [
-    argument('--tag'),
+    TAG_OPTION,
+    argument('--group', help='its jobs run one at a time'),
     number_argument('--priority'),
     argument('--key'),
     seconds_argument('--timeout'),
@@ -5804,6 +6021,11 @@ COMMANDS = [
         argument('--id'),
         *JOB_OPTIONS,
         argument('--after', nargs='+', metavar='ID', help='jobs that have to be done first'),
+        argument('--key-until', choices=['start', 'end'], help='when the key is free again'),
+        argument(
+            '--replace', action='store_true', default=None,
+            help='take the place of the job that holds the key'),
+        seconds_argument('--expires', help='cancel it if it has not started by then'),
     ]),
     Command('status', command_status, 'show a job', [
         argument('id'),
@@ -5811,30 +6033,46 @@ COMMANDS = [
             '--wait', nargs='?', const=float('inf'),
             help='for its end; exit with 1 unless it is done'),
     ]),
-    Command('jobs', command_call, 'list jobs, newest first', [
+    Command('jobs', command_jobs, 'list jobs, newest first', [
         QUEUE_OPTION,
         STATUS_OPTION,
-        argument('--tag'),
+        TAG_OPTION,
+        argument('--group'),
+        argument('--search', metavar='TEXT', help='in payload, error, result, tag or id'),
         number_argument('--limit'),
-        argument('--after', metavar='ID'),
-        argument('--needed-by', metavar='ID'),
+        argument('--after', metavar='ID', help='the next page, of jobs older than this one'),
+        argument('--needed-by', metavar='ID', help='the jobs that a job waits for'),
     ]),
     Command('queues', command_queues, 'count jobs by queue and status', [
         argument('--minutes', action='store_true', help='with counts of the last hour'),
     ]),
+    Command('top', command_top, 'watch queues and workers; once on a pipe', [
+        seconds_argument('--interval', help='seconds between two looks (1; a pipe: only one)'),
+    ]),
     Command('cancel', command_call, 'cancel a job, or all of a queue and status', [
-        argument('id', nargs='?'),
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
     ]),
     Command('retry', command_call, 'make a failed or cancelled job pending again, or all of them', [
-        argument('id', nargs='?'),
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
     ]),
-    Command('purge', command_call, 'delete jobs of a queue and/or status', [
+    Command('reschedule', command_call, 'change the time or the priority of a pending job', [
+        argument('id'),
+        seconds_argument('--delay', help='from now; 0 runs it now'),
+        argument('--run-at'),
+        number_argument('--priority'),
+    ]),
+    Command('purge', command_purge, 'delete a job, or those of a queue and/or status', [
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
+        argument('--yes', action='store_true', help='do not ask before all queues are purged'),
     ]),
     Command('pause', command_call, 'hand out no jobs of a queue', [argument('queue')]),
     Command('resume', command_call, 'hand out jobs again', [argument('queue')]),
@@ -5876,6 +6114,7 @@ COMMANDS = [
     ]),
     Command('django', command_django, 'work on the tasks of a Django project', [
         argument('queues', nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
+        argument('--reload', action='store_true', help='restart when a module of yours changes'),
         *WORKER_OPTIONS,
     ]),
     Command('demo', command_demo, 'hash files as jobs of an engine of its own', [
