@@ -21,7 +21,8 @@ A JOB'S WAY THROUGH A WORKER
                | 1 s not begun   | timeout: fail         | no answer: kept and sent again
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
 
-A queue has one long poll and `concurrency` slots; each slot is a thread. When jobs are short, the
+A queue has one long poll and `concurrency` slots; each slot is a thread, or a task of the event
+loop that all async handlers share. When jobs are short, the
 worker claims ahead: never more than its slots start within 100 ms at their recent pace. Outcomes
 gather into one request while another is in flight. One heartbeat for all claims, every third of
 the lease, keeps long jobs alive.
@@ -50,7 +51,14 @@ WORKING
     job(), inputs(), progress(value)        in a handler: the job; the results of the jobs that it
                                             waited for; a JSON value to be shown
     raise Retry(delay=60), Abort("why")     fail and come back in 60 s; fail for good
+    step(name, function, *args)             in a handler: do it once; later attempts get its result
+    checkpoint(value)                       progress() that is on disk when it returns
+    track(items, total, every)              the items; shows how many are done. With `every` each so
+                                            many are a checkpoint, after which a retry continues
     @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
+    @on("start_worker" | "stop_worker")     hook(), once in each process that runs handlers
+    @around                                 a generator function that yields once, and wraps each
+                                            run of a handler; it gets the job if it has a parameter
     run(burst, grace, max_hung), stop()     burst: work off what is due, and return
     testing()                               with testing() as t: t.run(delayed=True);
                                             t.advance(60) moves its clock
@@ -59,12 +67,22 @@ The return value of a handler is the result. Any exception fails the job with it
 result that is not JSON fails it for good. At its timeout a handler gets Timeout raised inside,
 when its claim is gone Lost (in async def handlers both are a cancellation). Its slot is free
 again, whatever the thread does. Threads that never come back are hung: after max_hung (10) the
-worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which
-is killed with its children. It is imported there by its name, so a script needs
-`if __name__ == "__main__":` around its run().
+worker drains and exits with 1.
 
-SIGTERM or SIGINT: no more jobs are taken, running ones have `grace` seconds (30), the others are
-released, and the worker exits with 0. The second signal exits at once. The log is
+With isolate=True the handler runs in a process of its own, which is killed with its children, and
+replaced after max_jobs. It is imported there by its name, so a script needs
+`if __name__ == "__main__":` around its run(). Isolate handlers that run C code which does not
+release the interpreter's lock for more than 30 s: no heartbeat leaves the worker meanwhile, and the
+job is given to another. So with subprocesses: a thread's timeout does not end a program that it
+has started; a killed process takes them along.
+
+Async handlers must not block the event loop; one that does for more than a second is named in the
+log. In them it is `await step(...)`, `await checkpoint(...)`, `async for item in track(...)`. Each
+job has its own context variables. Threads and pools that a handler uses see its job.
+
+SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30), the others are
+released, and the worker exits with 0. A handler that comes to a step or checkpoint gets Lost there,
+and its job is given back at once. The second signal exits at once. The log is
 logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for each job;
 above 100 a second, the others are counted.
 
@@ -261,9 +279,15 @@ MAX_RESULT = 8_000_000      # characters of a result as JSON
 MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
 REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
+PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
+MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
+MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
+RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
 
 # programs and the outbox
 MAX_STDOUT = 1 << 20        # bytes of a program's output
+MAX_STDOUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
 TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
 OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
 DJANGO_OUTBOX_INTERVAL = 0.2    # the same of the worker of a Django project
@@ -2083,6 +2107,8 @@ class Claim(Saver):
         self.progress_sent_at = now
         # written by the thread that finishes it, read by the reporter
         self.report_item = None             # the item of the batch that reports the outcome
+        # touched by the reporter only
+        self.was_refused = False            # the engine refused an outcome
         # written by the event loop's thread
         self.asyncio_task = None            # of an async handler, once it has begun
 
@@ -2188,7 +2214,7 @@ class Slot:
         """Raise it in the handler; False if that has to be tried again."""
         if claim.asyncio_task:
             return self.consumer.worker.event_loop.cancel(claim.asyncio_task, interruption)
-        return try_raise(self.thread.ident, interruption)
+        return try_raise(self.thread, interruption)
 
     def is_alive(self):
         """Whether a handler may run in it."""
@@ -2200,11 +2226,15 @@ class Slot:
         if task:
             frames = self.consumer.worker.event_loop.task_frames(task)
         else:
-            frames = thread_frames(self.thread.ident)
+            frames = self.frames()
         stack = traceback.StackSummary.extract(frames[-50:])
         ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
         return ''.join(traceback.format_list(lines))
+
+    def frames(self):
+        """The frames of its thread."""
+        return thread_frames(self.thread.ident)
 
     def kill(self):
         """End the slot's process, if it has one, at once."""
@@ -2292,7 +2322,7 @@ class EventLoop:
         if not self.is_blocked or not coroutine.cr_running:
             self.call(task.cancel)
             return True
-        return try_raise(self.thread.ident, interruption, within=coroutine.cr_frame)
+        return try_raise(self.thread, interruption, within=coroutine.cr_frame)
 
     def task_frames(self, task):
         coroutine = task.get_coro()
@@ -2365,6 +2395,8 @@ class AsyncSlot(Slot):
         context = contextvars.Context()
         self.task = self.event_loop.create_task(self._run_claim(claim), context, self._on_done)
         claim.asyncio_task = self.task
+        if claim.outcome:       # it was finished just now, when there was no task to cancel
+            self.task.cancel()
 
     async def _run_claim(self, claim):
         current.set(claim)
@@ -2382,8 +2414,15 @@ class AsyncSlot(Slot):
         if not self.is_abandoned:
             self.consumer.ready.on_slot(self)
 
+    def try_raise(self, claim, interruption):
+        task = claim.asyncio_task
+        return task is None or self.event_loop.cancel(task, interruption)
+
     def is_alive(self):
         return self.task is not None and not self.task.done()
+
+    def frames(self):
+        return []       # the task has just ended
 
 
 # -- Interrupting a handler ------------------------------------------------------------------------
@@ -2427,21 +2466,23 @@ LOCK_WORD_BYTES = 60    # of code around the name of such a method, in which its
 STDLIB = os.path.dirname(threading.__file__) + os.sep
 
 
-def try_raise(thread_id, error, within=None):
+def try_raise(thread, error, within=None):
     """Raise an exception in another thread, if that leaves no lock of the standard library locked.
 
     False: the thread is at such a place now, so try again. `within` is a frame that has to be on
     its stack. The exception is raised when the thread runs Python code again, so not while it
     sleeps in C.
     """
-    frame = sys._current_frames().get(thread_id)
-    instruction = frame and frame.f_lasti
-    stack = [one for one, _ in traceback.walk_stack(frame)] if frame else []
-    if not frame or (within and within not in stack):
-        return True         # it has ended
+    frame = sys._current_frames().get(thread.ident)
+    if frame is None or not thread.is_alive():      # after the frame: another may get its ident
+        return True
+    instruction = frame.f_lasti
+    stack = [one for one, _ in traceback.walk_stack(frame)]
+    if within and within not in stack:
+        return True
     if any(is_taking_lock(one.f_code, one.f_lasti) for one in stack):
         return False
-    return raise_if_unmoved(thread_id, frame, instruction, error)
+    return raise_if_unmoved(thread.ident, frame, instruction, error)
 
 
 def raise_if_unmoved(thread_id, frame, instruction, error):
@@ -2494,11 +2535,6 @@ def is_guarded(code, instruction):
 
 # -- Worker ----------------------------------------------------------------------------------------
 NEVER = float('inf')        # of a time
-PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
-MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
-MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
-RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
-RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in ('SIGTERM', 'SIGINT', 'SIGBREAK', 'SIGHUP', 'SIGQUIT')
@@ -3049,11 +3085,22 @@ class Reporter:
             claim.consumer.log_and_notify('lost', claim, Lost(reason), text, call, reason)
         elif code:
             note(logging.ERROR, '%s: the engine refused its %s: %s', claim, call, reason)
-            if call == 'complete':      # a result that is refused fails the job, once
-                text = f'the engine refused the result: {reason}'
-                claim.consumer.report(claim, failure(Error(reason), text, retry=False))
+            if not claim.was_refused and call in ('complete', 'fail'):
+                claim.was_refused = True
+                claim.consumer.report(claim, refused_outcome(claim.outcome, reason))
                 return
-        self.session.forget(claim)      # the lease ends one whose failure was refused
+        self.session.forget(claim)      # the lease ends one that was refused twice
+
+
+def refused_outcome(outcome, reason):
+    """What to report in place of an outcome that the engine refuses.
+
+    A result fails the job for good. A failure is reported without its delay.
+    """
+    if outcome.call == 'complete':
+        return failure(Error(reason), f'the engine refused the result: {reason}', retry=False)
+    text = f'{json.loads(outcome.fields["error"])}\n(the engine refused to fail it thus: {reason})'
+    return failure(Error(reason), text, retry=json.loads(outcome.fields['retry']))
 
 
 class Heartbeat:
@@ -3835,7 +3882,6 @@ def load(file, name):
 
 # -- Any program as a worker -----------------------------------------------------------------------
 EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
-MAX_OUTPUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
 
 
 class ProgramSlot(Slot):
@@ -3912,7 +3958,7 @@ class ProgramSlot(Slot):
         except UnicodeDecodeError as error:
             reason = f'what the program wrote to stdout is not UTF-8: {error}'
             raise Abort(reason) from None
-        if text.count('[') + text.count('{') > MAX_OUTPUT_LEVELS and is_too_deep(text):
+        if text.count('[') + text.count('{') > MAX_STDOUT_LEVELS and is_too_deep(text):
             return text
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
@@ -3978,7 +4024,7 @@ def is_too_deep(text):
     level = 0
     for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
         level += (bracket in '[{') - (bracket in ']}')
-        if level > MAX_OUTPUT_LEVELS:
+        if level > MAX_STDOUT_LEVELS:
             return True
     return False
 
@@ -5523,18 +5569,25 @@ def environment_variable(name, value):
 
 # -- Command line ----------------------------------------------------------------------------------
 TABLES = {      # key of an answer with rows -> the columns that a terminal shows
-    'jobs': [
-        'id', 'queue', 'status', 'attempt', 'retries', 'priority', 'tag', 'next_run_at', 'worker',
-    ],
+    'jobs': ['id', 'queue', 'status', 'attempt', 'age', 'tag'],
     'queues': [
         'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
         'paused',
     ],
     'schedules': [
-        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'last_id',
-        'skipped',
+        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
     ],
+    'top': [
+        'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest',
+        'workers',
+    ],
+    'workers': ['worker', 'queue', 'running', 'hung', 'seen'],
 }
+MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
+FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
+BAR_WIDTH = 30          # characters of a progress bar
+CLEAR_SCREEN = '\x1b[H\x1b[2J'
+CLEAR_LINE = '\r\x1b[K'
 
 
 def show(answer):
@@ -5543,22 +5596,71 @@ def show(answer):
         print(json.dumps(answer))
         return
     for key in TABLES.keys() & answer.keys():
-        print_table(TABLES[key], answer[key])
+        print_table(key, answer[key])
         return
     for field, value in answer.items():
+        show_field(field, value)
+
+
+def show_field(field, value):
+    if field == 'attempts' and isinstance(value, list):
+        lines = [attempt_line(attempt) for attempt in value]
+    else:
         lines = [printable(line) for line in plain(value).splitlines()]
-        if len(lines) > 1:
-            print('\n'.join([f'{field}:', *lines]))
-        else:
-            print(f'{field:14}{"".join(lines)}')
+    if len(lines) > 1 or field == 'attempts' and lines:
+        print('\n'.join([f'{field}:', *lines]))
+    else:
+        print(f'{field:14}{"".join(lines)}')
 
 
-def print_table(columns, rows):
+def attempt_line(attempt):
+    """An attempt as a line: its number, outcome, time, worker and the end of its error."""
+    began = parse_time(attempt['started_at'])
+    ended = parse_time(attempt['finished_at'])
+    took = f'{ended - began:.1f} s' if began and ended else ''
+    error = last_error_line(attempt.get('error'))
+    parts = [
+        f'{attempt["attempt"]:4}', f'{plain(attempt["outcome"]):10}', plain(attempt['started_at']),
+        f'{took:>9}', plain(attempt['worker']), error,
+    ]
+    return printable('  '.join(parts).rstrip())
+
+
+def print_table(key, rows):
+    """The rows as a table that is no wider than the terminal, if there is one.
+
+    The error of a row gets a line of its own.
+    """
+    columns = TABLES[key]
     cells = [columns]
-    cells += [[printable(plain(row[column])) for column in columns] for row in rows]
+    cells += [[printable(plain(row.get(column))) for column in columns] for row in rows]
+    errors = [None, *(row.get('error') for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print('  '.join(map(str.ljust, row, widths)).rstrip())
+    available = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    fit_widths(columns, widths, available)
+    for row, error in zip(cells, errors):
+        texts = [shorten_end(text, width) for text, width in zip(row, widths)]
+        print('  '.join(map(str.ljust, texts, widths)).rstrip())
+        if error:
+            print(shorten_end('    ' + printable(last_error_line(error)), available))
+
+
+def fit_widths(columns, widths, available):
+    """Shorten the widest columns until the table fits."""
+    excess = sum(widths) + 2 * (len(widths) - 1) - available
+    while excess > 0:
+        shrinkable = [
+            number for number, width in enumerate(widths)
+            if width > MIN_COLUMN and columns[number] in FLEXIBLE_COLUMNS
+        ]
+        if not shrinkable:
+            return
+        widths[max(shrinkable, key=widths.__getitem__)] -= 1
+        excess -= 1
+
+
+def shorten_end(text, width):
+    return text if len(text) <= width else text[:width - 1] + '~'
 
 
 def plain(value):
@@ -5566,6 +5668,28 @@ def plain(value):
     if value is None:
         return ''
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def parse_time(text):
+    """Seconds since 1970 of a time in the engine's JSON, or None."""
+    return text and datetime.datetime.fromisoformat(text.replace('Z', '+00:00')).timestamp()
+
+
+def duration_text(seconds):
+    """A duration in its largest unit, such as `5 s` or `3 h`."""
+    for size, unit in ((86400, 'd'), (3600, 'h'), (60, 'min')):
+        if seconds >= size:
+            return f'{seconds / size:.0f} {unit}'
+    return f'{max(0, seconds):.0f} s'
+
+
+def age_text(moment):
+    """The time since a moment of the engine's JSON, such as `3 h`."""
+    return duration_text(time.time() - parse_time(moment)) if moment else ''
+
+
+def last_error_line(error):
+    return (error or '').strip().rpartition('\n')[2]
 
 
 def json_argument(text):
@@ -5587,6 +5711,16 @@ def command_call(client, options):
     show(call(**{field: value for field, value in vars(options).items() if field in known}))
 
 
+def command_jobs(client, options):
+    """List jobs; on a terminal with their ages and the last lines of their errors."""
+    filters = vars(options).keys() & inspect.signature(client.jobs).parameters.keys()
+    answer = client.jobs(**{name: getattr(options, name) for name in filters})
+    if sys.stdout.isatty():
+        for job in answer['jobs']:
+            job['age'] = age_text(job['created_at'])
+    show(answer)
+
+
 def command_queues(client, options):
     answer = client.queues()
     if not options.minutes:
@@ -5595,13 +5729,120 @@ def command_queues(client, options):
     show(answer)
 
 
+def command_top(client, options):
+    """Show queues and workers: again each second on a terminal, once on a pipe."""
+    in_terminal = sys.stdout.isatty()
+    interval = options.interval or (1 if in_terminal else None)
+    while True:
+        page = client.queues()
+        if in_terminal:
+            print(CLEAR_SCREEN, end='')
+        show_top(page)
+        sys.stdout.flush()
+        if interval is None:
+            return
+        time.sleep(interval)
+
+
+def show_top(page):
+    now = parse_time(page['now'])
+    rows = page['queues']
+    total = {
+        name: sum(row[name] for row in rows)
+        for name in ('pending', 'scheduled', 'running', 'done', 'failed')
+    }
+    counts = '  '.join(f'{name} {count:,}' for name, count in total.items())
+    print(f'{page["now"][:19]}Z  {counts}')
+    for row in rows:
+        row['done/min'] = per_minute(row['minutes']['done'], now)
+        row['fail/min'] = per_minute(row['minutes']['failed'], now)
+        row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
+        row['workers'] = len(row['workers'])
+        row['later'] = row['scheduled']
+        row['queue'] += ' (paused)' if row['paused'] else ''
+    print_table('top', rows)
+    for worker in page['workers']:
+        worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
+    if page['workers']:
+        print()
+        print_table('workers', page['workers'])
+
+
+def per_minute(counts, now):
+    """How many in the last 60 seconds, from the counts of whole minutes."""
+    part = now % 60 / 60        # of the current minute, which comes last
+    return round(counts[-1] + counts[-2] * (1 - part))
+
+
 def command_status(client, options):
     if options.wait is None:
         show(client.job(options.id))
         return False
-    job = client.wait(options.id, options.wait)
+    if sys.stdout.isatty():
+        job = watch_progress(client, options.id, options.wait)
+    else:
+        job = client.wait(options.id, options.wait)
     show(job)
     return job['status'] != 'done'
+
+
+def watch_progress(client, id, timeout):
+    """The job once it has ended; meanwhile its progress is drawn."""
+    waiting = Waiting(client, id, timeout, None)
+    longest = 0
+    try:
+        while True:
+            job = client.call(**waiting.next_call(longest))
+            longest = 1
+            print(CLEAR_LINE + progress_text(job), end='', flush=True)
+            if waiting.is_over(job):
+                return job
+    finally:
+        print(CLEAR_LINE, end='', flush=True)
+
+
+def progress_text(job):
+    """The status of a job, with a bar and the time left if its progress tells them."""
+    done = progress_share(job['progress'])
+    if job['status'] != 'running' or done is None:
+        return job['status']
+    filled = round(done * BAR_WIDTH)
+    bar = '#' * filled + '.' * (BAR_WIDTH - filled)
+    text = f'[{bar}] {done:4.0%}'
+    took = parse_time(job['updated_at']) - parse_time(job['started_at'])
+    return f'{text}, {duration_text(took / done - took)} left' if done and took > 1 else text
+
+
+def progress_share(progress):
+    """The part that is done, from 0 to 1, if progress is a number or has `done` and `total`."""
+    if isinstance(progress, dict):
+        done, total = progress.get('done'), progress.get('total')
+        if not is_number(done) or not is_number(total) or total <= 0:
+            return None
+        progress = done / total
+    return progress if is_number(progress) and 0 <= progress <= 1 else None
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def command_purge(client, options):
+    """Delete jobs; over all queues only when somebody says so, if there is somebody."""
+    everywhere = options.id is None and options.queue is None
+    if everywhere and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
+        kind = ' '.join(filter(None, [options.status, options.tag and f'{options.tag!r}']))
+        if not confirmed(f'Delete the {kind} jobs of all queues?'.replace('  ', ' ')):
+            return True
+    command_call(client, options)
+    return False
+
+
+def confirmed(question):
+    try:
+        return input(f'{question} [y/N] ').strip().lower() in ('y', 'yes')
+    except EOFError:
+        return False
 
 
 def command_run(client, options):
@@ -5756,8 +5997,11 @@ PAYLOAD = argument(
     'payload', nargs='?', default='null', type=json_argument, help='JSON; - reads it from stdin')
 QUEUE_OPTION = argument('--queue')
 STATUS_OPTION = argument('--status')
+TAG_OPTION = argument('--tag')
+OPTIONAL_ID = argument('id', nargs='?')
 JOB_OPTIONS = [
-    argument('--tag'),
+    TAG_OPTION,
+    argument('--group', help='its jobs run one at a time'),
     number_argument('--priority'),
     argument('--key'),
     seconds_argument('--timeout'),
@@ -5777,6 +6021,11 @@ COMMANDS = [
         argument('--id'),
         *JOB_OPTIONS,
         argument('--after', nargs='+', metavar='ID', help='jobs that have to be done first'),
+        argument('--key-until', choices=['start', 'end'], help='when the key is free again'),
+        argument(
+            '--replace', action='store_true', default=None,
+            help='take the place of the job that holds the key'),
+        seconds_argument('--expires', help='cancel it if it has not started by then'),
     ]),
     Command('status', command_status, 'show a job', [
         argument('id'),
@@ -5784,30 +6033,46 @@ COMMANDS = [
             '--wait', nargs='?', const=float('inf'),
             help='for its end; exit with 1 unless it is done'),
     ]),
-    Command('jobs', command_call, 'list jobs, newest first', [
+    Command('jobs', command_jobs, 'list jobs, newest first', [
         QUEUE_OPTION,
         STATUS_OPTION,
-        argument('--tag'),
+        TAG_OPTION,
+        argument('--group'),
+        argument('--search', metavar='TEXT', help='in payload, error, result, tag or id'),
         number_argument('--limit'),
-        argument('--after', metavar='ID'),
-        argument('--needed-by', metavar='ID'),
+        argument('--after', metavar='ID', help='the next page, of jobs older than this one'),
+        argument('--needed-by', metavar='ID', help='the jobs that a job waits for'),
     ]),
     Command('queues', command_queues, 'count jobs by queue and status', [
         argument('--minutes', action='store_true', help='with counts of the last hour'),
     ]),
+    Command('top', command_top, 'watch queues and workers; once on a pipe', [
+        seconds_argument('--interval', help='seconds between two looks (1; a pipe: only one)'),
+    ]),
     Command('cancel', command_call, 'cancel a job, or all of a queue and status', [
-        argument('id', nargs='?'),
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
     ]),
     Command('retry', command_call, 'make a failed or cancelled job pending again, or all of them', [
-        argument('id', nargs='?'),
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
     ]),
-    Command('purge', command_call, 'delete jobs of a queue and/or status', [
+    Command('reschedule', command_call, 'change the time or the priority of a pending job', [
+        argument('id'),
+        seconds_argument('--delay', help='from now; 0 runs it now'),
+        argument('--run-at'),
+        number_argument('--priority'),
+    ]),
+    Command('purge', command_purge, 'delete a job, or those of a queue and/or status', [
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
+        argument('--yes', action='store_true', help='do not ask before all queues are purged'),
     ]),
     Command('pause', command_call, 'hand out no jobs of a queue', [argument('queue')]),
     Command('resume', command_call, 'hand out jobs again', [argument('queue')]),

@@ -6443,7 +6443,7 @@ def test_an_exception_is_not_raised_while_a_lock_of_logging_is_being_taken():
     try:
         until(lambda: thread.ident in sys._current_frames())
         for _ in range(20):
-            assert not rw.try_raise(thread.ident, rw.Timeout)
+            assert not rw.try_raise(thread, rw.Timeout)
             time.sleep(0.005)
     finally:
         handler.release()
@@ -6463,10 +6463,10 @@ def test_an_exception_is_raised_in_a_handler_that_sleeps():
             raised.append(1)
 
     thread = in_thread(sleep)
-    until(lambda: rw.try_raise(thread.ident, rw.Timeout))
+    until(lambda: rw.try_raise(thread, rw.Timeout))
     thread.join(5)
     assert raised
-    assert rw.try_raise(thread.ident, rw.Timeout)       # it has ended
+    assert rw.try_raise(thread, rw.Timeout)       # it has ended
 
 
 SLOW_LOG = """
@@ -6861,6 +6861,15 @@ def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, 
         worker.kill()
         worker.wait()
         log.close()
+
+
+def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(engine, work, q):
+    job = engine.enqueue(q)
+    source = "rw.MAX_DELAY = 1e15\n" + handler(q, "raise rw.Retry('the reason', delay=1e12)")
+    work(source, run=BURST).wait()
+    job = engine.job(job)
+    assert (job["status"], job["retries"]) == ("pending", 1)
+    assert job["error"].startswith("the reason\n(the engine refused")
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
@@ -7754,21 +7763,24 @@ def test_a_key_that_json_would_turn_into_a_string_is_refused_with_its_path(engin
 TERMINAL = pytest.mark.skipif(not POSIX, reason="needs a pseudo-terminal")
 
 
-def on_terminal(*command, env=None, seconds=20):
-    """What a command shows on a terminal of 80 columns, and its exit code."""
+def on_terminal(*command, env=None, answer=b"", is_enough=None, seconds=20):
+    """What a command shows on a terminal of 80 columns, and its exit code; `is_enough` ends it."""
     import fcntl, pty, struct, termios
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen([sys.executable, *command], stdin=secondary, stdout=secondary, stderr=secondary,
                                env=environment(env or {}), close_fds=True)
     os.close(secondary)
+    os.write(primary, answer)
     shown = b""
     with contextlib.suppress(OSError):
         while True:
             part = os.read(primary, 65536)
+            shown += part
+            if is_enough and is_enough(shown):
+                process.terminate()
             if not part:
                 break
-            shown += part
     os.close(primary)
     return shown.decode().replace("\r\n", "\n"), process.wait(seconds)
 
@@ -7846,6 +7858,100 @@ def test_the_command_line_waits_for_a_job(engine, q):
         assert not waited.done()
         engine.tell("complete", job, result=5)
         assert waited.result(10)["result"] == 5
+
+
+SDK_FILE = str(HERE / "rundown_workers.py")
+
+
+@TERMINAL
+def test_jobs_on_a_terminal_fit_it_and_show_age_and_the_end_of_the_error(clocked, q):
+    job = clocked.enqueue(q + "-with-a-long-name" * 5, tag="t" * 50)
+    clocked.tell("fail", clocked.poll(q + "-with-a-long-name" * 5), error="Traceback\n  line\nValueError: " + "x" * 200)
+    shown, code = on_terminal(SDK_FILE, "jobs", env={"RUNDOWN_URL": clocked.url})
+    lines = shown.splitlines()
+    at = [job["id"] in line for line in lines].index(True)
+    row, error = lines[at:at + 2]
+    assert code == 0 and max(map(len, lines)) <= 80
+    assert error.startswith("    ValueError: xxx") and "failed" in row and re.search(r" \d+ s ", row) and "Traceback" not in shown
+
+
+@TERMINAL
+def test_status_on_a_terminal_shows_an_attempt_a_line(engine, q):
+    job = engine.enqueue(q, max_retries=1)
+    engine.tell("fail", engine.poll(q, worker="w1"), error="one\ntwo", delay=0)
+    engine.tell("complete", engine.poll(q, worker="w2"), result=5)
+    shown, code = on_terminal(SDK_FILE, "status", job["id"], env={"RUNDOWN_URL": engine.url})
+    attempts = shown[shown.index("attempts:"):].splitlines()[1:3]
+    assert code == 0 and attempts[0].split()[:2] == ["1", "failed"] and attempts[0].endswith("w1  two")
+    assert attempts[1].split()[:2] == ["2", "done"] and attempts[1].endswith("w2")
+
+
+@TERMINAL
+def test_waiting_on_a_terminal_draws_the_progress(engine, q):
+    job = engine.enqueue(q)
+    claim = engine.poll(q)
+    engine.tell("heartbeat", claim, progress={"done": 1, "total": 4})
+    timer = threading.Timer(1.0, engine.tell, ("complete", claim), {"result": 5})
+    timer.start()
+    shown, code = on_terminal(SDK_FILE, "status", job["id"], "--wait", env={"RUNDOWN_URL": engine.url})
+    timer.join()
+    assert code == 0 and "[########......................]  25%" in shown and "result        5" in shown
+
+
+def running(progress, seconds):
+    began = datetime.datetime(2026, 1, 1)
+    times = {"started_at": began, "updated_at": began + datetime.timedelta(seconds=seconds)}
+    return {"status": "running", "progress": progress, **{name: at.isoformat() + "Z" for name, at in times.items()}}
+
+
+BARS = {
+    "a share": (running(0.5, 30), "[###############...............]  50%, 30 s left"),
+    "done of total": (running({"done": 1, "total": 10}, 60), "[###...........................]  10%, 9 min left"),
+    "just begun": (running(0.5, 0.5), "[###############...............]  50%"),
+    "nothing": (running(None, 9), "running"), "a text": (running("half", 9), "running"), "true": (running(True, 9), "running"),
+    "beyond": (running(1.5, 9), "running"), "no total": (running({"done": 1, "total": 0}, 9), "running"),
+    "pending": ({**running(0.5, 9), "status": "pending"}, "pending"), "at zero": (running(0, 9), "[" + "." * 30 + "]   0%"),
+}
+
+
+@pytest.mark.parametrize("job, text", BARS.values(), ids=BARS)
+def test_a_progress_is_a_bar_with_the_time_left(job, text):
+    assert rw.progress_text(job) == text
+
+
+@TERMINAL
+def test_purge_over_all_queues_asks_on_a_terminal(own, q):
+    engine = own()
+
+    def purged(*options, answer=b""):
+        job = engine.enqueue(q)
+        engine.tell("complete", engine.poll(q))
+        shown, code = on_terminal(SDK_FILE, "purge", "--status", "done", *options, env={"RUNDOWN_URL": engine.url}, answer=answer)
+        return "all queues?" in shown, engine.call("GET", "/jobs/" + job["id"])[0] == 404, code
+
+    assert purged(answer=b"n\n") == (True, False, 1)
+    assert purged(answer=b"y\n") == (True, True, 0)
+    assert purged("--yes") == (False, True, 0)
+    assert purged("--queue", q) == (False, True, 0)
+
+
+def test_top_on_a_pipe_is_plain_and_ends(engine, q):
+    engine.enqueue(q), engine.enqueue(q, delay=100), engine.poll(q, worker="w-" + q)
+    shown = rundown(engine, "top")
+    row = [line.split() for line in shown.splitlines() if line.startswith(q + " ")][0]
+    assert row[1:4] == ["1", "1", "1"] and "\x1b" not in shown
+    assert [line for line in shown.splitlines() if line.startswith("w-" + q)]
+
+
+@TERMINAL
+def test_top_on_a_terminal_is_drawn_again(engine):
+    shown, _ = on_terminal(SDK_FILE, "top", "--interval", "0.05", env={"RUNDOWN_URL": engine.url},
+                           is_enough=lambda shown: shown.count(rw.CLEAR_SCREEN.encode()) > 3)
+    assert shown.count("done/min") > 2
+
+
+def test_versions_are_shown(engine):
+    assert re.match(r"rundown_workers \d", rundown(engine, "--version"))
 
 
 @pytest.mark.parametrize("arguments", [["status", "nobody"], ["enqueue", "q", "{no json"], ["surprise"],
@@ -12697,7 +12803,23 @@ def test_container_a_read_only_root_with_a_writable_volume_is_enough_for_the_eng
     assert engine.count(q + "-single") == 400
 
 
-@pytest.mark.xfail(reason="not mended yet")
+@pytest.mark.parametrize("what", [pytest.param(name, marks=pytest.mark.xfail(reason="not mended yet"))
+                                  for name in ("exec", "testing", "demo")])
+def test_container_what_needs_a_temporary_folder_says_so_at_the_start(engine, tmp_path, q, what):
+    job = engine.enqueue(q)
+    commands = {
+        "exec": [*main_of(rw, {}), "exec", q, "--burst", "--", "true"],
+        "testing": [sys.executable, "-c", "import sys; sys.path[:0] = [%r]\n"
+                    "import rundown_workers as rw\nwith rw.testing(): pass" % str(HERE)],
+        "demo": [*main_of(rw, {}), "demo"],
+    }
+    ran = subprocess.run([*namespace(READ_ONLY, volume(tmp_path)), *commands[what]], stderr=subprocess.PIPE, timeout=60,
+                         env=environment({"RUNDOWN_URL": engine.url, **NO_TEMPORARY_FOLDER}))
+    said = ran.stderr.decode()
+    assert ran.returncode and "TMPDIR" in said.splitlines()[-1], said
+    assert engine.job(job)["attempt"] == 0
+
+
 def test_container_a_database_file_that_is_mounted_alone_is_refused(tmp_path):
     outside, inside = tmp_path / "host.db", tmp_path / "container" / "jobs.db"
     inside.parent.mkdir()
@@ -12713,8 +12835,7 @@ def test_container_a_database_file_that_is_mounted_alone_is_refused(tmp_path):
     assert outside.stat().st_size == 0
 
 
-@pytest.mark.parametrize("when", [
-    pytest.param("while it starts", marks=pytest.mark.xfail(reason="not mended yet")), "when it serves"])
+@pytest.mark.parametrize("when", ["while it starts", "when it serves"])
 def test_container_sigterm_ends_an_engine_that_is_pid_1(tmp_path, when):
     database = str(tmp_path / "jobs.db")
     program = [*main_of(rundown_engine, {}), "--db", database, "--port", "0"]
