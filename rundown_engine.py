@@ -8504,6 +8504,8 @@ class Worker {
   name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  watchSockets = new Set(); // of the call that waits for lost claims
+  since = ""; // which losses that call has told of
   unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
@@ -8644,23 +8646,46 @@ class Worker {
   }
 
   /** Heartbeats for all claims, also for those whose outcome the engine does not have. */
+  async beat(limit) {
+    const beats = [...this.claims].map((claim) => {
+      return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
+    });
+    for (let start = 0; start < beats.length; start += MAX_BATCH) {
+      await this.deliver(beats.slice(start, start + MAX_BATCH), limit);
+    }
+  }
+
+  /** Sends heartbeats in time, and at once when the engine says that a claim is gone. */
   async keepAlive(interval) {
     const { signal } = this.closing;
     let rest = interval;
     while (!signal.aborted) {
-      await pause(rest, signal);
-      const beats = [...this.claims].map((claim) => {
-        return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
-      });
+      await this.waitForLoss(rest);
       rest = interval;
       try {
-        for (let start = 0; start < beats.length; start += MAX_BATCH) {
-          await this.deliver(beats.slice(start, start + MAX_BATCH), interval);
-        }
+        await this.beat(interval);
       } catch {
         rest = interval / 5; // polls and reports say that the engine is away
       }
     }
+  }
+
+  async waitForLoss(seconds) {
+    const { signal } = this.closing;
+    const deadline = now() + seconds;
+    const wait = Math.min(seconds, POLL_WAIT);
+    const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${wait}${this.since}`;
+    try {
+      const poll = { sockets: this.watchSockets, signal };
+      const answer = await send(path, undefined, { wait, poll });
+      this.since = `&since=${answer.since}`;
+      if (answer.lost) {
+        return;
+      }
+    } catch {
+      // an engine that is away, or an older one
+    }
+    await pause(Math.max(0, deadline - now()), signal);
   }
 
   /** Sends progress and outcomes, one request at a time, until the engine has them all. */
@@ -8759,6 +8784,9 @@ class Worker {
       this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
     }
     this.closing.abort();
+    for (const socket of this.watchSockets) {
+      socket.destroy();
+    }
   }
 }
 """

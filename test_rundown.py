@@ -6443,7 +6443,7 @@ def test_an_exception_is_not_raised_while_a_lock_of_logging_is_being_taken():
     try:
         until(lambda: thread.ident in sys._current_frames())
         for _ in range(20):
-            assert not rw.try_raise(thread.ident, rw.Timeout)
+            assert not rw.try_raise(thread, rw.Timeout)
             time.sleep(0.005)
     finally:
         handler.release()
@@ -6463,10 +6463,10 @@ def test_an_exception_is_raised_in_a_handler_that_sleeps():
             raised.append(1)
 
     thread = in_thread(sleep)
-    until(lambda: rw.try_raise(thread.ident, rw.Timeout))
+    until(lambda: rw.try_raise(thread, rw.Timeout))
     thread.join(5)
     assert raised
-    assert rw.try_raise(thread.ident, rw.Timeout)       # it has ended
+    assert rw.try_raise(thread, rw.Timeout)       # it has ended
 
 
 SLOW_LOG = """
@@ -6861,6 +6861,15 @@ def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, 
         worker.kill()
         worker.wait()
         log.close()
+
+
+def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(engine, work, q):
+    job = engine.enqueue(q)
+    source = "rw.MAX_DELAY = 1e15\n" + handler(q, "raise rw.Retry('the reason', delay=1e12)")
+    work(source, run=BURST).wait()
+    job = engine.job(job)
+    assert (job["status"], job["retries"]) == ("pending", 1)
+    assert job["error"].startswith("the reason\n(the engine refused")
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
@@ -9484,7 +9493,7 @@ def test_an_idle_node_worker_has_one_poll_per_queue_and_ends_at_once(engine, pro
         for name in "ab":
             until(lambda: any(one["queue"] == q + name for one in engine.get("/queues")["workers"]))
         time.sleep(0.3)
-        assert proxy.connections == 2
+        assert proxy.connections == 3       # one hears of claims that are lost
         began = time.monotonic()
         assert worker.stop() == 0
         assert time.monotonic() - began < 1.5
@@ -9524,7 +9533,7 @@ def test_a_cancelled_job_aborts_its_node_handler_and_its_slot_is_free(engine, tm
     job = engine.enqueue(q, "first")
     source = (
         """
-        queue("%s", { lease: 0.9 }, async (payload, { signal }) => {
+        queue("%s", async (payload, { signal }) => {
           if (payload === "second") return "ran";
           say("begun");
           await new Promise((resolve) => signal.addEventListener("abort", resolve));
@@ -12809,8 +12818,7 @@ def test_container_a_read_only_root_with_a_writable_volume_is_enough_for_the_eng
     assert engine.count(q + "-single") == 400
 
 
-@pytest.mark.parametrize("what", [pytest.param(name, marks=pytest.mark.xfail(reason="not mended yet"))
-                                  for name in ("exec", "testing", "demo")])
+@pytest.mark.parametrize("what", ["exec", "testing", "demo"])
 def test_container_what_needs_a_temporary_folder_says_so_at_the_start(engine, tmp_path, q, what):
     job = engine.enqueue(q)
     commands = {
