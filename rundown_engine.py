@@ -48,8 +48,9 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
-    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
-                     cancelled or given to others, so that it need not wait for its heartbeat
+    GET  /lost       worker, wait, since (of the answer before): {"lost": true, "since": ...} as
+                     soon as a job that this worker runs is cancelled or given to others, so that it
+                     need not wait for its heartbeat
     GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
                      oldest age, paused, workers seen, the last hour by the minute; totals=true:
                      also the sums of all queues, and those with due jobs that no worker polls
@@ -563,6 +564,7 @@ FIELDS = {
     'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
+    'since': whole_number(0, 2**63 - 1),
     'max_running': whole_number(1, 10**6),
     'rate': whole_number(1, 10**6),
     'per': duration(0.001, 366 * 86400),
@@ -576,7 +578,8 @@ FIELDS = {
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
+# numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 
@@ -1939,6 +1942,7 @@ class Transaction:
         # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
         self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
+        self.losses = set()     # workers from whom a job was taken
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # whether that holds for everything, not for this alone
@@ -2025,6 +2029,7 @@ class Jobs:
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
             if call in ('cancel', 'lose'):
+                tx.losses.add(job['worker'])
                 tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
@@ -3173,6 +3178,8 @@ class Workers:
     def __init__(self, last_polled):
         self.last_polled = last_polled          # queue -> time of its last poll
         self.seen = collections.OrderedDict()   # (worker, queue) -> (time, hung threads)
+        # worker -> time at which the latest job was taken from it, since the start
+        self.lost_at = collections.OrderedDict()
 
     def record(self, tx):
         for queue, worker, hung in tx.signs_of_life:
@@ -3181,8 +3188,12 @@ class Workers:
             if worker:
                 _, known = self.seen.pop((worker, queue), (0, 0))
                 self.seen[worker, queue] = tx.now, known if hung is None else hung
-        while len(self.seen) > MAX_WORKERS:
-            self.seen.popitem(last=False)
+        for worker in tx.losses:
+            self.lost_at[worker] = tx.now
+            self.lost_at.move_to_end(worker)
+        for known in (self.seen, self.lost_at):
+            while len(known) > MAX_WORKERS:
+                known.popitem(last=False)
 
 
 HOURLY = {      # what a queue's last hour counts, and the events of each
@@ -4545,12 +4556,22 @@ def get_job(server, params):
 
 
 def wait_for_loss(server, params):
-    """Whether a job was taken from the worker: cancelled, or its lease was over."""
-    def render(was_lost):
-        return {'lost': bool(was_lost)}
+    """Whether a job was taken from the worker since then: cancelled, or its lease was over.
 
-    topic = ('worker', params['worker'])
-    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
+    The next call gets the `since` of this answer, so that it misses none in between.
+    """
+    worker = params['worker']
+    lost_at = server.store.workers.lost_at
+    since = params.get('since', lost_at.get(worker, 0))
+
+    def was_lost():
+        return lost_at.get(worker, 0) > since
+
+    def render(was_woken):      # before `lost_at` is written, perhaps
+        latest = max(since, lost_at.get(worker, 0))
+        return {'lost': bool(was_woken) or latest > since, 'since': latest}
+
+    return JobWait(was_lost, render, ('worker', worker), params.get('wait', 0) / 1000000)
 
 
 def list_jobs(server, params):
@@ -4652,7 +4673,7 @@ ROUTES = {
         'GET', list_jobs,
         optional='id queue status tag group limit after brief needed_by needs',
         offload=True),
-    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
         'GET', read_call('queues'), optional='limit after busy queue search totals',
         offload=True),
@@ -5186,7 +5207,7 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
     '/lost': Call('wait_for_loss', 'Wait until a worker loses a job that it runs.',
-                  object_schema('lost', lost=BOOLEAN)),
+                  object_schema('lost since', lost=BOOLEAN, since=INTEGER)),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
@@ -7218,21 +7239,25 @@ function chartNodes() {
   ];
 }
 
-function drawHour() {
+function drawChart() {
   const i = pointedMinute;
   const text = i === null ? "in all " + sums(hour) : minuteText(i);
   show({chart: chartNodes(), reading: text});
   $("chart").setAttribute("aria-valuenow", i ?? 59);
   $("chart").setAttribute("aria-valuetext", text);
+}
+
+function drawMinutes() {
   const rows = hour.done.map((done, at) => (
     {time: minuteTime(at), done, failed: hour.failed[at], waited: hour.wait[at]}));
   drawTable("minutes", rows.reverse(), row => row.time);
 }
 
 function pointAtMinute(i) {
+  const before = pointedMinute;
   pointedMinute = i === null ? null : Math.max(0, Math.min(59, i));
-  if (hour) {
-    drawHour();
+  if (hour && pointedMinute !== before) {
+    drawChart();
   }
 }
 
@@ -7326,7 +7351,8 @@ function drawQueues({queues, totals}) {
 function drawOverview(queues, schedules) {
   hour = queues.minutes;
   drawTotals(queues.totals, queues.minutes);
-  drawHour();
+  drawChart();
+  drawMinutes();
   drawQueues(queues);
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);
@@ -8741,6 +8767,8 @@ class Worker {
   name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  watchSockets = new Set(); // of the call that waits for lost claims
+  since = ""; // which losses that call has told of
   unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
@@ -8881,23 +8909,46 @@ class Worker {
   }
 
   /** Heartbeats for all claims, also for those whose outcome the engine does not have. */
+  async beat(limit) {
+    const beats = [...this.claims].map((claim) => {
+      return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
+    });
+    for (let start = 0; start < beats.length; start += MAX_BATCH) {
+      await this.deliver(beats.slice(start, start + MAX_BATCH), limit);
+    }
+  }
+
+  /** Sends heartbeats in time, and at once when the engine says that a claim is gone. */
   async keepAlive(interval) {
     const { signal } = this.closing;
     let rest = interval;
     while (!signal.aborted) {
-      await pause(rest, signal);
-      const beats = [...this.claims].map((claim) => {
-        return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
-      });
+      await this.waitForLoss(rest);
       rest = interval;
       try {
-        for (let start = 0; start < beats.length; start += MAX_BATCH) {
-          await this.deliver(beats.slice(start, start + MAX_BATCH), interval);
-        }
+        await this.beat(interval);
       } catch {
         rest = interval / 5; // polls and reports say that the engine is away
       }
     }
+  }
+
+  async waitForLoss(seconds) {
+    const { signal } = this.closing;
+    const deadline = now() + seconds;
+    const wait = Math.min(seconds, POLL_WAIT);
+    const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${wait}${this.since}`;
+    try {
+      const poll = { sockets: this.watchSockets, signal };
+      const answer = await send(path, undefined, { wait, poll });
+      this.since = `&since=${answer.since}`;
+      if (answer.lost) {
+        return;
+      }
+    } catch {
+      // an engine that is away, or an older one
+    }
+    await pause(Math.max(0, deadline - now()), signal);
   }
 
   /** Sends progress and outcomes, one request at a time, until the engine has them all. */
@@ -8996,6 +9047,9 @@ class Worker {
       this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
     }
     this.closing.abort();
+    for (const socket of this.watchSockets) {
+      socket.destroy();
+    }
   }
 }
 """
