@@ -24,9 +24,9 @@ LIFECYCLE
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id,
                      after, after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
-    POST /poll       queue, limit, wait (at most 60: wait for a job that long), worker, lease,
-                     max_retries, timeout, hung (threads that never came back)
-                     -> a job, with limit a list of jobs; 204 when there is none
+    POST /poll       queue, limit, wait (at most 60: wait for a job that long; answered after 55,
+                     before proxies give up), worker, lease, max_retries, timeout, hung (threads
+                     that never came back) -> a job, with limit a list of jobs; 204 if there is none
     POST /complete   id, attempt, result
     POST /fail       id, attempt, error, retry (false: never again), delay (instead of the backoff)
     POST /heartbeat  id, attempt, progress -> 409 when the claim is gone
@@ -54,7 +54,8 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
                      oldest age, paused, workers seen, the last hour by the minute; totals=true:
                      also the sums of all queues, and those with due jobs that no worker polls
-    GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
+    GET  /health     JSON; status 503 while jobs cannot be stored; warnings of what may come
+    GET  /metrics, /backup    Prometheus text; a consistent copy of the database, one at a time
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
 
@@ -96,6 +97,8 @@ poll claims at most 16 MiB of jobs (one at least), and a page ends there. At mos
 and 64 MiB of responses are buffered; above that the newest large ones get 503. Done or cancelled
 jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that is set back is
 followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
+When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
+purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
 
 import argparse
@@ -1291,7 +1294,10 @@ def is_storage_error(error):
 
 
 def owner_and_mode(path):
-    info = os.stat(path)
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        return error.strerror
     owner = info.st_uid
     with contextlib.suppress(ImportError, KeyError):
         import pwd
@@ -2244,11 +2250,14 @@ class Producers:
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
-            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields)
-            if budget - tx.response_budget > MAX_RESPONSE and len(rows) > 1:
-                raise PayloadTooLarge(
-                    'jobs: those that exist already are too large for one answer; '
-                    'send fewer at a time')
+            try:
+                jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields)
+            except Unavailable:
+                if len(rows) > 1 and tx.response_budget < budget:       # its own jobs fill it
+                    raise PayloadTooLarge(
+                        'jobs: those that exist already are too large for one answer; '
+                        'send fewer at a time') from None
+                raise
         for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
             self.jobs.advance_group(tx, queue, group)
         return jobs

@@ -3279,7 +3279,8 @@ def test_an_engine_whose_lock_file_is_gone_acknowledges_nothing(own, q):
     engine.enqueue(q)
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
-    assert "lock file" in engine.get("/health")["storage"] and "storage trouble" in engine.log()
+    code, health = engine.call("GET", "/health")
+    assert code == 503 and "lock file" in health["storage"] and "storage trouble" in engine.log()
 
 
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
@@ -4039,38 +4040,45 @@ IN_THE_WAY = ["jobs.db.lock", "jobs.db", "jobs.db-wal", "folder"]
 
 @pytest.mark.skipif(not POSIX, reason="owners and modes")
 @pytest.mark.parametrize("culprit", IN_THE_WAY)
-def test_an_engine_that_may_not_use_a_file_names_it_with_owner_and_mode(own, tmp_path, culprit):
-    if os.geteuid() == 0 and not shutil.which("setpriv"):
+def test_an_engine_that_may_not_use_a_file_names_it_with_owner_and_mode(own, culprit):
+    is_root = os.geteuid() == 0
+    if is_root and not shutil.which("setpriv"):
         pytest.skip("root may use every file")
-    engine = own()
-    engine.kill()
-    if culprit == "folder":
-        (engine.folder / "jobs.db.lock").unlink()
-    blocked = engine.folder / ("" if culprit == "folder" else culprit)
-    nobody = []
-    if os.geteuid() == 0:
-        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        for path in (engine.folder, *engine.folder.iterdir()):
-            os.chown(str(path), 65534, 65534)
-        for path in (tmp_path, *list(tmp_path.parents)[:2]):
-            path.chmod(0o755)
-    blocked.chmod(0o555 if culprit == "folder" else 0o400)
-    if os.geteuid() == 0:
-        os.chown(str(blocked), 0, 0)
-    program = tmp_path / "engine.py"
-    program.write_bytes(Path(rundown_engine.__file__).read_bytes())
-    try:
+    with tempfile.TemporaryDirectory() as folder:       # other users may enter, unlike tmp_path
+        os.chmod(folder, 0o755)
+        program = Path(folder) / "engine.py"
+        program.write_bytes(Path(rundown_engine.__file__).read_bytes())
+        data = Path(folder) / "data"
+        data.mkdir()
+        engine = own(folder=data)
+        engine.kill()
+        if culprit == "folder":
+            (data / "jobs.db.lock").unlink()
+        blocked = data if culprit == "folder" else data / culprit
+        nobody = []
+        if is_root:
+            nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+            for path in (data, *data.iterdir()):
+                os.chown(str(path), 65534, 65534)
+            os.chown(str(blocked), 0, 0)
+        blocked.chmod(0o555 if culprit == "folder" else 0o400)
         ended = subprocess.run(
             [*nobody, sys.executable, str(program), "--db", str(engine.database), "--port", "0"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), timeout=20)
-    finally:
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=folder,
+            timeout=20)
         blocked.chmod(0o700)
     line, = ended.stderr.decode().splitlines()
     assert ended.returncode == 2
-    assert "%s (owner " % str(blocked).rstrip("/") in line and "mode " in line, line
+    assert "%s (owner " % blocked in line and "mode " in line, line
 
 
-@pytest.mark.skipif(not POSIX, reason="ends the engine by a signal")
+def is_caught(pid, number):
+    """Whether the process has a handler for a signal."""
+    status = Path("/proc/%d/status" % pid).read_text()
+    return int(re.search("SigCgt:\t([0-9a-f]+)", status)[1], 16) >> (number - 1) & 1
+
+
+@pytest.mark.skipif(not LINUX, reason="looks at the signals of a process in /proc")
 @pytest.mark.parametrize("as_process_1", [False, True])
 def test_an_engine_that_is_stopped_while_it_starts_ends(own, as_process_1):
     engine = own()
@@ -4087,7 +4095,7 @@ def test_an_engine_that_is_stopped_while_it_starts_ends(own, as_process_1):
         if as_process_1:
             until(lambda: children.read_text().split())
             target = int(children.read_text().split()[0])
-        time.sleep(1)
+        until(lambda: is_caught(target, signal.SIGTERM))
         os.kill(target, signal.SIGTERM)
         time.sleep(0.2)
     _, said = process.communicate(timeout=10)
