@@ -12799,7 +12799,7 @@ def test_container_a_read_only_root_with_a_writable_volume_is_enough_for_the_eng
     folder = volume(tmp_path)
     engine = own(prefix=namespace(READ_ONLY, folder), folder=folder, env=NO_TEMPORARY_FOLDER)
     dice = random.Random(1)     # ids that touch many pages: then a statement's journal leaves the memory
-    for count in (10000, 1, 10, 50, 200, 1000):
+    for count in (4000, 1, 10, 50, 200, 1000):
         engine.post("/enqueue", jobs=[
             {"queue": q, "payload": "x" * 300, "id": "%032x" % dice.getrandbits(128)} for _ in range(count)])
     with ThreadPoolExecutor(20) as pool:
