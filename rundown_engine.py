@@ -7930,6 +7930,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
  */
 import { randomBytes } from "node:crypto";
+import { setMaxListeners } from "node:events";
 import http from "node:http";
 import https from "node:https";
 import os from "node:os";
@@ -8520,6 +8521,7 @@ class Worker {
   constructor(grace, log) {
     this.grace = grace;
     this.log = log;
+    setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
   }
 
   async run() {
