@@ -9405,6 +9405,10 @@ NODE_OUTCOMES = [  # the body of a handler that gets `payload` 21; what becomes 
     ("throw new Abort('enough');", {"status": "failed", "error": "enough", "attempt": 1}),
     ("return 1n;", {"status": "failed", "attempt": 1, "error": "TypeError: .* BigInt"}),
     ("return 'x'.repeat(9e6);", {"status": "failed", "error": "the engine refuses .*8388608"}),
+    (
+        "throw Object.assign(new Error('a', { cause: new Error('b') }), { token: 's3cret' });",
+        {"status": "pending", "error": r"Error: a\n((?!s3cret)[\s\S])*caused by Error: b"},
+    ),
     ("throw 'words';", {"status": "pending", "error": "'words'"}),
     ("throw new Retry('never', { delay: 1e12 });", {"status": "pending", "error": "never"}),
     (
