@@ -28,63 +28,74 @@ gather into one request while another is in flight. One heartbeat for all claims
 the lease, keeps long jobs alive.
 
 PRODUCING
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up)
-                            returns the job, a dict with wait(timeout), result(timeout), refresh();
-                            `after`: jobs or ids that have to be done first
-    enqueue_many(queue, payloads, ...)      many in few requests; each request is all or nothing
-    wait(job, timeout), results(jobs, timeout)      the finished job; the results of many jobs
+    enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
+                                        result(timeout), refresh(), cancel(), retry()
+        timeout, max_retries, tag       seconds of an attempt; retries after failures; a label
+        delay, run_at, expires          not before; not after
+        priority, after, after_any      higher first; jobs or ids that have to be done first
+        group                           its jobs run one at a time, in order
+        key, key_until, replace         a second job with the key of a pending or running one is
+                                        that one, or takes its place
+        id, give_up                     see below
+    enqueue_many(queue, payloads, ...)  many in few requests; each request is all or nothing
+    get(id), wait(job, timeout)         a job; the finished job
+    results(jobs, timeout)              the results of many jobs
     schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
-    Client(host, token, timeout, ca)        one method per call of the engine
+    await aenqueue(...), job.aresult(timeout)       the same for asyncio programs: their event
+                                        loops are never blocked
+    Client(host, token, timeout, ca)    one method per call of the engine
 
 An enqueue chooses the job's id. So it can be sent again for `give_up` seconds (30) while no
 engine answers, and still makes one job; then it raises EngineUnavailable. A call that the engine
-refuses raises Refused at once. A run_at without a zone is local time. A duration is a number of
-seconds or a timedelta.
+refuses raises Refused at once; the answer of a proxy is no refusal. A run_at without a zone is
+local time. A duration is a number of seconds or a timedelta.
 
 WORKING
-    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on,
-           abort_on, cron, every, zone, max_running, rate)
-                                            run() sends the last five to the engine
-    @task(queue="default", ...)             any number on a queue: add.delay(4, y=4),
-                                            add.options(delay=60).delay(4); the payload is
-                                            {"task": name, "args": [], "kwargs": {}}
-    job(), inputs(), progress(value)        in a handler: the job; the results of the jobs that it
-                                            waited for; a JSON value to be shown
-    raise Retry(delay=60), Abort("why")     fail and come back in 60 s; fail for good
-    step(name, function, *args)             in a handler: do it once; later attempts get its result
-    checkpoint(value)                       progress() that is on disk when it returns
-    track(items, total, every)              the items; shows how many are done. With `every` each so
-                                            many are a checkpoint, after which a retry continues
+    @queue(name, max_retries, timeout, concurrency, isolate, max_jobs, backoff, retry_on, abort_on,
+           host, poll_interval, cron, every, zone, max_running, rate)
+                                        one handler of payloads for a queue; run() sends the last
+                                        five to the engine
+    @task(queue="default", name, ...)   any number on a queue: add.delay(4, y=4), add.adelay(4),
+                                        add.options(delay=60).delay(4), add.schedule(name, cron=...)
+    job(), inputs(), progress(value)    in a handler: the job; the results of the jobs that it
+                                        waited for; a JSON value to be shown
+    step(name, function, *args)         a part that is done once: later attempts get its result
+    checkpoint(value)                   progress that is on disk when it returns
+    track(items, total, every)          items whose number is the progress; it continues there
+    raise Retry(delay=60), Abort("why") fail and come back in 60 s; fail for good
     @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
-    @on("start_worker" | "stop_worker")     hook(), once in each process that runs handlers
-    @around                                 a generator function that yields once, and wraps each
-                                            run of a handler; it gets the job if it has a parameter
-    run(burst, grace, max_hung), stop()     burst: work off what is due, and return
-    testing()                               with testing() as t: t.run(delayed=True);
-                                            t.advance(60) moves its clock
+    @on("start_worker" | "stop_worker") hook() in each process that runs handlers
+    @around                             a generator that yields once, around each run of a handler
+    run(burst, grace, max_hung), stop() burst: work off what is due, and return
+    testing()                           with testing() as t: t.run(delayed=True);
+                                        t.advance(60) moves the clock of its engine
 
 The return value of a handler is the result. Any exception fails the job with its traceback; a
-result that is not JSON fails it for good. At its timeout a handler gets Timeout raised inside,
-when its claim is gone Lost (in async def handlers both are a cancellation). Its slot is free
-again, whatever the thread does. Threads that never come back are hung: after max_hung (10) the
-worker drains and exits with 1.
+result that is not JSON fails it for good. A task's payload is {"task": name, "args": [],
+"kwargs": {}}; its name is the one under which it is imported, however its module is started.
+
+At its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def
+handlers both are a cancellation). Its slot is free again, whatever the thread does. Threads that
+never come back are hung: after max_hung (10) the worker drains and exits with 1.
 
 With isolate=True the handler runs in a process of its own, which is killed with its children, and
 replaced after max_jobs. It is imported there by its name, so a script needs
-`if __name__ == "__main__":` around its run(). Isolate handlers that run C code which does not
-release the interpreter's lock for more than 30 s: no heartbeat leaves the worker meanwhile, and the
-job is given to another. So with subprocesses: a thread's timeout does not end a program that it
-has started; a killed process takes them along.
+`if __name__ == "__main__":` around its run(). Isolate handlers that call C code which keeps the
+interpreter's lock for more than 30 s: no heartbeat leaves the worker meanwhile, and the job is
+given to another. Isolate handlers that start programs: the timeout of a thread does not end them,
+but a killed process takes them along.
 
 Async handlers must not block the event loop; one that does for more than a second is named in the
 log. In them it is `await step(...)`, `await checkpoint(...)`, `async for item in track(...)`. Each
 job has its own context variables. Threads and pools that a handler uses see its job.
 
-SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30), the others are
-released, and the worker exits with 0. A handler that comes to a step or checkpoint gets Lost there,
-and its job is given back at once. The second signal exits at once. The log is
-logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for each job;
-above 100 a second, the others are counted.
+SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
+the others are released, and the worker exits with 0. A handler that comes to a step or checkpoint
+gets Lost there, and its job is given back at once. The second signal exits at once.
+
+The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
+each job; above 100 a second, the others are counted. Schedules and limits of decorators that are
+gone from the code stay in the engine; the log says so, with the command that removes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -120,8 +131,8 @@ With `outbox` (True, or the alias of a database) a task runs if and only if the 
 commits. Other OPTIONS: host, max_retries, timeout. Connections are closed around each task.
 task_finished is sent after the last attempt.
 
-COMMAND LINE: JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused,
-3 no engine.
+COMMAND LINE
+JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
 # What is public is annotated, for those who check their own programs; the rest is not:
@@ -457,6 +468,14 @@ def drop_none(**fields):
 
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def require_temporary_folder():
+    """Error if there is no folder for temporary files, such as on a read-only root."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise Error(f'no folder for temporary files (TMPDIR may name one): {error}') from None
 
 
 def in_utc(moment):
@@ -4053,6 +4072,7 @@ def command_exec(client, options):
     """Work on a queue by running a program."""
     if not shutil.which(options.program[0]):
         raise Misuse(f'there is no program {options.program[0]}')
+    require_temporary_folder()
 
     def program(payload):
         claim = current.get()
@@ -4522,6 +4542,7 @@ class App:
         importable. Queues with a `host` of their own stay there.
         """
         make_server = import_engine().make_server
+        require_temporary_folder()
         test = Testing(self)
         before = (self.host, self.clients)
         with tempfile.TemporaryDirectory() as folder:
@@ -4760,6 +4781,12 @@ CREATE_OUTBOX = (
     'CREATE TABLE IF NOT EXISTS rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
 )
+CREATE_INDEXES = [      # so that a look does not pass over the rows that are refused or kept
+    'CREATE INDEX IF NOT EXISTS rundown_outbox_pending ON rundown_outbox (number) '
+    'WHERE error IS NULL AND taken_by IS NULL',
+    'CREATE INDEX IF NOT EXISTS rundown_outbox_taken ON rundown_outbox (taken_at) '
+    'WHERE taken_at IS NOT NULL',
+]
 SQLITE_KEY = 'INTEGER PRIMARY KEY AUTOINCREMENT'
 POSTGRESQL_KEY = 'BIGSERIAL PRIMARY KEY'
 ADD_COLUMNS = [     # to a table of the first version
@@ -4856,6 +4883,8 @@ class Outbox:
         self.is_sqlite = is_sqlite(self.connection)
         # touched by the thread that forwards
         self.postponed = {}     # row number -> when a job too large for a proxy is sent again
+        self.checked_host = None    # the engine whose kept rows were last looked through
+        self.checked_at = 0     # monotonic seconds: when that was
 
     def insert(self, text):
         """Add a job, as JSON text, to the open transaction."""
@@ -4872,12 +4901,19 @@ class Outbox:
         """
         now = time.monotonic()
         self.postponed = {number: at for number, at in self.postponed.items() if at > now}
+        if host != self.checked_host or now > self.checked_at + OUTBOX_INTERVAL:
+            rows = self._select_rows('taken_by <> ?', host)     # passes over all that is kept
+            if rows:
+                return rows
+            self.checked_host = host
+            self.checked_at = now
+        return self._select_rows('taken_by IS NULL')
+
+    def _select_rows(self, condition, *values):
         postponed = ','.join(map(str, self.postponed)) or '0'
         return self.execute(
-            'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL '
-            'AND (taken_by IS NULL OR taken_by <> ?) '
-            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}',
-            host)
+            f'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL AND {condition} '
+            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}', *values)
 
     def texts(self, numbers):
         """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
@@ -4929,7 +4965,8 @@ class Outbox:
                 for change in ADD_COLUMNS:
                     self._execute_guarded(change)
             elif self.is_sqlite or is_from(self.connection, 'psycopg'):
-                self._execute_guarded(create)
+                for change in [create, *CREATE_INDEXES]:
+                    self._execute_guarded(change)
         except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
@@ -4984,6 +5021,8 @@ class Outbox:
             self._execute(f'INSERT INTO rundown_outbox ({columns}) '
                           f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
             self._execute('DROP TABLE rundown_outbox_unnumbered')
+            for statement in CREATE_INDEXES:
+                self._execute(statement)
             note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
         if begins:
             self._execute('COMMIT')
