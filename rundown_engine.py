@@ -191,6 +191,8 @@ CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall 
 # a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
 BATCH_ROWS = 500                # rows that one step of a long change touches at most
+MAX_ROWS_SEARCHED = 100000      # jobs that one page of GET /jobs looks at
+MAX_SEARCH_TIME = 0.1           # seconds after which a page looks at no more
 STEP_TIME = 0.02                # seconds after which a step begins nothing new
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
@@ -1708,20 +1710,23 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit):
-    """A page as JSON text; `after` is null on the last one. One that grows large ends early."""
+def json_page(name, key, rows, render, limit, last=None):
+    """A page as JSON text; `after` is null on the last one. One that grows large ends early.
+
+    `last` is where the next page begins, if there is one though this one is not full.
+    """
     texts = []
     size = 0
-    last = None
+    shown = None
     for row in rows:
         text = render(row)
         size += len(text)
         if size > MAX_RESPONSE and texts:
             break
         texts.append(text)
-        last = row[key]
-    is_last = size <= MAX_RESPONSE and len(texts) != limit
-    return f'{{"{name}":{json_list(texts)},"after":{json_string(None if is_last else last)}}}'
+        shown = row[key]
+    is_full = size > MAX_RESPONSE or len(texts) == limit
+    return f'{{"{name}":{json_list(texts)},"after":{json_string(shown if is_full else last)}}}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
@@ -2302,7 +2307,7 @@ class Claims:
                 raise item
             return method(tx, item)
         except HTTPError as error:
-            id = error.id if error is item else item['id']
+            id = error.id if error is item else item.get('id')
             return {'id': id, 'error': str(error), 'code': error.status}
 
     def complete(self, tx, params):
@@ -2639,6 +2644,11 @@ class Schedules:
 FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     **{name: f'"{name}" = :{name}' for name, column in JOB_COLUMNS.items() if column.filter},
     'status': '+status = :status',      # the plus: in the order of seq, not by jobs_finished
+    'search': (
+        '(' + ' OR '.join(f"{column} LIKE :text ESCAPE '!'"
+                          for column in ('id', 'tag', 'error', 'payload', 'result'))
+        # texts in JSON are kept in ASCII, with escapes
+        + "OR payload LIKE :escaped ESCAPE '!' OR result LIKE :escaped ESCAPE '!')"),
     'after': 'seq < :after',            # from here on the values are seqs of jobs
     'beyond': 'seq > :beyond',
     'needed_by': 'dependent = :needed_by',
@@ -2646,6 +2656,10 @@ FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     'after_position': ('position > (SELECT position FROM dependencies '
                        'WHERE dependent = :needed_by AND dependency = :after_position)'),
 }
+
+
+def like_pattern(text):
+    return '%' + re.sub('([%_!])', r'!\1', text) + '%'
 
 
 def where_clause(params):
@@ -2656,8 +2670,9 @@ def where_clause(params):
 class Operators:
     """The calls of people: pause, resume, cancel, retry, purge; and those over many jobs."""
 
-    def __init__(self, database, jobs, limits, dependencies):
+    def __init__(self, database, jobs, limits, dependencies, claims):
         # constant after start
+        self.claims = claims
         self.database = database
         self.jobs = jobs
         self.dependencies = dependencies
@@ -2705,6 +2720,23 @@ class Operators:
         tx.upsert_queue(queue, paused=paused)
         tx.wake_polls(queue)
         return {'queue': queue, 'paused': paused}
+
+    def apply_to_items(self, tx, call, items):
+        """A step of a call over jobs that are named one by one: the results, and the items left."""
+        results = []
+        apply_one = functools.partial(self.apply_to_item, call=call)
+        for item in tx.paced(items):
+            results.append(self.claims.apply_item(tx, apply_one, item))
+        return results, items[len(results):]
+
+    def apply_to_item(self, tx, params, call):
+        """Do it to the job `id`; Conflict if its status forbids that."""
+        if 'id' not in params or len(params) > 1:
+            raise BadRequest('id is needed, and stands alone')
+        job, _ = self.require_status(tx, call, params)
+        getattr(self, call)(tx, job)
+        target = (*TRANSITIONS[call].targets, 'purged')[0]
+        return {'id': params['id'], 'status': target}
 
     def seq_batches(self, params):
         """The seqs of the jobs that a large change is about, in batches.
@@ -2907,24 +2939,64 @@ class Queries:
 
     def jobs(self, limit=50, brief=False, **params):
         """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
-        source = 'jobs'
-        order = 'seq DESC'
+        columns = names(BRIEF_COLUMNS if brief else COLUMNS)
+        render = functools.partial(job_json, brief=brief)
         with self.database.reading() as db:
             for field in ('after', 'needed_by', 'needs'):
                 if field in params:
                     params[field] = self._seq_of(db, field, params[field])
-            if 'needed_by' in params:
-                source = 'dependencies JOIN jobs ON seq = dependency'
-                order = 'position'
-                if 'after' in params:
-                    params['after_position'] = params.pop('after')
+            if 'needed_by' in params or 'needs' in params:
+                rows = self._related(db, columns, limit, params)
+                return json_page('jobs', 'id', rows, render, limit)
             if not self._may_have(db, params.get('queue'), params.get('status')):
                 limit = 0
-            columns = names(BRIEF_COLUMNS if brief else COLUMNS)
-            rows = db.execute(
-                f'SELECT {columns} FROM {source} {where_clause(params)} ORDER BY {order} '
-                'LIMIT :limit', {**params, 'limit': limit})
-            return json_page('jobs', 'id', rows, functools.partial(job_json, brief=brief), limit)
+            seqs, last_seq = self._search(db, limit, params)
+            rows = (db.execute(f'SELECT {columns} FROM jobs WHERE seq = ?', (seq,)).fetchone()
+                    for seq in seqs)
+            last = last_seq and db.execute('SELECT id FROM jobs WHERE seq = ?', (last_seq,))
+            return json_page('jobs', 'id', rows, render, limit, last and last.fetchone()['id'])
+
+    def _related(self, db, columns, limit, params):
+        """The rows of jobs that depend on one, or that it depends on."""
+        source = 'jobs'
+        order = 'seq DESC'
+        if 'needed_by' in params:
+            source = 'dependencies JOIN jobs ON seq = dependency'
+            order = 'position'
+            if 'after' in params:
+                params['after_position'] = params.pop('after')
+        return db.execute(
+            f'SELECT {columns} FROM {source} {where_clause(params)} ORDER BY {order} LIMIT :limit',
+            {**params, 'limit': limit})
+
+    def _search(self, db, limit, params):
+        """(seqs of jobs that match, newest first; the last one looked at, if it ended early).
+
+        An index leads to the jobs of a tag or a group. Other conditions are checked one job at a
+        time, and a page looks at a bounded number of them.
+        """
+        indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
+        conditions = {field: FILTERS[field] for field in FILTERS if field in params}
+        source = ' AND '.join(
+            ['1', *(condition for field, condition in conditions.items() if field in indexed)])
+        matches = ' AND '.join(
+            ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
+        if 'search' in params:
+            params['text'] = like_pattern(params['search'])
+            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
+        rows = db.execute(
+            f'SELECT seq, {matches} FROM jobs WHERE {source} ORDER BY seq DESC LIMIT :rows',
+            {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
+        ends = time.monotonic() + MAX_SEARCH_TIME
+        found = []
+        for looked_at, (seq, is_match) in enumerate(rows, 1):
+            if is_match:
+                found.append(seq)
+                if len(found) == limit:
+                    break
+            if looked_at == MAX_ROWS_SEARCHED or time.monotonic() > ends:
+                return found, seq
+        return found, None
 
     def _seq_of(self, db, field, id):
         job = db.execute(FIND_BY_ID, (id,)).fetchone()
@@ -3253,7 +3325,8 @@ class Store:
         self.producers = Producers(self.jobs, self.dependencies, self.workers)
         self.claims = Claims(self.jobs, self.limits, self.workers)
         self.schedules = Schedules(self.producers)
-        self.operators = Operators(database, self.jobs, self.limits, self.dependencies)
+        self.operators = Operators(
+            database, self.jobs, self.limits, self.dependencies, self.claims)
         self.retention = Retention(self.workers, self.meter, keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
         self._follow_clock()
@@ -4428,15 +4501,20 @@ def schedule(server, params):
 
 
 def change_call(call):
-    """The handler of cancel, retry and purge: of one job, or of all of a queue and status."""
+    """The handler of cancel, retry and purge: of jobs by their ids, or of all that match."""
     def change_one(server, params):
-        operators = server.store.operators
-
         def work(tx):
-            job, _ = operators.require_status(tx, call, params)
-            getattr(operators, call)(tx, job)
+            server.store.operators.apply_to_item(tx, params, call)
             return {'count': 1}
         return Operation(work)
+
+    def change_each(server, items):
+        results = []
+        while items:
+            some, items = server.loop.run_in_transaction(functools.partial(
+                server.store.operators.apply_to_items, call=call, items=items))
+            results += some
+        return {'jobs': results}
 
     def change_many(server, params):
         operators = server.store.operators
@@ -4453,12 +4531,13 @@ def change_call(call):
     def handler(server, params):
         if 'id' in params:
             if len(params) > 1:
-                raise BadRequest('id names one job, and stands without queue and status')
+                raise BadRequest('id names one job, and stands without queue, status and tag')
             return change_one(server, params)
         if not server.change_slots.acquire(blocking=False):
             raise Unavailable('other changes of whole queues are under way; try again')
         try:
-            return change_many(server, params)
+            change = change_each if isinstance(params, list) else change_many
+            return change(server, params)
         finally:
             server.change_slots.release()
     return handler
@@ -4538,7 +4617,8 @@ def route(method, handler, required=(), optional='', offload=False, **rules):
 
 def change_route(call, *required):
     status = one_of(TRANSITIONS[call].sources)
-    return route('POST', change_call(call), required, offload=True, status=status)
+    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=True,
+                 status=status)
 
 
 ROUTES = {
@@ -4557,12 +4637,12 @@ ROUTES = {
         'POST', write_call('claims.heartbeat'), ['id'], 'attempt progress jobs'),
     '/step': route('POST', write_call('claims.step'), ['id', 'name'], 'attempt result', name=NAME),
     '/release': route('POST', write_call('claims.release'), ['id'], 'attempt jobs'),
-    '/cancel': change_route('cancel', ('id', 'queue'), ('id', 'status')),
-    '/retry': change_route('retry', ('id', 'queue'), ('id', 'status')),
+    '/cancel': change_route('cancel', ('id', 'queue', 'tag'), ('id', 'status', 'tag')),
+    '/retry': change_route('retry', ('id', 'status', 'tag')),
     '/reschedule': route(
         'POST', write_call('operators.reschedule'),
         ['id', ('delay', 'run_at', 'priority')], 'jobs'),
-    '/purge': change_route('purge', ('queue', 'status')),
+    '/purge': change_route('purge', ('id', 'queue', 'status', 'tag')),
     '/pause': route('POST', write_call('operators.pause'), ['queue']),
     '/resume': route('POST', write_call('operators.resume'), ['queue']),
     '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
@@ -4576,7 +4656,7 @@ ROUTES = {
     '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
     '/jobs': route(
         'GET', list_jobs,
-        optional='id queue status tag group limit after brief needed_by needs',
+        optional='id queue status tag group search limit after brief needed_by needs',
         offload=True),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
     '/queues': route(
