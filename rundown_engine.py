@@ -48,8 +48,9 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
-    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
-                     cancelled or given to others, so that it need not wait for its heartbeat
+    GET  /lost       worker, wait, since (of the answer before): {"lost": true, "since": ...} as
+                     soon as a job that this worker runs is cancelled or given to others, so that it
+                     need not wait for its heartbeat
     GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
                      oldest age, paused, workers seen, the last hour by the minute; totals=true:
                      also the sums of all queues, and those with due jobs that no worker polls
@@ -115,6 +116,7 @@ import heapq
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -129,6 +131,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -178,6 +181,7 @@ MAX_HELD = 55                   # seconds until a poll or wait is answered; prox
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
+MIN_DOWNLOAD_RATE = 256 << 10   # bytes per second at which a copy of the database has to be taken
 CHUNK_BYTES = 64 << 10          # bytes that are received, or read from a file, at a time
 RESERVED_BYTES = 64 << 10       # bytes of a request or response for which there is always room
 MAX_REQUEST_BUFFER = 64 << 20   # bytes of all requests that are not answered yet
@@ -564,6 +568,7 @@ FIELDS = {
     'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
+    'since': whole_number(0, 2**63 - 1),
     'max_running': whole_number(1, 10**6),
     'rate': whole_number(1, 10**6),
     'per': duration(0.001, 366 * 86400),
@@ -577,7 +582,8 @@ FIELDS = {
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
+# numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
 DEPENDENT = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))  # needs the other
@@ -1320,6 +1326,26 @@ def is_storage_error(error):
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
 
+def owner_and_mode(path):
+    info = os.stat(path)
+    owner = info.st_uid
+    with contextlib.suppress(ImportError, KeyError):
+        import pwd
+        owner = pwd.getpwuid(owner).pw_name
+    return f'owner {owner}, mode {stat.filemode(info.st_mode)}'
+
+
+def is_mounted_alone(path):
+    """Whether a file is a mount point of its own, on Linux: `docker run -v ./jobs.db:/jobs.db`."""
+    try:
+        lines = pathlib.Path('/proc/self/mountinfo').read_bytes().splitlines()
+    except OSError:
+        return False
+    points = [re.sub(rb'\\([0-7]{3})', lambda code: bytes([int(code[1], 8)]), line.split(b' ')[4])
+              for line in lines]
+    return os.fsencode(path) in points
+
+
 def lock(path):
     """The open, locked file PATH.lock.
 
@@ -1348,6 +1374,10 @@ def check_header(path):
     if names > 1:       # each name would have a lock and a write-ahead log of its own
         raise StartupError(
             f'{path} has {names} names (hard links); an engine takes a database that has one')
+    if is_mounted_alone(path):      # the log beside it would be left behind with the container
+        raise StartupError(
+            f'{path} is mounted by itself, without the write-ahead log beside it; '
+            'mount its folder instead')
     journal = path + '-journal'
     has_journal = os.path.exists(journal) and os.path.getsize(journal)
     if header and not has_journal:      # else SQLite rolls back the hot journal first
@@ -1376,7 +1406,7 @@ class Database:
         # safe by themselves
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
-        self.copying = threading.Lock()     # held while a copy is made: one at a time
+        self.copying = threading.Lock()     # held until a copy is taken: one at a time
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
@@ -1403,8 +1433,19 @@ class Database:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
                 raise
-            reason = getattr(error, 'strerror', None) or error.__cause__ or error
-            raise StartupError(f'{self.path} cannot be used: {reason}') from None
+            raise StartupError(f'{self.path} cannot be used: {self._obstacle(error)}') from None
+
+    def _obstacle(self, error):
+        """The reason, with the file that is in the way, if one is."""
+        reason = getattr(error, 'strerror', None) or error.__cause__ or error
+        named = getattr(error, 'filename', None)
+        if named and not os.path.exists(named):
+            return f'{reason}: {named} in {self.folder} ({owner_and_mode(self.folder)})'
+        files = [self.path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
+        for path in (*files, self.folder):
+            if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+                return f'{reason}: {path} ({owner_and_mode(path)})'
+        return f'{reason}: {named}' if named else reason
 
     def _create_or_migrate(self, db):
         version, = db.execute('PRAGMA user_version').fetchone()
@@ -1537,25 +1578,32 @@ class Database:
                 self.idle_readers.append(db)
 
     def backup(self):
-        """An open file, deleted when it is closed: a consistent copy, made beside the load."""
+        """An open file, deleted when it is closed: a consistent copy, made beside the load.
+
+        One at a time, since each takes as much space as the database.
+        """
         if not self.copying.acquire(blocking=False):
-            raise Unavailable('another copy is being made; try again when it is done')
+            raise Unavailable('another copy is being made or taken; try again when that is done')
         try:
-            folder, name = os.path.split(self.path)
-            handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
-            os.close(handle)
-            try:
-                with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
-                    db.backup(copy)
-                return open(copy_path, 'rb', opener=open_temporary)
-            finally:
-                # Windows deletes it when it is closed
-                with contextlib.suppress(PermissionError, FileNotFoundError):
-                    os.unlink(copy_path)
-        except OSError as error:
-            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
-        finally:
+            return self._make_copy()
+        except BaseException as error:
             self.copying.release()
+            if not isinstance(error, OSError):
+                raise
+            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
+
+    def _make_copy(self):
+        folder, name = os.path.split(self.path)
+        handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
+        os.close(handle)
+        try:
+            with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
+                db.backup(copy)
+            return Copy(copy_path, self.copying.release)
+        finally:
+            # Windows deletes it when it is closed
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                os.unlink(copy_path)
 
     def _remove_copies(self):
         """Remove copies that were cut off."""
@@ -1572,6 +1620,19 @@ class Database:
             self._remove_copies()
         if self.lock_file:
             self.lock_file.close()
+
+
+class Copy(io.FileIO):
+    """A copy of the database; on_close() is called when it is closed, by whatever."""
+
+    def __init__(self, path, on_close):
+        super().__init__(path, 'r', opener=open_temporary)
+        self.on_close = on_close
+
+    def close(self):
+        if not self.closed:
+            super().close()
+            self.on_close()
 
 
 def open_temporary(path, flags):
@@ -1781,6 +1842,7 @@ class Transaction:
         # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
         self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
+        self.losses = set()     # workers from whom a job was taken
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # whether that holds for everything, not for this alone
@@ -1897,6 +1959,7 @@ class Jobs:
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
             if call in ('cancel', 'lose'):
+                tx.losses.add(job['worker'])
                 tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
@@ -3199,6 +3262,8 @@ class Workers:
     def __init__(self, last_polled):
         self.last_polled = last_polled          # queue -> time of its last poll
         self.seen = collections.OrderedDict()   # (worker, queue) -> (time, hung threads)
+        # worker -> time at which the latest job was taken from it, since the start
+        self.lost_at = collections.OrderedDict()
 
     def record(self, tx):
         for queue, worker, hung in tx.signs_of_life:
@@ -3207,8 +3272,12 @@ class Workers:
             if worker:
                 _, known = self.seen.pop((worker, queue), (0, 0))
                 self.seen[worker, queue] = tx.now, known if hung is None else hung
-        while len(self.seen) > MAX_WORKERS:
-            self.seen.popitem(last=False)
+        for worker in tx.losses:
+            self.lost_at[worker] = tx.now
+            self.lost_at.move_to_end(worker)
+        for known in (self.seen, self.lost_at):
+            while len(known) > MAX_WORKERS:
+                known.popitem(last=False)
 
 
 METER_EVENTS = ['enqueued', *(rule.event for rule in TRANSITIONS.values() if rule.event)]
@@ -4104,6 +4173,8 @@ class Connection(Client):
 
     def resume(self, event):
         if not self.is_open:
+            if isinstance(event, Response) and isinstance(event.body, io.IOBase):
+                event.body.close()      # nobody takes it
             return
         try:
             if event is SOCKET_READY and self.watched == READ:
@@ -4221,7 +4292,7 @@ class Connection(Client):
         request.operation = request.body = None
         request.size = 0
         if file:
-            yield from self._send_file(file)
+            yield from self._send_file(file, os.fstat(file.fileno()).st_size)
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
@@ -4407,12 +4478,15 @@ class Connection(Client):
         while not self._send():
             yield WRITE
 
-    def _send_file(self, file):
+    def _send_file(self, file, length):
         """Send what is left of the response, then the file piece by piece."""
+        deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
         with file:
             while self.unsent:
                 if not self._send():
                     yield from self._send_rest()
+                if self.loop.now > deadline:
+                    raise RequestTimeout('the file was not taken in time')
                 self.unsent = file.read(CHUNK_BYTES)
 
 
@@ -4554,12 +4628,22 @@ def get_job(server, params):
 
 
 def wait_for_loss(server, params):
-    """Whether a job was taken from the worker: cancelled, or its lease was over."""
-    def render(was_lost):
-        return {'lost': bool(was_lost)}
+    """Whether a job was taken from the worker since then: cancelled, or its lease was over.
 
-    topic = ('worker', params['worker'])
-    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
+    The next call gets the `since` of this answer, so that it misses none in between.
+    """
+    worker = params['worker']
+    lost_at = server.store.workers.lost_at
+    since = params.get('since', lost_at.get(worker, 0))
+
+    def was_lost():
+        return lost_at.get(worker, 0) > since
+
+    def render(was_woken):      # before `lost_at` is written, perhaps
+        latest = max(since, lost_at.get(worker, 0))
+        return {'lost': bool(was_woken) or latest > since, 'since': latest}
+
+    return JobWait(was_lost, render, ('worker', worker), params.get('wait', 0) / 1000000)
 
 
 def list_jobs(server, params):
@@ -4658,7 +4742,7 @@ ROUTES = {
         'GET', list_jobs,
         optional='id queue status tag group search limit after brief needed_by needs',
         offload=True),
-    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
         'GET', read_call('queues'), optional='limit after busy queue search totals',
         offload=True),
@@ -5091,7 +5175,8 @@ SCHEMAS = {
         hung=or_null(INTEGER)),
     'QueuePage': object_schema(
         'queues after now workers', queues=list_schema(reference('Queue')), after=or_null(STRING),
-        now=TIME, workers=list_schema(reference('Worker'))),
+        now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
+        unserved=list_schema({})),
     'Health': object_schema(
         'status storage version', status=STRING, storage=STRING, version=STRING),
 }
@@ -5130,6 +5215,8 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/details/': Call('get_newest', 'The newest job with a tag.', reference('Job')),
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
+    '/lost': Call('wait_for_loss', 'Wait until a worker loses a job that it runs.',
+                  object_schema('lost since', lost=BOOLEAN, since=INTEGER)),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
@@ -5208,12 +5295,13 @@ def openapi_body(route, item):
 
 
 def openapi_parameters(path, route):
-    in_path = route.required[0][0] if route.required else None
+    required = [fields[0] for fields in route.required]
+    place = 'path' if path.endswith('/') else 'query'
     return [
         {
             'name': field,
-            'in': 'path' if field == in_path else 'query',
-            'required': field == in_path,
+            'in': place if field in required else 'query',
+            'required': field in required,
             'schema': rule.schema,
         }
         for field, rule in route.rules.items()]
@@ -5314,12 +5402,14 @@ def parse_arguments(argv):
     add('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
     add('--allow-host', action='append', default=[], metavar='NAME',
         help='another name clients call the engine by')
+    add('--version', action='version', version=f'rundown_engine {VERSION}')
     add('--verbose', action='store_true', help='a line per request')
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Serve until SIGTERM or SIGINT; the exit code."""
+    signals = StopSignals()
     options = vars(parse_arguments(argv))
     port = options.pop('port')
     token_file = options.pop('token_file')
@@ -5332,22 +5422,39 @@ def main(argv=None):
     except (StartupError, HTTPError, OSError, sqlite3.Error) as error:
         print(f'rundown_engine: {error}', file=sys.stderr)
         return 2
-    stop_on_signals(server)
     gc.set_threshold(20000)     # requests leave few cycles; a search every 700 objects is felt
     print_greeting(server)
+    signals.stop(server)
     server.serve_forever()
     server.server_close()
     return int(server.failed)
 
 
-def stop_on_signals(server):
-    def stop(*_):
-        threading.Thread(target=server.shutdown).start()
+class StopSignals:
+    """SIGTERM and SIGINT, and Ctrl-Break on Windows, end the engine.
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    if hasattr(signal, 'SIGBREAK'):     # Windows
-        signal.signal(signal.SIGBREAK, stop)
+    They are caught from the beginning: to start may take long, and the kernel drops signals to
+    process 1 of a container that it does not catch.
+    """
+
+    def __init__(self):
+        self.server = None
+        self.came = False
+        for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._catch)
+
+    def _catch(self, *_):
+        self.came = True
+        if self.server:
+            # shutdown() waits for serve_forever(), which this thread runs
+            threading.Thread(target=self.server.shutdown, daemon=True).start()
+
+    def stop(self, server):
+        """Have them stop this server; at once, if one has come already."""
+        self.server = server
+        if self.came:
+            self._catch()
 
 
 def print_greeting(server):
@@ -5763,7 +5870,7 @@ td .buttons {
 }
 
 #jobs th.queue {
-  width: 14%;
+  width: 12%;
 }
 
 th.actions {
@@ -5797,11 +5904,19 @@ th.created {
 
 th.attempt,
 th.count {
-  width: 5.5rem;
+  width: 4.5rem;
 }
 
 th.detail {
-  width: 36%;
+  width: 32%;
+}
+
+:is(#needs, #needed-by) th.job {
+  width: 21rem;
+}
+
+th.step {
+  width: 14rem;
 }
 
 th.field {
@@ -6196,8 +6311,16 @@ svg {
       grid-column: span 2;
     }
 
-    td:is(.actions, .detail, .error, .line) {
+    td:is(.actions, .detail, .error, .line, .step, .result) {
       grid-column: 1 / -1;
+    }
+
+    td:is(.step, .result)::before {
+      display: none;
+    }
+
+    td.step {
+      font-weight: 600;
     }
 
     td.zero {
@@ -6222,16 +6345,16 @@ svg {
     font-weight: 600;
   }
 
-  #groups tr {
+  #errors tr {
     grid-template-columns: 2.4rem 1fr auto;
   }
 
-  #groups td:is(.line, .actions) {
+  #errors td:is(.line, .actions) {
     grid-column: auto;
   }
 
-  #groups td::before,
-  #groups td.newest {
+  #errors td::before,
+  #errors td.newest {
     display: none;
   }
 
@@ -6296,7 +6419,7 @@ svg {
     flex-basis: 100%;
   }
 
-  table:not(.small, #jobs, #groups, #needs, #needed-by) tr {
+  table:not(.small, #jobs, #errors, #needs, #needed-by) tr {
     grid-template-columns: repeat(4, 1fr);
   }
 
@@ -6431,9 +6554,9 @@ svg {
   </section>
   <section id="failures">
     <details open>
-      <summary id="groups-count"></summary>
+      <summary id="errors-title"></summary>
       <div class="scroll">
-        <table id="groups"></table>
+        <table id="errors"></table>
       </div>
     </details>
   </section>
@@ -6539,6 +6662,7 @@ const PAGE_SCHEDULES = 100;
 const PAGE_JOBS = 50;
 const PAGE_SEARCHES = 10;           // requests that fill one page of a filter
 const GROUPED_FAILURES = 1000;      // newest failures that are grouped
+const FAILURES_INTERVAL = 10000;    // ms until they are fetched again
 const MAX_SELECTED = 10000;         // jobs that can be selected
 const ACTION_BATCH = 1000;          // jobs in one request
 const TYPED_FROM = 100;             // jobs from which a deletion is confirmed by typing their count
@@ -6565,7 +6689,7 @@ let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
 let found = null;           // the page of a search, which is not repeated: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
-let failures = [];          // the newest failed jobs of the filter
+let failures = noFailures();        // the newest failed jobs of the filter at `address`
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -6914,11 +7038,11 @@ const JOB_COLUMNS = [
   column("detail", jobDetail),
 ];
 
-const GROUP_COLUMNS = [
+const FAILURE_COLUMNS = [
   count("count", row => row.jobs.length),
-  column("line", row => jobsLink({...place, after: "", search: row.search}, row.line)),
+  column("line", row => jobsLink({...filters(), search: row.search}, row.line)),
   count("newest", row => agoNode(row.jobs[0].finished_at)),
-  column("actions", row => button("select-group", row.line, "Select")),
+  column("actions", row => button("select-failures", row.line, "Select")),
 ];
 
 const DEPENDENCY_COLUMNS = [
@@ -6935,8 +7059,8 @@ const TABLES = {
   schedules: SCHEDULE_COLUMNS,
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
-  groups: GROUP_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
+  errors: FAILURE_COLUMNS,
+  steps: [column("step", row => row.name), column("result", row => stepResult(row.result))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -6986,8 +7110,7 @@ function drawCell(each, item) {
 }
 
 function isBad(name, text) {
-  const counts = ["failed", "hung_threads"];
-  return counts.includes(name) && text !== "0" || name === "state" && text.startsWith("no worker");
+  return ["failed", "hung_threads"].includes(name) && text !== "0";
 }
 
 // While the pointer is on a table its rows stay where they are; they change in place. A new one
@@ -7052,11 +7175,11 @@ function totalNode(name, value, href) {
 }
 
 function drawTotals(totals, minutes) {
-  const counts = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
+  const nodes = ["pending", "scheduled", ...STATUSES.slice(1)].map(name => {
     const status = name === "scheduled" ? "pending" : name;
     return totalNode(name, totals[name], address("jobs", {status}));
   });
-  show({totals: [...counts, totalNode("per minute", lastMinute(minutes))]});
+  show({totals: [...nodes, totalNode("per minute", lastMinute(minutes))]});
 }
 
 function bars(values, width, base, unit, direction) {
@@ -7125,21 +7248,25 @@ function chartNodes() {
   ];
 }
 
-function drawHour() {
+function drawChart() {
   const i = pointedMinute;
   const text = i === null ? "in all " + sums(hour) : minuteText(i);
   show({chart: chartNodes(), reading: text});
   $("chart").setAttribute("aria-valuenow", i ?? 59);
   $("chart").setAttribute("aria-valuetext", text);
+}
+
+function drawMinutes() {
   const rows = hour.done.map((done, at) => (
     {time: minuteTime(at), done, failed: hour.failed[at], waited: hour.wait[at]}));
   drawTable("minutes", rows.reverse(), row => row.time);
 }
 
 function pointAtMinute(i) {
+  const before = pointedMinute;
   pointedMinute = i === null ? null : Math.max(0, Math.min(59, i));
-  if (hour) {
-    drawHour();
+  if (hour && pointedMinute !== before) {
+    drawChart();
   }
 }
 
@@ -7158,12 +7285,22 @@ function moveMinute(event) {
 
 // -- Overview: queues, workers, schedules -------------------------------------------------------
 function queueState(row) {
-  const {paused, polled_at, running, max_running, rate, per} = row;
+  const {paused, polled_at, running, oldest_age} = row;
   const isServed = running || polled_at && ageOf(polled_at) < WORKER_SILENCE;
+  if (paused) {
+    return [el("span", {class: "warn"}, "paused"), limitText(row)];
+  }
+  if (isServed) {
+    return ["open", limitText(row)];
+  }
+  const look = oldest_age === null ? "soft" : "bad";
   const silence = polled_at ? "no worker " + duration(ageOf(polled_at)) : "no worker yet";
-  const state = paused ? el("span", {class: "warn"}, "paused") : isServed ? "open" : silence;
+  return [el("span", {class: look}, silence), limitText(row)];
+}
+
+function limitText({max_running, rate, per}) {
   const most = max_running ? `, max ${max_running}` : "";
-  return [state, most, rate ? `, ${rate} per ${per} s` : ""];
+  return most + (rate ? `, ${rate} per ${per} s` : "");
 }
 
 function queueButtons({queue, paused, failed, done}) {
@@ -7223,7 +7360,8 @@ function drawQueues({queues, totals}) {
 function drawOverview(queues, schedules) {
   hour = queues.minutes;
   drawTotals(queues.totals, queues.minutes);
-  drawHour();
+  drawChart();
+  drawMinutes();
   drawQueues(queues);
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);
@@ -7313,6 +7451,7 @@ function drawPaging({jobs, after}) {
 function drawJobs(page) {
   const keyOf = job => job.id;
   const shown = page.jobs.length;
+  updateSelected(page.jobs);
   drawTabs();
   drawTable("jobs", heldRows("jobs", page.jobs, keyOf, false), keyOf);
   drawPaging(page);
@@ -7321,7 +7460,6 @@ function drawJobs(page) {
     "select-these": shown > 0,
     "select-label": shown === 1 ? "select this one" : `select these ${number(shown)}`,
   });
-  drawFailures();
   drawSelection(page.after);
 }
 
@@ -7351,32 +7489,42 @@ async function findPage() {
 }
 
 // -- Jobs: failures by their last line ----------------------------------------------------------
+function noFailures() {
+  return {address: "", time: 0, jobs: []};
+}
+
 async function findFailures() {
   if (place.status !== "failed" || place.search) {
     return [];
   }
-  return (await findJobs(filters(), GROUPED_FAILURES)).jobs;
+  const isFresh = Date.now() - failures.time < FAILURES_INTERVAL;
+  if (failures.address === location.hash && isFresh) {
+    return failures.jobs;
+  }
+  const {jobs} = await findJobs(filters(), GROUPED_FAILURES);
+  failures = {address: location.hash, time: Date.now(), jobs};
+  return jobs;
 }
 
-function failureGroups() {
-  const groups = new Map();
-  for (const job of failures) {
+function failuresByLine() {
+  const rows = new Map();
+  for (const job of failures.jobs) {
     const line = lastLine(job.error) || "(no error)";
-    const group = groups.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
-    group.jobs.push(job);
-    groups.set(line, group);
+    const row = rows.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
+    row.jobs.push(job);
+    rows.set(line, row);
   }
-  return [...groups.values()].sort((a, b) => (
+  return [...rows.values()].sort((a, b) => (
     b.jobs.length - a.jobs.length || a.line.localeCompare(b.line)));
 }
 
-function drawFailures() {
-  const isCut = failures.length >= GROUPED_FAILURES;
-  const which = isCut ? `The newest ${number(failures.length)} failures` : "Failures";
-  drawTable("groups", failureGroups(), group => group.line);
+function drawFailures(jobs) {
+  const isCut = jobs.length >= GROUPED_FAILURES;
+  const which = isCut ? `The newest ${number(jobs.length)} failures` : "Failures";
+  drawTable("errors", jobs.length ? failuresByLine() : [], row => row.line);
   show({
-    failures: failures.length > 0,
-    "groups-count": `${which} by the last line of their error`,
+    failures: jobs.length > 0,
+    "errors-title": `${which} by the last line of their error`,
   });
 }
 
@@ -7419,6 +7567,14 @@ async function selectMatching() {
   }
 }
 
+function updateSelected(jobs) {
+  for (const {id, status} of jobs) {
+    if (selected.has(id)) {
+      selected.set(id, status);
+    }
+  }
+}
+
 function selectionCount(action) {       // of the selected jobs that the action applies to
   const {statuses, path} = ACTIONS[action];
   if (selectedAll) {
@@ -7449,6 +7605,11 @@ function jsonText(value, longest = MAX_SHOWN) {
   const text = JSON.stringify(value, null, 2);
   const isCut = text.length > longest;
   return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
+}
+
+function stepResult(value) {
+  const line = JSON.stringify(value);
+  return line.length <= MAX_LINE ? line : jsonText(value, MAX_STEP);
 }
 
 function fieldValue({field, value}) {
@@ -7483,9 +7644,12 @@ function jobFacts(job) {
   ].filter(Boolean);
 }
 
-function jobButtons({id, status}) {
-  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => (
-    button("one", {action, id}, label, statuses.includes(status), isDangerous ? "danger" : "")));
+function jobButtons({id, status, waits_for}) {
+  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => {
+    const isBlocked = action === "run" && waits_for;
+    const isPossible = statuses.includes(status) && !isBlocked;
+    return button("one", {action, id}, label, isPossible, isDangerous ? "danger" : "");
+  });
 }
 
 // A job that runs or is done does not open with the error of an attempt before that.
@@ -7736,7 +7900,7 @@ const PRESSES = {
   "run-schedule": runSchedule,
   one: applyToOne,
   bulk: applyToSelected,
-  "select-group": line => select(failureGroups().find(group => group.line === line).jobs),
+  "select-failures": line => select(failuresByLine().find(row => row.line === line).jobs),
   "select-matching": selectMatching,
   "select-none": clearSelection,
 };
@@ -7757,6 +7921,7 @@ async function press({action, about}) {
     notify(failure.message);
   }
   found = null;
+  failures = noFailures();
   refresh();
 }
 
@@ -7790,7 +7955,7 @@ const VIEWS = {
 function drawJobsPage(queues, page, failed) {
   const none = Object.fromEntries(STATUSES.map(status => [status, 0]));
   counts = place.queue ? queues.queues[0] || none : queues.totals;
-  failures = failed;
+  drawFailures(failed);
   drawJobs(page);
 }
 
@@ -7803,16 +7968,16 @@ async function refresh() {
   }
   const {queues, fetch, draw} = VIEWS[view];
   try {
-    const [health, counts, ...rest] = await Promise.all([
+    const [health, overview, ...rest] = await Promise.all([
       fetchHealth(), call(query("queues", {totals: true, ...queues()})), ...fetch()]);
     if (mine !== refreshId) {
       return;
     }
-    clockSkew = Date.parse(counts.now) - Date.now();
+    clockSkew = Date.parse(overview.now) - Date.now();
     keepingInPlace(() => {
       showOnline();
-      drawProblems(health, counts);
-      draw(counts, ...rest);
+      drawProblems(health, overview);
+      draw(overview, ...rest);
     });
     drawTitle();
   } catch (failure) {
@@ -7904,7 +8069,8 @@ function route() {
   for (const name of ["search", "queue", "tag", "group"]) {
     $("filter").elements[name].value = place[name] || "";
   }
-  for (const id of ["jobs", "groups"]) {
+  $("find").value = "";
+  for (const id of ["jobs", "errors"]) {
     lastRows[id] = null;
     patch($(id).tBodies[0], "");
   }
@@ -8030,7 +8196,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * the worker stops). A job may run more than once, since workers get killed: make handlers
  * idempotent, or divide them into steps.
  *
- * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`
+ * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`. TypeScript needs "allowJs".
  *
  * Heartbeats need the event loop. A handler that blocks it for longer than the lease (30 s) loses
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
@@ -8053,6 +8219,7 @@ const LEASE = 30; // seconds the engine waits for a heartbeat
 const PROGRESS_INTERVAL = 0.5; // seconds until a job's progress is reported
 const GRACE = 30; // seconds that running handlers get when the worker stops
 const FAREWELL = 2; // seconds that their outcomes get then, at least
+const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whose client has gone
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
@@ -8605,9 +8772,11 @@ function failure(error) {
 
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
-  name = `${os.hostname().slice(0, 150)}:${process.pid}`;
+  // unlike any other's, since releaseStrays() goes by it
+  name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
@@ -8681,6 +8850,21 @@ class Worker {
       } catch (error) {
         tries += 1;
         await pause(this.away(error, tries), signal);
+        if (signal.aborted) {
+          this.unanswered.add(name);
+        }
+      }
+    }
+  }
+
+  /** Gives back the jobs of a poll whose answer is lost: proxies drop it after half a close. */
+  async releaseStrays(name) {
+    const path = `/jobs?status=running&brief=true&limit=1000&queue=${encodeURIComponent(name)}`;
+    const page = await call(path, undefined, { patience: FAREWELL }).catch(() => ({ jobs: [] }));
+    const held = new Set([...this.claims].map((claim) => claim.address.id));
+    for (const job of page.jobs) {
+      if (job.worker === this.name && !held.has(job.id)) {
+        this.start(new Claim(job, this, () => {}));
       }
     }
   }
@@ -8837,6 +9021,8 @@ class Worker {
     for (const claim of this.claims) {
       claim.release();
     }
+    await pause(this.unanswered.size && STRAY_DELAY);
+    await Promise.all([...this.unanswered].map((name) => this.releaseStrays(name)));
     const farewell = Math.max(deadline, now() + FAREWELL);
     while (this.claims.size && now() < farewell) {
       await pause(0.01);

@@ -139,6 +139,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -199,6 +200,7 @@ __all__ = [
     'enqueue_many',
     'forward',
     'forwarding',
+    'get',
     'inputs',
     'job',
     'on',
@@ -215,6 +217,8 @@ __all__ = [
     'unschedule',
     'wait',
 ]
+
+__version__ = '1.2'
 
 # -- Settings --------------------------------------------------------------------------------------
 DEFAULT_URL = 'http://localhost:8181'   # of the engine if neither `host` nor RUNDOWN_URL names one
@@ -431,6 +435,13 @@ def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
 
 
+def in_utc(moment):
+    """A datetime as RFC 3339 in UTC, where one without a zone is local time; text as it is."""
+    if isinstance(moment, datetime.datetime):
+        return moment.astimezone(datetime.timezone.utc).isoformat()
+    return moment
+
+
 def clamp_delay(delay):
     """A delay in seconds that an engine takes, so that a report is not refused for it."""
     delay = in_seconds(delay)
@@ -634,6 +645,27 @@ class ConnectionPool(urllib.request.BaseHandler):
 
 
 # -- Client ----------------------------------------------------------------------------------------
+def check_names(given, known, problem='there is no option'):
+    """Misuse for a name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise Misuse(f'{problem} {name}{hint}')
+
+
+def names_near_misses(function: F) -> F:
+    """Have a call with an unknown option say which known one is near."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        check_names(kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
+
+
 class ActiveHost:
     """The engine that a client and its clones use, out of several: one that answers."""
 
@@ -803,6 +835,7 @@ class Client:
         query = urllib.parse.urlencode(drop_none(**fields))
         return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
 
+    @names_near_misses
     def enqueue(
         self,
         queue: str,
@@ -818,16 +851,26 @@ class Client:
         give_up: float | datetime.timedelta | None = None,
         after: Any = None,
         after_any: bool | None = None,
+        group: str | None = None,
+        key_until: str | None = None,
+        replace: bool | None = None,
+        expires: float | datetime.timedelta | None = None,
     ) -> Job:
         """Add a job, once however often the call is sent, and return it.
 
-        `created` in it is False if its id or its key was there before. The job waits until the
-        jobs `after` (jobs or ids) are done; if one of them fails it is cancelled, unless
-        `after_any` is True. A `run_at` without a zone is local time; durations are in seconds.
+        `created` in it is False if its id or its key was there before. A `run_at` without a zone
+        is local time; durations are in seconds, or timedeltas.
+
+        The job waits until the jobs `after` (jobs or ids) are done; if one of them fails it is
+        cancelled, unless `after_any` is True. Jobs of a `group` run one at a time, in order.
+        A `key` is held until the job has ended, with `key_until="start"` until it starts; with
+        `replace` the new job takes the place of one that holds the key and has not started. A
+        job that has not started `expires` seconds after it was due is cancelled.
         """
         text = encode_job(
             payload, id=id, run_at=run_at, delay=delay, after=after, queue=queue, timeout=timeout,
             max_retries=max_retries, tag=tag, priority=priority, key=key, after_any=after_any,
+            group=group, key_until=key_until, replace=replace, expires=expires,
         )
         job = Job(self.call('/enqueue', text, give_up=give_up), self)
         warn_of_own_key(job)
@@ -851,6 +894,7 @@ class Client:
             raise Misuse(f'payloads must be a list with one payload for each job, not a {kind}')
         if 'id' in options or 'key' in options:
             raise Misuse('id and key are for one job, and these are many; ids takes a list')
+        check_names(options, ENQUEUE_OPTIONS)
         payloads = list(payloads)
         ids = sorted(new_id() for _ in payloads) if ids is None else list(ids)
         if len(ids) != len(payloads):
@@ -953,27 +997,71 @@ class Client:
         """Hand out jobs of the queue again."""
         return self._post('/resume', queue=queue)
 
+    def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
+        """Store the result of a step of a job; the first result under a name is kept."""
+        return self.call('/step', {'id': id, 'attempt': attempt, 'name': name, 'result': result})
+
+    def reschedule(
+        self,
+        id: str | None = None,
+        delay: float | datetime.timedelta | None = None,
+        run_at: str | datetime.datetime | None = None,
+        priority: int | None = None,
+        jobs: Iterable[Any] | None = None,
+    ) -> dict[str, Any]:
+        """Change the time or the priority of a pending job; `delay` 0 means now.
+
+        With `jobs` (jobs or ids) of many: returns {"jobs": [...]}, a reply for each.
+        """
+        fields = {'delay': in_seconds(delay), 'run_at': in_utc(run_at), 'priority': priority}
+        return self._change('/reschedule', jobs, id=id, **fields)
+
     def cancel(
         self,
         id: str | None = None,
         queue: str | None = None,
         status: str | None = None,
+        tag: str | None = None,
+        jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Cancel a job, or all of a queue and status; returns {"count": n}."""
-        return self._post('/cancel', id=id, queue=queue, status=status)
+        """Cancel a job, or all of a queue, status and tag; returns {"count": n}.
+
+        With `jobs` (jobs or ids) many: returns {"jobs": [...]}, a reply for each.
+        """
+        return self._change('/cancel', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def retry(
         self,
         id: str | None = None,
         queue: str | None = None,
         status: str | None = None,
+        tag: str | None = None,
+        jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Make a failed or cancelled job pending, or all of a queue and status; {"count": n}."""
-        return self._post('/retry', id=id, queue=queue, status=status)
+        """Make a failed or cancelled job pending again, or many; see cancel()."""
+        return self._change('/retry', jobs, id=id, queue=queue, status=status, tag=tag)
 
-    def purge(self, queue: str | None = None, status: str | None = None) -> dict[str, Any]:
-        """Delete the jobs of a queue and/or status, except running ones; {"count": n}."""
-        return self._post('/purge', queue=queue, status=status)
+    def purge(
+        self,
+        queue: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+        id: str | None = None,
+        jobs: Iterable[Any] | None = None,
+    ) -> dict[str, Any]:
+        """Delete a job, or many, except running ones; see cancel()."""
+        return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
+
+    def _change(self, path, jobs, **fields):
+        """A call about one job, about all that the fields describe, or about a list of jobs."""
+        if jobs is None:
+            return self._post(path, **fields)
+        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
+        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        replies = []
+        for batch in batches(texts, len):
+            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
+        return {'jobs': replies}
 
     def limit(
         self,
@@ -991,6 +1079,7 @@ class Client:
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
+    @names_near_misses
     def schedule(
         self,
         name: str,
@@ -1004,6 +1093,7 @@ class Client:
         tag: str | None = None,
         priority: int | None = None,
         key: str | None = None,
+        group: str | None = None,
     ) -> dict[str, Any]:
         """Have a job made at each tick of `cron`, or `every` so many seconds.
 
@@ -1013,7 +1103,7 @@ class Client:
         return self._post(
             '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
             payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
-            priority=priority, key=key,
+            priority=priority, key=key, group=group,
         )
 
     def unschedule(self, name: str) -> dict[str, Any]:
@@ -1032,14 +1122,18 @@ class Client:
         limit: int | None = None,
         after: str | None = None,
         needed_by: str | None = None,
+        group: str | None = None,
+        search: str | None = None,
     ) -> dict[str, Any]:
         """A page of jobs, newest first; the answer's `after` asks for the next page.
 
-        `needed_by` is an id: the jobs that this job waits or waited for, in its order.
+        `needed_by` is an id: the jobs that this job waits or waited for, in its order. `search`
+        is a text in the payload, error, result, tag or id; a page of these may be empty though
+        there is a next one.
         """
         return self._get(
             '/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after,
-            needed_by=needed_by,
+            needed_by=needed_by, group=group, search=search,
         )
 
     def queues(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
@@ -1126,6 +1220,16 @@ class Job(Dict[str, Any], Generic[R]):
         """Bring it up to date, and return it."""
         self.update(self.client.job(self['id']))
         return self
+
+    def cancel(self) -> Job[R]:
+        """Cancel it, bring it up to date, and return it; Refused if it has ended."""
+        self.client.cancel(self['id'])
+        return self.refresh()
+
+    def retry(self) -> Job[R]:
+        """Make it pending again, bring it up to date, and return it; Refused if it is not over."""
+        self.client.retry(self['id'])
+        return self.refresh()
 
     def wait(
         self,
@@ -1265,17 +1369,15 @@ def is_item_reply(item):
     )
 
 
-def encode_job(payload, id=None, run_at=None, delay=None, after=None, timeout=None, **fields):
+def encode_job(payload, id=None, run_at=None, after=None, **fields):
     """A job to be enqueued, as JSON text. It gets its id here, so that it can be sent again."""
-    if isinstance(run_at, datetime.datetime):
-        run_at = run_at.astimezone(datetime.timezone.utc).isoformat()
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
-    fields = drop_none(
-        payload=payload, id=new_id() if id is None else id, run_at=run_at,
-        delay=in_seconds(delay), after=after, timeout=in_seconds(timeout), **fields,
-    )
+    for name in ('delay', 'timeout', 'expires'):
+        fields[name] = in_seconds(fields.get(name))
+    id = new_id() if id is None else id
+    fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
     return as_json(fields, 'the job')
 
 
@@ -2968,6 +3070,7 @@ class Heartbeat:
         self.client = session.client.clone()    # of its own, to be shut down by itself
         # touched by the thread only
         self.can_wait = True    # False: the engine does not know /lost
+        self.since = None       # of its last answer: it tells of losses after that
 
     def run(self):
         interval = LEASE / 3
@@ -2989,10 +3092,14 @@ class Heartbeat:
             self.worker.closed.wait(min(max(0, deadline - time.monotonic()), seconds))
 
     def _wait_for_loss(self, seconds):
-        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}'
+        since = '' if self.since is None else f'&since={self.since}'
+        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}{since}'
         try:
             answer = self.client.send(path, None, seconds + RESPONSE_TIMEOUT)
-            return isinstance(answer, dict) and answer.get('lost') is True
+            self.since = int(answer['since'])
+            return answer['lost'] is True
+        except (LookupError, TypeError, ValueError):
+            self.can_wait = False       # this is not the engine's answer
         except Refused:
             self.can_wait = False       # an older engine
         except EngineUnavailable:
@@ -4009,18 +4116,6 @@ if TYPE_CHECKING:
         def __call__(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
 
 
-def names_near_misses(function: F) -> F:
-    """Have a call with an unknown option say which known one is near."""
-    known = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        check_names(kwargs, known)
-        return function(*args, **kwargs)
-
-    return checked
-
-
 class App:
     """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
 
@@ -4155,12 +4250,14 @@ class App:
 
         `.delay(...)` sends its arguments as a job, `.adelay(...)` does so in asyncio programs.
         `.options(delay=60).delay(...)` gives the job options of enqueue(), and
-        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are sent
-        with each job. `name` is the task's name for producers and workers; without it, it is the
-        one under which the function is imported. `settings` are those of the queue, as queue()
-        has them; the last one given holds.
+        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are
+        sent with each job. `name` is the task's name for producers and workers; by default
+        the one under which the function is imported. `settings` are those of the queue, as
+        queue() has them; the last one given holds.
         """
-        check_names(settings, TASK_SETTINGS, 'a task has no setting')
+        if settings.keys() - set(TASK_SETTINGS):
+            known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
+            check_names(settings, known, 'a task has no setting')
         host = settings.get('host')
         max_running = settings.pop('max_running', None)
         limits = engine_settings(queue, max_running, settings.pop('rate', None))
@@ -4247,13 +4344,22 @@ class App:
         after: Any = None,
         after_any: bool | None = None,
         give_up: float | datetime.timedelta | None = None,
+        group: str | None = None,
+        key_until: str | None = None,
+        replace: bool | None = None,
+        expires: float | datetime.timedelta | None = None,
     ) -> Job:
         """Add a job, and return it; see Client.enqueue for the options."""
         return self.client(host).enqueue(
             queue, payload, timeout=timeout, max_retries=max_retries, tag=tag, delay=delay,
             run_at=run_at, priority=priority, key=key, id=id, after=after, after_any=after_any,
-            give_up=give_up,
+            give_up=give_up, group=group, key_until=key_until, replace=replace, expires=expires,
         )
+
+    def get(self, id: str, host: str | None = None) -> Job:
+        """The job with that id; Refused (404) if there is none."""
+        client = self.client(host)
+        return Job(client.job(id), client)
 
     async def aenqueue(
         self, queue: str, payload: Any = None, *, host: str | None = None, **options: Any,
@@ -4327,6 +4433,8 @@ class App:
         set_up_log()
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
+        if not burst:
+            threading.Thread(target=self._report_undeclared, daemon=True).start()
         self.workers.append(worker)
         try:
             worker.run()
@@ -4340,6 +4448,20 @@ class App:
             exit_process(code)
         if code:
             raise SystemExit(code)
+
+    def _report_undeclared(self):
+        """Log the schedules and limits that decorators declared once, and do not any more."""
+        configs_by_client = {}
+        for config in list(self.registered.values()):
+            configs_by_client.setdefault(self.client(config.host), []).append(config)
+        for client, configs in configs_by_client.items():
+            try:
+                for setting, queue, remedy in undeclared_settings(client, configs):
+                    note(logging.WARNING, 'the engine has a %s of %s that this code does not '
+                         'declare; to remove it: python rundown_workers.py %s',
+                         setting, queue, remedy)
+            except (Error, LookupError, TypeError, AttributeError) as error:
+                note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
 
     def stop(self) -> None:
         """Have run() end as after SIGTERM, from any thread."""
@@ -4443,17 +4565,35 @@ def with_signature(method, function):
 
 
 def task_name(function):
-    """The name under which a task's function is imported, also for a script that runs."""
+    """The name under which a task's function is imported, also where its module is a script."""
     module = function.__module__
     if module in ('__main__', '__mp_main__'):
-        module = os.path.splitext(os.path.basename(inspect.getfile(function)))[0]
+        module = main_module_name() or module_of_file(inspect.getfile(function))[1]
     return f'{module}.{function.__qualname__}'
 
 
+def main_module_name():
+    """The name with which `python -m` was called; None without it."""
+    spec = getattr(sys.modules['__main__'], '__spec__', None)
+    return spec.name if spec and spec.name != '__main__' else None
+
+
+def module_of_file(file):
+    """The folder from which a file is imported, and its name there, as in package.module."""
+    folder, name = os.path.split(os.path.abspath(file))
+    names = [os.path.splitext(name)[0]]
+    while os.path.exists(os.path.join(folder, '__init__.py')):
+        folder, name = os.path.split(folder)
+        names.insert(0, name)
+    return folder, '.'.join(names)
+
+
 def source(function):
-    """Where a function is written: the same when its module is loaded again."""
-    code = getattr(function, '__code__', None)
-    return getattr(code, 'co_filename', None), getattr(function, '__qualname__', function)
+    """Where a function is written: the same when its module, or a notebook's cell, runs again."""
+    file = getattr(getattr(function, '__code__', None), 'co_filename', None)
+    if file and not os.path.isfile(file):
+        file = None     # of a cell; they are numbered
+    return file, getattr(function, '__qualname__', function)
 
 
 def check(name, value, minimum, types=int):
@@ -4468,15 +4608,6 @@ def check_all(**settings):
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
         check(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
-
-
-def check_names(given, known, problem='there is no option'):
-    """Misuse for a name that is not known, with the nearest one that is."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            raise Misuse(f'{problem} {name}{hint}')
 
 
 def check_call(function, args, kwargs=None):
@@ -4512,22 +4643,52 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     return calls
 
 
-def iter_jobs(client, **filters):
-    """All jobs that the filters of Client.jobs let pass, newest first."""
+def undeclared_settings(client, configs):
+    """(kind, queue, command that removes it) of what an engine has and no decorator declares.
+
+    A decorator's schedule has the name of its queue and no payload. That of another queue counts
+    if nobody works on it.
+    """
+    # the limits of a queue of `exec` are its operator's
+    here = {config.name for config in configs
+            if not hasattr(config.functions.get(None), 'slot_type')}
+    declared = {(path, body['queue']) for config in configs for path, body in config.setup_calls}
+    queues = {row['queue']: row for row in iter_pages(client.queues, 'queues')}
+    for schedule in iter_pages(client.schedules, 'schedules'):
+        name = schedule['name']
+        is_ours = name == schedule['queue'] and schedule['payload'] is None
+        is_worked_on = queues.get(name, {}).get('workers') and name not in here
+        if is_ours and not is_worked_on and ('/schedule', name) not in declared:
+            yield 'schedule', name, f'unschedule {shlex.quote(name)}'
+    for name in sorted(here & queues.keys()):
+        has_limit = queues[name]['max_running'] or queues[name]['rate']
+        if has_limit and ('/limit', name) not in declared:
+            yield 'limit', name, f'limit {shlex.quote(name)} --max-running none --rate none'
+
+
+def iter_pages(call, key, **filters):
+    """All rows of a call whose answers are pages."""
     after = None
     while True:
-        page = client.jobs(limit=1000, after=after, **filters)
-        yield from page['jobs']
-        after = page['after']
+        page = call(after=after, **filters)
+        yield from page[key]
+        after = page.get('after')
         if not after:
             return
 
 
+def iter_jobs(client, **filters):
+    """All jobs that the filters of Client.jobs let pass, newest first."""
+    return iter_pages(client.jobs, 'jobs', limit=1000, **filters)
+
+
 def set_up_log():
-    """Log to stderr, where nobody set up logging."""
+    """Log to stderr, until somebody sets up logging."""
     if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+        handler.addFilter(lambda record: not logging.getLogger().handlers)
+        log.addHandler(handler)
         log.setLevel(log.level or logging.INFO)
 
 
@@ -4539,6 +4700,7 @@ around = default.around
 enqueue = default.enqueue
 aenqueue = default.aenqueue
 enqueue_many = default.enqueue_many
+get = default.get
 schedule = default.schedule
 unschedule = default.unschedule
 wait = default.wait
@@ -4607,7 +4769,12 @@ def driver_connection(connection):
             connection.begin()      # as its first statement would do; its commit() needs that
         connection = connection.connection
     connection = getattr(connection, 'dbapi_connection', connection)
-    if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and not inspect.iscoroutinefunction(connection.commit)
+        and (is_sqlite(connection) or not is_from(connection, 'sqlite'))    # as aiosqlite is
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return connection
@@ -4615,6 +4782,11 @@ def driver_connection(connection):
 
 def is_sqlite(connection):
     return hasattr(connection, 'total_changes')
+
+
+def is_from(connection, name):
+    """Has a module that defines the connection's class, or a base of it, this in its name?"""
+    return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
 def commits_each_statement(connection):
@@ -4707,8 +4879,11 @@ class Outbox:
                 raise
         create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
         try:
-            for change in ADD_COLUMNS if 'taken_' in reasons[0] else [create]:
-                self._execute_guarded(change)
+            if 'taken_' in reasons[0]:
+                for change in ADD_COLUMNS:
+                    self._execute_guarded(change)
+            elif self.is_sqlite or is_from(self.connection, 'psycopg'):
+                self._execute_guarded(create)
         except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
@@ -4955,37 +5130,76 @@ class DjangoTasks:
         from django.tasks.signals import task_enqueued
         self.validate_task(task)
         payload = django_payload(task, args, kwargs)
-        result = self._result(task, self._enqueue(task, payload))
+        if self.database:
+            job = self._enqueue_in_outbox(task, payload)
+        else:
+            job = default.enqueue(payload=payload, **self._enqueue_options(task))
+        result = self._result(task, job)
         task_enqueued.send(type(self), task_result=result)
         return result
 
-    def _enqueue(self, task, payload):
-        """The job, with few fields if it is in an outbox."""
+    async def aenqueue(self, task, args, kwargs):
+        from django.tasks.signals import task_enqueued
+        if self.database:       # in the thread that has the connection
+            return await super().aenqueue(task, args, kwargs)
+        self.validate_task(task)
+        payload = django_payload(task, args, kwargs)
+        job = await default.aenqueue(payload=payload, **self._enqueue_options(task))
+        result = self._result(task, job)
+        await task_enqueued.asend(type(self), task_result=result)
+        return result
+
+    def _enqueue_options(self, task):
+        return {
+            **self.job_options,
+            'queue': task.queue_name,
+            'host': self.host,
+            'priority': task.priority,
+            'run_at': task.run_after,
+        }
+
+    def _enqueue_in_outbox(self, task, payload):
+        """The job, with the few fields that are known here."""
         from django.db import connections, transaction
-        options = {**self.job_options, 'priority': task.priority, 'run_at': task.run_after}
-        if self.database is None:
-            return default.enqueue(task.queue_name, payload, host=self.host, **options)
         connection = connections[self.database]
+        options = self._enqueue_options(task)
+        del options['host']
         begins = connection.get_autocommit()
         with transaction.atomic(self.database) if begins else contextlib.nullcontext():
-            id = enqueue_in(connection, task.queue_name, payload, **options)
+            id = enqueue_in(connection, payload=payload, **options)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
         return {'id': id, 'status': 'pending', 'payload': payload, 'created_at': now}
 
     def get_result(self, result_id):
-        from django.db import connections
         from django.tasks.exceptions import TaskResultDoesNotExist
         client = default.client(self.host)
         for _ in range(2):      # a job may move from the outbox to the engine between two looks
-            try:
-                job = client.job(result_id)
-            except Refused as error:
-                if error.status != 404:
-                    raise
-                job = self.database and Outbox(connections[self.database]).find(result_id)
+            with missing_job():
+                return self._stored_result(client.job(result_id))
+            job = self._find_in_outbox(result_id)
             if job:
-                return self._result(self._task(job), job)
+                return self._stored_result(job)
         raise TaskResultDoesNotExist(result_id)
+
+    async def aget_result(self, result_id):
+        from asgiref.sync import sync_to_async
+        from django.tasks.exceptions import TaskResultDoesNotExist
+        client = default.client(self.host)
+        for _ in range(2):
+            with missing_job():
+                job = await async_calls().call(client, '/jobs/' + quote(result_id))
+                return self._stored_result(job)
+            job = await sync_to_async(self._find_in_outbox)(result_id)
+            if job:
+                return self._stored_result(job)
+        raise TaskResultDoesNotExist(result_id)
+
+    def _find_in_outbox(self, id):
+        from django.db import connections
+        return self.database and Outbox(connections[self.database]).find(id)
+
+    def _stored_result(self, job):
+        return self._result(self._task(job), job)
 
     def _task(self, job):
         """The task that a job is for, with the queue and the priority of the job."""
@@ -5031,7 +5245,7 @@ class DjangoTasks:
         from django.tasks.signals import task_finished, task_started
         close_old_connections()
         try:
-            result = self._result(self._task(job), job)
+            result = self._stored_result(job)
             task_started.send(type(self), task_result=result)
             try:
                 set_django_result(result, task.func(*django_args(result), **result.kwargs))
@@ -5051,7 +5265,7 @@ class DjangoTasks:
         from django.tasks.signals import task_finished, task_started
         await sync_to_async(close_old_connections)()
         try:
-            result = self._result(self._task(job), job)
+            result = self._stored_result(job)
             await task_started.asend(type(self), task_result=result)
             try:
                 set_django_result(result, await task.func(*django_args(result), **result.kwargs))
@@ -5063,6 +5277,16 @@ class DjangoTasks:
             return result.return_value
         finally:
             await sync_to_async(close_old_connections)()
+
+
+@contextlib.contextmanager
+def missing_job():
+    """Suppress the refusal of an engine that does not have the job."""
+    try:
+        yield
+    except Refused as error:
+        if error.status != HTTPStatus.NOT_FOUND:
+            raise
 
 
 def django_payload(task, args, kwargs):
@@ -5165,7 +5389,7 @@ def django_backend():
 
 if not TYPE_CHECKING:       # a checker would take any name for one that is here
     def __getattr__(name):
-        """DjangoBackend is made when it is asked for, so that only those import Django who use it."""
+        """Make DjangoBackend when it is asked for, so that only its users import Django."""
         if name != 'DjangoBackend':
             raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
         try:
@@ -5178,9 +5402,27 @@ if not TYPE_CHECKING:       # a checker would take any name for one that is here
 def command_django(client, options):
     """Work on Django's tasks, and forward what is in the outboxes of their backends."""
     sys.path.insert(0, os.getcwd())
+    if options.reload:
+        reloader.start()
+    backends = find_django_backends()
+    register_django_queues(backends, options.queues)
+    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
+    with contextlib.ExitStack() as forwarders:
+        for database, host in outboxes:
+            from django.db import connections
+            connect = functools.partial(connections.create_connection, database)
+            if options.burst:
+                forward(connect, host)      # before the worker finds that nothing is due
+            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
+            forwarders.enter_context(forwarder)
+        default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+    reloader.restart_if_changed()
+
+
+def find_django_backends():
+    """The backends of a project's setting TASKS that are DjangoBackends."""
     try:
         import django
-        from django.db import connections
         from django.tasks import task_backends
     except ImportError as error:
         raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
@@ -5190,21 +5432,22 @@ def command_django(client, options):
     backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
     if not backends:
         raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
+    return backends
+
+
+def register_django_queues(backends, names):
+    """Register handlers for the queues with these names; without names, for those in QUEUES."""
     for backend in backends:
-        for queue in options.queues or sorted(backend.queues):
-            if (queue, backend.host) not in default.registered:
+        for queue in names or sorted(backend.queues):
+            is_allowed = not backend.queues or queue in backend.queues
+            if is_allowed and (queue, backend.host) not in default.registered:
                 default.queue(queue, host=backend.host)(backend.handler())
-    if not default.registered:
+    registered = {queue for queue, host in default.registered}
+    unknown = [queue for queue in names if queue not in registered]
+    if unknown:
+        raise Misuse(f'no backend in the setting TASKS has {unknown[0]!r} among its QUEUES')
+    if not registered:
         raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
-    outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
-    with contextlib.ExitStack() as forwarders:
-        for database, host in outboxes:
-            connect = functools.partial(connections.create_connection, database)
-            if options.burst:
-                forward(connect, host)      # before the worker finds that nothing is due
-            forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
-            forwarders.enter_context(forwarder)
-        default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
 
 
 # -- Testing ---------------------------------------------------------------------------------------
@@ -5280,18 +5523,25 @@ def environment_variable(name, value):
 
 # -- Command line ----------------------------------------------------------------------------------
 TABLES = {      # key of an answer with rows -> the columns that a terminal shows
-    'jobs': [
-        'id', 'queue', 'status', 'attempt', 'retries', 'priority', 'tag', 'next_run_at', 'worker',
-    ],
+    'jobs': ['id', 'queue', 'status', 'attempt', 'age', 'tag'],
     'queues': [
         'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
         'paused',
     ],
     'schedules': [
-        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'last_id',
-        'skipped',
+        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
     ],
+    'top': [
+        'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest',
+        'workers',
+    ],
+    'workers': ['worker', 'queue', 'running', 'hung', 'seen'],
 }
+MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
+FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
+BAR_WIDTH = 30          # characters of a progress bar
+CLEAR_SCREEN = '\x1b[H\x1b[2J'
+CLEAR_LINE = '\r\x1b[K'
 
 
 def show(answer):
@@ -5300,22 +5550,71 @@ def show(answer):
         print(json.dumps(answer))
         return
     for key in TABLES.keys() & answer.keys():
-        print_table(TABLES[key], answer[key])
+        print_table(key, answer[key])
         return
     for field, value in answer.items():
+        show_field(field, value)
+
+
+def show_field(field, value):
+    if field == 'attempts' and isinstance(value, list):
+        lines = [attempt_line(attempt) for attempt in value]
+    else:
         lines = [printable(line) for line in plain(value).splitlines()]
-        if len(lines) > 1:
-            print('\n'.join([f'{field}:', *lines]))
-        else:
-            print(f'{field:14}{"".join(lines)}')
+    if len(lines) > 1 or field == 'attempts' and lines:
+        print('\n'.join([f'{field}:', *lines]))
+    else:
+        print(f'{field:14}{"".join(lines)}')
 
 
-def print_table(columns, rows):
+def attempt_line(attempt):
+    """An attempt as a line: its number, outcome, time, worker and the end of its error."""
+    began = parse_time(attempt['started_at'])
+    ended = parse_time(attempt['finished_at'])
+    took = f'{ended - began:.1f} s' if began and ended else ''
+    error = last_error_line(attempt.get('error'))
+    parts = [
+        f'{attempt["attempt"]:4}', f'{plain(attempt["outcome"]):10}', plain(attempt['started_at']),
+        f'{took:>9}', plain(attempt['worker']), error,
+    ]
+    return printable('  '.join(parts).rstrip())
+
+
+def print_table(key, rows):
+    """The rows as a table that is no wider than the terminal, if there is one.
+
+    The error of a row gets a line of its own.
+    """
+    columns = TABLES[key]
     cells = [columns]
-    cells += [[printable(plain(row[column])) for column in columns] for row in rows]
+    cells += [[printable(plain(row.get(column))) for column in columns] for row in rows]
+    errors = [None, *(row.get('error') for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print('  '.join(map(str.ljust, row, widths)).rstrip())
+    available = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    fit_widths(columns, widths, available)
+    for row, error in zip(cells, errors):
+        texts = [shorten_end(text, width) for text, width in zip(row, widths)]
+        print('  '.join(map(str.ljust, texts, widths)).rstrip())
+        if error:
+            print(shorten_end('    ' + printable(last_error_line(error)), available))
+
+
+def fit_widths(columns, widths, available):
+    """Shorten the widest columns until the table fits."""
+    excess = sum(widths) + 2 * (len(widths) - 1) - available
+    while excess > 0:
+        shrinkable = [
+            number for number, width in enumerate(widths)
+            if width > MIN_COLUMN and columns[number] in FLEXIBLE_COLUMNS
+        ]
+        if not shrinkable:
+            return
+        widths[max(shrinkable, key=widths.__getitem__)] -= 1
+        excess -= 1
+
+
+def shorten_end(text, width):
+    return text if len(text) <= width else text[:width - 1] + '~'
 
 
 def plain(value):
@@ -5323,6 +5622,28 @@ def plain(value):
     if value is None:
         return ''
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def parse_time(text):
+    """Seconds since 1970 of a time in the engine's JSON, or None."""
+    return text and datetime.datetime.fromisoformat(text.replace('Z', '+00:00')).timestamp()
+
+
+def duration_text(seconds):
+    """A duration in its largest unit, such as `5 s` or `3 h`."""
+    for size, unit in ((86400, 'd'), (3600, 'h'), (60, 'min')):
+        if seconds >= size:
+            return f'{seconds / size:.0f} {unit}'
+    return f'{max(0, seconds):.0f} s'
+
+
+def age_text(moment):
+    """The time since a moment of the engine's JSON, such as `3 h`."""
+    return duration_text(time.time() - parse_time(moment)) if moment else ''
+
+
+def last_error_line(error):
+    return (error or '').strip().rpartition('\n')[2]
 
 
 def json_argument(text):
@@ -5344,6 +5665,16 @@ def command_call(client, options):
     show(call(**{field: value for field, value in vars(options).items() if field in known}))
 
 
+def command_jobs(client, options):
+    """List jobs; on a terminal with their ages and the last lines of their errors."""
+    filters = vars(options).keys() & inspect.signature(client.jobs).parameters.keys()
+    answer = client.jobs(**{name: getattr(options, name) for name in filters})
+    if sys.stdout.isatty():
+        for job in answer['jobs']:
+            job['age'] = age_text(job['created_at'])
+    show(answer)
+
+
 def command_queues(client, options):
     answer = client.queues()
     if not options.minutes:
@@ -5352,13 +5683,120 @@ def command_queues(client, options):
     show(answer)
 
 
+def command_top(client, options):
+    """Show queues and workers: again each second on a terminal, once on a pipe."""
+    in_terminal = sys.stdout.isatty()
+    interval = options.interval or (1 if in_terminal else None)
+    while True:
+        page = client.queues()
+        if in_terminal:
+            print(CLEAR_SCREEN, end='')
+        show_top(page)
+        sys.stdout.flush()
+        if interval is None:
+            return
+        time.sleep(interval)
+
+
+def show_top(page):
+    now = parse_time(page['now'])
+    rows = page['queues']
+    total = {
+        name: sum(row[name] for row in rows)
+        for name in ('pending', 'scheduled', 'running', 'done', 'failed')
+    }
+    counts = '  '.join(f'{name} {count:,}' for name, count in total.items())
+    print(f'{page["now"][:19]}Z  {counts}')
+    for row in rows:
+        row['done/min'] = per_minute(row['minutes']['done'], now)
+        row['fail/min'] = per_minute(row['minutes']['failed'], now)
+        row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
+        row['workers'] = len(row['workers'])
+        row['later'] = row['scheduled']
+        row['queue'] += ' (paused)' if row['paused'] else ''
+    print_table('top', rows)
+    for worker in page['workers']:
+        worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
+    if page['workers']:
+        print()
+        print_table('workers', page['workers'])
+
+
+def per_minute(counts, now):
+    """How many in the last 60 seconds, from the counts of whole minutes."""
+    part = now % 60 / 60        # of the current minute, which comes last
+    return round(counts[-1] + counts[-2] * (1 - part))
+
+
 def command_status(client, options):
     if options.wait is None:
         show(client.job(options.id))
         return False
-    job = client.wait(options.id, options.wait)
+    if sys.stdout.isatty():
+        job = watch_progress(client, options.id, options.wait)
+    else:
+        job = client.wait(options.id, options.wait)
     show(job)
     return job['status'] != 'done'
+
+
+def watch_progress(client, id, timeout):
+    """The job once it has ended; meanwhile its progress is drawn."""
+    waiting = Waiting(client, id, timeout, None)
+    longest = 0
+    try:
+        while True:
+            job = client.call(**waiting.next_call(longest))
+            longest = 1
+            print(CLEAR_LINE + progress_text(job), end='', flush=True)
+            if waiting.is_over(job):
+                return job
+    finally:
+        print(CLEAR_LINE, end='', flush=True)
+
+
+def progress_text(job):
+    """The status of a job, with a bar and the time left if its progress tells them."""
+    done = progress_share(job['progress'])
+    if job['status'] != 'running' or done is None:
+        return job['status']
+    filled = round(done * BAR_WIDTH)
+    bar = '#' * filled + '.' * (BAR_WIDTH - filled)
+    text = f'[{bar}] {done:4.0%}'
+    took = parse_time(job['updated_at']) - parse_time(job['started_at'])
+    return f'{text}, {duration_text(took / done - took)} left' if done and took > 1 else text
+
+
+def progress_share(progress):
+    """The part that is done, from 0 to 1, if progress is a number or has `done` and `total`."""
+    if isinstance(progress, dict):
+        done, total = progress.get('done'), progress.get('total')
+        if not is_number(done) or not is_number(total) or total <= 0:
+            return None
+        progress = done / total
+    return progress if is_number(progress) and 0 <= progress <= 1 else None
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def command_purge(client, options):
+    """Delete jobs; over all queues only when somebody says so, if there is somebody."""
+    everywhere = options.id is None and options.queue is None
+    if everywhere and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
+        kind = ' '.join(filter(None, [options.status, options.tag and f'{options.tag!r}']))
+        if not confirmed(f'Delete the {kind} jobs of all queues?'.replace('  ', ' ')):
+            return True
+    command_call(client, options)
+    return False
+
+
+def confirmed(question):
+    try:
+        return input(f'{question} [y/N] ').strip().lower() in ('y', 'yes')
+    except EOFError:
+        return False
 
 
 def command_run(client, options):
@@ -5378,12 +5816,7 @@ def command_run(client, options):
 
 def import_target(target):
     if os.path.isfile(target):
-        file = os.path.abspath(target)
-        sys.path.insert(0, os.path.dirname(file))
-        name = os.path.splitext(os.path.basename(file))[0]
-        if not name.isidentifier() or name in sys.modules:
-            name = 'tasks_' + re.sub(r'\W', '_', name)
-        load(file, name)
+        import_file(os.path.abspath(target))
     else:
         sys.path.insert(0, os.getcwd())
         is_name = re.fullmatch(r'\w+(\.\w+)*', target)
@@ -5452,6 +5885,19 @@ def is_of_project(path):
         and 'site-packages' not in path
 
 
+def import_file(file):
+    """Import a file under the name that other programs import it by."""
+    folder, name = module_of_file(file)
+    sys.path.insert(0, folder)
+    if '.' in name:
+        sys.path.append(os.path.dirname(file))      # modules beside it may be imported, too
+        importlib.import_module(name)
+    else:
+        if not name.isidentifier() or name in sys.modules:
+            name = 'tasks_' + re.sub(r'\W', '_', name)
+        load(file, name)
+
+
 def command_demo(client, options):
     """Hash each file under a folder as a job of an engine of its own, and compare the digests."""
     app = App()
@@ -5505,8 +5951,11 @@ PAYLOAD = argument(
     'payload', nargs='?', default='null', type=json_argument, help='JSON; - reads it from stdin')
 QUEUE_OPTION = argument('--queue')
 STATUS_OPTION = argument('--status')
+TAG_OPTION = argument('--tag')
+OPTIONAL_ID = argument('id', nargs='?')
 JOB_OPTIONS = [
-    argument('--tag'),
+    TAG_OPTION,
+    argument('--group', help='its jobs run one at a time'),
     number_argument('--priority'),
     argument('--key'),
     seconds_argument('--timeout'),
@@ -5526,6 +5975,11 @@ COMMANDS = [
         argument('--id'),
         *JOB_OPTIONS,
         argument('--after', nargs='+', metavar='ID', help='jobs that have to be done first'),
+        argument('--key-until', choices=['start', 'end'], help='when the key is free again'),
+        argument(
+            '--replace', action='store_true', default=None,
+            help='take the place of the job that holds the key'),
+        seconds_argument('--expires', help='cancel it if it has not started by then'),
     ]),
     Command('status', command_status, 'show a job', [
         argument('id'),
@@ -5533,30 +5987,46 @@ COMMANDS = [
             '--wait', nargs='?', const=float('inf'),
             help='for its end; exit with 1 unless it is done'),
     ]),
-    Command('jobs', command_call, 'list jobs, newest first', [
+    Command('jobs', command_jobs, 'list jobs, newest first', [
         QUEUE_OPTION,
         STATUS_OPTION,
-        argument('--tag'),
+        TAG_OPTION,
+        argument('--group'),
+        argument('--search', metavar='TEXT', help='in payload, error, result, tag or id'),
         number_argument('--limit'),
-        argument('--after', metavar='ID'),
-        argument('--needed-by', metavar='ID'),
+        argument('--after', metavar='ID', help='the next page, of jobs older than this one'),
+        argument('--needed-by', metavar='ID', help='the jobs that a job waits for'),
     ]),
     Command('queues', command_queues, 'count jobs by queue and status', [
         argument('--minutes', action='store_true', help='with counts of the last hour'),
     ]),
+    Command('top', command_top, 'watch queues and workers; once on a pipe', [
+        seconds_argument('--interval', help='seconds between two looks (1; a pipe: only one)'),
+    ]),
     Command('cancel', command_call, 'cancel a job, or all of a queue and status', [
-        argument('id', nargs='?'),
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
     ]),
     Command('retry', command_call, 'make a failed or cancelled job pending again, or all of them', [
-        argument('id', nargs='?'),
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
     ]),
-    Command('purge', command_call, 'delete jobs of a queue and/or status', [
+    Command('reschedule', command_call, 'change the time or the priority of a pending job', [
+        argument('id'),
+        seconds_argument('--delay', help='from now; 0 runs it now'),
+        argument('--run-at'),
+        number_argument('--priority'),
+    ]),
+    Command('purge', command_purge, 'delete a job, or those of a queue and/or status', [
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
+        argument('--yes', action='store_true', help='do not ask before all queues are purged'),
     ]),
     Command('pause', command_call, 'hand out no jobs of a queue', [argument('queue')]),
     Command('resume', command_call, 'hand out jobs again', [argument('queue')]),
@@ -5598,6 +6068,7 @@ COMMANDS = [
     ]),
     Command('django', command_django, 'work on the tasks of a Django project', [
         argument('queues', nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
+        argument('--reload', action='store_true', help='restart when a module of yours changes'),
         *WORKER_OPTIONS,
     ]),
     Command('demo', command_demo, 'hash files as jobs of an engine of its own', [
@@ -5611,6 +6082,8 @@ def build_parser():
         prog='rundown_workers.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        '--version', action='version', version=f'rundown_workers {__version__}')
     parser.add_argument(
         '--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
     parser.add_argument(
@@ -5628,6 +6101,9 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):       # it may be None, or something else
+            stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only
     options = build_parser().parse_args(argv)
     try:
         if options.host:
@@ -5640,8 +6116,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, Misuse) else 1
 
 
+def answer_to_other_names():
+    """Have task files that import this module meet this instance of it."""
+    names = ['rundown_workers', main_module_name(), module_of_file(__file__)[1]]
+    for name in filter(None, names):
+        sys.modules.setdefault(name, sys.modules[__name__])
+
+
 if __name__ in ('__main__', '__mp_main__'):
-    # task files that import this module have to meet this instance of it
-    sys.modules.setdefault('rundown_workers', sys.modules[__name__])
+    answer_to_other_names()
 if __name__ == '__main__':
     sys.exit(main())
