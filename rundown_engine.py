@@ -1910,17 +1910,15 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
-# What else is counted in seconds, and what was due by the old time, when the clock was set back.
+# What else is counted in seconds, and before that what was due by the old time.
 SET_BACK = (
-    f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE {UNFINISHED} AND "
-    f"(status = 'running' OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP})) AND next_run_at <= :before",
+    f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
+    f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
     f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
     f"AND (hold = {DELAYED} AND attempt = 0 "
     f"OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at > :before)",
     "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
     "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
-    'UPDATE schedules SET next_run_at = (next_run_at + :by) / 1000000 * 1000000 '
-    'WHERE every IS NOT NULL',
     'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
 )
 SELECT_DUE = f'''
@@ -2560,10 +2558,10 @@ class Dependencies:
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
         for dependent, position in tx.fetch_all(TOLD_DEPENDENTS, job['seq'], BATCH_ROWS):
+            tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
             waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
             if waiting['status'] == 'pending' and waiting['waits_for']:
                 self.jobs.update(tx, waiting, waits_for=waiting['waits_for'] + 1)
-                tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
 
 
 # -- Jobs: limits ----------------------------------------------------------------------------------
@@ -3366,10 +3364,7 @@ NEXT_DEADLINE = f'''
 
 
 # The latest time that the engine has reached for sure.
-LAST_TIME = '''
-    SELECT MAX(moment) FROM (
-        SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) AS moment FROM queues
-        UNION ALL SELECT MAX(next_run_at - every) FROM schedules)'''
+LAST_TIME = 'SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) FROM queues'
 
 
 class Store:
