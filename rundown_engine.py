@@ -7930,6 +7930,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
  */
 import { randomBytes } from "node:crypto";
+import { setMaxListeners } from "node:events";
 import http from "node:http";
 import https from "node:https";
 import os from "node:os";
@@ -8186,8 +8187,8 @@ export async function call(path, body, { wait = 0, patience = PATIENCE, signal }
     try {
       return await send(path, text, { wait, limit: wait + Math.max(1, deadline - now()) });
     } catch (error) {
-      const rest = backoff(tries, error);
-      if (!(error instanceof Unavailable) || now() + rest > deadline) {
+      const rest = error instanceof Unavailable ? backoff(tries, error) : Infinity;
+      if (now() + rest > deadline || rest === Infinity) {
         throw error;
       }
       await pause(rest, signal);
@@ -8455,14 +8456,14 @@ class Claim {
       this.progress = undefined;
       this.isProgressDue = false;
     }
-    if (call === "heartbeat") {
-      if (status === 404 || status === 409) {
-        this.lose(sentence);
-      }
-      return;
-    }
-    if (status) {
+    const isGone = status === 404 || status === 409;
+    if (call === "heartbeat" && isGone) {
+      this.lose(sentence);
+    } else if (status) {
       this.worker.log(`${this}: the engine refuses its ${call}: ${sentence}`);
+    }
+    if (call === "heartbeat") {
+      return;
     }
     const { fields } = this.outcome;
     const isUnfit = status === 400 || status === 413; // another report may be taken
@@ -8488,14 +8489,19 @@ function failure(error) {
   }
   let text = "an error that cannot be shown";
   try {
-    text = inspect(error);
-    text += error instanceof Error ? `\n\n${error}` : "";
+    text = error instanceof Error ? `${stackOf(error)}\n\n${error}` : inspect(error);
   } catch {
     // a getter or toString() of its own has thrown
   }
   const cut = text.length - MAX_ERROR;
   const [head, tail] = [text.slice(0, MAX_ERROR / 2), text.slice(-MAX_ERROR / 2)];
   return { error: cut > 0 ? `${head}\n[... ${cut} characters ...]\n${tail}` : text };
+}
+
+/** Not what inspect() shows: properties of errors may hold secrets, such as a request's headers. */
+function stackOf(error) {
+  const cause = error.cause instanceof Error ? `\n\ncaused by ${stackOf(error.cause)}` : "";
+  return `${error.stack}${cause}`;
 }
 
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
@@ -8505,7 +8511,6 @@ class Worker {
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
   watchSockets = new Set(); // of the call that waits for lost claims
-  since = ""; // which losses that call has told of
   unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
@@ -8520,18 +8525,21 @@ class Worker {
   constructor(grace, log) {
     this.grace = grace;
     this.log = log;
+    setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
   }
 
   async run() {
+    connect(); // throws if RUNDOWN_URL is wrong
     const queues = [...registrations.values()];
     const beats = this.keepAlive(Math.min(...queues.map(({ lease }) => lease)) / 3);
+    const watch = this.watchLosses();
     const { signal } = this.stopping;
     const stopped = new Promise((resolve) => signal.addEventListener("abort", resolve));
     const consumers = queues.map((each) => this.consume(each).catch((error) => this.stop(error)));
     const consuming = Promise.all(consumers).then(() => (this.isConsuming = false));
     await stopped;
     await this.drain();
-    await Promise.all([beats, consuming]);
+    await Promise.all([beats, watch, consuming]);
     if (this.error) {
       throw this.error;
     }
@@ -8655,12 +8663,11 @@ class Worker {
     }
   }
 
-  /** Sends heartbeats in time, and at once when the engine says that a claim is gone. */
   async keepAlive(interval) {
     const { signal } = this.closing;
     let rest = interval;
     while (!signal.aborted) {
-      await this.waitForLoss(rest);
+      await pause(rest, signal);
       rest = interval;
       try {
         await this.beat(interval);
@@ -8670,22 +8677,28 @@ class Worker {
     }
   }
 
-  async waitForLoss(seconds) {
+  /** Waits for the engine to take a claim away; a heartbeat then shows which. */
+  async watchLosses() {
     const { signal } = this.closing;
-    const deadline = now() + seconds;
-    const wait = Math.min(seconds, POLL_WAIT);
-    const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${wait}${this.since}`;
-    try {
-      const poll = { sockets: this.watchSockets, signal };
-      const answer = await send(path, undefined, { wait, poll });
-      this.since = `&since=${answer.since}`;
-      if (answer.lost) {
-        return;
+    const poll = { sockets: this.watchSockets, signal };
+    let since = "";
+    for (let tries = 0; !signal.aborted; ) {
+      const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${POLL_WAIT}${since}`;
+      const began = now();
+      try {
+        const answer = await send(path, undefined, { wait: POLL_WAIT, poll });
+        since = `&since=${answer.since}`;
+        tries = 0;
+        if (answer.lost) {
+          await this.beat();
+        } else if (now() - began < 1) {
+          await pause(0.5, signal); // an engine that stops answers at once
+        }
+      } catch (error) {
+        tries += 1;
+        await pause(error instanceof Unavailable ? backoff(tries, error) : REFUSED_PAUSE, signal);
       }
-    } catch {
-      // an engine that is away, or an older one
     }
-    await pause(Math.max(0, deadline - now()), signal);
   }
 
   /** Sends progress and outcomes, one request at a time, until the engine has them all. */

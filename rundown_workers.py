@@ -4795,6 +4795,12 @@ CREATE_OUTBOX = (
     'CREATE TABLE IF NOT EXISTS rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
 )
+CREATE_INDEXES = [      # so that a look does not pass over the rows that are refused or kept
+    'CREATE INDEX IF NOT EXISTS rundown_outbox_pending ON rundown_outbox (number) '
+    'WHERE error IS NULL AND taken_by IS NULL',
+    'CREATE INDEX IF NOT EXISTS rundown_outbox_taken ON rundown_outbox (taken_at) '
+    'WHERE taken_at IS NOT NULL',
+]
 SQLITE_KEY = 'INTEGER PRIMARY KEY AUTOINCREMENT'
 POSTGRESQL_KEY = 'BIGSERIAL PRIMARY KEY'
 ADD_COLUMNS = [     # to a table of the first version
@@ -4891,6 +4897,8 @@ class Outbox:
         self.is_sqlite = is_sqlite(self.connection)
         # touched by the thread that forwards
         self.postponed = {}     # row number -> when a job too large for a proxy is sent again
+        self.checked_host = None    # the engine whose kept rows were last looked through
+        self.checked_at = 0     # monotonic seconds: when that was
 
     def insert(self, text):
         """Add a job, as JSON text, to the open transaction."""
@@ -4907,12 +4915,19 @@ class Outbox:
         """
         now = time.monotonic()
         self.postponed = {number: at for number, at in self.postponed.items() if at > now}
+        if host != self.checked_host or now > self.checked_at + OUTBOX_INTERVAL:
+            rows = self._select_rows('taken_by <> ?', host)     # passes over all that is kept
+            if rows:
+                return rows
+            self.checked_host = host
+            self.checked_at = now
+        return self._select_rows('taken_by IS NULL')
+
+    def _select_rows(self, condition, *values):
         postponed = ','.join(map(str, self.postponed)) or '0'
         return self.execute(
-            'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL '
-            'AND (taken_by IS NULL OR taken_by <> ?) '
-            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}',
-            host)
+            f'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL AND {condition} '
+            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}', *values)
 
     def texts(self, numbers):
         """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
@@ -4964,7 +4979,8 @@ class Outbox:
                 for change in ADD_COLUMNS:
                     self._execute_guarded(change)
             elif self.is_sqlite or is_from(self.connection, 'psycopg'):
-                self._execute_guarded(create)
+                for change in [create, *CREATE_INDEXES]:
+                    self._execute_guarded(change)
         except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
@@ -5019,6 +5035,8 @@ class Outbox:
             self._execute(f'INSERT INTO rundown_outbox ({columns}) '
                           f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
             self._execute('DROP TABLE rundown_outbox_unnumbered')
+            for statement in CREATE_INDEXES:
+                self._execute(statement)
             note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
         if begins:
             self._execute('COMMIT')
