@@ -8197,6 +8197,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
  */
 import { randomBytes } from "node:crypto";
+import { setMaxListeners } from "node:events";
 import http from "node:http";
 import https from "node:https";
 import os from "node:os";
@@ -8453,8 +8454,8 @@ export async function call(path, body, { wait = 0, patience = PATIENCE, signal }
     try {
       return await send(path, text, { wait, limit: wait + Math.max(1, deadline - now()) });
     } catch (error) {
-      const rest = backoff(tries, error);
-      if (!(error instanceof Unavailable) || now() + rest > deadline) {
+      const rest = error instanceof Unavailable ? backoff(tries, error) : Infinity;
+      if (now() + rest > deadline || rest === Infinity) {
         throw error;
       }
       await pause(rest, signal);
@@ -8722,14 +8723,14 @@ class Claim {
       this.progress = undefined;
       this.isProgressDue = false;
     }
-    if (call === "heartbeat") {
-      if (status === 404 || status === 409) {
-        this.lose(sentence);
-      }
-      return;
-    }
-    if (status) {
+    const isGone = status === 404 || status === 409;
+    if (call === "heartbeat" && isGone) {
+      this.lose(sentence);
+    } else if (status) {
       this.worker.log(`${this}: the engine refuses its ${call}: ${sentence}`);
+    }
+    if (call === "heartbeat") {
+      return;
     }
     const { fields } = this.outcome;
     const isUnfit = status === 400 || status === 413; // another report may be taken
@@ -8755,8 +8756,7 @@ function failure(error) {
   }
   let text = "an error that cannot be shown";
   try {
-    text = inspect(error);
-    text += error instanceof Error ? `\n\n${error}` : "";
+    text = error instanceof Error ? `${stackOf(error)}\n\n${error}` : inspect(error);
   } catch {
     // a getter or toString() of its own has thrown
   }
@@ -8765,12 +8765,19 @@ function failure(error) {
   return { error: cut > 0 ? `${head}\n[... ${cut} characters ...]\n${tail}` : text };
 }
 
+/** Not what inspect() shows: properties of errors may hold secrets, such as a request's headers. */
+function stackOf(error) {
+  const cause = error.cause instanceof Error ? `\n\ncaused by ${stackOf(error.cause)}` : "";
+  return `${error.stack}${cause}`;
+}
+
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
   // unlike any other's, since releaseStrays() goes by it
   name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  watchSockets = new Set(); // of the call that waits for lost claims
   unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
@@ -8785,18 +8792,21 @@ class Worker {
   constructor(grace, log) {
     this.grace = grace;
     this.log = log;
+    setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
   }
 
   async run() {
+    connect(); // throws if RUNDOWN_URL is wrong
     const queues = [...registrations.values()];
     const beats = this.keepAlive(Math.min(...queues.map(({ lease }) => lease)) / 3);
+    const watch = this.watchLosses();
     const { signal } = this.stopping;
     const stopped = new Promise((resolve) => signal.addEventListener("abort", resolve));
     const consumers = queues.map((each) => this.consume(each).catch((error) => this.stop(error)));
     const consuming = Promise.all(consumers).then(() => (this.isConsuming = false));
     await stopped;
     await this.drain();
-    await Promise.all([beats, consuming]);
+    await Promise.all([beats, watch, consuming]);
     if (this.error) {
       throw this.error;
     }
@@ -8911,21 +8921,49 @@ class Worker {
   }
 
   /** Heartbeats for all claims, also for those whose outcome the engine does not have. */
+  async beat(limit) {
+    const beats = [...this.claims].map((claim) => {
+      return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
+    });
+    for (let start = 0; start < beats.length; start += MAX_BATCH) {
+      await this.deliver(beats.slice(start, start + MAX_BATCH), limit);
+    }
+  }
+
   async keepAlive(interval) {
     const { signal } = this.closing;
     let rest = interval;
     while (!signal.aborted) {
       await pause(rest, signal);
-      const beats = [...this.claims].map((claim) => {
-        return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
-      });
       rest = interval;
       try {
-        for (let start = 0; start < beats.length; start += MAX_BATCH) {
-          await this.deliver(beats.slice(start, start + MAX_BATCH), interval);
-        }
+        await this.beat(interval);
       } catch {
         rest = interval / 5; // polls and reports say that the engine is away
+      }
+    }
+  }
+
+  /** Waits for the engine to take a claim away; a heartbeat then shows which. */
+  async watchLosses() {
+    const { signal } = this.closing;
+    const poll = { sockets: this.watchSockets, signal };
+    let since = "";
+    for (let tries = 0; !signal.aborted; ) {
+      const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${POLL_WAIT}${since}`;
+      const began = now();
+      try {
+        const answer = await send(path, undefined, { wait: POLL_WAIT, poll });
+        since = `&since=${answer.since}`;
+        tries = 0;
+        if (answer.lost) {
+          await this.beat();
+        } else if (now() - began < 1) {
+          await pause(0.5, signal); // an engine that stops answers at once
+        }
+      } catch (error) {
+        tries += 1;
+        await pause(error instanceof Unavailable ? backoff(tries, error) : REFUSED_PAUSE, signal);
       }
     }
   }
@@ -9026,6 +9064,9 @@ class Worker {
       this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
     }
     this.closing.abort();
+    for (const socket of this.watchSockets) {
+      socket.destroy();
+    }
   }
 }
 """

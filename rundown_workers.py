@@ -21,52 +21,81 @@ A JOB'S WAY THROUGH A WORKER
                | 1 s not begun   | timeout: fail         | no answer: kept and sent again
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
 
-A queue has one long poll and `concurrency` slots; each slot is a thread. When jobs are short, the
+A queue has one long poll and `concurrency` slots; each slot is a thread, or a task of the event
+loop that all async handlers share. When jobs are short, the
 worker claims ahead: never more than its slots start within 100 ms at their recent pace. Outcomes
 gather into one request while another is in flight. One heartbeat for all claims, every third of
 the lease, keeps long jobs alive.
 
 PRODUCING
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up)
-                            returns the job, a dict with wait(timeout), result(timeout), refresh();
-                            `after`: jobs or ids that have to be done first
-    enqueue_many(queue, payloads, ...)      many in few requests; each request is all or nothing
-    wait(job, timeout), results(jobs, timeout)      the finished job; the results of many jobs
+    enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
+                                        result(timeout), refresh(), cancel(), retry()
+        timeout, max_retries, tag       seconds of an attempt; retries after failures; a label
+        delay, run_at, expires          not before; not after
+        priority, after, after_any      higher first; jobs or ids that have to be done first
+        group                           its jobs run one at a time, in order
+        key, key_until, replace         a second job with the key of a pending or running one is
+                                        that one, or takes its place
+        id, give_up                     see below
+    enqueue_many(queue, payloads, ...)  many in few requests; each request is all or nothing
+    get(id), wait(job, timeout)         a job; the finished job
+    results(jobs, timeout)              the results of many jobs
     schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
-    Client(host, token, timeout, ca)        one method per call of the engine
+    await aenqueue(...), job.aresult(timeout)       the same for asyncio programs: their event
+                                        loops are never blocked
+    Client(host, token, timeout, ca)    one method per call of the engine
 
 An enqueue chooses the job's id. So it can be sent again for `give_up` seconds (30) while no
 engine answers, and still makes one job; then it raises EngineUnavailable. A call that the engine
-refuses raises Refused at once. A run_at without a zone is local time. A duration is a number of
-seconds or a timedelta.
+refuses raises Refused at once; the answer of a proxy is no refusal. A run_at without a zone is
+local time. A duration is a number of seconds or a timedelta.
 
 WORKING
-    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on,
-           abort_on, cron, every, zone, max_running, rate)
-                                            run() sends the last five to the engine
-    @task(queue="default", ...)             any number on a queue: add.delay(4, y=4),
-                                            add.options(delay=60).delay(4); the payload is
-                                            {"task": name, "args": [], "kwargs": {}}
-    job(), inputs(), progress(value)        in a handler: the job; the results of the jobs that it
-                                            waited for; a JSON value to be shown
-    raise Retry(delay=60), Abort("why")     fail and come back in 60 s; fail for good
+    @queue(name, max_retries, timeout, concurrency, isolate, max_jobs, backoff, retry_on, abort_on,
+           host, poll_interval, cron, every, zone, max_running, rate)
+                                        one handler of payloads for a queue; run() sends the last
+                                        five to the engine
+    @task(queue="default", name, ...)   any number on a queue: add.delay(4, y=4), add.adelay(4),
+                                        add.options(delay=60).delay(4), add.schedule(name, cron=...)
+    job(), inputs(), progress(value)    in a handler: the job; the results of the jobs that it
+                                        waited for; a JSON value to be shown
+    step(name, function, *args)         a part that is done once: later attempts get its result
+    checkpoint(value)                   progress that is on disk when it returns
+    track(items, total, every)          items whose number is the progress; it continues there
+    raise Retry(delay=60), Abort("why") fail and come back in 60 s; fail for good
     @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
-    run(burst, grace, max_hung), stop()     burst: work off what is due, and return
-    testing()                               with testing() as t: t.run(delayed=True);
-                                            t.advance(60) moves its clock
+    @on("start_worker" | "stop_worker") hook() in each process that runs handlers
+    @around                             a generator that yields once, around each run of a handler
+    run(burst, grace, max_hung), stop() burst: work off what is due, and return
+    testing()                           with testing() as t: t.run(delayed=True);
+                                        t.advance(60) moves the clock of its engine
 
 The return value of a handler is the result. Any exception fails the job with its traceback; a
-result that is not JSON fails it for good. At its timeout a handler gets Timeout raised inside,
-when its claim is gone Lost (in async def handlers both are a cancellation). Its slot is free
-again, whatever the thread does. Threads that never come back are hung: after max_hung (10) the
-worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which
-is killed with its children. It is imported there by its name, so a script needs
-`if __name__ == "__main__":` around its run().
+result that is not JSON fails it for good. A task's payload is {"task": name, "args": [],
+"kwargs": {}}; its name is the one under which it is imported, however its module is started.
 
-SIGTERM or SIGINT: no more jobs are taken, running ones have `grace` seconds (30), the others are
-released, and the worker exits with 0. The second signal exits at once. The log is
-logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for each job;
-above 100 a second, the others are counted.
+At its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def
+handlers both are a cancellation). Its slot is free again, whatever the thread does. Threads that
+never come back are hung: after max_hung (10) the worker drains and exits with 1.
+
+With isolate=True the handler runs in a process of its own, which is killed with its children, and
+replaced after max_jobs. It is imported there by its name, so a script needs
+`if __name__ == "__main__":` around its run(). Isolate handlers that call C code which keeps the
+interpreter's lock for more than 30 s: no heartbeat leaves the worker meanwhile, and the job is
+given to another. Isolate handlers that start programs: the timeout of a thread does not end them,
+but a killed process takes them along.
+
+Async handlers must not block the event loop; one that does for more than a second is named in the
+log. In them it is `await step(...)`, `await checkpoint(...)`, `async for item in track(...)`. Each
+job has its own context variables. Threads and pools that a handler uses see its job.
+
+SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
+the others are released, and the worker exits with 0. A handler that comes to a step or checkpoint
+gets Lost there, and its job is given back at once. The second signal exits at once.
+
+The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
+each job; above 100 a second, the others are counted. Schedules and limits of decorators that are
+gone from the code stay in the engine; the log says so, with the command that removes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -102,8 +131,8 @@ With `outbox` (True, or the alias of a database) a task runs if and only if the 
 commits. Other OPTIONS: host, max_retries, timeout. Connections are closed around each task.
 task_finished is sent after the last attempt.
 
-COMMAND LINE: JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused,
-3 no engine.
+COMMAND LINE
+JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
 # What is public is annotated, for those who check their own programs; the rest is not:
@@ -261,9 +290,15 @@ MAX_RESULT = 8_000_000      # characters of a result as JSON
 MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
 REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
+PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
+MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
+MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
+RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
 
 # programs and the outbox
 MAX_STDOUT = 1 << 20        # bytes of a program's output
+MAX_STDOUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
 TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
 OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
 DJANGO_OUTBOX_INTERVAL = 0.2    # the same of the worker of a Django project
@@ -433,6 +468,14 @@ def drop_none(**fields):
 
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def require_temporary_folder():
+    """Error if there is no folder for temporary files, such as on a read-only root."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise Error(f'no folder for temporary files (TMPDIR may name one): {error}') from None
 
 
 def in_utc(moment):
@@ -1632,7 +1675,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1642,7 +1685,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 async def async_step(claim, name, function, args, kwargs):
     if claim is None:
         return await function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
@@ -1782,6 +1825,11 @@ def describe_job(job):
 
 class Saver:
     """What a claim saves while its handler runs. A subclass has the attributes that are used."""
+
+    def begin_step(self):
+        self.leave_if_stopping()
+        if self.steps is None:
+            self.steps = {}
 
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
@@ -1959,16 +2007,24 @@ def run_handler(handlers, job, around=()):
     process = os.getpid()
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
-        with surroundings(around, job):
-            result = function(*args, **kwargs)
-            if inspect.iscoroutine(result):
-                result = current.get().run_coroutine(result)
+        if around:
+            with surroundings(around, job):
+                result = call_handler(function, args, kwargs)
+        else:
+            result = call_handler(function, args, kwargs)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
         if os.getpid() != process:
             os._exit(1)         # a process that the handler forked must not go on as a worker
     return completion(result)
+
+
+def call_handler(function, args, kwargs):
+    result = function(*args, **kwargs)
+    if isinstance(result, types.CoroutineType):
+        return current.get().run_coroutine(result)
+    return result
 
 
 async def run_async_handler(handlers, job, around=()):
@@ -1986,13 +2042,8 @@ async def run_async_handler(handlers, job, around=()):
     return completion(result)
 
 
-NO_SURROUNDINGS = contextlib.nullcontext()
-
-
 def surroundings(around, job):
     """A context manager made of the generator functions that wrap each run of a handler."""
-    if not around:
-        return NO_SURROUNDINGS
     stack = contextlib.ExitStack()
     try:
         for function in around:
@@ -2070,7 +2121,7 @@ class Claim(Saver):
         self.timeout = job['timeout']       # seconds
         self.json_prefix = json_prefix(job)
         # written by the handler's threads
-        self.steps = job.get('steps') or {}     # results by name
+        self.steps = job.get('steps')       # results by name; None: there are none
         # changed with the lock held, once each
         self.lock = threading.Lock()
         self.outcome = None                 # None: not finished
@@ -2083,6 +2134,8 @@ class Claim(Saver):
         self.progress_sent_at = now
         # written by the thread that finishes it, read by the reporter
         self.report_item = None             # the item of the batch that reports the outcome
+        # touched by the reporter only
+        self.was_refused = False            # the engine refused an outcome
         # written by the event loop's thread
         self.asyncio_task = None            # of an async handler, once it has begun
 
@@ -2160,7 +2213,8 @@ class Slot:
 
     def _run_claim(self, claim):
         current.set(claim)
-        self.call_hooks('start', claim, None)
+        if self.consumer.hooks['start']:
+            self.call_hooks('start', claim, None)
         outcome = self.run(claim)
         if claim.try_finish(outcome):
             self.consumer.on_finished(claim, outcome)
@@ -2188,7 +2242,7 @@ class Slot:
         """Raise it in the handler; False if that has to be tried again."""
         if claim.asyncio_task:
             return self.consumer.worker.event_loop.cancel(claim.asyncio_task, interruption)
-        return try_raise(self.thread.ident, interruption)
+        return try_raise(self.thread, interruption)
 
     def is_alive(self):
         """Whether a handler may run in it."""
@@ -2200,11 +2254,15 @@ class Slot:
         if task:
             frames = self.consumer.worker.event_loop.task_frames(task)
         else:
-            frames = thread_frames(self.thread.ident)
+            frames = self.frames()
         stack = traceback.StackSummary.extract(frames[-50:])
         ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
         return ''.join(traceback.format_list(lines))
+
+    def frames(self):
+        """The frames of its thread."""
+        return thread_frames(self.thread.ident)
 
     def kill(self):
         """End the slot's process, if it has one, at once."""
@@ -2292,7 +2350,7 @@ class EventLoop:
         if not self.is_blocked or not coroutine.cr_running:
             self.call(task.cancel)
             return True
-        return try_raise(self.thread.ident, interruption, within=coroutine.cr_frame)
+        return try_raise(self.thread, interruption, within=coroutine.cr_frame)
 
     def task_frames(self, task):
         coroutine = task.get_coro()
@@ -2365,6 +2423,8 @@ class AsyncSlot(Slot):
         context = contextvars.Context()
         self.task = self.event_loop.create_task(self._run_claim(claim), context, self._on_done)
         claim.asyncio_task = self.task
+        if claim.outcome:       # it was finished just now, when there was no task to cancel
+            self.task.cancel()
 
     async def _run_claim(self, claim):
         current.set(claim)
@@ -2382,8 +2442,15 @@ class AsyncSlot(Slot):
         if not self.is_abandoned:
             self.consumer.ready.on_slot(self)
 
+    def try_raise(self, claim, interruption):
+        task = claim.asyncio_task
+        return task is None or self.event_loop.cancel(task, interruption)
+
     def is_alive(self):
         return self.task is not None and not self.task.done()
+
+    def frames(self):
+        return []       # the task has just ended
 
 
 # -- Interrupting a handler ------------------------------------------------------------------------
@@ -2427,21 +2494,23 @@ LOCK_WORD_BYTES = 60    # of code around the name of such a method, in which its
 STDLIB = os.path.dirname(threading.__file__) + os.sep
 
 
-def try_raise(thread_id, error, within=None):
+def try_raise(thread, error, within=None):
     """Raise an exception in another thread, if that leaves no lock of the standard library locked.
 
     False: the thread is at such a place now, so try again. `within` is a frame that has to be on
     its stack. The exception is raised when the thread runs Python code again, so not while it
     sleeps in C.
     """
-    frame = sys._current_frames().get(thread_id)
-    instruction = frame and frame.f_lasti
-    stack = [one for one, _ in traceback.walk_stack(frame)] if frame else []
-    if not frame or (within and within not in stack):
-        return True         # it has ended
+    frame = sys._current_frames().get(thread.ident)
+    if frame is None or not thread.is_alive():      # after the frame: another may get its ident
+        return True
+    instruction = frame.f_lasti
+    stack = [one for one, _ in traceback.walk_stack(frame)]
+    if within and within not in stack:
+        return True
     if any(is_taking_lock(one.f_code, one.f_lasti) for one in stack):
         return False
-    return raise_if_unmoved(thread_id, frame, instruction, error)
+    return raise_if_unmoved(thread.ident, frame, instruction, error)
 
 
 def raise_if_unmoved(thread_id, frame, instruction, error):
@@ -2494,11 +2563,6 @@ def is_guarded(code, instruction):
 
 # -- Worker ----------------------------------------------------------------------------------------
 NEVER = float('inf')        # of a time
-PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
-MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
-MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
-RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
-RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in ('SIGTERM', 'SIGINT', 'SIGBREAK', 'SIGHUP', 'SIGQUIT')
@@ -2643,6 +2707,7 @@ class Consumer:
         self.config = config
         self.name = config.name
         self.concurrency = concurrency
+        self.hooks = worker.app.hooks       # by event
         self.handlers = HandlerTable(config.functions)
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
@@ -2705,7 +2770,8 @@ class Consumer:
             if self.lines_this_tick <= MAX_LOG_LINES_PER_TICK:
                 note(logging.INFO, '%s done in %.3f s', claim, seconds)
         event = 'success' if succeeded else 'failure'
-        claim.slot.call_hooks(event, claim, outcome.value)
+        if self.hooks[event]:
+            claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
         self._update_pace(time.monotonic() - claim.started_at)
         self._remove(claim)
@@ -2750,13 +2816,13 @@ class Consumer:
         self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
-        for function in self.worker.app.hooks[event] if only is None else only:
+        for function in self.hooks[event] if only is None else only:
             call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
         """Log an event and call its hooks, in a thread of their own, if the claim has started."""
         note(logging.WARNING, '%s ' + text, claim, *values)
-        if self.worker.app.hooks[event] and claim.started_at is not None:
+        if self.hooks[event] and claim.started_at is not None:
             hooks = threading.Thread(
                 target=self.call_hooks, args=(event, claim, error), daemon=True)
             hooks.start()
@@ -3040,20 +3106,34 @@ class Reporter:
                 self.claims.put(claim)
             return
         code = answer.get('code')
-        reason = answer.get('error')
+        if not code:
+            self.session.forget(claim)
+            return
         if is_temporary(answer):
             self.claims.put(claim)
             return
+        reason = answer.get('error')
         if code in GONE:
             text = 'lost before its outcome (%s) was known: %s'
             claim.consumer.log_and_notify('lost', claim, Lost(reason), text, call, reason)
-        elif code:
+        else:
             note(logging.ERROR, '%s: the engine refused its %s: %s', claim, call, reason)
-            if call == 'complete':      # a result that is refused fails the job, once
-                text = f'the engine refused the result: {reason}'
-                claim.consumer.report(claim, failure(Error(reason), text, retry=False))
+            if not claim.was_refused and call in ('complete', 'fail'):
+                claim.was_refused = True
+                claim.consumer.report(claim, refused_outcome(claim.outcome, reason))
                 return
-        self.session.forget(claim)      # the lease ends one whose failure was refused
+        self.session.forget(claim)      # the lease ends one that was refused twice
+
+
+def refused_outcome(outcome, reason):
+    """What to report in place of an outcome that the engine refuses.
+
+    A result fails the job for good. A failure is reported without its delay.
+    """
+    if outcome.call == 'complete':
+        return failure(Error(reason), f'the engine refused the result: {reason}', retry=False)
+    text = f'{json.loads(outcome.fields["error"])}\n(the engine refused to fail it thus: {reason})'
+    return failure(Error(reason), text, retry=json.loads(outcome.fields['retry']))
 
 
 class Heartbeat:
@@ -3579,7 +3659,7 @@ class IsolatedSlot(Slot):
 
         If the process is gone, call all of them here.
         """
-        hooks = self.consumer.worker.app.hooks[event]
+        hooks = self.consumer.hooks[event]
         if event == 'start' or self.process is not None:
             hooks = [hook for hook in hooks if not has_place(hook)]
         self.consumer.call_hooks(event, claim, value, hooks)
@@ -3599,7 +3679,7 @@ class IsolatedSlot(Slot):
     @property
     def is_terminating(self):
         """Its process may have to call hooks at the end."""
-        hooks = self.consumer.worker.app.hooks['stop_worker']
+        hooks = self.consumer.hooks['stop_worker']
         return bool(hooks) and self.process is not None and self.thread.is_alive()
 
     def kill(self):
@@ -3612,7 +3692,7 @@ class IsolatedSlot(Slot):
     def close(self):
         if self.process is None:
             return
-        if self.consumer.worker.app.hooks['stop_worker']:
+        if self.consumer.hooks['stop_worker']:
             self._write(None)
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
@@ -3659,7 +3739,7 @@ class ChildClaim(Saver):
         self.client = child.client
         self.timeout = job['timeout']
         self.json_prefix = json_prefix(job)
-        self.steps = job.get('steps') or {}
+        self.steps = job.get('steps')
         self.progress = []      # what is not sent yet: nothing, since the worker sends it
 
     def leave_if_stopping(self):
@@ -3835,7 +3915,6 @@ def load(file, name):
 
 # -- Any program as a worker -----------------------------------------------------------------------
 EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
-MAX_OUTPUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
 
 
 class ProgramSlot(Slot):
@@ -3912,7 +3991,7 @@ class ProgramSlot(Slot):
         except UnicodeDecodeError as error:
             reason = f'what the program wrote to stdout is not UTF-8: {error}'
             raise Abort(reason) from None
-        if text.count('[') + text.count('{') > MAX_OUTPUT_LEVELS and is_too_deep(text):
+        if text.count('[') + text.count('{') > MAX_STDOUT_LEVELS and is_too_deep(text):
             return text
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
@@ -3978,7 +4057,7 @@ def is_too_deep(text):
     level = 0
     for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
         level += (bracket in '[{') - (bracket in ']}')
-        if level > MAX_OUTPUT_LEVELS:
+        if level > MAX_STDOUT_LEVELS:
             return True
     return False
 
@@ -4007,6 +4086,7 @@ def command_exec(client, options):
     """Work on a queue by running a program."""
     if not shutil.which(options.program[0]):
         raise Misuse(f'there is no program {options.program[0]}')
+    require_temporary_folder()
 
     def program(payload):
         claim = current.get()
@@ -4476,6 +4556,7 @@ class App:
         importable. Queues with a `host` of their own stay there.
         """
         make_server = import_engine().make_server
+        require_temporary_folder()
         test = Testing(self)
         before = (self.host, self.clients)
         with tempfile.TemporaryDirectory() as folder:
@@ -4714,6 +4795,12 @@ CREATE_OUTBOX = (
     'CREATE TABLE IF NOT EXISTS rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
 )
+CREATE_INDEXES = [      # so that a look does not pass over the rows that are refused or kept
+    'CREATE INDEX IF NOT EXISTS rundown_outbox_pending ON rundown_outbox (number) '
+    'WHERE error IS NULL AND taken_by IS NULL',
+    'CREATE INDEX IF NOT EXISTS rundown_outbox_taken ON rundown_outbox (taken_at) '
+    'WHERE taken_at IS NOT NULL',
+]
 SQLITE_KEY = 'INTEGER PRIMARY KEY AUTOINCREMENT'
 POSTGRESQL_KEY = 'BIGSERIAL PRIMARY KEY'
 ADD_COLUMNS = [     # to a table of the first version
@@ -4810,6 +4897,8 @@ class Outbox:
         self.is_sqlite = is_sqlite(self.connection)
         # touched by the thread that forwards
         self.postponed = {}     # row number -> when a job too large for a proxy is sent again
+        self.checked_host = None    # the engine whose kept rows were last looked through
+        self.checked_at = 0     # monotonic seconds: when that was
 
     def insert(self, text):
         """Add a job, as JSON text, to the open transaction."""
@@ -4826,12 +4915,19 @@ class Outbox:
         """
         now = time.monotonic()
         self.postponed = {number: at for number, at in self.postponed.items() if at > now}
+        if host != self.checked_host or now > self.checked_at + OUTBOX_INTERVAL:
+            rows = self._select_rows('taken_by <> ?', host)     # passes over all that is kept
+            if rows:
+                return rows
+            self.checked_host = host
+            self.checked_at = now
+        return self._select_rows('taken_by IS NULL')
+
+    def _select_rows(self, condition, *values):
         postponed = ','.join(map(str, self.postponed)) or '0'
         return self.execute(
-            'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL '
-            'AND (taken_by IS NULL OR taken_by <> ?) '
-            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}',
-            host)
+            f'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL AND {condition} '
+            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}', *values)
 
     def texts(self, numbers):
         """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
@@ -4883,7 +4979,8 @@ class Outbox:
                 for change in ADD_COLUMNS:
                     self._execute_guarded(change)
             elif self.is_sqlite or is_from(self.connection, 'psycopg'):
-                self._execute_guarded(create)
+                for change in [create, *CREATE_INDEXES]:
+                    self._execute_guarded(change)
         except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
@@ -4938,6 +5035,8 @@ class Outbox:
             self._execute(f'INSERT INTO rundown_outbox ({columns}) '
                           f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
             self._execute('DROP TABLE rundown_outbox_unnumbered')
+            for statement in CREATE_INDEXES:
+                self._execute(statement)
             note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
         if begins:
             self._execute('COMMIT')

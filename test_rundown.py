@@ -6563,7 +6563,8 @@ def test_a_worker_whose_outcomes_are_not_taken_takes_no_more_than_a_bound(work, 
 def test_a_burst_ends_after_an_outcome_that_came_too_late(own, work, q):
     engine = own()
     job = engine.enqueue(q)
-    worker = work(handler(q, "import time\ntime.sleep(1)"), engine, run="rw.run(burst=True)")
+    deaf = "rw.Heartbeat._wait_for_loss = lambda self, seconds: False\n"
+    worker = work(deaf + handler(q, "time.sleep(1)"), engine, run="rw.run(burst=True)")
     until(lambda: engine.job(job)["status"] == "running")
     engine.post("/cancel", id=job["id"])
     assert worker.process.wait(15) == 0 and "lost before its outcome" in worker.log()
@@ -6925,7 +6926,7 @@ def test_an_exception_is_not_raised_while_a_lock_of_logging_is_being_taken():
     try:
         until(lambda: thread.ident in sys._current_frames())
         for _ in range(20):
-            assert not rw.try_raise(thread.ident, rw.Timeout)
+            assert not rw.try_raise(thread, rw.Timeout)
             time.sleep(0.005)
     finally:
         handler.release()
@@ -6945,10 +6946,10 @@ def test_an_exception_is_raised_in_a_handler_that_sleeps():
             raised.append(1)
 
     thread = in_thread(sleep)
-    until(lambda: rw.try_raise(thread.ident, rw.Timeout))
+    until(lambda: rw.try_raise(thread, rw.Timeout))
     thread.join(5)
     assert raised
-    assert rw.try_raise(thread.ident, rw.Timeout)       # it has ended
+    assert rw.try_raise(thread, rw.Timeout)       # it has ended
 
 
 SLOW_LOG = """
@@ -7343,6 +7344,15 @@ def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, 
         worker.kill()
         worker.wait()
         log.close()
+
+
+def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(engine, work, q):
+    job = engine.enqueue(q)
+    source = "rw.MAX_DELAY = 1e15\n" + handler(q, "raise rw.Retry('the reason', delay=1e12)")
+    work(source, run=BURST).wait()
+    job = engine.job(job)
+    assert (job["status"], job["retries"]) == ("pending", 1)
+    assert job["error"].startswith("the reason\n(the engine refused")
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
@@ -9060,6 +9070,21 @@ def test_an_outbox_that_is_empty_is_looked_at_and_not_written(engine, tmp_path):
         rw.enqueue_in(connect(), "q", 1, give_up=2)
 
 
+def test_a_look_into_an_outbox_does_not_pass_over_what_is_refused_or_kept(engine, tmp_path, q):
+    steps = []
+    with contextlib.closing(sqlite3.connect(str(tmp_path / "shop.db"))) as box:
+        rw.enqueue_in(box, q, 1)
+        fill = "INSERT INTO rundown_outbox (job, error, taken_by, taken_at) VALUES ('{}', ?, ?, ?)"
+        box.executemany(fill, [("refused", None, None)] * 5000 + [(None, engine.url, int(time.time()))] * 5000)
+        box.commit()
+        box.set_progress_handler(lambda: steps.append(1), 100)      # at each 100 instructions
+        outbox, client = rw.Outbox(box), rw.Client(engine.url)
+        assert rw.forward_pending(outbox, client, client.send, keep=60) == 1
+        steps.clear()
+        assert rw.forward_pending(outbox, client, client.send, keep=60) == 0
+    assert len(steps) < 10
+
+
 def test_who_commits_late_is_forwarded_too(engine, shop, q, box):
     if shop.kind == "sqlite":
         pytest.skip("has one writer at a time")
@@ -9878,6 +9903,10 @@ NODE_OUTCOMES = [  # the body of a handler that gets `payload` 21; what becomes 
     ("throw new Abort('enough');", {"status": "failed", "error": "enough", "attempt": 1}),
     ("return 1n;", {"status": "failed", "attempt": 1, "error": "TypeError: .* BigInt"}),
     ("return 'x'.repeat(9e6);", {"status": "failed", "error": "the engine refuses .*8388608"}),
+    (
+        "throw Object.assign(new Error('a', { cause: new Error('b') }), { token: 's3cret' });",
+        {"status": "pending", "error": r"Error: a\n((?!s3cret)[\s\S])*caused by Error: b"},
+    ),
     ("throw 'words';", {"status": "pending", "error": "'words'"}),
     ("throw new Retry('never', { delay: 1e12 });", {"status": "pending", "error": "never"}),
     (
@@ -9946,15 +9975,15 @@ def test_concurrency_and_settings_of_a_node_worker(engine, tmp_path, q):
 
 
 def test_an_idle_node_worker_has_one_poll_per_queue_and_ends_at_once(engine, proxy, tmp_path, q):
-    source = "for (const name of 'ab') queue('%s' + name, { concurrency: 9 }, () => 1);" % q
+    source = "for (const name of 'abcdefghijkl') queue('%s' + name, { concurrency: 9 }, () => 1);" % q
     with node(tmp_path, proxy, source) as worker:
-        for name in "ab":
-            until(lambda: any(one["queue"] == q + name for one in engine.get("/queues")["workers"]))
+        until(lambda: [one["queue"] for one in engine.get("/queues")["workers"]].count(q + "l"))
         time.sleep(0.3)
-        assert proxy.connections == 2
+        assert proxy.connections == 12 + 1  # one hears of claims that are lost
         began = time.monotonic()
         assert worker.stop() == 0
         assert time.monotonic() - began < 1.5
+        assert "Warning" not in worker.log()
 
 
 @beside
@@ -9991,7 +10020,7 @@ def test_a_cancelled_job_aborts_its_node_handler_and_its_slot_is_free(engine, tm
     job = engine.enqueue(q, "first")
     source = (
         """
-        queue("%s", { lease: 0.9 }, async (payload, { signal }) => {
+        queue("%s", async (payload, { signal }) => {
           if (payload === "second") return "ran";
           say("begun");
           await new Promise((resolve) => signal.addEventListener("abort", resolve));
@@ -11113,6 +11142,7 @@ class Rampage:
             thread.start()
         for _ in range(workers):
             self.hire()
+        Path(self.history.path + ".shop").touch()
         self.shop = self.open_shop()
         self.forwarder = self.start_forwarder()
 
@@ -11279,8 +11309,8 @@ def produce(witness, over):
             if known and dice.random() < 0.2:       # a job after jobs
                 order.update(after=dice.sample(list(known), min(len(known), 2)),
                              after_any=dice.random() < 0.5)
-            if dice.random() < 0.3:
-                order.update(group=dice.choice("abc"))
+            if dice.random() < 0.15:
+                order.update(group=dice.choice("abcdef"))
         witness.insist("enqueue", **(orders[0] if len(orders) == 1 else {"jobs": orders}))
         known.extend(order["id"] for order in orders)
         time.sleep(dice.uniform(0, 0.02))
@@ -13282,7 +13312,7 @@ def test_container_a_read_only_root_with_a_writable_volume_is_enough_for_the_eng
     folder = volume(tmp_path)
     engine = own(prefix=namespace(READ_ONLY, folder), folder=folder, env=NO_TEMPORARY_FOLDER)
     dice = random.Random(1)     # ids that touch many pages: then a statement's journal leaves the memory
-    for count in (10000, 1, 10, 50, 200, 1000):
+    for count in (4000, 1, 10, 50, 200, 1000):
         engine.post("/enqueue", jobs=[
             {"queue": q, "payload": "x" * 300, "id": "%032x" % dice.getrandbits(128)} for _ in range(count)])
     with ThreadPoolExecutor(20) as pool:
@@ -13301,8 +13331,7 @@ def test_container_a_read_only_root_with_a_writable_volume_is_enough_for_the_eng
     assert engine.count(q + "-single") == 400
 
 
-@pytest.mark.parametrize("what", [pytest.param(name, marks=pytest.mark.xfail(reason="not mended yet"))
-                                  for name in ("exec", "testing", "demo")])
+@pytest.mark.parametrize("what", ["exec", "testing", "demo"])
 def test_container_what_needs_a_temporary_folder_says_so_at_the_start(engine, tmp_path, q, what):
     job = engine.enqueue(q)
     commands = {
