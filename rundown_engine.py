@@ -7952,7 +7952,7 @@ const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whos
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
-const MAX_CHARACTERS = 900000; // in a report of several jobs; proxies take 1 MiB
+const MAX_BYTES = 900000; // in a report of several jobs; proxies take 1 MiB
 const MAX_ERROR = 16000; // characters of an error; the middle is cut out
 
 /**
@@ -8187,8 +8187,11 @@ export async function call(path, body, { wait = 0, patience = PATIENCE, signal }
     try {
       return await send(path, text, { wait, limit: wait + Math.max(1, deadline - now()) });
     } catch (error) {
-      const rest = error instanceof Unavailable ? backoff(tries, error) : Infinity;
-      if (now() + rest > deadline || rest === Infinity) {
+      if (!(error instanceof Unavailable) || error.status === 413) {
+        throw error; // the same, however often it is sent
+      }
+      const rest = backoff(tries, error);
+      if (now() + rest > deadline) {
         throw error;
       }
       await pause(rest, signal);
@@ -8727,12 +8730,12 @@ class Worker {
   /** As many reports of one call as a request takes. */
   nextReports() {
     const reports = [];
-    let characters = 0;
+    let bytes = 0;
     for (const claim of this.claims) {
       const report = claim.nextReport();
       if (report && report.call === (reports[0] ?? report).call) {
-        characters += report.text.length + 1;
-        if (reports.length && (characters > MAX_CHARACTERS || reports.length === MAX_BATCH)) {
+        bytes += Buffer.byteLength(report.text) + 1;
+        if (reports.length && (bytes > MAX_BYTES || reports.length === MAX_BATCH)) {
           break;
         }
         reports.push(report);
