@@ -1675,7 +1675,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1685,7 +1685,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 async def async_step(claim, name, function, args, kwargs):
     if claim is None:
         return await function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
@@ -1825,6 +1825,11 @@ def describe_job(job):
 
 class Saver:
     """What a claim saves while its handler runs. A subclass has the attributes that are used."""
+
+    def begin_step(self):
+        self.leave_if_stopping()
+        if self.steps is None:
+            self.steps = {}
 
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
@@ -2002,16 +2007,24 @@ def run_handler(handlers, job, around=()):
     process = os.getpid()
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
-        with surroundings(around, job):
-            result = function(*args, **kwargs)
-            if inspect.iscoroutine(result):
-                result = current.get().run_coroutine(result)
+        if around:
+            with surroundings(around, job):
+                result = call_handler(function, args, kwargs)
+        else:
+            result = call_handler(function, args, kwargs)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
         if os.getpid() != process:
             os._exit(1)         # a process that the handler forked must not go on as a worker
     return completion(result)
+
+
+def call_handler(function, args, kwargs):
+    result = function(*args, **kwargs)
+    if isinstance(result, types.CoroutineType):
+        return current.get().run_coroutine(result)
+    return result
 
 
 async def run_async_handler(handlers, job, around=()):
@@ -2029,13 +2042,8 @@ async def run_async_handler(handlers, job, around=()):
     return completion(result)
 
 
-NO_SURROUNDINGS = contextlib.nullcontext()
-
-
 def surroundings(around, job):
     """A context manager made of the generator functions that wrap each run of a handler."""
-    if not around:
-        return NO_SURROUNDINGS
     stack = contextlib.ExitStack()
     try:
         for function in around:
@@ -2113,7 +2121,7 @@ class Claim(Saver):
         self.timeout = job['timeout']       # seconds
         self.json_prefix = json_prefix(job)
         # written by the handler's threads
-        self.steps = job.get('steps') or {}     # results by name
+        self.steps = job.get('steps')       # results by name; None: there are none
         # changed with the lock held, once each
         self.lock = threading.Lock()
         self.outcome = None                 # None: not finished
@@ -2205,7 +2213,8 @@ class Slot:
 
     def _run_claim(self, claim):
         current.set(claim)
-        self.call_hooks('start', claim, None)
+        if self.consumer.hooks['start']:
+            self.call_hooks('start', claim, None)
         outcome = self.run(claim)
         if claim.try_finish(outcome):
             self.consumer.on_finished(claim, outcome)
@@ -2698,6 +2707,7 @@ class Consumer:
         self.config = config
         self.name = config.name
         self.concurrency = concurrency
+        self.hooks = worker.app.hooks       # by event
         self.handlers = HandlerTable(config.functions)
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
@@ -2760,7 +2770,8 @@ class Consumer:
             if self.lines_this_tick <= MAX_LOG_LINES_PER_TICK:
                 note(logging.INFO, '%s done in %.3f s', claim, seconds)
         event = 'success' if succeeded else 'failure'
-        claim.slot.call_hooks(event, claim, outcome.value)
+        if self.hooks[event]:
+            claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
         self._update_pace(time.monotonic() - claim.started_at)
         self._remove(claim)
@@ -2805,13 +2816,13 @@ class Consumer:
         self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
-        for function in self.worker.app.hooks[event] if only is None else only:
+        for function in self.hooks[event] if only is None else only:
             call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
         """Log an event and call its hooks, in a thread of their own, if the claim has started."""
         note(logging.WARNING, '%s ' + text, claim, *values)
-        if self.worker.app.hooks[event] and claim.started_at is not None:
+        if self.hooks[event] and claim.started_at is not None:
             hooks = threading.Thread(
                 target=self.call_hooks, args=(event, claim, error), daemon=True)
             hooks.start()
@@ -3095,14 +3106,17 @@ class Reporter:
                 self.claims.put(claim)
             return
         code = answer.get('code')
-        reason = answer.get('error')
+        if not code:
+            self.session.forget(claim)
+            return
         if is_temporary(answer):
             self.claims.put(claim)
             return
+        reason = answer.get('error')
         if code in GONE:
             text = 'lost before its outcome (%s) was known: %s'
             claim.consumer.log_and_notify('lost', claim, Lost(reason), text, call, reason)
-        elif code:
+        else:
             note(logging.ERROR, '%s: the engine refused its %s: %s', claim, call, reason)
             if not claim.was_refused and call in ('complete', 'fail'):
                 claim.was_refused = True
@@ -3645,7 +3659,7 @@ class IsolatedSlot(Slot):
 
         If the process is gone, call all of them here.
         """
-        hooks = self.consumer.worker.app.hooks[event]
+        hooks = self.consumer.hooks[event]
         if event == 'start' or self.process is not None:
             hooks = [hook for hook in hooks if not has_place(hook)]
         self.consumer.call_hooks(event, claim, value, hooks)
@@ -3665,7 +3679,7 @@ class IsolatedSlot(Slot):
     @property
     def is_terminating(self):
         """Its process may have to call hooks at the end."""
-        hooks = self.consumer.worker.app.hooks['stop_worker']
+        hooks = self.consumer.hooks['stop_worker']
         return bool(hooks) and self.process is not None and self.thread.is_alive()
 
     def kill(self):
@@ -3678,7 +3692,7 @@ class IsolatedSlot(Slot):
     def close(self):
         if self.process is None:
             return
-        if self.consumer.worker.app.hooks['stop_worker']:
+        if self.consumer.hooks['stop_worker']:
             self._write(None)
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
@@ -3725,7 +3739,7 @@ class ChildClaim(Saver):
         self.client = child.client
         self.timeout = job['timeout']
         self.json_prefix = json_prefix(job)
-        self.steps = job.get('steps') or {}
+        self.steps = job.get('steps')
         self.progress = []      # what is not sent yet: nothing, since the worker sends it
 
     def leave_if_stopping(self):

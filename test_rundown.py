@@ -1346,6 +1346,50 @@ def test_a_restart_gives_overdue_leases_one_grace_period(clocked, q, lease, grac
     assert clocked.job(claim)["status"] == "pending"
 
 
+SECONDS_LATER = [       # what is done before the clock is set back by an hour and the engine restarted: when is the job due?
+    (lambda api, q: api.tell("fail", claimed(api, q, max_retries=1)), 5, "the first retry"),
+    (lambda api, q: api.tell("release", claimed(api, q)), 0, "a released job"),
+    (lambda api, q: api.enqueue(q, after=[claimed(api, q + "-first")["id"]]), 0, "a job whose last dependency ends later"),
+    (lambda api, q: api.enqueue(q, delay=60), 60, "a delay"),
+]
+
+
+@pytest.mark.parametrize("prepare, seconds, what", SECONDS_LATER, ids=[row[2] for row in SECONDS_LATER])
+def test_a_clock_set_back_by_an_hour_and_a_restart_delay_nothing_that_is_counted_in_seconds(clocked, q, prepare, seconds, what):
+    clocked.clock.move(7.5)
+    prepare(clocked, q)
+    clocked.stop()
+    clocked.clock.wall -= 3600
+    clocked.start()
+    if "dependency" in what:
+        assert clocked.tell("complete", clocked.get("/jobs?queue=%s-first" % q)["jobs"][0])[0] == 200
+    if seconds:
+        clocked.advance(seconds - 2)
+        assert clocked.poll(q) is None
+        clocked.advance(2.5)
+    assert clocked.poll(q)["queue"] == q
+    clocked.stop()
+    clocked.start()
+    assert clocked.server.store.clock.now() < 1.8e15
+
+
+def test_a_clock_set_back_and_a_restart_keep_times_leases_and_jobs_that_run(clocked, q):
+    at = (datetime.datetime(2027, 1, 15, 8) + datetime.timedelta(hours=2)).isoformat() + "Z"
+    clocked.enqueue(q + "-timed", run_at=at)
+    held = claimed(clocked, q, timeout=100)
+    clocked.stop()
+    clocked.clock.wall -= 3600
+    clocked.start()
+    clocked.advance(99)
+    assert clocked.job(held)["status"] == "running"
+    assert clocked.tell("release", held)[0] == 200
+    assert clocked.poll(q)["id"] == held["id"]
+    clocked.advance(3600 + 7200 - 100)
+    assert clocked.poll(q + "-timed") is None
+    clocked.advance(2)
+    assert clocked.poll(q + "-timed")
+
+
 def test_a_sweep_and_a_complete_at_the_same_instant_have_one_winner(clocked, q):
     for number in range(200):
         clocked.enqueue(q + str(number))
@@ -1869,6 +1913,438 @@ def test_no_job_begins_before_what_it_waits_for_is_done_and_none_waits_for_ever(
     assert faults == [] and begun > 100
 
 
+# -- groups ------------------------------------------------------------------------------------------
+
+
+def in_group(api, queue, count=3, group="g", **fields):
+    """Enqueues that many jobs of one group: A, B, C ... with the queue in front; their ids."""
+    ids = [queue + letter for letter in "ABCDEFGH"[:count]]
+    api.post("/enqueue", jobs=[{"queue": queue, "id": id, "group": group, **fields} for id in ids])
+    return ids
+
+
+def available(api, queue, limit=9):
+    """The last letters of the jobs that a poll gets."""
+    return "".join(job["id"][-1] for job in api.poll(queue, limit=limit) or [])
+
+
+def end_first(verb, **fields):
+    def end(api, q):
+        assert api.tell(verb, api.poll(q), **fields)[0] == 200
+    return end
+
+
+def lose_first(api, q):
+    api.poll(q, lease=1)
+    api.advance(1.1)
+
+
+def reopen_first(api, q):
+    """A has failed and is retried by hand while B runs."""
+    api.tell("fail", api.poll(q), retry=False)
+    assert available(api, q) == "B"
+    api.post("/retry", id=q + "A")
+
+
+def reopen_first_beside_a_pending_one(api, q):
+    api.tell("fail", api.poll(q), retry=False)
+    api.post("/retry", id=q + "A")
+
+
+def reopen_and(then):
+    def steps(api, q):
+        reopen_first(api, q)
+        then(api, q)
+    return steps
+
+
+def block_first(api, q):
+    """The group's head waits for another job."""
+    api.enqueue(q + "-other", id=q + "other")
+    api.enqueue(q, id=q + "A", group="g", after=[q + "other"])
+    api.post("/enqueue", jobs=[{"queue": q, "id": q + id, "group": "g"} for id in "BC"])
+
+
+B_RUNS = {"id": "B", "attempt": 1}
+HEADS = [      # how the head of A, B, C changes; what a poll gets then; the same some seconds later
+    ("nothing", lambda api, q: None, "A", "", 0),
+    ("the head runs", lambda api, q: api.poll(q), "", "", 0),
+    ("done", end_first("complete"), "B", "", 0),
+    ("failed for good", end_first("fail", retry=False), "B", "", 0),
+    ("failed, to be retried", end_first("fail"), "", "A", 5),
+    ("failed, with its own delay", end_first("fail", delay=60), "", "A", 60),
+    ("released", end_first("release"), "A", "", 0),
+    ("lost", lose_first, "", "A", 5),
+    ("cancelled while pending", lambda api, q: api.post("/cancel", id=q + "A"), "B", "", 0),
+    ("cancelled while it runs", lambda api, q: (api.poll(q), api.post("/cancel", id=q + "A")), "B", "", 0),
+    ("purged while pending", lambda api, q: api.post("/purge", id=q + "A"), "B", "", 0),
+    ("cancelled from the middle", lambda api, q: (api.post("/cancel", id=q + "B"), api.tell("complete", api.poll(q))), "C", "", 0),
+    ("purged from the middle", lambda api, q: (api.post("/purge", id=q + "B"), api.tell("complete", api.poll(q))), "C", "", 0),
+    ("head rescheduled", lambda api, q: api.post("/reschedule", id=q + "A", delay=30), "", "A", 30),
+    ("one behind rescheduled", lambda api, q: api.post("/reschedule", id=q + "B", delay=0, priority=9), "A", "", 0),
+    ("retried by hand, another runs", reopen_first, "", "", 0),
+    ("retried by hand, another waits for a poll", reopen_first_beside_a_pending_one, "A", "", 0),
+    ("retried, then the running one is done", reopen_and(lambda api, q: api.tell("complete", {"id": q + "B", "attempt": 1})), "A", "", 0),
+    ("retried, then the running one fails", reopen_and(lambda api, q: api.tell("fail", {"id": q + "B", "attempt": 1})), "A", "", 5),
+    ("retried, then the running one is released", reopen_and(
+        lambda api, q: api.tell("release", {"id": q + "B", "attempt": 1})), "A", "", 0),
+    ("retried, then the running one is lost", reopen_and(lambda api, q: api.advance(306)), "A", "", 0),
+    ("retried, then the running one is cancelled", reopen_and(lambda api, q: api.post("/cancel", id=q + "B")), "A", "", 0),
+    ("retried twice", reopen_and(lambda api, q: (api.post("/cancel", id=q + "A"), api.post("/retry", id=q + "A"))), "", "", 0),
+    ("paused", lambda api, q: api.post("/pause", queue=q), "", "", 0),
+    ("a queue's status cancelled", lambda api, q: api.post("/cancel", queue=q, status="pending"), "", "", 0),
+]
+
+
+@pytest.mark.parametrize("change, now, later, seconds", [row[1:] for row in HEADS], ids=[row[0] for row in HEADS])
+def test_however_the_head_of_a_group_changes_one_job_at_a_time_runs_in_order(clocked, q, change, now, later, seconds):
+    in_group(clocked, q, max_retries=1)
+    change(clocked, q)
+    assert available(clocked, q) == now
+    if seconds:
+        clocked.advance(seconds - 0.5)
+        assert available(clocked, q) == ""
+        clocked.advance(0.6)
+        assert available(clocked, q) == later
+    row = clocked.queue(q)
+    assert row["running"] <= 1
+
+
+def test_the_head_of_a_group_that_waits_for_a_job_holds_up_those_behind_it(clocked, q):
+    block_first(clocked, q)
+    assert available(clocked, q) == ""
+    row = clocked.queue(q)
+    assert (row["waiting"], row["grouped"], row["pending"]) == (1, 2, 3)
+    run_job(clocked, q + "-other")
+    assert available(clocked, q) == "A"
+    clocked.post("/cancel", id=q + "A")
+    assert available(clocked, q) == "B"
+
+
+def test_a_job_behind_in_its_group_may_wait_for_its_time_or_for_a_job_as_well(clocked, q):
+    clocked.enqueue(q + "-other", id=q + "other")
+    clocked.enqueue(q, id=q + "A", group="g")
+    clocked.enqueue(q, id=q + "B", group="g", after=[q + "other"])
+    clocked.enqueue(q, id=q + "C", group="g", delay=10)
+    run_job(clocked, q + "-other")          # B does not become due by that
+    assert available(clocked, q) == "A"
+    clocked.tell("complete", {"id": q + "A", "attempt": 1})
+    assert available(clocked, q) == "B"
+    clocked.tell("complete", {"id": q + "B", "attempt": 1})
+    assert available(clocked, q) == "" and "scheduled" in why(clocked, {"id": q + "C"})
+    clocked.advance(10)
+    assert available(clocked, q) == "C"
+
+
+def test_an_expired_head_of_a_group_makes_room(clocked, q):
+    clocked.enqueue(q, id=q + "A", group="g", delay=60, expires=5)
+    clocked.enqueue(q, id=q + "B", group="g")
+    assert available(clocked, q) == ""
+    clocked.advance(6)
+    assert available(clocked, q) == "B"
+
+
+def test_groups_and_jobs_without_one_pass_by_and_priority_orders_groups_alone(clocked, q):
+    jobs = [("A", "g", 0), ("B", "g", 9), ("C", "h", 5), ("D", None, 7), ("E", "h", 9)]
+    clocked.post("/enqueue", jobs=[{"queue": q, "id": q + id, "priority": priority, **({"group": group} if group else {})}
+                                   for id, group, priority in jobs])
+    assert available(clocked, q) == "DCA"
+    assert clocked.queue(q)["grouped"] == 2
+    clocked.tell("complete", {"id": q + "A", "attempt": 1})
+    assert available(clocked, q) == "B"
+
+
+def test_a_group_belongs_to_its_queue_and_is_a_filter(clocked, q):
+    in_group(clocked, q, 2)
+    in_group(clocked, q + "-other", 1)
+    assert available(clocked, q) == available(clocked, q + "-other") == "A"
+    assert [job["id"] for job in clocked.get("/jobs?queue=%s&group=g" % q)["jobs"]] == [q + "B", q + "A"]
+    assert [job["group"] for job in clocked.get("/jobs?group=g&brief=true")["jobs"]] == ["g"] * 3
+    said = why(clocked, {"id": q + "B"})
+    assert '"%sA"' % q in said and "running" in said
+
+
+def test_in_a_batch_a_job_that_exists_already_holds_no_group_up(clocked, q):
+    clocked.enqueue(q, id=q + "A", group="g")
+    run_job(clocked, q)
+    clocked.post("/enqueue", jobs=[{"queue": q, "id": q + id, "group": "g"} for id in "ABC"])
+    assert available(clocked, q) == "B"
+
+
+def test_schedules_make_jobs_of_a_group(clocked, q):
+    assert clocked.post("/schedule", name=q, queue=q, every=60, group="g")["group"] == "g"
+    clocked.advance(61)
+    first = clocked.poll(q)
+    clocked.advance(60)
+    assert first["group"] == "g" and clocked.poll(q) is None
+    clocked.tell("complete", first)
+    assert clocked.poll(q)["group"] == "g"
+
+
+def test_a_waiting_poll_gets_the_next_job_of_a_group_at_once(engine, q):
+    in_group(engine, q, 2)
+    first = engine.poll(q)
+    with waiting(engine, q) as [poll]:
+        engine.tell("complete", first)
+        assert poll.result()["id"] == q + "B"
+
+
+def test_the_next_job_of_a_group_is_found_by_an_index_however_many_wait(clocked, q):
+    clocked.post("/enqueue", jobs=[{"queue": q, "group": "g"}] * 1000)
+    with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
+        for statement in (rundown_engine.ACTIVE_IN_GROUP, rundown_engine.FIRST_IN_GROUP):
+            plan = " | ".join(row[3] for row in db.execute("EXPLAIN QUERY PLAN " + statement, (q, "g")))
+            assert "USING INDEX jobs_group_next (queue=? AND group=? AND hold" in plan and "TEMP B-TREE" not in plan, plan
+
+
+def test_groups_hold_at_random(clocked, q):
+    dice, claims, order = random.Random(7), {}, {"g": [], "h": []}
+    for number in range(60):
+        id = "%s-%02d" % (q, number)
+        clocked.enqueue(q, id=id, group=dice.choice("gh"), max_retries=2)
+    for _ in range(1500):
+        for claim in clocked.poll(q, limit=9) or []:
+            assert claim["group"] not in claims, "two at a time"
+            claims[claim["group"]] = claim
+            if claim["attempt"] == 1:
+                order[claim["group"]].append(claim["id"])
+        if claims:
+            claim = claims.pop(dice.choice(sorted(claims)))
+            verb = dice.choice(["complete", "fail", "release", "cancel", "complete", "lose"])
+            if verb == "cancel":
+                clocked.post("/cancel", id=claim["id"])
+            elif verb == "lose":
+                claims.clear()
+                clocked.advance(306)
+            else:
+                clocked.tell(verb, claim)
+        page = clocked.get("/jobs?limit=100&queue=" + q)["jobs"]
+        ended = [job["id"] for job in page if job["status"] in ("failed", "cancelled")]
+        if ended and dice.random() < 0.2:
+            clocked.post("/retry", id=dice.choice(ended))
+        clocked.advance(dice.choice([0.1, 6, 21]))
+        if all(job["status"] == "done" for job in page):
+            break
+    assert [sorted(ids) for ids in order.values()] == list(order.values())
+    assert clocked.queue(q)["pending"] + clocked.queue(q)["running"] < 60
+
+
+# -- steps -------------------------------------------------------------------------------------------
+
+
+def test_the_first_result_of_a_step_is_kept_for_later_attempts(clocked, q):
+    clocked.enqueue(q, id=q + "a")
+    claim = clocked.poll(q)
+    assert "steps" not in claim
+    first = clocked.post("/step", id=claim["id"], attempt=1, name="charge", result={"n": 10**20, "é": 1.0})
+    assert first == {"id": claim["id"], "name": "charge", "created": True, "result": {"n": 10**20, "é": 1.0}}
+    again = clocked.post("/step", id=claim["id"], attempt=1, name="charge", result="other")
+    assert again == {**first, "created": False}
+    assert clocked.post("/step", id=claim["id"], attempt=1, name="a")["result"] is None
+    clocked.tell("release", claim)
+    assert list(clocked.poll(q)["steps"].items()) == [("charge", first["result"]), ("a", None)]
+    assert clocked.job(claim)["steps"]["charge"] == first["result"]
+    clocked.post("/cancel", id=claim["id"])
+    clocked.post("/retry", id=claim["id"])
+    assert clocked.poll(q, limit=1)[0]["steps"]["a"] is None
+
+
+def test_a_step_is_a_sign_of_life_and_refused_when_the_claim_is_gone(clocked, q):
+    clocked.enqueue(q, max_retries=1)
+    claim = clocked.poll(q, lease=10)
+    clocked.advance(9)
+    clocked.post("/step", id=claim["id"], attempt=1, name="one")
+    clocked.advance(9)
+    assert clocked.job(claim)["status"] == "running"
+    clocked.advance(2)
+    assert clocked.job(claim)["status"] == "pending"
+    code, answer = clocked.call("POST", "/step", {"id": claim["id"], "attempt": 1, "name": "two"})
+    assert code == 409 and answer["error"]
+    assert list(clocked.job(claim)["steps"]) == ["one"]
+
+
+def test_steps_are_bounded_in_number_and_size(clocked, q, monkeypatch):
+    monkeypatch.setattr(rundown_engine, "MAX_STEPS", 5)
+    claim = claimed(clocked, q)
+    for number in range(5):
+        clocked.post("/step", id=claim["id"], attempt=1, name="s%d" % number)
+    code, answer = clocked.call("POST", "/step", {"id": claim["id"], "attempt": 1, "name": "more"})
+    assert code == 413 and "5 steps" in answer["error"]
+    assert clocked.post("/step", id=claim["id"], attempt=1, name="s0")["created"] is False
+    monkeypatch.setattr(rundown_engine, "MAX_STEPS_SIZE", 1000)
+    large = claimed(clocked, q + "-large")
+    clocked.post("/step", id=large["id"], attempt=1, name="a", result="x" * 900)
+    code, answer = clocked.call("POST", "/step", {"id": large["id"], "attempt": 1, "name": "b", "result": "x" * 100})
+    assert code == 413 and "result" in answer["error"]
+
+
+def test_steps_are_deleted_with_their_job(clocked, q):
+    claim = claimed(clocked, q)
+    clocked.post("/step", id=claim["id"], attempt=1, name="one")
+    clocked.tell("complete", claim)
+    clocked.post("/purge", id=claim["id"])
+    with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
+        assert db.execute("SELECT * FROM steps").fetchall() == []
+
+
+# -- pending jobs are changed ------------------------------------------------------------------------
+
+
+def test_reschedule_changes_time_and_priority_of_a_pending_job(clocked, q):
+    job = clocked.enqueue(q, delay=100)
+    other = clocked.enqueue(q)
+    answer = clocked.post("/reschedule", id=job["id"], delay=0, priority=1)
+    assert (answer["status"], answer["priority"]) == ("pending", 1)
+    assert [one["id"] for one in clocked.poll(q, limit=9)] == [job["id"], other["id"]]
+    for id, status in ((job["id"], 409), ("nobody", 404)):
+        assert clocked.call("POST", "/reschedule", {"id": id, "delay": 1})[0] == status
+    late = clocked.enqueue(q)
+    clocked.post("/reschedule", id=late["id"], run_at="2027-01-15T09:00:00Z")
+    assert clocked.poll(q) is None and clocked.job(late)["next_run_at"] == "2027-01-15T09:00:00.000000Z"
+    code, answer = clocked.call("POST", "/reschedule", {"id": late["id"]})
+    assert code == 400 and "delay" in answer["error"]
+    code, answer = clocked.call("POST", "/reschedule", {"id": late["id"], "delay": 1, "run_at": "2027-01-15T09:00:00Z"})
+    assert code == 400 and "exclude" in answer["error"]
+
+
+def test_reschedule_takes_a_batch_and_wakes_a_waiting_poll(engine, q):
+    jobs = [engine.enqueue(q, delay=1000) for _ in range(2)]
+    with waiting(engine, q) as [poll]:
+        answer = engine.post("/reschedule", jobs=[{"id": jobs[0]["id"], "delay": 0}, {"id": "nobody", "delay": 0}])
+        assert poll.result()["id"] == jobs[0]["id"]
+    assert [item.get("code") for item in answer["jobs"]] == [None, 404]
+
+
+def test_reschedule_makes_a_retry_run_now(clocked, q):
+    claim = claimed(clocked, q, max_retries=3)
+    clocked.tell("fail", claim, delay=1000)
+    clocked.post("/reschedule", id=claim["id"], delay=0)
+    assert clocked.poll(q)["attempt"] == 2
+
+
+def test_a_key_until_start_is_free_once_the_job_is_handed_out(clocked, q):
+    first = clocked.enqueue(q, key="k", key_until="start", max_retries=1)
+    assert clocked.enqueue(q, key="k")["created"] is False
+    claim = clocked.poll(q)
+    assert (claim["id"], claim["key"]) == (first["id"], "k")
+    second = clocked.enqueue(q, key="k")
+    assert second["created"] is True and clocked.job(first)["key"] == "k"
+    clocked.tell("fail", claim)
+    assert clocked.enqueue(q, key="k")["id"] == second["id"]
+    held = clocked.enqueue(q, key="other", key_until="end")
+    clocked.poll(q, limit=9)
+    assert clocked.enqueue(q, key="other")["id"] == held["id"]
+
+
+def test_replace_gives_a_pending_job_new_values_and_makes_a_debounce(clocked, q):
+    fields = {"key": "k", "key_until": "start", "delay": 10, "replace": True}
+    job = clocked.enqueue(q, 1, tag="old", **fields)
+    clocked.advance(6)
+    again = clocked.enqueue(q, 2, priority=3, timeout=7, max_retries=2, **fields)
+    assert (again["id"], again["created"], again["replaced"]) == (job["id"], False, True)
+    assert (again["payload"], again["tag"], again["priority"], again["timeout"], again["max_retries"]) == (2, None, 3, 7, 2)
+    clocked.advance(6)
+    assert clocked.poll(q) is None
+    clocked.advance(5)
+    assert clocked.poll(q)["payload"] == 2
+    assert clocked.enqueue(q, 3, **fields)["created"] is True
+
+
+def test_replace_leaves_a_job_that_has_started_as_it_is(clocked, q):
+    claim = claimed(clocked, q, payload=1, key="k", max_retries=1)
+    for _ in range(2):
+        again = clocked.enqueue(q, 2, key="k", replace=True)
+        assert (again["created"], again.get("replaced"), again["payload"]) == (False, None, 1)
+        clocked.tell("fail", claim)
+
+
+@pytest.mark.parametrize("field, value", [("replace", True), ("key_until", "start"), ("after_any", True)])
+def test_what_needs_another_field_is_refused_without_it(engine, q, field, value):
+    code, answer = engine.call("POST", "/enqueue", {"queue": q, field: value})
+    assert code == 400 and field in answer["error"] and engine.count(q) == 0
+
+
+def test_a_job_that_has_not_started_in_time_expires(clocked, q):
+    late, started = clocked.enqueue(q, expires=5), clocked.enqueue(q + "-b", expires=5, max_retries=1)
+    timed = clocked.enqueue(q + "-c", run_at="2027-01-15T08:01:00Z", expires=5)
+    assert late["expires_at"] == "2027-01-15T08:00:05.000000Z" and timed["expires_at"] == "2027-01-15T08:01:05.000000Z"
+    clocked.tell("fail", clocked.poll(q + "-b"))
+    clocked.post("/pause", queue=q)
+    clocked.advance(5.5)
+    job = clocked.job(late)
+    assert (job["status"], job["error"], job["attempts"]) == ("cancelled", "expired", [])
+    assert clocked.poll(q + "-b")["id"] == started["id"]
+    clocked.advance(60)
+    assert clocked.job(timed)["status"] == "cancelled"
+    clocked.post("/retry", id=late["id"])
+    clocked.post("/resume", queue=q)
+    assert clocked.poll(q)["id"] == late["id"]
+
+
+def test_a_poll_is_given_no_job_that_has_expired(clocked, q):
+    clocked.post("/enqueue", jobs=[{"queue": q, "expires": 5}] * 1200 + [{"queue": q, "id": q + "good"}])
+    clocked.clock.move(6)
+    assert clocked.poll(q, wait=20)["id"] == q + "good"
+    clocked.advance(0)
+    assert clocked.queue(q)["cancelled"] == 1200
+
+
+@pytest.mark.parametrize("verb, status, becomes", [
+    ("cancel", "pending", "cancelled"), ("retry", "failed", "pending"), ("purge", "done", None)])
+def test_cancel_retry_and_purge_answer_each_item_of_a_batch(engine, q, verb, status, becomes):
+    jobs = [job_in(engine, status, q + letter)["id"] for letter in "ab"]
+    running = job_in(engine, "running", q)["id"]
+    answer = engine.post("/" + verb, jobs=[{"id": jobs[0]}, {"id": "nobody"}, {"id": jobs[1]}, {"queue": q}])["jobs"]
+    assert [item["id"] for item in answer] == [jobs[0], "nobody", jobs[1], None]
+    assert [item.get("code") for item in answer] == [None, 404, None, 400]
+    assert answer[0]["status"] == (becomes or "purged")
+    for id in jobs:
+        assert engine.call("GET", "/jobs/" + id)[1].get("status") == becomes
+    if verb != "cancel":
+        assert engine.post("/" + verb, jobs=[{"id": running}])["jobs"][0]["code"] == 409
+
+
+def test_cancel_retry_and_purge_take_a_tag(engine, q):
+    for tag in ("a", "b"):
+        engine.post("/enqueue", jobs=[{"queue": q, "tag": q + tag}] * 2)
+    assert engine.post("/cancel", queue=q, status="pending", tag=q + "a") == {"count": 2}
+    assert engine.post("/retry", tag=q + "a", status="cancelled") == {"count": 2}
+    assert engine.post("/cancel", tag=q + "b") == {"count": 2}
+    assert engine.post("/purge", tag=q + "b") == {"count": 2}
+    assert engine.count(q) == 2
+
+
+def test_retry_of_a_status_covers_all_queues(clocked, q):
+    for queue in (q, q + "x"):
+        clocked.tell("fail", claimed(clocked, queue), retry=False)
+    assert clocked.post("/retry", status="failed") == {"count": 2}
+
+
+def test_search_finds_text_in_payload_error_result_tag_and_id(clocked, q):
+    for number, fields in enumerate([{"payload": {"name": "Größe"}}, {"tag": "100%_sure"}, {"payload": 'a "quote"'}]):
+        clocked.enqueue(q, id="%s-%d" % (q, number), **fields)
+    clocked.tell("fail", claimed(clocked, q + "b", id=q + "-3"), error="disk full: sda1", retry=False)
+    clocked.tell("complete", claimed(clocked, q + "c", id=q + "-4"), result=["thumb.PNG"])
+    for text, number in [("Größe", 0), ("100%_", 1), ('"quote"', 2), ("SDA1", 3), ("thumb.png", 4), (q + "-2", 2), ('{"name":', 0)]:
+        found = clocked.get("/jobs?search=" + urllib.parse.quote(text))
+        assert [job["id"] for job in found["jobs"]] == ["%s-%d" % (q, number)], text
+        assert found["after"] is None
+    assert clocked.get("/jobs?search=nothing&queue=" + q)["jobs"] == []
+
+
+def test_a_page_looks_at_a_bounded_number_of_jobs_and_says_where_to_go_on(clocked, q, monkeypatch):
+    monkeypatch.setattr(rundown_engine, "MAX_ROWS_SEARCHED", 100)
+    clocked.enqueue(q, "needle", id=q + "needle")
+    clocked.post("/enqueue", jobs=[{"queue": q + "hay"}] * 450)
+    for query in ("search=needle", "queue=" + q, "queue=%s&status=pending" % q):
+        found, pages, after = [], 0, ""
+        while after is not None:
+            page = clocked.get("/jobs?%s%s" % (query, "&after=" + after if after else ""))
+            found += [job["id"] for job in page["jobs"]]
+            pages, after = pages + 1, page["after"]
+        assert found == [q + "needle"] and pages == 5
+
+
 # -- limits of a queue -----------------------------------------------------------------------------
 
 
@@ -2081,7 +2557,13 @@ def test_cron_agrees_with_a_walk_over_the_minutes_of_four_years_for_300_expressi
     ("30 2 * * *", "2026-03-28T00:00", "Europe/Berlin", ["2026-03-28 01:30", "2026-03-29 01:00", "2026-03-30 00:30"]),
     ("*/20 2 * * *", "2026-03-29T00:00", "Europe/Berlin", ["2026-03-29 01:00", "2026-03-30 00:00"]),
     ("30 2 * * *", "2026-10-24T12:00", "Europe/Berlin", ["2026-10-25 00:30", "2026-10-26 01:30"]),
-    ("30 * * * *", "2026-10-25T00:00", "Europe/Berlin", ["2026-10-25 00:30", "2026-10-25 02:30"]),
+    ("30 * * * *", "2026-10-25T00:00", "Europe/Berlin", ["2026-10-25 00:30", "2026-10-25 01:30", "2026-10-25 02:30"]),
+    ("*/30 * * * *", "2026-11-01T05:15", "America/New_York", [
+        "2026-11-01 05:30", "2026-11-01 06:00", "2026-11-01 06:30", "2026-11-01 07:00"]),
+    ("0 * * * *", "2026-11-01T04:30", "America/New_York", ["2026-11-01 05:00", "2026-11-01 06:00", "2026-11-01 07:00"]),
+    ("0 1-5 * * *", "2026-11-01T04:30", "America/New_York", ["2026-11-01 05:00", "2026-11-01 07:00"]),
+    ("15 * 1 11 *", "2026-11-01T05:00", "America/New_York", ["2026-11-01 05:15", "2026-11-01 06:15", "2026-11-01 07:15"]),
+    ("*/15 * * * *", "2026-04-04T14:30", "Australia/Lord_Howe", ["2026-04-04 14:45", "2026-04-04 15:00", "2026-04-04 15:15"]),
     ("30 2 * * *", "2026-03-08T00:00", "America/New_York", ["2026-03-08 07:00", "2026-03-09 06:30"]),
     ("30 1 * * *", "2026-11-01T00:00", "America/New_York", ["2026-11-01 05:30", "2026-11-02 06:30"]),
     ("10 2 * * *", "2026-10-03T12:00", "Australia/Lord_Howe", ["2026-10-03 15:30", "2026-10-04 15:10"]),
@@ -6081,7 +6563,8 @@ def test_a_worker_whose_outcomes_are_not_taken_takes_no_more_than_a_bound(work, 
 def test_a_burst_ends_after_an_outcome_that_came_too_late(own, work, q):
     engine = own()
     job = engine.enqueue(q)
-    worker = work(handler(q, "import time\ntime.sleep(1)"), engine, run="rw.run(burst=True)")
+    deaf = "rw.Heartbeat._wait_for_loss = lambda self, seconds: False\n"
+    worker = work(deaf + handler(q, "time.sleep(1)"), engine, run="rw.run(burst=True)")
     until(lambda: engine.job(job)["status"] == "running")
     engine.post("/cancel", id=job["id"])
     assert worker.process.wait(15) == 0 and "lost before its outcome" in worker.log()
@@ -11140,10 +11623,27 @@ class Model:
         for queue in self.queues.values():
             queue["full_at"] += by if queue["rate"] else 0
 
-    def restart(self):
-        """The engine starts again: its clock is the wall clock, and leases are looked after."""
+    def set_back(self, by, before):
+        """The clock was set back over a restart: what is counted in seconds moves with it."""
+        self.shift(by)
+        for job in self.jobs.values():
+            if job.status == "pending":
+                if job.hold in (BLOCKED, QUEUED) and job.next_run_at <= before:
+                    job.next_run_at = min(job.next_run_at, self.clock.now())
+                elif not job.is_timed and (job.hold in (BLOCKED, QUEUED) or (job.hold, job.attempt) == (DELAYED, 0)):
+                    job.next_run_at += by
+                if job.expires_at is not None and not job.attempt and not job.is_timed:
+                    job.expires_at += by
+
+    def restart(self, before):
+        """The engine starts again: its clock is the wall clock, and leases are looked after.
+
+        `before` is the time that it knows to have been before.
+        """
         self.clock = ModelClock(self.clock.steady, self.clock.wall)
         now = self.clock.now()
+        if before > now + MICRO:
+            self.set_back(now - before, before)
         for job in self.jobs.values():
             if job.status == "running":
                 job.started_at = min(job.started_at, now)
@@ -11397,6 +11897,7 @@ class Model:
     def release(self, id, attempt=None):
         job, is_new = self.claimed("release", id, attempt)
         if is_new:
+            job.next_run_at = min(job.next_run_at, self.clock.now())
             self.move_to(job, "pending", "released")
         return {"id": id, "status": "pending"}
 
@@ -11634,6 +12135,11 @@ class KilledEngine:
             self.process.stdin.close()
         self.process.stdout.close()
 
+    def last_time(self):
+        """The time that the engine that was killed has reached, as its successor finds it."""
+        with contextlib.closing(sqlite3.connect(str(self.database))) as db:
+            return db.execute(rundown_engine.LAST_TIME).fetchone()[0] or 0
+
     def call(self, method, path, body=None):
         return self.api.call(method, path, body, over=self.connection)
 
@@ -11759,8 +12265,9 @@ class Comparison:
             self.model.move(**fields)
         elif call == "kill":
             self.engine.kill()
+            before = self.engine.last_time()
             self.engine.start()
-            self.model.restart()
+            self.model.restart(before)
         elif call == "interrupt":
             return self.interrupt(**fields)
         elif call == "look":
@@ -11777,12 +12284,13 @@ class Comparison:
             "POST", "/" + call, body, {"Content-Type": "application/json"})
         time.sleep(pause)
         self.engine.kill()
+        before = self.engine.last_time()
         self.engine.start()
         done = copy.deepcopy(self.model)
         model_answers(done, call, fields)
         found = engine_state(self.engine)
         for model in (self.model, done):
-            model.restart()
+            model.restart(before)
         if model_state(done) == found:
             self.model = done
         return difference(model_state(self.model), found)
@@ -12804,7 +13312,7 @@ def test_container_a_read_only_root_with_a_writable_volume_is_enough_for_the_eng
     folder = volume(tmp_path)
     engine = own(prefix=namespace(READ_ONLY, folder), folder=folder, env=NO_TEMPORARY_FOLDER)
     dice = random.Random(1)     # ids that touch many pages: then a statement's journal leaves the memory
-    for count in (10000, 1, 10, 50, 200, 1000):
+    for count in (4000, 1, 10, 50, 200, 1000):
         engine.post("/enqueue", jobs=[
             {"queue": q, "payload": "x" * 300, "id": "%032x" % dice.getrandbits(128)} for _ in range(count)])
     with ThreadPoolExecutor(20) as pool:
