@@ -5145,12 +5145,12 @@ SCHEMAS = {
     'Job': table_schema(
         JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
         attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER,
-        steps={'type': 'object'}, replaced=BOOLEAN),
+        steps={'type': 'object'}, replaced=BOOLEAN, warning=STRING,
+        needed_by=list_schema(STRING)),
     'JobPage': page_schema('jobs', reference('Job')),
-    # of a report; in a batch `error` and `code` say that the item is refused
     'Outcome': object_schema(
-        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER,
-        error=STRING, code=INTEGER),
+        'id status', id=STRING, status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER),
+    'Refusal': object_schema('id error code', id=or_null(STRING), error=STRING, code=INTEGER),
     'Step': object_schema('id name created result', id=STRING, name=STRING, created=BOOLEAN,
                           result={}),
     'Count': object_schema('count', count=INTEGER),
@@ -5184,6 +5184,7 @@ class Call(NamedTuple):
     summary: str
     response: Dict[str, Any]
     content_type: str = 'application/json'
+    item: Optional[Dict[str, Any]] = None       # in the response to a batch; None: as `response`
 
 
 CALLS = {       # a route that is not here is described by its fields alone
@@ -5195,9 +5196,12 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
     '/step': Call('step', 'Keep the result of a step; the first one stays.', reference('Step')),
     '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
-    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
-    '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
-    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count'),
+                    item=reference('Outcome')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Count'),
+                   item=reference('Outcome')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count'),
+                   item=reference('Outcome')),
     '/reschedule': Call('reschedule', 'Change a pending job.', reference('Outcome')),
     '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
     '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
@@ -5257,7 +5261,10 @@ def openapi_operation(path, route):
     call = CALLS.get(path, Call(path.strip('/'), '', {}))
     schema = call.response
     if 'jobs' in route.rules:
-        schema = either(schema, object_schema('jobs', jobs=list_schema(schema)))
+        item = call.item or schema
+        if path != '/enqueue':      # that one takes all or nothing
+            item = either(item, reference('Refusal'))
+        schema = either(schema, object_schema('jobs', jobs=list_schema(item)))
     error = {'application/json': {'schema': reference('Error')}}
     operation = {
         'operationId': call.name,
