@@ -7020,6 +7020,27 @@ def test_track_without_every_shows_progress_and_begins_at_the_start(engine, work
     assert engine.job(job)["progress"] == {"done": 3, "total": 3}
 
 
+@pytest.mark.parametrize("kind", ["thread", "isolated"])
+def test_progress_that_is_older_than_a_checkpoint_does_not_replace_it(engine, work, q, kind):
+    job = engine.enqueue(q)
+    body = """
+        for number in range(40):
+            rw.progress(["old", number])
+            if number % 10 == 9:
+                time.sleep(0.1)
+            rw.checkpoint(number)
+            say(number)
+        time.sleep(1)
+    """
+    source = "rw.PROGRESS_INTERVAL = rw.WATCH_INTERVAL = 0.001\n" + handler(q, body, isolate=kind == "isolated")
+    worker = work(source, run=BURST)
+    while worker.process.poll() is None:
+        last = len(worker.said()) - 1       # the last checkpoint that is known to be on disk
+        progress = engine.job(job)["progress"]
+        assert last < 0 or (progress >= last if isinstance(progress, int) else progress[1] > last)
+    assert engine.job(job)["progress"] == 39
+
+
 def test_a_step_of_a_claim_that_is_gone_raises_lost(engine, work, q):
     body = """
         time.sleep(0.3)
