@@ -5490,8 +5490,9 @@ def set_django_error(result, error):
     from django.utils import timezone
     claim = current.get()
     is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
-    is_retried = claim.job['retries'] < claim.job['max_retries'] and not isinstance(error, Abort)
-    if is_lost or is_retried:
+    # the task may have changed the job
+    has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
+    if is_lost or (has_retries and not isinstance(error, Abort)):
         return False
     text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
     result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
@@ -5529,11 +5530,11 @@ def command_django(client, options):
     if options.reload:
         reloader.start()
     backends = find_django_backends()
+    from django.db import connections
     register_django_queues(backends, options.queues)
     outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
     with contextlib.ExitStack() as forwarders:
         for database, host in outboxes:
-            from django.db import connections
             connect = functools.partial(connections.create_connection, database)
             if options.burst:
                 forward(connect, host)      # before the worker finds that nothing is due
