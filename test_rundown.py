@@ -7934,10 +7934,10 @@ def typed_project(folder):
     for file in (rundown_engine.__file__, rw.__file__):
         shutil.copy(file, str(folder))
     (folder / "program.py").write_text(TYPED)
-    (folder / "wrong.py").write_text(WRONGLY_TYPED)
+    (folder / "wrong.py").write_text(WRONG_IN_PYTHON)
 
 
-WRONGLY_TYPED = """
+WRONG_IN_PYTHON = """
 import rundown_workers as rw
 
 @rw.task
