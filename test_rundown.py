@@ -5781,6 +5781,7 @@ def test_delay_and_run_at_of_the_sdk_say_when(engine, q):
 def test_the_client_has_a_method_for_each_call(engine, q):
     client = rw.Client(engine.url)
     calls = {path.strip("/") for path in rundown_engine.ROUTES} - {"", "docs", "metrics", "backup", "status"}
+    calls -= {"rundown.mjs", "openapi.json"}
     assert {call for call in calls if not callable(getattr(client, call, None))} == set()
     client.enqueue(q, 1, max_retries=1)
     job = client.poll(q)
@@ -7993,7 +7994,8 @@ def test_help_shows_what_a_queue_s_enqueue_and_a_task_s_delay_take():
 
 def test_all_that_is_public_is_annotated():
     public = [getattr(rw, name) for name in rw.__all__]
-    public += [method for kind in (rw.Client, rw.Job, rw.App, rw.Testing) for name, method in vars(kind).items()
+    kinds = (*rw.Client.__mro__, rw.Job, *rw.App.__mro__, rw.Testing)
+    public += [method for kind in kinds for name, method in vars(kind).items()
                if not name.startswith("_") and inspect.isfunction(method)]
     for one in public:
         if not inspect.isclass(one):
@@ -8397,6 +8399,39 @@ def test_the_command_line_waits_for_a_job(engine, q):
         assert not waited.done()
         engine.tell("complete", job, result=5)
         assert waited.result(10)["result"] == 5
+
+
+def test_the_client_changes_finds_and_batches_jobs(engine, q):
+    client = rw.Client(engine.url)
+    options = dict(group="g" + q, key="k", key_until="start", tag="tag" + q, delay=100, expires=datetime.timedelta(hours=1))
+    job = client.enqueue(q, {"a": "needle" + q}, **options)
+    assert (job["group"], job["key"]) == ("g" + q, "k") and job["expires_at"] > job["next_run_at"]
+    assert [found["id"] for found in client.jobs(search="needle" + q)["jobs"]] == [job["id"]]
+    assert [found["id"] for found in client.jobs(queue=q, group="g" + q)["jobs"]] == [job["id"]]
+    assert client.enqueue(q, 2, replace=True, **options)["replaced"] and engine.job(job)["payload"] == 2
+    assert client.reschedule(job["id"], delay=0, priority=7)["priority"] == 7
+    replies = client.reschedule(jobs=[job, "nobody"], run_at=datetime.datetime.now())["jobs"]
+    assert replies[0]["id"] == job["id"] and replies[1]["code"] == 404
+    assert client.cancel(queue=q, status="pending", tag="tag" + q) == {"count": 1}
+    assert client.retry(jobs=[job])["jobs"][0]["status"] == "pending"
+    claim = client.poll(q)
+    assert client.step(claim["id"], claim["attempt"], "one", {"x": 1})["created"]
+    assert client.step(claim["id"], claim["attempt"], "one", 2)["result"] == {"x": 1}
+    client.complete(claim["id"], claim["attempt"])
+    assert client.purge(id=job["id"]) == {"count": 1}
+    assert client.schedule(q, q, every=5, group="g")["group"] == "g"
+
+
+def test_the_command_line_reschedules_searches_and_retries_everywhere(own, q):
+    engine = own()
+    job = rundown(engine, "enqueue", q, '"needle"', "--delay", "100", "--group", "g", "--key", "k", "--key-until", "start",
+                  "--expires", "500", "--tag", "t")
+    assert rundown(engine, "reschedule", job["id"], "--delay", "0", "--priority", "3")["priority"] == 3
+    assert rundown(engine, "jobs", "--search", "needle", "--group", "g")["jobs"][0]["id"] == job["id"]
+    engine.tell("fail", engine.poll(q), error="no", retry=False)
+    assert rundown(engine, "retry", "--status", "failed") == {"count": 1}
+    assert rundown(engine, "cancel", "--queue", q, "--status", "pending", "--tag", "t") == {"count": 1}
+    assert rundown(engine, "purge", job["id"]) == {"count": 1}
 
 
 SDK_FILE = str(HERE / "rundown_workers.py")
