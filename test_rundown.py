@@ -12406,6 +12406,7 @@ class Promises:
     def __init__(self):
         self.streams = collections.defaultdict(bytes)   # what was sent and is no whole response
         self.jobs = collections.defaultdict(dict)       # `payload`, `attempt`, `status`, by id
+        self.steps = {}                                 # results, by the job's id and the name
 
     def send(self, event):
         """The response counts from the moment at which it begins to be sent."""
@@ -12423,14 +12424,19 @@ class Promises:
     def _note(self, answer):
         jobs = answer if isinstance(answer, list) else answer.get("jobs", [answer])
         for job in jobs:
-            if "id" in job and "code" not in job:
+            if "name" in job and "result" in job:
+                self.steps[job["id"], job["name"]] = job["result"]
+            elif "id" in job and "code" not in job:
                 known = self.jobs[job["id"]]
                 known.update({name: job[name] for name in ("payload", "attempt") if name in job})
                 if job.get("status") in ("done", "failed", "cancelled"):
                     known["status"] = job["status"]
 
-    def broken_by(self, rows):
+    def broken_by(self, rows, steps):
         """The promises that the rows of a database do not keep, a sentence each."""
+        for (id, name), result in self.steps.items():
+            if steps.get((id, name), "nothing") != result:
+                yield "step %s of %s was acknowledged and is gone" % (name, id)
         for id, known in self.jobs.items():
             row = rows.get(id)
             if row is None:
@@ -12477,8 +12483,11 @@ def load(engine, number, deadline):
                     for id in itertools.islice(ids, dice.choice([1, 1, 1, 9]))]
             call("/enqueue", jobs=jobs)
             for claim in call("/poll", queue="load", limit=dice.randrange(1, 9)) or []:
-                verb = dice.choice(["/complete", "/complete", "/fail", "/release", "/heartbeat"])
-                call(verb, id=claim["id"], attempt=claim["attempt"])
+                claimed = {"id": claim["id"], "attempt": claim["attempt"]}
+                if dice.random() < 0.3:
+                    call("/step", name="s%d" % claim["attempt"], result=[number], **claimed)
+                verbs = ["/complete", "/complete", "/fail", "/release", "/heartbeat"]
+                call(dice.choice(verbs), **claimed)
 
 
 class PowerCuts(NamedTuple):
@@ -12507,15 +12516,15 @@ def cut_power(folder, cuts, seconds, seed, *options):
             cut = folder / ("cut%d" % number)
             cut.mkdir()
             try:
-                rows = reopened(cut, disk.after_cut(dice))
-                broken += ["cut %d: %s" % (number, one) for one in promises.broken_by(rows)]
+                found = reopened(cut, disk.after_cut(dice))
+                broken += ["cut %d: %s" % (number, one) for one in promises.broken_by(*found)]
             except AssertionError as error:
                 damage.append("cut %d: %s" % (number, error))
     return PowerCuts(broken, damage, len(events), len(promises.jobs))
 
 
 def reopened(folder, files):
-    """The jobs of a database, by id, after an engine has opened it; AssertionError if it is damaged."""
+    """Jobs and steps of a database that an engine has opened; AssertionError if it is damaged."""
     for name, content in files.items():
         if not name.endswith("-shm"):       # shared memory does not survive a power cut
             (folder / name).write_bytes(content)
@@ -12530,8 +12539,10 @@ def reopened(folder, files):
         integrity = [row[0] for row in db.execute("PRAGMA integrity_check")]
         assert integrity == ["ok"], integrity[:3]
         rows = {row["id"]: dict(row) for row in db.execute("SELECT * FROM jobs")}
+        steps = {(id, name): json.loads(result) for id, name, result in db.execute(
+            "SELECT id, name, steps.result FROM steps JOIN jobs ON seq = job")}
     shutil.rmtree(str(folder))
-    return rows
+    return rows, steps
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
