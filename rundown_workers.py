@@ -1662,7 +1662,7 @@ def inputs() -> list[Any]:
 T = TypeVar('T')
 
 
-def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def step(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Do a part of the job once: call the function and keep its result, or return the kept result.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
@@ -1675,7 +1675,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1685,7 +1685,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 async def async_step(claim, name, function, args, kwargs):
     if claim is None:
         return await function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
@@ -1826,13 +1826,18 @@ def describe_job(job):
 class Saver:
     """What a claim saves while its handler runs. A subclass has the attributes that are used."""
 
+    def begin_step(self):
+        self.leave_if_stopping()
+        if self.steps is None:
+            self.steps = {}
+
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
         body = f'{self.json_prefix},"name":{as_json(name, "name")},"result":{text}}}'
         return self._save('/step', body)['result']
 
     def save_progress(self, text):
-        self.progress.clear()       # what is older must not come later
+        self.drop_progress()
         self._save('/heartbeat', f'{self.json_prefix},"progress":{text}}}')
         self.leave_if_stopping()
 
@@ -2002,16 +2007,24 @@ def run_handler(handlers, job, around=()):
     process = os.getpid()
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
-        with surroundings(around, job):
-            result = function(*args, **kwargs)
-            if inspect.iscoroutine(result):
-                result = current.get().run_coroutine(result)
+        if around:
+            with surroundings(around, job):
+                result = call_handler(function, args, kwargs)
+        else:
+            result = call_handler(function, args, kwargs)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
         if os.getpid() != process:
             os._exit(1)         # a process that the handler forked must not go on as a worker
     return completion(result)
+
+
+def call_handler(function, args, kwargs):
+    result = function(*args, **kwargs)
+    if isinstance(result, types.CoroutineType):
+        return current.get().run_coroutine(result)
+    return result
 
 
 async def run_async_handler(handlers, job, around=()):
@@ -2029,13 +2042,8 @@ async def run_async_handler(handlers, job, around=()):
     return completion(result)
 
 
-NO_SURROUNDINGS = contextlib.nullcontext()
-
-
 def surroundings(around, job):
     """A context manager made of the generator functions that wrap each run of a handler."""
-    if not around:
-        return NO_SURROUNDINGS
     stack = contextlib.ExitStack()
     try:
         for function in around:
@@ -2113,7 +2121,7 @@ class Claim(Saver):
         self.timeout = job['timeout']       # seconds
         self.json_prefix = json_prefix(job)
         # written by the handler's threads
-        self.steps = job.get('steps') or {}     # results by name
+        self.steps = job.get('steps')       # results by name; None: there are none
         # changed with the lock held, once each
         self.lock = threading.Lock()
         self.outcome = None                 # None: not finished
@@ -2126,7 +2134,8 @@ class Claim(Saver):
         self.progress_sent_at = now
         # written by the thread that finishes it, read by the reporter
         self.report_item = None             # the item of the batch that reports the outcome
-        # touched by the reporter only
+        # written by the reporter only
+        self.is_sending_progress = False
         self.was_refused = False            # the engine refused an outcome
         # written by the event loop's thread
         self.asyncio_task = None            # of an async handler, once it has begun
@@ -2155,6 +2164,11 @@ class Claim(Saver):
         fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
         self.outcome = outcome
         self.report_item = f'{self.json_prefix}{fields}}}'
+
+    def drop_progress(self):
+        """What is older than a checkpoint must not arrive after it."""
+        self.progress.clear()
+        until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
         """Raise Lost if the claim is over, or if the worker stops: then give the job back."""
@@ -2205,7 +2219,8 @@ class Slot:
 
     def _run_claim(self, claim):
         current.set(claim)
-        self.call_hooks('start', claim, None)
+        if self.consumer.hooks['start']:
+            self.call_hooks('start', claim, None)
         outcome = self.run(claim)
         if claim.try_finish(outcome):
             self.consumer.on_finished(claim, outcome)
@@ -2698,6 +2713,7 @@ class Consumer:
         self.config = config
         self.name = config.name
         self.concurrency = concurrency
+        self.hooks = worker.app.hooks       # by event
         self.handlers = HandlerTable(config.functions)
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
@@ -2760,7 +2776,8 @@ class Consumer:
             if self.lines_this_tick <= MAX_LOG_LINES_PER_TICK:
                 note(logging.INFO, '%s done in %.3f s', claim, seconds)
         event = 'success' if succeeded else 'failure'
-        claim.slot.call_hooks(event, claim, outcome.value)
+        if self.hooks[event]:
+            claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
         self._update_pace(time.monotonic() - claim.started_at)
         self._remove(claim)
@@ -2805,13 +2822,13 @@ class Consumer:
         self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
-        for function in self.worker.app.hooks[event] if only is None else only:
+        for function in self.hooks[event] if only is None else only:
             call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
         """Log an event and call its hooks, in a thread of their own, if the claim has started."""
         note(logging.WARNING, '%s ' + text, claim, *values)
-        if self.worker.app.hooks[event] and claim.started_at is not None:
+        if self.hooks[event] and claim.started_at is not None:
             hooks = threading.Thread(
                 target=self.call_hooks, args=(event, claim, error), daemon=True)
             hooks.start()
@@ -3082,27 +3099,35 @@ class Reporter:
         requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
         for claim in claims:
             if claim.progress:
-                text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
-                requests['heartbeat'].append((claim, text))
+                claim.is_sending_progress = True    # before it is taken: see drop_progress()
+                try:
+                    text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
+                    requests['heartbeat'].append((claim, text))
+                except IndexError:
+                    claim.is_sending_progress = False
             if claim.report_item:
                 requests[claim.outcome.call].append((claim, claim.report_item))
         return requests
 
     def _on_answer(self, call, claim, answer):
         if call == 'heartbeat':
+            claim.is_sending_progress = False
             on_heartbeat_answer(claim, answer)
             if is_temporary(answer):
                 self.claims.put(claim)
             return
         code = answer.get('code')
-        reason = answer.get('error')
+        if not code:
+            self.session.forget(claim)
+            return
         if is_temporary(answer):
             self.claims.put(claim)
             return
+        reason = answer.get('error')
         if code in GONE:
             text = 'lost before its outcome (%s) was known: %s'
             claim.consumer.log_and_notify('lost', claim, Lost(reason), text, call, reason)
-        elif code:
+        else:
             note(logging.ERROR, '%s: the engine refused its %s: %s', claim, call, reason)
             if not claim.was_refused and call in ('complete', 'fail'):
                 claim.was_refused = True
@@ -3499,6 +3524,7 @@ process_lock = threading.Lock()
 READY = 'ready'             # the handler's module is imported
 STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
+DROP_PROGRESS = 'drop'      # it waits for an answer, the same, when none is sent any more
 LOGGED = 'logged'           # the attributes of a log record
 LEFT = 'left'               # the worker stops, and the job is to be given back
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
@@ -3598,9 +3624,12 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # finished from outside, when there was no process to kill
             return claim.outcome
-        while kind in (STARTED, PROGRESS_MADE, LEFT):
+        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
             if kind == PROGRESS_MADE:
                 claim.show_progress(value)
+            if kind == DROP_PROGRESS:
+                claim.drop_progress()
+                self._write(DROP_PROGRESS)
             if kind == LEFT:
                 self.consumer.let_go(claim)
             kind, value = self._receive()
@@ -3645,7 +3674,7 @@ class IsolatedSlot(Slot):
 
         If the process is gone, call all of them here.
         """
-        hooks = self.consumer.worker.app.hooks[event]
+        hooks = self.consumer.hooks[event]
         if event == 'start' or self.process is not None:
             hooks = [hook for hook in hooks if not has_place(hook)]
         self.consumer.call_hooks(event, claim, value, hooks)
@@ -3665,7 +3694,7 @@ class IsolatedSlot(Slot):
     @property
     def is_terminating(self):
         """Its process may have to call hooks at the end."""
-        hooks = self.consumer.worker.app.hooks['stop_worker']
+        hooks = self.consumer.hooks['stop_worker']
         return bool(hooks) and self.process is not None and self.thread.is_alive()
 
     def kill(self):
@@ -3678,7 +3707,7 @@ class IsolatedSlot(Slot):
     def close(self):
         if self.process is None:
             return
-        if self.consumer.worker.app.hooks['stop_worker']:
+        if self.consumer.hooks['stop_worker']:
             self._write(None)
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
@@ -3725,8 +3754,8 @@ class ChildClaim(Saver):
         self.client = child.client
         self.timeout = job['timeout']
         self.json_prefix = json_prefix(job)
-        self.steps = job.get('steps') or {}
-        self.progress = []      # what is not sent yet: nothing, since the worker sends it
+        self.steps = job.get('steps')
+        self.has_progress = False       # the worker may be sending some
 
     def leave_if_stopping(self):
         if self.child.stopping.is_set():
@@ -3739,7 +3768,14 @@ class ChildClaim(Saver):
         return self.child.settings.concurrency == 1
 
     def show_progress(self, text):
+        self.has_progress = True
         self.child.send(PROGRESS_MADE, text)
+
+    def drop_progress(self):
+        if self.has_progress:
+            self.child.send(DROP_PROGRESS)
+            self.child.progress_dropped.get()
+            self.has_progress = False
 
     def run_coroutine(self, coroutine):
         if self.child.event_loop is None:
@@ -3782,6 +3818,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
+        self.progress_dropped = SimpleQueue()
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -3854,6 +3891,8 @@ class Child:
                 message = self.pipe.recv()
                 if message == STOP:
                     self.stopping.set()
+                elif message == DROP_PROGRESS:
+                    self.progress_dropped.put(None)
                 else:
                     self.jobs.put(message)
         signal_group(multiprocessing.current_process(), KILL)
@@ -5451,8 +5490,9 @@ def set_django_error(result, error):
     from django.utils import timezone
     claim = current.get()
     is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
-    is_retried = claim.job['retries'] < claim.job['max_retries'] and not isinstance(error, Abort)
-    if is_lost or is_retried:
+    # the task may have changed the job
+    has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
+    if is_lost or (has_retries and not isinstance(error, Abort)):
         return False
     text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
     result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
@@ -5490,11 +5530,11 @@ def command_django(client, options):
     if options.reload:
         reloader.start()
     backends = find_django_backends()
+    from django.db import connections
     register_django_queues(backends, options.queues)
     outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
     with contextlib.ExitStack() as forwarders:
         for database, host in outboxes:
-            from django.db import connections
             connect = functools.partial(connections.create_connection, database)
             if options.burst:
                 forward(connect, host)      # before the worker finds that nothing is due
