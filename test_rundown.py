@@ -7931,14 +7931,48 @@ if __name__ == "__main__":
 '''
 
 
-def test_a_user_s_program_passes_the_strictest_check_of_types(tmp_path):
-    pytest.importorskip("mypy")
-    for name, text in [("rundown_workers.py", Path(rw.__file__).read_text()), ("prog.py", TYPED),
-                       ("wrong.py", TYPED.replace("three: int", "three: str"))]:
-        (tmp_path / name).write_text(text)
-    check = lambda name: subprocess.run([sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, name],
-                                        cwd=str(tmp_path), stdout=subprocess.PIPE).stdout.decode()
-    assert check("prog.py").startswith("Success") and "Incompatible types" in check("wrong.py")
+def typed_project(folder):
+    """The two files, a program that uses them, and one in which every line of main() is wrong."""
+    for file in (rundown_engine.__file__, rw.__file__):
+        shutil.copy(file, str(folder))
+    (folder / "program.py").write_text(TYPED)
+    (folder / "wrong.py").write_text(WRONG_IN_PYTHON)
+
+
+WRONG_IN_PYTHON = """
+import rundown_workers as rw
+
+@rw.task
+def add(x: int, y: int = 1) -> int:
+    return x + y
+
+@rw.task(queue="slow")
+async def slow(name: str) -> str:
+    return name
+
+def main() -> None:
+    add.delay("one")
+    add.delay(1, z=2)
+    slow.delay(5)
+    text: str = add.delay(1).result()
+    number: int = slow.delay("x").result()
+    rw.enqueue("q", dealy=3)
+"""
+WRONG_LINES = set(range(13, 19))      # those in main()
+
+
+@pytest.mark.parametrize("checker", [("mypy", "--strict", "--cache-dir", os.devnull), ("pyright",)], ids=["mypy", "pyright"])
+def test_checkers_of_types_report_what_is_wrong_in_a_user_s_program_alone(tmp_path, checker):
+    pytest.importorskip(checker[0])
+    if checker[0] == "pyright" and not os.environ.get("RUNDOWN_PYRIGHT"):
+        pytest.skip("takes long; RUNDOWN_PYRIGHT=1 has it run")
+    typed_project(tmp_path)
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    command = [sys.executable, "-m", *checker, "."]
+    shown = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE).stdout.decode()
+    errors = re.findall(r"(\w+\.py):(\d+)(?::\d+)?[: -]+error", shown)
+    assert {int(line) for file, line in errors if file == "wrong.py"} == WRONG_LINES, shown
+    assert {file for file, _ in errors} == {"wrong.py"}, shown
 
 
 def test_a_payload_that_is_no_json_and_a_missing_engine_s_file_are_a_sentence(tmp_path):
@@ -10654,7 +10688,7 @@ await call("/cancel", { id: job.id });
 await run({ grace: 5 });
 await stop();
 """
-WRONG = """
+WRONGLY_TYPED = """
 import { queue, enqueue } from "./rundown.mjs";
 queue("images", { concurency: 4 }, () => 1);
 queue("images", (payload, { step }) => step("one", () => 1).length);
@@ -10670,7 +10704,7 @@ def test_typescript_accepts_the_node_sdk_in_a_user_s_program(tmp_path):
         pytest.skip("needs TYPESCRIPT, a folder with npm's typescript and @types/node")
     (tmp_path / "rundown.mjs").write_text(rundown_engine.NODE_SDK, encoding="utf-8")
     (tmp_path / "user.mjs").write_text(USER)
-    (tmp_path / "wrong.mjs").write_text(WRONG)
+    (tmp_path / "wrong.mjs").write_text(WRONGLY_TYPED)
     (tmp_path / "node_modules").symlink_to(modules)
     options = "--noEmit --allowJs --checkJs --strict --module nodenext --target es2022 --types node"
     command = [str(modules / ".bin" / "tsc"), *options.split()]
