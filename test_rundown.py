@@ -7393,6 +7393,33 @@ def test_hooks_around_and_the_log_work_where_the_handler_runs(engine, work, q, k
     ]
 
 
+@pytest.mark.parametrize("kind", ["thread", "async"])
+def test_around_may_swallow_an_exception_and_its_own_fails_the_job(engine, work, q, kind):
+    source = """
+        @rw.around
+        def around(job):
+            if job["payload"] == "own":
+                raise KeyError("around")
+            try:
+                yield
+            except ValueError:
+                pass
+    """
+    jobs = [engine.enqueue(q, payload) for payload in ("swallowed", "own")]
+    body = handler(q, "raise ValueError(payload)", max_retries=0)
+    work(textwrap.dedent(source) + of_kind(kind, body), run=BURST).wait()
+    swallowed, own = [engine.job(job) for job in jobs]
+    assert (swallowed["status"], swallowed["result"]) == ("done", None)
+    assert own["status"] == "failed"
+    assert "KeyError: 'around'" in own["error"]
+
+
+def test_a_worker_that_stood_still_says_what_to_do(engine, work, q):
+    worker = work("rw.LEASE = 1\n" + handler(q, "return sum(range(payload)) > 0"))
+    engine.enqueue(q, 60000000)
+    until(lambda: "isolate handlers" in worker.log())
+
+
 def test_around_wants_a_generator_function():
     with pytest.raises(rw.Misuse, match="yields once"):
         rw.App().around(lambda job: None)
