@@ -2029,6 +2029,7 @@ def run_handler(handlers, job, around=()):
     It uses no network, and raises nothing, whatever the handler does.
     """
     process = os.getpid()
+    result = None       # also if around() swallows an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         if around:
@@ -2054,6 +2055,7 @@ def call_handler(function, args, kwargs):
 async def run_async_handler(handlers, job, around=()):
     """run_handler() on an event loop, for a queue whose handlers are async."""
     process = os.getpid()
+    result = None       # also if around() swallows an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         with surroundings(around, job):
@@ -2107,7 +2109,7 @@ def pass_jobs_to_threads():
     from concurrent.futures import ThreadPoolExecutor       # here, since only workers need it
     start = threading.Thread.start
     submit = ThreadPoolExecutor.submit
-    if hasattr(start, '__wrapped__'):
+    if getattr(start, 'passes_jobs', False):
         return
 
     @functools.wraps(start)
@@ -2126,6 +2128,7 @@ def pass_jobs_to_threads():
         empty = contextvars.Context()
         return empty.run(submit, self, run_with_claim, claim, function, *args, **kwargs)
 
+    start_with_claim.passes_jobs = True
     threading.Thread.start = start_with_claim
     ThreadPoolExecutor.submit = submit_with_claim
 
@@ -3247,9 +3250,14 @@ class Watcher:
 
     def run(self):
         is_last = False
+        now = time.monotonic()
         while not is_last:
+            last_look = now
             is_last = self._wait()
             now = time.monotonic()
+            if now - last_look > LEASE / 3:
+                note(logging.WARNING, 'the worker stood still for %.1f s: isolate handlers that '
+                     'run C code for so long, otherwise their jobs are lost', now - last_look)
             for consumer in self.worker.consumers:
                 for claim in consumer.in_flight.copy():
                     self._check(consumer, claim, now)
@@ -3372,7 +3380,10 @@ class Worker:
         return thread
 
     def on_fault(self, name, error):
-        text = last_line(error) if isinstance(error, Refused) else error_text(error)
+        """A thread of the worker's own has failed; the frames are ours."""
+        text = last_line(error)
+        if not isinstance(error, Refused):
+            text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
         note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
         self.stop(error)
 

@@ -795,6 +795,15 @@ def test_an_id_of_the_producer_makes_sending_again_safe(engine, q):
     assert (third["created"], third["status"], engine.count(q)) == (False, "done", 1)
 
 
+def test_a_job_may_wait_for_a_job_of_its_batch_whose_key_is_taken(engine, q):
+    holder = engine.enqueue(q, key="k")
+    jobs = engine.post("/enqueue", jobs=[{"queue": q, "id": q + "a", "key": "k"}, {"queue": q + "x", "after": [q + "a"]}])["jobs"]
+    assert (jobs[0]["id"], jobs[0]["created"]) == (holder["id"], False)
+    assert (jobs[1]["after"], jobs[1]["waits_for"]) == ([holder["id"]], 1)
+    engine.tell("complete", engine.poll(q))
+    assert engine.poll(q + "x")["id"] == jobs[1]["id"]
+
+
 def test_a_key_is_taken_while_its_job_is_pending_or_running(engine, q):
     first = engine.enqueue(q, key="nightly")
     assert (engine.enqueue(q, key="nightly")["id"], engine.count(q)) == (first["id"], 1)
@@ -1106,6 +1115,15 @@ def test_a_delay_in_fail_stands_in_place_of_the_backoff(clocked, q):
     clocked.enqueue(q, max_retries=1)
     _, answer = clocked.tell("fail", clocked.poll(q), delay=90)
     assert when(answer["next_run_at"]) == clocked.clock.time() + 90
+
+
+@pytest.mark.parametrize("delay, seconds", [(1e12, 3650 * 86400), (-5, 0), (float("inf"), 3650 * 86400)])
+def test_a_delay_beyond_the_range_does_not_lose_the_failure_that_carries_it(clocked, q, delay, seconds):
+    claim = claimed(clocked, q, max_retries=1)
+    code, answer = clocked.tell("fail", claim, error="the reason", delay=delay)
+    assert (code, answer["status"]) == (200, "pending")
+    job = clocked.job(claim)
+    assert job["error"] == "the reason" and when(job["next_run_at"]) - when(job["updated_at"]) == seconds
 
 
 def test_release_counts_nothing_but_the_claim(engine, q):
@@ -2645,6 +2663,17 @@ def test_a_tick_while_the_key_s_job_is_there_is_skipped(clocked, q):
     assert clocked.poll(q)["id"].endswith("08:00:50Z")
 
 
+def test_a_tick_whose_id_is_taken_is_counted_and_said(clocked, q, capsys):
+    schedule = clocked.post("/schedule", name=q, queue=q, every=60)
+    clocked.enqueue(q + "-other", id="%s@%sZ" % (q, schedule["next_run_at"][:19]))
+    clocked.advance(61)
+    schedule, = clocked.get("/schedules")["schedules"]
+    assert (schedule["skipped"], schedule["last_id"]) == (1, None) and clocked.poll(q) is None
+    assert "taken" in capsys.readouterr().err
+    clocked.advance(60)
+    assert clocked.poll(q)["id"] == clocked.get("/schedules")["schedules"][0]["last_id"]
+
+
 def test_a_waiting_poll_gets_the_job_of_a_tick_at_once(engine, q):
     engine.post("/schedule", name=q, queue=q, every=1)
     job = engine.poll(q, wait=5)
@@ -4126,6 +4155,116 @@ def test_a_worker_runs_in_each_of_its_queues_what_it_runs_there(engine, q):
 def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
     engine.enqueue(q, id="..")
     assert engine.get("/jobs?id=..")["queue"] == q and "why" in engine.get("/jobs?id=..")
+
+
+# -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
+
+STEP_LIMIT = 0.05       # seconds of processor time
+
+
+def large(api, q, count=40, **fields):
+    """Jobs of 500 kB each."""
+    for number in range(count):
+        api.enqueue(q, "x" * 500000, id="%s-%d" % (q, number), **fields)
+
+
+def wide(api, q, count=40, **fields):
+    """Jobs that wait for 1,000 others each."""
+    ids = ["%s-first-%d" % (q, number) for number in range(1000)]
+    api.post("/enqueue", jobs=[{"queue": q + "-first", "id": id} for id in ids])
+    for _ in range(0, count, 5):
+        api.post("/enqueue", jobs=[{"queue": q, "after": ids, **fields}] * 5)
+
+
+def dependents(api, q, count=5000, **fields):
+    """One job that many wait for."""
+    api.enqueue(q + "-first", id=q)
+    api.post("/enqueue", jobs=[{"queue": q, "after": [q], **fields}] * count)
+
+
+def cancelled(prepare):
+    def prepare_and_cancel(api, q):
+        prepare(api, q)
+        api.post("/cancel", queue=q, status="pending")
+    return prepare_and_cancel
+
+
+def lost(api, q):
+    large(api, q, 20)
+    while api.poll(q, limit=20, lease=1):
+        pass
+
+
+def scheduled(api, q):
+    for number in range(20):
+        api.post("/schedule", name="%s-%d" % (q, number), queue=q, every=60, payload="x" * 500000)
+
+
+def many_queues(api, q):
+    api.post("/enqueue", jobs=[{"queue": "%s-%d" % (q, number)} for number in range(5000)])
+    api.post("/purge", status="pending")
+
+
+def many_groups(api, q):
+    api.post("/enqueue", jobs=[{"queue": q, "group": "g%d" % (number % 10)} for number in range(5000)])
+
+
+WEEKS = 31 * 86400
+LONG_CHANGES = [
+    ("cancel large jobs", large, lambda api, q: api.post("/cancel", queue=q, status="pending")),
+    ("retry large jobs", cancelled(large), lambda api, q: api.post("/retry", queue=q, status="cancelled")),
+    ("purge large jobs", large, lambda api, q: api.post("/purge", queue=q)),
+    ("purge a batch of large jobs", large, lambda api, q: api.post("/purge", jobs=[{"id": "%s-%d" % (q, n)} for n in range(40)])),
+    ("large jobs fall due", lambda api, q: large(api, q, delay=9), lambda api, q: api.advance(10)),
+    ("large jobs expire", lambda api, q: large(api, q, expires=9), lambda api, q: api.advance(10)),
+    ("large jobs are lost", lost, lambda api, q: api.advance(2)),
+    ("schedules of large jobs are due", scheduled, lambda api, q: api.advance(61)),
+    ("large jobs are deleted by retention", cancelled(large), lambda api, q: api.advance(WEEKS)),
+    ("cancel wide jobs", wide, lambda api, q: api.post("/cancel", queue=q, status="pending")),
+    ("retry wide jobs", cancelled(wide), lambda api, q: api.post("/retry", queue=q, status="cancelled")),
+    ("purge wide jobs", wide, lambda api, q: api.post("/purge", queue=q)),
+    ("what wide jobs wait for ends", lambda api, q: wide(api, q, 5, after_any=True),
+     lambda api, q: (api.post("/cancel", queue=q + "-first", status="pending"), api.advance(1))),
+    ("wide jobs are deleted by retention", cancelled(wide), lambda api, q: api.advance(WEEKS)),
+    ("a job with many dependents is cancelled", dependents, lambda api, q: (api.post("/cancel", id=q), api.advance(1))),
+    ("a job with many dependents is retried", lambda api, q: (
+        dependents(api, q, after_any=True), api.post("/cancel", id=q), api.advance(1)), lambda api, q: api.post("/retry", jobs=[{"id": q}])),
+    ("a job with many dependents is deleted by retention", lambda api, q: (dependents(api, q), api.post("/cancel", id=q), api.advance(1)),
+     lambda api, q: api.advance(WEEKS)),
+    ("unused queues are forgotten", many_queues, lambda api, q: api.advance(700)),
+    ("cancel jobs of groups", many_groups, lambda api, q: api.post("/cancel", queue=q, status="pending")),
+]
+
+
+@pytest.mark.parametrize("prepare, change", [row[1:] for row in LONG_CHANGES], ids=[row[0] for row in LONG_CHANGES])
+def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare, change):
+    steps = []
+
+    def timed(method):
+        def run(self, tx, *arguments, **fields):
+            began = time.thread_time()
+            try:
+                return method(self, tx, *arguments, **fields)
+            finally:
+                steps.append(time.thread_time() - began)
+        return run
+
+    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "apply_to_batch"),
+                        (rundown_engine.Operators, "apply_to_items")]:
+        monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
+    for attempt in range(3):        # another process may make everything slow
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        engine = ClockedEngine(folder)
+        try:
+            prepare(engine, q)
+            del steps[:]
+            change(engine, q)
+        finally:
+            engine.stop()
+        if max(steps) < STEP_LIMIT:
+            return
+    raise AssertionError("a step took %.3f s" % max(steps))
 
 
 # -- values: every field of every call, with every kind of value ---------------------------------
@@ -5780,8 +5919,8 @@ def test_delay_and_run_at_of_the_sdk_say_when(engine, q):
 
 def test_the_client_has_a_method_for_each_call(engine, q):
     client = rw.Client(engine.url)
-    calls = {path.strip("/") for path in rundown_engine.ROUTES} - {"", "docs", "metrics", "backup", "status"}
-    calls -= {"rundown.mjs", "openapi.json"}
+    documents = {"", "docs", "metrics", "backup", "status", "openapi.json", "rundown.mjs"}
+    calls = {path.strip("/") for path in rundown_engine.ROUTES} - documents
     assert {call for call in calls if not callable(getattr(client, call, None))} == set()
     client.enqueue(q, 1, max_retries=1)
     job = client.poll(q)
@@ -7251,6 +7390,33 @@ def test_hooks_around_and_the_log_work_where_the_handler_runs(engine, work, q, k
         "after %d q" % pid, "success %d %d" % (pid, pid),
         "stop_worker %d" % pid,
     ]
+
+
+@pytest.mark.parametrize("kind", ["thread", "async"])
+def test_around_may_swallow_an_exception_and_its_own_fails_the_job(engine, work, q, kind):
+    source = """
+        @rw.around
+        def around(job):
+            if job["payload"] == "own":
+                raise KeyError("around")
+            try:
+                yield
+            except ValueError:
+                pass
+    """
+    jobs = [engine.enqueue(q, payload) for payload in ("swallowed", "own")]
+    body = handler(q, "raise ValueError(payload)", max_retries=0)
+    work(textwrap.dedent(source) + of_kind(kind, body), run=BURST).wait()
+    swallowed, own = [engine.job(job) for job in jobs]
+    assert (swallowed["status"], swallowed["result"]) == ("done", None)
+    assert own["status"] == "failed"
+    assert "KeyError: 'around'" in own["error"]
+
+
+def test_a_worker_that_stood_still_says_what_to_do(engine, work, q):
+    worker = work("rw.LEASE = 1\n" + handler(q, "return sum(range(payload)) > 0"))
+    engine.enqueue(q, 60000000)
+    until(lambda: "isolate handlers" in worker.log())
 
 
 def test_around_wants_a_generator_function():
@@ -13242,6 +13408,7 @@ class Promises:
     def __init__(self):
         self.streams = collections.defaultdict(bytes)   # what was sent and is no whole response
         self.jobs = collections.defaultdict(dict)       # `payload`, `attempt`, `status`, by id
+        self.steps = {}                                 # results, by the job's id and the name
 
     def send(self, event):
         """The response counts from the moment at which it begins to be sent."""
@@ -13259,14 +13426,19 @@ class Promises:
     def _note(self, answer):
         jobs = answer if isinstance(answer, list) else answer.get("jobs", [answer])
         for job in jobs:
-            if "id" in job and "code" not in job:
+            if "name" in job and "result" in job:
+                self.steps[job["id"], job["name"]] = job["result"]
+            elif "id" in job and "code" not in job:
                 known = self.jobs[job["id"]]
                 known.update({name: job[name] for name in ("payload", "attempt") if name in job})
                 if job.get("status") in ("done", "failed", "cancelled"):
                     known["status"] = job["status"]
 
-    def broken_by(self, rows):
+    def broken_by(self, rows, steps):
         """The promises that the rows of a database do not keep, a sentence each."""
+        for (id, name), result in self.steps.items():
+            if steps.get((id, name), "nothing") != result:
+                yield "step %s of %s was acknowledged and is gone" % (name, id)
         for id, known in self.jobs.items():
             row = rows.get(id)
             if row is None:
@@ -13313,8 +13485,11 @@ def load(engine, number, deadline):
                     for id in itertools.islice(ids, dice.choice([1, 1, 1, 9]))]
             call("/enqueue", jobs=jobs)
             for claim in call("/poll", queue="load", limit=dice.randrange(1, 9)) or []:
-                verb = dice.choice(["/complete", "/complete", "/fail", "/release", "/heartbeat"])
-                call(verb, id=claim["id"], attempt=claim["attempt"])
+                claimed = {"id": claim["id"], "attempt": claim["attempt"]}
+                if dice.random() < 0.3:
+                    call("/step", name="s%d" % claim["attempt"], result=[number], **claimed)
+                verbs = ["/complete", "/complete", "/fail", "/release", "/heartbeat"]
+                call(dice.choice(verbs), **claimed)
 
 
 class PowerCuts(NamedTuple):
@@ -13343,15 +13518,15 @@ def cut_power(folder, cuts, seconds, seed, *options):
             cut = folder / ("cut%d" % number)
             cut.mkdir()
             try:
-                rows = reopened(cut, disk.after_cut(dice))
-                broken += ["cut %d: %s" % (number, one) for one in promises.broken_by(rows)]
+                found = reopened(cut, disk.after_cut(dice))
+                broken += ["cut %d: %s" % (number, one) for one in promises.broken_by(*found)]
             except AssertionError as error:
                 damage.append("cut %d: %s" % (number, error))
     return PowerCuts(broken, damage, len(events), len(promises.jobs))
 
 
 def reopened(folder, files):
-    """The jobs of a database, by id, after an engine has opened it; AssertionError if it is damaged."""
+    """Jobs and steps of a database that an engine has opened; AssertionError if it is damaged."""
     for name, content in files.items():
         if not name.endswith("-shm"):       # shared memory does not survive a power cut
             (folder / name).write_bytes(content)
@@ -13366,8 +13541,10 @@ def reopened(folder, files):
         integrity = [row[0] for row in db.execute("PRAGMA integrity_check")]
         assert integrity == ["ok"], integrity[:3]
         rows = {row["id"]: dict(row) for row in db.execute("SELECT * FROM jobs")}
+        steps = {(id, name): json.loads(result) for id, name, result in db.execute(
+            "SELECT id, name, steps.result FROM steps JOIN jobs ON seq = job")}
     shutil.rmtree(str(folder))
-    return rows
+    return rows, steps
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
