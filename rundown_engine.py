@@ -88,7 +88,8 @@ GUARANTEES
   none and counts in `skipped`. Cron has five fields (minute, hour, day of month, month, day of
   week: *, lists, ranges, /step, names), or @hourly, @daily, @weekly, @monthly, @yearly. When both
   days are restricted, either suffices. A time that the zone's clock leaps over fires at the first
-  minute after the leap, one that it shows twice the first time.
+  minute after the leap. One that it shows twice fires the first time only, unless the hour field
+  begins with *: such a schedule goes on through both.
 
 LIMITS
 One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at
@@ -100,6 +101,15 @@ followed slowly (1 ms a second) until a restart: run_at is early by the differen
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
 purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
+
+# Checkers of a program beside this file need not check this one:
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
 
 import argparse
 import base64
@@ -153,6 +163,7 @@ DEFAULT_TIMEOUT = 300           # seconds a handler may take if neither job nor 
 GRACE = 5                       # seconds after the timeout until a worker is lost
 BACKOFF = 5                     # seconds, times the square of the number of retries
 MAX_LOSSES = 3                  # lost workers that a job survives without retries left
+MAX_DELAY = 3650 * 86400        # seconds until a job is due
 MAX_WAIT = 60                   # seconds of a long poll
 MAX_BATCH = 10000               # jobs in a request
 MAX_LIMIT = 1000                # jobs in a page, and claimed by a poll
@@ -196,7 +207,10 @@ MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases a
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
 # a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
-BATCH_ROWS = 500                # rows that one step of a long change touches
+BATCH_ROWS = 500                # rows that one step of a long change touches at most
+MAX_ROWS_SEARCHED = 100000      # jobs that one page of GET /jobs looks at
+MAX_SEARCH_TIME = 0.1           # seconds after which a page looks at no more
+STEP_TIME = 0.02                # seconds after which a step begins nothing new
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
@@ -509,6 +523,15 @@ def duration(low, high):
         {'type': 'number', 'minimum': low, 'maximum': high})
 
 
+def clamped_duration(low, high):
+    """A duration that is moved into its range, so that a report is not lost for it."""
+    rule = duration(low, high)
+    return rule._replace(
+        description='a number of seconds',
+        is_valid=lambda value: type(value) in (int, float) and value == value,
+        convert=lambda value: micros(min(max(value, low), high)))
+
+
 def printable(longest):
     return FieldRule(
         f'a string of 1 to {longest} characters without control characters',
@@ -556,7 +579,7 @@ CRON_TEXT = FieldRule(
 # SCHEDULE_COLUMNS join them below.
 FIELDS = {
     'replace': FLAG,
-    'expires': duration(0.001, 3650 * 86400),
+    'expires': duration(0.001, MAX_DELAY),
     'after': NAME,              # where a page begins; POST /enqueue takes JOB_IDS
     'needed_by': NAME,
     'needs': NAME,
@@ -571,7 +594,7 @@ FIELDS = {
     'max_running': whole_number(1, 10**6),
     'rate': whole_number(1, 10**6),
     'per': duration(0.001, 366 * 86400),
-    'delay': duration(0, 3650 * 86400),
+    'delay': duration(0, MAX_DELAY),
     'wait': duration(0, MAX_WAIT),
     'run_at': FieldRule(
         'a time like 2030-01-31T12:00:00Z',
@@ -585,6 +608,7 @@ FIELDS = {
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
+DEPENDENT = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))  # needs the other
 
 
 def validate(path, body):
@@ -605,6 +629,9 @@ def validate(path, body):
     for one, other in EXCLUSIVE:
         if one in params and other in params:
             raise BadRequest(f'{one} and {other} exclude each other')
+    for one, other in DEPENDENT:
+        if params.get(one) and other not in params:
+            raise BadRequest(f'{one} needs {other}')
     return params
 
 
@@ -711,6 +738,7 @@ class Cron:
         self.minutes, self.hours, self.days, self.months, weekdays = (
             parse_cron_field(part, field) for part, field in zip(parts, CRON))
         self.weekdays = {day % 7 for day in weekdays}
+        self.fires_twice = parts[1].startswith('*')     # in hours that the zone's clock shows twice
         self.either_day = not (parts[2].startswith('*') or parts[4].startswith('*'))
         longest = max(calendar.monthrange(2000, month)[1] for month in self.months)
         if not self.either_day and min(self.days) > longest:
@@ -719,6 +747,28 @@ class Cron:
 
     def after(self, moment):
         """The first time after a moment of UTC at which it fires."""
+        tick = self._next_first_occurrence(moment)
+        return self._repeated_before(tick, moment) or tick if self.fires_twice else tick
+
+    def _repeated_before(self, tick, moment):
+        """The first time before the tick that the zone's clock shows for the second time."""
+        moment = moment.replace(second=0, microsecond=0) + MINUTE
+        end = min(tick, moment + 3 * HOUR)      # no clock is set back by more
+        first = moment.astimezone(self.zone)
+        last = end.astimezone(self.zone)
+        if first.fold or first.utcoffset() > last.utcoffset():
+            while moment < end:
+                local = moment.astimezone(self.zone)
+                if local.fold and self._matches(local):
+                    return moment
+                moment += MINUTE
+        return None
+
+    def _matches(self, local):
+        return (local.minute in self.minutes and local.hour in self.hours
+                and local.month in self.months and self._fires_on(local))
+
+    def _next_first_occurrence(self, moment):
         local = moment.astimezone(self.zone).replace(tzinfo=None, second=0, microsecond=0) + MINUTE
         while True:     # from the largest unit to the smallest, skip what does not match
             if local.month not in self.months:
@@ -1005,7 +1055,8 @@ CREATE TABLE queues (
     max_running INTEGER,
     rate INTEGER,                           -- `rate` claims at once,
     per INTEGER,                            -- then one each per / rate microseconds
-    full_at INTEGER NOT NULL DEFAULT 0      -- when the token bucket of the rate is full again
+    full_at INTEGER NOT NULL DEFAULT 0,     -- when the token bucket of the rate is full again
+    changed_at INTEGER NOT NULL DEFAULT 0   -- when a job of the queue changed last
 ) WITHOUT ROWID''',
     'dependencies': '''
 CREATE TABLE dependencies (
@@ -1080,15 +1131,17 @@ def counting(change):
 TRIGGERS = {
     'jobs_insert': f'''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
-    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED}, NEW.hold = {QUEUED_IN_GROUP})
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped, changed_at)
+    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED}, NEW.hold = {QUEUED_IN_GROUP},
+        NEW.updated_at)
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
         scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
-        grouped = grouped + excluded.grouped;
+        grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
     'jobs_update': f'''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
-    UPDATE queues SET {counting('+ (NEW.{0}) - (OLD.{0})')} WHERE queue = NEW.queue;
+    UPDATE queues SET {counting('+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
+    WHERE queue = NEW.queue;
 END''',
     'jobs_delete': f'''
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
@@ -1188,6 +1241,7 @@ END''',
         'ALTER TABLE jobs ADD COLUMN steps_size INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE schedules ADD COLUMN "group" TEXT',
         'ALTER TABLE queues ADD COLUMN grouped INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE queues ADD COLUMN changed_at INTEGER NOT NULL DEFAULT 0',
         # times that were given cannot be told from delays any more; a retry is counted in seconds
         "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
@@ -1216,11 +1270,11 @@ INSERT INTO last_seq SELECT IFNULL(MAX(seq), 0) FROM (
     UNION ALL SELECT MAX(job) FROM unresolved_ends)''',
         '''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
-    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2, NEW.hold = 3)
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped, changed_at)
+    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2, NEW.hold = 3, NEW.updated_at)
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
         scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
-        grouped = grouped + excluded.grouped;
+        grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
         '''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
@@ -1232,7 +1286,8 @@ CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
         cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled'),
         scheduled = scheduled + (NEW.hold = 1) - (OLD.hold = 1),
         waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2),
-        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3)
+        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3),
+        changed_at = NEW.updated_at
     WHERE queue = NEW.queue;
 END''',
         '''
@@ -1620,6 +1675,8 @@ class Database:
         """A step of giving free pages back to the disk, where a quarter of the file is free."""
         for _ in range(SHRINK_PAGES):       # one at a time: Python 3.11 steps a PRAGMA just once
             tx.fetch_all('PRAGMA incremental_vacuum(1)')
+            if tx.is_step_over():
+                break
         self._update_sparse(tx.db)
 
     def log_bytes(self):
@@ -1879,20 +1936,23 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit):
-    """A page as JSON text; `after` is null on the last one. One that grows large ends early."""
+def json_page(name, key, rows, render, limit, last=None):
+    """A page as JSON text; `after` is null on the last one. One that grows large ends early.
+
+    `last` is where the next page begins, if there is one though this one is not full.
+    """
     texts = []
     size = 0
-    last = None
+    shown = None
     for row in rows:
         text = render(row)
         size += len(text)
         if size > MAX_RESPONSE and texts:
             break
         texts.append(text)
-        last = row[key]
-    is_last = size <= MAX_RESPONSE and len(texts) != limit
-    return f'{{"{name}":{json_list(texts)},"after":{json_string(None if is_last else last)}}}'
+        shown = row[key]
+    is_full = size > MAX_RESPONSE or len(texts) == limit
+    return f'{{"{name}":{json_list(texts)},"after":{json_string(shown if is_full else last)}}}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
@@ -1952,6 +2012,7 @@ class Transaction:
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # whether that holds for everything, not for this alone
+        self.step_ends = None           # the time.monotonic() from which paced() yields no more
 
     def execute(self, statement, values=()):
         return self.db.execute(statement, values)
@@ -1973,6 +2034,22 @@ class Transaction:
         if self.response_budget <= (0 if size > RESERVED_BYTES else -MAX_RESPONSE):
             raise Unavailable('too much is being handed out at a time; try again')
         self.response_budget -= size
+
+    def paced(self, items):
+        """Yield items until the time of a step is over, but at least one.
+
+        All steps in a transaction share their time, so others wait no longer for it, whatever the
+        items cost.
+        """
+        if self.step_ends is None:
+            self.step_ends = time.monotonic() + STEP_TIME
+        for item in items:
+            yield item
+            if self.is_step_over():
+                return
+
+    def is_step_over(self):
+        return self.step_ends is not None and time.monotonic() > self.step_ends
 
     def wake_at(self, moment):
         """Something falls due at this time."""
@@ -1999,6 +2076,17 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
+# What else is counted in seconds, and before that what was due by the old time.
+SET_BACK = (
+    f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
+    f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
+    f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
+    f"AND (hold = {DELAYED} AND attempt = 0 "
+    f"OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at > :before)",
+    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
+    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
+    'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
+)
 SELECT_DUE = f'''
     SELECT seq, queue FROM jobs WHERE status = 'pending' AND hold = {DELAYED} AND next_run_at <= ?
     ORDER BY next_run_at LIMIT ?'''
@@ -2009,8 +2097,8 @@ ACTIVE_IN_GROUP = f'''
 FIRST_IN_GROUP = f'''
     {FIND_JOB} queue = ? AND "group" = ? AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP}
     ORDER BY seq LIMIT 1'''
-SELECT_EXPIRED = f'''
-    {FIND_JOB} expires_at <= ? AND status = 'pending' AND attempt = 0
+SELECT_EXPIRED = '''
+    SELECT seq FROM jobs WHERE expires_at <= ? AND status = 'pending' AND attempt = 0
     ORDER BY expires_at LIMIT ?'''
 
 
@@ -2132,15 +2220,23 @@ class Jobs:
         for statement in SHIFT_DEADLINES:
             tx.execute(statement, {'by': micros(seconds)})
 
+    def set_back(self, tx, before):
+        """The clock was set back since `before`, which the last engine had reached."""
+        by = tx.now - before
+        self.shift_deadlines(tx, by / 1000000)
+        for statement in SET_BACK:
+            tx.execute(statement, {'by': by, 'now': tx.now, 'before': before})
+
     def release_due(self, tx):
         """A step of handing out delayed jobs whose time has come."""
-        for job in tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS):
+        for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS)):
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
 
     def expire(self, tx):
         """A step of cancelling jobs that have not started in time."""
-        for job in tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS):
+        for seq, in tx.paced(tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS)):
+            job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.transition(tx, 'expire', job, 'cancelled', error='expired')
 
     def update(self, tx, job, **columns):
@@ -2247,11 +2343,12 @@ class Producers:
         fields = frozenset(INSERTING_FIELDS.intersection(set().union(*items)))
         jobs = []
         budget = tx.response_budget
+        aliases = {}        # id in the request -> id of the job that holds its key
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
             try:
-                jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields)
+                jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields, aliases)
             except Unavailable:
                 if len(rows) > 1 and tx.response_budget < budget:       # its own jobs fill it
                     raise PayloadTooLarge(
@@ -2279,7 +2376,7 @@ class Producers:
         self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row
 
-    def _insert(self, tx, rows, fields):
+    def _insert(self, tx, rows, fields, aliases):
         """Insert them in one statement, in half the time of one each; one by one if one exists."""
         statement, values_of = insert_plan(len(rows), fields)
         values = []
@@ -2293,10 +2390,10 @@ class Producers:
                 tx.events += [('enqueued', row['queue'], None) for row in rows]
                 return [(row, CREATED) for row in rows]
         if len(rows) == 1:
-            return [self._insert_one(tx, rows[0])]
-        return [pair for row in rows for pair in self._insert(tx, [row], fields)]
+            return [self._insert_one(tx, rows[0], aliases)]
+        return [pair for row in rows for pair in self._insert(tx, [row], fields, aliases)]
 
-    def _insert_one(self, tx, row):
+    def _insert_one(self, tx, row, aliases):
         """The job that has the id or key of the row; else the row, which has `after`, inserted."""
         existing = tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
         if existing:
@@ -2305,7 +2402,9 @@ class Producers:
         existing = tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key'])
         if existing:
             tx.spend(size_of(existing))
+            aliases[row['id']] = existing['id']
             return self._replace(tx, existing, row) if row.get('replace') else (existing, EXISTING)
+        row['after'] = list(dict.fromkeys(aliases.get(id, id) for id in row['after']))
         return self.dependencies.insert(tx, row), CREATED
 
     def _replace(self, tx, existing, row):
@@ -2344,7 +2443,9 @@ def no_worker_warning(queue, known):
 
 # -- Jobs: claims ----------------------------------------------------------------------------------
 SELECT_STEP = 'SELECT result FROM steps WHERE job = ? AND name = ?'
-FIND_LOST = f"{FIND_JOB} status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
+SELECT_LOST = '''
+    SELECT seq FROM jobs WHERE status = 'running' AND lease_until <= ?
+    ORDER BY lease_until LIMIT ?'''
 
 
 class Claims:
@@ -2442,7 +2543,7 @@ class Claims:
                 raise item
             return method(tx, item)
         except HTTPError as error:
-            id = error.id if error is item else item['id']
+            id = error.id if error is item else item.get('id')
             return {'id': id, 'error': str(error), 'code': error.status}
 
     def complete(self, tx, params):
@@ -2455,7 +2556,9 @@ class Claims:
     def release(self, tx, params):
         job, is_new = self.jobs.require_status(tx, 'release', params)
         if is_new:
-            self.jobs.transition(tx, 'release', job, 'pending')
+            # it was due, even if the clock was set back since
+            due = min(job['next_run_at'], tx.now)
+            self.jobs.transition(tx, 'release', job, 'pending', due)
         return {'id': job['id'], 'status': 'pending'}
 
     def fail(self, tx, params):
@@ -2514,7 +2617,8 @@ class Claims:
 
     def lose_overdue(self, tx):
         """A step of giving up the workers whose leases are over."""
-        for job in tx.fetch_all(FIND_LOST, tx.now, BATCH_ROWS):
+        for seq, in tx.paced(tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)):
+            job = tx.fetch_one(FIND_BY_SEQ, seq)
             again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
             self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
             tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
@@ -2534,6 +2638,8 @@ SET_DEPENDENCY_STATE = 'UPDATE dependencies SET state = ? WHERE dependent = ? AN
 NEXT_UNRESOLVED = '''
     SELECT job AS seq, id, outcome AS status, dependent, position
     FROM unresolved_ends LEFT JOIN dependencies ON dependency = job AND state = 0 LIMIT 1'''
+TOLD_DEPENDENTS = '''
+    SELECT dependent, position FROM dependencies WHERE dependency = ? AND state > 0 LIMIT ?'''
 DEPENDENCIES_OF = '''
     SELECT dependencies.*, id, status FROM dependencies LEFT JOIN jobs ON seq = dependency
     WHERE dependent = ? ORDER BY position'''
@@ -2572,7 +2678,7 @@ class Dependencies:
 
     def resolve(self, tx):
         """A step of telling the dependents of jobs that have ended."""
-        for _ in range(BATCH_ROWS):
+        for _ in tx.paced(range(BATCH_ROWS)):
             end = tx.fetch_one(NEXT_UNRESOLVED)
             if not end:
                 break
@@ -2592,11 +2698,14 @@ class Dependencies:
         if state != SUCCEEDED and not job['after_any']:
             self._cancel_dependent(tx, job, end)
             return
+        waits_for = job['waits_for'] - 1
+        if not waits_for and job['after_any']:
+            waits_for = self.recheck(tx, job)       # one may have been retried, see reopen()
         due = max(tx.now, job['next_run_at'])
-        self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=job['waits_for'] - 1)
+        self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=waits_for)
 
     def recheck(self, tx, job):
-        """How many jobs a retried job has to wait for; Conflict if it would wait in vain."""
+        """How many jobs a job has to wait for as they are now; Conflict if that is in vain."""
         dependencies = tx.fetch_all(DEPENDENCIES_OF, job['seq'])
         states = [self._current_state(dependency) for dependency in dependencies]
         if FAILED in states and not job['after_any']:
@@ -2618,14 +2727,16 @@ class Dependencies:
         return f'it waits for the job {describe(dependency["id"])}, which is {dependency["status"]}'
 
     def reopen(self, tx, job):
-        """A job that had ended is retried: dependents that are blocked wait for it again."""
-        tx.execute('''
-            UPDATE jobs SET waits_for = waits_for + 1
-            WHERE status = 'pending' AND waits_for > 0 AND seq IN (
-                SELECT dependent FROM dependencies WHERE dependency = ? AND state <> 0)''',
-                   (job['seq'],))
-        tx.execute('UPDATE dependencies SET state = 0 WHERE dependency = ?', (job['seq'],))
+        """A job that had ended is retried: dependents that are blocked wait for it again.
+
+        Those that are beyond a bound are not told so; they find out by recheck().
+        """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
+        for dependent, position in tx.fetch_all(TOLD_DEPENDENTS, job['seq'], BATCH_ROWS):
+            tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
+            waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
+            if waiting['status'] == 'pending' and waiting['waits_for']:
+                self.jobs.update(tx, waiting, waits_for=waiting['waits_for'] + 1)
 
 
 # -- Jobs: limits ----------------------------------------------------------------------------------
@@ -2737,11 +2848,13 @@ class Schedules:
         return {'count': deleted}
 
     def run_due(self, tx):
-        """A step of making the jobs of the ticks that are due."""
-        for row in tx.fetch_all(
-                SELECT_SCHEDULE + 'WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?',
-                tx.now, BATCH_ROWS):
-            self._tick(tx, row)
+        """A step of making the jobs of the ticks that are due; they stay due on a full disk."""
+        if not tx.takes_jobs:
+            return
+        due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
+                           'LIMIT ?', tx.now, BATCH_ROWS)
+        for name, in tx.paced(due):
+            self._tick(tx, tx.fetch_one(SELECT_SCHEDULE + 'WHERE name = ?', name))
 
     def _tick(self, tx, row):
         """Make the job of the last tick that is due, and set the next one."""
@@ -2755,7 +2868,10 @@ class Schedules:
         item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
         (job, done), = self.producers.enqueue(tx, [item])
-        is_skipped = done is EXISTING and job['id'] != item['id']
+        is_skipped = done is EXISTING
+        if is_skipped and job['id'] == item['id']:
+            tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
+                                f'the id {describe(item["id"])} is taken')
         tx.execute(
             'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, '
             'skipped = skipped + ? WHERE name = ?',
@@ -2766,6 +2882,11 @@ class Schedules:
 FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     **{name: f'"{name}" = :{name}' for name, column in JOB_COLUMNS.items() if column.filter},
     'status': '+status = :status',      # the plus: in the order of seq, not by jobs_finished
+    'search': (
+        '(' + ' OR '.join(f"{column} LIKE :text ESCAPE '!'"
+                          for column in ('id', 'tag', 'error', 'payload', 'result'))
+        # texts in JSON are kept in ASCII, with escapes
+        + "OR payload LIKE :escaped ESCAPE '!' OR result LIKE :escaped ESCAPE '!')"),
     'after': 'seq < :after',            # from here on the values are seqs of jobs
     'beyond': 'seq > :beyond',
     'needed_by': 'dependent = :needed_by',
@@ -2773,6 +2894,10 @@ FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     'after_position': ('position > (SELECT position FROM dependencies '
                        'WHERE dependent = :needed_by AND dependency = :after_position)'),
 }
+
+
+def like_pattern(text):
+    return '%' + re.sub('([%_!])', r'!\1', text) + '%'
 
 
 def where_clause(params):
@@ -2783,8 +2908,9 @@ def where_clause(params):
 class Operators:
     """The calls of people: pause, resume, cancel, retry, purge; and those over many jobs."""
 
-    def __init__(self, database, jobs, limits, dependencies):
+    def __init__(self, database, jobs, limits, dependencies, claims):
         # constant after start
+        self.claims = claims
         self.database = database
         self.jobs = jobs
         self.dependencies = dependencies
@@ -2833,7 +2959,24 @@ class Operators:
         tx.wake_polls(queue)
         return {'queue': queue, 'paused': paused}
 
-    def id_batches(self, params):
+    def apply_to_items(self, tx, call, items):
+        """A step of a call over jobs that are named one by one: the results, and the items left."""
+        results = []
+        apply_one = functools.partial(self.apply_to_item, call=call)
+        for item in tx.paced(items):
+            results.append(self.claims.apply_item(tx, apply_one, item))
+        return results, items[len(results):]
+
+    def apply_to_item(self, tx, params, call):
+        """Do it to the job `id`; Conflict if its status forbids that."""
+        if 'id' not in params or len(params) > 1:
+            raise BadRequest('id is needed, and stands alone')
+        job, _ = self.require_status(tx, call, params)
+        getattr(self, call)(tx, job)
+        target = (*TRANSITIONS[call].targets, 'purged')[0]
+        return {'id': params['id'], 'status': target}
+
+    def seq_batches(self, params):
         """The seqs of the jobs that a large change is about, in batches.
 
         A reader finds them, so that the writer is not held up. Not their ids: a producer may use
@@ -2850,32 +2993,44 @@ class Operators:
             yield seqs
 
     def apply_to_batch(self, tx, method, seqs, statuses):
-        """Call the method with the jobs that still have such a status; how many those are."""
+        """A step of calling the method with the jobs that still have such a status.
+
+        How many those were, and the seqs that are left.
+        """
         count = 0
-        for seq in seqs:
+        done = 0
+        for seq in tx.paced(seqs):
+            done += 1
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             if job and job['status'] in statuses:
                 with contextlib.suppress(Conflict):
                     method(tx, job)
                     count += 1
-        return count
+        return count, seqs[done:]
 
 
 # -- Jobs: retention -------------------------------------------------------------------------------
-DELETE_EXPIRED = '''
-    DELETE FROM jobs WHERE seq IN (
-        SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
-            SELECT 1 FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependent
-            WHERE dependency = jobs.seq AND waiting.status IN ('pending', 'running'))
-        ORDER BY finished_at LIMIT ?)'''
-UNUSED_QUEUES = '''
-    SELECT queue FROM queues WHERE pending + running + done + failed + cancelled = 0
-        AND NOT paused AND max_running IS NULL AND rate IS NULL AND COALESCE(polled_at, 0) < ?
-    LIMIT ?'''
+NEXT_ENDED = '''
+    SELECT finished_at, seq FROM jobs
+    WHERE status = ? AND finished_at <= ? AND (finished_at, seq) > (?, ?)
+    ORDER BY finished_at, seq LIMIT ?'''
+NEXT_DEPENDENTS = '''
+    SELECT dependent, jobs.status IN ('pending', 'running') AS waits
+    FROM dependencies JOIN jobs ON jobs.seq = dependent
+    WHERE dependency = ? AND state = ? AND dependent > ? ORDER BY dependent LIMIT ?'''
+IS_UNUSED = '''
+    SELECT queue, pending + running + done + failed + cancelled = 0 AND NOT paused
+        AND max_running IS NULL AND rate IS NULL AND COALESCE(polled_at, 0) < ?
+    FROM queues'''
+NEXT_QUEUES = IS_UNUSED + ' WHERE queue > ? ORDER BY queue LIMIT ?'
 
 
 class Retention:
-    """Deletes jobs that have been kept long enough, and forgets queues that nobody uses."""
+    """Deletes jobs that have been kept long enough, and forgets queues that nobody uses.
+
+    A round walks over all of them once, in steps. It is a generator: each `yield` is between two
+    pieces of work of bounded cost, and the next piece may be in another transaction.
+    """
 
     def __init__(self, workers, meter, keep, keep_failed):
         # constant after start
@@ -2884,21 +3039,78 @@ class Retention:
         self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # 0: for ever
         # the loop's
         self.next_round = 0
+        self.round = None       # the generator while one is under way
+        self.tx = None          # the transaction of the current step
 
     def run_due(self, tx):
         """A step of a round; the next round begins after RETENTION_INTERVAL."""
         if self.next_round > tx.now:
             return
-        deleted = [
-            tx.execute(DELETE_EXPIRED, (status, tx.now - keep, BATCH_ROWS)).rowcount
-            for status, keep in self.keep.items() if keep]
-        unused = tx.fetch_all(UNUSED_QUEUES, tx.now - micros(FORGET_QUEUE_AFTER), BATCH_ROWS)
-        for queue, in unused:
-            tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
+        self.tx = tx
+        self.round = self.round or self._walk()
+        try:
+            for _ in tx.paced(self.round):
+                pass
+        except BaseException:
+            self.round = None       # a generator that raised has ended
+            raise
+
+    def _walk(self):
+        for status, keep in self.keep.items():
+            if keep:
+                yield from self._delete_ended(status, keep)
+        yield from self._forget_queues()
+        self.next_round = self.tx.now + micros(RETENTION_INTERVAL)
+        self.round = None
+
+    def _delete_ended(self, status, keep):
+        """Delete jobs of the status, but for those that a pending job waits or waited for."""
+        position = (0, 0)
+        while True:
+            before = self.tx.now - keep
+            rows = self.tx.fetch_all(NEXT_ENDED, status, before, *position, BATCH_ROWS)
+            for finished_at, seq in rows:
+                position = (finished_at, seq)
+                if not (yield from self._is_needed(seq)):
+                    self.tx.execute('DELETE FROM jobs WHERE seq = ?', (seq,))
+                yield
+            if not rows:
+                return
+
+    def _is_needed(self, seq):
+        for state in (0, SUCCEEDED, FAILED):
+            last = 0
+            while True:
+                rows = self.tx.fetch_all(NEXT_DEPENDENTS, seq, state, last, BATCH_ROWS)
+                if not rows:
+                    break
+                if any(row['waits'] for row in rows):
+                    return True
+                last = rows[-1]['dependent']
+                yield
+        return False
+
+    def _forget_queues(self):
+        last = ''
+        while True:
+            before = self.tx.now - micros(FORGET_QUEUE_AFTER)
+            rows = self.tx.fetch_all(NEXT_QUEUES, before, last, BATCH_ROWS)
+            yield
+            for queue, is_unused in rows:
+                last = queue
+                if is_unused:
+                    self._forget(queue, before)
+                    yield
+            if not rows:
+                return
+
+    def _forget(self, queue, before):
+        """Forget the queue, if it is unused still: this transaction may be a later one."""
+        row = self.tx.fetch_one(IS_UNUSED + ' WHERE queue = ?', before, queue)
+        if row and row[1]:
+            self.tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
             self.workers.last_polled.pop(queue, None)
             self.meter.fold_into_others(queue)
-        if max(*deleted, len(unused), 0) < BATCH_ROWS:      # no batch was full
-            self.next_round = tx.now + micros(RETENTION_INTERVAL)
 
 
 # -- Jobs: queries ---------------------------------------------------------------------------------
@@ -2965,24 +3177,64 @@ class Queries:
 
     def jobs(self, limit=50, brief=False, **params):
         """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
-        source = 'jobs'
-        order = 'seq DESC'
+        columns = names(BRIEF_COLUMNS if brief else COLUMNS)
+        render = functools.partial(job_json, brief=brief)
         with self.database.reading() as db:
             for field in ('after', 'needed_by', 'needs'):
                 if field in params:
                     params[field] = self._seq_of(db, field, params[field])
-            if 'needed_by' in params:
-                source = 'dependencies JOIN jobs ON seq = dependency'
-                order = 'position'
-                if 'after' in params:
-                    params['after_position'] = params.pop('after')
+            if 'needed_by' in params or 'needs' in params:
+                rows = self._related(db, columns, limit, params)
+                return json_page('jobs', 'id', rows, render, limit)
             if not self._may_have(db, params.get('queue'), params.get('status')):
                 limit = 0
-            columns = names(BRIEF_COLUMNS if brief else COLUMNS)
-            rows = db.execute(
-                f'SELECT {columns} FROM {source} {where_clause(params)} ORDER BY {order} '
-                'LIMIT :limit', {**params, 'limit': limit})
-            return json_page('jobs', 'id', rows, functools.partial(job_json, brief=brief), limit)
+            seqs, last_seq = self._search(db, limit, params)
+            rows = (db.execute(f'SELECT {columns} FROM jobs WHERE seq = ?', (seq,)).fetchone()
+                    for seq in seqs)
+            last = last_seq and db.execute('SELECT id FROM jobs WHERE seq = ?', (last_seq,))
+            return json_page('jobs', 'id', rows, render, limit, last and last.fetchone()['id'])
+
+    def _related(self, db, columns, limit, params):
+        """The rows of jobs that depend on one, or that it depends on."""
+        source = 'jobs'
+        order = 'seq DESC'
+        if 'needed_by' in params:
+            source = 'dependencies JOIN jobs ON seq = dependency'
+            order = 'position'
+            if 'after' in params:
+                params['after_position'] = params.pop('after')
+        return db.execute(
+            f'SELECT {columns} FROM {source} {where_clause(params)} ORDER BY {order} LIMIT :limit',
+            {**params, 'limit': limit})
+
+    def _search(self, db, limit, params):
+        """(seqs of jobs that match, newest first; the last one looked at, if it ended early).
+
+        An index leads to the jobs of a tag or a group. Other conditions are checked one job at a
+        time, and a page looks at a bounded number of them.
+        """
+        indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
+        conditions = {field: FILTERS[field] for field in FILTERS if field in params}
+        source = ' AND '.join(
+            ['1', *(condition for field, condition in conditions.items() if field in indexed)])
+        matches = ' AND '.join(
+            ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
+        if 'search' in params:
+            params['text'] = like_pattern(params['search'])
+            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
+        rows = db.execute(
+            f'SELECT seq, {matches} FROM jobs WHERE {source} ORDER BY seq DESC LIMIT :rows',
+            {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
+        ends = time.monotonic() + MAX_SEARCH_TIME
+        found = []
+        for looked_at, (seq, is_match) in enumerate(rows, 1):
+            if is_match:
+                found.append(seq)
+                if len(found) == limit:
+                    break
+            if looked_at == MAX_ROWS_SEARCHED or time.monotonic() > ends:
+                return found, seq
+        return found, None
 
     def _seq_of(self, db, field, id):
         job = db.execute(FIND_BY_ID, (id,)).fetchone()
@@ -3169,7 +3421,7 @@ class Overview:
 
     def _queue_json(self, row, oldest, workers, now):
         queue = dict(row)
-        del queue['full_at']
+        del queue['full_at'], queue['changed_at']
         name = queue['queue']
         queue['per'] = as_seconds(queue['per'])
         queue['paused'] = bool(queue['paused'])
@@ -3205,6 +3457,7 @@ class Workers:
                 known.popitem(last=False)
 
 
+METER_EVENTS = ['enqueued', *(rule.event for rule in TRANSITIONS.values() if rule.event)]
 HOURLY = {      # what a queue's last hour counts, and the events of each
     'enqueued': ('enqueued',),
     'done': ('completed',),
@@ -3248,7 +3501,7 @@ class Meter:
     def fold_into_others(self, queue):
         """Forget the queue; its counts go to '(others)', so that the sums stay."""
         with self.lock:
-            for event in {event for event, _ in self.totals}:
+            for event in METER_EVENTS:
                 self.totals[event, '(others)'] += self.totals.pop((event, queue), 0)
                 self.seconds.pop((event, queue), None)
 
@@ -3289,6 +3542,10 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT ?)'''
 
 
+# The latest time that the engine has reached for sure.
+LAST_TIME = 'SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) FROM queues'
+
+
 class Store:
     """The jobs of one database: one object per concern, and what spans them.
 
@@ -3311,12 +3568,26 @@ class Store:
         self.producers = Producers(self.jobs, self.dependencies, self.workers)
         self.claims = Claims(self.jobs, self.limits, self.workers)
         self.schedules = Schedules(self.producers)
-        self.operators = Operators(database, self.jobs, self.limits, self.dependencies)
+        self.operators = Operators(
+            database, self.jobs, self.limits, self.dependencies, self.claims)
         self.retention = Retention(self.workers, self.meter, keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
+        self._follow_clock()
         # the loop's
         self.next_deadline = 0      # when run_due() has something to do
+        self.maintenance = collections.deque([
+            self.schedules.run_due, self.jobs.expire, self.jobs.release_due,
+            self.claims.lose_overdue, self.dependencies.resolve, self.retention.run_due])
         self.starved = set()        # queues whose polls run_due() wakes, see Transaction.starved
+
+    def _follow_clock(self):
+        """If the clock was set back since the last engine, move deadlines with it."""
+        with self.database.transaction() as db:
+            tx = self.begin(db)
+            before = tx.fetch_one(LAST_TIME)[0] or 0
+            if before > tx.now + micros(1):
+                self.jobs.set_back(tx, before)
+                log(f'the system clock was set back by {(before - tx.now) / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
@@ -3357,13 +3628,11 @@ class Store:
             return
         for queue in self.starved:
             tx.wake_polls(queue)
-        if tx.takes_jobs:
-            self.schedules.run_due(tx)
-        self.jobs.expire(tx)
-        self.jobs.release_due(tx)
-        self.claims.lose_overdue(tx)
-        self.dependencies.resolve(tx)
-        self.retention.run_due(tx)
+        for _ in range(len(self.maintenance)):
+            self.maintenance[0](tx)
+            self.maintenance.rotate(-1)     # so that each has its turn, however long another takes
+            if tx.is_step_over():
+                break
         tx.next_deadline = tx.fetch_one(NEXT_DEADLINE, self.retention.next_round)[0]
         tx.is_deadline_exact = True
 
@@ -4519,36 +4788,43 @@ def schedule(server, params):
 
 
 def change_call(call):
-    """The handler of cancel, retry and purge: of one job, or of all of a queue and status."""
+    """The handler of cancel, retry and purge: of jobs by their ids, or of all that match."""
     def change_one(server, params):
-        operators = server.store.operators
-
         def work(tx):
-            job, _ = operators.require_status(tx, call, params)
-            getattr(operators, call)(tx, job)
+            server.store.operators.apply_to_item(tx, params, call)
             return {'count': 1}
         return Operation(work)
+
+    def change_each(server, items):
+        results = []
+        while items:
+            some, items = server.loop.run_in_transaction(functools.partial(
+                server.store.operators.apply_to_items, call=call, items=items))
+            results += some
+        return {'jobs': results}
 
     def change_many(server, params):
         operators = server.store.operators
         method = getattr(operators, call)
         statuses = [params['status']] if 'status' in params else TRANSITIONS[call].sources
         count = 0
-        for ids in operators.id_batches(params):
-            count += server.loop.run_in_transaction(
-                lambda tx, ids=ids: operators.apply_to_batch(
-                    tx, method, ids, statuses))
+        for seqs in operators.seq_batches(params):
+            while seqs:
+                changed, seqs = server.loop.run_in_transaction(functools.partial(
+                    operators.apply_to_batch, method=method, seqs=seqs, statuses=statuses))
+                count += changed
         return {'count': count}
 
     def handler(server, params):
         if 'id' in params:
             if len(params) > 1:
-                raise BadRequest('id names one job, and stands without queue and status')
+                raise BadRequest('id names one job, and stands without queue, status and tag')
             return change_one(server, params)
         if not server.change_slots.acquire(blocking=False):
             raise Unavailable('other changes of whole queues are under way; try again')
         try:
-            return change_many(server, params)
+            change = change_each if isinstance(params, list) else change_many
+            return change(server, params)
         finally:
             server.change_slots.release()
     return handler
@@ -4644,7 +4920,8 @@ def route(method, handler, required=(), optional='', offload=False, **rules):
 
 def change_route(call, *required):
     status = one_of(TRANSITIONS[call].sources)
-    return route('POST', change_call(call), required, offload=True, status=status)
+    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=True,
+                 status=status)
 
 
 ROUTES = {
@@ -4656,17 +4933,19 @@ ROUTES = {
     '/poll': route(
         'POST', poll, ['queue'], 'limit wait worker lease max_retries timeout hung'),
     '/complete': route('POST', write_call('claims.complete'), ['id'], 'attempt result jobs'),
-    '/fail': route('POST', write_call('claims.fail'), ['id'], 'attempt error retry delay jobs'),
+    '/fail': route(
+        'POST', write_call('claims.fail'), ['id'], 'attempt error retry delay jobs',
+        delay=clamped_duration(0, MAX_DELAY)),
     '/heartbeat': route(
         'POST', write_call('claims.heartbeat'), ['id'], 'attempt progress jobs'),
     '/step': route('POST', write_call('claims.step'), ['id', 'name'], 'attempt result', name=NAME),
     '/release': route('POST', write_call('claims.release'), ['id'], 'attempt jobs'),
-    '/cancel': change_route('cancel', ('id', 'queue'), ('id', 'status')),
-    '/retry': change_route('retry', ('id', 'queue'), ('id', 'status')),
+    '/cancel': change_route('cancel', ('id', 'queue', 'tag'), ('id', 'status', 'tag')),
+    '/retry': change_route('retry', ('id', 'status', 'tag')),
     '/reschedule': route(
         'POST', write_call('operators.reschedule'),
         ['id', ('delay', 'run_at', 'priority')], 'jobs'),
-    '/purge': change_route('purge', ('queue', 'status')),
+    '/purge': change_route('purge', ('id', 'queue', 'status', 'tag')),
     '/pause': route('POST', write_call('operators.pause'), ['queue']),
     '/resume': route('POST', write_call('operators.resume'), ['queue']),
     '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
@@ -4680,7 +4959,7 @@ ROUTES = {
     '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
     '/jobs': route(
         'GET', list_jobs,
-        optional='id queue status tag group limit after brief needed_by needs',
+        optional='id queue status tag group search limit after brief needed_by needs',
         offload=True),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
@@ -5150,12 +5429,12 @@ SCHEMAS = {
     'Job': table_schema(
         JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
         attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER,
-        steps={'type': 'object'}, replaced=BOOLEAN),
+        steps={'type': 'object'}, replaced=BOOLEAN, warning=STRING,
+        needed_by=list_schema(STRING)),
     'JobPage': page_schema('jobs', reference('Job')),
-    # of a report; in a batch `error` and `code` say that the item is refused
     'Outcome': object_schema(
-        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER,
-        error=STRING, code=INTEGER),
+        'id status', id=STRING, status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER),
+    'Refusal': object_schema('id error code', id=or_null(STRING), error=STRING, code=INTEGER),
     'Step': object_schema('id name created result', id=STRING, name=STRING, created=BOOLEAN,
                           result={}),
     'Count': object_schema('count', count=INTEGER),
@@ -5189,6 +5468,7 @@ class Call(NamedTuple):
     summary: str
     response: Dict[str, Any]
     content_type: str = 'application/json'
+    item: Optional[Dict[str, Any]] = None       # in the response to a batch; None: as `response`
 
 
 CALLS = {       # a route that is not here is described by its fields alone
@@ -5200,9 +5480,12 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
     '/step': Call('step', 'Keep the result of a step; the first one stays.', reference('Step')),
     '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
-    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
-    '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
-    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count'),
+                    item=reference('Outcome')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Count'),
+                   item=reference('Outcome')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count'),
+                   item=reference('Outcome')),
     '/reschedule': Call('reschedule', 'Change a pending job.', reference('Outcome')),
     '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
     '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
@@ -5262,7 +5545,10 @@ def openapi_operation(path, route):
     call = CALLS.get(path, Call(path.strip('/'), '', {}))
     schema = call.response
     if 'jobs' in route.rules:
-        schema = either(schema, object_schema('jobs', jobs=list_schema(schema)))
+        item = call.item or schema
+        if path != '/enqueue':      # that one takes all or nothing
+            item = either(item, reference('Refusal'))
+        schema = either(schema, object_schema('jobs', jobs=list_schema(item)))
     error = {'application/json': {'schema': reference('Error')}}
     operation = {
         'operationId': call.name,
@@ -8202,6 +8488,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
  */
 import { randomBytes } from "node:crypto";
+import { setMaxListeners } from "node:events";
 import http from "node:http";
 import https from "node:https";
 import os from "node:os";
@@ -8223,7 +8510,7 @@ const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whos
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
-const MAX_CHARACTERS = 900000; // in a report of several jobs; proxies take 1 MiB
+const MAX_BYTES = 900000; // in a report of several jobs; proxies take 1 MiB
 const MAX_ERROR = 16000; // characters of an error; the middle is cut out
 
 /**
@@ -8458,8 +8745,11 @@ export async function call(path, body, { wait = 0, patience = PATIENCE, signal }
     try {
       return await send(path, text, { wait, limit: wait + Math.max(1, deadline - now()) });
     } catch (error) {
+      if (!(error instanceof Unavailable) || error.status === 413) {
+        throw error; // the same, however often it is sent
+      }
       const rest = backoff(tries, error);
-      if (!(error instanceof Unavailable) || now() + rest > deadline) {
+      if (now() + rest > deadline) {
         throw error;
       }
       await pause(rest, signal);
@@ -8727,14 +9017,14 @@ class Claim {
       this.progress = undefined;
       this.isProgressDue = false;
     }
-    if (call === "heartbeat") {
-      if (status === 404 || status === 409) {
-        this.lose(sentence);
-      }
-      return;
-    }
-    if (status) {
+    const isGone = status === 404 || status === 409;
+    if (call === "heartbeat" && isGone) {
+      this.lose(sentence);
+    } else if (status) {
       this.worker.log(`${this}: the engine refuses its ${call}: ${sentence}`);
+    }
+    if (call === "heartbeat") {
+      return;
     }
     const { fields } = this.outcome;
     const isUnfit = status === 400 || status === 413; // another report may be taken
@@ -8760,14 +9050,19 @@ function failure(error) {
   }
   let text = "an error that cannot be shown";
   try {
-    text = inspect(error);
-    text += error instanceof Error ? `\n\n${error}` : "";
+    text = error instanceof Error ? `${stackOf(error)}\n\n${error}` : inspect(error);
   } catch {
     // a getter or toString() of its own has thrown
   }
   const cut = text.length - MAX_ERROR;
   const [head, tail] = [text.slice(0, MAX_ERROR / 2), text.slice(-MAX_ERROR / 2)];
   return { error: cut > 0 ? `${head}\n[... ${cut} characters ...]\n${tail}` : text };
+}
+
+/** Not what inspect() shows: properties of errors may hold secrets, such as a request's headers. */
+function stackOf(error) {
+  const cause = error.cause instanceof Error ? `\n\ncaused by ${stackOf(error.cause)}` : "";
+  return `${error.stack}${cause}`;
 }
 
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
@@ -8777,7 +9072,6 @@ class Worker {
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
   watchSockets = new Set(); // of the call that waits for lost claims
-  since = ""; // which losses that call has told of
   unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
@@ -8792,18 +9086,21 @@ class Worker {
   constructor(grace, log) {
     this.grace = grace;
     this.log = log;
+    setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
   }
 
   async run() {
+    connect(); // throws if RUNDOWN_URL is wrong
     const queues = [...registrations.values()];
     const beats = this.keepAlive(Math.min(...queues.map(({ lease }) => lease)) / 3);
+    const watch = this.watchLosses();
     const { signal } = this.stopping;
     const stopped = new Promise((resolve) => signal.addEventListener("abort", resolve));
     const consumers = queues.map((each) => this.consume(each).catch((error) => this.stop(error)));
     const consuming = Promise.all(consumers).then(() => (this.isConsuming = false));
     await stopped;
     await this.drain();
-    await Promise.all([beats, consuming]);
+    await Promise.all([beats, watch, consuming]);
     if (this.error) {
       throw this.error;
     }
@@ -8927,12 +9224,11 @@ class Worker {
     }
   }
 
-  /** Sends heartbeats in time, and at once when the engine says that a claim is gone. */
   async keepAlive(interval) {
     const { signal } = this.closing;
     let rest = interval;
     while (!signal.aborted) {
-      await this.waitForLoss(rest);
+      await pause(rest, signal);
       rest = interval;
       try {
         await this.beat(interval);
@@ -8942,22 +9238,28 @@ class Worker {
     }
   }
 
-  async waitForLoss(seconds) {
+  /** Waits for the engine to take a claim away; a heartbeat then shows which. */
+  async watchLosses() {
     const { signal } = this.closing;
-    const deadline = now() + seconds;
-    const wait = Math.min(seconds, POLL_WAIT);
-    const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${wait}${this.since}`;
-    try {
-      const poll = { sockets: this.watchSockets, signal };
-      const answer = await send(path, undefined, { wait, poll });
-      this.since = `&since=${answer.since}`;
-      if (answer.lost) {
-        return;
+    const poll = { sockets: this.watchSockets, signal };
+    let since = "";
+    for (let tries = 0; !signal.aborted; ) {
+      const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${POLL_WAIT}${since}`;
+      const began = now();
+      try {
+        const answer = await send(path, undefined, { wait: POLL_WAIT, poll });
+        since = `&since=${answer.since}`;
+        tries = 0;
+        if (answer.lost) {
+          await this.beat();
+        } else if (now() - began < 1) {
+          await pause(0.5, signal); // an engine that stops answers at once
+        }
+      } catch (error) {
+        tries += 1;
+        await pause(error instanceof Unavailable ? backoff(tries, error) : REFUSED_PAUSE, signal);
       }
-    } catch {
-      // an engine that is away, or an older one
     }
-    await pause(Math.max(0, deadline - now()), signal);
   }
 
   /** Sends progress and outcomes, one request at a time, until the engine has them all. */
@@ -8986,12 +9288,12 @@ class Worker {
   /** As many reports of one call as a request takes. */
   nextReports() {
     const reports = [];
-    let characters = 0;
+    let bytes = 0;
     for (const claim of this.claims) {
       const report = claim.nextReport();
       if (report && report.call === (reports[0] ?? report).call) {
-        characters += report.text.length + 1;
-        if (reports.length && (characters > MAX_CHARACTERS || reports.length === MAX_BATCH)) {
+        bytes += Buffer.byteLength(report.text) + 1;
+        if (reports.length && (bytes > MAX_BYTES || reports.length === MAX_BATCH)) {
           break;
         }
         reports.push(report);

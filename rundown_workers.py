@@ -135,8 +135,14 @@ COMMAND LINE
 JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
-# What is public is annotated, for those who check their own programs; the rest is not:
+# What is public is annotated, for those who check their own programs. The rest is not:
 # mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
 
 from __future__ import annotations
 
@@ -769,14 +775,8 @@ def tell_terminal(sentence):
             print(f'rundown_workers: {sentence}', file=sys.stderr, flush=True)
 
 
-class Client:
-    """The calls of an engine, one method each; a method takes the fields of its call.
-
-    `host` may name several engines, separated by blanks: one is used until it does not answer
-    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
-    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
-    once. Safe to use from many threads, and after a fork.
-    """
+class Caller:
+    """Sends calls to one of several engines, and tries them again while none answers."""
 
     def __init__(
         self,
@@ -878,6 +878,29 @@ class Client:
         query = urllib.parse.urlencode(drop_none(**fields))
         return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
 
+    def _change(self, path, jobs, **fields):
+        """A call about one job, about all that the fields describe, or about a list of jobs."""
+        if jobs is None:
+            return self._post(path, **fields)
+        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
+        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        replies = []
+        for batch in batches(texts, len):
+            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
+        return {'jobs': replies}
+
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
+        self.pool.shutdown(how)
+
+    def close(self) -> None:
+        """Close the connections, those in use too. Nothing can be sent after that."""
+        self.shutdown()
+
+
+class ProducerCalls(Caller):
+    """The calls that add jobs and wait for them."""
+
     @names_near_misses
     def enqueue(
         self,
@@ -918,6 +941,13 @@ class Client:
         job = Job(self.call('/enqueue', text, give_up=give_up), self)
         warn_of_own_key(job)
         return job
+
+    async def aenqueue(self, queue: str, payload: Any = None, **options: Any) -> Job:
+        """enqueue() for asyncio programs; it never blocks their event loop."""
+        give_up = options.pop('give_up', None)
+        check_names(options, ENQUEUE_OPTIONS)
+        text = encode_job(payload, queue=queue, **options)
+        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(
         self,
@@ -965,12 +995,24 @@ class Client:
             first = self._enqueue_batch(texts[:half], give_up)
             return first + self._enqueue_batch(texts[half:], give_up)
 
-    async def aenqueue(self, queue: str, payload: Any = None, **options: Any) -> Job:
-        """enqueue() for asyncio programs; it never blocks their event loop."""
-        give_up = options.pop('give_up', None)
-        check_names(options, ENQUEUE_OPTIONS)
-        text = encode_job(payload, queue=queue, **options)
-        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
+    def wait(
+        self,
+        job: Any,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """The job, given as a job or an id, once it has ended.
+
+        Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
+        for `give_up` seconds, or until the timeout.
+        """
+        if current.get():
+            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
+        waiting = Waiting(self, job, timeout, give_up)
+        while True:
+            job = self.call(**waiting.next_call(LONG_POLL))
+            if waiting.is_over(job):
+                return Job(job, self)
 
     async def await_job(
         self,
@@ -982,6 +1024,41 @@ class Client:
         if current.get() and not isinstance(job, str):
             warn_of_deadlock(job)
         return Job(await async_calls().wait(self, job, timeout, give_up), self)
+
+    @names_near_misses
+    def schedule(
+        self,
+        name: str,
+        queue: str,
+        cron: str | None = None,
+        every: float | datetime.timedelta | None = None,
+        zone: str | None = None,
+        payload: Any = None,
+        timeout: float | datetime.timedelta | None = None,
+        max_retries: int | None = None,
+        tag: str | None = None,
+        priority: int | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> dict[str, Any]:
+        """Have a job made at each tick of `cron`, or `every` so many seconds.
+
+        `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
+        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
+        """
+        return self._post(
+            '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
+            payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
+            priority=priority, key=key, group=group,
+        )
+
+    def unschedule(self, name: str) -> dict[str, Any]:
+        """End a schedule; the jobs that it made stay."""
+        return self._post('/unschedule', name=name)
+
+
+class WorkerCalls(Caller):
+    """The calls that claim jobs and report on them."""
 
     def poll(
         self,
@@ -1028,9 +1105,29 @@ class Client:
         """Extend the lease of a claim, and show its progress."""
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
+    def lost(
+        self, worker: str, wait: float | None = None, since: int | None = None,
+    ) -> dict[str, Any]:
+        """Wait until the worker loses a job that it runs; `since` is that of the last answer."""
+        return self._get('/lost', worker=worker, wait=wait, since=since)
+
     def release(self, id: str, attempt: int | None = None) -> dict[str, Any]:
         """Give a claim back; nothing is counted."""
         return self._post('/release', id=id, attempt=attempt)
+
+    def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
+        """Store the result of a step of a job; the first result under a name is kept."""
+        return self.call('/step', {'id': id, 'attempt': attempt, 'name': name, 'result': result})
+
+
+class Client(ProducerCalls, WorkerCalls):
+    """The calls of an engine, one method each; a method takes the fields of its call.
+
+    `host` may name several engines, separated by blanks: one is used until it does not answer
+    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
+    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
+    once. Safe to use from many threads, and after a fork.
+    """
 
     def pause(self, queue: str) -> dict[str, Any]:
         """Hand out no jobs of the queue."""
@@ -1039,10 +1136,6 @@ class Client:
     def resume(self, queue: str) -> dict[str, Any]:
         """Hand out jobs of the queue again."""
         return self._post('/resume', queue=queue)
-
-    def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
-        """Store the result of a step of a job; the first result under a name is kept."""
-        return self.call('/step', {'id': id, 'attempt': attempt, 'name': name, 'result': result})
 
     def reschedule(
         self,
@@ -1095,17 +1188,6 @@ class Client:
         """Delete a job, or many, except running ones; see cancel()."""
         return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
 
-    def _change(self, path, jobs, **fields):
-        """A call about one job, about all that the fields describe, or about a list of jobs."""
-        if jobs is None:
-            return self._post(path, **fields)
-        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
-        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
-        replies = []
-        for batch in batches(texts, len):
-            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
-        return {'jobs': replies}
-
     def limit(
         self,
         queue: str,
@@ -1121,37 +1203,6 @@ class Client:
         fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
-
-    @names_near_misses
-    def schedule(
-        self,
-        name: str,
-        queue: str,
-        cron: str | None = None,
-        every: float | datetime.timedelta | None = None,
-        zone: str | None = None,
-        payload: Any = None,
-        timeout: float | datetime.timedelta | None = None,
-        max_retries: int | None = None,
-        tag: str | None = None,
-        priority: int | None = None,
-        key: str | None = None,
-        group: str | None = None,
-    ) -> dict[str, Any]:
-        """Have a job made at each tick of `cron`, or `every` so many seconds.
-
-        `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
-        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
-        """
-        return self._post(
-            '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
-            payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
-            priority=priority, key=key, group=group,
-        )
-
-    def unschedule(self, name: str) -> dict[str, Any]:
-        """End a schedule; the jobs that it made stay."""
-        return self._post('/unschedule', name=name)
 
     def schedules(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
         """A page of schedules by name."""
@@ -1194,33 +1245,6 @@ class Client:
     def health(self) -> dict[str, Any]:
         """The state of the engine."""
         return self._get('/health')
-
-    def wait(
-        self,
-        job: Any,
-        timeout: float | datetime.timedelta | None = None,
-        give_up: float | datetime.timedelta | None = None,
-    ) -> Job:
-        """The job, given as a job or an id, once it has ended.
-
-        Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
-        for `give_up` seconds, or until the timeout.
-        """
-        if current.get():
-            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
-        waiting = Waiting(self, job, timeout, give_up)
-        while True:
-            job = self.call(**waiting.next_call(LONG_POLL))
-            if waiting.is_over(job):
-                return Job(job, self)
-
-    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
-        self.pool.shutdown(how)
-
-    def close(self) -> None:
-        """Close the connections, those in use too. Nothing can be sent after that."""
-        self.shutdown()
 
 
 ENDED = ('done', 'failed', 'cancelled')     # statuses of a job that has ended
@@ -1662,7 +1686,7 @@ def inputs() -> list[Any]:
 T = TypeVar('T')
 
 
-def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def step(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Do a part of the job once: call the function and keep its result, or return the kept result.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
@@ -1675,7 +1699,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1685,7 +1709,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 async def async_step(claim, name, function, args, kwargs):
     if claim is None:
         return await function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
@@ -1826,13 +1850,18 @@ def describe_job(job):
 class Saver:
     """What a claim saves while its handler runs. A subclass has the attributes that are used."""
 
+    def begin_step(self):
+        self.leave_if_stopping()
+        if self.steps is None:
+            self.steps = {}
+
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
         body = f'{self.json_prefix},"name":{as_json(name, "name")},"result":{text}}}'
         return self._save('/step', body)['result']
 
     def save_progress(self, text):
-        self.progress.clear()       # what is older must not come later
+        self.drop_progress()
         self._save('/heartbeat', f'{self.json_prefix},"progress":{text}}}')
         self.leave_if_stopping()
 
@@ -2000,12 +2029,14 @@ def run_handler(handlers, job, around=()):
     It uses no network, and raises nothing, whatever the handler does.
     """
     process = os.getpid()
+    result = None       # also if around() swallows an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
-        with surroundings(around, job):
-            result = function(*args, **kwargs)
-            if inspect.iscoroutine(result):
-                result = current.get().run_coroutine(result)
+        if around:
+            with surroundings(around, job):
+                result = call_handler(function, args, kwargs)
+        else:
+            result = call_handler(function, args, kwargs)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
@@ -2014,9 +2045,17 @@ def run_handler(handlers, job, around=()):
     return completion(result)
 
 
+def call_handler(function, args, kwargs):
+    result = function(*args, **kwargs)
+    if isinstance(result, types.CoroutineType):
+        return current.get().run_coroutine(result)
+    return result
+
+
 async def run_async_handler(handlers, job, around=()):
     """run_handler() on an event loop, for a queue whose handlers are async."""
     process = os.getpid()
+    result = None       # also if around() swallows an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         with surroundings(around, job):
@@ -2029,13 +2068,8 @@ async def run_async_handler(handlers, job, around=()):
     return completion(result)
 
 
-NO_SURROUNDINGS = contextlib.nullcontext()
-
-
 def surroundings(around, job):
     """A context manager made of the generator functions that wrap each run of a handler."""
-    if not around:
-        return NO_SURROUNDINGS
     stack = contextlib.ExitStack()
     try:
         for function in around:
@@ -2075,7 +2109,7 @@ def pass_jobs_to_threads():
     from concurrent.futures import ThreadPoolExecutor       # here, since only workers need it
     start = threading.Thread.start
     submit = ThreadPoolExecutor.submit
-    if hasattr(start, '__wrapped__'):
+    if getattr(start, 'passes_jobs', False):
         return
 
     @functools.wraps(start)
@@ -2094,6 +2128,7 @@ def pass_jobs_to_threads():
         empty = contextvars.Context()
         return empty.run(submit, self, run_with_claim, claim, function, *args, **kwargs)
 
+    start_with_claim.passes_jobs = True
     threading.Thread.start = start_with_claim
     ThreadPoolExecutor.submit = submit_with_claim
 
@@ -2113,7 +2148,7 @@ class Claim(Saver):
         self.timeout = job['timeout']       # seconds
         self.json_prefix = json_prefix(job)
         # written by the handler's threads
-        self.steps = job.get('steps') or {}     # results by name
+        self.steps = job.get('steps')       # results by name; None: there are none
         # changed with the lock held, once each
         self.lock = threading.Lock()
         self.outcome = None                 # None: not finished
@@ -2126,7 +2161,8 @@ class Claim(Saver):
         self.progress_sent_at = now
         # written by the thread that finishes it, read by the reporter
         self.report_item = None             # the item of the batch that reports the outcome
-        # touched by the reporter only
+        # written by the reporter only
+        self.is_sending_progress = False
         self.was_refused = False            # the engine refused an outcome
         # written by the event loop's thread
         self.asyncio_task = None            # of an async handler, once it has begun
@@ -2155,6 +2191,11 @@ class Claim(Saver):
         fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
         self.outcome = outcome
         self.report_item = f'{self.json_prefix}{fields}}}'
+
+    def drop_progress(self):
+        """What is older than a checkpoint must not arrive after it."""
+        self.progress.clear()
+        until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
         """Raise Lost if the claim is over, or if the worker stops: then give the job back."""
@@ -2205,7 +2246,8 @@ class Slot:
 
     def _run_claim(self, claim):
         current.set(claim)
-        self.call_hooks('start', claim, None)
+        if self.consumer.hooks['start']:
+            self.call_hooks('start', claim, None)
         outcome = self.run(claim)
         if claim.try_finish(outcome):
             self.consumer.on_finished(claim, outcome)
@@ -2698,6 +2740,7 @@ class Consumer:
         self.config = config
         self.name = config.name
         self.concurrency = concurrency
+        self.hooks = worker.app.hooks       # by event
         self.handlers = HandlerTable(config.functions)
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
@@ -2760,7 +2803,8 @@ class Consumer:
             if self.lines_this_tick <= MAX_LOG_LINES_PER_TICK:
                 note(logging.INFO, '%s done in %.3f s', claim, seconds)
         event = 'success' if succeeded else 'failure'
-        claim.slot.call_hooks(event, claim, outcome.value)
+        if self.hooks[event]:
+            claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
         self._update_pace(time.monotonic() - claim.started_at)
         self._remove(claim)
@@ -2805,13 +2849,13 @@ class Consumer:
         self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
-        for function in self.worker.app.hooks[event] if only is None else only:
+        for function in self.hooks[event] if only is None else only:
             call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
         """Log an event and call its hooks, in a thread of their own, if the claim has started."""
         note(logging.WARNING, '%s ' + text, claim, *values)
-        if self.worker.app.hooks[event] and claim.started_at is not None:
+        if self.hooks[event] and claim.started_at is not None:
             hooks = threading.Thread(
                 target=self.call_hooks, args=(event, claim, error), daemon=True)
             hooks.start()
@@ -3082,27 +3126,35 @@ class Reporter:
         requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
         for claim in claims:
             if claim.progress:
-                text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
-                requests['heartbeat'].append((claim, text))
+                claim.is_sending_progress = True    # before it is taken: see drop_progress()
+                try:
+                    text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
+                    requests['heartbeat'].append((claim, text))
+                except IndexError:
+                    claim.is_sending_progress = False
             if claim.report_item:
                 requests[claim.outcome.call].append((claim, claim.report_item))
         return requests
 
     def _on_answer(self, call, claim, answer):
         if call == 'heartbeat':
+            claim.is_sending_progress = False
             on_heartbeat_answer(claim, answer)
             if is_temporary(answer):
                 self.claims.put(claim)
             return
         code = answer.get('code')
-        reason = answer.get('error')
+        if not code:
+            self.session.forget(claim)
+            return
         if is_temporary(answer):
             self.claims.put(claim)
             return
+        reason = answer.get('error')
         if code in GONE:
             text = 'lost before its outcome (%s) was known: %s'
             claim.consumer.log_and_notify('lost', claim, Lost(reason), text, call, reason)
-        elif code:
+        else:
             note(logging.ERROR, '%s: the engine refused its %s: %s', claim, call, reason)
             if not claim.was_refused and call in ('complete', 'fail'):
                 claim.was_refused = True
@@ -3198,9 +3250,14 @@ class Watcher:
 
     def run(self):
         is_last = False
+        now = time.monotonic()
         while not is_last:
+            last_look = now
             is_last = self._wait()
             now = time.monotonic()
+            if now - last_look > LEASE / 3:
+                note(logging.WARNING, 'the worker stood still for %.1f s: isolate handlers that '
+                     'run C code for so long, otherwise their jobs are lost', now - last_look)
             for consumer in self.worker.consumers:
                 for claim in consumer.in_flight.copy():
                     self._check(consumer, claim, now)
@@ -3323,7 +3380,10 @@ class Worker:
         return thread
 
     def on_fault(self, name, error):
-        text = last_line(error) if isinstance(error, Refused) else error_text(error)
+        """A thread of the worker's own has failed; the frames are ours."""
+        text = last_line(error)
+        if not isinstance(error, Refused):
+            text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
         note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
         self.stop(error)
 
@@ -3499,6 +3559,7 @@ process_lock = threading.Lock()
 READY = 'ready'             # the handler's module is imported
 STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
+DROP_PROGRESS = 'drop'      # it waits for an answer, the same, when none is sent any more
 LOGGED = 'logged'           # the attributes of a log record
 LEFT = 'left'               # the worker stops, and the job is to be given back
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
@@ -3598,9 +3659,12 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # finished from outside, when there was no process to kill
             return claim.outcome
-        while kind in (STARTED, PROGRESS_MADE, LEFT):
+        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
             if kind == PROGRESS_MADE:
                 claim.show_progress(value)
+            if kind == DROP_PROGRESS:
+                claim.drop_progress()
+                self._write(DROP_PROGRESS)
             if kind == LEFT:
                 self.consumer.let_go(claim)
             kind, value = self._receive()
@@ -3645,7 +3709,7 @@ class IsolatedSlot(Slot):
 
         If the process is gone, call all of them here.
         """
-        hooks = self.consumer.worker.app.hooks[event]
+        hooks = self.consumer.hooks[event]
         if event == 'start' or self.process is not None:
             hooks = [hook for hook in hooks if not has_place(hook)]
         self.consumer.call_hooks(event, claim, value, hooks)
@@ -3665,7 +3729,7 @@ class IsolatedSlot(Slot):
     @property
     def is_terminating(self):
         """Its process may have to call hooks at the end."""
-        hooks = self.consumer.worker.app.hooks['stop_worker']
+        hooks = self.consumer.hooks['stop_worker']
         return bool(hooks) and self.process is not None and self.thread.is_alive()
 
     def kill(self):
@@ -3678,7 +3742,7 @@ class IsolatedSlot(Slot):
     def close(self):
         if self.process is None:
             return
-        if self.consumer.worker.app.hooks['stop_worker']:
+        if self.consumer.hooks['stop_worker']:
             self._write(None)
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
@@ -3725,8 +3789,8 @@ class ChildClaim(Saver):
         self.client = child.client
         self.timeout = job['timeout']
         self.json_prefix = json_prefix(job)
-        self.steps = job.get('steps') or {}
-        self.progress = []      # what is not sent yet: nothing, since the worker sends it
+        self.steps = job.get('steps')
+        self.has_progress = False       # the worker may be sending some
 
     def leave_if_stopping(self):
         if self.child.stopping.is_set():
@@ -3739,7 +3803,14 @@ class ChildClaim(Saver):
         return self.child.settings.concurrency == 1
 
     def show_progress(self, text):
+        self.has_progress = True
         self.child.send(PROGRESS_MADE, text)
+
+    def drop_progress(self):
+        if self.has_progress:
+            self.child.send(DROP_PROGRESS)
+            self.child.progress_dropped.get()
+            self.has_progress = False
 
     def run_coroutine(self, coroutine):
         if self.child.event_loop is None:
@@ -3782,6 +3853,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
+        self.progress_dropped = SimpleQueue()
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -3854,6 +3926,8 @@ class Child:
                 message = self.pipe.recv()
                 if message == STOP:
                     self.stopping.set()
+                elif message == DROP_PROGRESS:
+                    self.progress_dropped.put(None)
                 else:
                     self.jobs.put(message)
         signal_group(multiprocessing.current_process(), KILL)
@@ -4182,26 +4256,10 @@ if TYPE_CHECKING:
         def __call__(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
 
 
-class App:
-    """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
+class Registry:
+    """Queues with their handlers, and hooks, as decorators declare them."""
 
-    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
-    the time of each call.
-    """
-
-    def __init__(
-        self,
-        host: str | None = None,
-        token: str | None = None,
-        timeout: float = CLIENT_TIMEOUT,
-        ca: str | None = None,
-    ) -> None:
-        # written by testing() alone
-        self.host = host
-        # constant
-        self.token = token
-        self.timeout = timeout
-        self.ca = ca
+    def __init__(self) -> None:
         # filled by decorators, before run()
         self.registered = {}            # (queue, host) -> QueueConfig
         self.hooks = {
@@ -4209,18 +4267,6 @@ class App:
             'start_worker': [], 'stop_worker': [],
         }
         self.surroundings = []          # generator functions: see around()
-        # safe without a lock: single operations of a dict and a list are atomic
-        self.clients = {}               # (host, token, timeout, ca) -> Client
-        self.workers = []               # those that run
-
-    def client(self, host: str | None = None) -> Client:
-        """The client for an engine; its connections are kept."""
-        host = host or self.host or os.environ.get('RUNDOWN_URL')
-        token = self.token or os.environ.get('RUNDOWN_TOKEN')
-        settings = (host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA'))
-        if settings not in self.clients:
-            self.clients[settings] = Client(*settings)
-        return self.clients[settings]
 
     @names_near_misses
     def queue(
@@ -4391,6 +4437,41 @@ class App:
                 f'around decorates a generator function that yields once, not {function!r}')
         self.surroundings.append(function)
         return function
+
+
+class App(Registry):
+    """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
+
+    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
+    the time of each call.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        token: str | None = None,
+        timeout: float = CLIENT_TIMEOUT,
+        ca: str | None = None,
+    ) -> None:
+        super().__init__()
+        # written by testing() alone
+        self.host = host
+        # constant
+        self.token = token
+        self.timeout = timeout
+        self.ca = ca
+        # safe without a lock: single operations of a dict and a list are atomic
+        self.clients = {}               # (host, token, timeout, ca) -> Client
+        self.workers = []               # those that run
+
+    def client(self, host: str | None = None) -> Client:
+        """The client for an engine; its connections are kept."""
+        host = host or self.host or os.environ.get('RUNDOWN_URL')
+        token = self.token or os.environ.get('RUNDOWN_TOKEN')
+        settings = (host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA'))
+        if settings not in self.clients:
+            self.clients[settings] = Client(*settings)
+        return self.clients[settings]
 
     @names_near_misses
     def enqueue(
@@ -5451,8 +5532,9 @@ def set_django_error(result, error):
     from django.utils import timezone
     claim = current.get()
     is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
-    is_retried = claim.job['retries'] < claim.job['max_retries'] and not isinstance(error, Abort)
-    if is_lost or is_retried:
+    # the task may have changed the job
+    has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
+    if is_lost or (has_retries and not isinstance(error, Abort)):
         return False
     text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
     result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
@@ -5490,11 +5572,11 @@ def command_django(client, options):
     if options.reload:
         reloader.start()
     backends = find_django_backends()
+    from django.db import connections
     register_django_queues(backends, options.queues)
     outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
     with contextlib.ExitStack() as forwarders:
         for database, host in outboxes:
-            from django.db import connections
             connect = functools.partial(connections.create_connection, database)
             if options.burst:
                 forward(connect, host)      # before the worker finds that nothing is due
