@@ -57,6 +57,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
+    GET  /openapi.json, /rundown.mjs   these calls for generators of clients; the SDK for Node
 
 Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign
 page, 404, 405, 408, 409 not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 500,
@@ -8556,14 +8557,15 @@ export function queue(name, options, handler) {
  * Works on all registered queues until stop(), SIGTERM or SIGINT. Handlers that run then get
  * `grace` seconds; jobs that are not over by then are released to other workers. After a signal the
  * process exits with 0, at the latest 5 s after this resolves; after a second one at once.
- * @param {{ grace?: number, log?: (line: string) => void }} [options]
+ * With `burst` it works off what is due and resolves: for cron jobs and tests.
+ * @param {{ grace?: number, burst?: boolean, log?: (line: string) => void }} [options]
  * @returns {Promise<void>}
  */
-export async function run({ grace = GRACE, log = console.error } = {}) {
+export async function run({ grace = GRACE, burst = false, log = console.error } = {}) {
   if (worker || !registrations.size) {
     throw new Error(worker ? "run() is under way already" : "run() needs a queue: see queue()");
   }
-  worker = new Worker(grace, log);
+  worker = new Worker(grace, burst, log);
   let signalledAt = 0;
   const onSignal = (name) => {
     if (signalledAt && now() - signalledAt > SAME_SIGNAL) {
@@ -8673,7 +8675,7 @@ class Claim {
   lose(message) {
     if (!this.outcome) {
       this.worker.log(`${this} lost: ${message}`);
-      this.worker.claims.delete(this);
+      this.worker.forget(this);
       this.settle(undefined, {}, new Lost(message));
     }
   }
@@ -8750,7 +8752,7 @@ class Claim {
     } else if (isUnfit && fields.delay !== undefined) {
       this.outcome = this.encode("fail", { ...fields, delay: undefined });
     } else {
-      this.worker.claims.delete(this);
+      this.worker.forget(this);
     }
   }
 
@@ -8793,14 +8795,17 @@ class Worker {
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
   error; // what run() throws
+  changes = 0; // claims that began or ended: each may make jobs due
+  idle = new Map(); // queue -> `changes` when a poll that found nothing was sent
   isConsuming = true;
   isReporting = false;
   isStuck = false; // the engine did not take the last report
-  isAway = false; // and the log says so
+  awaySince; // when the engine was missed first, which the log says; undefined: it is there
   ended;
 
-  constructor(grace, log) {
+  constructor(grace, burst, log) {
     this.grace = grace;
+    this.burst = burst;
     this.log = log;
     setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
   }
@@ -8855,12 +8860,16 @@ class Worker {
         continue;
       }
       try {
+        const { changes } = this;
         const limit = Math.min(concurrency - running, MAX_BATCH);
         const jobs = await this.poll({ ...fields, limit });
         tries = 0;
         running += jobs.length;
         for (const job of jobs) {
           this.start(new Claim(job, this, onSettled), handler);
+        }
+        if (this.burst && !jobs.length) {
+          await this.rest(name, changes);
         }
       } catch (error) {
         tries += 1;
@@ -8886,7 +8895,8 @@ class Worker {
 
   async poll(fields) {
     const { signal } = this.stopping;
-    const wait = connect().hasAnswered ? POLL_WAIT : 0; // it has to show that it is there
+    const isSure = connect().hasAnswered && !this.burst;
+    const wait = isSure ? POLL_WAIT : 0; // at first the engine has to show that it is there
     const text = JSON.stringify({ ...fields, wait });
     const began = now();
     const poll = { sockets: this.sockets, signal };
@@ -8901,8 +8911,24 @@ class Worker {
     return jobs;
   }
 
+  forget(claim) {
+    this.claims.delete(claim);
+    this.changes += 1;
+  }
+
+  /** A burst is over when all queues were empty since the last claim ended. */
+  async rest(name, changes) {
+    this.idle.set(name, changes);
+    const isIdle = (each) => this.idle.get(each) === this.changes;
+    if (!this.claims.size && [...registrations.keys()].every(isIdle)) {
+      this.stop();
+    }
+    await pause(0.05, this.stopping.signal);
+  }
+
   start(claim, handler) {
     this.claims.add(claim);
+    this.changes += 1;
     if (this.stopping.signal.aborted) {
       claim.release();
     } else {
@@ -8910,22 +8936,24 @@ class Worker {
     }
   }
 
-  /** Seconds until the next try. Says once that the engine is away; throws what no try mends. */
+  /** Seconds until the next try. Says once that the engine is away; stops if no try mends that. */
   away(error, tries) {
     const isRefused = error instanceof Refused && error.status !== 400;
-    if (!isRefused && !(error instanceof Unavailable)) {
-      throw error;
-    }
-    if (!this.isAway && !this.stopping.signal.aborted) {
-      this.isAway = true;
+    if (this.awaySince === undefined && !this.stopping.signal.aborted) {
+      this.awaySince = now();
       this.log(`engine away, trying again until it is back: ${error.message}`);
+    }
+    const isOver = this.burst && (isRefused || now() - this.awaySince > PATIENCE);
+    if (isOver || !(isRefused || error instanceof Unavailable)) {
+      this.stop(error);
+      return MAX_PAUSE;
     }
     return isRefused ? REFUSED_PAUSE : backoff(tries, error);
   }
 
   back() {
-    if (this.isAway) {
-      this.isAway = false;
+    if (this.awaySince !== undefined) {
+      this.awaySince = undefined;
       this.log("engine back");
     }
   }

@@ -10213,6 +10213,26 @@ def test_a_node_handler_that_throws_leaves_its_stack_and_last_the_message(engine
     assert error.splitlines()[-1] == "RangeError: large"
 
 
+def test_a_burst_in_node_works_off_what_is_due_and_ends(engine, tmp_path, q):
+    first = engine.enqueue(q + "a", 1)
+    second = engine.enqueue(q + "b", 2, after=[first["id"]])
+    third = engine.enqueue(q + "a", 3, after=[second["id"]])
+    later = engine.enqueue(q + "a", 4, delay=100)
+    source = "for (const name of 'ab') queue('%s' + name, (payload) => sleep(0.05 * payload));" % q
+    with node(tmp_path, engine, source, run="await run({ burst: true });") as worker:
+        assert worker.wait() == 0
+    statuses = [engine.job(job)["status"] for job in (first, second, third, later)]
+    assert statuses == ["done", "done", "done", "pending"]
+
+
+@beside
+def test_a_burst_in_node_ends_when_no_engine_answers(tmp_path):
+    run = "await run({ burst: true }).catch((error) => say(error.name, error.message));"
+    with node(tmp_path, unused(), ECHO % "q", run=run, replaced={"PATIENCE": 0.5}) as worker:
+        assert worker.wait() == 0
+        assert worker.said()[0].startswith("Unavailable no engine answers at http://127.0.0.1:")
+
+
 def test_concurrency_and_settings_of_a_node_worker(engine, tmp_path, q):
     jobs = [engine.enqueue(q, number) for number in range(6)]
     source = (
