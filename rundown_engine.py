@@ -87,7 +87,8 @@ GUARANTEES
   none and counts in `skipped`. Cron has five fields (minute, hour, day of month, month, day of
   week: *, lists, ranges, /step, names), or @hourly, @daily, @weekly, @monthly, @yearly. When both
   days are restricted, either suffices. A time that the zone's clock leaps over fires at the first
-  minute after the leap, one that it shows twice the first time.
+  minute after the leap. One that it shows twice fires the first time only, unless the hour field
+  begins with *: such a schedule goes on through both.
 
 LIMITS
 One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at
@@ -149,6 +150,7 @@ DEFAULT_TIMEOUT = 300           # seconds a handler may take if neither job nor 
 GRACE = 5                       # seconds after the timeout until a worker is lost
 BACKOFF = 5                     # seconds, times the square of the number of retries
 MAX_LOSSES = 3                  # lost workers that a job survives without retries left
+MAX_DELAY = 3650 * 86400        # seconds until a job is due
 MAX_WAIT = 60                   # seconds of a long poll
 MAX_BATCH = 10000               # jobs in a request
 MAX_LIMIT = 1000                # jobs in a page, and claimed by a poll
@@ -192,7 +194,8 @@ MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases a
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
 # a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
-BATCH_ROWS = 500                # rows that one step of a long change touches
+BATCH_ROWS = 500                # rows that one step of a long change touches at most
+STEP_TIME = 0.02                # seconds after which a step begins nothing new
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
@@ -496,6 +499,15 @@ def duration(low, high):
         {'type': 'number', 'minimum': low, 'maximum': high})
 
 
+def clamped_duration(low, high):
+    """A duration that is moved into its range, so that a report is not lost for it."""
+    rule = duration(low, high)
+    return rule._replace(
+        description='a number of seconds',
+        is_valid=lambda value: type(value) in (int, float) and value == value,
+        convert=lambda value: micros(min(max(value, low), high)))
+
+
 def printable(longest):
     return FieldRule(
         f'a string of 1 to {longest} characters without control characters',
@@ -543,7 +555,7 @@ CRON_TEXT = FieldRule(
 # SCHEDULE_COLUMNS join them below.
 FIELDS = {
     'replace': FLAG,
-    'expires': duration(0.001, 3650 * 86400),
+    'expires': duration(0.001, MAX_DELAY),
     'after': NAME,              # where a page begins; POST /enqueue takes JOB_IDS
     'needed_by': NAME,
     'needs': NAME,
@@ -558,7 +570,7 @@ FIELDS = {
     'max_running': whole_number(1, 10**6),
     'rate': whole_number(1, 10**6),
     'per': duration(0.001, 366 * 86400),
-    'delay': duration(0, 3650 * 86400),
+    'delay': duration(0, MAX_DELAY),
     'wait': duration(0, MAX_WAIT),
     'run_at': FieldRule(
         'a time like 2030-01-31T12:00:00Z',
@@ -572,6 +584,7 @@ FIELDS = {
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
+DEPENDENT = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))  # needs the other
 
 
 def validate(path, body):
@@ -592,6 +605,9 @@ def validate(path, body):
     for one, other in EXCLUSIVE:
         if one in params and other in params:
             raise BadRequest(f'{one} and {other} exclude each other')
+    for one, other in DEPENDENT:
+        if params.get(one) and other not in params:
+            raise BadRequest(f'{one} needs {other}')
     return params
 
 
@@ -698,6 +714,7 @@ class Cron:
         self.minutes, self.hours, self.days, self.months, weekdays = (
             parse_cron_field(part, field) for part, field in zip(parts, CRON))
         self.weekdays = {day % 7 for day in weekdays}
+        self.fires_twice = parts[1].startswith('*')     # in hours that the zone's clock shows twice
         self.either_day = not (parts[2].startswith('*') or parts[4].startswith('*'))
         longest = max(calendar.monthrange(2000, month)[1] for month in self.months)
         if not self.either_day and min(self.days) > longest:
@@ -706,6 +723,28 @@ class Cron:
 
     def after(self, moment):
         """The first time after a moment of UTC at which it fires."""
+        tick = self._next_first_occurrence(moment)
+        return self._repeated_before(tick, moment) or tick if self.fires_twice else tick
+
+    def _repeated_before(self, tick, moment):
+        """The first time before the tick that the zone's clock shows for the second time."""
+        moment = moment.replace(second=0, microsecond=0) + MINUTE
+        end = min(tick, moment + 3 * HOUR)      # no clock is set back by more
+        first = moment.astimezone(self.zone)
+        last = end.astimezone(self.zone)
+        if first.fold or first.utcoffset() > last.utcoffset():
+            while moment < end:
+                local = moment.astimezone(self.zone)
+                if local.fold and self._matches(local):
+                    return moment
+                moment += MINUTE
+        return None
+
+    def _matches(self, local):
+        return (local.minute in self.minutes and local.hour in self.hours
+                and local.month in self.months and self._fires_on(local))
+
+    def _next_first_occurrence(self, moment):
         local = moment.astimezone(self.zone).replace(tzinfo=None, second=0, microsecond=0) + MINUTE
         while True:     # from the largest unit to the smallest, skip what does not match
             if local.month not in self.months:
@@ -992,7 +1031,8 @@ CREATE TABLE queues (
     max_running INTEGER,
     rate INTEGER,                           -- `rate` claims at once,
     per INTEGER,                            -- then one each per / rate microseconds
-    full_at INTEGER NOT NULL DEFAULT 0      -- when the token bucket of the rate is full again
+    full_at INTEGER NOT NULL DEFAULT 0,     -- when the token bucket of the rate is full again
+    changed_at INTEGER NOT NULL DEFAULT 0   -- when a job of the queue changed last
 ) WITHOUT ROWID''',
     'dependencies': '''
 CREATE TABLE dependencies (
@@ -1067,15 +1107,17 @@ def counting(change):
 TRIGGERS = {
     'jobs_insert': f'''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
-    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED}, NEW.hold = {QUEUED_IN_GROUP})
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped, changed_at)
+    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED}, NEW.hold = {QUEUED_IN_GROUP},
+        NEW.updated_at)
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
         scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
-        grouped = grouped + excluded.grouped;
+        grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
     'jobs_update': f'''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
-    UPDATE queues SET {counting('+ (NEW.{0}) - (OLD.{0})')} WHERE queue = NEW.queue;
+    UPDATE queues SET {counting('+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
+    WHERE queue = NEW.queue;
 END''',
     'jobs_delete': f'''
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
@@ -1175,6 +1217,7 @@ END''',
         'ALTER TABLE jobs ADD COLUMN steps_size INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE schedules ADD COLUMN "group" TEXT',
         'ALTER TABLE queues ADD COLUMN grouped INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE queues ADD COLUMN changed_at INTEGER NOT NULL DEFAULT 0',
         # times that were given cannot be told from delays any more; a retry is counted in seconds
         "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
@@ -1203,11 +1246,11 @@ INSERT INTO last_seq SELECT IFNULL(MAX(seq), 0) FROM (
     UNION ALL SELECT MAX(job) FROM unresolved_ends)''',
         '''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
-    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2, NEW.hold = 3)
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped, changed_at)
+    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2, NEW.hold = 3, NEW.updated_at)
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
         scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
-        grouped = grouped + excluded.grouped;
+        grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
         '''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
@@ -1219,7 +1262,8 @@ CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
         cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled'),
         scheduled = scheduled + (NEW.hold = 1) - (OLD.hold = 1),
         waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2),
-        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3)
+        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3),
+        changed_at = NEW.updated_at
     WHERE queue = NEW.queue;
 END''',
         '''
@@ -1506,7 +1550,7 @@ class Database:
             raise Unavailable(
                 f'the database {self.path} or its lock file was deleted or replaced while in use; '
                 'restart the engine')
-        resolution = 0.1 if mtime % 1 else 2        # seconds; some file systems know whole ones only
+        resolution = 0.1 if mtime % 1 else 2    # seconds; some file systems know whole ones only
         is_settled = os.name == 'posix' and mtime < time.time() - resolution
         self.folder_mtime = mtime if is_settled else None
 
@@ -1797,6 +1841,7 @@ class Transaction:
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # whether that holds for everything, not for this alone
+        self.step_ends = None           # the time.monotonic() from which paced() yields no more
 
     def execute(self, statement, values=()):
         return self.db.execute(statement, values)
@@ -1818,6 +1863,22 @@ class Transaction:
         if self.response_budget <= (0 if size > RESERVED_BYTES else -MAX_RESPONSE):
             raise Unavailable('too much is being handed out at a time; try again')
         self.response_budget -= size
+
+    def paced(self, items):
+        """Yield items until the time of a step is over, but at least one.
+
+        All steps in a transaction share their time, so others wait no longer for it, whatever the
+        items cost.
+        """
+        if self.step_ends is None:
+            self.step_ends = time.monotonic() + STEP_TIME
+        for item in items:
+            yield item
+            if self.is_step_over():
+                return
+
+    def is_step_over(self):
+        return self.step_ends is not None and time.monotonic() > self.step_ends
 
     def wake_at(self, moment):
         """Something falls due at this time."""
@@ -1844,6 +1905,19 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
+# What else is counted in seconds, and what was due by the old time, when the clock was set back.
+SET_BACK = (
+    f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE {UNFINISHED} AND "
+    f"(status = 'running' OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP})) AND next_run_at <= :before",
+    f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
+    f"AND (hold = {DELAYED} AND attempt = 0 "
+    f"OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at > :before)",
+    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
+    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
+    'UPDATE schedules SET next_run_at = (next_run_at + :by) / 1000000 * 1000000 '
+    'WHERE every IS NOT NULL',
+    'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
+)
 SELECT_DUE = f'''
     SELECT seq, queue FROM jobs WHERE status = 'pending' AND hold = {DELAYED} AND next_run_at <= ?
     ORDER BY next_run_at LIMIT ?'''
@@ -1854,8 +1928,8 @@ ACTIVE_IN_GROUP = f'''
 FIRST_IN_GROUP = f'''
     {FIND_JOB} queue = ? AND "group" = ? AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP}
     ORDER BY seq LIMIT 1'''
-SELECT_EXPIRED = f'''
-    {FIND_JOB} expires_at <= ? AND status = 'pending' AND attempt = 0
+SELECT_EXPIRED = '''
+    SELECT seq FROM jobs WHERE expires_at <= ? AND status = 'pending' AND attempt = 0
     ORDER BY expires_at LIMIT ?'''
 
 
@@ -1977,15 +2051,23 @@ class Jobs:
         for statement in SHIFT_DEADLINES:
             tx.execute(statement, {'by': micros(seconds)})
 
+    def set_back(self, tx, before):
+        """The clock was set back since `before`, which the last engine had reached."""
+        by = tx.now - before
+        self.shift_deadlines(tx, by / 1000000)
+        for statement in SET_BACK:
+            tx.execute(statement, {'by': by, 'now': tx.now, 'before': before})
+
     def release_due(self, tx):
         """A step of handing out delayed jobs whose time has come."""
-        for job in tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS):
+        for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS)):
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
 
     def expire(self, tx):
         """A step of cancelling jobs that have not started in time."""
-        for job in tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS):
+        for seq, in tx.paced(tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS)):
+            job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.transition(tx, 'expire', job, 'cancelled', error='expired')
 
     def update(self, tx, job, **columns):
@@ -2086,10 +2168,11 @@ class Producers:
         fields = frozenset(INSERTING_FIELDS.intersection(set().union(*items)))
         jobs = []
         budget = tx.response_budget
+        aliases = {}        # id in the request -> id of the job that holds its key
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
-            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields)
+            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields, aliases)
             if budget - tx.response_budget > MAX_RESPONSE and len(rows) > 1:
                 raise PayloadTooLarge(
                     'jobs: those that exist already are too large for one answer; '
@@ -2115,7 +2198,7 @@ class Producers:
         self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row
 
-    def _insert(self, tx, rows, fields):
+    def _insert(self, tx, rows, fields, aliases):
         """Insert them in one statement, in half the time of one each; one by one if one exists."""
         statement, values_of = insert_plan(len(rows), fields)
         values = []
@@ -2129,10 +2212,10 @@ class Producers:
                 tx.events += [('enqueued', row['queue'], None) for row in rows]
                 return [(row, CREATED) for row in rows]
         if len(rows) == 1:
-            return [self._insert_one(tx, rows[0])]
-        return [pair for row in rows for pair in self._insert(tx, [row], fields)]
+            return [self._insert_one(tx, rows[0], aliases)]
+        return [pair for row in rows for pair in self._insert(tx, [row], fields, aliases)]
 
-    def _insert_one(self, tx, row):
+    def _insert_one(self, tx, row, aliases):
         """The job that has the id or key of the row; else the row, which has `after`, inserted."""
         existing = tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
         if existing:
@@ -2141,7 +2224,9 @@ class Producers:
         existing = tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key'])
         if existing:
             tx.spend(size_of(existing))
+            aliases[row['id']] = existing['id']
             return self._replace(tx, existing, row) if row.get('replace') else (existing, EXISTING)
+        row['after'] = list(dict.fromkeys(aliases.get(id, id) for id in row['after']))
         return self.dependencies.insert(tx, row), CREATED
 
     def _replace(self, tx, existing, row):
@@ -2180,7 +2265,9 @@ def no_worker_warning(queue, known):
 
 # -- Jobs: claims ----------------------------------------------------------------------------------
 SELECT_STEP = 'SELECT result FROM steps WHERE job = ? AND name = ?'
-FIND_LOST = f"{FIND_JOB} status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
+SELECT_LOST = '''
+    SELECT seq FROM jobs WHERE status = 'running' AND lease_until <= ?
+    ORDER BY lease_until LIMIT ?'''
 
 
 class Claims:
@@ -2291,7 +2378,9 @@ class Claims:
     def release(self, tx, params):
         job, is_new = self.jobs.require_status(tx, 'release', params)
         if is_new:
-            self.jobs.transition(tx, 'release', job, 'pending')
+            # it was due, even if the clock was set back since
+            due = min(job['next_run_at'], tx.now)
+            self.jobs.transition(tx, 'release', job, 'pending', due)
         return {'id': job['id'], 'status': 'pending'}
 
     def fail(self, tx, params):
@@ -2350,7 +2439,8 @@ class Claims:
 
     def lose_overdue(self, tx):
         """A step of giving up the workers whose leases are over."""
-        for job in tx.fetch_all(FIND_LOST, tx.now, BATCH_ROWS):
+        for seq, in tx.paced(tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)):
+            job = tx.fetch_one(FIND_BY_SEQ, seq)
             again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
             self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
             tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
@@ -2370,6 +2460,8 @@ SET_DEPENDENCY_STATE = 'UPDATE dependencies SET state = ? WHERE dependent = ? AN
 NEXT_UNRESOLVED = '''
     SELECT job AS seq, id, outcome AS status, dependent, position
     FROM unresolved_ends LEFT JOIN dependencies ON dependency = job AND state = 0 LIMIT 1'''
+TOLD_DEPENDENTS = '''
+    SELECT dependent, position FROM dependencies WHERE dependency = ? AND state > 0 LIMIT ?'''
 DEPENDENCIES_OF = '''
     SELECT dependencies.*, id, status FROM dependencies LEFT JOIN jobs ON seq = dependency
     WHERE dependent = ? ORDER BY position'''
@@ -2408,7 +2500,7 @@ class Dependencies:
 
     def resolve(self, tx):
         """A step of telling the dependents of jobs that have ended."""
-        for _ in range(BATCH_ROWS):
+        for _ in tx.paced(range(BATCH_ROWS)):
             end = tx.fetch_one(NEXT_UNRESOLVED)
             if not end:
                 break
@@ -2428,11 +2520,14 @@ class Dependencies:
         if state != SUCCEEDED and not job['after_any']:
             self._cancel_dependent(tx, job, end)
             return
+        waits_for = job['waits_for'] - 1
+        if not waits_for and job['after_any']:
+            waits_for = self.recheck(tx, job)       # one may have been retried, see reopen()
         due = max(tx.now, job['next_run_at'])
-        self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=job['waits_for'] - 1)
+        self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=waits_for)
 
     def recheck(self, tx, job):
-        """How many jobs a retried job has to wait for; Conflict if it would wait in vain."""
+        """How many jobs a job has to wait for as they are now; Conflict if that is in vain."""
         dependencies = tx.fetch_all(DEPENDENCIES_OF, job['seq'])
         states = [self._current_state(dependency) for dependency in dependencies]
         if FAILED in states and not job['after_any']:
@@ -2454,14 +2549,16 @@ class Dependencies:
         return f'it waits for the job {describe(dependency["id"])}, which is {dependency["status"]}'
 
     def reopen(self, tx, job):
-        """A job that had ended is retried: dependents that are blocked wait for it again."""
-        tx.execute('''
-            UPDATE jobs SET waits_for = waits_for + 1
-            WHERE status = 'pending' AND waits_for > 0 AND seq IN (
-                SELECT dependent FROM dependencies WHERE dependency = ? AND state <> 0)''',
-                   (job['seq'],))
-        tx.execute('UPDATE dependencies SET state = 0 WHERE dependency = ?', (job['seq'],))
+        """A job that had ended is retried: dependents that are blocked wait for it again.
+
+        Those that are beyond a bound are not told so; they find out by recheck().
+        """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
+        for dependent, position in tx.fetch_all(TOLD_DEPENDENTS, job['seq'], BATCH_ROWS):
+            waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
+            if waiting['status'] == 'pending' and waiting['waits_for']:
+                self.jobs.update(tx, waiting, waits_for=waiting['waits_for'] + 1)
+                tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
 
 
 # -- Jobs: limits ----------------------------------------------------------------------------------
@@ -2574,10 +2671,10 @@ class Schedules:
 
     def run_due(self, tx):
         """A step of making the jobs of the ticks that are due."""
-        for row in tx.fetch_all(
-                SELECT_SCHEDULE + 'WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?',
-                tx.now, BATCH_ROWS):
-            self._tick(tx, row)
+        due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
+                           'LIMIT ?', tx.now, BATCH_ROWS)
+        for name, in tx.paced(due):
+            self._tick(tx, tx.fetch_one(SELECT_SCHEDULE + 'WHERE name = ?', name))
 
     def _tick(self, tx, row):
         """Make the job of the last tick that is due, and set the next one."""
@@ -2591,7 +2688,10 @@ class Schedules:
         item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
         (job, done), = self.producers.enqueue(tx, [item])
-        is_skipped = done is EXISTING and job['id'] != item['id']
+        is_skipped = done is EXISTING
+        if is_skipped and job['id'] == item['id']:
+            tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
+                                f'the id {describe(item["id"])} is taken')
         tx.execute(
             'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, '
             'skipped = skipped + ? WHERE name = ?',
@@ -2669,7 +2769,7 @@ class Operators:
         tx.wake_polls(queue)
         return {'queue': queue, 'paused': paused}
 
-    def id_batches(self, params):
+    def seq_batches(self, params):
         """The seqs of the jobs that a large change is about, in batches.
 
         A reader finds them, so that the writer is not held up. Not their ids: a producer may use
@@ -2686,32 +2786,44 @@ class Operators:
             yield seqs
 
     def apply_to_batch(self, tx, method, seqs, statuses):
-        """Call the method with the jobs that still have such a status; how many those are."""
+        """A step of calling the method with the jobs that still have such a status.
+
+        How many those were, and the seqs that are left.
+        """
         count = 0
-        for seq in seqs:
+        done = 0
+        for seq in tx.paced(seqs):
+            done += 1
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             if job and job['status'] in statuses:
                 with contextlib.suppress(Conflict):
                     method(tx, job)
                     count += 1
-        return count
+        return count, seqs[done:]
 
 
 # -- Jobs: retention -------------------------------------------------------------------------------
-DELETE_EXPIRED = '''
-    DELETE FROM jobs WHERE seq IN (
-        SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
-            SELECT 1 FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependent
-            WHERE dependency = jobs.seq AND waiting.status IN ('pending', 'running'))
-        ORDER BY finished_at LIMIT ?)'''
-UNUSED_QUEUES = '''
-    SELECT queue FROM queues WHERE pending + running + done + failed + cancelled = 0
-        AND NOT paused AND max_running IS NULL AND rate IS NULL AND COALESCE(polled_at, 0) < ?
-    LIMIT ?'''
+NEXT_ENDED = '''
+    SELECT finished_at, seq FROM jobs
+    WHERE status = ? AND finished_at <= ? AND (finished_at, seq) > (?, ?)
+    ORDER BY finished_at, seq LIMIT ?'''
+NEXT_DEPENDENTS = '''
+    SELECT dependent, jobs.status IN ('pending', 'running') AS waits
+    FROM dependencies JOIN jobs ON jobs.seq = dependent
+    WHERE dependency = ? AND state = ? AND dependent > ? ORDER BY dependent LIMIT ?'''
+IS_UNUSED = '''
+    SELECT queue, pending + running + done + failed + cancelled = 0 AND NOT paused
+        AND max_running IS NULL AND rate IS NULL AND COALESCE(polled_at, 0) < ?
+    FROM queues'''
+NEXT_QUEUES = IS_UNUSED + ' WHERE queue > ? ORDER BY queue LIMIT ?'
 
 
 class Retention:
-    """Deletes jobs that have been kept long enough, and forgets queues that nobody uses."""
+    """Deletes jobs that have been kept long enough, and forgets queues that nobody uses.
+
+    A round walks over all of them once, in steps. It is a generator: each `yield` is between two
+    pieces of work of bounded cost, and the next piece may be in another transaction.
+    """
 
     def __init__(self, workers, meter, keep, keep_failed):
         # constant after start
@@ -2720,21 +2832,78 @@ class Retention:
         self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # 0: for ever
         # the loop's
         self.next_round = 0
+        self.round = None       # the generator while one is under way
+        self.tx = None          # the transaction of the current step
 
     def run_due(self, tx):
         """A step of a round; the next round begins after RETENTION_INTERVAL."""
         if self.next_round > tx.now:
             return
-        deleted = [
-            tx.execute(DELETE_EXPIRED, (status, tx.now - keep, BATCH_ROWS)).rowcount
-            for status, keep in self.keep.items() if keep]
-        unused = tx.fetch_all(UNUSED_QUEUES, tx.now - micros(FORGET_QUEUE_AFTER), BATCH_ROWS)
-        for queue, in unused:
-            tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
+        self.tx = tx
+        self.round = self.round or self._walk()
+        try:
+            for _ in tx.paced(self.round):
+                pass
+        except BaseException:
+            self.round = None       # a generator that raised has ended
+            raise
+
+    def _walk(self):
+        for status, keep in self.keep.items():
+            if keep:
+                yield from self._delete_ended(status, keep)
+        yield from self._forget_queues()
+        self.next_round = self.tx.now + micros(RETENTION_INTERVAL)
+        self.round = None
+
+    def _delete_ended(self, status, keep):
+        """Delete jobs of the status, but for those that a pending job waits or waited for."""
+        position = (0, 0)
+        while True:
+            before = self.tx.now - keep
+            rows = self.tx.fetch_all(NEXT_ENDED, status, before, *position, BATCH_ROWS)
+            for finished_at, seq in rows:
+                position = (finished_at, seq)
+                if not (yield from self._is_needed(seq)):
+                    self.tx.execute('DELETE FROM jobs WHERE seq = ?', (seq,))
+                yield
+            if not rows:
+                return
+
+    def _is_needed(self, seq):
+        for state in (0, SUCCEEDED, FAILED):
+            last = 0
+            while True:
+                rows = self.tx.fetch_all(NEXT_DEPENDENTS, seq, state, last, BATCH_ROWS)
+                if not rows:
+                    break
+                if any(row['waits'] for row in rows):
+                    return True
+                last = rows[-1]['dependent']
+                yield
+        return False
+
+    def _forget_queues(self):
+        last = ''
+        while True:
+            before = self.tx.now - micros(FORGET_QUEUE_AFTER)
+            rows = self.tx.fetch_all(NEXT_QUEUES, before, last, BATCH_ROWS)
+            yield
+            for queue, is_unused in rows:
+                last = queue
+                if is_unused:
+                    self._forget(queue, before)
+                    yield
+            if not rows:
+                return
+
+    def _forget(self, queue, before):
+        """Forget the queue, if it is unused still: this transaction may be a later one."""
+        row = self.tx.fetch_one(IS_UNUSED + ' WHERE queue = ?', before, queue)
+        if row and row[1]:
+            self.tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
             self.workers.last_polled.pop(queue, None)
             self.meter.fold_into_others(queue)
-        if max(*deleted, len(unused), 0) < BATCH_ROWS:      # no batch was full
-            self.next_round = tx.now + micros(RETENTION_INTERVAL)
 
 
 # -- Jobs: queries ---------------------------------------------------------------------------------
@@ -3003,7 +3172,7 @@ class Overview:
 
     def _queue_json(self, row, oldest, workers, now):
         queue = dict(row)
-        del queue['full_at']
+        del queue['full_at'], queue['changed_at']
         name = queue['queue']
         queue['per'] = as_seconds(queue['per'])
         queue['paused'] = bool(queue['paused'])
@@ -3039,6 +3208,7 @@ class Workers:
                 known.popitem(last=False)
 
 
+METER_EVENTS = ['enqueued', *(rule.event for rule in TRANSITIONS.values() if rule.event)]
 HOURLY = {      # what a queue's last hour counts, and the events of each
     'enqueued': ('enqueued',),
     'done': ('completed',),
@@ -3082,7 +3252,7 @@ class Meter:
     def fold_into_others(self, queue):
         """Forget the queue; its counts go to '(others)', so that the sums stay."""
         with self.lock:
-            for event in {event for event, _ in self.totals}:
+            for event in METER_EVENTS:
                 self.totals[event, '(others)'] += self.totals.pop((event, queue), 0)
                 self.seconds.pop((event, queue), None)
 
@@ -3123,6 +3293,13 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT ?)'''
 
 
+# The latest time that the engine has reached for sure.
+LAST_TIME = '''
+    SELECT MAX(moment) FROM (
+        SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) AS moment FROM queues
+        UNION ALL SELECT MAX(next_run_at - every) FROM schedules)'''
+
+
 class Store:
     """The jobs of one database: one object per concern, and what spans them.
 
@@ -3148,9 +3325,22 @@ class Store:
         self.operators = Operators(database, self.jobs, self.limits, self.dependencies)
         self.retention = Retention(self.workers, self.meter, keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
+        self._follow_clock()
         # the loop's
         self.next_deadline = 0      # when run_due() has something to do
+        self.maintenance = collections.deque([
+            self.schedules.run_due, self.jobs.expire, self.jobs.release_due,
+            self.claims.lose_overdue, self.dependencies.resolve, self.retention.run_due])
         self.starved = set()        # queues whose polls run_due() wakes, see Transaction.starved
+
+    def _follow_clock(self):
+        """If the clock was set back since the last engine, move deadlines with it."""
+        with self.database.transaction() as db:
+            tx = self.begin(db)
+            before = tx.fetch_one(LAST_TIME)[0] or 0
+            if before > tx.now + micros(1):
+                self.jobs.set_back(tx, before)
+                log(f'the system clock was set back by {(before - tx.now) / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
@@ -3191,12 +3381,11 @@ class Store:
             return
         for queue in self.starved:
             tx.wake_polls(queue)
-        self.schedules.run_due(tx)
-        self.jobs.expire(tx)
-        self.jobs.release_due(tx)
-        self.claims.lose_overdue(tx)
-        self.dependencies.resolve(tx)
-        self.retention.run_due(tx)
+        for _ in range(len(self.maintenance)):
+            self.maintenance[0](tx)
+            self.maintenance.rotate(-1)     # so that each has its turn, however long another takes
+            if tx.is_step_over():
+                break
         tx.next_deadline = tx.fetch_one(NEXT_DEADLINE, self.retention.next_round)[0]
         tx.is_deadline_exact = True
 
@@ -4328,10 +4517,11 @@ def change_call(call):
         method = getattr(operators, call)
         statuses = [params['status']] if 'status' in params else TRANSITIONS[call].sources
         count = 0
-        for ids in operators.id_batches(params):
-            count += server.loop.run_in_transaction(
-                lambda tx, ids=ids: operators.apply_to_batch(
-                    tx, method, ids, statuses))
+        for seqs in operators.seq_batches(params):
+            while seqs:
+                changed, seqs = server.loop.run_in_transaction(functools.partial(
+                    operators.apply_to_batch, method=method, seqs=seqs, statuses=statuses))
+                count += changed
         return {'count': count}
 
     def handler(server, params):
@@ -4444,7 +4634,9 @@ ROUTES = {
     '/poll': route(
         'POST', poll, ['queue'], 'limit wait worker lease max_retries timeout hung'),
     '/complete': route('POST', write_call('claims.complete'), ['id'], 'attempt result jobs'),
-    '/fail': route('POST', write_call('claims.fail'), ['id'], 'attempt error retry delay jobs'),
+    '/fail': route(
+        'POST', write_call('claims.fail'), ['id'], 'attempt error retry delay jobs',
+        delay=clamped_duration(0, MAX_DELAY)),
     '/heartbeat': route(
         'POST', write_call('claims.heartbeat'), ['id'], 'attempt progress jobs'),
     '/step': route('POST', write_call('claims.step'), ['id', 'name'], 'attempt result', name=NAME),

@@ -1346,6 +1346,51 @@ def test_a_restart_gives_overdue_leases_one_grace_period(clocked, q, lease, grac
     assert clocked.job(claim)["status"] == "pending"
 
 
+SECONDS_LATER = [       # what is done before the clock is set back by an hour and the engine restarted: when is the job due?
+    (lambda api, q: api.tell("fail", claimed(api, q, max_retries=1)), 5, "the first retry"),
+    (lambda api, q: api.tell("release", claimed(api, q)), 0, "a released job"),
+    (lambda api, q: api.enqueue(q, after=[claimed(api, q + "-first")["id"]]), 0, "a job whose last dependency ends later"),
+    (lambda api, q: api.enqueue(q, delay=60), 60, "a delay"),
+    (lambda api, q: api.post("/schedule", name=q, queue=q, every=60), 60, "a schedule by the minute"),
+]
+
+
+@pytest.mark.parametrize("prepare, seconds, what", SECONDS_LATER, ids=[row[2] for row in SECONDS_LATER])
+def test_a_clock_set_back_by_an_hour_and_a_restart_delay_nothing_that_is_counted_in_seconds(clocked, q, prepare, seconds, what):
+    clocked.clock.move(7.5)
+    prepare(clocked, q)
+    clocked.stop()
+    clocked.clock.wall -= 3600
+    clocked.start()
+    if "dependency" in what:
+        assert clocked.tell("complete", clocked.get("/jobs?queue=%s-first" % q)["jobs"][0])[0] == 200
+    if seconds:
+        clocked.advance(seconds - 2)
+        assert clocked.poll(q) is None
+        clocked.advance(2.5)
+    assert clocked.poll(q)["queue"] == q
+    clocked.stop()
+    clocked.start()
+    assert clocked.server.store.clock.now() < 1.8e15
+
+
+def test_a_clock_set_back_and_a_restart_keep_times_leases_and_jobs_that_run(clocked, q):
+    at = (datetime.datetime(2027, 1, 15, 8) + datetime.timedelta(hours=2)).isoformat() + "Z"
+    clocked.enqueue(q + "-timed", run_at=at)
+    held = claimed(clocked, q, timeout=100)
+    clocked.stop()
+    clocked.clock.wall -= 3600
+    clocked.start()
+    clocked.advance(99)
+    assert clocked.job(held)["status"] == "running"
+    assert clocked.tell("release", held)[0] == 200
+    assert clocked.poll(q)["id"] == held["id"]
+    clocked.advance(3600 + 7200 - 100)
+    assert clocked.poll(q + "-timed") is None
+    clocked.advance(2)
+    assert clocked.poll(q + "-timed")
+
+
 def test_a_sweep_and_a_complete_at_the_same_instant_have_one_winner(clocked, q):
     for number in range(200):
         clocked.enqueue(q + str(number))
@@ -2081,7 +2126,13 @@ def test_cron_agrees_with_a_walk_over_the_minutes_of_four_years_for_300_expressi
     ("30 2 * * *", "2026-03-28T00:00", "Europe/Berlin", ["2026-03-28 01:30", "2026-03-29 01:00", "2026-03-30 00:30"]),
     ("*/20 2 * * *", "2026-03-29T00:00", "Europe/Berlin", ["2026-03-29 01:00", "2026-03-30 00:00"]),
     ("30 2 * * *", "2026-10-24T12:00", "Europe/Berlin", ["2026-10-25 00:30", "2026-10-26 01:30"]),
-    ("30 * * * *", "2026-10-25T00:00", "Europe/Berlin", ["2026-10-25 00:30", "2026-10-25 02:30"]),
+    ("30 * * * *", "2026-10-25T00:00", "Europe/Berlin", ["2026-10-25 00:30", "2026-10-25 01:30", "2026-10-25 02:30"]),
+    ("*/30 * * * *", "2026-11-01T05:15", "America/New_York", [
+        "2026-11-01 05:30", "2026-11-01 06:00", "2026-11-01 06:30", "2026-11-01 07:00"]),
+    ("0 * * * *", "2026-11-01T04:30", "America/New_York", ["2026-11-01 05:00", "2026-11-01 06:00", "2026-11-01 07:00"]),
+    ("0 1-5 * * *", "2026-11-01T04:30", "America/New_York", ["2026-11-01 05:00", "2026-11-01 07:00"]),
+    ("15 * 1 11 *", "2026-11-01T05:00", "America/New_York", ["2026-11-01 05:15", "2026-11-01 06:15", "2026-11-01 07:15"]),
+    ("*/15 * * * *", "2026-04-04T14:30", "Australia/Lord_Howe", ["2026-04-04 14:45", "2026-04-04 15:00", "2026-04-04 15:15"]),
     ("30 2 * * *", "2026-03-08T00:00", "America/New_York", ["2026-03-08 07:00", "2026-03-09 06:30"]),
     ("30 1 * * *", "2026-11-01T00:00", "America/New_York", ["2026-11-01 05:30", "2026-11-02 06:30"]),
     ("10 2 * * *", "2026-10-03T12:00", "Australia/Lord_Howe", ["2026-10-03 15:30", "2026-10-04 15:10"]),
