@@ -33,9 +33,10 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /release    id, attempt -> pending again, nothing counted
                      These four also take {"jobs": [...]}: each item is answered, with `error` and
                      `code` if it is refused.
-    POST /cancel, /retry   id, or queue with status (pending, running; failed, cancelled)
-                     -> {"count": n}
-    POST /purge      queue and/or status (never running) -> {"count": n}
+    POST /cancel     id; or queue and status (pending, running), tag -> {"count": n}
+    POST /retry      id; or status (failed, cancelled), queue, tag -> {"count": n}
+    POST /purge      id; or queue and/or status (never running), tag -> {"count": n}; these three
+                     also take {"jobs": [{"id": ...}, ...]}, and answer each item
     POST /pause, /resume   queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then
                      one each per / rate seconds); null removes a limit, omitted fields stay
@@ -44,8 +45,10 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /unschedule name -> {"count": n}; the jobs it made stay
     GET  /schedules  by name, limit, after
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
-    GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true
-                     leaves out payload, result and all but the last line of the error;
+    GET  /jobs       queue, status, tag, group, limit, after: newest first, paged by `after`;
+                     search=TEXT: it is part of payload, error, result, tag or id; a page looks at
+                     a bounded number of jobs, and may be short or empty with an `after`;
+                     brief=true leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
     GET  /lost       worker, wait, since (of the answer before): {"lost": true, "since": ...} as
@@ -196,6 +199,9 @@ CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall 
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
 BATCH_ROWS = 500                # rows that one step of a long change touches at most
 STEP_TIME = 0.02                # seconds after which a step begins nothing new
+SCAN_ROWS = 200000              # jobs that one page of GET /jobs looks at, at most
+SCAN_TIME = 0.2                 # seconds after which it looks at no more
+SCAN_BATCH_ROWS = 8192          # jobs that a query for it looks at, at most
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
@@ -1087,6 +1093,10 @@ CREATE INDEX jobs_expiry ON jobs (expires_at)
     WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
     # GET /details and /jobs
     'jobs_tag': 'CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL',
+    # GET /jobs by status; there are too many done ones to keep another index for them
+    'jobs_failed': (
+        'CREATE INDEX jobs_failed ON jobs (status) '
+        "WHERE status = 'failed' OR status = 'cancelled'"),
     # retention
     'jobs_finished': '''
 CREATE INDEX jobs_finished ON jobs (status, finished_at) WHERE finished_at IS NOT NULL''',
@@ -1221,6 +1231,8 @@ END''',
         # times that were given cannot be told from delays any more; a retry is counted in seconds
         "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
+        'CREATE INDEX jobs_failed ON jobs (status) '
+        "WHERE status = 'failed' OR status = 'cancelled'",
         '''
 CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
     WHERE "group" IS NOT NULL AND status IN ('pending', 'running')''',
@@ -1769,8 +1781,11 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit):
-    """A page as JSON text; `after` is null on the last one. One that grows large ends early."""
+def json_page(name, key, rows, render, limit, next_page=None):
+    """A page as JSON text; `after` is null on the last one. One that grows large ends early.
+
+    `next_page` is the `after` of a page that did neither fill nor grow large.
+    """
     texts = []
     size = 0
     last = None
@@ -1781,8 +1796,9 @@ def json_page(name, key, rows, render, limit):
             break
         texts.append(text)
         last = row[key]
-    is_last = size <= MAX_RESPONSE and len(texts) != limit
-    return f'{{"{name}":{json_list(texts)},"after":{json_string(None if is_last else last)}}}'
+    is_whole = size <= MAX_RESPONSE and len(texts) != limit
+    after = json_string(next_page if is_whole else last)
+    return f'{{"{name}":{json_list(texts)},"after":{after}}}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
@@ -2702,6 +2718,10 @@ class Schedules:
 FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     **{name: f'"{name}" = :{name}' for name, column in JOB_COLUMNS.items() if column.filter},
     'status': '+status = :status',      # the plus: in the order of seq, not by jobs_finished
+    'search': (
+        "(INSTR(payload, :json_text) OR INSTR(COALESCE(result, ''), :json_text) OR "
+        "INSTR(COALESCE(error, ''), :search) OR INSTR(COALESCE(tag, ''), :search) OR "
+        'INSTR(id, :search))'),
     'after': 'seq < :after',            # from here on the values are seqs of jobs
     'beyond': 'seq > :beyond',
     'needed_by': 'dependent = :needed_by',
@@ -2742,6 +2762,27 @@ class Operators:
 
     def purge(self, tx, job):
         self.jobs.delete(tx, job)
+
+    def change(self, tx, call, params):
+        """Cancel, retry or purge one job; 1, the number of jobs that changed."""
+        if params.keys() != {'id'}:
+            raise BadRequest('id names one job, and stands without queue, status and tag')
+        job, _ = self.require_status(tx, call, params)
+        getattr(self, call)(tx, job)
+        return 1
+
+    def change_items(self, tx, call, items):
+        """A step of changing the jobs of a batch: the answers to its first items."""
+        return [self._change_item(tx, call, item) for item in tx.paced(items)]
+
+    def _change_item(self, tx, call, item):
+        try:
+            if isinstance(item, HTTPError):
+                raise item
+            return {'id': item.get('id'), 'count': self.change(tx, call, item)}
+        except HTTPError as error:
+            id = error.id if error is item else item.get('id')
+            return {'id': id, 'error': str(error), 'code': error.status}
 
     def reschedule(self, tx, params):
         """Change when a pending job is due, or its priority."""
@@ -2938,6 +2979,7 @@ class Queries:
         self.clock = clock
         self.workers = workers
         self.queues = Overview(database, clock, workers, meter).queues
+        self.jobs = JobPages(database).jobs
 
     def job(self, id):
         """The job with its attempts, its dependents, and why it does not run."""
@@ -2967,38 +3009,6 @@ class Queries:
             query = SELECT_JOB + 'tag = ? ORDER BY seq DESC LIMIT 1'
             row = db.execute(query, (tag,)).fetchone()
         return job_json(require(row, 'tag: there is no job tagged', tag))
-
-    def jobs(self, limit=50, brief=False, **params):
-        """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
-        source = 'jobs'
-        order = 'seq DESC'
-        with self.database.reading() as db:
-            for field in ('after', 'needed_by', 'needs'):
-                if field in params:
-                    params[field] = self._seq_of(db, field, params[field])
-            if 'needed_by' in params:
-                source = 'dependencies JOIN jobs ON seq = dependency'
-                order = 'position'
-                if 'after' in params:
-                    params['after_position'] = params.pop('after')
-            if not self._may_have(db, params.get('queue'), params.get('status')):
-                limit = 0
-            columns = names(BRIEF_COLUMNS if brief else COLUMNS)
-            rows = db.execute(
-                f'SELECT {columns} FROM {source} {where_clause(params)} ORDER BY {order} '
-                'LIMIT :limit', {**params, 'limit': limit})
-            return json_page('jobs', 'id', rows, functools.partial(job_json, brief=brief), limit)
-
-    def _seq_of(self, db, field, id):
-        job = db.execute(FIND_BY_ID, (id,)).fetchone()
-        return require(job, f'{field}: there is no job', id, BadRequest)['seq']
-
-    def _may_have(self, db, queue, status):
-        """Whether the counts of the queues leave it open that there is such a job."""
-        count = status if status in STATUSES else 1     # each status is a column
-        total, = db.execute(f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)',
-                            (queue,)).fetchone()
-        return total
 
     def health(self):
         error = self.database.last_storage_error
@@ -3096,6 +3106,101 @@ class Queries:
         position = {name: row[name] for name in ('queue', 'priority', 'next_run_at', 'seq')}
         ahead = db.execute(AHEAD, position).fetchone()[0]
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
+
+
+class JobPages:
+    """GET /jobs: pages of jobs."""
+
+    def __init__(self, database):
+        self.database = database        # constant after start
+
+    def jobs(self, limit=50, brief=False, **params):
+        """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
+        columns = names(BRIEF_COLUMNS if brief else COLUMNS)
+        render = functools.partial(job_json, brief=brief)
+        with self.database.reading() as db:
+            for field in ('after', 'needed_by', 'needs'):
+                if field in params:
+                    params[field] = self._seq_of(db, field, params[field])
+            if 'needed_by' in params:
+                rows = self._dependencies(db, columns, params, limit)
+                return json_page('jobs', 'id', rows, render, limit)
+            seqs, next_page = (), None
+            if self._may_have(db, params.get('queue'), params.get('status')):
+                seqs, next_page = self._scan(db, params, limit)
+            rows = self._rows(db, columns, seqs)
+            return json_page('jobs', 'id', rows, render, limit, next_page)
+
+    def _seq_of(self, db, field, id):
+        job = db.execute(FIND_BY_ID, (id,)).fetchone()
+        return require(job, f'{field}: there is no job', id, BadRequest)['seq']
+
+    def _dependencies(self, db, columns, params, limit):
+        if 'after' in params:
+            params['after_position'] = params.pop('after')
+        return db.execute(
+            f'SELECT {columns} FROM dependencies JOIN jobs ON seq = dependency '
+            f'{where_clause(params)} ORDER BY position LIMIT :limit', {**params, 'limit': limit})
+
+    def _may_have(self, db, queue, status):
+        """Whether the counts of the queues leave it open that there is such a job."""
+        count = status if status in STATUSES else 1     # each status is a column
+        total, = db.execute(f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)',
+                            (queue,)).fetchone()
+        return total
+
+    def _rows(self, db, columns, seqs):
+        for seq in seqs:
+            row = db.execute(f'SELECT {columns} FROM jobs WHERE seq = ?', (seq,)).fetchone()
+            if row:
+                yield row
+
+    def _scan(self, db, params, limit):
+        """The seqs of a page's jobs, and the id after which the next page begins.
+
+        It looks at a bounded number of jobs for a bounded time, as few of many may match: so a
+        page may be short, or even empty, and not be the last one.
+        """
+        params.setdefault('after', MAX_SEQ)
+        query = scan_query(params)
+        if 'search' in params:
+            params['json_text'] = encode(params['search'])[1:-1]
+        found = []
+        size = 16 if 'search' in params else limit      # it reads payloads, which may be large
+        left = SCAN_ROWS
+        ends = time.monotonic() + SCAN_TIME
+        while True:
+            rows = db.execute(query, {**params, 'rows': size}).fetchall()
+            found += [seq for seq, _, matches in rows if matches]
+            if len(found) >= limit or len(rows) < size:
+                return found[:limit], None      # a full page goes on after its last job
+            params['after'], next_page, _ = rows[-1]
+            left -= size
+            if left <= 0 or time.monotonic() > ends:
+                return found, next_page
+            size = min(2 * size, SCAN_BATCH_ROWS, left)
+
+
+MAX_SEQ = 2**63 - 1
+INDEX_OF_STATUS = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
+
+
+def scan_query(params):
+    """Whether jobs match, for the next of those that an index gives in the order of arrival."""
+    scanned = {'queue', 'status', 'search', 'group'} & params.keys()
+    if {'queue', 'group'} <= scanned:
+        scanned -= {'queue', 'group'}
+    conditions = [condition for field, condition in FILTERS.items()
+                  if field in params and field not in scanned]
+    source = 'jobs'
+    status = params.get('status')
+    has_index = 'tag' in params or 'needs' in params or {'queue', 'group'} <= params.keys()
+    if status in INDEX_OF_STATUS and not has_index:
+        source = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
+        conditions.append(f"status = '{status}'")
+    where = 'WHERE ' + ' AND '.join(conditions) if conditions else ''
+    matches = ' AND '.join(FILTERS[field] for field in sorted(scanned)) or '1'
+    return f'SELECT seq, id, {matches} FROM {source} {where} ORDER BY seq DESC LIMIT :rows'
 
 
 IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting + grouped
@@ -4502,40 +4607,43 @@ def schedule(server, params):
 
 
 def change_call(call):
-    """The handler of cancel, retry and purge: of one job, or of all of a queue and status."""
-    def change_one(server, params):
-        operators = server.store.operators
-
-        def work(tx):
-            job, _ = operators.require_status(tx, call, params)
-            getattr(operators, call)(tx, job)
-            return {'count': 1}
-        return Operation(work)
-
-    def change_many(server, params):
-        operators = server.store.operators
-        method = getattr(operators, call)
-        statuses = [params['status']] if 'status' in params else TRANSITIONS[call].sources
-        count = 0
-        for seqs in operators.seq_batches(params):
-            while seqs:
-                changed, seqs = server.loop.run_in_transaction(functools.partial(
-                    operators.apply_to_batch, method=method, seqs=seqs, statuses=statuses))
-                count += changed
-        return {'count': count}
-
+    """The handler of cancel, retry and purge: of one job, of some, or of all that match."""
     def handler(server, params):
-        if 'id' in params:
-            if len(params) > 1:
-                raise BadRequest('id names one job, and stands without queue and status')
-            return change_one(server, params)
+        is_batch = isinstance(params, list)
+        if not is_batch and 'id' in params:
+            return Operation(lambda tx: {'count': server.store.operators.change(tx, call, params)})
         if not server.change_slots.acquire(blocking=False):
-            raise Unavailable('other changes of whole queues are under way; try again')
+            raise Unavailable('other changes of many jobs are under way; try again')
         try:
-            return change_many(server, params)
+            return (change_items if is_batch else change_matching)(server, call, params)
         finally:
             server.change_slots.release()
     return handler
+
+
+def change_items(server, call, items):
+    """Change the jobs of a batch in bounded steps; each item is answered."""
+    answers = []
+    while items:
+        done = server.loop.run_in_transaction(functools.partial(
+            server.store.operators.change_items, call=call, items=items))
+        answers += done
+        items = items[len(done):]
+    return {'jobs': answers}
+
+
+def change_matching(server, call, params):
+    """Change all jobs that match, in bounded steps."""
+    operators = server.store.operators
+    statuses = [params['status']] if 'status' in params else TRANSITIONS[call].sources
+    count = 0
+    for seqs in operators.seq_batches(params):
+        while seqs:
+            changed, seqs = server.loop.run_in_transaction(functools.partial(
+                operators.apply_to_batch, method=getattr(operators, call), seqs=seqs,
+                statuses=statuses))
+            count += changed
+    return {'count': count}
 
 
 def get_job(server, params):
@@ -4622,7 +4730,8 @@ def route(method, handler, required=(), optional='', offload=False, **rules):
 
 def change_route(call, *required):
     status = one_of(TRANSITIONS[call].sources)
-    return route('POST', change_call(call), required, offload=True, status=status)
+    return route(
+        'POST', change_call(call), required, 'queue tag jobs', offload=True, status=status)
 
 
 ROUTES = {
@@ -4642,11 +4751,11 @@ ROUTES = {
     '/step': route('POST', write_call('claims.step'), ['id', 'name'], 'attempt result', name=NAME),
     '/release': route('POST', write_call('claims.release'), ['id'], 'attempt jobs'),
     '/cancel': change_route('cancel', ('id', 'queue'), ('id', 'status')),
-    '/retry': change_route('retry', ('id', 'queue'), ('id', 'status')),
+    '/retry': change_route('retry', ('id', 'status')),
     '/reschedule': route(
         'POST', write_call('operators.reschedule'),
         ['id', ('delay', 'run_at', 'priority')], 'jobs'),
-    '/purge': change_route('purge', ('queue', 'status')),
+    '/purge': change_route('purge', ('id', 'queue', 'status')),
     '/pause': route('POST', write_call('operators.pause'), ['queue']),
     '/resume': route('POST', write_call('operators.resume'), ['queue']),
     '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
@@ -4660,7 +4769,7 @@ ROUTES = {
     '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
     '/jobs': route(
         'GET', list_jobs,
-        optional='id queue status tag group limit after brief needed_by needs',
+        optional='id queue status tag group search limit after brief needed_by needs',
         offload=True),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
@@ -5079,6 +5188,9 @@ SCHEMAS = {
     'Step': object_schema('id name created result', id=STRING, name=STRING, created=BOOLEAN,
                           result={}),
     'Count': object_schema('count', count=INTEGER),
+    # in a batch `error` and `code` say that the item is refused
+    'Change': object_schema(
+        id=or_null(STRING), count=INTEGER, error=STRING, code=INTEGER),
     'Paused': object_schema('queue paused', queue=STRING, paused=BOOLEAN),
     'Limits': object_schema(
         'queue max_running rate per', queue=STRING, max_running=or_null(INTEGER),
@@ -5120,9 +5232,9 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
     '/step': Call('step', 'Keep the result of a step; the first one stays.', reference('Step')),
     '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
-    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
-    '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
-    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Change')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Change')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Change')),
     '/reschedule': Call('reschedule', 'Change a pending job.', reference('Outcome')),
     '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
     '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),

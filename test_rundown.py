@@ -1796,6 +1796,130 @@ def test_what_a_job_waits_for_is_paged_in_its_order(engine, q):
     assert engine.call("GET", "/jobs?needed_by=nobody")[0] == 400
 
 
+def found(api, **query):
+    """The ids of all pages of GET /jobs."""
+    ids, after = [], None
+    while True:
+        fields = {**query, **({"after": after} if after else {})}
+        page = api.get("/jobs?" + urllib.parse.urlencode(fields))
+        ids += [job["id"] for job in page["jobs"]]
+        after = page["after"]
+        if not after:
+            return ids
+
+
+SEARCHES = [    # a job's fields, its result or error, what finds it, what does not
+    ({"payload": {"user": "Jos\u00e9 \"x\""}}, None, ["Jos\u00e9", "user", 'Jos\u00e9 "x'], ["jos", "x\\y"]),
+    ({"payload": [1, 23.5]}, None, ["23.5", "1,23"], ["24"]),
+    ({"payload": None, "tag": "order-7"}, None, ["order-7", "er-7"], ["order-8"]),
+    ({"id": "chosen-by-me"}, None, ["chosen-by", "me"], ["chosen by"]),
+    ({}, ("complete", {"result": {"url": "a/b?c=%41"}}), ["b?c=%41", "url"], ["?c=A"]),
+    ({}, ("fail", {"error": "Traceback:\n  OSError: \u2603 100%"}), ["OSError: \u2603", "100%"], ["1%"]),
+]
+
+
+@pytest.mark.parametrize("fields, outcome, hits, misses", SEARCHES)
+def test_search_looks_into_payload_error_result_tag_and_id(engine, q, fields, outcome, hits, misses):
+    if "id" in fields:
+        fields = {"id": q + fields["id"]}
+    job = engine.enqueue(q, **fields)
+    other = engine.enqueue(q, "nothing like it")
+    if outcome:
+        engine.tell(outcome[0], engine.poll(q), **outcome[1])
+    for text in hits:
+        assert found(engine, queue=q, search=text) == [job["id"]], text
+        assert job["id"] in found(engine, search=text, limit=1000)
+    for text in misses:
+        assert found(engine, queue=q, search=text) == [], text
+    assert found(engine, queue=q, search="nothing like") == [other["id"]]
+
+
+def test_jobs_are_filtered_by_any_of_queue_status_tag_group_and_search(engine, q):
+    jobs = {}
+    for number, (queue, tag, group) in enumerate(itertools.product((q, q + "x"), "ab", "mn")):
+        job = engine.enqueue(queue, "w%d" % (number % 3), tag=q + tag, group=q + group)
+        jobs[job["id"]] = {"queue": queue, "tag": q + tag, "group": q + group,
+                           "search": "w%d" % (number % 3), "status": "pending"}
+        if number % 2:
+            engine.post("/cancel", id=job["id"])
+            jobs[job["id"]]["status"] = "cancelled"
+    for fields in itertools.chain.from_iterable(
+            itertools.combinations(["queue", "tag", "group", "status", "search"], n) for n in (1, 2, 3, 4, 5)):
+        for values in {tuple(job[field] for field in fields) for job in jobs.values()}:
+            query = dict(zip(fields, values))
+            wanted = [id for id, job in jobs.items() if query.items() <= job.items()]
+            ids = [id for id in found(engine, limit=3 if len(fields) > 1 else 1000, **query) if id in jobs]
+            assert ids == wanted[::-1], query
+
+
+def test_a_page_looks_at_a_bounded_number_of_jobs_and_goes_on_after_them(own, q):
+    engine = own(constants={"SCAN_ROWS": 300})
+    first = engine.enqueue(q, "needle")
+    last = job_in(engine, "done", q + "x")
+    engine.post("/enqueue", jobs=[{"queue": q + "y", "payload": "hay"}] * 1000)
+    for query in ({"search": "needle"}, {"queue": q}, {"queue": q, "status": "pending"}):
+        page = engine.get("/jobs?" + urllib.parse.urlencode(query))
+        assert page["jobs"] == [] and page["after"]
+        assert found(engine, **query) == [first["id"]]
+    assert found(engine, search="absent") == []
+    for status in ("failed", "cancelled", "running"):       # those have an index
+        job = job_in(engine, status, q + status)
+        engine.post("/enqueue", jobs=[{"queue": q + "y", "payload": "hay"}] * 400)
+        page = engine.get("/jobs?queue=%s&status=%s" % (q + status, status))
+        assert [one["id"] for one in page["jobs"]] == [job["id"]]
+    assert found(engine, queue=q + "x", status="done") == [last["id"]]
+
+
+CHANGES = [     # call, statuses before, their codes, and statuses afterwards; None: gone
+    ("retry", ["failed", "cancelled", "done"], [None, None, 409], ["pending", "pending", "done"]),
+    ("cancel", ["failed", "running", "pending"], [409, None, None],
+     ["failed", "cancelled", "cancelled"]),
+    ("purge", ["done", "running", "cancelled"], [None, 409, None], [None, "running", None]),
+]
+
+
+@pytest.mark.parametrize("call, before, codes, after", CHANGES)
+def test_a_batch_of_changes_answers_each_item(engine, q, call, before, codes, after):
+    jobs = [job_in(engine, status, q) for status in before]
+    items = [{"id": job["id"]} for job in jobs]
+    items += [{"id": q + "nobody"}, {"id": jobs[0]["id"], "queue": q}, {"queue": q}, {"id": 5}, 7]
+    answers = engine.post("/" + call, jobs=items)["jobs"]
+    assert [one.get("code") for one in answers] == codes + [404] + [400] * 4
+    assert [one["id"] for one in answers[:5]] == [item["id"] for item in items[:5]]
+    assert all("id" in one["error"] for one in answers[3:7])
+    found = [engine.call("GET", "/jobs/" + job["id"])[1].get("status") for job in jobs]
+    assert found == after
+
+
+def test_changes_of_many_jobs_take_a_tag(engine, q):
+    def jobs(status):
+        made = {}
+        for tag in ("a", "b"):
+            engine.enqueue(q, tag=q + tag)
+            made[tag] = engine.poll(q)
+            verb = {"failed": "fail", "done": "complete", "pending": "release"}[status]
+            assert engine.tell(verb, made[tag])[0] == 200
+        return made
+
+    def statuses(made):
+        return [engine.call("GET", "/jobs/" + job["id"])[1].get("status") for job in made.values()]
+
+    failed = jobs("failed")
+    assert engine.post("/retry", status="failed", tag=q + "a")["count"] == 1
+    assert statuses(failed) == ["pending", "failed"]
+    assert engine.post("/cancel", queue=q, status="pending", tag=q + "a")["count"] == 1
+    assert statuses(failed) == ["cancelled", "failed"]
+    assert engine.post("/purge", status="failed", tag=q + "b")["count"] == 1
+    assert statuses(failed) == ["cancelled", None]
+    done = jobs("done")
+    assert engine.post("/purge", queue=q, tag=q + "b")["count"] == 1
+    assert statuses(done) == ["done", None]
+    assert engine.post("/purge", id=done["a"]["id"])["count"] == 1
+    assert statuses(done) == [None, None]
+    for call in ("/retry", "/cancel", "/purge"):
+        assert engine.call("POST", call, {"tag": q + "a"})[0] == 400
+
+
 def test_the_jobs_that_wait_for_one_are_listed(engine, q):
     one, other = engine.enqueue(q), engine.enqueue(q)
     waiting = [engine.enqueue(q, after=[one["id"], other["id"]]), engine.enqueue(q, after=[one["id"]])]
@@ -3961,7 +4085,7 @@ def test_the_bad_item_of_a_batch_is_refused_alone_and_says_which_field(engine, q
     assert "attempt" in answer["jobs"][1]["error"] and engine.job(claim)["status"] == "done"
 
 
-@pytest.mark.parametrize("field", "queue status tag limit after needed_by needs wait".split())
+@pytest.mark.parametrize("field", "queue status tag group search limit after needed_by needs wait".split())
 def test_any_value_in_a_query_is_answered_or_refused_by_name(engine, q, field):
     path = "/jobs?" if field != "wait" else "/jobs/%s?" % job_in(engine, "done", q)["id"]
     texts = ["", "0", "-1", "1.5", "x" * 300, "%00", "%ff", "%ed%a0%80", "%F0%9F%98%80", "%zz", "NaN", "inf", "1e9",
@@ -4753,6 +4877,50 @@ def test_all_failed_jobs_of_a_queue_are_retried_at_once(dashboard, board, q):
     assert statuses == ["pending"] * 3 + ["done", "cancelled"]
 
 
+BULK = [    # action, statuses of the jobs, its question, their statuses afterwards
+    ("retry", ["failed", "cancelled"], "Retry 2 jobs?", ["pending", "pending"]),
+    ("cancel", ["done", "running", "pending"], "Cancel 2 jobs?", ["done"] + ["cancelled"] * 2),
+    ("delete", ["done", "running", "failed"], "Delete 2 jobs?", [None, "running", None]),
+    ("run", ["scheduled", "scheduled", "done"], "Run now 2 jobs?", ["pending"] * 2 + ["done"]),
+]
+
+
+@pytest.mark.parametrize("action, before, question, after", BULK)
+def test_selected_jobs_are_changed_together(dashboard, board, q, action, before, question, after):
+    jobs = [board.enqueue(q, delay=3600) if status == "scheduled" else job_in(board, status, q)
+            for status in before]
+    rest = board.enqueue(q)
+    jobs_page(dashboard, rest)
+    for job in jobs:
+        dashboard.press(row(job) + "input")
+    dashboard.shows("#bulk b", "%d jobs selected" % len(jobs))
+    dashboard.press('[data-action=bulk][data-about*="%s"]' % action)
+    confirm(dashboard, question)
+    dashboard.shows("#notice", re.compile(": 2 jobs$"))
+    until(lambda: dashboard.text("#bulk") is None)
+    found = [board.call("GET", "/jobs/" + job["id"])[1].get("status") for job in jobs]
+    assert found == after
+    assert board.job(rest)["status"] == "pending"
+    if action == "run":
+        assert board.queue(q)["scheduled"] == 0
+
+
+def test_all_jobs_that_match_are_selected_over_many_pages(dashboard, board, q):
+    for _ in range(2):
+        board.post("/enqueue", jobs=[{"queue": q, "tag": q}] * 60)
+    other = board.enqueue(q)
+    dashboard.js("location.hash = 'jobs?queue=%s&tag=%s'" % (q, q))
+    until(lambda: dashboard.text("#select-label") == "select these 50")
+    dashboard.press("#select-page")
+    dashboard.shows("#bulk b", "50 jobs selected")
+    dashboard.press("[data-action=select-matching]")
+    dashboard.shows("#bulk b", "120 jobs selected")
+    dashboard.press('[data-action=bulk][data-about*="cancel"]')
+    confirm(dashboard, "Cancel 120 jobs?")
+    dashboard.shows("#notice", "Cancel: 120 jobs")
+    assert (board.queue(q)["cancelled"], board.job(other)["status"]) == (120, "pending")
+
+
 def test_failures_are_grouped_by_their_last_line(dashboard, board, q):
     lines = ["OSError: no disk"] * 3 + ["KeyError: 'a'"] * 2
     for number, line in enumerate(lines):
@@ -4766,6 +4934,22 @@ def test_failures_are_grouped_by_their_last_line(dashboard, board, q):
     assert groups == [["3", "OSError: no disk"], ["2", "KeyError: 'a'"]]
     dashboard.press("#errors tbody tr:nth-child(2) button")
     dashboard.shows("#bulk b", "2 jobs selected")
+    dashboard.press("#errors tbody tr:nth-child(2) a")
+    dashboard.shows("#select-label", "select these 2")
+
+
+def test_jobs_are_searched_and_an_empty_result_says_so(dashboard, board, q):
+    wanted = board.enqueue(q, {"note": "needle " + q})
+    board.enqueue(q, "hay")
+    dashboard.press('[data-view="jobs"]')
+    until(lambda: dashboard.text(row(wanted)))
+    dashboard.type("#filter [name=search]", "needle " + q + "\ue007")
+    dashboard.shows("#select-label", "select this one")
+    assert dashboard.text(row(wanted))
+    dashboard.type("#filter [name=search]", "x\ue007")
+    dashboard.shows("#nothing", "Nothing matches.")
+    dashboard.press("#paging a")        # clear the filters
+    until(lambda: dashboard.js("return location.hash") == "#jobs")
 
 
 def test_rows_of_queues_stay_under_the_pointer(dashboard, board, q):
