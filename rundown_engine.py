@@ -33,10 +33,9 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /release    id, attempt -> pending again, nothing counted
                      These four also take {"jobs": [...]}: each item is answered, with `error` and
                      `code` if it is refused.
-    POST /cancel     id; or queue and status (pending, running), tag -> {"count": n}
-    POST /retry      id; or status (failed, cancelled), queue, tag -> {"count": n}
-    POST /purge      id; or queue and/or status (never running), tag -> {"count": n}; these three
-                     also take {"jobs": [{"id": ...}, ...]}, and answer each item
+    POST /cancel, /retry   id, or queue with status (pending, running; failed, cancelled)
+                     -> {"count": n}
+    POST /purge      queue and/or status (never running) -> {"count": n}
     POST /pause, /resume   queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then
                      one each per / rate seconds); null removes a limit, omitted fields stay
@@ -45,10 +44,8 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /unschedule name -> {"count": n}; the jobs it made stay
     GET  /schedules  by name, limit, after
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
-    GET  /jobs       queue, status, tag, group, limit, after: newest first, paged by `after`;
-                     search=TEXT: it is part of payload, error, result, tag or id; a page looks at
-                     a bounded number of jobs, and may be short or empty with an `after`;
-                     brief=true leaves out payload, result and all but the last line of the error;
+    GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true
+                     leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
     GET  /lost       worker, wait, since (of the answer before): {"lost": true, "since": ...} as
@@ -101,6 +98,15 @@ and 64 MiB of responses are buffered; above that the newest large ones get 503. 
 jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that is set back is
 followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
 """
+
+# Checkers of a program beside this file need not check this one:
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
 
 import argparse
 import base64
@@ -198,10 +204,9 @@ CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall 
 # a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
 BATCH_ROWS = 500                # rows that one step of a long change touches at most
+MAX_ROWS_SEARCHED = 100000      # jobs that one page of GET /jobs looks at
+MAX_SEARCH_TIME = 0.1           # seconds after which a page looks at no more
 STEP_TIME = 0.02                # seconds after which a step begins nothing new
-SCAN_ROWS = 200000              # jobs that one page of GET /jobs looks at, at most
-SCAN_TIME = 0.2                 # seconds after which it looks at no more
-SCAN_BATCH_ROWS = 8192          # jobs that a query for it looks at, at most
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
@@ -1781,24 +1786,23 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit, next_page=None):
+def json_page(name, key, rows, render, limit, last=None):
     """A page as JSON text; `after` is null on the last one. One that grows large ends early.
 
-    `next_page` is the `after` of a page that did neither fill nor grow large.
+    `last` is where the next page begins, if there is one though this one is not full.
     """
     texts = []
     size = 0
-    last = None
+    shown = None
     for row in rows:
         text = render(row)
         size += len(text)
         if size > MAX_RESPONSE and texts:
             break
         texts.append(text)
-        last = row[key]
-    is_whole = size <= MAX_RESPONSE and len(texts) != limit
-    after = json_string(next_page if is_whole else last)
-    return f'{{"{name}":{json_list(texts)},"after":{after}}}'
+        shown = row[key]
+    is_full = size > MAX_RESPONSE or len(texts) == limit
+    return f'{{"{name}":{json_list(texts)},"after":{json_string(shown if is_full else last)}}}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
@@ -1921,17 +1925,15 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
-# What else is counted in seconds, and what was due by the old time, when the clock was set back.
+# What else is counted in seconds, and before that what was due by the old time.
 SET_BACK = (
-    f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE {UNFINISHED} AND "
-    f"(status = 'running' OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP})) AND next_run_at <= :before",
+    f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
+    f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
     f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
     f"AND (hold = {DELAYED} AND attempt = 0 "
     f"OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at > :before)",
     "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
     "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
-    'UPDATE schedules SET next_run_at = (next_run_at + :by) / 1000000 * 1000000 '
-    'WHERE every IS NOT NULL',
     'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
 )
 SELECT_DUE = f'''
@@ -2381,7 +2383,7 @@ class Claims:
                 raise item
             return method(tx, item)
         except HTTPError as error:
-            id = error.id if error is item else item['id']
+            id = error.id if error is item else item.get('id')
             return {'id': id, 'error': str(error), 'code': error.status}
 
     def complete(self, tx, params):
@@ -2571,10 +2573,10 @@ class Dependencies:
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
         for dependent, position in tx.fetch_all(TOLD_DEPENDENTS, job['seq'], BATCH_ROWS):
+            tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
             waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
             if waiting['status'] == 'pending' and waiting['waits_for']:
                 self.jobs.update(tx, waiting, waits_for=waiting['waits_for'] + 1)
-                tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
 
 
 # -- Jobs: limits ----------------------------------------------------------------------------------
@@ -2719,9 +2721,10 @@ FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     **{name: f'"{name}" = :{name}' for name, column in JOB_COLUMNS.items() if column.filter},
     'status': '+status = :status',      # the plus: in the order of seq, not by jobs_finished
     'search': (
-        "(INSTR(payload, :json_text) OR INSTR(COALESCE(result, ''), :json_text) OR "
-        "INSTR(COALESCE(error, ''), :search) OR INSTR(COALESCE(tag, ''), :search) OR "
-        'INSTR(id, :search))'),
+        '(' + ' OR '.join(f"{column} LIKE :text ESCAPE '!'"
+                          for column in ('id', 'tag', 'error', 'payload', 'result'))
+        # texts in JSON are kept in ASCII, with escapes
+        + "OR payload LIKE :escaped ESCAPE '!' OR result LIKE :escaped ESCAPE '!')"),
     'after': 'seq < :after',            # from here on the values are seqs of jobs
     'beyond': 'seq > :beyond',
     'needed_by': 'dependent = :needed_by',
@@ -2729,6 +2732,10 @@ FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     'after_position': ('position > (SELECT position FROM dependencies '
                        'WHERE dependent = :needed_by AND dependency = :after_position)'),
 }
+
+
+def like_pattern(text):
+    return '%' + re.sub('([%_!])', r'!\1', text) + '%'
 
 
 def where_clause(params):
@@ -2739,8 +2746,9 @@ def where_clause(params):
 class Operators:
     """The calls of people: pause, resume, cancel, retry, purge; and those over many jobs."""
 
-    def __init__(self, database, jobs, limits, dependencies):
+    def __init__(self, database, jobs, limits, dependencies, claims):
         # constant after start
+        self.claims = claims
         self.database = database
         self.jobs = jobs
         self.dependencies = dependencies
@@ -2762,27 +2770,6 @@ class Operators:
 
     def purge(self, tx, job):
         self.jobs.delete(tx, job)
-
-    def change(self, tx, call, params):
-        """Cancel, retry or purge one job; 1, the number of jobs that changed."""
-        if params.keys() != {'id'}:
-            raise BadRequest('id names one job, and stands without queue, status and tag')
-        job, _ = self.require_status(tx, call, params)
-        getattr(self, call)(tx, job)
-        return 1
-
-    def change_items(self, tx, call, items):
-        """A step of changing the jobs of a batch: the answers to its first items."""
-        return [self._change_item(tx, call, item) for item in tx.paced(items)]
-
-    def _change_item(self, tx, call, item):
-        try:
-            if isinstance(item, HTTPError):
-                raise item
-            return {'id': item.get('id'), 'count': self.change(tx, call, item)}
-        except HTTPError as error:
-            id = error.id if error is item else item.get('id')
-            return {'id': id, 'error': str(error), 'code': error.status}
 
     def reschedule(self, tx, params):
         """Change when a pending job is due, or its priority."""
@@ -2809,6 +2796,23 @@ class Operators:
         tx.upsert_queue(queue, paused=paused)
         tx.wake_polls(queue)
         return {'queue': queue, 'paused': paused}
+
+    def apply_to_items(self, tx, call, items):
+        """A step of a call over jobs that are named one by one: the results, and the items left."""
+        results = []
+        apply_one = functools.partial(self.apply_to_item, call=call)
+        for item in tx.paced(items):
+            results.append(self.claims.apply_item(tx, apply_one, item))
+        return results, items[len(results):]
+
+    def apply_to_item(self, tx, params, call):
+        """Do it to the job `id`; Conflict if its status forbids that."""
+        if 'id' not in params or len(params) > 1:
+            raise BadRequest('id is needed, and stands alone')
+        job, _ = self.require_status(tx, call, params)
+        getattr(self, call)(tx, job)
+        target = (*TRANSITIONS[call].targets, 'purged')[0]
+        return {'id': params['id'], 'status': target}
 
     def seq_batches(self, params):
         """The seqs of the jobs that a large change is about, in batches.
@@ -2970,6 +2974,9 @@ UNFINISHED_DEPENDENCIES = '''
     WHERE dependent = ? AND state = 0 ORDER BY position LIMIT 4'''
 
 
+INDEX_OF_STATUS = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
+
+
 class Queries:
     """The calls that read. They run in any thread, on what is committed."""
 
@@ -2979,7 +2986,6 @@ class Queries:
         self.clock = clock
         self.workers = workers
         self.queues = Overview(database, clock, workers, meter).queues
-        self.jobs = JobPages(database).jobs
 
     def job(self, id):
         """The job with its attempts, its dependents, and why it does not run."""
@@ -3009,6 +3015,83 @@ class Queries:
             query = SELECT_JOB + 'tag = ? ORDER BY seq DESC LIMIT 1'
             row = db.execute(query, (tag,)).fetchone()
         return job_json(require(row, 'tag: there is no job tagged', tag))
+
+    def jobs(self, limit=50, brief=False, **params):
+        """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
+        columns = names(BRIEF_COLUMNS if brief else COLUMNS)
+        render = functools.partial(job_json, brief=brief)
+        with self.database.reading() as db:
+            for field in ('after', 'needed_by', 'needs'):
+                if field in params:
+                    params[field] = self._seq_of(db, field, params[field])
+            if 'needed_by' in params or 'needs' in params:
+                rows = self._related(db, columns, limit, params)
+                return json_page('jobs', 'id', rows, render, limit)
+            if not self._may_have(db, params.get('queue'), params.get('status')):
+                limit = 0
+            seqs, last_seq = self._search(db, limit, params)
+            rows = (db.execute(f'SELECT {columns} FROM jobs WHERE seq = ?', (seq,)).fetchone()
+                    for seq in seqs)
+            last = last_seq and db.execute('SELECT id FROM jobs WHERE seq = ?', (last_seq,))
+            return json_page('jobs', 'id', rows, render, limit, last and last.fetchone()['id'])
+
+    def _related(self, db, columns, limit, params):
+        """The rows of jobs that depend on one, or that it depends on."""
+        source = 'jobs'
+        order = 'seq DESC'
+        if 'needed_by' in params:
+            source = 'dependencies JOIN jobs ON seq = dependency'
+            order = 'position'
+            if 'after' in params:
+                params['after_position'] = params.pop('after')
+        return db.execute(
+            f'SELECT {columns} FROM {source} {where_clause(params)} ORDER BY {order} LIMIT :limit',
+            {**params, 'limit': limit})
+
+    def _search(self, db, limit, params):
+        """(seqs of jobs that match, newest first; the last one looked at, if it ended early).
+
+        An index leads to the jobs of a tag, a group, and of INDEX_OF_STATUS. Other conditions are
+        checked one job at a time, and a page looks at a bounded number of them.
+        """
+        indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
+        conditions = {field: FILTERS[field] for field in FILTERS if field in params}
+        source = ' AND '.join(
+            ['1', *(condition for field, condition in conditions.items() if field in indexed)])
+        matches = ' AND '.join(
+            ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
+        status = params.get('status')
+        table = 'jobs'
+        if status in INDEX_OF_STATUS and indexed.isdisjoint(params.keys() - {'after'}):
+            table = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
+            source += f" AND status = '{status}'"       # as text: a partial index needs it
+        if 'search' in params:
+            params['text'] = like_pattern(params['search'])
+            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
+        rows = db.execute(
+            f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
+            {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
+        ends = time.monotonic() + MAX_SEARCH_TIME
+        found = []
+        for looked_at, (seq, is_match) in enumerate(rows, 1):
+            if is_match:
+                found.append(seq)
+                if len(found) == limit:
+                    break
+            if looked_at == MAX_ROWS_SEARCHED or time.monotonic() > ends:
+                return found, seq
+        return found, None
+
+    def _seq_of(self, db, field, id):
+        job = db.execute(FIND_BY_ID, (id,)).fetchone()
+        return require(job, f'{field}: there is no job', id, BadRequest)['seq']
+
+    def _may_have(self, db, queue, status):
+        """Whether the counts of the queues leave it open that there is such a job."""
+        count = status if status in STATUSES else 1     # each status is a column
+        total, = db.execute(f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)',
+                            (queue,)).fetchone()
+        return total
 
     def health(self):
         error = self.database.last_storage_error
@@ -3106,101 +3189,6 @@ class Queries:
         position = {name: row[name] for name in ('queue', 'priority', 'next_run_at', 'seq')}
         ahead = db.execute(AHEAD, position).fetchone()[0]
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
-
-
-class JobPages:
-    """GET /jobs: pages of jobs."""
-
-    def __init__(self, database):
-        self.database = database        # constant after start
-
-    def jobs(self, limit=50, brief=False, **params):
-        """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
-        columns = names(BRIEF_COLUMNS if brief else COLUMNS)
-        render = functools.partial(job_json, brief=brief)
-        with self.database.reading() as db:
-            for field in ('after', 'needed_by', 'needs'):
-                if field in params:
-                    params[field] = self._seq_of(db, field, params[field])
-            if 'needed_by' in params:
-                rows = self._dependencies(db, columns, params, limit)
-                return json_page('jobs', 'id', rows, render, limit)
-            seqs, next_page = (), None
-            if self._may_have(db, params.get('queue'), params.get('status')):
-                seqs, next_page = self._scan(db, params, limit)
-            rows = self._rows(db, columns, seqs)
-            return json_page('jobs', 'id', rows, render, limit, next_page)
-
-    def _seq_of(self, db, field, id):
-        job = db.execute(FIND_BY_ID, (id,)).fetchone()
-        return require(job, f'{field}: there is no job', id, BadRequest)['seq']
-
-    def _dependencies(self, db, columns, params, limit):
-        if 'after' in params:
-            params['after_position'] = params.pop('after')
-        return db.execute(
-            f'SELECT {columns} FROM dependencies JOIN jobs ON seq = dependency '
-            f'{where_clause(params)} ORDER BY position LIMIT :limit', {**params, 'limit': limit})
-
-    def _may_have(self, db, queue, status):
-        """Whether the counts of the queues leave it open that there is such a job."""
-        count = status if status in STATUSES else 1     # each status is a column
-        total, = db.execute(f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)',
-                            (queue,)).fetchone()
-        return total
-
-    def _rows(self, db, columns, seqs):
-        for seq in seqs:
-            row = db.execute(f'SELECT {columns} FROM jobs WHERE seq = ?', (seq,)).fetchone()
-            if row:
-                yield row
-
-    def _scan(self, db, params, limit):
-        """The seqs of a page's jobs, and the id after which the next page begins.
-
-        It looks at a bounded number of jobs for a bounded time, as few of many may match: so a
-        page may be short, or even empty, and not be the last one.
-        """
-        params.setdefault('after', MAX_SEQ)
-        query = scan_query(params)
-        if 'search' in params:
-            params['json_text'] = encode(params['search'])[1:-1]
-        found = []
-        size = 16 if 'search' in params else limit      # it reads payloads, which may be large
-        left = SCAN_ROWS
-        ends = time.monotonic() + SCAN_TIME
-        while True:
-            rows = db.execute(query, {**params, 'rows': size}).fetchall()
-            found += [seq for seq, _, matches in rows if matches]
-            if len(found) >= limit or len(rows) < size:
-                return found[:limit], None      # a full page goes on after its last job
-            params['after'], next_page, _ = rows[-1]
-            left -= size
-            if left <= 0 or time.monotonic() > ends:
-                return found, next_page
-            size = min(2 * size, SCAN_BATCH_ROWS, left)
-
-
-MAX_SEQ = 2**63 - 1
-INDEX_OF_STATUS = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
-
-
-def scan_query(params):
-    """Whether jobs match, for the next of those that an index gives in the order of arrival."""
-    scanned = {'queue', 'status', 'search', 'group'} & params.keys()
-    if {'queue', 'group'} <= scanned:
-        scanned -= {'queue', 'group'}
-    conditions = [condition for field, condition in FILTERS.items()
-                  if field in params and field not in scanned]
-    source = 'jobs'
-    status = params.get('status')
-    has_index = 'tag' in params or 'needs' in params or {'queue', 'group'} <= params.keys()
-    if status in INDEX_OF_STATUS and not has_index:
-        source = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
-        conditions.append(f"status = '{status}'")
-    where = 'WHERE ' + ' AND '.join(conditions) if conditions else ''
-    matches = ' AND '.join(FILTERS[field] for field in sorted(scanned)) or '1'
-    return f'SELECT seq, id, {matches} FROM {source} {where} ORDER BY seq DESC LIMIT :rows'
 
 
 IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting + grouped
@@ -3399,10 +3387,7 @@ NEXT_DEADLINE = f'''
 
 
 # The latest time that the engine has reached for sure.
-LAST_TIME = '''
-    SELECT MAX(moment) FROM (
-        SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) AS moment FROM queues
-        UNION ALL SELECT MAX(next_run_at - every) FROM schedules)'''
+LAST_TIME = 'SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) FROM queues'
 
 
 class Store:
@@ -3427,7 +3412,8 @@ class Store:
         self.producers = Producers(self.jobs, self.dependencies, self.workers)
         self.claims = Claims(self.jobs, self.limits, self.workers)
         self.schedules = Schedules(self.producers)
-        self.operators = Operators(database, self.jobs, self.limits, self.dependencies)
+        self.operators = Operators(
+            database, self.jobs, self.limits, self.dependencies, self.claims)
         self.retention = Retention(self.workers, self.meter, keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
         self._follow_clock()
@@ -4607,43 +4593,46 @@ def schedule(server, params):
 
 
 def change_call(call):
-    """The handler of cancel, retry and purge: of one job, of some, or of all that match."""
+    """The handler of cancel, retry and purge: of jobs by their ids, or of all that match."""
+    def change_one(server, params):
+        def work(tx):
+            server.store.operators.apply_to_item(tx, params, call)
+            return {'count': 1}
+        return Operation(work)
+
+    def change_each(server, items):
+        results = []
+        while items:
+            some, items = server.loop.run_in_transaction(functools.partial(
+                server.store.operators.apply_to_items, call=call, items=items))
+            results += some
+        return {'jobs': results}
+
+    def change_many(server, params):
+        operators = server.store.operators
+        method = getattr(operators, call)
+        statuses = [params['status']] if 'status' in params else TRANSITIONS[call].sources
+        count = 0
+        for seqs in operators.seq_batches(params):
+            while seqs:
+                changed, seqs = server.loop.run_in_transaction(functools.partial(
+                    operators.apply_to_batch, method=method, seqs=seqs, statuses=statuses))
+                count += changed
+        return {'count': count}
+
     def handler(server, params):
-        is_batch = isinstance(params, list)
-        if not is_batch and 'id' in params:
-            return Operation(lambda tx: {'count': server.store.operators.change(tx, call, params)})
+        if 'id' in params:
+            if len(params) > 1:
+                raise BadRequest('id names one job, and stands without queue, status and tag')
+            return change_one(server, params)
         if not server.change_slots.acquire(blocking=False):
-            raise Unavailable('other changes of many jobs are under way; try again')
+            raise Unavailable('other changes of whole queues are under way; try again')
         try:
-            return (change_items if is_batch else change_matching)(server, call, params)
+            change = change_each if isinstance(params, list) else change_many
+            return change(server, params)
         finally:
             server.change_slots.release()
     return handler
-
-
-def change_items(server, call, items):
-    """Change the jobs of a batch in bounded steps; each item is answered."""
-    answers = []
-    while items:
-        done = server.loop.run_in_transaction(functools.partial(
-            server.store.operators.change_items, call=call, items=items))
-        answers += done
-        items = items[len(done):]
-    return {'jobs': answers}
-
-
-def change_matching(server, call, params):
-    """Change all jobs that match, in bounded steps."""
-    operators = server.store.operators
-    statuses = [params['status']] if 'status' in params else TRANSITIONS[call].sources
-    count = 0
-    for seqs in operators.seq_batches(params):
-        while seqs:
-            changed, seqs = server.loop.run_in_transaction(functools.partial(
-                operators.apply_to_batch, method=getattr(operators, call), seqs=seqs,
-                statuses=statuses))
-            count += changed
-    return {'count': count}
 
 
 def get_job(server, params):
@@ -4730,8 +4719,8 @@ def route(method, handler, required=(), optional='', offload=False, **rules):
 
 def change_route(call, *required):
     status = one_of(TRANSITIONS[call].sources)
-    return route(
-        'POST', change_call(call), required, 'queue tag jobs', offload=True, status=status)
+    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=True,
+                 status=status)
 
 
 ROUTES = {
@@ -4750,12 +4739,12 @@ ROUTES = {
         'POST', write_call('claims.heartbeat'), ['id'], 'attempt progress jobs'),
     '/step': route('POST', write_call('claims.step'), ['id', 'name'], 'attempt result', name=NAME),
     '/release': route('POST', write_call('claims.release'), ['id'], 'attempt jobs'),
-    '/cancel': change_route('cancel', ('id', 'queue'), ('id', 'status')),
-    '/retry': change_route('retry', ('id', 'status')),
+    '/cancel': change_route('cancel', ('id', 'queue', 'tag'), ('id', 'status', 'tag')),
+    '/retry': change_route('retry', ('id', 'status', 'tag')),
     '/reschedule': route(
         'POST', write_call('operators.reschedule'),
         ['id', ('delay', 'run_at', 'priority')], 'jobs'),
-    '/purge': change_route('purge', ('id', 'queue', 'status')),
+    '/purge': change_route('purge', ('id', 'queue', 'status', 'tag')),
     '/pause': route('POST', write_call('operators.pause'), ['queue']),
     '/resume': route('POST', write_call('operators.resume'), ['queue']),
     '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
@@ -5179,18 +5168,15 @@ SCHEMAS = {
     'Job': table_schema(
         JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
         attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER,
-        steps={'type': 'object'}, replaced=BOOLEAN),
+        steps={'type': 'object'}, replaced=BOOLEAN, warning=STRING,
+        needed_by=list_schema(STRING)),
     'JobPage': page_schema('jobs', reference('Job')),
-    # of a report; in a batch `error` and `code` say that the item is refused
     'Outcome': object_schema(
-        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER,
-        error=STRING, code=INTEGER),
+        'id status', id=STRING, status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER),
+    'Refusal': object_schema('id error code', id=or_null(STRING), error=STRING, code=INTEGER),
     'Step': object_schema('id name created result', id=STRING, name=STRING, created=BOOLEAN,
                           result={}),
     'Count': object_schema('count', count=INTEGER),
-    # in a batch `error` and `code` say that the item is refused
-    'Change': object_schema(
-        id=or_null(STRING), count=INTEGER, error=STRING, code=INTEGER),
     'Paused': object_schema('queue paused', queue=STRING, paused=BOOLEAN),
     'Limits': object_schema(
         'queue max_running rate per', queue=STRING, max_running=or_null(INTEGER),
@@ -5221,6 +5207,7 @@ class Call(NamedTuple):
     summary: str
     response: Dict[str, Any]
     content_type: str = 'application/json'
+    item: Optional[Dict[str, Any]] = None       # in the response to a batch; None: as `response`
 
 
 CALLS = {       # a route that is not here is described by its fields alone
@@ -5232,9 +5219,12 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
     '/step': Call('step', 'Keep the result of a step; the first one stays.', reference('Step')),
     '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
-    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Change')),
-    '/retry': Call('retry', 'Make jobs pending again.', reference('Change')),
-    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Change')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count'),
+                    item=reference('Outcome')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Count'),
+                   item=reference('Outcome')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count'),
+                   item=reference('Outcome')),
     '/reschedule': Call('reschedule', 'Change a pending job.', reference('Outcome')),
     '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
     '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
@@ -5294,7 +5284,10 @@ def openapi_operation(path, route):
     call = CALLS.get(path, Call(path.strip('/'), '', {}))
     schema = call.response
     if 'jobs' in route.rules:
-        schema = either(schema, object_schema('jobs', jobs=list_schema(schema)))
+        item = call.item or schema
+        if path != '/enqueue':      # that one takes all or nothing
+            item = either(item, reference('Refusal'))
+        schema = either(schema, object_schema('jobs', jobs=list_schema(item)))
     error = {'application/json': {'schema': reference('Error')}}
     operation = {
         'operationId': call.name,
@@ -8234,6 +8227,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
  */
 import { randomBytes } from "node:crypto";
+import { setMaxListeners } from "node:events";
 import http from "node:http";
 import https from "node:https";
 import os from "node:os";
@@ -8255,7 +8249,7 @@ const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whos
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
-const MAX_CHARACTERS = 900000; // in a report of several jobs; proxies take 1 MiB
+const MAX_BYTES = 900000; // in a report of several jobs; proxies take 1 MiB
 const MAX_ERROR = 16000; // characters of an error; the middle is cut out
 
 /**
@@ -8490,8 +8484,11 @@ export async function call(path, body, { wait = 0, patience = PATIENCE, signal }
     try {
       return await send(path, text, { wait, limit: wait + Math.max(1, deadline - now()) });
     } catch (error) {
+      if (!(error instanceof Unavailable) || error.status === 413) {
+        throw error; // the same, however often it is sent
+      }
       const rest = backoff(tries, error);
-      if (!(error instanceof Unavailable) || now() + rest > deadline) {
+      if (now() + rest > deadline) {
         throw error;
       }
       await pause(rest, signal);
@@ -8759,14 +8756,14 @@ class Claim {
       this.progress = undefined;
       this.isProgressDue = false;
     }
-    if (call === "heartbeat") {
-      if (status === 404 || status === 409) {
-        this.lose(sentence);
-      }
-      return;
-    }
-    if (status) {
+    const isGone = status === 404 || status === 409;
+    if (call === "heartbeat" && isGone) {
+      this.lose(sentence);
+    } else if (status) {
       this.worker.log(`${this}: the engine refuses its ${call}: ${sentence}`);
+    }
+    if (call === "heartbeat") {
+      return;
     }
     const { fields } = this.outcome;
     const isUnfit = status === 400 || status === 413; // another report may be taken
@@ -8792,8 +8789,7 @@ function failure(error) {
   }
   let text = "an error that cannot be shown";
   try {
-    text = inspect(error);
-    text += error instanceof Error ? `\n\n${error}` : "";
+    text = error instanceof Error ? `${stackOf(error)}\n\n${error}` : inspect(error);
   } catch {
     // a getter or toString() of its own has thrown
   }
@@ -8802,12 +8798,19 @@ function failure(error) {
   return { error: cut > 0 ? `${head}\n[... ${cut} characters ...]\n${tail}` : text };
 }
 
+/** Not what inspect() shows: properties of errors may hold secrets, such as a request's headers. */
+function stackOf(error) {
+  const cause = error.cause instanceof Error ? `\n\ncaused by ${stackOf(error.cause)}` : "";
+  return `${error.stack}${cause}`;
+}
+
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
   // unlike any other's, since releaseStrays() goes by it
   name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  watchSockets = new Set(); // of the call that waits for lost claims
   unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
@@ -8822,18 +8825,21 @@ class Worker {
   constructor(grace, log) {
     this.grace = grace;
     this.log = log;
+    setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
   }
 
   async run() {
+    connect(); // throws if RUNDOWN_URL is wrong
     const queues = [...registrations.values()];
     const beats = this.keepAlive(Math.min(...queues.map(({ lease }) => lease)) / 3);
+    const watch = this.watchLosses();
     const { signal } = this.stopping;
     const stopped = new Promise((resolve) => signal.addEventListener("abort", resolve));
     const consumers = queues.map((each) => this.consume(each).catch((error) => this.stop(error)));
     const consuming = Promise.all(consumers).then(() => (this.isConsuming = false));
     await stopped;
     await this.drain();
-    await Promise.all([beats, consuming]);
+    await Promise.all([beats, watch, consuming]);
     if (this.error) {
       throw this.error;
     }
@@ -8948,21 +8954,49 @@ class Worker {
   }
 
   /** Heartbeats for all claims, also for those whose outcome the engine does not have. */
+  async beat(limit) {
+    const beats = [...this.claims].map((claim) => {
+      return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
+    });
+    for (let start = 0; start < beats.length; start += MAX_BATCH) {
+      await this.deliver(beats.slice(start, start + MAX_BATCH), limit);
+    }
+  }
+
   async keepAlive(interval) {
     const { signal } = this.closing;
     let rest = interval;
     while (!signal.aborted) {
       await pause(rest, signal);
-      const beats = [...this.claims].map((claim) => {
-        return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
-      });
       rest = interval;
       try {
-        for (let start = 0; start < beats.length; start += MAX_BATCH) {
-          await this.deliver(beats.slice(start, start + MAX_BATCH), interval);
-        }
+        await this.beat(interval);
       } catch {
         rest = interval / 5; // polls and reports say that the engine is away
+      }
+    }
+  }
+
+  /** Waits for the engine to take a claim away; a heartbeat then shows which. */
+  async watchLosses() {
+    const { signal } = this.closing;
+    const poll = { sockets: this.watchSockets, signal };
+    let since = "";
+    for (let tries = 0; !signal.aborted; ) {
+      const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${POLL_WAIT}${since}`;
+      const began = now();
+      try {
+        const answer = await send(path, undefined, { wait: POLL_WAIT, poll });
+        since = `&since=${answer.since}`;
+        tries = 0;
+        if (answer.lost) {
+          await this.beat();
+        } else if (now() - began < 1) {
+          await pause(0.5, signal); // an engine that stops answers at once
+        }
+      } catch (error) {
+        tries += 1;
+        await pause(error instanceof Unavailable ? backoff(tries, error) : REFUSED_PAUSE, signal);
       }
     }
   }
@@ -8993,12 +9027,12 @@ class Worker {
   /** As many reports of one call as a request takes. */
   nextReports() {
     const reports = [];
-    let characters = 0;
+    let bytes = 0;
     for (const claim of this.claims) {
       const report = claim.nextReport();
       if (report && report.call === (reports[0] ?? report).call) {
-        characters += report.text.length + 1;
-        if (reports.length && (characters > MAX_CHARACTERS || reports.length === MAX_BATCH)) {
+        bytes += Buffer.byteLength(report.text) + 1;
+        if (reports.length && (bytes > MAX_BYTES || reports.length === MAX_BATCH)) {
           break;
         }
         reports.push(report);
@@ -9063,6 +9097,9 @@ class Worker {
       this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
     }
     this.closing.abort();
+    for (const socket of this.watchSockets) {
+      socket.destroy();
+    }
   }
 }
 """
