@@ -6024,7 +6024,6 @@ def test_the_client_has_a_method_for_each_call(engine, q):
     client = rw.Client(engine.url)
     documents = {"", "docs", "metrics", "backup", "status", "openapi.json", "rundown.mjs"}
     calls = {path.strip("/") for path in rundown_engine.ROUTES} - documents
-    calls -= {"lost"}       # the worker's own
     assert {call for call in calls if not callable(getattr(client, call, None))} == set()
     client.enqueue(q, 1, max_retries=1)
     job = client.poll(q)
@@ -7496,6 +7495,33 @@ def test_hooks_around_and_the_log_work_where_the_handler_runs(engine, work, q, k
     ]
 
 
+@pytest.mark.parametrize("kind", ["thread", "async"])
+def test_around_may_swallow_an_exception_and_its_own_fails_the_job(engine, work, q, kind):
+    source = """
+        @rw.around
+        def around(job):
+            if job["payload"] == "own":
+                raise KeyError("around")
+            try:
+                yield
+            except ValueError:
+                pass
+    """
+    jobs = [engine.enqueue(q, payload) for payload in ("swallowed", "own")]
+    body = handler(q, "raise ValueError(payload)", max_retries=0)
+    work(textwrap.dedent(source) + of_kind(kind, body), run=BURST).wait()
+    swallowed, own = [engine.job(job) for job in jobs]
+    assert (swallowed["status"], swallowed["result"]) == ("done", None)
+    assert own["status"] == "failed"
+    assert "KeyError: 'around'" in own["error"]
+
+
+def test_a_worker_that_stood_still_says_what_to_do(engine, work, q):
+    worker = work("rw.LEASE = 1\n" + handler(q, "return sum(range(payload)) > 0"))
+    engine.enqueue(q, 60000000)
+    until(lambda: "isolate handlers" in worker.log())
+
+
 def test_around_wants_a_generator_function():
     with pytest.raises(rw.Misuse, match="yields once"):
         rw.App().around(lambda job: None)
@@ -8237,7 +8263,8 @@ def test_help_shows_what_a_queue_s_enqueue_and_a_task_s_delay_take():
 
 def test_all_that_is_public_is_annotated():
     public = [getattr(rw, name) for name in rw.__all__]
-    public += [method for kind in (rw.Client, rw.Job, rw.App, rw.Testing) for name, method in vars(kind).items()
+    kinds = (*rw.Client.__mro__, rw.Job, *rw.App.__mro__, rw.Testing)
+    public += [method for kind in kinds for name, method in vars(kind).items()
                if not name.startswith("_") and inspect.isfunction(method)]
     for one in public:
         if not inspect.isclass(one):
@@ -8641,6 +8668,39 @@ def test_the_command_line_waits_for_a_job(engine, q):
         assert not waited.done()
         engine.tell("complete", job, result=5)
         assert waited.result(10)["result"] == 5
+
+
+def test_the_client_changes_finds_and_batches_jobs(engine, q):
+    client = rw.Client(engine.url)
+    options = dict(group="g" + q, key="k", key_until="start", tag="tag" + q, delay=100, expires=datetime.timedelta(hours=1))
+    job = client.enqueue(q, {"a": "needle" + q}, **options)
+    assert (job["group"], job["key"]) == ("g" + q, "k") and job["expires_at"] > job["next_run_at"]
+    assert [found["id"] for found in client.jobs(search="needle" + q)["jobs"]] == [job["id"]]
+    assert [found["id"] for found in client.jobs(queue=q, group="g" + q)["jobs"]] == [job["id"]]
+    assert client.enqueue(q, 2, replace=True, **options)["replaced"] and engine.job(job)["payload"] == 2
+    assert client.reschedule(job["id"], delay=0, priority=7)["priority"] == 7
+    replies = client.reschedule(jobs=[job, "nobody"], run_at=datetime.datetime.now())["jobs"]
+    assert replies[0]["id"] == job["id"] and replies[1]["code"] == 404
+    assert client.cancel(queue=q, status="pending", tag="tag" + q) == {"count": 1}
+    assert client.retry(jobs=[job])["jobs"][0]["status"] == "pending"
+    claim = client.poll(q)
+    assert client.step(claim["id"], claim["attempt"], "one", {"x": 1})["created"]
+    assert client.step(claim["id"], claim["attempt"], "one", 2)["result"] == {"x": 1}
+    client.complete(claim["id"], claim["attempt"])
+    assert client.purge(id=job["id"]) == {"count": 1}
+    assert client.schedule(q, q, every=5, group="g")["group"] == "g"
+
+
+def test_the_command_line_reschedules_searches_and_retries_everywhere(own, q):
+    engine = own()
+    job = rundown(engine, "enqueue", q, '"needle"', "--delay", "100", "--group", "g", "--key", "k", "--key-until", "start",
+                  "--expires", "500", "--tag", "t")
+    assert rundown(engine, "reschedule", job["id"], "--delay", "0", "--priority", "3")["priority"] == 3
+    assert rundown(engine, "jobs", "--search", "needle", "--group", "g")["jobs"][0]["id"] == job["id"]
+    engine.tell("fail", engine.poll(q), error="no", retry=False)
+    assert rundown(engine, "retry", "--status", "failed") == {"count": 1}
+    assert rundown(engine, "cancel", "--queue", q, "--status", "pending", "--tag", "t") == {"count": 1}
+    assert rundown(engine, "purge", job["id"]) == {"count": 1}
 
 
 SDK_FILE = str(HERE / "rundown_workers.py")
