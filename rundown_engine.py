@@ -100,6 +100,15 @@ jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that
 followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
 """
 
+# Checkers of a program beside this file need not check this one:
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
+
 import argparse
 import base64
 import bisect
@@ -1090,6 +1099,10 @@ CREATE INDEX jobs_expiry ON jobs (expires_at)
     WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
     # GET /details and /jobs
     'jobs_tag': 'CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL',
+    # GET /jobs by status; there are too many done ones to keep another index for them
+    'jobs_failed': (
+        'CREATE INDEX jobs_failed ON jobs (status) '
+        "WHERE status = 'failed' OR status = 'cancelled'"),
     # retention
     'jobs_finished': '''
 CREATE INDEX jobs_finished ON jobs (status, finished_at) WHERE finished_at IS NOT NULL''',
@@ -1224,6 +1237,8 @@ END''',
         # times that were given cannot be told from delays any more; a retry is counted in seconds
         "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
+        'CREATE INDEX jobs_failed ON jobs (status) '
+        "WHERE status = 'failed' OR status = 'cancelled'",
         '''
 CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
     WHERE "group" IS NOT NULL AND status IN ('pending', 'running')''',
@@ -2960,6 +2975,9 @@ UNFINISHED_DEPENDENCIES = '''
     WHERE dependent = ? AND state = 0 ORDER BY position LIMIT 4'''
 
 
+INDEX_OF_STATUS = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
+
+
 class Queries:
     """The calls that read. They run in any thread, on what is committed."""
 
@@ -3034,8 +3052,8 @@ class Queries:
     def _search(self, db, limit, params):
         """(seqs of jobs that match, newest first; the last one looked at, if it ended early).
 
-        An index leads to the jobs of a tag or a group. Other conditions are checked one job at a
-        time, and a page looks at a bounded number of them.
+        An index leads to the jobs of a tag, a group, and of INDEX_OF_STATUS. Other conditions are
+        checked one job at a time, and a page looks at a bounded number of them.
         """
         indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
         conditions = {field: FILTERS[field] for field in FILTERS if field in params}
@@ -3043,11 +3061,16 @@ class Queries:
             ['1', *(condition for field, condition in conditions.items() if field in indexed)])
         matches = ' AND '.join(
             ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
+        status = params.get('status')
+        table = 'jobs'
+        if status in INDEX_OF_STATUS and indexed.isdisjoint(params.keys() - {'after'}):
+            table = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
+            source += f" AND status = '{status}'"       # as text: a partial index needs it
         if 'search' in params:
             params['text'] = like_pattern(params['search'])
             params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
         rows = db.execute(
-            f'SELECT seq, {matches} FROM jobs WHERE {source} ORDER BY seq DESC LIMIT :rows',
+            f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
             {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
         ends = time.monotonic() + MAX_SEARCH_TIME
         found = []

@@ -135,8 +135,14 @@ COMMAND LINE
 JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
-# What is public is annotated, for those who check their own programs; the rest is not:
+# What is public is annotated, for those who check their own programs. The rest is not:
 # mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
 
 from __future__ import annotations
 
@@ -769,14 +775,8 @@ def tell_terminal(sentence):
             print(f'rundown_workers: {sentence}', file=sys.stderr, flush=True)
 
 
-class Client:
-    """The calls of an engine, one method each; a method takes the fields of its call.
-
-    `host` may name several engines, separated by blanks: one is used until it does not answer
-    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
-    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
-    once. Safe to use from many threads, and after a fork.
-    """
+class Caller:
+    """Sends calls to one of several engines, and tries them again while none answers."""
 
     def __init__(
         self,
@@ -878,6 +878,29 @@ class Client:
         query = urllib.parse.urlencode(drop_none(**fields))
         return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
 
+    def _change(self, path, jobs, **fields):
+        """A call about one job, about all that the fields describe, or about a list of jobs."""
+        if jobs is None:
+            return self._post(path, **fields)
+        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
+        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        replies = []
+        for batch in batches(texts, len):
+            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
+        return {'jobs': replies}
+
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
+        self.pool.shutdown(how)
+
+    def close(self) -> None:
+        """Close the connections, those in use too. Nothing can be sent after that."""
+        self.shutdown()
+
+
+class ProducerCalls(Caller):
+    """The calls that add jobs and wait for them."""
+
     @names_near_misses
     def enqueue(
         self,
@@ -918,6 +941,13 @@ class Client:
         job = Job(self.call('/enqueue', text, give_up=give_up), self)
         warn_of_own_key(job)
         return job
+
+    async def aenqueue(self, queue: str, payload: Any = None, **options: Any) -> Job:
+        """enqueue() for asyncio programs; it never blocks their event loop."""
+        give_up = options.pop('give_up', None)
+        check_names(options, ENQUEUE_OPTIONS)
+        text = encode_job(payload, queue=queue, **options)
+        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(
         self,
@@ -965,12 +995,24 @@ class Client:
             first = self._enqueue_batch(texts[:half], give_up)
             return first + self._enqueue_batch(texts[half:], give_up)
 
-    async def aenqueue(self, queue: str, payload: Any = None, **options: Any) -> Job:
-        """enqueue() for asyncio programs; it never blocks their event loop."""
-        give_up = options.pop('give_up', None)
-        check_names(options, ENQUEUE_OPTIONS)
-        text = encode_job(payload, queue=queue, **options)
-        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
+    def wait(
+        self,
+        job: Any,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """The job, given as a job or an id, once it has ended.
+
+        Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
+        for `give_up` seconds, or until the timeout.
+        """
+        if current.get():
+            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
+        waiting = Waiting(self, job, timeout, give_up)
+        while True:
+            job = self.call(**waiting.next_call(LONG_POLL))
+            if waiting.is_over(job):
+                return Job(job, self)
 
     async def await_job(
         self,
@@ -982,6 +1024,41 @@ class Client:
         if current.get() and not isinstance(job, str):
             warn_of_deadlock(job)
         return Job(await async_calls().wait(self, job, timeout, give_up), self)
+
+    @names_near_misses
+    def schedule(
+        self,
+        name: str,
+        queue: str,
+        cron: str | None = None,
+        every: float | datetime.timedelta | None = None,
+        zone: str | None = None,
+        payload: Any = None,
+        timeout: float | datetime.timedelta | None = None,
+        max_retries: int | None = None,
+        tag: str | None = None,
+        priority: int | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> dict[str, Any]:
+        """Have a job made at each tick of `cron`, or `every` so many seconds.
+
+        `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
+        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
+        """
+        return self._post(
+            '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
+            payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
+            priority=priority, key=key, group=group,
+        )
+
+    def unschedule(self, name: str) -> dict[str, Any]:
+        """End a schedule; the jobs that it made stay."""
+        return self._post('/unschedule', name=name)
+
+
+class WorkerCalls(Caller):
+    """The calls that claim jobs and report on them."""
 
     def poll(
         self,
@@ -1028,9 +1105,29 @@ class Client:
         """Extend the lease of a claim, and show its progress."""
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
+    def lost(
+        self, worker: str, wait: float | None = None, since: int | None = None,
+    ) -> dict[str, Any]:
+        """Wait until the worker loses a job that it runs; `since` is that of the last answer."""
+        return self._get('/lost', worker=worker, wait=wait, since=since)
+
     def release(self, id: str, attempt: int | None = None) -> dict[str, Any]:
         """Give a claim back; nothing is counted."""
         return self._post('/release', id=id, attempt=attempt)
+
+    def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
+        """Store the result of a step of a job; the first result under a name is kept."""
+        return self.call('/step', {'id': id, 'attempt': attempt, 'name': name, 'result': result})
+
+
+class Client(ProducerCalls, WorkerCalls):
+    """The calls of an engine, one method each; a method takes the fields of its call.
+
+    `host` may name several engines, separated by blanks: one is used until it does not answer
+    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
+    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
+    once. Safe to use from many threads, and after a fork.
+    """
 
     def pause(self, queue: str) -> dict[str, Any]:
         """Hand out no jobs of the queue."""
@@ -1039,10 +1136,6 @@ class Client:
     def resume(self, queue: str) -> dict[str, Any]:
         """Hand out jobs of the queue again."""
         return self._post('/resume', queue=queue)
-
-    def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
-        """Store the result of a step of a job; the first result under a name is kept."""
-        return self.call('/step', {'id': id, 'attempt': attempt, 'name': name, 'result': result})
 
     def reschedule(
         self,
@@ -1095,17 +1188,6 @@ class Client:
         """Delete a job, or many, except running ones; see cancel()."""
         return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
 
-    def _change(self, path, jobs, **fields):
-        """A call about one job, about all that the fields describe, or about a list of jobs."""
-        if jobs is None:
-            return self._post(path, **fields)
-        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
-        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
-        replies = []
-        for batch in batches(texts, len):
-            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
-        return {'jobs': replies}
-
     def limit(
         self,
         queue: str,
@@ -1121,37 +1203,6 @@ class Client:
         fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
-
-    @names_near_misses
-    def schedule(
-        self,
-        name: str,
-        queue: str,
-        cron: str | None = None,
-        every: float | datetime.timedelta | None = None,
-        zone: str | None = None,
-        payload: Any = None,
-        timeout: float | datetime.timedelta | None = None,
-        max_retries: int | None = None,
-        tag: str | None = None,
-        priority: int | None = None,
-        key: str | None = None,
-        group: str | None = None,
-    ) -> dict[str, Any]:
-        """Have a job made at each tick of `cron`, or `every` so many seconds.
-
-        `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
-        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
-        """
-        return self._post(
-            '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
-            payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
-            priority=priority, key=key, group=group,
-        )
-
-    def unschedule(self, name: str) -> dict[str, Any]:
-        """End a schedule; the jobs that it made stay."""
-        return self._post('/unschedule', name=name)
 
     def schedules(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
         """A page of schedules by name."""
@@ -1194,33 +1245,6 @@ class Client:
     def health(self) -> dict[str, Any]:
         """The state of the engine."""
         return self._get('/health')
-
-    def wait(
-        self,
-        job: Any,
-        timeout: float | datetime.timedelta | None = None,
-        give_up: float | datetime.timedelta | None = None,
-    ) -> Job:
-        """The job, given as a job or an id, once it has ended.
-
-        Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
-        for `give_up` seconds, or until the timeout.
-        """
-        if current.get():
-            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
-        waiting = Waiting(self, job, timeout, give_up)
-        while True:
-            job = self.call(**waiting.next_call(LONG_POLL))
-            if waiting.is_over(job):
-                return Job(job, self)
-
-    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
-        self.pool.shutdown(how)
-
-    def close(self) -> None:
-        """Close the connections, those in use too. Nothing can be sent after that."""
-        self.shutdown()
 
 
 ENDED = ('done', 'failed', 'cancelled')     # statuses of a job that has ended
@@ -2005,6 +2029,7 @@ def run_handler(handlers, job, around=()):
     It uses no network, and raises nothing, whatever the handler does.
     """
     process = os.getpid()
+    result = None       # also if around() swallows an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         if around:
@@ -2030,6 +2055,7 @@ def call_handler(function, args, kwargs):
 async def run_async_handler(handlers, job, around=()):
     """run_handler() on an event loop, for a queue whose handlers are async."""
     process = os.getpid()
+    result = None       # also if around() swallows an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         with surroundings(around, job):
@@ -2083,7 +2109,7 @@ def pass_jobs_to_threads():
     from concurrent.futures import ThreadPoolExecutor       # here, since only workers need it
     start = threading.Thread.start
     submit = ThreadPoolExecutor.submit
-    if hasattr(start, '__wrapped__'):
+    if getattr(start, 'passes_jobs', False):
         return
 
     @functools.wraps(start)
@@ -2102,6 +2128,7 @@ def pass_jobs_to_threads():
         empty = contextvars.Context()
         return empty.run(submit, self, run_with_claim, claim, function, *args, **kwargs)
 
+    start_with_claim.passes_jobs = True
     threading.Thread.start = start_with_claim
     ThreadPoolExecutor.submit = submit_with_claim
 
@@ -3223,9 +3250,14 @@ class Watcher:
 
     def run(self):
         is_last = False
+        now = time.monotonic()
         while not is_last:
+            last_look = now
             is_last = self._wait()
             now = time.monotonic()
+            if now - last_look > LEASE / 3:
+                note(logging.WARNING, 'the worker stood still for %.1f s: isolate handlers that '
+                     'run C code for so long, otherwise their jobs are lost', now - last_look)
             for consumer in self.worker.consumers:
                 for claim in consumer.in_flight.copy():
                     self._check(consumer, claim, now)
@@ -3348,7 +3380,10 @@ class Worker:
         return thread
 
     def on_fault(self, name, error):
-        text = last_line(error) if isinstance(error, Refused) else error_text(error)
+        """A thread of the worker's own has failed; the frames are ours."""
+        text = last_line(error)
+        if not isinstance(error, Refused):
+            text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
         note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
         self.stop(error)
 
@@ -4221,26 +4256,10 @@ if TYPE_CHECKING:
         def __call__(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
 
 
-class App:
-    """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
+class Registry:
+    """Queues with their handlers, and hooks, as decorators declare them."""
 
-    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
-    the time of each call.
-    """
-
-    def __init__(
-        self,
-        host: str | None = None,
-        token: str | None = None,
-        timeout: float = CLIENT_TIMEOUT,
-        ca: str | None = None,
-    ) -> None:
-        # written by testing() alone
-        self.host = host
-        # constant
-        self.token = token
-        self.timeout = timeout
-        self.ca = ca
+    def __init__(self) -> None:
         # filled by decorators, before run()
         self.registered = {}            # (queue, host) -> QueueConfig
         self.hooks = {
@@ -4248,18 +4267,6 @@ class App:
             'start_worker': [], 'stop_worker': [],
         }
         self.surroundings = []          # generator functions: see around()
-        # safe without a lock: single operations of a dict and a list are atomic
-        self.clients = {}               # (host, token, timeout, ca) -> Client
-        self.workers = []               # those that run
-
-    def client(self, host: str | None = None) -> Client:
-        """The client for an engine; its connections are kept."""
-        host = host or self.host or os.environ.get('RUNDOWN_URL')
-        token = self.token or os.environ.get('RUNDOWN_TOKEN')
-        settings = (host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA'))
-        if settings not in self.clients:
-            self.clients[settings] = Client(*settings)
-        return self.clients[settings]
 
     @names_near_misses
     def queue(
@@ -4430,6 +4437,41 @@ class App:
                 f'around decorates a generator function that yields once, not {function!r}')
         self.surroundings.append(function)
         return function
+
+
+class App(Registry):
+    """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
+
+    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
+    the time of each call.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        token: str | None = None,
+        timeout: float = CLIENT_TIMEOUT,
+        ca: str | None = None,
+    ) -> None:
+        super().__init__()
+        # written by testing() alone
+        self.host = host
+        # constant
+        self.token = token
+        self.timeout = timeout
+        self.ca = ca
+        # safe without a lock: single operations of a dict and a list are atomic
+        self.clients = {}               # (host, token, timeout, ca) -> Client
+        self.workers = []               # those that run
+
+    def client(self, host: str | None = None) -> Client:
+        """The client for an engine; its connections are kept."""
+        host = host or self.host or os.environ.get('RUNDOWN_URL')
+        token = self.token or os.environ.get('RUNDOWN_TOKEN')
+        settings = (host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA'))
+        if settings not in self.clients:
+            self.clients[settings] = Client(*settings)
+        return self.clients[settings]
 
     @names_near_misses
     def enqueue(

@@ -795,6 +795,15 @@ def test_an_id_of_the_producer_makes_sending_again_safe(engine, q):
     assert (third["created"], third["status"], engine.count(q)) == (False, "done", 1)
 
 
+def test_a_job_may_wait_for_a_job_of_its_batch_whose_key_is_taken(engine, q):
+    holder = engine.enqueue(q, key="k")
+    jobs = engine.post("/enqueue", jobs=[{"queue": q, "id": q + "a", "key": "k"}, {"queue": q + "x", "after": [q + "a"]}])["jobs"]
+    assert (jobs[0]["id"], jobs[0]["created"]) == (holder["id"], False)
+    assert (jobs[1]["after"], jobs[1]["waits_for"]) == ([holder["id"]], 1)
+    engine.tell("complete", engine.poll(q))
+    assert engine.poll(q + "x")["id"] == jobs[1]["id"]
+
+
 def test_a_key_is_taken_while_its_job_is_pending_or_running(engine, q):
     first = engine.enqueue(q, key="nightly")
     assert (engine.enqueue(q, key="nightly")["id"], engine.count(q)) == (first["id"], 1)
@@ -1106,6 +1115,15 @@ def test_a_delay_in_fail_stands_in_place_of_the_backoff(clocked, q):
     clocked.enqueue(q, max_retries=1)
     _, answer = clocked.tell("fail", clocked.poll(q), delay=90)
     assert when(answer["next_run_at"]) == clocked.clock.time() + 90
+
+
+@pytest.mark.parametrize("delay, seconds", [(1e12, 3650 * 86400), (-5, 0), (float("inf"), 3650 * 86400)])
+def test_a_delay_beyond_the_range_does_not_lose_the_failure_that_carries_it(clocked, q, delay, seconds):
+    claim = claimed(clocked, q, max_retries=1)
+    code, answer = clocked.tell("fail", claim, error="the reason", delay=delay)
+    assert (code, answer["status"]) == (200, "pending")
+    job = clocked.job(claim)
+    assert job["error"] == "the reason" and when(job["next_run_at"]) - when(job["updated_at"]) == seconds
 
 
 def test_release_counts_nothing_but_the_claim(engine, q):
@@ -1796,12 +1814,55 @@ def test_what_a_job_waits_for_is_paged_in_its_order(engine, q):
     assert engine.call("GET", "/jobs?needed_by=nobody")[0] == 400
 
 
+def found(api, **query):
+    """The ids of all pages of GET /jobs."""
+    ids, after = [], None
+    while True:
+        fields = {**query, **({"after": after} if after else {})}
+        page = api.get("/jobs?" + urllib.parse.urlencode(fields))
+        ids += [job["id"] for job in page["jobs"]]
+        after = page["after"]
+        if not after:
+            return ids
+
+
+def test_jobs_are_filtered_by_any_of_queue_status_tag_group_and_search(engine, q):
+    jobs = {}
+    for number, (queue, tag, group) in enumerate(itertools.product((q, q + "x"), "ab", "mn")):
+        job = engine.enqueue(queue, "w%d" % (number % 3), tag=q + tag, group=q + group)
+        jobs[job["id"]] = {"queue": queue, "tag": q + tag, "group": q + group,
+                           "search": "w%d" % (number % 3), "status": "pending"}
+        if number % 2:
+            engine.post("/cancel", id=job["id"])
+            jobs[job["id"]]["status"] = "cancelled"
+    names = ["queue", "tag", "group", "status", "search"]
+    for fields in itertools.chain(*(itertools.combinations(names, n) for n in (1, 2, 3, 4, 5))):
+        for values in {tuple(job[field] for field in fields) for job in jobs.values()}:
+            query = dict(zip(fields, values))
+            wanted = [id for id, job in jobs.items() if query.items() <= job.items()]
+            limit = 3 if len(fields) > 1 else 1000
+            ids = [id for id in found(engine, limit=limit, **query) if id in jobs]
+            assert ids == wanted[::-1], query
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "running"])
+def test_few_jobs_of_a_status_are_found_at_once_beside_many_others(own, q, status):
+    engine = own(constants={"MAX_ROWS_SEARCHED": 300})
+    job = job_in(engine, status, q)
+    engine.post("/enqueue", jobs=[{"queue": q + "x"}] * 400)
+    for query in ("queue=%s&status=%s" % (q, status), "status=" + status):
+        page = engine.get("/jobs?" + query)
+        assert ([one["id"] for one in page["jobs"]], page["after"]) == ([job["id"]], None)
+
+
 def test_the_jobs_that_wait_for_one_are_listed(engine, q):
     one, other = engine.enqueue(q), engine.enqueue(q)
-    waiting = [engine.enqueue(q, after=[one["id"], other["id"]]), engine.enqueue(q, after=[one["id"]])]
+    waiting = [engine.enqueue(q, after=[one["id"], other["id"]])]
+    waiting.append(engine.enqueue(q, after=[one["id"]]))
     listed = engine.get("/jobs?brief=true&needs=" + one["id"])["jobs"]
     assert [job["id"] for job in listed] == [job["id"] for job in reversed(waiting)]
-    assert [job["id"] for job in engine.get("/jobs?needs=" + other["id"])["jobs"]] == [waiting[0]["id"]]
+    listed = engine.get("/jobs?needs=" + other["id"])["jobs"]
+    assert [job["id"] for job in listed] == [waiting[0]["id"]]
     assert engine.get("/jobs?needs=" + waiting[0]["id"])["jobs"] == []
     assert engine.call("GET", "/jobs?needs=nobody")[0] == 400
 
@@ -2643,6 +2704,17 @@ def test_a_tick_while_the_key_s_job_is_there_is_skipped(clocked, q):
     run_job(clocked, q)
     clocked.advance(10)
     assert clocked.poll(q)["id"].endswith("08:00:50Z")
+
+
+def test_a_tick_whose_id_is_taken_is_counted_and_said(clocked, q, capsys):
+    schedule = clocked.post("/schedule", name=q, queue=q, every=60)
+    clocked.enqueue(q + "-other", id="%s@%sZ" % (q, schedule["next_run_at"][:19]))
+    clocked.advance(61)
+    schedule, = clocked.get("/schedules")["schedules"]
+    assert (schedule["skipped"], schedule["last_id"]) == (1, None) and clocked.poll(q) is None
+    assert "taken" in capsys.readouterr().err
+    clocked.advance(60)
+    assert clocked.poll(q)["id"] == clocked.get("/schedules")["schedules"][0]["last_id"]
 
 
 def test_a_waiting_poll_gets_the_job_of_a_tick_at_once(engine, q):
@@ -4128,6 +4200,116 @@ def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
     assert engine.get("/jobs?id=..")["queue"] == q and "why" in engine.get("/jobs?id=..")
 
 
+# -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
+
+STEP_LIMIT = 0.05       # seconds of processor time
+
+
+def large(api, q, count=40, **fields):
+    """Jobs of 500 kB each."""
+    for number in range(count):
+        api.enqueue(q, "x" * 500000, id="%s-%d" % (q, number), **fields)
+
+
+def wide(api, q, count=40, **fields):
+    """Jobs that wait for 1,000 others each."""
+    ids = ["%s-first-%d" % (q, number) for number in range(1000)]
+    api.post("/enqueue", jobs=[{"queue": q + "-first", "id": id} for id in ids])
+    for _ in range(0, count, 5):
+        api.post("/enqueue", jobs=[{"queue": q, "after": ids, **fields}] * 5)
+
+
+def dependents(api, q, count=5000, **fields):
+    """One job that many wait for."""
+    api.enqueue(q + "-first", id=q)
+    api.post("/enqueue", jobs=[{"queue": q, "after": [q], **fields}] * count)
+
+
+def cancelled(prepare):
+    def prepare_and_cancel(api, q):
+        prepare(api, q)
+        api.post("/cancel", queue=q, status="pending")
+    return prepare_and_cancel
+
+
+def lost(api, q):
+    large(api, q, 20)
+    while api.poll(q, limit=20, lease=1):
+        pass
+
+
+def scheduled(api, q):
+    for number in range(20):
+        api.post("/schedule", name="%s-%d" % (q, number), queue=q, every=60, payload="x" * 500000)
+
+
+def many_queues(api, q):
+    api.post("/enqueue", jobs=[{"queue": "%s-%d" % (q, number)} for number in range(5000)])
+    api.post("/purge", status="pending")
+
+
+def many_groups(api, q):
+    api.post("/enqueue", jobs=[{"queue": q, "group": "g%d" % (number % 10)} for number in range(5000)])
+
+
+WEEKS = 31 * 86400
+LONG_CHANGES = [
+    ("cancel large jobs", large, lambda api, q: api.post("/cancel", queue=q, status="pending")),
+    ("retry large jobs", cancelled(large), lambda api, q: api.post("/retry", queue=q, status="cancelled")),
+    ("purge large jobs", large, lambda api, q: api.post("/purge", queue=q)),
+    ("purge a batch of large jobs", large, lambda api, q: api.post("/purge", jobs=[{"id": "%s-%d" % (q, n)} for n in range(40)])),
+    ("large jobs fall due", lambda api, q: large(api, q, delay=9), lambda api, q: api.advance(10)),
+    ("large jobs expire", lambda api, q: large(api, q, expires=9), lambda api, q: api.advance(10)),
+    ("large jobs are lost", lost, lambda api, q: api.advance(2)),
+    ("schedules of large jobs are due", scheduled, lambda api, q: api.advance(61)),
+    ("large jobs are deleted by retention", cancelled(large), lambda api, q: api.advance(WEEKS)),
+    ("cancel wide jobs", wide, lambda api, q: api.post("/cancel", queue=q, status="pending")),
+    ("retry wide jobs", cancelled(wide), lambda api, q: api.post("/retry", queue=q, status="cancelled")),
+    ("purge wide jobs", wide, lambda api, q: api.post("/purge", queue=q)),
+    ("what wide jobs wait for ends", lambda api, q: wide(api, q, 5, after_any=True),
+     lambda api, q: (api.post("/cancel", queue=q + "-first", status="pending"), api.advance(1))),
+    ("wide jobs are deleted by retention", cancelled(wide), lambda api, q: api.advance(WEEKS)),
+    ("a job with many dependents is cancelled", dependents, lambda api, q: (api.post("/cancel", id=q), api.advance(1))),
+    ("a job with many dependents is retried", lambda api, q: (
+        dependents(api, q, after_any=True), api.post("/cancel", id=q), api.advance(1)), lambda api, q: api.post("/retry", jobs=[{"id": q}])),
+    ("a job with many dependents is deleted by retention", lambda api, q: (dependents(api, q), api.post("/cancel", id=q), api.advance(1)),
+     lambda api, q: api.advance(WEEKS)),
+    ("unused queues are forgotten", many_queues, lambda api, q: api.advance(700)),
+    ("cancel jobs of groups", many_groups, lambda api, q: api.post("/cancel", queue=q, status="pending")),
+]
+
+
+@pytest.mark.parametrize("prepare, change", [row[1:] for row in LONG_CHANGES], ids=[row[0] for row in LONG_CHANGES])
+def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare, change):
+    steps = []
+
+    def timed(method):
+        def run(self, tx, *arguments, **fields):
+            began = time.thread_time()
+            try:
+                return method(self, tx, *arguments, **fields)
+            finally:
+                steps.append(time.thread_time() - began)
+        return run
+
+    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "apply_to_batch"),
+                        (rundown_engine.Operators, "apply_to_items")]:
+        monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
+    for attempt in range(3):        # another process may make everything slow
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        engine = ClockedEngine(folder)
+        try:
+            prepare(engine, q)
+            del steps[:]
+            change(engine, q)
+        finally:
+            engine.stop()
+        if max(steps) < STEP_LIMIT:
+            return
+    raise AssertionError("a step took %.3f s" % max(steps))
+
+
 # -- values: every field of every call, with every kind of value ---------------------------------
 
 TAKES = {
@@ -4393,7 +4575,7 @@ def test_the_bad_item_of_a_batch_is_refused_alone_and_says_which_field(engine, q
     assert "attempt" in answer["jobs"][1]["error"] and engine.job(claim)["status"] == "done"
 
 
-@pytest.mark.parametrize("field", "queue status tag limit after needed_by needs wait".split())
+@pytest.mark.parametrize("field", "queue status tag group search limit after needed_by needs wait".split())
 def test_any_value_in_a_query_is_answered_or_refused_by_name(engine, q, field):
     path = "/jobs?" if field != "wait" else "/jobs/%s?" % job_in(engine, "done", q)["id"]
     texts = ["", "0", "-1", "1.5", "x" * 300, "%00", "%ff", "%ed%a0%80", "%F0%9F%98%80", "%zz", "NaN", "inf", "1e9",
@@ -5185,6 +5367,50 @@ def test_all_failed_jobs_of_a_queue_are_retried_at_once(dashboard, board, q):
     assert statuses == ["pending"] * 3 + ["done", "cancelled"]
 
 
+BULK = [    # action, statuses of the jobs, its question, their statuses afterwards
+    ("retry", ["failed", "cancelled"], "Retry 2 jobs?", ["pending", "pending"]),
+    ("cancel", ["done", "running", "pending"], "Cancel 2 jobs?", ["done"] + ["cancelled"] * 2),
+    ("delete", ["done", "running", "failed"], "Delete 2 jobs?", [None, "running", None]),
+    ("run", ["scheduled", "scheduled", "done"], "Run now 2 jobs?", ["pending"] * 2 + ["done"]),
+]
+
+
+@pytest.mark.parametrize("action, before, question, after", BULK)
+def test_selected_jobs_are_changed_together(dashboard, board, q, action, before, question, after):
+    jobs = [board.enqueue(q, delay=3600) if status == "scheduled" else job_in(board, status, q)
+            for status in before]
+    rest = board.enqueue(q)
+    jobs_page(dashboard, rest)
+    for job in jobs:
+        dashboard.press(row(job) + "input")
+    dashboard.shows("#bulk b", "%d jobs selected" % len(jobs))
+    dashboard.press('[data-action=bulk][data-about*="%s"]' % action)
+    confirm(dashboard, question)
+    dashboard.shows("#notice", re.compile(": 2 jobs$"))
+    until(lambda: dashboard.text("#bulk") is None)
+    found = [board.call("GET", "/jobs/" + job["id"])[1].get("status") for job in jobs]
+    assert found == after
+    assert board.job(rest)["status"] == "pending"
+    if action == "run":
+        assert board.queue(q)["scheduled"] == 0
+
+
+def test_all_jobs_that_match_are_selected_over_many_pages(dashboard, board, q):
+    for _ in range(2):
+        board.post("/enqueue", jobs=[{"queue": q, "tag": q}] * 60)
+    other = board.enqueue(q)
+    dashboard.js("location.hash = 'jobs?queue=%s&tag=%s'" % (q, q))
+    until(lambda: dashboard.text("#select-label") == "select these 50")
+    dashboard.press("#select-page")
+    dashboard.shows("#bulk b", "50 jobs selected")
+    dashboard.press("[data-action=select-matching]")
+    dashboard.shows("#bulk b", "120 jobs selected")
+    dashboard.press('[data-action=bulk][data-about*="cancel"]')
+    confirm(dashboard, "Cancel 120 jobs?")
+    dashboard.shows("#notice", "Cancel: 120 jobs")
+    assert (board.queue(q)["cancelled"], board.job(other)["status"]) == (120, "pending")
+
+
 def test_failures_are_grouped_by_their_last_line(dashboard, board, q):
     lines = ["OSError: no disk"] * 3 + ["KeyError: 'a'"] * 2
     for number, line in enumerate(lines):
@@ -5198,6 +5424,22 @@ def test_failures_are_grouped_by_their_last_line(dashboard, board, q):
     assert groups == [["3", "OSError: no disk"], ["2", "KeyError: 'a'"]]
     dashboard.press("#errors tbody tr:nth-child(2) button")
     dashboard.shows("#bulk b", "2 jobs selected")
+    dashboard.press("#errors tbody tr:nth-child(2) a")
+    dashboard.shows("#select-label", "select these 2")
+
+
+def test_jobs_are_searched_and_an_empty_result_says_so(dashboard, board, q):
+    wanted = board.enqueue(q, {"note": "needle " + q})
+    board.enqueue(q, "hay")
+    dashboard.press('[data-view="jobs"]')
+    until(lambda: dashboard.text(row(wanted)))
+    dashboard.type("#filter [name=search]", "needle " + q + "\ue007")
+    dashboard.shows("#select-label", "select this one")
+    assert dashboard.text(row(wanted))
+    dashboard.type("#filter [name=search]", "x\ue007")
+    dashboard.shows("#nothing", "Nothing matches.")
+    dashboard.press("#paging a")        # clear the filters
+    until(lambda: dashboard.js("return location.hash") == "#jobs")
 
 
 def test_rows_of_queues_stay_under_the_pointer(dashboard, board, q):
@@ -5780,7 +6022,8 @@ def test_delay_and_run_at_of_the_sdk_say_when(engine, q):
 
 def test_the_client_has_a_method_for_each_call(engine, q):
     client = rw.Client(engine.url)
-    calls = {path.strip("/") for path in rundown_engine.ROUTES} - {"", "docs", "metrics", "backup", "status"}
+    documents = {"", "docs", "metrics", "backup", "status", "openapi.json", "rundown.mjs"}
+    calls = {path.strip("/") for path in rundown_engine.ROUTES} - documents
     assert {call for call in calls if not callable(getattr(client, call, None))} == set()
     client.enqueue(q, 1, max_retries=1)
     job = client.poll(q)
@@ -7252,6 +7495,33 @@ def test_hooks_around_and_the_log_work_where_the_handler_runs(engine, work, q, k
     ]
 
 
+@pytest.mark.parametrize("kind", ["thread", "async"])
+def test_around_may_swallow_an_exception_and_its_own_fails_the_job(engine, work, q, kind):
+    source = """
+        @rw.around
+        def around(job):
+            if job["payload"] == "own":
+                raise KeyError("around")
+            try:
+                yield
+            except ValueError:
+                pass
+    """
+    jobs = [engine.enqueue(q, payload) for payload in ("swallowed", "own")]
+    body = handler(q, "raise ValueError(payload)", max_retries=0)
+    work(textwrap.dedent(source) + of_kind(kind, body), run=BURST).wait()
+    swallowed, own = [engine.job(job) for job in jobs]
+    assert (swallowed["status"], swallowed["result"]) == ("done", None)
+    assert own["status"] == "failed"
+    assert "KeyError: 'around'" in own["error"]
+
+
+def test_a_worker_that_stood_still_says_what_to_do(engine, work, q):
+    worker = work("rw.LEASE = 1\n" + handler(q, "return sum(range(payload)) > 0"))
+    engine.enqueue(q, 60000000)
+    until(lambda: "isolate handlers" in worker.log())
+
+
 def test_around_wants_a_generator_function():
     with pytest.raises(rw.Misuse, match="yields once"):
         rw.App().around(lambda job: None)
@@ -7929,14 +8199,48 @@ if __name__ == "__main__":
 '''
 
 
-def test_a_user_s_program_passes_the_strictest_check_of_types(tmp_path):
-    pytest.importorskip("mypy")
-    for name, text in [("rundown_workers.py", Path(rw.__file__).read_text()), ("prog.py", TYPED),
-                       ("wrong.py", TYPED.replace("three: int", "three: str"))]:
-        (tmp_path / name).write_text(text)
-    check = lambda name: subprocess.run([sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, name],
-                                        cwd=str(tmp_path), stdout=subprocess.PIPE).stdout.decode()
-    assert check("prog.py").startswith("Success") and "Incompatible types" in check("wrong.py")
+def typed_project(folder):
+    """The two files, a program that uses them, and one in which every line of main() is wrong."""
+    for file in (rundown_engine.__file__, rw.__file__):
+        shutil.copy(file, str(folder))
+    (folder / "program.py").write_text(TYPED)
+    (folder / "wrong.py").write_text(WRONG_IN_PYTHON)
+
+
+WRONG_IN_PYTHON = """
+import rundown_workers as rw
+
+@rw.task
+def add(x: int, y: int = 1) -> int:
+    return x + y
+
+@rw.task(queue="slow")
+async def slow(name: str) -> str:
+    return name
+
+def main() -> None:
+    add.delay("one")
+    add.delay(1, z=2)
+    slow.delay(5)
+    text: str = add.delay(1).result()
+    number: int = slow.delay("x").result()
+    rw.enqueue("q", dealy=3)
+"""
+WRONG_LINES = set(range(13, 19))      # those in main()
+
+
+@pytest.mark.parametrize("checker", [("mypy", "--strict", "--cache-dir", os.devnull), ("pyright",)], ids=["mypy", "pyright"])
+def test_checkers_of_types_report_what_is_wrong_in_a_user_s_program_alone(tmp_path, checker):
+    pytest.importorskip(checker[0])
+    if checker[0] == "pyright" and not os.environ.get("RUNDOWN_PYRIGHT"):
+        pytest.skip("takes long; RUNDOWN_PYRIGHT=1 has it run")
+    typed_project(tmp_path)
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    command = [sys.executable, "-m", *checker, "."]
+    shown = subprocess.run(command, cwd=str(tmp_path), stdout=subprocess.PIPE).stdout.decode()
+    errors = re.findall(r"(\w+\.py):(\d+)(?::\d+)?[: -]+error", shown)
+    assert {int(line) for file, line in errors if file == "wrong.py"} == WRONG_LINES, shown
+    assert {file for file, _ in errors} == {"wrong.py"}, shown
 
 
 def test_a_payload_that_is_no_json_and_a_missing_engine_s_file_are_a_sentence(tmp_path):
@@ -7959,7 +8263,8 @@ def test_help_shows_what_a_queue_s_enqueue_and_a_task_s_delay_take():
 
 def test_all_that_is_public_is_annotated():
     public = [getattr(rw, name) for name in rw.__all__]
-    public += [method for kind in (rw.Client, rw.Job, rw.App, rw.Testing) for name, method in vars(kind).items()
+    kinds = (*rw.Client.__mro__, rw.Job, *rw.App.__mro__, rw.Testing)
+    public += [method for kind in kinds for name, method in vars(kind).items()
                if not name.startswith("_") and inspect.isfunction(method)]
     for one in public:
         if not inspect.isclass(one):
@@ -8363,6 +8668,39 @@ def test_the_command_line_waits_for_a_job(engine, q):
         assert not waited.done()
         engine.tell("complete", job, result=5)
         assert waited.result(10)["result"] == 5
+
+
+def test_the_client_changes_finds_and_batches_jobs(engine, q):
+    client = rw.Client(engine.url)
+    options = dict(group="g" + q, key="k", key_until="start", tag="tag" + q, delay=100, expires=datetime.timedelta(hours=1))
+    job = client.enqueue(q, {"a": "needle" + q}, **options)
+    assert (job["group"], job["key"]) == ("g" + q, "k") and job["expires_at"] > job["next_run_at"]
+    assert [found["id"] for found in client.jobs(search="needle" + q)["jobs"]] == [job["id"]]
+    assert [found["id"] for found in client.jobs(queue=q, group="g" + q)["jobs"]] == [job["id"]]
+    assert client.enqueue(q, 2, replace=True, **options)["replaced"] and engine.job(job)["payload"] == 2
+    assert client.reschedule(job["id"], delay=0, priority=7)["priority"] == 7
+    replies = client.reschedule(jobs=[job, "nobody"], run_at=datetime.datetime.now())["jobs"]
+    assert replies[0]["id"] == job["id"] and replies[1]["code"] == 404
+    assert client.cancel(queue=q, status="pending", tag="tag" + q) == {"count": 1}
+    assert client.retry(jobs=[job])["jobs"][0]["status"] == "pending"
+    claim = client.poll(q)
+    assert client.step(claim["id"], claim["attempt"], "one", {"x": 1})["created"]
+    assert client.step(claim["id"], claim["attempt"], "one", 2)["result"] == {"x": 1}
+    client.complete(claim["id"], claim["attempt"])
+    assert client.purge(id=job["id"]) == {"count": 1}
+    assert client.schedule(q, q, every=5, group="g")["group"] == "g"
+
+
+def test_the_command_line_reschedules_searches_and_retries_everywhere(own, q):
+    engine = own()
+    job = rundown(engine, "enqueue", q, '"needle"', "--delay", "100", "--group", "g", "--key", "k", "--key-until", "start",
+                  "--expires", "500", "--tag", "t")
+    assert rundown(engine, "reschedule", job["id"], "--delay", "0", "--priority", "3")["priority"] == 3
+    assert rundown(engine, "jobs", "--search", "needle", "--group", "g")["jobs"][0]["id"] == job["id"]
+    engine.tell("fail", engine.poll(q), error="no", retry=False)
+    assert rundown(engine, "retry", "--status", "failed") == {"count": 1}
+    assert rundown(engine, "cancel", "--queue", q, "--status", "pending", "--tag", "t") == {"count": 1}
+    assert rundown(engine, "purge", job["id"]) == {"count": 1}
 
 
 SDK_FILE = str(HERE / "rundown_workers.py")
@@ -10672,7 +11010,7 @@ await call("/cancel", { id: job.id });
 await run({ grace: 5 });
 await stop();
 """
-WRONG = """
+WRONGLY_TYPED = """
 import { queue, enqueue } from "./rundown.mjs";
 queue("images", { concurency: 4 }, () => 1);
 queue("images", (payload, { step }) => step("one", () => 1).length);
@@ -10688,7 +11026,7 @@ def test_typescript_accepts_the_node_sdk_in_a_user_s_program(tmp_path):
         pytest.skip("needs TYPESCRIPT, a folder with npm's typescript and @types/node")
     (tmp_path / "rundown.mjs").write_text(rundown_engine.NODE_SDK, encoding="utf-8")
     (tmp_path / "user.mjs").write_text(USER)
-    (tmp_path / "wrong.mjs").write_text(WRONG)
+    (tmp_path / "wrong.mjs").write_text(WRONGLY_TYPED)
     (tmp_path / "node_modules").symlink_to(modules)
     options = "--noEmit --allowJs --checkJs --strict --module nodenext --target es2022 --types node"
     command = [str(modules / ".bin" / "tsc"), *options.split()]
@@ -13193,6 +13531,7 @@ class Promises:
     def __init__(self):
         self.streams = collections.defaultdict(bytes)   # what was sent and is no whole response
         self.jobs = collections.defaultdict(dict)       # `payload`, `attempt`, `status`, by id
+        self.steps = {}                                 # results, by the job's id and the name
 
     def send(self, event):
         """The response counts from the moment at which it begins to be sent."""
@@ -13210,14 +13549,19 @@ class Promises:
     def _note(self, answer):
         jobs = answer if isinstance(answer, list) else answer.get("jobs", [answer])
         for job in jobs:
-            if "id" in job and "code" not in job:
+            if "name" in job and "result" in job:
+                self.steps[job["id"], job["name"]] = job["result"]
+            elif "id" in job and "code" not in job:
                 known = self.jobs[job["id"]]
                 known.update({name: job[name] for name in ("payload", "attempt") if name in job})
                 if job.get("status") in ("done", "failed", "cancelled"):
                     known["status"] = job["status"]
 
-    def broken_by(self, rows):
+    def broken_by(self, rows, steps):
         """The promises that the rows of a database do not keep, a sentence each."""
+        for (id, name), result in self.steps.items():
+            if steps.get((id, name), "nothing") != result:
+                yield "step %s of %s was acknowledged and is gone" % (name, id)
         for id, known in self.jobs.items():
             row = rows.get(id)
             if row is None:
@@ -13264,8 +13608,11 @@ def load(engine, number, deadline):
                     for id in itertools.islice(ids, dice.choice([1, 1, 1, 9]))]
             call("/enqueue", jobs=jobs)
             for claim in call("/poll", queue="load", limit=dice.randrange(1, 9)) or []:
-                verb = dice.choice(["/complete", "/complete", "/fail", "/release", "/heartbeat"])
-                call(verb, id=claim["id"], attempt=claim["attempt"])
+                claimed = {"id": claim["id"], "attempt": claim["attempt"]}
+                if dice.random() < 0.3:
+                    call("/step", name="s%d" % claim["attempt"], result=[number], **claimed)
+                verbs = ["/complete", "/complete", "/fail", "/release", "/heartbeat"]
+                call(dice.choice(verbs), **claimed)
 
 
 class PowerCuts(NamedTuple):
@@ -13294,15 +13641,15 @@ def cut_power(folder, cuts, seconds, seed, *options):
             cut = folder / ("cut%d" % number)
             cut.mkdir()
             try:
-                rows = reopened(cut, disk.after_cut(dice))
-                broken += ["cut %d: %s" % (number, one) for one in promises.broken_by(rows)]
+                found = reopened(cut, disk.after_cut(dice))
+                broken += ["cut %d: %s" % (number, one) for one in promises.broken_by(*found)]
             except AssertionError as error:
                 damage.append("cut %d: %s" % (number, error))
     return PowerCuts(broken, damage, len(events), len(promises.jobs))
 
 
 def reopened(folder, files):
-    """The jobs of a database, by id, after an engine has opened it; AssertionError if it is damaged."""
+    """Jobs and steps of a database that an engine has opened; AssertionError if it is damaged."""
     for name, content in files.items():
         if not name.endswith("-shm"):       # shared memory does not survive a power cut
             (folder / name).write_bytes(content)
@@ -13317,8 +13664,10 @@ def reopened(folder, files):
         integrity = [row[0] for row in db.execute("PRAGMA integrity_check")]
         assert integrity == ["ok"], integrity[:3]
         rows = {row["id"]: dict(row) for row in db.execute("SELECT * FROM jobs")}
+        steps = {(id, name): json.loads(result) for id, name, result in db.execute(
+            "SELECT id, name, steps.result FROM steps JOIN jobs ON seq = job")}
     shutil.rmtree(str(folder))
-    return rows
+    return rows, steps
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
