@@ -58,6 +58,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /metrics, /backup    Prometheus text; a consistent copy of the database, one at a time
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
+    GET  /openapi.json, /rundown.mjs   these calls for generators of clients; the SDK for Node
 
 Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign
 page, 404, 405, 408, 409 not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 500,
@@ -1111,6 +1112,10 @@ CREATE INDEX jobs_expiry ON jobs (expires_at)
     WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
     # GET /details and /jobs
     'jobs_tag': 'CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL',
+    # GET /jobs by status; there are too many done ones to keep another index for them
+    'jobs_failed': (
+        'CREATE INDEX jobs_failed ON jobs (status) '
+        "WHERE status = 'failed' OR status = 'cancelled'"),
     # retention
     'jobs_finished': '''
 CREATE INDEX jobs_finished ON jobs (status, finished_at) WHERE finished_at IS NOT NULL''',
@@ -1245,6 +1250,8 @@ END''',
         # times that were given cannot be told from delays any more; a retry is counted in seconds
         "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
+        'CREATE INDEX jobs_failed ON jobs (status) '
+        "WHERE status = 'failed' OR status = 'cancelled'",
         '''
 CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
     WHERE "group" IS NOT NULL AND status IN ('pending', 'running')''',
@@ -3136,6 +3143,9 @@ UNFINISHED_DEPENDENCIES = '''
     WHERE dependent = ? AND state = 0 ORDER BY position LIMIT 4'''
 
 
+INDEX_OF_STATUS = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
+
+
 class Queries:
     """The calls that read. They run in any thread, on what is committed."""
 
@@ -3210,8 +3220,8 @@ class Queries:
     def _search(self, db, limit, params):
         """(seqs of jobs that match, newest first; the last one looked at, if it ended early).
 
-        An index leads to the jobs of a tag or a group. Other conditions are checked one job at a
-        time, and a page looks at a bounded number of them.
+        An index leads to the jobs of a tag, a group, and of INDEX_OF_STATUS. Other conditions are
+        checked one job at a time, and a page looks at a bounded number of them.
         """
         indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
         conditions = {field: FILTERS[field] for field in FILTERS if field in params}
@@ -3219,11 +3229,16 @@ class Queries:
             ['1', *(condition for field, condition in conditions.items() if field in indexed)])
         matches = ' AND '.join(
             ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
+        status = params.get('status')
+        table = 'jobs'
+        if status in INDEX_OF_STATUS and indexed.isdisjoint(params.keys() - {'after'}):
+            table = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
+            source += f" AND status = '{status}'"       # as text: a partial index needs it
         if 'search' in params:
             params['text'] = like_pattern(params['search'])
             params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
         rows = db.execute(
-            f'SELECT seq, {matches} FROM jobs WHERE {source} ORDER BY seq DESC LIMIT :rows',
+            f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
             {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
         ends = time.monotonic() + MAX_SEARCH_TIME
         found = []
@@ -8840,14 +8855,15 @@ export function queue(name, options, handler) {
  * Works on all registered queues until stop(), SIGTERM or SIGINT. Handlers that run then get
  * `grace` seconds; jobs that are not over by then are released to other workers. After a signal the
  * process exits with 0, at the latest 5 s after this resolves; after a second one at once.
- * @param {{ grace?: number, log?: (line: string) => void }} [options]
+ * With `burst` it works off what is due and resolves: for cron jobs and tests.
+ * @param {{ grace?: number, burst?: boolean, log?: (line: string) => void }} [options]
  * @returns {Promise<void>}
  */
-export async function run({ grace = GRACE, log = console.error } = {}) {
+export async function run({ grace = GRACE, burst = false, log = console.error } = {}) {
   if (worker || !registrations.size) {
     throw new Error(worker ? "run() is under way already" : "run() needs a queue: see queue()");
   }
-  worker = new Worker(grace, log);
+  worker = new Worker(grace, burst, log);
   let signalledAt = 0;
   const onSignal = (name) => {
     if (signalledAt && now() - signalledAt > SAME_SIGNAL) {
@@ -8957,7 +8973,7 @@ class Claim {
   lose(message) {
     if (!this.outcome) {
       this.worker.log(`${this} lost: ${message}`);
-      this.worker.claims.delete(this);
+      this.worker.forget(this);
       this.settle(undefined, {}, new Lost(message));
     }
   }
@@ -9034,7 +9050,7 @@ class Claim {
     } else if (isUnfit && fields.delay !== undefined) {
       this.outcome = this.encode("fail", { ...fields, delay: undefined });
     } else {
-      this.worker.claims.delete(this);
+      this.worker.forget(this);
     }
   }
 
@@ -9077,14 +9093,17 @@ class Worker {
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
   error; // what run() throws
+  changes = 0; // claims that began or ended: each may make jobs due
+  idle = new Map(); // queue -> `changes` when a poll that found nothing was sent
   isConsuming = true;
   isReporting = false;
   isStuck = false; // the engine did not take the last report
-  isAway = false; // and the log says so
+  awaySince; // when the engine was missed first, which the log says; undefined: it is there
   ended;
 
-  constructor(grace, log) {
+  constructor(grace, burst, log) {
     this.grace = grace;
+    this.burst = burst;
     this.log = log;
     setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
   }
@@ -9139,12 +9158,16 @@ class Worker {
         continue;
       }
       try {
+        const { changes } = this;
         const limit = Math.min(concurrency - running, MAX_BATCH);
         const jobs = await this.poll({ ...fields, limit });
         tries = 0;
         running += jobs.length;
         for (const job of jobs) {
           this.start(new Claim(job, this, onSettled), handler);
+        }
+        if (this.burst && !jobs.length) {
+          await this.rest(name, changes);
         }
       } catch (error) {
         tries += 1;
@@ -9170,7 +9193,8 @@ class Worker {
 
   async poll(fields) {
     const { signal } = this.stopping;
-    const wait = connect().hasAnswered ? POLL_WAIT : 0; // it has to show that it is there
+    const isSure = connect().hasAnswered && !this.burst;
+    const wait = isSure ? POLL_WAIT : 0; // at first the engine has to show that it is there
     const text = JSON.stringify({ ...fields, wait });
     const began = now();
     const poll = { sockets: this.sockets, signal };
@@ -9185,8 +9209,24 @@ class Worker {
     return jobs;
   }
 
+  forget(claim) {
+    this.claims.delete(claim);
+    this.changes += 1;
+  }
+
+  /** A burst is over when all queues were empty since the last claim ended. */
+  async rest(name, changes) {
+    this.idle.set(name, changes);
+    const isIdle = (each) => this.idle.get(each) === this.changes;
+    if (!this.claims.size && [...registrations.keys()].every(isIdle)) {
+      this.stop();
+    }
+    await pause(0.05, this.stopping.signal);
+  }
+
   start(claim, handler) {
     this.claims.add(claim);
+    this.changes += 1;
     if (this.stopping.signal.aborted) {
       claim.release();
     } else {
@@ -9194,22 +9234,24 @@ class Worker {
     }
   }
 
-  /** Seconds until the next try. Says once that the engine is away; throws what no try mends. */
+  /** Seconds until the next try. Says once that the engine is away; stops if no try mends that. */
   away(error, tries) {
     const isRefused = error instanceof Refused && error.status !== 400;
-    if (!isRefused && !(error instanceof Unavailable)) {
-      throw error;
-    }
-    if (!this.isAway && !this.stopping.signal.aborted) {
-      this.isAway = true;
+    if (this.awaySince === undefined && !this.stopping.signal.aborted) {
+      this.awaySince = now();
       this.log(`engine away, trying again until it is back: ${error.message}`);
+    }
+    const isOver = this.burst && (isRefused || now() - this.awaySince > PATIENCE);
+    if (isOver || !(isRefused || error instanceof Unavailable)) {
+      this.stop(error);
+      return MAX_PAUSE;
     }
     return isRefused ? REFUSED_PAUSE : backoff(tries, error);
   }
 
   back() {
-    if (this.isAway) {
-      this.isAway = false;
+    if (this.awaySince !== undefined) {
+      this.awaySince = undefined;
       this.log("engine back");
     }
   }

@@ -1814,12 +1814,55 @@ def test_what_a_job_waits_for_is_paged_in_its_order(engine, q):
     assert engine.call("GET", "/jobs?needed_by=nobody")[0] == 400
 
 
+def found(api, **query):
+    """The ids of all pages of GET /jobs."""
+    ids, after = [], None
+    while True:
+        fields = {**query, **({"after": after} if after else {})}
+        page = api.get("/jobs?" + urllib.parse.urlencode(fields))
+        ids += [job["id"] for job in page["jobs"]]
+        after = page["after"]
+        if not after:
+            return ids
+
+
+def test_jobs_are_filtered_by_any_of_queue_status_tag_group_and_search(engine, q):
+    jobs = {}
+    for number, (queue, tag, group) in enumerate(itertools.product((q, q + "x"), "ab", "mn")):
+        job = engine.enqueue(queue, "w%d" % (number % 3), tag=q + tag, group=q + group)
+        jobs[job["id"]] = {"queue": queue, "tag": q + tag, "group": q + group,
+                           "search": "w%d" % (number % 3), "status": "pending"}
+        if number % 2:
+            engine.post("/cancel", id=job["id"])
+            jobs[job["id"]]["status"] = "cancelled"
+    names = ["queue", "tag", "group", "status", "search"]
+    for fields in itertools.chain(*(itertools.combinations(names, n) for n in (1, 2, 3, 4, 5))):
+        for values in {tuple(job[field] for field in fields) for job in jobs.values()}:
+            query = dict(zip(fields, values))
+            wanted = [id for id, job in jobs.items() if query.items() <= job.items()]
+            limit = 3 if len(fields) > 1 else 1000
+            ids = [id for id in found(engine, limit=limit, **query) if id in jobs]
+            assert ids == wanted[::-1], query
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "running"])
+def test_few_jobs_of_a_status_are_found_at_once_beside_many_others(own, q, status):
+    engine = own(constants={"MAX_ROWS_SEARCHED": 300})
+    job = job_in(engine, status, q)
+    engine.post("/enqueue", jobs=[{"queue": q + "x"}] * 400)
+    for query in ("queue=%s&status=%s" % (q, status), "status=" + status):
+        page = engine.get("/jobs?" + query)
+        assert ([one["id"] for one in page["jobs"]], page["after"]) == ([job["id"]], None)
+
+
 def test_the_jobs_that_wait_for_one_are_listed(engine, q):
     one, other = engine.enqueue(q), engine.enqueue(q)
-    waiting = [engine.enqueue(q, after=[one["id"], other["id"]]), engine.enqueue(q, after=[one["id"]])]
+    waiting = [engine.enqueue(q, after=[one["id"], other["id"]])]
+    waiting.append(engine.enqueue(q, after=[one["id"]]))
     listed = engine.get("/jobs?brief=true&needs=" + one["id"])["jobs"]
     assert [job["id"] for job in listed] == [job["id"] for job in reversed(waiting)]
-    assert [job["id"] for job in engine.get("/jobs?needs=" + other["id"])["jobs"]] == [waiting[0]["id"]]
+    listed = engine.get("/jobs?needs=" + other["id"])["jobs"]
+    assert [job["id"] for job in listed] == [waiting[0]["id"]]
     assert engine.get("/jobs?needs=" + waiting[0]["id"])["jobs"] == []
     assert engine.call("GET", "/jobs?needs=nobody")[0] == 400
 
@@ -4533,7 +4576,7 @@ def test_the_bad_item_of_a_batch_is_refused_alone_and_says_which_field(engine, q
     assert "attempt" in answer["jobs"][1]["error"] and engine.job(claim)["status"] == "done"
 
 
-@pytest.mark.parametrize("field", "queue status tag limit after needed_by needs wait".split())
+@pytest.mark.parametrize("field", "queue status tag group search limit after needed_by needs wait".split())
 def test_any_value_in_a_query_is_answered_or_refused_by_name(engine, q, field):
     path = "/jobs?" if field != "wait" else "/jobs/%s?" % job_in(engine, "done", q)["id"]
     texts = ["", "0", "-1", "1.5", "x" * 300, "%00", "%ff", "%ed%a0%80", "%F0%9F%98%80", "%zz", "NaN", "inf", "1e9",
@@ -5332,6 +5375,50 @@ def test_all_failed_jobs_of_a_queue_are_retried_at_once(dashboard, board, q):
     assert statuses == ["pending"] * 3 + ["done", "cancelled"]
 
 
+BULK = [    # action, statuses of the jobs, its question, their statuses afterwards
+    ("retry", ["failed", "cancelled"], "Retry 2 jobs?", ["pending", "pending"]),
+    ("cancel", ["done", "running", "pending"], "Cancel 2 jobs?", ["done"] + ["cancelled"] * 2),
+    ("delete", ["done", "running", "failed"], "Delete 2 jobs?", [None, "running", None]),
+    ("run", ["scheduled", "scheduled", "done"], "Run now 2 jobs?", ["pending"] * 2 + ["done"]),
+]
+
+
+@pytest.mark.parametrize("action, before, question, after", BULK)
+def test_selected_jobs_are_changed_together(dashboard, board, q, action, before, question, after):
+    jobs = [board.enqueue(q, delay=3600) if status == "scheduled" else job_in(board, status, q)
+            for status in before]
+    rest = board.enqueue(q)
+    jobs_page(dashboard, rest)
+    for job in jobs:
+        dashboard.press(row(job) + "input")
+    dashboard.shows("#bulk b", "%d jobs selected" % len(jobs))
+    dashboard.press('[data-action=bulk][data-about*="%s"]' % action)
+    confirm(dashboard, question)
+    dashboard.shows("#notice", re.compile(": 2 jobs$"))
+    until(lambda: dashboard.text("#bulk") is None)
+    found = [board.call("GET", "/jobs/" + job["id"])[1].get("status") for job in jobs]
+    assert found == after
+    assert board.job(rest)["status"] == "pending"
+    if action == "run":
+        assert board.queue(q)["scheduled"] == 0
+
+
+def test_all_jobs_that_match_are_selected_over_many_pages(dashboard, board, q):
+    for _ in range(2):
+        board.post("/enqueue", jobs=[{"queue": q, "tag": q}] * 60)
+    other = board.enqueue(q)
+    dashboard.js("location.hash = 'jobs?queue=%s&tag=%s'" % (q, q))
+    until(lambda: dashboard.text("#select-label") == "select these 50")
+    dashboard.press("#select-page")
+    dashboard.shows("#bulk b", "50 jobs selected")
+    dashboard.press("[data-action=select-matching]")
+    dashboard.shows("#bulk b", "120 jobs selected")
+    dashboard.press('[data-action=bulk][data-about*="cancel"]')
+    confirm(dashboard, "Cancel 120 jobs?")
+    dashboard.shows("#notice", "Cancel: 120 jobs")
+    assert (board.queue(q)["cancelled"], board.job(other)["status"]) == (120, "pending")
+
+
 def test_failures_are_grouped_by_their_last_line(dashboard, board, q):
     lines = ["OSError: no disk"] * 3 + ["KeyError: 'a'"] * 2
     for number, line in enumerate(lines):
@@ -5345,6 +5432,22 @@ def test_failures_are_grouped_by_their_last_line(dashboard, board, q):
     assert groups == [["3", "OSError: no disk"], ["2", "KeyError: 'a'"]]
     dashboard.press("#errors tbody tr:nth-child(2) button")
     dashboard.shows("#bulk b", "2 jobs selected")
+    dashboard.press("#errors tbody tr:nth-child(2) a")
+    dashboard.shows("#select-label", "select these 2")
+
+
+def test_jobs_are_searched_and_an_empty_result_says_so(dashboard, board, q):
+    wanted = board.enqueue(q, {"note": "needle " + q})
+    board.enqueue(q, "hay")
+    dashboard.press('[data-view="jobs"]')
+    until(lambda: dashboard.text(row(wanted)))
+    dashboard.type("#filter [name=search]", "needle " + q + "\ue007")
+    dashboard.shows("#select-label", "select this one")
+    assert dashboard.text(row(wanted))
+    dashboard.type("#filter [name=search]", "x\ue007")
+    dashboard.shows("#nothing", "Nothing matches.")
+    dashboard.press("#paging a")        # clear the filters
+    until(lambda: dashboard.js("return location.hash") == "#jobs")
 
 
 def test_rows_of_queues_stay_under_the_pointer(dashboard, board, q):
@@ -10454,6 +10557,26 @@ def test_a_node_handler_that_throws_leaves_its_stack_and_last_the_message(engine
         error = ended(engine, job)["error"]
     assert re.match(r"RangeError: large\n    at resize \(.*main.mjs:\d+:\d+\)", error)
     assert error.splitlines()[-1] == "RangeError: large"
+
+
+def test_a_burst_in_node_works_off_what_is_due_and_ends(engine, tmp_path, q):
+    first = engine.enqueue(q + "a", 1)
+    second = engine.enqueue(q + "b", 2, after=[first["id"]])
+    third = engine.enqueue(q + "a", 3, after=[second["id"]])
+    later = engine.enqueue(q + "a", 4, delay=100)
+    source = "for (const name of 'ab') queue('%s' + name, (payload) => sleep(0.05 * payload));" % q
+    with node(tmp_path, engine, source, run="await run({ burst: true });") as worker:
+        assert worker.wait() == 0
+    statuses = [engine.job(job)["status"] for job in (first, second, third, later)]
+    assert statuses == ["done", "done", "done", "pending"]
+
+
+@beside
+def test_a_burst_in_node_ends_when_no_engine_answers(tmp_path):
+    run = "await run({ burst: true }).catch((error) => say(error.name, error.message));"
+    with node(tmp_path, unused(), ECHO % "q", run=run, replaced={"PATIENCE": 0.5}) as worker:
+        assert worker.wait() == 0
+        assert worker.said()[0].startswith("Unavailable no engine answers at http://127.0.0.1:")
 
 
 def test_concurrency_and_settings_of_a_node_worker(engine, tmp_path, q):
