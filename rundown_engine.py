@@ -1355,6 +1355,20 @@ def is_storage_error(error):
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
 
+def obstacle(database_path, error):
+    """Why a database cannot be used, with the file that is in the way, if one is."""
+    reason = getattr(error, 'strerror', None) or error.__cause__ or error
+    named = getattr(error, 'filename', None)
+    folder = os.path.dirname(database_path)
+    if named and not os.path.exists(named):
+        return f'{reason}: {named} in {folder} ({owner_and_mode(folder)})'
+    files = [database_path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
+    for path in (*files, folder):
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+            return f'{reason}: {path} ({owner_and_mode(path)})'
+    return f'{reason}: {named}' if named else reason
+
+
 def owner_and_mode(path):
     try:
         info = os.stat(path)
@@ -1437,6 +1451,7 @@ class DiskReserve:
         self.path = database_path + '-reserve'
         self.folder = os.path.dirname(database_path)
         self.size = 0           # bytes; 0: this disk cannot be asked
+        self.nearly_full = 0    # free bytes, more than jobs fill in a second
         # touched by the thread that writes, read by all
         self.is_held = False
         self.free = 0           # bytes that others may use, when it looked last
@@ -1445,6 +1460,7 @@ class DiskReserve:
         """Find an old one, and give it up if the engine could not start on the full disk."""
         with contextlib.suppress(OSError):
             self.size = min(RESERVE_BYTES, shutil.disk_usage(self.folder).total // 8)
+            self.nearly_full = 32 * self.size
         self.is_held = os.path.exists(self.path)
         self.look()
         if self.is_held and self.free < self.size:
@@ -1454,14 +1470,10 @@ class DiskReserve:
         """See how much is free; take it if that is little, or leave it if that is plenty."""
         with contextlib.suppress(OSError):
             self.free = shutil.disk_usage(self.folder).free
-        if self.is_held and self.free > 2 * self.nearly_full():
+        if self.is_held and self.free > 2 * self.nearly_full:
             self.give_up()
-        elif not self.is_held and 2 * self.size <= self.free < self.nearly_full():
+        elif not self.is_held and 2 * self.size <= self.free < self.nearly_full:
             self._take()
-
-    def nearly_full(self):
-        """Free bytes below which the disk is nearly full: more than a second of jobs may fill."""
-        return 32 * self.size
 
     def _take(self):
         try:
@@ -1486,7 +1498,7 @@ class DiskReserve:
 
     def has_room(self, db):
         """Whether jobs may be added: it is not needed or held, or free pages take them."""
-        if self.is_held or self.free >= self.nearly_full():
+        if self.is_held or self.free >= self.nearly_full:
             return True
         self.look()
         if self.is_held:
@@ -1516,7 +1528,7 @@ class Database:
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
         self.reserve = DiskReserve(self.path)
-        self.copying = threading.Lock()     # held until a copy is taken: one at a time
+        self.backups = Backups(self)
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
@@ -1532,7 +1544,7 @@ class Database:
         try:
             self.lock_file = lock(self.path)
             check_header(self.path)
-            self._remove_copies()
+            self.backups.remove_left()
             self.reserve.open()
             self.db = self._connect_writer(LOCK_TIMEOUT)
             with self.transaction() as db:
@@ -1547,19 +1559,8 @@ class Database:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
                 raise
-            raise StartupError(f'{self.path} cannot be used: {self._obstacle(error)}') from None
-
-    def _obstacle(self, error):
-        """The reason, with the file that is in the way, if one is."""
-        reason = getattr(error, 'strerror', None) or error.__cause__ or error
-        named = getattr(error, 'filename', None)
-        if named and not os.path.exists(named):
-            return f'{reason}: {named} in {self.folder} ({owner_and_mode(self.folder)})'
-        files = [self.path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
-        for path in (*files, self.folder):
-            if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
-                return f'{reason}: {path} ({owner_and_mode(path)})'
-        return f'{reason}: {named}' if named else reason
+            reason = obstacle(self.path, error)
+            raise StartupError(f'{self.path} cannot be used: {reason}') from None
 
     def _create_or_migrate(self, db):
         version, = db.execute('PRAGMA user_version').fetchone()
@@ -1597,7 +1598,7 @@ class Database:
 
     def _limit_log(self, db):
         """Keep the log short while the disk is nearly full: it takes its size once more there."""
-        nearly_full = self.reserve.free < self.reserve.nearly_full()
+        nearly_full = self.reserve.free < self.reserve.nearly_full
         pages = NEARLY_FULL_LOG_PAGES if nearly_full else CHECKPOINT_PAGES
         if pages != self.checkpoint_pages:
             self.checkpoint_pages = pages
@@ -1749,49 +1750,54 @@ class Database:
             if db is not None:
                 self.idle_readers.append(db)
 
-    def backup(self):
-        """An open file, deleted when it is closed: a consistent copy, made beside the load.
-
-        One at a time, since each takes as much space as the database.
-        """
-        if not self.copying.acquire(blocking=False):
-            raise Unavailable('another copy is being made or taken; try again when that is done')
-        try:
-            return self._make_copy()
-        except BaseException as error:
-            self.copying.release()
-            if not isinstance(error, OSError):
-                raise
-            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
-
-    def _make_copy(self):
-        folder, name = os.path.split(self.path)
-        handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
-        os.close(handle)
-        try:
-            with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
-                db.backup(copy)
-            return Copy(copy_path, self.copying.release)
-        finally:
-            # Windows deletes it when it is closed
-            with contextlib.suppress(PermissionError, FileNotFoundError):
-                os.unlink(copy_path)
-
-    def _remove_copies(self):
-        """Remove copies that were cut off."""
-        for path in glob.glob(glob.escape(self.path + BACKUP_INFIX) + '*'):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
     def close(self):
         """Leave the file in order. Nobody writes any more."""
         for db in (self.db, *self.readers):
             if db:
                 db.close()
         if self.inodes:
-            self._remove_copies()
+            self.backups.remove_left()
         if self.lock_file:
             self.lock_file.close()
+
+
+class Backups:
+    """Consistent copies of a database, beside the load; one at a time: each takes as much space."""
+
+    def __init__(self, database):
+        self.database = database
+        self.being_made = threading.Lock()      # held until a copy is taken
+
+    def make(self):
+        """An open file, which is deleted when it is closed."""
+        if not self.being_made.acquire(blocking=False):
+            raise Unavailable('another copy is being made or taken; try again when that is done')
+        try:
+            return self._copy()
+        except BaseException as error:
+            self.being_made.release()
+            if not isinstance(error, OSError):
+                raise
+            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
+
+    def _copy(self):
+        folder, name = os.path.split(self.database.path)
+        handle, path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
+        os.close(handle)
+        try:
+            with self.database.reading() as db, contextlib.closing(sqlite3.connect(path)) as copy:
+                db.backup(copy)
+            return Copy(path, self.being_made.release)
+        finally:
+            # Windows deletes it when it is closed
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                os.unlink(path)
+
+    def remove_left(self):
+        """Remove copies that were cut off."""
+        for path in glob.glob(glob.escape(self.database.path + BACKUP_INFIX) + '*'):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 class Copy(io.FileIO):
@@ -1842,11 +1848,12 @@ NEXT_SEQ = ('(SELECT MAX(seq) + 1 FROM '
             '(SELECT MAX(seq) AS seq FROM jobs UNION ALL SELECT seq FROM last_seq))')
 
 
-INSERTING_FIELDS = {column.inserted for column in JOB_COLUMNS.values()} - {True, False}
+INSERTING_FIELDS = frozenset(
+    {column.inserted for column in JOB_COLUMNS.values()} - {True, False})
 
 
 @functools.lru_cache(maxsize=256)
-def insert_plan(rows, fields=frozenset(INSERTING_FIELDS)):
+def insert_plan(rows, fields=INSERTING_FIELDS):
     """(statement, function of a row that gives its values) for so many rows.
 
     Only columns of these fields are written: each of the others would cost a bulk insert 3 %.
@@ -2347,7 +2354,7 @@ class Producers:
                     f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
                     'send fewer at a time')
         rows = [self._new_row(tx, item) for item in items]
-        fields = frozenset(INSERTING_FIELDS.intersection(set().union(*items)))
+        fields = INSERTING_FIELDS.intersection(itertools.chain.from_iterable(items))
         jobs = []
         budget = tx.response_budget
         aliases = {}        # id in the request -> id of the job that holds its key
@@ -3831,17 +3838,26 @@ class Waiters:
         A poll that finds nothing ends its topic: those behind it would find nothing either.
         """
         served = []
-        for topic in topics:
-            for operation in self.by_topic.get(topic, ()):
-                if isinstance(operation, JobWait):
-                    operation.result = True
-                elif not operation.client.is_connected():
-                    continue
-                else:
-                    run(operation)
-                    if not operation.result and operation.error is None:
-                        break
-                served.append(operation)
+        done = set()
+        while len(done) < len(topics):      # a poll may wake others, when it expires a job
+            woken = topics - done
+            done |= woken
+            for topic in woken:
+                served += self._serve_topic(topic, run)
+        return served
+
+    def _serve_topic(self, topic, run):
+        served = []
+        for operation in self.by_topic.get(topic, ()):
+            if isinstance(operation, JobWait):
+                operation.result = True
+            elif not operation.client.is_connected():
+                continue
+            else:
+                run(operation)
+                if not operation.result and operation.error is None:
+                    break
+            served.append(operation)
         return served
 
     def end_all(self):
@@ -3856,6 +3872,12 @@ class Budget:
         self.connections = connections
         self.request_bytes = 0
         self.response_bytes = 0
+
+    def update(self, connection, request_bytes, response_bytes):
+        self.request_bytes += request_bytes - connection.request_bytes
+        self.response_bytes += response_bytes - connection.response_bytes
+        connection.request_bytes = request_bytes
+        connection.response_bytes = response_bytes
 
     def require_capacity(self, size):
         """Refuse a large response or request while clients leave too many responses untaken."""
@@ -4015,7 +4037,8 @@ class Committer:
                         run(operation)
                 self.listening_until = began
                 self.database.last_storage_error = None
-                self._note_room(tx.takes_jobs)
+                if tx.takes_jobs != self.database.takes_jobs:
+                    self._note_room(tx.takes_jobs)
                 return tx, served
             except PoisonedTransaction as error:
                 insert_in_bulk = False      # one by one it shows whose fault it is
@@ -4039,9 +4062,8 @@ class Committer:
         return writes, inserts, polls
 
     def _note_room(self, takes_jobs):
-        if takes_jobs != self.database.takes_jobs:
-            self.database.takes_jobs = takes_jobs
-            log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
+        self.database.takes_jobs = takes_jobs
+        log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
 
     def _maintain(self, tx):
         self.store.run_due(tx)
@@ -4362,8 +4384,9 @@ def parse_query(head):
 class Request:
     """A request on its way through a connection."""
 
-    def __init__(self, deadline):
-        self.deadline = deadline    # the loop's time at which it has to be here
+    def __init__(self, connection):
+        self.connection = connection
+        self.deadline = connection.deadline     # the loop's time at which it has to be here
         self.head = None            # a RequestHead; None until its end was received
         self.is_received = False
         self.body = None            # bytes, until they are parsed
@@ -4374,6 +4397,89 @@ class Request:
     @property
     def name(self):
         return self.head.route if self.head else 'a request head'
+
+    def receive(self):
+        """Receive it, as a part of the connection's generator."""
+        received = self.connection.received
+        end = received.find(END_OF_HEAD)
+        while end < 0:
+            check_head_bytes(received)
+            yield READ
+            end = received.find(END_OF_HEAD)
+        raw_head = bytes(received[:end])
+        del received[:end + len(END_OF_HEAD)]
+        server = self.connection.server
+        self.head = server.known_heads.get(raw_head)
+        if self.head is None:
+            check_head_bytes(raw_head)
+            self.head = parse_head(raw_head)        # a refusal is counted by its route
+            self.head = server.authorize(self.head)
+            server.remember_head(raw_head, self.head)
+        length = self.head.content_length
+        if length is None:
+            self._expect_body()
+            self.body = yield from self._receive_chunks()
+        else:
+            self._require_capacity(length)
+            if len(received) < length:
+                self._expect_body()
+                while len(received) < length:
+                    yield READ
+            self.body = bytes(received[:length])
+            self.size = length
+            del received[:length]
+        self.is_received = True
+
+    def _require_capacity(self, size):
+        self.connection.loop.budget.require_capacity(size)
+
+    def _expect_body(self):
+        if 'expect' in self.head.headers and self.head.is_http_1_1:
+            self.connection.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _receive_chunks(self):
+        """The body of a chunked request (RFC 9112, 7.1), without extensions and trailers."""
+        received = self.connection.received
+        body = bytearray()
+        size = yield from self._receive_chunk_size()
+        while size:
+            self.size = len(body) + size
+            if self.size > MAX_BODY:
+                raise PayloadTooLarge(f'the body has more than {MAX_BODY} bytes')
+            self._require_capacity(self.size)
+            while len(received) < size + 2:
+                yield READ
+            if received[size:size + 2] != b'\r\n':
+                raise BadRequest('a chunk of the body is longer than its size')
+            body += received[:size]
+            del received[:size + 2]
+            size = yield from self._receive_chunk_size()
+        for _ in range(MAX_HEADERS + 1):
+            trailer = yield from self._receive_line(MAX_HEAD)
+            if not trailer:
+                return bytes(body)
+            if not HEADER.fullmatch(trailer):
+                raise BadRequest('the body ends in a line that is no trailer')
+        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} trailers')
+
+    def _receive_chunk_size(self):
+        line = yield from self._receive_line(MAX_CHUNK_LINE)
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f'{describe(line.decode("latin-1"))} is no size of a chunk')
+        return int(match[1], 16)
+
+    def _receive_line(self, longest):
+        received = self.connection.received
+        end = received.find(b'\r\n', 0, longest + 2)
+        while end < 0:
+            if len(received) > longest:
+                raise BadRequest(f'a line of the body has more than {longest} bytes')
+            yield READ
+            end = received.find(b'\r\n', 0, longest + 2)
+        line = bytes(received[:end])
+        del received[:end + 2]
+        return line
 
 
 class Connection(Client):
@@ -4392,7 +4498,7 @@ class Connection(Client):
         self.server = server
         self.sock = sock
         self.address = address
-        self.received = bytearray()     # and not used yet
+        self.received = bytearray()     # and not used yet; changed in place
         self.steps = self._serve()
         self.loop.connections.add(self)
         self.resume(None)
@@ -4411,8 +4517,8 @@ class Connection(Client):
                 events = self.steps.send(event)
             if events != self.watched:
                 self._watch(events)
-            self._update_budget(len(self.received) + (self.request.size if self.request else 0),
-                                len(self.unsent))
+            request_bytes = len(self.received) + (self.request.size if self.request else 0)
+            self.loop.budget.update(self, request_bytes, len(self.unsent))
         except (StopIteration, OSError, EOFError, HTTPError):   # served, gone, or late
             self.close()
         except Exception as error:
@@ -4437,7 +4543,7 @@ class Connection(Client):
             self.loop.connections.discard(self)
             self.loop.timeouts.cancel(self)
             self._watch(0)
-            self._update_budget(0, 0)
+            self.loop.budget.update(self, 0, 0)
             self.sock.close()
 
     def _receive(self):
@@ -4467,13 +4573,6 @@ class Connection(Client):
             self.loop.selector.register(self.sock, events, self.resume)
         self.watched = events
 
-    def _update_budget(self, request_bytes, response_bytes):
-        budget = self.loop.budget
-        budget.request_bytes += request_bytes - self.request_bytes
-        budget.response_bytes += response_bytes - self.response_bytes
-        self.request_bytes = request_bytes
-        self.response_bytes = response_bytes
-
     def _serve(self):
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4486,7 +4585,7 @@ class Connection(Client):
             while not self.received or not self._skip_blank_lines():
                 yield READ
             self.set_timeout(REQUEST_TIMEOUT)
-            self.request = Request(self.deadline)
+            self.request = Request(self)
             keep_alive = yield from self._serve_request(self.request)
             self.request = None
             self.set_timeout(KEEP_ALIVE_TIMEOUT if keep_alive else LINGER)
@@ -4499,15 +4598,14 @@ class Connection(Client):
     def _skip_blank_lines(self):
         """They are no part of the request that follows (RFC 9112, 2.2). True if there is one."""
         if self.received[0] in b'\r\n':
-            self.received = self.received.lstrip(b'\r\n')
+            self.received[:] = self.received.lstrip(b'\r\n')
         return bool(self.received)
 
     def _serve_request(self, request):
         """Receive and answer it. True if another may follow."""
         keep_alive = False      # after an error in the head or body the next request is not found
         try:
-            yield from self._receive_request(request)
-            request.is_received = True
+            yield from request.receive()
             keep_alive = request.head.keep_alive
             response = yield from self._dispatch(request)
             file = self._begin_response(request, response, keep_alive)
@@ -4522,81 +4620,6 @@ class Connection(Client):
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
-
-    def _receive_request(self, request):
-        end = self.received.find(END_OF_HEAD)
-        while end < 0:
-            check_head_bytes(self.received)
-            yield READ
-            end = self.received.find(END_OF_HEAD)
-        raw_head = bytes(self.received[:end])
-        del self.received[:end + len(END_OF_HEAD)]
-        request.head = self.server.known_heads.get(raw_head)
-        if request.head is None:
-            check_head_bytes(raw_head)
-            request.head = parse_head(raw_head)     # a refusal is counted by its route
-            request.head = self.server.authorize(request.head)
-            self.server.remember_head(raw_head, request.head)
-        length = request.head.content_length
-        if length is None:
-            self._expect_body(request)
-            request.body = yield from self._receive_chunks(request)
-            return
-        self.loop.budget.require_capacity(length)
-        if len(self.received) < length:
-            self._expect_body(request)
-            while len(self.received) < length:
-                yield READ
-        request.body = bytes(self.received[:length])
-        request.size = length
-        del self.received[:length]
-
-    def _expect_body(self, request):
-        if 'expect' in request.head.headers and request.head.is_http_1_1:
-            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
-
-    def _receive_chunks(self, request):
-        """The body of a chunked request (RFC 9112, 7.1), without extensions and trailers."""
-        body = bytearray()
-        size = yield from self._receive_chunk_size()
-        while size:
-            request.size = len(body) + size
-            if request.size > MAX_BODY:
-                raise PayloadTooLarge(f'the body has more than {MAX_BODY} bytes')
-            self.loop.budget.require_capacity(request.size)
-            while len(self.received) < size + 2:
-                yield READ
-            if self.received[size:size + 2] != b'\r\n':
-                raise BadRequest('a chunk of the body is longer than its size')
-            body += self.received[:size]
-            del self.received[:size + 2]
-            size = yield from self._receive_chunk_size()
-        trailer = yield from self._receive_line(MAX_HEAD)
-        for _ in range(MAX_HEADERS):
-            if not trailer:
-                return bytes(body)
-            if not HEADER.fullmatch(trailer):
-                raise BadRequest('the body ends in a line that is no trailer')
-            trailer = yield from self._receive_line(MAX_HEAD)
-        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} trailers')
-
-    def _receive_chunk_size(self):
-        line = yield from self._receive_line(MAX_CHUNK_LINE)
-        match = CHUNK_LINE.fullmatch(line)
-        if not match:
-            raise BadRequest(f'{describe(line.decode("latin-1"))} is no size of a chunk')
-        return int(match[1], 16)
-
-    def _receive_line(self, longest):
-        end = self.received.find(b'\r\n', 0, longest + 2)
-        while end < 0:
-            if len(self.received) > longest:
-                raise BadRequest(f'a line of the body has more than {longest} bytes')
-            yield READ
-            end = self.received.find(b'\r\n', 0, longest + 2)
-        line = bytes(self.received[:end])
-        del self.received[:end + 2]
-        return line
 
     def _dispatch(self, request):
         """The response of the handler, after the operation that it asks for."""
@@ -4662,33 +4685,24 @@ class Connection(Client):
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
             response = (response, *JSON_OK)
-        body, status, content_type, headers = response
-        file = None
-        if hasattr(body, 'read'):
-            file = body
-            length = os.fstat(file.fileno()).st_size
-        else:
-            body = encode_body(body)
-            length = len(body)
-            if method == 'GET':
-                self.loop.budget.require_capacity(length)
+        status = response[1]
+        body, file, length = encode_body(response[0])
+        if method == 'GET' and not file:
+            self.loop.budget.require_capacity(length)
         self.server.store.meter.request(route, status)
         if self.server.verbose:
             log(f'{self.address[0]} {method} {route} {status}')
         connection = '' if keep_alive else 'close'
         if keep_alive and not request.head.is_http_1_1:
             connection = 'keep-alive'
-        head = response_head(status, content_type, headers, connection)
-        date = date_header(int(time.time()))
-        if status == 204:
-            head = b'%s%s\r\n' % (head, date)
-        else:
-            head = b'%s%sContent-Length: %d\r\n\r\n' % (head, date, length)
-        self.unsent = head if file or method == 'HEAD' else head + body
-        if file and method == 'HEAD':
+        head = encode_head(response, length, connection)
+        if method != 'HEAD':
+            self.unsent = head + body
+            return file
+        self.unsent = head
+        if file:
             file.close()
-            return None
-        return file
+        return None
 
     def _send(self):
         """Send what the client takes at the moment. True once nothing is left."""
@@ -4719,12 +4733,22 @@ class Connection(Client):
 
 
 def encode_body(body):
-    """Bytes, or the file; JSON and text end in one line feed."""
+    """(bytes, the file that follows or None, length); JSON and text end in one line feed."""
+    if isinstance(body, io.IOBase):
+        return b'', body, os.fstat(body.fileno()).st_size
     if isinstance(body, dict):
         body = encode(body)
     if isinstance(body, str):
-        return (body if body.endswith('\n') else body + '\n').encode()
-    return body
+        body = (body if body.endswith('\n') else body + '\n').encode()
+    return body, None, len(body)
+
+
+def encode_head(response, length, connection):
+    """The status line and headers of a response; `connection` is its option, or empty."""
+    _, status, content_type, headers = response
+    head = response_head(status, content_type, headers, connection)
+    head += date_header(int(time.time()))
+    return head + (b'\r\n' if status == 204 else b'Content-Length: %d\r\n\r\n' % length)
 
 
 @functools.lru_cache(maxsize=256)
@@ -4883,7 +4907,7 @@ def backup(server, params):
     database = server.store.database
     name = urllib.parse.quote(os.path.basename(database.path))
     headers = (('Content-Disposition', f"attachment; filename*=UTF-8''{name}"),)
-    return Response(database.backup(), 200, 'application/vnd.sqlite3', headers)
+    return Response(database.backups.make(), 200, 'application/vnd.sqlite3', headers)
 
 
 def health(server, params):
@@ -5203,6 +5227,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop.call_soon_threadsafe(self.loop.committer.check_clock)
         while self.loop.run_in_transaction(is_due):
             pass
+
+    tick = run_due_now      # what the SDK of version 1.1 calls it in testing()
 
     def server_close(self):
         """Once serve_forever() has returned: let nobody in, answer what was received, and close

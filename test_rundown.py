@@ -3936,6 +3936,25 @@ def test_batches_that_are_refused_half_way_do_not_hold_up_the_good_ones_beside_t
     assert engine.queue(q)["pending"] == 25000
 
 
+def test_a_parked_poll_that_wakes_others_in_its_transaction_does_so_for_those_behind_it():
+    loop = types.SimpleNamespace(draining=False)
+    waiters = rundown_engine.Waiters(loop)
+    client = types.SimpleNamespace(is_open=True, is_connected=lambda: True, set_timeout=lambda _: 0)
+    polls = {}
+    for number in range(50):
+        polls[number] = rundown_engine.LongPoll(None, None, ("queue", number), 1)
+        polls[number].client = client
+        waiters.park_if_empty(polls[number])
+    topics = {("queue", 0)}
+
+    def run(poll):      # each wakes the next two
+        number = poll.topic[1]
+        topics.update((("queue", number + 1), ("queue", number + 2)))
+        poll.result = ["a job"]
+
+    assert set(waiters.serve(topics, run)) == set(polls.values())
+
+
 def test_a_parked_poll_whose_transaction_failed_gets_its_job_when_the_storage_is_well(clocked, monkeypatch, q):
     store, failures = clocked.server.store, [sqlite3.OperationalError("disk I/O error")]
     poll = store.claims.poll
