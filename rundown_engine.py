@@ -17,13 +17,16 @@ LIFECYCLE
     pending | running --cancel--> cancelled
 
     A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key,
-    worker, progress, result, error, created_at, updated_at, next_run_at, started_at, finished_at.
+    worker, progress, result, error, created_at, updated_at, next_run_at, started_at, finished_at;
+    if it has them, group, expires_at, after and waits_for, steps.
     `attempt` counts claims and names the current one. `retries` counts failures and lost workers;
     `max_retries` bounds it.
 
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
-    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id,
-                     after, after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
+    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, id, key
+                     and key_until ("start": the key is free once the job is handed out), replace
+                     (true: a pending job with the key gets these values), expires, group, after,
+                     after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
     POST /poll       queue, limit, wait (at most 60: wait for a job that long), worker, lease,
                      max_retries, timeout, hung (threads that never came back)
                      -> a job, with limit a list of jobs; 204 when there is none
@@ -33,18 +36,25 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /release    id, attempt -> pending again, nothing counted
                      These four also take {"jobs": [...]}: each item is answered, with `error` and
                      `code` if it is refused.
-    POST /cancel, /retry   id, or queue with status (pending, running; failed, cancelled)
-                     -> {"count": n}
-    POST /purge      queue and/or status (never running) -> {"count": n}
+    POST /step       id, attempt, name, result -> the first result under that name, which later
+                     attempts get in `steps`; also a heartbeat
+    POST /reschedule id (or jobs), and delay, run_at or priority: changes a pending job
+    POST /cancel     id, or queue, status (pending, running) and tag -> {"count": n}; a queue alone
+                     or a status alone does not suffice; {"jobs": [{"id": ...}, ...]}: each item is
+                     answered. The same for the next two:
+    POST /retry      id, or status (failed, cancelled) or tag, and queue
+    POST /purge      id, or any of queue, status (never running) and tag
     POST /pause, /resume   queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then
                      one each per / rate seconds); null removes a limit, omitted fields stay
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority,
-                     key -> the schedule
+                     key, group -> the schedule
     POST /unschedule name -> {"count": n}; the jobs it made stay
     GET  /schedules  by name, limit, after
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
-    GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true
+    GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
+                     limit, after: newest first, paged by `after`. A page looks at a bounded number
+                     of jobs: go on while `after` is not null, even if it is empty. brief=true
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
@@ -82,6 +92,10 @@ GUARANTEES
 - A job with `after` is handed out once all jobs that it names are done. It is cancelled when one
   fails, is cancelled or is purged before that; with `after_any` it is handed out once all have
   ended. Retention keeps the jobs that a pending job waits for.
+- Jobs with the same `group` in the same queue run one at a time, in the order of their arrival. The
+  next one is available once the one before has ended for good; while that waits for a retry, its
+  time or other jobs, those behind it wait too. Priority orders groups, not the jobs within one.
+- A job that `expires` (seconds from now, or from run_at) is cancelled if it has not started by then.
 - Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on;
   missed ticks make one, for the last of them. While its `key` is pending or running, a tick makes
   none and counts in `skipped`. Cron has five fields (minute, hour, day of month, month, day of
@@ -97,6 +111,8 @@ poll claims at most 16 MiB of jobs (one at least), and a page ends there. At mos
 and 64 MiB of responses are buffered; above that the newest large ones get 503. Done or cancelled
 jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that is set back is
 followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
+After a restart, deadlines that are counted in seconds have moved with the clock. A job has at most
+1,000 steps, of 8 MiB in all.
 """
 
 # Checkers of a program beside this file need not check this one:
