@@ -95,7 +95,8 @@ GUARANTEES
 - Jobs with the same `group` in the same queue run one at a time, in the order of their arrival. The
   next one is available once the one before has ended for good; while that waits for a retry, its
   time or other jobs, those behind it wait too. Priority orders groups, not the jobs within one.
-- A job that `expires` (seconds from now, or from run_at) is cancelled if it has not started by then.
+- A job that `expires` (seconds from now, or from run_at) is cancelled if it has not started by
+  then.
 - Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on;
   missed ticks make one, for the last of them. While its `key` is pending or running, a tick makes
   none and counts in `skipped`. Cron has five fields (minute, hour, day of month, month, day of
