@@ -9440,8 +9440,8 @@ def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_en
     id = rw.enqueue_in(box, q, {"a": "ä\0"}, delay=0.5, priority=7, tag="t")
     own = rw.enqueue_in(box, q, id=q + "-own")
     far = rw.enqueue_in(box, q, delay=10**12)
-    with pytest.raises(TypeError):
-        rw.enqueue_in(box, q, color="red")
+    with pytest.raises(TypeError, match="did you mean priority"):
+        rw.enqueue_in(box, q, prioritie=1)
     with pytest.raises(rw.Misuse, match="not both"):
         rw.enqueue_in(box, q, delay=1, run_at="2030-01-01T00:00:00Z")
     with pytest.raises(rw.NotJSON):
