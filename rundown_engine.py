@@ -904,6 +904,7 @@ class Column(NamedTuple):
     brief: Optional[Callable] = None    # the same in brief pages
     inserted: Union[bool, str] = False  # whether INSERT writes it; or the field that has it written
     optional: bool = False              # left out of the JSON while it is null
+    large: bool = False                 # may take many pages; stored behind the others
     passive: bool = False               # not read by transitions: they need not know it
     default: Any = None                 # in SQL and in the rows of new jobs
     of_row: bool = False                # `json` takes the row instead of the value
@@ -976,7 +977,7 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'id': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME),
     'queue': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME, filter=True),
     'tag': shown('TEXT', json_string, inserted='tag', rule=NAME, filter=True, passive=True),
-    'payload': Column('TEXT', json_value, inserted=True, passive=True, rule=JSON_VALUE),
+    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True, rule=JSON_VALUE),
     'status': shown('TEXT NOT NULL', json_string, default='pending', rule=one_of(STATUSES)),
     'hold': Column('INTEGER NOT NULL', default=READY, inserted=True),   # why it is not handed out
     'priority': shown('INTEGER NOT NULL', json_number, default=0, inserted='priority',
@@ -998,10 +999,11 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'key_until': Column('TEXT', inserted='key_until', rule=one_of(('start', 'end')), passive=True),
     'released_key': Column('TEXT', passive=True),       # the key, once it is not held any more
     'worker': shown('TEXT', json_string, rule=NAME),
-    'progress': shown('TEXT', json_value, passive=True, rule=JSON_VALUE),
-    'result': Column('TEXT', json_value, passive=True, rule=JSON_VALUE),
-    'error': Column('TEXT', json_string, brief=json_last_line, passive=True, rule=ERROR_TEXT),
-    'attempts': Column('TEXT'),                 # JSON: those that did not end in done
+    'progress': shown('TEXT', json_value, large=True, passive=True, rule=JSON_VALUE),
+    'result': Column('TEXT', json_value, large=True, passive=True, rule=JSON_VALUE),
+    'error': Column('TEXT', json_string, brief=json_last_line, large=True, passive=True,
+                    rule=ERROR_TEXT),
+    'attempts': Column('TEXT', large=True),     # JSON: those that did not end in done
     'created_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=True),
@@ -1013,7 +1015,7 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
                        passive=True),
     'steps': Column('INTEGER NOT NULL', default=0),     # how many rows of `steps` it has
     'steps_size': Column('INTEGER NOT NULL', default=0),    # characters of those
-    'after': Column('TEXT', passive=True),        # JSON: the ids of its dependencies
+    'after': Column('TEXT', large=True, passive=True),      # JSON: the ids of its dependencies
     'after_any': Column('INTEGER NOT NULL', default=0, rule=FLAG),      # 1: however they end
     'waits_for': Column('INTEGER NOT NULL', default=0),     # how many of them have not ended
 }
@@ -1033,7 +1035,7 @@ SCHEDULE_COLUMNS = {
     'last_run_at': shown('INTEGER', json_time),
     'last_id': shown('TEXT', json_string),
     'skipped': shown('INTEGER NOT NULL', json_number, default=0),
-    'payload': Column('TEXT', json_value, inserted=True, passive=True),
+    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True),
 }
 
 
@@ -1044,7 +1046,9 @@ FIELDS.update(
 
 
 def definitions(columns):
-    return ', '.join(column.definition(name) for name, column in columns.items())
+    """Large columns come last: to read a column, SQLite walks over all pages of those before it."""
+    in_order = sorted(columns.items(), key=lambda item: item[1].large)
+    return ', '.join(column.definition(name) for name, column in in_order)
 
 
 COUNTS = {      # columns of `queues`, and the condition of the jobs that each counts
@@ -3329,8 +3333,8 @@ class Queries:
             self._why_delayed(row),
             self._why_unpolled(row['queue']),
             self._why_behind(db, row),
-        ) if reason]
-        return '; '.join(reasons) or 'next in line'
+        ) if reason] or ['next in line']
+        return '; '.join([*reasons, *self._why_expiring(row)])
 
     def _why_queued(self, db, row):
         if row['hold'] != QUEUED_IN_GROUP:
@@ -3370,6 +3374,11 @@ class Queries:
             return no_worker_warning(queue, tuple(self.workers.last_polled)[-20:])
         minutes = (self.clock.now() - polled_at) // micros(60)
         return f'no worker has polled the queue for {minutes} minutes' if minutes > 0 else None
+
+    def _why_expiring(self, row):
+        if row['expires_at'] is None or row['attempt']:
+            return []
+        return [f'it is cancelled if it has not started by {rfc3339(row["expires_at"])}']
 
     def _why_behind(self, db, row):
         if row['hold'] != READY:

@@ -2330,6 +2330,7 @@ def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     late, started = clocked.enqueue(q, expires=5), clocked.enqueue(q + "-b", expires=5, max_retries=1)
     timed = clocked.enqueue(q + "-c", run_at="2027-01-15T08:01:00Z", expires=5)
     assert late["expires_at"] == "2027-01-15T08:00:05.000000Z" and timed["expires_at"] == "2027-01-15T08:01:05.000000Z"
+    assert "2027-01-15T08:00:05" in why(clocked, late)
     clocked.tell("fail", clocked.poll(q + "-b"))
     clocked.post("/pause", queue=q)
     clocked.advance(5.5)
