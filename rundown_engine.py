@@ -1148,10 +1148,12 @@ CREATE INDEX dependencies_dependency ON dependencies (dependency, state)''',
 }
 
 
-def counting(change):
-    """Assignments that change each count of a queue."""
-    return ', '.join(
-        f'{column} = {column} {change.format(jobs)}' for column, jobs in COUNTS.items())
+HOLD_COUNTS = ('scheduled', 'waiting', 'grouped')
+
+
+def counting(columns, change):
+    """Assignments that change these counts of a queue."""
+    return ', '.join(f'{column} = {column} {change.format(COUNTS[column])}' for column in columns)
 
 
 TRIGGERS = {
@@ -1165,13 +1167,17 @@ CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
         grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
     'jobs_update': f'''
-CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
-    UPDATE queues SET {counting('+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
+CREATE TRIGGER jobs_update AFTER UPDATE OF status ON jobs WHEN NEW.status <> OLD.status BEGIN
+    UPDATE queues SET {counting(STATUSES, '+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
     WHERE queue = NEW.queue;
+END''',
+    'jobs_hold': f'''
+CREATE TRIGGER jobs_hold AFTER UPDATE OF hold ON jobs WHEN NEW.hold <> OLD.hold BEGIN
+    UPDATE queues SET {counting(HOLD_COUNTS, '+ (NEW.{0}) - (OLD.{0})')} WHERE queue = NEW.queue;
 END''',
     'jobs_delete': f'''
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
-    UPDATE queues SET {counting('- (OLD.{0})')} WHERE queue = OLD.queue;
+    UPDATE queues SET {counting(COUNTS, '- (OLD.{0})')} WHERE queue = OLD.queue;
     UPDATE last_seq SET seq = OLD.seq WHERE seq < OLD.seq;
 END''',
     'jobs_delete_dependencies': '''
@@ -1305,17 +1311,22 @@ CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
         grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
         '''
-CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
+CREATE TRIGGER jobs_update AFTER UPDATE OF status ON jobs WHEN NEW.status <> OLD.status BEGIN
     UPDATE queues SET
         pending = pending + (NEW.status = 'pending') - (OLD.status = 'pending'),
         running = running + (NEW.status = 'running') - (OLD.status = 'running'),
         done = done + (NEW.status = 'done') - (OLD.status = 'done'),
         failed = failed + (NEW.status = 'failed') - (OLD.status = 'failed'),
         cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled'),
+        changed_at = NEW.updated_at
+    WHERE queue = NEW.queue;
+END''',
+        '''
+CREATE TRIGGER jobs_hold AFTER UPDATE OF hold ON jobs WHEN NEW.hold <> OLD.hold BEGIN
+    UPDATE queues SET
         scheduled = scheduled + (NEW.hold = 1) - (OLD.hold = 1),
         waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2),
-        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3),
-        changed_at = NEW.updated_at
+        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3)
     WHERE queue = NEW.queue;
 END''',
         '''
@@ -2161,8 +2172,11 @@ class Jobs:
             self.place(tx, changes, queue, due, waits_for, queued)
             changes['finished_at'] = None
         else:
-            changes.update(hold=READY, finished_at=tx.now)
-        changes.update(status=target, updated_at=tx.now)
+            changes['finished_at'] = tx.now
+            if job['hold'] != READY:
+                changes['hold'] = READY
+        changes['status'] = target
+        changes['updated_at'] = tx.now
         self._write(tx, job, changes)
         if job['group'] is not None:
             self.advance_group(tx, queue, job['group'])
