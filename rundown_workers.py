@@ -872,9 +872,11 @@ class Caller:
             time.sleep(pause)
 
     def _post(self, path, **fields):
+        fields = encode_durations(fields)
         return self.call(path, drop_none(**fields), fields.get('wait') or 0)
 
     def _get(self, path, **fields):
+        fields = encode_durations(fields)
         query = urllib.parse.urlencode(drop_none(**fields))
         return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
 
@@ -882,6 +884,7 @@ class Caller:
         """A call about one job, about all that the fields describe, or about a list of jobs."""
         if jobs is None:
             return self._post(path, **fields)
+        fields = encode_durations(fields)
         ids = [job if isinstance(job, str) else job['id'] for job in jobs]
         texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
         replies = []
@@ -1047,8 +1050,8 @@ class ProducerCalls(Caller):
         changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
         """
         return self._post(
-            '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
-            payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
+            '/schedule', name=name, queue=queue, cron=cron, every=every, zone=zone,
+            payload=payload, timeout=timeout, max_retries=max_retries, tag=tag,
             priority=priority, key=key, group=group,
         )
 
@@ -1064,11 +1067,11 @@ class WorkerCalls(Caller):
         self,
         queue: str,
         limit: int | None = None,
-        wait: float | None = None,
+        wait: float | datetime.timedelta | None = None,
         worker: str | None = None,
-        lease: float | None = None,
+        lease: float | datetime.timedelta | None = None,
         max_retries: int | None = None,
-        timeout: float | None = None,
+        timeout: float | datetime.timedelta | None = None,
         hung: int | None = None,
     ) -> Any:
         """Claim a job, or None; with `limit` a list of jobs, or None.
@@ -1106,7 +1109,10 @@ class WorkerCalls(Caller):
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
     def lost(
-        self, worker: str, wait: float | None = None, since: int | None = None,
+        self,
+        worker: str,
+        wait: float | datetime.timedelta | None = None,
+        since: int | None = None,
     ) -> dict[str, Any]:
         """Wait until the worker loses a job that it runs; `since` is that of the last answer."""
         return self._get('/lost', worker=worker, wait=wait, since=since)
@@ -1149,8 +1155,8 @@ class Client(ProducerCalls, WorkerCalls):
 
         With `jobs` (jobs or ids) of many: returns {"jobs": [...]}, a reply for each.
         """
-        fields = {'delay': in_seconds(delay), 'run_at': in_utc(run_at), 'priority': priority}
-        return self._change('/reschedule', jobs, id=id, **fields)
+        return self._change(
+            '/reschedule', jobs, id=id, delay=delay, run_at=in_utc(run_at), priority=priority)
 
     def cancel(
         self,
@@ -1200,7 +1206,8 @@ class Client(ProducerCalls, WorkerCalls):
         At most `rate` are claimed at once, then one each `per / rate` seconds. None removes a
         limit; omitted ones are unchanged. Returns the limits of the queue.
         """
-        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
+        fields = encode_durations(
+            {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
@@ -1234,7 +1241,9 @@ class Client(ProducerCalls, WorkerCalls):
         """The counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
-    def job(self, id: str, wait: float | None = None) -> dict[str, Any]:
+    def job(
+        self, id: str, wait: float | datetime.timedelta | None = None,
+    ) -> dict[str, Any]:
         """The job; with `wait` as soon as it has ended, or after so many seconds (at most 60)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
@@ -1436,16 +1445,26 @@ def is_item_reply(item):
     )
 
 
+DURATIONS = {'delay', 'every', 'expires', 'lease', 'per', 'timeout', 'wait'}     # in seconds
+
+
 def encode_job(payload, id=None, run_at=None, after=None, **fields):
     """A job to be enqueued, as JSON text. It gets its id here, so that it can be sent again."""
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
-    for name in ('delay', 'timeout', 'expires'):
-        fields[name] = in_seconds(fields.get(name))
     id = new_id() if id is None else id
+    fields = encode_durations(fields)
     fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
     return as_json(fields, 'the job')
+
+
+def encode_durations(fields):
+    """The fields with numbers of seconds in place of timedeltas."""
+    return {
+        name: in_seconds(value) if name in DURATIONS else value
+        for name, value in fields.items()
+    }
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1636,10 +1655,18 @@ def max_async_waits():
 
 async_calls_lock = threading.Lock()
 async_calls_instance = []       # the AsyncCalls of this process, if it needed one
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(
+        before=async_calls_lock.acquire,
+        after_in_parent=async_calls_lock.release,
+        after_in_child=async_calls_lock.release,
+    )
 
 
 def async_calls():
     """The AsyncCalls of this process."""
+    if async_calls_instance and async_calls_instance[0].process == os.getpid():
+        return async_calls_instance[0]
     with async_calls_lock:
         if not async_calls_instance or async_calls_instance[0].process != os.getpid():
             async_calls_instance[:] = [AsyncCalls()]

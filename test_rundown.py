@@ -8441,6 +8441,10 @@ def test_durations_may_be_timedeltas_everywhere(engine, q):
     job = app.enqueue(q, timeout=minute, delay=minute, give_up=minute)
     assert job["timeout"] == 60 and job["next_run_at"] > job["created_at"]
     assert app.schedule(q, q, every=minute, timeout=minute)["every"] == 60
+    client, instant = app.client(), datetime.timedelta(milliseconds=1)
+    assert client.poll(q, wait=instant, lease=minute, timeout=minute) is None
+    assert client.job(job["id"], wait=instant)["id"] == job["id"]
+    assert client.limit(q, rate=1, per=minute)["per"] == 60
     assert rw.Retry("no", delay=minute).delay == 60
     with pytest.raises(rw.Unfinished):
         job.wait(datetime.timedelta(seconds=0.1))
