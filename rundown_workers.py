@@ -66,7 +66,7 @@ WORKING
     @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
     @on("start_worker" | "stop_worker") hook() in each process that runs handlers
     @around                             a generator that yields once, around each run of a handler
-    run(burst, grace, max_hung), stop() burst: work off what is due, and return
+    run(burst, grace, max_hung), stop() burst: run the due jobs, and return
     testing()                           with testing() as t: t.run(delayed=True);
                                         t.advance(60) moves the clock of its engine
 
@@ -263,7 +263,7 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in messages; it depends on no resolver
 CLIENT_TIMEOUT = 30         # seconds that a call is tried again while no engine answers
 RESPONSE_TIMEOUT = 10       # seconds until a request counts as unanswered, beyond its own wait
 MIN_LAST_TRY = 1            # seconds that the last try of a call gets at least
-PROBE_TIMEOUT = 5           # seconds until the next of several engines is tried, if one is silent
+PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 RETRY_PAUSE = 0.1           # seconds before the second try; doubled from try to try
 MAX_RETRY_PAUSE = 3         # seconds that this pause grows to
 STILL_TRYING_AFTER = 1      # seconds until a producer on a terminal says that no engine answers
@@ -296,7 +296,6 @@ MAX_RESULT = 8_000_000      # characters of a result as JSON
 MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
 REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
-PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
 MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
 RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
@@ -1608,7 +1607,7 @@ async def receive_response(reader):
 
 
 class ReceivedBytes:
-    """Stands for a socket from which http.client reads what has been received so far."""
+    """Stands for a socket: http.client reads the bytes that have been received so far."""
 
     def __init__(self, data):
         self.data = data
@@ -4420,7 +4419,7 @@ class Registry:
     def _register(self, config, function, task=None):
         """Have a function handle all jobs of a queue, or those for the task of that name."""
         if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-            raise Misuse(f'what is decorated must be a function, not {function!r}')
+            raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
@@ -4819,7 +4818,9 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
 
 
 def undeclared_settings(client, configs):
-    """(kind, queue, command that removes it) of what an engine has and no decorator declares.
+    """Schedules and limits that an engine has and no decorator declares.
+
+    Yields (kind, queue, command that removes it).
 
     A decorator's schedule has the name of its queue and no payload. That of another queue counts
     if nobody works on it.
@@ -5646,7 +5647,7 @@ def register_django_queues(backends, names):
 
 # -- Testing ---------------------------------------------------------------------------------------
 class Testing:
-    """What testing() gives: an engine for a test, its client, and its clock."""
+    """An engine for a test, its client, and its clock: the value of testing()."""
 
     client: Client
 
@@ -5660,14 +5661,14 @@ class Testing:
         )
 
     def advance(self, seconds: float | datetime.timedelta) -> None:
-        """Move the engine's clock on; what is due by then becomes available at once."""
+        """Move the engine's clock on; jobs that are due by then become available at once."""
         self.seconds += in_seconds(seconds)
         self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
-        """Work off what is due, as run(burst=True) does.
+        """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also what is scheduled or to be retried: the clock moves on to it.
+        With `delayed` also those that are delayed or wait for a retry: the clock moves on to them.
         """
         self.app.run(burst=True, **options)
         while delayed:
@@ -6122,7 +6123,7 @@ def command_demo(client, options):
 
 
 def argument(*names, **settings):
-    """What argparse's add_argument() is called with."""
+    """The arguments of a call of argparse's add_argument()."""
     return names, settings
 
 
@@ -6158,7 +6159,7 @@ JOB_OPTIONS = [
 WORKER_OPTIONS = [
     number_argument('--concurrency'),
     seconds_argument('--grace', default=GRACE),
-    argument('--burst', action='store_true', help='work off what is due, and end'),
+    argument('--burst', action='store_true', help='run the due jobs, and end'),
 ]
 COMMANDS = [
     Command('enqueue', command_call, 'add a job', [
@@ -6255,10 +6256,10 @@ COMMANDS = [
         argument('--text', action='store_true', help='a payload that is a string as it is'),
         *WORKER_OPTIONS,
     ]),
-    Command('forward', command_forward, 'send what is in the outbox of a SQLite file', [
+    Command('forward', command_forward, 'send the jobs in the outbox of a SQLite file', [
         argument('file'),
         seconds_argument(
-            '--keep', default=0, help='keep what was sent for so long, for a standby'),
+            '--keep', default=0, help='keep sent jobs for so long, for a standby'),
     ]),
     Command('django', command_django, 'work on the tasks of a Django project', [
         argument('queues', nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
