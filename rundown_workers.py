@@ -4924,7 +4924,7 @@ def enqueue_in(
     Django (django.db.connection); other drivers work if they write parameters as %s and the table
     is there. Returns the job's id. The options are those of enqueue(); a delay begins now.
     """
-    inspect.signature(Client.enqueue).bind(None, queue, **options)  # TypeError: unknown option
+    check_names(options, ENQUEUE_OPTIONS)
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
     if run_at is not None and delay is not None:
