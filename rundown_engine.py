@@ -17,34 +17,44 @@ LIFECYCLE
     pending | running --cancel--> cancelled
 
     A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key,
-    worker, progress, result, error, created_at, updated_at, next_run_at, started_at, finished_at.
+    worker, progress, result, error, created_at, updated_at, next_run_at, started_at, finished_at;
+    if it has them, group, expires_at, after and waits_for, steps.
     `attempt` counts claims and names the current one. `retries` counts failures and lost workers;
     `max_retries` bounds it.
 
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
-    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id,
-                     after, after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
-    POST /poll       queue, limit, wait (at most 60: wait for a job that long), worker, lease,
-                     max_retries, timeout, hung (threads that never came back)
-                     -> a job, with limit a list of jobs; 204 when there is none
+    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, id, key
+                     and key_until ("start": the key is free once the job is handed out), replace
+                     (true: a pending job with the key gets these values), expires, group, after,
+                     after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
+    POST /poll       queue, limit, wait (at most 60: wait for a job that long; answered after 55,
+                     before proxies give up), worker, lease, max_retries, timeout, hung (threads
+                     that never came back) -> a job, with limit a list of jobs; 204 if there is none
     POST /complete   id, attempt, result
     POST /fail       id, attempt, error, retry (false: never again), delay (instead of the backoff)
     POST /heartbeat  id, attempt, progress -> 409 when the claim is gone
     POST /release    id, attempt -> pending again, nothing counted
                      These four also take {"jobs": [...]}: each item is answered, with `error` and
                      `code` if it is refused.
-    POST /cancel, /retry   id, or queue with status (pending, running; failed, cancelled)
-                     -> {"count": n}
-    POST /purge      queue and/or status (never running) -> {"count": n}
+    POST /step       id, attempt, name, result -> the first result under that name, which later
+                     attempts get in `steps`; also a heartbeat
+    POST /reschedule id (or jobs), and delay, run_at or priority: changes a pending job
+    POST /cancel     id, or queue, status (pending, running) and tag -> {"count": n}; a queue alone
+                     or a status alone does not suffice; {"jobs": [{"id": ...}, ...]}: each item is
+                     answered. The same for the next two:
+    POST /retry      id, or status (failed, cancelled) or tag, and queue
+    POST /purge      id, or any of queue, status (never running) and tag
     POST /pause, /resume   queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then
                      one each per / rate seconds); null removes a limit, omitted fields stay
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority,
-                     key -> the schedule
+                     key, group -> the schedule
     POST /unschedule name -> {"count": n}; the jobs it made stay
     GET  /schedules  by name, limit, after
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
-    GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true
+    GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
+                     limit, after: newest first, paged by `after`. A page looks at a bounded number
+                     of jobs: go on while `after` is not null, even if it is empty. brief=true
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
@@ -54,9 +64,11 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
                      oldest age, paused, workers seen, the last hour by the minute; totals=true:
                      also the sums of all queues, and those with due jobs that no worker polls
-    GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
+    GET  /health     JSON; status 503 while jobs cannot be stored; warnings of what may come
+    GET  /metrics, /backup    Prometheus text; a consistent copy of the database, one at a time
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
+    GET  /openapi.json, /rundown.mjs   these calls for generators of clients; the SDK for Node
 
 Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign
 page, 404, 405, 408, 409 not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 500,
@@ -82,6 +94,11 @@ GUARANTEES
 - A job with `after` is handed out once all jobs that it names are done. It is cancelled when one
   fails, is cancelled or is purged before that; with `after_any` it is handed out once all have
   ended. Retention keeps the jobs that a pending job waits for.
+- Jobs with the same `group` in the same queue run one at a time, in the order of their arrival. The
+  next one is available once the one before has ended for good; while that waits for a retry, its
+  time or other jobs, those behind it wait too. Priority orders groups, not the jobs within one.
+- A job that `expires` (seconds from now, or from run_at) is cancelled if it has not started by
+  then.
 - Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on;
   missed ticks make one, for the last of them. While its `key` is pending or running, a tick makes
   none and counts in `skipped`. Cron has five fields (minute, hour, day of month, month, day of
@@ -97,6 +114,10 @@ poll claims at most 16 MiB of jobs (one at least), and a page ends there. At mos
 and 64 MiB of responses are buffered; above that the newest large ones get 503. Done or cancelled
 jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that is set back is
 followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
+After a restart, deadlines that are counted in seconds have moved with the clock. A job has at most
+1,000 steps, of 8 MiB in all.
+When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
+purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
 
 # Checkers of a program beside this file need not check this one:
@@ -135,6 +156,7 @@ import pathlib
 import random
 import re
 import selectors
+import shutil
 import signal
 import socket
 import socketserver
@@ -211,6 +233,11 @@ RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
 CHECKPOINT_PAGES = 4000         # pages in the write-ahead log that start a checkpoint
+NEARLY_FULL_LOG_PAGES = 250     # the same while the disk is nearly full
+MAX_LOG_BYTES = 64 << 20        # a longer log is cut to this once it was written to the database
+RESERVE_BYTES = 8 << 20         # kept free on the disk for the time when jobs have filled it
+SHRINK_PAGES = 500              # free pages that one step gives back to the disk
+MIN_FREE_PAGES = 1000           # free pages that a database keeps for new jobs
 FULL_CHECK_MAX_BYTES = 64 << 20     # databases up to this size are checked in full at the start
 BACKUP_INFIX = '.backup-'       # in the names of copies that are being made
 DURATION_BUCKETS = (            # seconds
@@ -411,6 +438,10 @@ class Unavailable(HTTPError):
 
     status = 503
     headers = [('Retry-After', '1')]
+
+
+class DiskFull(Unavailable):
+    """The disk was full: nothing was written, and the reserve has been given up for a next try."""
 
 
 class Busy(Unavailable):
@@ -1342,7 +1373,10 @@ def is_storage_error(error):
 
 
 def owner_and_mode(path):
-    info = os.stat(path)
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        return error.strerror
     owner = info.st_uid
     with contextlib.suppress(ImportError, KeyError):
         import pwd
@@ -1408,6 +1442,83 @@ def check_header(path):
         os.chmod(path, 0o600)
 
 
+class DiskReserve:
+    """A file that keeps a part of the disk free, for the time when jobs have filled the rest.
+
+    It is taken when the disk is nearly full, and given up when a write finds it full. From then on
+    no jobs are added, but they can be completed and purged, until there is room again.
+    """
+
+    def __init__(self, database_path):
+        # constant after start
+        self.path = database_path + '-reserve'
+        self.folder = os.path.dirname(database_path)
+        self.size = 0           # bytes; 0: this disk cannot be asked
+        # touched by the thread that writes, read by all
+        self.is_held = False
+        self.free = 0           # bytes that others may use, when it looked last
+
+    def open(self):
+        """Find an old one, and give it up if the engine could not start on the full disk."""
+        with contextlib.suppress(OSError):
+            self.size = min(RESERVE_BYTES, shutil.disk_usage(self.folder).total // 8)
+        self.is_held = os.path.exists(self.path)
+        self.look()
+        if self.is_held and self.free < self.size:
+            self.give_up()
+
+    def look(self):
+        """See how much is free; take it if that is little, or leave it if that is plenty."""
+        with contextlib.suppress(OSError):
+            self.free = shutil.disk_usage(self.folder).free
+        if self.is_held and self.free > 2 * self.nearly_full():
+            self.give_up()
+        elif not self.is_held and 2 * self.size <= self.free < self.nearly_full():
+            self._take()
+
+    def nearly_full(self):
+        """Free bytes below which the disk is nearly full: more than a second of jobs may fill."""
+        return 32 * self.size
+
+    def _take(self):
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_BINARY', 0)
+            with os.fdopen(os.open(self.path, flags, 0o600), 'wb') as file:
+                if hasattr(os, 'posix_fallocate'):
+                    os.posix_fallocate(file.fileno(), 0, self.size)
+                else:
+                    file.write(bytes(self.size))
+            self.is_held = True
+        except OSError:
+            self.give_up()
+
+    def give_up(self):
+        """True if this makes room."""
+        held = self.is_held
+        self.is_held = False
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+            self.free = shutil.disk_usage(self.folder).free
+        return held
+
+    def has_room(self, db):
+        """Whether jobs may be added: it is not needed or held, or free pages take them."""
+        if self.is_held or self.free >= self.nearly_full():
+            return True
+        self.look()
+        if self.is_held:
+            return True
+        return self.free + free_pages(db) * page_size(db) >= 2 * self.size
+
+
+def free_pages(db):
+    return db.execute('PRAGMA freelist_count').fetchone()[0]
+
+
+def page_size(db):
+    return db.execute('PRAGMA page_size').fetchone()[0]
+
+
 class Database:
     """The file: its lock, the connection that writes, those that read, copies of it."""
 
@@ -1421,13 +1532,17 @@ class Database:
         # safe by themselves
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
+        self.reserve = DiskReserve(self.path)
         self.copying = threading.Lock()     # held until a copy is taken: one at a time
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
         self.folder_mtime = None        # of the folder, when the files in it were looked at
+        self.is_sparse = False          # much of the file is free pages, which shrink() gives back
+        self.checkpoint_pages = 0       # pages in the log that start a checkpoint
         # written by the thread that writes, read by all
         self.last_storage_error = None  # why the last commit failed; None: it did not
+        self.takes_jobs = True          # False: the disk is full, jobs are not added
 
     def open(self):
         """Take the file and create or check its contents; StartupError if that is impossible."""
@@ -1435,6 +1550,7 @@ class Database:
             self.lock_file = lock(self.path)
             check_header(self.path)
             self._remove_copies()
+            self.reserve.open()
             self.db = self._connect_writer(LOCK_TIMEOUT)
             with self.transaction() as db:
                 self._create_or_migrate(db)
@@ -1489,9 +1605,22 @@ class Database:
             raise StartupError(f'{self.path} is damaged; restore a backup')
 
     def _connect_writer(self, lock_timeout):
-        return self._connect(
-            lock_timeout, f'synchronous = {self.sync}', f'wal_autocheckpoint = {CHECKPOINT_PAGES}',
-            'cache_size = -16384')
+        db = self._connect(
+            lock_timeout, f'synchronous = {self.sync}', 'auto_vacuum = INCREMENTAL',
+            'secure_delete = FAST', 'cache_size = -16384')
+        self.checkpoint_pages = 0
+        self._limit_log(db)
+        return db
+
+    def _limit_log(self, db):
+        """Keep the log short while the disk is nearly full: it takes its size once more there."""
+        nearly_full = self.reserve.free < self.reserve.nearly_full()
+        pages = NEARLY_FULL_LOG_PAGES if nearly_full else CHECKPOINT_PAGES
+        if pages != self.checkpoint_pages:
+            self.checkpoint_pages = pages
+            limit = min(MAX_LOG_BYTES, 4 * pages * page_size(db))
+            db.execute(f'PRAGMA wal_autocheckpoint = {pages}')
+            db.execute(f'PRAGMA journal_size_limit = {limit}')
 
     def _connect(self, lock_timeout, *pragmas):
         db = sqlite3.connect(
@@ -1527,12 +1656,15 @@ class Database:
                 raise
             # by their messages: sqlite_errorcode needs Python 3.11
             message = f'the database could not be written ({error})'
+            is_full = 'full' in str(error) and self.reserve.give_up()
             if self.db and not begun and 'locked' in str(error):
                 raise Busy(f'{message}; nothing was changed, try again') from error
             if self.db:     # after an I/O error only a fresh connection knows what is on disk
                 self.db.close()
                 self.db = None
             self.unsynced = self.unsynced or 'I/O' in str(error)
+            if is_full:
+                raise DiskFull(f'{message}; nothing was changed, try again') from error
             raise Unavailable(
                 f'{message}; whether it was done is not known, send it again') from error
 
@@ -1547,6 +1679,48 @@ class Database:
             raise sqlite3.OperationalError('the write-ahead log is locked')
         self.db = db
         self.unsynced = False
+
+    def check_disk(self):
+        """Look how much is left, and at what may be given back; done every second."""
+        self.reserve.look()
+        if self.db is None:
+            return
+        with contextlib.suppress(sqlite3.Error):
+            self._update_sparse(self.db)
+            self._limit_log(self.db)
+
+    def _update_sparse(self, db):
+        free = free_pages(db)
+        pages, = db.execute('PRAGMA page_count').fetchone()
+        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]     # not one of before 2.0
+        self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
+
+    def shrink(self, tx):
+        """A step of giving free pages back to the disk, where a quarter of the file is free."""
+        for _ in range(SHRINK_PAGES):       # one at a time: Python 3.11 steps a PRAGMA just once
+            tx.fetch_all('PRAGMA incremental_vacuum(1)')
+            if tx.is_step_over():
+                break
+        self._update_sparse(tx.db)
+
+    def log_bytes(self):
+        with contextlib.suppress(OSError):
+            return os.path.getsize(self.path + '-wal')
+        return 0
+
+    def trouble(self):
+        """A sentence if jobs cannot be stored at the moment; else None."""
+        if self.last_storage_error:
+            return self.last_storage_error
+        return None if self.takes_jobs else DISK_IS_FULL
+
+    def warnings(self):
+        """Sentences about what is not trouble yet."""
+        log_bytes = self.log_bytes()
+        if log_bytes > 2 * MAX_LOG_BYTES:
+            return [f'the write-ahead log has {log_bytes >> 20} MiB: another program has been '
+                    'reading the database for long']
+        return []
 
     def _find_inodes(self):
         return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
@@ -1567,7 +1741,7 @@ class Database:
             raise Unavailable(
                 f'the database {self.path} or its lock file was deleted or replaced while in use; '
                 'restart the engine')
-        resolution = 0.1 if mtime % 1 else 2    # seconds; some file systems know whole ones only
+        resolution = 0.1 if mtime % 1 else 2     # some know whole seconds only
         is_settled = os.name == 'posix' and mtime < time.time() - resolution
         self.folder_mtime = mtime if is_settled else None
 
@@ -1852,6 +2026,7 @@ class Transaction:
         self.db = db
         self.now = now                          # microseconds since 1970, engine time
         self.response_budget = response_budget  # characters of jobs that polls may still claim
+        self.takes_jobs = True                  # False: the disk is full
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
         # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
@@ -2165,6 +2340,10 @@ REPLACED_COLUMNS = ('payload', 'tag', 'priority', 'timeout', 'max_retries', 'key
                     'expires_at', 'is_timed')
 
 
+DISK_IS_FULL = ('the disk is full: no jobs are added until there is room; '
+                'completing and purging jobs is possible')
+
+
 class Producers:
     """Enqueue."""
 
@@ -2176,6 +2355,8 @@ class Producers:
 
     def enqueue(self, tx, items):
         """Add the jobs, all or none. Of each (row, what was done): CREATED, EXISTING, REPLACED."""
+        if not tx.takes_jobs:
+            raise Unavailable(DISK_IS_FULL)
         if len(items) > 1:
             named = sum(len(item['after']) for item in items if 'after' in item)
             if named > MAX_DEPENDENCIES:
@@ -2190,11 +2371,14 @@ class Producers:
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
-            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields, aliases)
-            if budget - tx.response_budget > MAX_RESPONSE and len(rows) > 1:
-                raise PayloadTooLarge(
-                    'jobs: those that exist already are too large for one answer; '
-                    'send fewer at a time')
+            try:
+                jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields, aliases)
+            except Unavailable:
+                if len(rows) > 1 and tx.response_budget < budget:       # its own jobs fill it
+                    raise PayloadTooLarge(
+                        'jobs: those that exist already are too large for one answer; '
+                        'send fewer at a time') from None
+                raise
         for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
             self.jobs.advance_group(tx, queue, group)
         return jobs
@@ -2688,7 +2872,9 @@ class Schedules:
         return {'count': deleted}
 
     def run_due(self, tx):
-        """A step of making the jobs of the ticks that are due."""
+        """A step of making the jobs of the ticks that are due; they stay due on a full disk."""
+        if not tx.takes_jobs:
+            return
         due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
                            'LIMIT ?', tx.now, BATCH_ROWS)
         for name, in tx.paced(due):
@@ -3094,10 +3280,12 @@ class Queries:
         return total
 
     def health(self):
-        error = self.database.last_storage_error
+        """Whether jobs can be stored, and what may become trouble."""
+        trouble = self.database.trouble()
         return {
-            'status': 'trouble' if error else 'ok',
-            'storage': error or 'ok',
+            'status': 'trouble' if trouble else 'ok',
+            'storage': trouble or 'ok',
+            'warnings': self.database.warnings(),
             'version': VERSION,
         }
 
@@ -3729,11 +3917,14 @@ class Committer:
         self.database = store.database
         # touched by the loop's thread only; times are the loop's
         self.submitted = []                 # operations for the next transaction
-        self.maintenance = Operation(store.run_due)     # part of each of them
+        self.maintenance = Operation(self._maintain)    # part of each of them
         self.lock_retry_at = 0              # another program has the write lock: no try before
         self.maintenance_paused_until = 0   # after trouble
         self.clock_checked_at = -NEVER
         self.listening_until = -NEVER       # heartbeats could be received until then
+        # read by other threads, too
+        self.commits = 0
+        self.commit_seconds = 0             # that all of them took, from the begin on
 
     def submit(self, operation):
         operation.submitted_at = self.loop.now
@@ -3751,6 +3942,8 @@ class Committer:
     def next_attempt(self, now):
         """When there is something to do: an operation, or something due."""
         due = now + (self.store.next_deadline - self.store.clock.now()) / 1000000
+        if self.database.is_sparse:
+            due = now
         due = max(due, self.maintenance_paused_until)
         return min(due, self.lock_retry_at) if self.submitted else due
 
@@ -3765,22 +3958,31 @@ class Committer:
         if maintain and now - self.clock_checked_at >= CLOCK_CHECK_INTERVAL:
             self.clock_checked_at = now
             ahead = clock.slew()
+            self.database.check_disk()
         if not (self.submitted or maintain and (
-                ahead or self.store.next_deadline <= clock.now())):
+                ahead or self.database.is_sparse or self.store.next_deadline <= clock.now())):
             return
         operations = self.submitted
         self.submitted = []
         maintenance = self.maintenance if maintain else None
         try:
             tx, served = self._run_transaction(operations, maintenance, ahead)
+        except DiskFull:        # again at once, with the space of the reserve
+            clock.offset = offset
+            self.submitted[:0] = operations
+            return
         except Unavailable as error:
             clock.offset = offset       # the step of the clock is not on disk
             self._storage_failed(error, operations, now)
             return
         self.lock_retry_at = 0
-        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if self.maintenance.error else 0
+        # schedules whose jobs cannot be added stay due
+        pause = self.maintenance.error or not tx.takes_jobs
+        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if pause else 0
         self.maintenance.error = None
         self.loop.now = time.monotonic()
+        self.commits += 1
+        self.commit_seconds += self.loop.now - self.listening_until     # that is, its begin
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
@@ -3830,6 +4032,7 @@ class Committer:
                         run(operation)
                 self.listening_until = began
                 self.database.last_storage_error = None
+                self._note_room(tx.takes_jobs)
                 return tx, served
             except PoisonedTransaction as error:
                 insert_in_bulk = False      # one by one it shows whose fault it is
@@ -3852,9 +4055,20 @@ class Committer:
                 writes.append(operation)
         return writes, inserts, polls
 
+    def _note_room(self, takes_jobs):
+        if takes_jobs != self.database.takes_jobs:
+            self.database.takes_jobs = takes_jobs
+            log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
+
+    def _maintain(self, tx):
+        self.store.run_due(tx)
+        if self.database.is_sparse:
+            self.database.shrink(tx)
+
     def _begin(self, db, ahead):
         """(tx, the loop's time at its begin). First of all leases are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
+        tx.takes_jobs = self.database.reserve.has_room(db)
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
@@ -3963,6 +4177,8 @@ class EventLoop:
         self.now = time.monotonic()         # the time of this pass, taken when something happened
         self.draining = False               # the engine ends once no connection is left
         self.drain_deadline = NEVER         # when it ends, whoever is still there
+        self.lags = [0, 0]                  # longest pass in seconds: in this minute, the last one
+        self.lag_minute = 0
         self.connections = set()
         self.timeouts = Timeouts()
         self.budget = Budget(self.connections)
@@ -4026,6 +4242,14 @@ class EventLoop:
             self.calls_from_threads.popleft()()
         self.timeouts.fire(now)
         self.committer.commit_batch(now)
+        self._note_lag(now)
+
+    def _note_lag(self, now):
+        """Remember the longest pass, in which nobody was heard."""
+        if now >= self.lag_minute + 60:
+            self.lag_minute = now
+            self.lags = [0, self.lags[0]]
+        self.lags[0] = max(self.lags[0], self.now - now)
 
     def _select_timeout(self, now):
         """Seconds until something is due; 0 if calls from other threads wait."""
@@ -4160,6 +4384,7 @@ class Request:
         self.head = None            # a RequestHead; None until its end was received
         self.is_received = False
         self.body = None            # bytes, until they are parsed
+        self.params = None          # the validated fields, of each item of a batch
         self.size = 0               # bytes of the body, also of what it became
         self.operation = None       # an Operation or JobWait that it waits for
 
@@ -4307,7 +4532,7 @@ class Connection(Client):
             raise
         except Exception as error:
             file = self._begin_error(request, error, keep_alive)
-        request.operation = request.body = None
+        request.operation = request.body = request.params = None
         request.size = 0
         if file:
             yield from self._send_file(file, os.fstat(file.fileno()).st_size)
@@ -4394,11 +4619,13 @@ class Connection(Client):
         """The response of the handler, after the operation that it asks for."""
         head = request.head
         if head.rule.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
-            result = yield from self._offload(self.server.handle, head, request.body)
+            result = yield from self._offload(self.server.handle, request)
         else:
-            result = self.server.handle(head, request.body)
+            result = self.server.handle(request)
         if isinstance(result, (Operation, JobWait)):
             result = yield from self._run_operation(request, result)
+        if head.route in AUDITED:
+            log(audit_line(self.address[0], head.route, request.params, result))
         return result
 
     def _run_operation(self, request, operation):
@@ -4676,13 +4903,19 @@ def backup(server, params):
     return Response(database.backup(), 200, 'application/vnd.sqlite3', headers)
 
 
+def health(server, params):
+    """Status 503 in trouble, for those that look at no more than that."""
+    state = server.store.queries.health()
+    return Response(state, 200 if state['status'] == 'ok' else 503)
+
+
 def read_call(name):
     """The handler that runs a method of the store's queries."""
     return lambda server, params: getattr(server.store.queries, name)(**params)
 
 
 def metrics(server, params):
-    return Response(exposition(server.store), content_type=PROMETHEUS)
+    return Response(exposition(server), content_type=PROMETHEUS)
 
 
 def docs(server, params):
@@ -4765,13 +4998,33 @@ ROUTES = {
         'GET', read_call('queues'), optional='limit after busy queue search totals',
         offload=True),
     '/metrics': route('GET', metrics, offload=True),
-    '/health': route('GET', read_call('health')),
+    '/health': route('GET', health),
     '/backup': route('GET', backup, offload=True),
     '/docs': route('GET', docs),
     '/openapi.json': route('GET', lambda server, params: openapi()),
     '/rundown.mjs': route('GET', node_sdk),
     '/': route('GET', lambda server, params: dashboard()),
 }
+
+
+# what operators do is logged, with these fields
+AUDITED = frozenset(('/pause', '/resume', '/limit', '/cancel', '/retry', '/purge', '/reschedule',
+                     '/schedule', '/unschedule'))
+AUDIT_FIELDS = ('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
+                'priority')
+
+
+def audit_line(address, path, params, result):
+    """Who did what to how many: the call, its fields, and the count in its result."""
+    if isinstance(params, dict):
+        fields = [f'{field}={describe(params[field])}' for field in AUDIT_FIELDS if field in params]
+    else:
+        fields = [f'{len(params)} jobs']
+    count = 1
+    if isinstance(result, dict):
+        items = [item for item in result.get('jobs', ()) if 'error' not in item]
+        count = result.get('count', len(items) if 'jobs' in result else 1)
+    return f'{address} {path} {" ".join(fields)}: {count}'
 
 
 class RequestHandler(socketserver.BaseRequestHandler):
@@ -4844,13 +5097,14 @@ class Server(http.server.ThreadingHTTPServer):
         if not isinstance(request, SlowCall):
             super().shutdown_request(request)
 
-    def handle(self, head, body):
+    def handle(self, request):
         """What the handler of the route makes of the request."""
+        head = request.head
         if head.method == 'POST':
-            params = validate_batch(head.route, parse_json(body))
+            request.params = validate_batch(head.route, parse_json(request.body))
         else:
-            params = parse_query(head)
-        return head.rule.handler(self, params)
+            request.params = parse_query(head)
+        return head.rule.handler(self, request.params)
 
     def remember_head(self, raw, head):
         """Keep an authorized head, since clients send the same one again and again."""
@@ -5007,22 +5261,61 @@ class Family(NamedTuple):
     samples: Iterable[str]
 
 
-def exposition(store):
+def exposition(server):
     """The metrics in the text format of Prometheus, version 0.0.4."""
     lines = []
-    for family in metric_families(store):
+    for family in metric_families(server):
         lines.append(f'# HELP rundown_{family.name} {family.meaning}\n')
         lines.append(f'# TYPE rundown_{family.name} {family.kind}\n')
         lines.extend(f'rundown_{family.name}{text}\n' for text in family.samples)
     return ''.join(lines)
 
 
-def metric_families(store):
+def metric_families(server):
+    store = server.store
+    yield from storage_families(store.database)
+    yield from loop_families(server.loop)
     queues, schedules = store.queries.metric_counts()
     now = store.clock.now()
+    yield from live_families(store, now)
     yield from queue_families(queues, now)
     yield from schedule_families(schedules, now)
     yield from meter_families(store.meter, {queue['queue'] for queue in queues})
+
+
+def gauge(name, meaning, value):
+    return Family(name, 'gauge', meaning, [sample(value)])
+
+
+def storage_families(database):
+    yield gauge('storage_trouble', '1 while jobs cannot be stored, as GET /health says.',
+                int(database.trouble() is not None))
+    yield gauge('database_bytes', 'Size of the database.', os.path.getsize(database.path))
+    yield gauge('log_bytes', 'Size of its write-ahead log, which long readers let grow.',
+                database.log_bytes())
+    yield gauge('disk_free_bytes', 'Free bytes of the disk, besides the reserve.',
+                database.reserve.free)
+    yield gauge('reserve_bytes', 'Kept free for the time when jobs have filled the disk; '
+                '0 while there is plenty, and when it is used up.',
+                database.reserve.size if database.reserve.is_held else 0)
+
+
+def loop_families(loop):
+    yield gauge('loop_lag_seconds', 'Longest time in this and the last minute in which the event '
+                'loop heard nobody.', max(loop.lags))
+    yield Family('commit_seconds', 'summary', 'Seconds from the begin of a transaction to its '
+                 'commit.', [sample(loop.committer.commit_seconds, '_sum'),
+                             sample(loop.committer.commits, '_count')])
+
+
+def live_families(store, now):
+    seen = list(store.workers.seen.items())
+    live = {worker for (worker, _), (seen_at, _) in seen if seen_at > now - micros(60)}
+    yield gauge('workers', 'Workers that polled or sent a heartbeat in the last minute.',
+                len(live))
+    with store.database.reading() as db:
+        paused, = db.execute('SELECT COUNT(*) FROM queues WHERE paused').fetchone()
+    yield gauge('queues_paused', 'Queues that are paused.', paused)
 
 
 def queue_families(queues, now):
@@ -8579,14 +8872,15 @@ export function queue(name, options, handler) {
  * Works on all registered queues until stop(), SIGTERM or SIGINT. Handlers that run then get
  * `grace` seconds; jobs that are not over by then are released to other workers. After a signal the
  * process exits with 0, at the latest 5 s after this resolves; after a second one at once.
- * @param {{ grace?: number, log?: (line: string) => void }} [options]
+ * With `burst` it works off what is due and resolves: for cron jobs and tests.
+ * @param {{ grace?: number, burst?: boolean, log?: (line: string) => void }} [options]
  * @returns {Promise<void>}
  */
-export async function run({ grace = GRACE, log = console.error } = {}) {
+export async function run({ grace = GRACE, burst = false, log = console.error } = {}) {
   if (worker || !registrations.size) {
     throw new Error(worker ? "run() is under way already" : "run() needs a queue: see queue()");
   }
-  worker = new Worker(grace, log);
+  worker = new Worker(grace, burst, log);
   let signalledAt = 0;
   const onSignal = (name) => {
     if (signalledAt && now() - signalledAt > SAME_SIGNAL) {
@@ -8696,7 +8990,7 @@ class Claim {
   lose(message) {
     if (!this.outcome) {
       this.worker.log(`${this} lost: ${message}`);
-      this.worker.claims.delete(this);
+      this.worker.forget(this);
       this.settle(undefined, {}, new Lost(message));
     }
   }
@@ -8773,7 +9067,7 @@ class Claim {
     } else if (isUnfit && fields.delay !== undefined) {
       this.outcome = this.encode("fail", { ...fields, delay: undefined });
     } else {
-      this.worker.claims.delete(this);
+      this.worker.forget(this);
     }
   }
 
@@ -8816,14 +9110,17 @@ class Worker {
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
   error; // what run() throws
+  changes = 0; // claims that began or ended: each may make jobs due
+  idle = new Map(); // queue -> `changes` when a poll that found nothing was sent
   isConsuming = true;
   isReporting = false;
   isStuck = false; // the engine did not take the last report
-  isAway = false; // and the log says so
+  awaySince; // when the engine was missed first, which the log says; undefined: it is there
   ended;
 
-  constructor(grace, log) {
+  constructor(grace, burst, log) {
     this.grace = grace;
+    this.burst = burst;
     this.log = log;
     setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
   }
@@ -8878,12 +9175,16 @@ class Worker {
         continue;
       }
       try {
+        const { changes } = this;
         const limit = Math.min(concurrency - running, MAX_BATCH);
         const jobs = await this.poll({ ...fields, limit });
         tries = 0;
         running += jobs.length;
         for (const job of jobs) {
           this.start(new Claim(job, this, onSettled), handler);
+        }
+        if (this.burst && !jobs.length) {
+          await this.rest(name, changes);
         }
       } catch (error) {
         tries += 1;
@@ -8909,7 +9210,8 @@ class Worker {
 
   async poll(fields) {
     const { signal } = this.stopping;
-    const wait = connect().hasAnswered ? POLL_WAIT : 0; // it has to show that it is there
+    const isSure = connect().hasAnswered && !this.burst;
+    const wait = isSure ? POLL_WAIT : 0; // at first the engine has to show that it is there
     const text = JSON.stringify({ ...fields, wait });
     const began = now();
     const poll = { sockets: this.sockets, signal };
@@ -8924,8 +9226,24 @@ class Worker {
     return jobs;
   }
 
+  forget(claim) {
+    this.claims.delete(claim);
+    this.changes += 1;
+  }
+
+  /** A burst is over when all queues were empty since the last claim ended. */
+  async rest(name, changes) {
+    this.idle.set(name, changes);
+    const isIdle = (each) => this.idle.get(each) === this.changes;
+    if (!this.claims.size && [...registrations.keys()].every(isIdle)) {
+      this.stop();
+    }
+    await pause(0.05, this.stopping.signal);
+  }
+
   start(claim, handler) {
     this.claims.add(claim);
+    this.changes += 1;
     if (this.stopping.signal.aborted) {
       claim.release();
     } else {
@@ -8933,22 +9251,24 @@ class Worker {
     }
   }
 
-  /** Seconds until the next try. Says once that the engine is away; throws what no try mends. */
+  /** Seconds until the next try. Says once that the engine is away; stops if no try mends that. */
   away(error, tries) {
     const isRefused = error instanceof Refused && error.status !== 400;
-    if (!isRefused && !(error instanceof Unavailable)) {
-      throw error;
-    }
-    if (!this.isAway && !this.stopping.signal.aborted) {
-      this.isAway = true;
+    if (this.awaySince === undefined && !this.stopping.signal.aborted) {
+      this.awaySince = now();
       this.log(`engine away, trying again until it is back: ${error.message}`);
+    }
+    const isOver = this.burst && (isRefused || now() - this.awaySince > PATIENCE);
+    if (isOver || !(isRefused || error instanceof Unavailable)) {
+      this.stop(error);
+      return MAX_PAUSE;
     }
     return isRefused ? REFUSED_PAUSE : backoff(tries, error);
   }
 
   back() {
-    if (this.isAway) {
-      this.isAway = false;
+    if (this.awaySince !== undefined) {
+      this.awaySince = undefined;
       this.log("engine back");
     }
   }

@@ -3834,7 +3834,8 @@ def test_an_engine_whose_lock_file_is_gone_acknowledges_nothing(own, q):
     engine.enqueue(q)
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
-    assert "lock file" in engine.get("/health")["storage"] and "storage trouble" in engine.log()
+    code, health = engine.call("GET", "/health")
+    assert code == 503 and "lock file" in health["storage"] and "storage trouble" in engine.log()
 
 
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
@@ -4704,38 +4705,45 @@ IN_THE_WAY = ["jobs.db.lock", "jobs.db", "jobs.db-wal", "folder"]
 
 @pytest.mark.skipif(not POSIX, reason="owners and modes")
 @pytest.mark.parametrize("culprit", IN_THE_WAY)
-def test_an_engine_that_may_not_use_a_file_names_it_with_owner_and_mode(own, tmp_path, culprit):
-    if os.geteuid() == 0 and not shutil.which("setpriv"):
+def test_an_engine_that_may_not_use_a_file_names_it_with_owner_and_mode(culprit):
+    is_root = os.geteuid() == 0
+    if is_root and not shutil.which("setpriv"):
         pytest.skip("root may use every file")
-    engine = own()
-    engine.kill()
-    if culprit == "folder":
-        (engine.folder / "jobs.db.lock").unlink()
-    blocked = engine.folder / ("" if culprit == "folder" else culprit)
-    nobody = []
-    if os.geteuid() == 0:
-        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        for path in (engine.folder, *engine.folder.iterdir()):
-            os.chown(str(path), 65534, 65534)
-        for path in (tmp_path, *list(tmp_path.parents)[:2]):
-            path.chmod(0o755)
-    blocked.chmod(0o555 if culprit == "folder" else 0o400)
-    if os.geteuid() == 0:
-        os.chown(str(blocked), 0, 0)
-    program = tmp_path / "engine.py"
-    program.write_bytes(Path(rundown_engine.__file__).read_bytes())
-    try:
+    with tempfile.TemporaryDirectory() as folder:       # other users may enter, unlike tmp_path
+        os.chmod(folder, 0o755)
+        program = Path(folder) / "engine.py"
+        program.write_bytes(Path(rundown_engine.__file__).read_bytes())
+        data = Path(folder) / "data"
+        data.mkdir()
+        engine = Engine(data)
+        engine.kill()
+        if culprit == "folder":
+            (data / "jobs.db.lock").unlink()
+        blocked = data if culprit == "folder" else data / culprit
+        nobody = []
+        if is_root:
+            nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+            for path in (data, *data.iterdir()):
+                os.chown(str(path), 65534, 65534)
+            os.chown(str(blocked), 0, 0)
+        blocked.chmod(0o555 if culprit == "folder" else 0o400)
         ended = subprocess.run(
             [*nobody, sys.executable, str(program), "--db", str(engine.database), "--port", "0"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), timeout=20)
-    finally:
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=folder,
+            timeout=20)
         blocked.chmod(0o700)
     line, = ended.stderr.decode().splitlines()
     assert ended.returncode == 2
-    assert "%s (owner " % str(blocked).rstrip("/") in line and "mode " in line, line
+    assert "%s (owner " % blocked in line and "mode " in line, line
 
 
-@pytest.mark.skipif(not POSIX, reason="ends the engine by a signal")
+def is_caught(pid, number):
+    """Whether the process has a handler for a signal."""
+    status = Path("/proc/%d/status" % pid).read_text()
+    return int(re.search("SigCgt:\t([0-9a-f]+)", status)[1], 16) >> (number - 1) & 1
+
+
+@pytest.mark.skipif(not LINUX, reason="looks at the signals of a process in /proc")
 @pytest.mark.parametrize("as_process_1", [False, True])
 def test_an_engine_that_is_stopped_while_it_starts_ends(own, as_process_1):
     engine = own()
@@ -4752,7 +4760,7 @@ def test_an_engine_that_is_stopped_while_it_starts_ends(own, as_process_1):
         if as_process_1:
             until(lambda: children.read_text().split())
             target = int(children.read_text().split()[0])
-        time.sleep(1)
+        until(lambda: is_caught(target, signal.SIGTERM))
         os.kill(target, signal.SIGTERM)
         time.sleep(0.2)
     _, said = process.communicate(timeout=10)
@@ -8562,6 +8570,10 @@ def test_durations_may_be_timedeltas_everywhere(engine, q):
     job = app.enqueue(q, timeout=minute, delay=minute, give_up=minute)
     assert job["timeout"] == 60 and job["next_run_at"] > job["created_at"]
     assert app.schedule(q, q, every=minute, timeout=minute)["every"] == 60
+    client, instant = app.client(), datetime.timedelta(milliseconds=1)
+    assert client.poll(q, wait=instant, lease=minute, timeout=minute) is None
+    assert client.job(job["id"], wait=instant)["id"] == job["id"]
+    assert client.limit(q, rate=1, per=minute)["per"] == 60
     assert rw.Retry("no", delay=minute).delay == 60
     with pytest.raises(rw.Unfinished):
         job.wait(datetime.timedelta(seconds=0.1))
@@ -9561,8 +9573,8 @@ def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_en
     id = rw.enqueue_in(box, q, {"a": "ä\0"}, delay=0.5, priority=7, tag="t")
     own = rw.enqueue_in(box, q, id=q + "-own")
     far = rw.enqueue_in(box, q, delay=10**12)
-    with pytest.raises(TypeError):
-        rw.enqueue_in(box, q, color="red")
+    with pytest.raises(TypeError, match="did you mean priority"):
+        rw.enqueue_in(box, q, prioritie=1)
     with pytest.raises(rw.Misuse, match="not both"):
         rw.enqueue_in(box, q, delay=1, run_at="2030-01-01T00:00:00Z")
     with pytest.raises(rw.NotJSON):
@@ -10567,6 +10579,26 @@ def test_a_node_handler_that_throws_leaves_its_stack_and_last_the_message(engine
         error = ended(engine, job)["error"]
     assert re.match(r"RangeError: large\n    at resize \(.*main.mjs:\d+:\d+\)", error)
     assert error.splitlines()[-1] == "RangeError: large"
+
+
+def test_a_burst_in_node_works_off_what_is_due_and_ends(engine, tmp_path, q):
+    first = engine.enqueue(q + "a", 1)
+    second = engine.enqueue(q + "b", 2, after=[first["id"]])
+    third = engine.enqueue(q + "a", 3, after=[second["id"]])
+    later = engine.enqueue(q + "a", 4, delay=100)
+    source = "for (const name of 'ab') queue('%s' + name, (payload) => sleep(0.05 * payload));" % q
+    with node(tmp_path, engine, source, run="await run({ burst: true });") as worker:
+        assert worker.wait() == 0
+    statuses = [engine.job(job)["status"] for job in (first, second, third, later)]
+    assert statuses == ["done", "done", "done", "pending"]
+
+
+@beside
+def test_a_burst_in_node_ends_when_no_engine_answers(tmp_path):
+    run = "await run({ burst: true }).catch((error) => say(error.name, error.message));"
+    with node(tmp_path, unused(), ECHO % "q", run=run, replaced={"PATIENCE": 0.5}) as worker:
+        assert worker.wait() == 0
+        assert worker.said()[0].startswith("Unavailable no engine answers at http://127.0.0.1:")
 
 
 def test_concurrency_and_settings_of_a_node_worker(engine, tmp_path, q):
@@ -13396,9 +13428,149 @@ def test_a_full_file_system_gets_503_keeps_what_it_has_and_recovers_when_there_i
     assert engine.count(q) == codes.count(200) + 1
 
 
-def on_a_small_disk(own, folder):
-    """An engine whose database is on a file system of 4 MB that only it sees."""
-    mount = 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"'
+def fill(engine, q, of=40000):
+    """Enqueues until the disk is full; how many jobs were acknowledged."""
+    count = 0
+    for size in (of, of // 10, 100):
+        while True:
+            jobs = [{"queue": q, "payload": "x" * size}] * 5
+            code, answer = engine.call("POST", "/enqueue", {"jobs": jobs})
+            if code == 503:
+                assert "disk is full" in answer["error"]
+                break
+            count += 5
+    return count
+
+
+@pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
+def test_on_a_disk_full_of_jobs_these_can_be_completed_and_purged_and_then_others_added(
+        own, tmp_path, q):
+    small = tmp_path / "small"
+    small.mkdir()
+    engine = on_a_small_disk(own, small, "12m")
+    assert "rundown_reserve_bytes 1572864\n" in engine.get("/metrics")
+    engine.post("/schedule", name=q, queue=q + "-ticks", every=1)
+    count = fill(engine, q)
+    code, health = engine.call("GET", "/health")
+    assert code == 503 and health["status"] == "trouble" and "disk is full" in health["storage"]
+    metrics = engine.get("/metrics")
+    assert "rundown_reserve_bytes 0\n" in metrics and "rundown_storage_trouble 1\n" in metrics
+    for verb in ["complete", "fail", "heartbeat", "release"] * 10:
+        assert engine.tell(verb, engine.poll(q))[0] == 200
+    assert cpu_is_idle(engine)      # the schedule, whose jobs have no room, does not spin
+    assert engine.call("POST", "/purge", {"queue": q, "status": "pending"})[0] == 200
+    assert engine.enqueue(q, "x" * 40000)
+    until(lambda: engine.call("GET", "/health")[0] == 200, 10)
+    until(lambda: engine.queue(q + "-ticks")["pending"])
+    assert count > 100
+
+
+def cpu_is_idle(engine):
+    before = cpu(engine.process)
+    time.sleep(0.5)
+    return cpu(engine.process) - before < 0.2
+
+
+@pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
+def test_an_engine_that_was_killed_on_a_disk_full_of_its_jobs_starts_and_purges_them(
+        own, tmp_path, q):
+    small = tmp_path / "small"
+    small.mkdir()
+    keeper = subprocess.Popen([*in_namespace(), "sh", "-c",
+                               'mount -t tmpfs -o size=12m tmpfs "$0" && echo up && cat', str(small)],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        keeper.stdout.readline()
+        inside = ("nsenter", "--user", "--mount", "--preserve-credentials", "-t", str(keeper.pid))
+        engine = own("--db", str(small / "jobs.db"), prefix=inside)
+        fill(engine, q)
+        for restart in range(2):
+            engine.kill()
+            engine.start("--db", str(small / "jobs.db"), prefix=inside)
+        claim = engine.poll(q)
+        assert engine.tell("complete", claim)[0] == 200
+        assert engine.call("POST", "/purge", {"queue": q, "status": "pending"})[0] == 200
+        assert engine.enqueue(q, "x" * 40000)
+    finally:
+        keeper.stdin.close()
+        keeper.wait()
+
+
+def test_the_files_shrink_in_short_steps_after_a_purge(own, q):
+    engine = own("--sync", "normal")
+    for _ in range(4):
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 7500}] * 1000)
+
+    def size():
+        return sum(path.stat().st_size for path in engine.folder.glob("jobs.db*"))
+
+    peak = size()
+    engine.post("/purge", queue=q)
+    slowest = 0
+    end = time.monotonic() + 30
+    while engine.database.stat().st_size > peak // 4:
+        began = time.monotonic()
+        assert began < end
+        engine.enqueue(q + "-other")
+        slowest = max(slowest, time.monotonic() - began)
+    assert slowest < 0.5
+    engine.stop()
+    assert size() < peak // 4
+    with contextlib.closing(sqlite3.connect(str(engine.database))) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+
+
+def test_a_program_that_reads_for_long_is_told_of_by_the_health(own, q):
+    engine = own(constants={"MAX_LOG_BYTES": 100000})
+    engine.enqueue(q)
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 5000}] * 100)
+        code, health = engine.call("GET", "/health")
+        assert code == 200 and "has been reading" in health["warnings"][0]
+
+
+AUDITED = [     # call, body, what the line says
+    ("/pause", {"queue": "Q"}, '/pause queue="Q": 1'),
+    ("/resume", {"queue": "Q"}, '/resume queue="Q": 1'),
+    ("/limit", {"queue": "Q", "rate": 3}, '/limit queue="Q" rate=3: 1'),
+    ("/schedule", {"name": "S", "queue": "Q", "every": 9}, '/schedule name="S" queue="Q": 1'),
+    ("/unschedule", {"name": "S"}, '/unschedule name="S": 1'),
+    ("/cancel", {"queue": "Q", "status": "pending"}, '/cancel queue="Q" status="pending": 3'),
+    ("/retry", {"queue": "Q", "status": "cancelled"}, '/retry queue="Q" status="cancelled": 3'),
+    ("/reschedule", {"jobs": [{"id": "A", "delay": 0}, {"id": "none", "delay": 0}]},
+     "/reschedule 2 jobs: 1"),
+    ("/purge", {"queue": "Q"}, '/purge queue="Q": 3'),
+]
+
+
+def test_what_an_operator_does_is_logged_in_a_line_with_address_and_count(own):
+    engine = own()
+    engine.post("/enqueue", jobs=[{"queue": "Q", "id": id} for id in "ABC"])
+    for path, body, _ in AUDITED:
+        assert engine.call("POST", path, body)[0] == 200
+    assert engine.call("POST", "/retry", {"id": "A"})[0] == 404
+    lines = [line.split(" ", 2)[2] for line in engine.log().splitlines()]
+    assert lines == ["127.0.0.1 " + line for _, _, line in AUDITED]
+
+
+def test_the_metrics_tell_of_storage_workers_pauses_and_the_loop(engine, q):
+    engine.poll(q, worker=q)
+    engine.post("/pause", queue=q)
+    values = dict(line.split(" ") for line in engine.get("/metrics").splitlines()
+                  if line[0] != "#" and "{" not in line)
+    engine.post("/resume", queue=q)
+    assert values["rundown_storage_trouble"] == "0" and float(values["rundown_workers"]) >= 1
+    assert int(values["rundown_queues_paused"]) >= 1
+    for name in ("database_bytes", "log_bytes", "disk_free_bytes", "loop_lag_seconds",
+                 "commit_seconds_sum", "commit_seconds_count"):
+        assert float(values["rundown_" + name]) > 0, name
+
+
+def on_a_small_disk(own, folder, size="4m"):
+    """An engine whose database is on a small file system that only it sees."""
+    mount = 'mount -t tmpfs -o size=%s tmpfs "$0" && exec "$@"' % size
     prefix = ("unshare", "-rm", "sh", "-c", mount, str(folder))
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this system lets nobody mount in a namespace")
