@@ -5419,6 +5419,24 @@ def test_all_jobs_that_match_are_selected_over_many_pages(dashboard, board, q):
     assert (board.queue(q)["cancelled"], board.job(other)["status"]) == (120, "pending")
 
 
+def test_more_jobs_than_can_be_named_are_changed_by_their_status(dashboard, board, q):
+    board.post("/enqueue", jobs=[{"queue": q}] * 10000)
+    board.enqueue(q)
+    board.post("/pause", queue=q)
+    board.post("/cancel", queue=q, status="pending")
+    dashboard.js("location.hash = 'jobs?queue=%s&status=cancelled'" % q)
+    until(lambda: dashboard.text("#select-label") == "select these 50")
+    dashboard.press("#select-page")
+    dashboard.press("[data-action=select-matching]")
+    dashboard.shows("#bulk b", "10,001 jobs selected")
+    assert dashboard.text('[data-action=bulk][data-about*="run"]') == "Run now"
+    dashboard.press('[data-action=bulk][data-about*="delete"]')
+    dashboard.type("#typed", "10001")
+    confirm(dashboard, "Delete 10,001 jobs?")
+    dashboard.shows("#notice", "Delete: 10,001 jobs", 20)
+    assert board.queue(q)["cancelled"] == 0
+
+
 def test_failures_are_grouped_by_their_last_line(dashboard, board, q):
     lines = ["OSError: no disk"] * 3 + ["KeyError: 'a'"] * 2
     for number, line in enumerate(lines):
