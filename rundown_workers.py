@@ -702,8 +702,8 @@ def check_names(given, known, problem='there is no option'):
             raise Misuse(f'{problem} {name}{hint}')
 
 
-def names_near_misses(function: F) -> F:
-    """Have a call with an unknown option say which known one is near."""
+def suggest_known_options(function: F) -> F:
+    """Have the error for an unknown option name the nearest known one."""
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
@@ -715,7 +715,7 @@ def names_near_misses(function: F) -> F:
 
 
 class ActiveHost:
-    """The engine that a client and its clones use, out of several: one that answers."""
+    """The engine that a client and its clones use, one of several."""
 
     def __init__(self, hosts):
         self.hosts = hosts          # constant: URLs
@@ -903,7 +903,7 @@ class Caller:
 class ProducerCalls(Caller):
     """The calls that add jobs and wait for them."""
 
-    @names_near_misses
+    @suggest_known_options
     def enqueue(
         self,
         queue: str,
@@ -1027,7 +1027,7 @@ class ProducerCalls(Caller):
             warn_of_deadlock(job)
         return Job(await async_calls().wait(self, job, timeout, give_up), self)
 
-    @names_near_misses
+    @suggest_known_options
     def schedule(
         self,
         name: str,
@@ -1517,31 +1517,32 @@ class AsyncCalls:
 
     async def call(self, client, path, body=None, give_up=None):
         """Client.call() for the caller's loop."""
-        return await self.submit(self._call(client, path, body, give_up=give_up))
+        return await self.submit(self._short_call(client, path, body, give_up))
 
     async def wait(self, client, job, timeout, give_up):
         """Client.wait() for the caller's loop; the fields of the job."""
         return await self.submit(self._wait(client, Waiting(client, job, timeout, give_up)))
 
+    async def _short_call(self, client, path, body, give_up):
+        return await self._call(self.call_slots, client, path, body, 0, give_up)
+
     async def _wait(self, client, waiting):
         while True:
             # when connections are scarce, the waits take turns
             longest = CROWDED_POLL if self.wait_slots.locked() else LONG_POLL
-            async with self.wait_slots:
-                job = await self._try(client, **waiting.next_call(longest))
+            arguments = waiting.next_call(longest)
+            job = await self._call(self.wait_slots, client, **arguments)
             if waiting.is_over(job):
                 return job
 
-    async def _call(self, client, path, body, give_up):
-        async with self.call_slots:
-            return await self._try(client, path, body, give_up=give_up)
-
-    async def _try(self, client, path, body=None, wait=0, give_up=None):
+    async def _call(self, slots, client, path, body=None, wait=0, give_up=None):
+        """Client.call() on this loop. A slot is held during a try, not between two of them."""
         import asyncio
         retries = Retries(client.hosts, wait, client.timeout if give_up is None else give_up)
         while True:
             try:
-                return await self._send(client, path, body, retries.seconds())
+                async with slots:
+                    return await self._send(client, path, body, retries.seconds())
             except EngineUnavailable as error:
                 pause = retries.pause_after(error)
             await asyncio.sleep(pause)
@@ -4294,7 +4295,7 @@ class Registry:
         }
         self.surroundings = []          # generator functions: see around()
 
-    @names_near_misses
+    @suggest_known_options
     def queue(
         self,
         name: str,
@@ -4499,7 +4500,7 @@ class App(Registry):
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
 
-    @names_near_misses
+    @suggest_known_options
     def enqueue(
         self,
         queue: str,
@@ -4607,7 +4608,8 @@ class App(Registry):
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
         if not burst:
-            threading.Thread(target=self._report_undeclared, daemon=True).start()
+            report = functools.partial(report_undeclared, worker)
+            threading.Thread(target=report, daemon=True).start()
         self.workers.append(worker)
         try:
             worker.run()
@@ -4621,20 +4623,6 @@ class App(Registry):
             exit_process(code)
         if code:
             raise SystemExit(code)
-
-    def _report_undeclared(self):
-        """Log the schedules and limits that decorators declared once, and do not any more."""
-        configs_by_client = {}
-        for config in list(self.registered.values()):
-            configs_by_client.setdefault(self.client(config.host), []).append(config)
-        for client, configs in configs_by_client.items():
-            try:
-                for setting, queue, remedy in undeclared_settings(client, configs):
-                    note(logging.WARNING, 'the engine has a %s of %s that this code does not '
-                         'declare; to remove it: python rundown_workers.py %s',
-                         setting, queue, remedy)
-            except (Error, LookupError, TypeError, AttributeError) as error:
-                note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
 
     def stop(self) -> None:
         """Have run() end as after SIGTERM, from any thread."""
@@ -4815,6 +4803,21 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     if cron or every:
         calls.append(('/schedule', {'queue': queue, **schedule}))
     return calls
+
+
+def report_undeclared(worker):
+    """Log the schedules and limits that decorators declared once, and do not any more."""
+    for session in list(worker.sessions.values()):
+        while not session.was_reached:
+            if worker.stopping.wait(WATCH_INTERVAL):
+                return
+        configs = [one.config for one in worker.consumers if one.session is session]
+        try:
+            for setting, queue, remedy in undeclared_settings(session.client, configs):
+                note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
+                     'to remove it: python rundown_workers.py %s', setting, queue, remedy)
+        except (Error, LookupError, TypeError, AttributeError) as error:
+            note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
 
 
 def undeclared_settings(client, configs):
