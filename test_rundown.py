@@ -5462,6 +5462,9 @@ def test_jobs_are_searched_and_an_empty_result_says_so(dashboard, board, q):
     dashboard.type("#filter [name=search]", "needle " + q + "\ue007")
     dashboard.shows("#select-label", "select this one")
     assert dashboard.text(row(wanted))
+    other = board.enqueue(q, "another needle " + q)     # the search is not repeated by itself
+    dashboard.press("[data-action=look-again]")
+    until(lambda: dashboard.text(row(other)))
     dashboard.type("#filter [name=search]", "x\ue007")
     dashboard.shows("#nothing", "Nothing matches.")
     dashboard.press("#paging a")        # clear the filters
