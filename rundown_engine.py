@@ -6187,8 +6187,12 @@ td .buttons {
   width: 4.2rem;
 }
 
-#jobs th.queue {
-  width: 12%;
+#jobs th:is(.queue, .tag, .group) {
+  width: 11%;
+}
+
+#jobs th.detail {
+  width: auto;
 }
 
 th.actions {
@@ -6225,7 +6229,8 @@ th.count {
   width: 4.5rem;
 }
 
-th.detail {
+#needs th.detail,
+#needed-by th.detail {
   width: 32%;
 }
 
@@ -6746,6 +6751,10 @@ svg {
     border-bottom: 1px solid var(--line);
     margin-bottom: -1px;
     font-size: .85rem;
+  }
+
+  .total:last-child {
+    grid-column: span 2;
   }
 
   .total b {

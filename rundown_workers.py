@@ -1517,31 +1517,32 @@ class AsyncCalls:
 
     async def call(self, client, path, body=None, give_up=None):
         """Client.call() for the caller's loop."""
-        return await self.submit(self._call(client, path, body, give_up=give_up))
+        return await self.submit(self._short_call(client, path, body, give_up))
 
     async def wait(self, client, job, timeout, give_up):
         """Client.wait() for the caller's loop; the fields of the job."""
         return await self.submit(self._wait(client, Waiting(client, job, timeout, give_up)))
 
+    async def _short_call(self, client, path, body, give_up):
+        return await self._call(self.call_slots, client, path, body, 0, give_up)
+
     async def _wait(self, client, waiting):
         while True:
             # when connections are scarce, the waits take turns
             longest = CROWDED_POLL if self.wait_slots.locked() else LONG_POLL
-            async with self.wait_slots:
-                job = await self._try(client, **waiting.next_call(longest))
+            arguments = waiting.next_call(longest)
+            job = await self._call(self.wait_slots, client, **arguments)
             if waiting.is_over(job):
                 return job
 
-    async def _call(self, client, path, body, give_up):
-        async with self.call_slots:
-            return await self._try(client, path, body, give_up=give_up)
-
-    async def _try(self, client, path, body=None, wait=0, give_up=None):
+    async def _call(self, slots, client, path, body=None, wait=0, give_up=None):
+        """Client.call() on this loop. A slot is held during a try, not between two of them."""
         import asyncio
         retries = Retries(client.hosts, wait, client.timeout if give_up is None else give_up)
         while True:
             try:
-                return await self._send(client, path, body, retries.seconds())
+                async with slots:
+                    return await self._send(client, path, body, retries.seconds())
             except EngineUnavailable as error:
                 pause = retries.pause_after(error)
             await asyncio.sleep(pause)

@@ -8372,6 +8372,19 @@ def test_nothing_blocks_an_event_loop_while_no_engine_answers():
     assert ticks > 20 and all(isinstance(error, rw.EngineUnavailable) for error in errors)
 
 
+def test_calls_of_asyncio_programs_give_up_in_time_however_many_there_are(monkeypatch):
+    monkeypatch.setattr(rw, "MAX_ASYNC_CALLS", 3)
+    monkeypatch.setattr(rw, "async_calls_instance", [])
+    client = rw.Client(unused(), timeout=0.5)
+
+    async def main():
+        return await asyncio.gather(*[client.aenqueue("q") for _ in range(60)], return_exceptions=True)
+
+    began = time.monotonic()
+    assert all(isinstance(error, rw.EngineUnavailable) for error in arun(main()))
+    assert time.monotonic() - began < 5
+
+
 def test_a_cancelled_wait_leaves_nothing_behind(engine, q):
     async def main():
         job = await rw.Client(engine.url).aenqueue(q)
