@@ -7304,9 +7304,9 @@ def test_under_nohup_it_works_on_at_sighup(engine, work, q):
 
 
 def test_it_says_when_it_begins_to_stop_and_for_how_many_jobs_it_waits(engine, work, q):
-    job = engine.enqueue(q)
-    worker = work(handler(q, "time.sleep(1)", concurrency=2), run="rw.run(grace=7)")
-    until(lambda: engine.job(job)["status"] == "running")
+    engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(1)", concurrency=2), run="rw.run(grace=7)")
+    until(worker.said)
     worker.stop()
     assert "stopping: 1 running jobs have 7 s to end" in worker.log()
 
@@ -14106,6 +14106,15 @@ def as_first_process():
     if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this system lets nobody have a namespace of processes")
     return prefix
+
+
+def test_container_a_worker_that_still_imports_ends_at_sigterm_as_pid_1(engine, tmp_path):
+    (tmp_path / "slow.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = [*as_first_process(), sys.executable, str(HERE / "rundown_workers.py"), "run", "slow.py"]
+    with subprocess.Popen(command, cwd=str(tmp_path), env=environment(), stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"importing\n"
+        os.kill(first_process(process), signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
 
 
 def volume(tmp_path):
