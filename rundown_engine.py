@@ -6210,8 +6210,12 @@ td .buttons {
   width: 4.2rem;
 }
 
-#jobs th.queue {
-  width: 12%;
+#jobs th:is(.queue, .tag, .group) {
+  width: 11%;
+}
+
+#jobs th.detail {
+  width: auto;
 }
 
 th.actions {
@@ -6248,7 +6252,8 @@ th.count {
   width: 4.5rem;
 }
 
-th.detail {
+#needs th.detail,
+#needed-by th.detail {
   width: 32%;
 }
 
@@ -6771,6 +6776,10 @@ svg {
     font-size: .85rem;
   }
 
+  .total:last-child {
+    grid-column: span 2;
+  }
+
   .total b {
     font-size: 1.15rem;
   }
@@ -7028,7 +7037,7 @@ let hour = null;            // the counts of the last hour, by the minute
 let pointedMinute = null;   // index into them, null: none
 let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
-let found = null;           // the page of a search, which is not repeated: {address, page}
+let found = null;           // the page of a costly search, to be kept: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
 let failures = noFailures();        // the newest failed jobs of the filter at `address`
 let lastRows = {};          // table -> the items in its rows
@@ -7781,12 +7790,13 @@ function nothingText(page) {
   return Object.keys(filters()).length ? "Nothing matches." : "There are no jobs yet.";
 }
 
-function drawPaging({jobs, after}) {
+function drawPaging({jobs, after, isKept}) {
   const label = jobs.length < PAGE_JOBS ? "Look further back" : "Older jobs";
   const older = after && link(address("jobs", {...filters(), after}), label);
   const newest = place.after && link(address("jobs", filters()), "Newest jobs");
   const all = Object.keys(filters()).length ? link("#jobs", "Clear filters") : null;
-  show({paging: [newest, older, all].filter(Boolean)});
+  const again = isKept ? button("look-again", "", "Look again", true, "plain") : null;
+  show({paging: [newest, older, all, again].filter(Boolean)});
 }
 
 function drawJobs(page) {
@@ -7804,11 +7814,13 @@ function drawJobs(page) {
   drawSelection(page.after);
 }
 
-// A filter may look at many jobs that do not match: it takes several requests to fill a page.
+// The engine may look at many jobs that do not match: it takes several requests to fill a page.
 async function findJobs(fields, limit) {
   const jobs = [];
   let after = fields.after || "";
-  for (let i = 0; i < PAGE_SEARCHES; i += 1) {
+  let requests = 0;
+  while (requests < PAGE_SEARCHES) {
+    requests += 1;
     const missing = Math.min(limit - jobs.length, ACTION_BATCH);
     const page = await call(query("jobs", {...fields, after, brief: true, limit: missing}));
     jobs.push(...page.jobs);
@@ -7817,7 +7829,7 @@ async function findJobs(fields, limit) {
       break;
     }
   }
-  return {jobs, after};
+  return {jobs, after, isCostly: requests > 1};
 }
 
 async function findPage() {
@@ -7825,7 +7837,8 @@ async function findPage() {
     return found.page;
   }
   const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS);
-  found = place.search ? {address: location.hash, page} : null;
+  page.isKept = Boolean(place.search) || page.isCostly;
+  found = page.isKept ? {address: location.hash, page} : null;
   return page;
 }
 
@@ -8244,6 +8257,7 @@ const PRESSES = {
   "select-failures": line => select(failuresByLine().find(row => row.line === line).jobs),
   "select-matching": selectMatching,
   "select-none": clearSelection,
+  "look-again": route,
 };
 
 function notify(text) {
