@@ -17,13 +17,16 @@ LIFECYCLE
     pending | running --cancel--> cancelled
 
     A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key,
-    worker, progress, result, error, created_at, updated_at, next_run_at, started_at, finished_at.
+    worker, progress, result, error, created_at, updated_at, next_run_at, started_at, finished_at;
+    if it has them, group, expires_at, after and waits_for, steps.
     `attempt` counts claims and names the current one. `retries` counts failures and lost workers;
     `max_retries` bounds it.
 
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
-    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id,
-                     after, after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
+    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, id, key
+                     and key_until ("start": the key is free once the job is handed out), replace
+                     (true: a pending job with the key gets these values), expires, group, after,
+                     after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
     POST /poll       queue, limit, wait (at most 60: wait for a job that long; answered after 55,
                      before proxies give up), worker, lease, max_retries, timeout, hung (threads
                      that never came back) -> a job, with limit a list of jobs; 204 if there is none
@@ -33,18 +36,25 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /release    id, attempt -> pending again, nothing counted
                      These four also take {"jobs": [...]}: each item is answered, with `error` and
                      `code` if it is refused.
-    POST /cancel, /retry   id, or queue with status (pending, running; failed, cancelled)
-                     -> {"count": n}
-    POST /purge      queue and/or status (never running) -> {"count": n}
+    POST /step       id, attempt, name, result -> the first result under that name, which later
+                     attempts get in `steps`; also a heartbeat
+    POST /reschedule id (or jobs), and delay, run_at or priority: changes a pending job
+    POST /cancel     id, or queue, status (pending, running) and tag -> {"count": n}; a queue alone
+                     or a status alone does not suffice; {"jobs": [{"id": ...}, ...]}: each item is
+                     answered. The same for the next two:
+    POST /retry      id, or status (failed, cancelled) or tag, and queue
+    POST /purge      id, or any of queue, status (never running) and tag
     POST /pause, /resume   queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then
                      one each per / rate seconds); null removes a limit, omitted fields stay
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority,
-                     key -> the schedule
+                     key, group -> the schedule
     POST /unschedule name -> {"count": n}; the jobs it made stay
     GET  /schedules  by name, limit, after
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
-    GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true
+    GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
+                     limit, after: newest first, paged by `after`. A page looks at a bounded number
+                     of jobs: go on while `after` is not null, even if it is empty. brief=true
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
@@ -84,6 +94,11 @@ GUARANTEES
 - A job with `after` is handed out once all jobs that it names are done. It is cancelled when one
   fails, is cancelled or is purged before that; with `after_any` it is handed out once all have
   ended. Retention keeps the jobs that a pending job waits for.
+- Jobs with the same `group` in the same queue run one at a time, in the order of their arrival. The
+  next one is available once the one before has ended for good; while that waits for a retry, its
+  time or other jobs, those behind it wait too. Priority orders groups, not the jobs within one.
+- A job that `expires` (seconds from now, or from run_at) is cancelled if it has not started by
+  then.
 - Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on;
   missed ticks make one, for the last of them. While its `key` is pending or running, a tick makes
   none and counts in `skipped`. Cron has five fields (minute, hour, day of month, month, day of
@@ -99,6 +114,8 @@ poll claims at most 16 MiB of jobs (one at least), and a page ends there. At mos
 and 64 MiB of responses are buffered; above that the newest large ones get 503. Done or cancelled
 jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that is set back is
 followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
+After a restart, deadlines that are counted in seconds have moved with the clock. A job has at most
+1,000 steps, of 8 MiB in all.
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
 purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
@@ -887,6 +904,7 @@ class Column(NamedTuple):
     brief: Optional[Callable] = None    # the same in brief pages
     inserted: Union[bool, str] = False  # whether INSERT writes it; or the field that has it written
     optional: bool = False              # left out of the JSON while it is null
+    large: bool = False                 # may take many pages; stored behind the others
     passive: bool = False               # not read by transitions: they need not know it
     default: Any = None                 # in SQL and in the rows of new jobs
     of_row: bool = False                # `json` takes the row instead of the value
@@ -959,7 +977,7 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'id': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME),
     'queue': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME, filter=True),
     'tag': shown('TEXT', json_string, inserted='tag', rule=NAME, filter=True, passive=True),
-    'payload': Column('TEXT', json_value, inserted=True, passive=True, rule=JSON_VALUE),
+    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True, rule=JSON_VALUE),
     'status': shown('TEXT NOT NULL', json_string, default='pending', rule=one_of(STATUSES)),
     'hold': Column('INTEGER NOT NULL', default=READY, inserted=True),   # why it is not handed out
     'priority': shown('INTEGER NOT NULL', json_number, default=0, inserted='priority',
@@ -981,10 +999,11 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'key_until': Column('TEXT', inserted='key_until', rule=one_of(('start', 'end')), passive=True),
     'released_key': Column('TEXT', passive=True),       # the key, once it is not held any more
     'worker': shown('TEXT', json_string, rule=NAME),
-    'progress': shown('TEXT', json_value, passive=True, rule=JSON_VALUE),
-    'result': Column('TEXT', json_value, passive=True, rule=JSON_VALUE),
-    'error': Column('TEXT', json_string, brief=json_last_line, passive=True, rule=ERROR_TEXT),
-    'attempts': Column('TEXT'),                 # JSON: those that did not end in done
+    'progress': shown('TEXT', json_value, large=True, passive=True, rule=JSON_VALUE),
+    'result': Column('TEXT', json_value, large=True, passive=True, rule=JSON_VALUE),
+    'error': Column('TEXT', json_string, brief=json_last_line, large=True, passive=True,
+                    rule=ERROR_TEXT),
+    'attempts': Column('TEXT', large=True),     # JSON: those that did not end in done
     'created_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=True),
@@ -996,7 +1015,7 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
                        passive=True),
     'steps': Column('INTEGER NOT NULL', default=0),     # how many rows of `steps` it has
     'steps_size': Column('INTEGER NOT NULL', default=0),    # characters of those
-    'after': Column('TEXT', passive=True),        # JSON: the ids of its dependencies
+    'after': Column('TEXT', large=True, passive=True),      # JSON: the ids of its dependencies
     'after_any': Column('INTEGER NOT NULL', default=0, rule=FLAG),      # 1: however they end
     'waits_for': Column('INTEGER NOT NULL', default=0),     # how many of them have not ended
 }
@@ -1016,7 +1035,7 @@ SCHEDULE_COLUMNS = {
     'last_run_at': shown('INTEGER', json_time),
     'last_id': shown('TEXT', json_string),
     'skipped': shown('INTEGER NOT NULL', json_number, default=0),
-    'payload': Column('TEXT', json_value, inserted=True, passive=True),
+    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True),
 }
 
 
@@ -1027,7 +1046,9 @@ FIELDS.update(
 
 
 def definitions(columns):
-    return ', '.join(column.definition(name) for name, column in columns.items())
+    """Large columns come last: to read a column, SQLite walks over all pages of those before it."""
+    in_order = sorted(columns.items(), key=lambda item: item[1].large)
+    return ', '.join(column.definition(name) for name, column in in_order)
 
 
 COUNTS = {      # columns of `queues`, and the condition of the jobs that each counts
@@ -1127,10 +1148,12 @@ CREATE INDEX dependencies_dependency ON dependencies (dependency, state)''',
 }
 
 
-def counting(change):
-    """Assignments that change each count of a queue."""
-    return ', '.join(
-        f'{column} = {column} {change.format(jobs)}' for column, jobs in COUNTS.items())
+HOLD_COUNTS = ('scheduled', 'waiting', 'grouped')
+
+
+def counting(columns, change):
+    """Assignments that change these counts of a queue."""
+    return ', '.join(f'{column} = {column} {change.format(COUNTS[column])}' for column in columns)
 
 
 TRIGGERS = {
@@ -1144,13 +1167,17 @@ CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
         grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
     'jobs_update': f'''
-CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
-    UPDATE queues SET {counting('+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
+CREATE TRIGGER jobs_update AFTER UPDATE OF status ON jobs WHEN NEW.status <> OLD.status BEGIN
+    UPDATE queues SET {counting(STATUSES, '+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
     WHERE queue = NEW.queue;
+END''',
+    'jobs_hold': f'''
+CREATE TRIGGER jobs_hold AFTER UPDATE OF hold ON jobs WHEN NEW.hold <> OLD.hold BEGIN
+    UPDATE queues SET {counting(HOLD_COUNTS, '+ (NEW.{0}) - (OLD.{0})')} WHERE queue = NEW.queue;
 END''',
     'jobs_delete': f'''
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
-    UPDATE queues SET {counting('- (OLD.{0})')} WHERE queue = OLD.queue;
+    UPDATE queues SET {counting(COUNTS, '- (OLD.{0})')} WHERE queue = OLD.queue;
     UPDATE last_seq SET seq = OLD.seq WHERE seq < OLD.seq;
 END''',
     'jobs_delete_dependencies': '''
@@ -1284,17 +1311,22 @@ CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
         grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
         '''
-CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
+CREATE TRIGGER jobs_update AFTER UPDATE OF status ON jobs WHEN NEW.status <> OLD.status BEGIN
     UPDATE queues SET
         pending = pending + (NEW.status = 'pending') - (OLD.status = 'pending'),
         running = running + (NEW.status = 'running') - (OLD.status = 'running'),
         done = done + (NEW.status = 'done') - (OLD.status = 'done'),
         failed = failed + (NEW.status = 'failed') - (OLD.status = 'failed'),
         cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled'),
+        changed_at = NEW.updated_at
+    WHERE queue = NEW.queue;
+END''',
+        '''
+CREATE TRIGGER jobs_hold AFTER UPDATE OF hold ON jobs WHEN NEW.hold <> OLD.hold BEGIN
+    UPDATE queues SET
         scheduled = scheduled + (NEW.hold = 1) - (OLD.hold = 1),
         waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2),
-        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3),
-        changed_at = NEW.updated_at
+        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3)
     WHERE queue = NEW.queue;
 END''',
         '''
@@ -2147,8 +2179,11 @@ class Jobs:
             self.place(tx, changes, queue, due, waits_for, queued)
             changes['finished_at'] = None
         else:
-            changes.update(hold=READY, finished_at=tx.now)
-        changes.update(status=target, updated_at=tx.now)
+            changes['finished_at'] = tx.now
+            if job['hold'] != READY:
+                changes['hold'] = READY
+        changes['status'] = target
+        changes['updated_at'] = tx.now
         self._write(tx, job, changes)
         if job['group'] is not None:
             self.advance_group(tx, queue, job['group'])
@@ -3319,8 +3354,8 @@ class Queries:
             self._why_delayed(row),
             self._why_unpolled(row['queue']),
             self._why_behind(db, row),
-        ) if reason]
-        return '; '.join(reasons) or 'next in line'
+        ) if reason] or ['next in line']
+        return '; '.join([*reasons, *self._why_expiring(row)])
 
     def _why_queued(self, db, row):
         if row['hold'] != QUEUED_IN_GROUP:
@@ -3360,6 +3395,11 @@ class Queries:
             return no_worker_warning(queue, tuple(self.workers.last_polled)[-20:])
         minutes = (self.clock.now() - polled_at) // micros(60)
         return f'no worker has polled the queue for {minutes} minutes' if minutes > 0 else None
+
+    def _why_expiring(self, row):
+        if row['expires_at'] is None or row['attempt']:
+            return []
+        return [f'it is cancelled if it has not started by {rfc3339(row["expires_at"])}']
 
     def _why_behind(self, db, row):
         if row['hold'] != READY:
@@ -6196,8 +6236,12 @@ td .buttons {
   width: 4.2rem;
 }
 
-#jobs th.queue {
-  width: 12%;
+#jobs th:is(.queue, .tag, .group) {
+  width: 11%;
+}
+
+#jobs th.detail {
+  width: auto;
 }
 
 th.actions {
@@ -6234,7 +6278,8 @@ th.count {
   width: 4.5rem;
 }
 
-th.detail {
+#needs th.detail,
+#needed-by th.detail {
   width: 32%;
 }
 
@@ -6757,6 +6802,10 @@ svg {
     font-size: .85rem;
   }
 
+  .total:last-child {
+    grid-column: span 2;
+  }
+
   .total b {
     font-size: 1.15rem;
   }
@@ -7014,7 +7063,7 @@ let hour = null;            // the counts of the last hour, by the minute
 let pointedMinute = null;   // index into them, null: none
 let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
-let found = null;           // the page of a search, which is not repeated: {address, page}
+let found = null;           // the page of a costly search, to be kept: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
 let failures = noFailures();        // the newest failed jobs of the filter at `address`
 let lastRows = {};          // table -> the items in its rows
@@ -7767,12 +7816,13 @@ function nothingText(page) {
   return Object.keys(filters()).length ? "Nothing matches." : "There are no jobs yet.";
 }
 
-function drawPaging({jobs, after}) {
+function drawPaging({jobs, after, isKept}) {
   const label = jobs.length < PAGE_JOBS ? "Look further back" : "Older jobs";
   const older = after && link(address("jobs", {...filters(), after}), label);
   const newest = place.after && link(address("jobs", filters()), "Newest jobs");
   const all = Object.keys(filters()).length ? link("#jobs", "Clear filters") : null;
-  show({paging: [newest, older, all].filter(Boolean)});
+  const again = isKept ? button("look-again", "", "Look again", true, "plain") : null;
+  show({paging: [newest, older, all, again].filter(Boolean)});
 }
 
 function drawJobs(page) {
@@ -7790,11 +7840,13 @@ function drawJobs(page) {
   drawSelection(page.after);
 }
 
-// A filter may look at many jobs that do not match: it takes several requests to fill a page.
+// The engine may look at many jobs that do not match: it takes several requests to fill a page.
 async function findJobs(fields, limit) {
   const jobs = [];
   let after = fields.after || "";
-  for (let i = 0; i < PAGE_SEARCHES; i += 1) {
+  let requests = 0;
+  while (requests < PAGE_SEARCHES) {
+    requests += 1;
     const missing = Math.min(limit - jobs.length, ACTION_BATCH);
     const page = await call(query("jobs", {...fields, after, brief: true, limit: missing}));
     jobs.push(...page.jobs);
@@ -7803,7 +7855,7 @@ async function findJobs(fields, limit) {
       break;
     }
   }
-  return {jobs, after};
+  return {jobs, after, isCostly: requests > 1};
 }
 
 async function findPage() {
@@ -7811,7 +7863,8 @@ async function findPage() {
     return found.page;
   }
   const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS);
-  found = place.search ? {address: location.hash, page} : null;
+  page.isKept = Boolean(place.search) || page.isCostly;
+  found = page.isKept ? {address: location.hash, page} : null;
   return page;
 }
 
@@ -8230,6 +8283,7 @@ const PRESSES = {
   "select-failures": line => select(failuresByLine().find(row => row.line === line).jobs),
   "select-matching": selectMatching,
   "select-none": clearSelection,
+  "look-again": route,
 };
 
 function notify(text) {

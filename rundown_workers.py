@@ -66,7 +66,7 @@ WORKING
     @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
     @on("start_worker" | "stop_worker") hook() in each process that runs handlers
     @around                             a generator that yields once, around each run of a handler
-    run(burst, grace, max_hung), stop() burst: work off what is due, and return
+    run(burst, grace, max_hung), stop() burst: run the due jobs, and return
     testing()                           with testing() as t: t.run(delayed=True);
                                         t.advance(60) moves the clock of its engine
 
@@ -263,7 +263,7 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in messages; it depends on no resolver
 CLIENT_TIMEOUT = 30         # seconds that a call is tried again while no engine answers
 RESPONSE_TIMEOUT = 10       # seconds until a request counts as unanswered, beyond its own wait
 MIN_LAST_TRY = 1            # seconds that the last try of a call gets at least
-PROBE_TIMEOUT = 5           # seconds until the next of several engines is tried, if one is silent
+PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 RETRY_PAUSE = 0.1           # seconds before the second try; doubled from try to try
 MAX_RETRY_PAUSE = 3         # seconds that this pause grows to
 STILL_TRYING_AFTER = 1      # seconds until a producer on a terminal says that no engine answers
@@ -296,7 +296,6 @@ MAX_RESULT = 8_000_000      # characters of a result as JSON
 MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
 REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
-PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
 MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
 RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
@@ -703,8 +702,8 @@ def check_names(given, known, problem='there is no option'):
             raise Misuse(f'{problem} {name}{hint}')
 
 
-def names_near_misses(function: F) -> F:
-    """Have a call with an unknown option say which known one is near."""
+def suggest_known_options(function: F) -> F:
+    """Have the error for an unknown option name the nearest known one."""
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
@@ -716,7 +715,7 @@ def names_near_misses(function: F) -> F:
 
 
 class ActiveHost:
-    """The engine that a client and its clones use, out of several: one that answers."""
+    """The engine that a client and its clones use, one of several."""
 
     def __init__(self, hosts):
         self.hosts = hosts          # constant: URLs
@@ -872,9 +871,11 @@ class Caller:
             time.sleep(pause)
 
     def _post(self, path, **fields):
+        fields = encode_durations(fields)
         return self.call(path, drop_none(**fields), fields.get('wait') or 0)
 
     def _get(self, path, **fields):
+        fields = encode_durations(fields)
         query = urllib.parse.urlencode(drop_none(**fields))
         return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
 
@@ -882,6 +883,7 @@ class Caller:
         """A call about one job, about all that the fields describe, or about a list of jobs."""
         if jobs is None:
             return self._post(path, **fields)
+        fields = encode_durations(fields)
         ids = [job if isinstance(job, str) else job['id'] for job in jobs]
         texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
         replies = []
@@ -901,7 +903,7 @@ class Caller:
 class ProducerCalls(Caller):
     """The calls that add jobs and wait for them."""
 
-    @names_near_misses
+    @suggest_known_options
     def enqueue(
         self,
         queue: str,
@@ -1025,7 +1027,7 @@ class ProducerCalls(Caller):
             warn_of_deadlock(job)
         return Job(await async_calls().wait(self, job, timeout, give_up), self)
 
-    @names_near_misses
+    @suggest_known_options
     def schedule(
         self,
         name: str,
@@ -1047,8 +1049,8 @@ class ProducerCalls(Caller):
         changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
         """
         return self._post(
-            '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
-            payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
+            '/schedule', name=name, queue=queue, cron=cron, every=every, zone=zone,
+            payload=payload, timeout=timeout, max_retries=max_retries, tag=tag,
             priority=priority, key=key, group=group,
         )
 
@@ -1064,11 +1066,11 @@ class WorkerCalls(Caller):
         self,
         queue: str,
         limit: int | None = None,
-        wait: float | None = None,
+        wait: float | datetime.timedelta | None = None,
         worker: str | None = None,
-        lease: float | None = None,
+        lease: float | datetime.timedelta | None = None,
         max_retries: int | None = None,
-        timeout: float | None = None,
+        timeout: float | datetime.timedelta | None = None,
         hung: int | None = None,
     ) -> Any:
         """Claim a job, or None; with `limit` a list of jobs, or None.
@@ -1106,7 +1108,10 @@ class WorkerCalls(Caller):
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
     def lost(
-        self, worker: str, wait: float | None = None, since: int | None = None,
+        self,
+        worker: str,
+        wait: float | datetime.timedelta | None = None,
+        since: int | None = None,
     ) -> dict[str, Any]:
         """Wait until the worker loses a job that it runs; `since` is that of the last answer."""
         return self._get('/lost', worker=worker, wait=wait, since=since)
@@ -1149,8 +1154,8 @@ class Client(ProducerCalls, WorkerCalls):
 
         With `jobs` (jobs or ids) of many: returns {"jobs": [...]}, a reply for each.
         """
-        fields = {'delay': in_seconds(delay), 'run_at': in_utc(run_at), 'priority': priority}
-        return self._change('/reschedule', jobs, id=id, **fields)
+        return self._change(
+            '/reschedule', jobs, id=id, delay=delay, run_at=in_utc(run_at), priority=priority)
 
     def cancel(
         self,
@@ -1200,7 +1205,8 @@ class Client(ProducerCalls, WorkerCalls):
         At most `rate` are claimed at once, then one each `per / rate` seconds. None removes a
         limit; omitted ones are unchanged. Returns the limits of the queue.
         """
-        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
+        fields = encode_durations(
+            {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
@@ -1234,7 +1240,9 @@ class Client(ProducerCalls, WorkerCalls):
         """The counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
-    def job(self, id: str, wait: float | None = None) -> dict[str, Any]:
+    def job(
+        self, id: str, wait: float | datetime.timedelta | None = None,
+    ) -> dict[str, Any]:
         """The job; with `wait` as soon as it has ended, or after so many seconds (at most 60)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
@@ -1436,16 +1444,26 @@ def is_item_reply(item):
     )
 
 
+DURATIONS = {'delay', 'every', 'expires', 'lease', 'per', 'timeout', 'wait'}     # in seconds
+
+
 def encode_job(payload, id=None, run_at=None, after=None, **fields):
     """A job to be enqueued, as JSON text. It gets its id here, so that it can be sent again."""
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
-    for name in ('delay', 'timeout', 'expires'):
-        fields[name] = in_seconds(fields.get(name))
     id = new_id() if id is None else id
+    fields = encode_durations(fields)
     fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
     return as_json(fields, 'the job')
+
+
+def encode_durations(fields):
+    """The fields with numbers of seconds in place of timedeltas."""
+    return {
+        name: in_seconds(value) if name in DURATIONS else value
+        for name, value in fields.items()
+    }
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1499,31 +1517,32 @@ class AsyncCalls:
 
     async def call(self, client, path, body=None, give_up=None):
         """Client.call() for the caller's loop."""
-        return await self.submit(self._call(client, path, body, give_up=give_up))
+        return await self.submit(self._short_call(client, path, body, give_up))
 
     async def wait(self, client, job, timeout, give_up):
         """Client.wait() for the caller's loop; the fields of the job."""
         return await self.submit(self._wait(client, Waiting(client, job, timeout, give_up)))
 
+    async def _short_call(self, client, path, body, give_up):
+        return await self._call(self.call_slots, client, path, body, 0, give_up)
+
     async def _wait(self, client, waiting):
         while True:
             # when connections are scarce, the waits take turns
             longest = CROWDED_POLL if self.wait_slots.locked() else LONG_POLL
-            async with self.wait_slots:
-                job = await self._try(client, **waiting.next_call(longest))
+            arguments = waiting.next_call(longest)
+            job = await self._call(self.wait_slots, client, **arguments)
             if waiting.is_over(job):
                 return job
 
-    async def _call(self, client, path, body, give_up):
-        async with self.call_slots:
-            return await self._try(client, path, body, give_up=give_up)
-
-    async def _try(self, client, path, body=None, wait=0, give_up=None):
+    async def _call(self, slots, client, path, body=None, wait=0, give_up=None):
+        """Client.call() on this loop. A slot is held during a try, not between two of them."""
         import asyncio
         retries = Retries(client.hosts, wait, client.timeout if give_up is None else give_up)
         while True:
             try:
-                return await self._send(client, path, body, retries.seconds())
+                async with slots:
+                    return await self._send(client, path, body, retries.seconds())
             except EngineUnavailable as error:
                 pause = retries.pause_after(error)
             await asyncio.sleep(pause)
@@ -1589,7 +1608,7 @@ async def receive_response(reader):
 
 
 class ReceivedBytes:
-    """Stands for a socket from which http.client reads what has been received so far."""
+    """Stands for a socket: http.client reads the bytes that have been received so far."""
 
     def __init__(self, data):
         self.data = data
@@ -1636,10 +1655,18 @@ def max_async_waits():
 
 async_calls_lock = threading.Lock()
 async_calls_instance = []       # the AsyncCalls of this process, if it needed one
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(
+        before=async_calls_lock.acquire,
+        after_in_parent=async_calls_lock.release,
+        after_in_child=async_calls_lock.release,
+    )
 
 
 def async_calls():
     """The AsyncCalls of this process."""
+    if async_calls_instance and async_calls_instance[0].process == os.getpid():
+        return async_calls_instance[0]
     with async_calls_lock:
         if not async_calls_instance or async_calls_instance[0].process != os.getpid():
             async_calls_instance[:] = [AsyncCalls()]
@@ -2695,6 +2722,12 @@ def exit_process(code):
     thread.join(REPORT_GRACE)
     reloader.restart_if_changed()
     os._exit(code)
+
+
+def end_at_sigterm():
+    """End the process at SIGTERM, until run() has a handler: PID 1 of a container ignores it."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
 
 def open_standard_streams():
@@ -4268,7 +4301,7 @@ class Registry:
         }
         self.surroundings = []          # generator functions: see around()
 
-    @names_near_misses
+    @suggest_known_options
     def queue(
         self,
         name: str,
@@ -4393,7 +4426,7 @@ class Registry:
     def _register(self, config, function, task=None):
         """Have a function handle all jobs of a queue, or those for the task of that name."""
         if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-            raise Misuse(f'what is decorated must be a function, not {function!r}')
+            raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
@@ -4473,7 +4506,7 @@ class App(Registry):
             self.clients[settings] = Client(*settings)
         return self.clients[settings]
 
-    @names_near_misses
+    @suggest_known_options
     def enqueue(
         self,
         queue: str,
@@ -4581,7 +4614,8 @@ class App(Registry):
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
         if not burst:
-            threading.Thread(target=self._report_undeclared, daemon=True).start()
+            report = functools.partial(report_undeclared, worker)
+            threading.Thread(target=report, daemon=True).start()
         self.workers.append(worker)
         try:
             worker.run()
@@ -4595,20 +4629,6 @@ class App(Registry):
             exit_process(code)
         if code:
             raise SystemExit(code)
-
-    def _report_undeclared(self):
-        """Log the schedules and limits that decorators declared once, and do not any more."""
-        configs_by_client = {}
-        for config in list(self.registered.values()):
-            configs_by_client.setdefault(self.client(config.host), []).append(config)
-        for client, configs in configs_by_client.items():
-            try:
-                for setting, queue, remedy in undeclared_settings(client, configs):
-                    note(logging.WARNING, 'the engine has a %s of %s that this code does not '
-                         'declare; to remove it: python rundown_workers.py %s',
-                         setting, queue, remedy)
-            except (Error, LookupError, TypeError, AttributeError) as error:
-                note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
 
     def stop(self) -> None:
         """Have run() end as after SIGTERM, from any thread."""
@@ -4791,8 +4811,25 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     return calls
 
 
+def report_undeclared(worker):
+    """Log the schedules and limits that decorators declared once, and do not any more."""
+    for session in list(worker.sessions.values()):
+        while not session.was_reached:
+            if worker.stopping.wait(WATCH_INTERVAL):
+                return
+        configs = [one.config for one in worker.consumers if one.session is session]
+        try:
+            for setting, queue, remedy in undeclared_settings(session.client, configs):
+                note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
+                     'to remove it: python rundown_workers.py %s', setting, queue, remedy)
+        except (Error, LookupError, TypeError, AttributeError) as error:
+            note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
+
+
 def undeclared_settings(client, configs):
-    """(kind, queue, command that removes it) of what an engine has and no decorator declares.
+    """Schedules and limits that an engine has and no decorator declares.
+
+    Yields (kind, queue, command that removes it).
 
     A decorator's schedule has the name of its queue and no payload. That of another queue counts
     if nobody works on it.
@@ -4896,7 +4933,7 @@ def enqueue_in(
     Django (django.db.connection); other drivers work if they write parameters as %s and the table
     is there. Returns the job's id. The options are those of enqueue(); a delay begins now.
     """
-    inspect.signature(Client.enqueue).bind(None, queue, **options)  # TypeError: unknown option
+    check_names(options, ENQUEUE_OPTIONS)
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
     if run_at is not None and delay is not None:
@@ -5619,7 +5656,7 @@ def register_django_queues(backends, names):
 
 # -- Testing ---------------------------------------------------------------------------------------
 class Testing:
-    """What testing() gives: an engine for a test, its client, and its clock."""
+    """An engine for a test, its client, and its clock: the value of testing()."""
 
     client: Client
 
@@ -5633,14 +5670,14 @@ class Testing:
         )
 
     def advance(self, seconds: float | datetime.timedelta) -> None:
-        """Move the engine's clock on; what is due by then becomes available at once."""
+        """Move the engine's clock on; jobs that are due by then become available at once."""
         self.seconds += in_seconds(seconds)
         self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
-        """Work off what is due, as run(burst=True) does.
+        """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also what is scheduled or to be retried: the clock moves on to it.
+        With `delayed` also those that are delayed or wait for a retry: the clock moves on to them.
         """
         self.app.run(burst=True, **options)
         while delayed:
@@ -6095,7 +6132,7 @@ def command_demo(client, options):
 
 
 def argument(*names, **settings):
-    """What argparse's add_argument() is called with."""
+    """The arguments of a call of argparse's add_argument()."""
     return names, settings
 
 
@@ -6131,7 +6168,7 @@ JOB_OPTIONS = [
 WORKER_OPTIONS = [
     number_argument('--concurrency'),
     seconds_argument('--grace', default=GRACE),
-    argument('--burst', action='store_true', help='work off what is due, and end'),
+    argument('--burst', action='store_true', help='run the due jobs, and end'),
 ]
 COMMANDS = [
     Command('enqueue', command_call, 'add a job', [
@@ -6228,10 +6265,10 @@ COMMANDS = [
         argument('--text', action='store_true', help='a payload that is a string as it is'),
         *WORKER_OPTIONS,
     ]),
-    Command('forward', command_forward, 'send what is in the outbox of a SQLite file', [
+    Command('forward', command_forward, 'send the jobs in the outbox of a SQLite file', [
         argument('file'),
         seconds_argument(
-            '--keep', default=0, help='keep what was sent for so long, for a standby'),
+            '--keep', default=0, help='keep sent jobs for so long, for a standby'),
     ]),
     Command('django', command_django, 'work on the tasks of a Django project', [
         argument('queues', nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
@@ -6268,6 +6305,7 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    end_at_sigterm()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # it may be None, or something else
             stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only

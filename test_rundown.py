@@ -2330,6 +2330,7 @@ def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     late, started = clocked.enqueue(q, expires=5), clocked.enqueue(q + "-b", expires=5, max_retries=1)
     timed = clocked.enqueue(q + "-c", run_at="2027-01-15T08:01:00Z", expires=5)
     assert late["expires_at"] == "2027-01-15T08:00:05.000000Z" and timed["expires_at"] == "2027-01-15T08:01:05.000000Z"
+    assert "2027-01-15T08:00:05" in why(clocked, late)
     clocked.tell("fail", clocked.poll(q + "-b"))
     clocked.post("/pause", queue=q)
     clocked.advance(5.5)
@@ -5438,6 +5439,24 @@ def test_all_jobs_that_match_are_selected_over_many_pages(dashboard, board, q):
     assert (board.queue(q)["cancelled"], board.job(other)["status"]) == (120, "pending")
 
 
+def test_more_jobs_than_can_be_named_are_changed_by_their_status(dashboard, board, q):
+    board.post("/enqueue", jobs=[{"queue": q}] * 10000)
+    board.enqueue(q)
+    board.post("/pause", queue=q)
+    board.post("/cancel", queue=q, status="pending")
+    dashboard.js("location.hash = 'jobs?queue=%s&status=cancelled'" % q)
+    until(lambda: dashboard.text("#select-label") == "select these 50")
+    dashboard.press("#select-page")
+    dashboard.press("[data-action=select-matching]")
+    dashboard.shows("#bulk b", "10,001 jobs selected")
+    assert dashboard.text('[data-action=bulk][data-about*="run"]') == "Run now"
+    dashboard.press('[data-action=bulk][data-about*="delete"]')
+    dashboard.type("#typed", "10001")
+    confirm(dashboard, "Delete 10,001 jobs?")
+    dashboard.shows("#notice", "Delete: 10,001 jobs", 20)
+    assert board.queue(q)["cancelled"] == 0
+
+
 def test_failures_are_grouped_by_their_last_line(dashboard, board, q):
     lines = ["OSError: no disk"] * 3 + ["KeyError: 'a'"] * 2
     for number, line in enumerate(lines):
@@ -5463,6 +5482,9 @@ def test_jobs_are_searched_and_an_empty_result_says_so(dashboard, board, q):
     dashboard.type("#filter [name=search]", "needle " + q + "\ue007")
     dashboard.shows("#select-label", "select this one")
     assert dashboard.text(row(wanted))
+    other = board.enqueue(q, "another needle " + q)     # the search is not repeated by itself
+    dashboard.press("[data-action=look-again]")
+    until(lambda: dashboard.text(row(other)))
     dashboard.type("#filter [name=search]", "x\ue007")
     dashboard.shows("#nothing", "Nothing matches.")
     dashboard.press("#paging a")        # clear the filters
@@ -7302,9 +7324,9 @@ def test_under_nohup_it_works_on_at_sighup(engine, work, q):
 
 
 def test_it_says_when_it_begins_to_stop_and_for_how_many_jobs_it_waits(engine, work, q):
-    job = engine.enqueue(q)
-    worker = work(handler(q, "time.sleep(1)", concurrency=2), run="rw.run(grace=7)")
-    until(lambda: engine.job(job)["status"] == "running")
+    engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(1)", concurrency=2), run="rw.run(grace=7)")
+    until(worker.said)
     worker.stop()
     assert "stopping: 1 running jobs have 7 s to end" in worker.log()
 
@@ -8373,6 +8395,19 @@ def test_nothing_blocks_an_event_loop_while_no_engine_answers():
     assert ticks > 20 and all(isinstance(error, rw.EngineUnavailable) for error in errors)
 
 
+def test_calls_of_asyncio_programs_give_up_in_time_however_many_there_are(monkeypatch):
+    monkeypatch.setattr(rw, "MAX_ASYNC_CALLS", 3)
+    monkeypatch.setattr(rw, "async_calls_instance", [])
+    client = rw.Client(unused(), timeout=0.5)
+
+    async def main():
+        return await asyncio.gather(*[client.aenqueue("q") for _ in range(60)], return_exceptions=True)
+
+    began = time.monotonic()
+    assert all(isinstance(error, rw.EngineUnavailable) for error in arun(main()))
+    assert time.monotonic() - began < 5
+
+
 def test_a_cancelled_wait_leaves_nothing_behind(engine, q):
     async def main():
         job = await rw.Client(engine.url).aenqueue(q)
@@ -8571,6 +8606,10 @@ def test_durations_may_be_timedeltas_everywhere(engine, q):
     job = app.enqueue(q, timeout=minute, delay=minute, give_up=minute)
     assert job["timeout"] == 60 and job["next_run_at"] > job["created_at"]
     assert app.schedule(q, q, every=minute, timeout=minute)["every"] == 60
+    client, instant = app.client(), datetime.timedelta(milliseconds=1)
+    assert client.poll(q, wait=instant, lease=minute, timeout=minute) is None
+    assert client.job(job["id"], wait=instant)["id"] == job["id"]
+    assert client.limit(q, rate=1, per=minute)["per"] == 60
     assert rw.Retry("no", delay=minute).delay == 60
     with pytest.raises(rw.Unfinished):
         job.wait(datetime.timedelta(seconds=0.1))
@@ -9570,8 +9609,8 @@ def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_en
     id = rw.enqueue_in(box, q, {"a": "ä\0"}, delay=0.5, priority=7, tag="t")
     own = rw.enqueue_in(box, q, id=q + "-own")
     far = rw.enqueue_in(box, q, delay=10**12)
-    with pytest.raises(TypeError):
-        rw.enqueue_in(box, q, color="red")
+    with pytest.raises(TypeError, match="did you mean priority"):
+        rw.enqueue_in(box, q, prioritie=1)
     with pytest.raises(rw.Misuse, match="not both"):
         rw.enqueue_in(box, q, delay=1, run_at="2030-01-01T00:00:00Z")
     with pytest.raises(rw.NotJSON):
@@ -14087,6 +14126,15 @@ def as_first_process():
     if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this system lets nobody have a namespace of processes")
     return prefix
+
+
+def test_container_a_worker_that_still_imports_ends_at_sigterm_as_pid_1(engine, tmp_path):
+    (tmp_path / "slow.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = [*as_first_process(), sys.executable, str(HERE / "rundown_workers.py"), "run", "slow.py"]
+    with subprocess.Popen(command, cwd=str(tmp_path), env=environment(), stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"importing\n"
+        os.kill(first_process(process), signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
 
 
 def volume(tmp_path):
