@@ -17,45 +17,58 @@ LIFECYCLE
     pending | running --cancel--> cancelled
 
     A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key,
-    worker, progress, result, error, created_at, updated_at, next_run_at, started_at, finished_at.
+    worker, progress, result, error, created_at, updated_at, next_run_at, started_at, finished_at;
+    if it has them, group, expires_at, after and waits_for, steps.
     `attempt` counts claims and names the current one. `retries` counts failures and lost workers;
     `max_retries` bounds it.
 
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
-    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, key, id,
-                     after, after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
-    POST /poll       queue, limit, wait (at most 60: wait for a job that long), worker, lease,
-                     max_retries, timeout, hung (threads that never came back)
-                     -> a job, with limit a list of jobs; 204 when there is none
+    POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, id, key
+                     and key_until ("start": the key is free once the job is handed out), replace
+                     (true: a pending job with the key gets these values), expires, group, after,
+                     after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
+    POST /poll       queue, limit, wait (at most 60: wait for a job that long; answered after 55,
+                     before proxies give up), worker, lease, max_retries, timeout, hung (threads
+                     that never came back) -> a job, with limit a list of jobs; 204 if there is none
     POST /complete   id, attempt, result
     POST /fail       id, attempt, error, retry (false: never again), delay (instead of the backoff)
     POST /heartbeat  id, attempt, progress -> 409 when the claim is gone
     POST /release    id, attempt -> pending again, nothing counted
                      These four also take {"jobs": [...]}: each item is answered, with `error` and
                      `code` if it is refused.
-    POST /cancel, /retry   id, or queue with status (pending, running; failed, cancelled)
-                     -> {"count": n}
-    POST /purge      queue and/or status (never running) -> {"count": n}
+    POST /step       id, attempt, name, result -> the first result under that name, which later
+                     attempts get in `steps`; also a heartbeat
+    POST /reschedule id (or jobs), and delay, run_at or priority: changes a pending job
+    POST /cancel     id, or queue, status (pending, running) and tag -> {"count": n}; a queue alone
+                     or a status alone does not suffice; {"jobs": [{"id": ...}, ...]}: each item is
+                     answered. The same for the next two:
+    POST /retry      id, or status (failed, cancelled) or tag, and queue
+    POST /purge      id, or any of queue, status (never running) and tag
     POST /pause, /resume   queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then
                      one each per / rate seconds); null removes a limit, omitted fields stay
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority,
-                     key -> the schedule
+                     key, group -> the schedule
     POST /unschedule name -> {"count": n}; the jobs it made stay
     GET  /schedules  by name, limit, after
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
-    GET  /jobs       queue, status, tag, limit, after: newest first, paged by `after`; brief=true
+    GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
+                     limit, after: newest first, paged by `after`. A page looks at a bounded number
+                     of jobs: go on while `after` is not null, even if it is empty. brief=true
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
-    GET  /lost       worker, wait: answers {"lost": true} as soon as a job that this worker runs is
-                     cancelled or given to others, so that it need not wait for its heartbeat
+    GET  /lost       worker, wait, since (of the answer before): {"lost": true, "since": ...} as
+                     soon as a job that this worker runs is cancelled or given to others, so that it
+                     need not wait for its heartbeat
     GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
                      oldest age, paused, workers seen, the last hour by the minute; totals=true:
                      also the sums of all queues, and those with due jobs that no worker polls
-    GET  /metrics, /health, /backup    Prometheus text; JSON; a consistent copy of the database
+    GET  /health     JSON; status 503 while jobs cannot be stored; warnings of what may come
+    GET  /metrics, /backup    Prometheus text; a consistent copy of the database, one at a time
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
+    GET  /openapi.json, /rundown.mjs   these calls for generators of clients; the SDK for Node
 
 Every error is {"error": "a sentence that names the field"}: 400 bad input, 401 token, 403 foreign
 page, 404, 405, 408, 409 not (or no longer) possible, 411, 413, 415, 421 foreign Host, 431, 500,
@@ -81,12 +94,18 @@ GUARANTEES
 - A job with `after` is handed out once all jobs that it names are done. It is cancelled when one
   fails, is cancelled or is purged before that; with `after_any` it is handed out once all have
   ended. Retention keeps the jobs that a pending job waits for.
+- Jobs with the same `group` in the same queue run one at a time, in the order of their arrival. The
+  next one is available once the one before has ended for good; while that waits for a retry, its
+  time or other jobs, those behind it wait too. Priority orders groups, not the jobs within one.
+- A job that `expires` (seconds from now, or from run_at) is cancelled if it has not started by
+  then.
 - Each tick of a schedule makes one job, NAME@TIME, in the transaction that moves the schedule on;
   missed ticks make one, for the last of them. While its `key` is pending or running, a tick makes
   none and counts in `skipped`. Cron has five fields (minute, hour, day of month, month, day of
   week: *, lists, ranges, /step, names), or @hourly, @daily, @weekly, @monthly, @yearly. When both
   days are restricted, either suffices. A time that the zone's clock leaps over fires at the first
-  minute after the leap, one that it shows twice the first time.
+  minute after the leap. One that it shows twice fires the first time only, unless the hour field
+  begins with *: such a schedule goes on through both.
 
 LIMITS
 One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at
@@ -95,7 +114,20 @@ poll claims at most 16 MiB of jobs (one at least), and a page ends there. At mos
 and 64 MiB of responses are buffered; above that the newest large ones get 503. Done or cancelled
 jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that is set back is
 followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
+After a restart, deadlines that are counted in seconds have moved with the clock. A job has at most
+1,000 steps, of 8 MiB in all.
+When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
+purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
+
+# Checkers of a program beside this file need not check this one:
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
 
 import argparse
 import base64
@@ -114,6 +146,7 @@ import heapq
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -123,11 +156,13 @@ import pathlib
 import random
 import re
 import selectors
+import shutil
 import signal
 import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -146,6 +181,7 @@ DEFAULT_TIMEOUT = 300           # seconds a handler may take if neither job nor 
 GRACE = 5                       # seconds after the timeout until a worker is lost
 BACKOFF = 5                     # seconds, times the square of the number of retries
 MAX_LOSSES = 3                  # lost workers that a job survives without retries left
+MAX_DELAY = 3650 * 86400        # seconds until a job is due
 MAX_WAIT = 60                   # seconds of a long poll
 MAX_BATCH = 10000               # jobs in a request
 MAX_LIMIT = 1000                # jobs in a page, and claimed by a poll
@@ -176,6 +212,7 @@ MAX_HELD = 55                   # seconds until a poll or wait is answered; prox
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
+MIN_DOWNLOAD_RATE = 256 << 10   # bytes per second at which a copy of the database has to be taken
 CHUNK_BYTES = 64 << 10          # bytes that are received, or read from a file, at a time
 RESERVED_BYTES = 64 << 10       # bytes of a request or response for which there is always room
 MAX_REQUEST_BUFFER = 64 << 20   # bytes of all requests that are not answered yet
@@ -188,11 +225,19 @@ MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases a
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
 # a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
-BATCH_ROWS = 500                # rows that one step of a long change touches
+BATCH_ROWS = 500                # rows that one step of a long change touches at most
+MAX_ROWS_SEARCHED = 100000      # jobs that one page of GET /jobs looks at
+MAX_SEARCH_TIME = 0.1           # seconds after which a page looks at no more
+STEP_TIME = 0.02                # seconds after which a step begins nothing new
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
 CHECKPOINT_PAGES = 4000         # pages in the write-ahead log that start a checkpoint
+NEARLY_FULL_LOG_PAGES = 250     # the same while the disk is nearly full
+MAX_LOG_BYTES = 64 << 20        # a longer log is cut to this once it was written to the database
+RESERVE_BYTES = 8 << 20         # kept free on the disk for the time when jobs have filled it
+SHRINK_PAGES = 500              # free pages that one step gives back to the disk
+MIN_FREE_PAGES = 1000           # free pages that a database keeps for new jobs
 FULL_CHECK_MAX_BYTES = 64 << 20     # databases up to this size are checked in full at the start
 BACKUP_INFIX = '.backup-'       # in the names of copies that are being made
 DURATION_BUCKETS = (            # seconds
@@ -395,6 +440,10 @@ class Unavailable(HTTPError):
     headers = [('Retry-After', '1')]
 
 
+class DiskFull(Unavailable):
+    """The disk was full: nothing was written, and the reserve has been given up for a next try."""
+
+
 class Busy(Unavailable):
     """Another program holds the write lock: nothing was begun."""
 
@@ -492,6 +541,15 @@ def duration(low, high):
         {'type': 'number', 'minimum': low, 'maximum': high})
 
 
+def clamped_duration(low, high):
+    """A duration that is moved into its range, so that a report is not lost for it."""
+    rule = duration(low, high)
+    return rule._replace(
+        description='a number of seconds',
+        is_valid=lambda value: type(value) in (int, float) and value == value,
+        convert=lambda value: micros(min(max(value, low), high)))
+
+
 def printable(longest):
     return FieldRule(
         f'a string of 1 to {longest} characters without control characters',
@@ -539,7 +597,7 @@ CRON_TEXT = FieldRule(
 # SCHEDULE_COLUMNS join them below.
 FIELDS = {
     'replace': FLAG,
-    'expires': duration(0.001, 3650 * 86400),
+    'expires': duration(0.001, MAX_DELAY),
     'after': NAME,              # where a page begins; POST /enqueue takes JOB_IDS
     'needed_by': NAME,
     'needs': NAME,
@@ -550,10 +608,11 @@ FIELDS = {
     'totals': FLAG,
     'limit': whole_number(1, MAX_LIMIT),
     'hung': whole_number(0, 10**6),
+    'since': whole_number(0, 2**63 - 1),
     'max_running': whole_number(1, 10**6),
     'rate': whole_number(1, 10**6),
     'per': duration(0.001, 366 * 86400),
-    'delay': duration(0, 3650 * 86400),
+    'delay': duration(0, MAX_DELAY),
     'wait': duration(0, MAX_WAIT),
     'run_at': FieldRule(
         'a time like 2030-01-31T12:00:00Z',
@@ -563,9 +622,11 @@ FIELDS = {
     # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-JSON_QUERY_FIELDS = ('limit', 'wait', 'brief', 'busy', 'totals')      # numbers and flags in a query
+# numbers and flags in a query
+JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
+DEPENDENT = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))  # needs the other
 
 
 def validate(path, body):
@@ -586,6 +647,9 @@ def validate(path, body):
     for one, other in EXCLUSIVE:
         if one in params and other in params:
             raise BadRequest(f'{one} and {other} exclude each other')
+    for one, other in DEPENDENT:
+        if params.get(one) and other not in params:
+            raise BadRequest(f'{one} needs {other}')
     return params
 
 
@@ -692,6 +756,7 @@ class Cron:
         self.minutes, self.hours, self.days, self.months, weekdays = (
             parse_cron_field(part, field) for part, field in zip(parts, CRON))
         self.weekdays = {day % 7 for day in weekdays}
+        self.fires_twice = parts[1].startswith('*')     # in hours that the zone's clock shows twice
         self.either_day = not (parts[2].startswith('*') or parts[4].startswith('*'))
         longest = max(calendar.monthrange(2000, month)[1] for month in self.months)
         if not self.either_day and min(self.days) > longest:
@@ -700,6 +765,28 @@ class Cron:
 
     def after(self, moment):
         """The first time after a moment of UTC at which it fires."""
+        tick = self._next_first_occurrence(moment)
+        return self._repeated_before(tick, moment) or tick if self.fires_twice else tick
+
+    def _repeated_before(self, tick, moment):
+        """The first time before the tick that the zone's clock shows for the second time."""
+        moment = moment.replace(second=0, microsecond=0) + MINUTE
+        end = min(tick, moment + 3 * HOUR)      # no clock is set back by more
+        first = moment.astimezone(self.zone)
+        last = end.astimezone(self.zone)
+        if first.fold or first.utcoffset() > last.utcoffset():
+            while moment < end:
+                local = moment.astimezone(self.zone)
+                if local.fold and self._matches(local):
+                    return moment
+                moment += MINUTE
+        return None
+
+    def _matches(self, local):
+        return (local.minute in self.minutes and local.hour in self.hours
+                and local.month in self.months and self._fires_on(local))
+
+    def _next_first_occurrence(self, moment):
         local = moment.astimezone(self.zone).replace(tzinfo=None, second=0, microsecond=0) + MINUTE
         while True:     # from the largest unit to the smallest, skip what does not match
             if local.month not in self.months:
@@ -986,7 +1073,8 @@ CREATE TABLE queues (
     max_running INTEGER,
     rate INTEGER,                           -- `rate` claims at once,
     per INTEGER,                            -- then one each per / rate microseconds
-    full_at INTEGER NOT NULL DEFAULT 0      -- when the token bucket of the rate is full again
+    full_at INTEGER NOT NULL DEFAULT 0,     -- when the token bucket of the rate is full again
+    changed_at INTEGER NOT NULL DEFAULT 0   -- when a job of the queue changed last
 ) WITHOUT ROWID''',
     'dependencies': '''
 CREATE TABLE dependencies (
@@ -1041,6 +1129,10 @@ CREATE INDEX jobs_expiry ON jobs (expires_at)
     WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
     # GET /details and /jobs
     'jobs_tag': 'CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL',
+    # GET /jobs by status; there are too many done ones to keep another index for them
+    'jobs_failed': (
+        'CREATE INDEX jobs_failed ON jobs (status) '
+        "WHERE status = 'failed' OR status = 'cancelled'"),
     # retention
     'jobs_finished': '''
 CREATE INDEX jobs_finished ON jobs (status, finished_at) WHERE finished_at IS NOT NULL''',
@@ -1061,15 +1153,17 @@ def counting(change):
 TRIGGERS = {
     'jobs_insert': f'''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
-    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED}, NEW.hold = {QUEUED_IN_GROUP})
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped, changed_at)
+    VALUES (NEW.queue, 1, NEW.hold = {DELAYED}, NEW.hold = {BLOCKED}, NEW.hold = {QUEUED_IN_GROUP},
+        NEW.updated_at)
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
         scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
-        grouped = grouped + excluded.grouped;
+        grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
     'jobs_update': f'''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
-    UPDATE queues SET {counting('+ (NEW.{0}) - (OLD.{0})')} WHERE queue = NEW.queue;
+    UPDATE queues SET {counting('+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
+    WHERE queue = NEW.queue;
 END''',
     'jobs_delete': f'''
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
@@ -1169,9 +1263,12 @@ END''',
         'ALTER TABLE jobs ADD COLUMN steps_size INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE schedules ADD COLUMN "group" TEXT',
         'ALTER TABLE queues ADD COLUMN grouped INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE queues ADD COLUMN changed_at INTEGER NOT NULL DEFAULT 0',
         # times that were given cannot be told from delays any more; a retry is counted in seconds
         "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
+        'CREATE INDEX jobs_failed ON jobs (status) '
+        "WHERE status = 'failed' OR status = 'cancelled'",
         '''
 CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
     WHERE "group" IS NOT NULL AND status IN ('pending', 'running')''',
@@ -1197,11 +1294,11 @@ INSERT INTO last_seq SELECT IFNULL(MAX(seq), 0) FROM (
     UNION ALL SELECT MAX(job) FROM unresolved_ends)''',
         '''
 CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
-    INSERT INTO queues (queue, pending, scheduled, waiting, grouped)
-    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2, NEW.hold = 3)
+    INSERT INTO queues (queue, pending, scheduled, waiting, grouped, changed_at)
+    VALUES (NEW.queue, 1, NEW.hold = 1, NEW.hold = 2, NEW.hold = 3, NEW.updated_at)
     ON CONFLICT (queue) DO UPDATE SET pending = pending + 1,
         scheduled = scheduled + excluded.scheduled, waiting = waiting + excluded.waiting,
-        grouped = grouped + excluded.grouped;
+        grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
         '''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
@@ -1213,7 +1310,8 @@ CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
         cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled'),
         scheduled = scheduled + (NEW.hold = 1) - (OLD.hold = 1),
         waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2),
-        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3)
+        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3),
+        changed_at = NEW.updated_at
     WHERE queue = NEW.queue;
 END''',
         '''
@@ -1274,6 +1372,29 @@ def is_storage_error(error):
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
 
+def owner_and_mode(path):
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        return error.strerror
+    owner = info.st_uid
+    with contextlib.suppress(ImportError, KeyError):
+        import pwd
+        owner = pwd.getpwuid(owner).pw_name
+    return f'owner {owner}, mode {stat.filemode(info.st_mode)}'
+
+
+def is_mounted_alone(path):
+    """Whether a file is a mount point of its own, on Linux: `docker run -v ./jobs.db:/jobs.db`."""
+    try:
+        lines = pathlib.Path('/proc/self/mountinfo').read_bytes().splitlines()
+    except OSError:
+        return False
+    points = [re.sub(rb'\\([0-7]{3})', lambda code: bytes([int(code[1], 8)]), line.split(b' ')[4])
+              for line in lines]
+    return os.fsencode(path) in points
+
+
 def lock(path):
     """The open, locked file PATH.lock.
 
@@ -1302,6 +1423,10 @@ def check_header(path):
     if names > 1:       # each name would have a lock and a write-ahead log of its own
         raise StartupError(
             f'{path} has {names} names (hard links); an engine takes a database that has one')
+    if is_mounted_alone(path):      # the log beside it would be left behind with the container
+        raise StartupError(
+            f'{path} is mounted by itself, without the write-ahead log beside it; '
+            'mount its folder instead')
     journal = path + '-journal'
     has_journal = os.path.exists(journal) and os.path.getsize(journal)
     if header and not has_journal:      # else SQLite rolls back the hot journal first
@@ -1317,6 +1442,83 @@ def check_header(path):
         os.chmod(path, 0o600)
 
 
+class DiskReserve:
+    """A file that keeps a part of the disk free, for the time when jobs have filled the rest.
+
+    It is taken when the disk is nearly full, and given up when a write finds it full. From then on
+    no jobs are added, but they can be completed and purged, until there is room again.
+    """
+
+    def __init__(self, database_path):
+        # constant after start
+        self.path = database_path + '-reserve'
+        self.folder = os.path.dirname(database_path)
+        self.size = 0           # bytes; 0: this disk cannot be asked
+        # touched by the thread that writes, read by all
+        self.is_held = False
+        self.free = 0           # bytes that others may use, when it looked last
+
+    def open(self):
+        """Find an old one, and give it up if the engine could not start on the full disk."""
+        with contextlib.suppress(OSError):
+            self.size = min(RESERVE_BYTES, shutil.disk_usage(self.folder).total // 8)
+        self.is_held = os.path.exists(self.path)
+        self.look()
+        if self.is_held and self.free < self.size:
+            self.give_up()
+
+    def look(self):
+        """See how much is free; take it if that is little, or leave it if that is plenty."""
+        with contextlib.suppress(OSError):
+            self.free = shutil.disk_usage(self.folder).free
+        if self.is_held and self.free > 2 * self.nearly_full():
+            self.give_up()
+        elif not self.is_held and 2 * self.size <= self.free < self.nearly_full():
+            self._take()
+
+    def nearly_full(self):
+        """Free bytes below which the disk is nearly full: more than a second of jobs may fill."""
+        return 32 * self.size
+
+    def _take(self):
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_BINARY', 0)
+            with os.fdopen(os.open(self.path, flags, 0o600), 'wb') as file:
+                if hasattr(os, 'posix_fallocate'):
+                    os.posix_fallocate(file.fileno(), 0, self.size)
+                else:
+                    file.write(bytes(self.size))
+            self.is_held = True
+        except OSError:
+            self.give_up()
+
+    def give_up(self):
+        """True if this makes room."""
+        held = self.is_held
+        self.is_held = False
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+            self.free = shutil.disk_usage(self.folder).free
+        return held
+
+    def has_room(self, db):
+        """Whether jobs may be added: it is not needed or held, or free pages take them."""
+        if self.is_held or self.free >= self.nearly_full():
+            return True
+        self.look()
+        if self.is_held:
+            return True
+        return self.free + free_pages(db) * page_size(db) >= 2 * self.size
+
+
+def free_pages(db):
+    return db.execute('PRAGMA freelist_count').fetchone()[0]
+
+
+def page_size(db):
+    return db.execute('PRAGMA page_size').fetchone()[0]
+
+
 class Database:
     """The file: its lock, the connection that writes, those that read, copies of it."""
 
@@ -1330,13 +1532,17 @@ class Database:
         # safe by themselves
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
-        self.copying = threading.Lock()     # held while a copy is made: one at a time
+        self.reserve = DiskReserve(self.path)
+        self.copying = threading.Lock()     # held until a copy is taken: one at a time
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
         self.folder_mtime = None        # of the folder, when the files in it were looked at
+        self.is_sparse = False          # much of the file is free pages, which shrink() gives back
+        self.checkpoint_pages = 0       # pages in the log that start a checkpoint
         # written by the thread that writes, read by all
         self.last_storage_error = None  # why the last commit failed; None: it did not
+        self.takes_jobs = True          # False: the disk is full, jobs are not added
 
     def open(self):
         """Take the file and create or check its contents; StartupError if that is impossible."""
@@ -1344,6 +1550,7 @@ class Database:
             self.lock_file = lock(self.path)
             check_header(self.path)
             self._remove_copies()
+            self.reserve.open()
             self.db = self._connect_writer(LOCK_TIMEOUT)
             with self.transaction() as db:
                 self._create_or_migrate(db)
@@ -1357,8 +1564,19 @@ class Database:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
                 raise
-            reason = getattr(error, 'strerror', None) or error.__cause__ or error
-            raise StartupError(f'{self.path} cannot be used: {reason}') from None
+            raise StartupError(f'{self.path} cannot be used: {self._obstacle(error)}') from None
+
+    def _obstacle(self, error):
+        """The reason, with the file that is in the way, if one is."""
+        reason = getattr(error, 'strerror', None) or error.__cause__ or error
+        named = getattr(error, 'filename', None)
+        if named and not os.path.exists(named):
+            return f'{reason}: {named} in {self.folder} ({owner_and_mode(self.folder)})'
+        files = [self.path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
+        for path in (*files, self.folder):
+            if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+                return f'{reason}: {path} ({owner_and_mode(path)})'
+        return f'{reason}: {named}' if named else reason
 
     def _create_or_migrate(self, db):
         version, = db.execute('PRAGMA user_version').fetchone()
@@ -1387,9 +1605,22 @@ class Database:
             raise StartupError(f'{self.path} is damaged; restore a backup')
 
     def _connect_writer(self, lock_timeout):
-        return self._connect(
-            lock_timeout, f'synchronous = {self.sync}', f'wal_autocheckpoint = {CHECKPOINT_PAGES}',
-            'cache_size = -16384')
+        db = self._connect(
+            lock_timeout, f'synchronous = {self.sync}', 'auto_vacuum = INCREMENTAL',
+            'secure_delete = FAST', 'cache_size = -16384')
+        self.checkpoint_pages = 0
+        self._limit_log(db)
+        return db
+
+    def _limit_log(self, db):
+        """Keep the log short while the disk is nearly full: it takes its size once more there."""
+        nearly_full = self.reserve.free < self.reserve.nearly_full()
+        pages = NEARLY_FULL_LOG_PAGES if nearly_full else CHECKPOINT_PAGES
+        if pages != self.checkpoint_pages:
+            self.checkpoint_pages = pages
+            limit = min(MAX_LOG_BYTES, 4 * pages * page_size(db))
+            db.execute(f'PRAGMA wal_autocheckpoint = {pages}')
+            db.execute(f'PRAGMA journal_size_limit = {limit}')
 
     def _connect(self, lock_timeout, *pragmas):
         db = sqlite3.connect(
@@ -1425,12 +1656,15 @@ class Database:
                 raise
             # by their messages: sqlite_errorcode needs Python 3.11
             message = f'the database could not be written ({error})'
+            is_full = 'full' in str(error) and self.reserve.give_up()
             if self.db and not begun and 'locked' in str(error):
                 raise Busy(f'{message}; nothing was changed, try again') from error
             if self.db:     # after an I/O error only a fresh connection knows what is on disk
                 self.db.close()
                 self.db = None
             self.unsynced = self.unsynced or 'I/O' in str(error)
+            if is_full:
+                raise DiskFull(f'{message}; nothing was changed, try again') from error
             raise Unavailable(
                 f'{message}; whether it was done is not known, send it again') from error
 
@@ -1445,6 +1679,48 @@ class Database:
             raise sqlite3.OperationalError('the write-ahead log is locked')
         self.db = db
         self.unsynced = False
+
+    def check_disk(self):
+        """Look how much is left, and at what may be given back; done every second."""
+        self.reserve.look()
+        if self.db is None:
+            return
+        with contextlib.suppress(sqlite3.Error):
+            self._update_sparse(self.db)
+            self._limit_log(self.db)
+
+    def _update_sparse(self, db):
+        free = free_pages(db)
+        pages, = db.execute('PRAGMA page_count').fetchone()
+        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]     # not one of before 2.0
+        self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
+
+    def shrink(self, tx):
+        """A step of giving free pages back to the disk, where a quarter of the file is free."""
+        for _ in range(SHRINK_PAGES):       # one at a time: Python 3.11 steps a PRAGMA just once
+            tx.fetch_all('PRAGMA incremental_vacuum(1)')
+            if tx.is_step_over():
+                break
+        self._update_sparse(tx.db)
+
+    def log_bytes(self):
+        with contextlib.suppress(OSError):
+            return os.path.getsize(self.path + '-wal')
+        return 0
+
+    def trouble(self):
+        """A sentence if jobs cannot be stored at the moment; else None."""
+        if self.last_storage_error:
+            return self.last_storage_error
+        return None if self.takes_jobs else DISK_IS_FULL
+
+    def warnings(self):
+        """Sentences about what is not trouble yet."""
+        log_bytes = self.log_bytes()
+        if log_bytes > 2 * MAX_LOG_BYTES:
+            return [f'the write-ahead log has {log_bytes >> 20} MiB: another program has been '
+                    'reading the database for long']
+        return []
 
     def _find_inodes(self):
         return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
@@ -1465,7 +1741,7 @@ class Database:
             raise Unavailable(
                 f'the database {self.path} or its lock file was deleted or replaced while in use; '
                 'restart the engine')
-        resolution = 0.1 if mtime % 1 else 2        # seconds; some file systems know whole ones only
+        resolution = 0.1 if mtime % 1 else 2     # some know whole seconds only
         is_settled = os.name == 'posix' and mtime < time.time() - resolution
         self.folder_mtime = mtime if is_settled else None
 
@@ -1491,25 +1767,32 @@ class Database:
                 self.idle_readers.append(db)
 
     def backup(self):
-        """An open file, deleted when it is closed: a consistent copy, made beside the load."""
+        """An open file, deleted when it is closed: a consistent copy, made beside the load.
+
+        One at a time, since each takes as much space as the database.
+        """
         if not self.copying.acquire(blocking=False):
-            raise Unavailable('another copy is being made; try again when it is done')
+            raise Unavailable('another copy is being made or taken; try again when that is done')
         try:
-            folder, name = os.path.split(self.path)
-            handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
-            os.close(handle)
-            try:
-                with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
-                    db.backup(copy)
-                return open(copy_path, 'rb', opener=open_temporary)
-            finally:
-                # Windows deletes it when it is closed
-                with contextlib.suppress(PermissionError, FileNotFoundError):
-                    os.unlink(copy_path)
-        except OSError as error:
-            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
-        finally:
+            return self._make_copy()
+        except BaseException as error:
             self.copying.release()
+            if not isinstance(error, OSError):
+                raise
+            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
+
+    def _make_copy(self):
+        folder, name = os.path.split(self.path)
+        handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
+        os.close(handle)
+        try:
+            with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
+                db.backup(copy)
+            return Copy(copy_path, self.copying.release)
+        finally:
+            # Windows deletes it when it is closed
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                os.unlink(copy_path)
 
     def _remove_copies(self):
         """Remove copies that were cut off."""
@@ -1526,6 +1809,19 @@ class Database:
             self._remove_copies()
         if self.lock_file:
             self.lock_file.close()
+
+
+class Copy(io.FileIO):
+    """A copy of the database; on_close() is called when it is closed, by whatever."""
+
+    def __init__(self, path, on_close):
+        super().__init__(path, 'r', opener=open_temporary)
+        self.on_close = on_close
+
+    def close(self):
+        if not self.closed:
+            super().close()
+            self.on_close()
 
 
 def open_temporary(path, flags):
@@ -1664,20 +1960,23 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit):
-    """A page as JSON text; `after` is null on the last one. One that grows large ends early."""
+def json_page(name, key, rows, render, limit, last=None):
+    """A page as JSON text; `after` is null on the last one. One that grows large ends early.
+
+    `last` is where the next page begins, if there is one though this one is not full.
+    """
     texts = []
     size = 0
-    last = None
+    shown = None
     for row in rows:
         text = render(row)
         size += len(text)
         if size > MAX_RESPONSE and texts:
             break
         texts.append(text)
-        last = row[key]
-    is_last = size <= MAX_RESPONSE and len(texts) != limit
-    return f'{{"{name}":{json_list(texts)},"after":{json_string(None if is_last else last)}}}'
+        shown = row[key]
+    is_full = size > MAX_RESPONSE or len(texts) == limit
+    return f'{{"{name}":{json_list(texts)},"after":{json_string(shown if is_full else last)}}}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
@@ -1727,14 +2026,17 @@ class Transaction:
         self.db = db
         self.now = now                          # microseconds since 1970, engine time
         self.response_budget = response_budget  # characters of jobs that polls may still claim
+        self.takes_jobs = True                  # False: the disk is full
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
         # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
         self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
+        self.losses = set()     # workers from whom a job was taken
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # whether that holds for everything, not for this alone
+        self.step_ends = None           # the time.monotonic() from which paced() yields no more
 
     def execute(self, statement, values=()):
         return self.db.execute(statement, values)
@@ -1756,6 +2058,22 @@ class Transaction:
         if self.response_budget <= (0 if size > RESERVED_BYTES else -MAX_RESPONSE):
             raise Unavailable('too much is being handed out at a time; try again')
         self.response_budget -= size
+
+    def paced(self, items):
+        """Yield items until the time of a step is over, but at least one.
+
+        All steps in a transaction share their time, so others wait no longer for it, whatever the
+        items cost.
+        """
+        if self.step_ends is None:
+            self.step_ends = time.monotonic() + STEP_TIME
+        for item in items:
+            yield item
+            if self.is_step_over():
+                return
+
+    def is_step_over(self):
+        return self.step_ends is not None and time.monotonic() > self.step_ends
 
     def wake_at(self, moment):
         """Something falls due at this time."""
@@ -1782,6 +2100,17 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
+# What else is counted in seconds, and before that what was due by the old time.
+SET_BACK = (
+    f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
+    f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
+    f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
+    f"AND (hold = {DELAYED} AND attempt = 0 "
+    f"OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at > :before)",
+    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
+    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
+    'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
+)
 SELECT_DUE = f'''
     SELECT seq, queue FROM jobs WHERE status = 'pending' AND hold = {DELAYED} AND next_run_at <= ?
     ORDER BY next_run_at LIMIT ?'''
@@ -1792,8 +2121,8 @@ ACTIVE_IN_GROUP = f'''
 FIRST_IN_GROUP = f'''
     {FIND_JOB} queue = ? AND "group" = ? AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP}
     ORDER BY seq LIMIT 1'''
-SELECT_EXPIRED = f'''
-    {FIND_JOB} expires_at <= ? AND status = 'pending' AND attempt = 0
+SELECT_EXPIRED = '''
+    SELECT seq FROM jobs WHERE expires_at <= ? AND status = 'pending' AND attempt = 0
     ORDER BY expires_at LIMIT ?'''
 
 
@@ -1818,6 +2147,7 @@ class Jobs:
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
             if call in ('cancel', 'lose'):
+                tx.losses.add(job['worker'])
                 tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
@@ -1914,15 +2244,23 @@ class Jobs:
         for statement in SHIFT_DEADLINES:
             tx.execute(statement, {'by': micros(seconds)})
 
+    def set_back(self, tx, before):
+        """The clock was set back since `before`, which the last engine had reached."""
+        by = tx.now - before
+        self.shift_deadlines(tx, by / 1000000)
+        for statement in SET_BACK:
+            tx.execute(statement, {'by': by, 'now': tx.now, 'before': before})
+
     def release_due(self, tx):
         """A step of handing out delayed jobs whose time has come."""
-        for job in tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS):
+        for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS)):
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
 
     def expire(self, tx):
         """A step of cancelling jobs that have not started in time."""
-        for job in tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS):
+        for seq, in tx.paced(tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS)):
+            job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.transition(tx, 'expire', job, 'cancelled', error='expired')
 
     def update(self, tx, job, **columns):
@@ -2002,6 +2340,10 @@ REPLACED_COLUMNS = ('payload', 'tag', 'priority', 'timeout', 'max_retries', 'key
                     'expires_at', 'is_timed')
 
 
+DISK_IS_FULL = ('the disk is full: no jobs are added until there is room; '
+                'completing and purging jobs is possible')
+
+
 class Producers:
     """Enqueue."""
 
@@ -2013,6 +2355,8 @@ class Producers:
 
     def enqueue(self, tx, items):
         """Add the jobs, all or none. Of each (row, what was done): CREATED, EXISTING, REPLACED."""
+        if not tx.takes_jobs:
+            raise Unavailable(DISK_IS_FULL)
         if len(items) > 1:
             named = sum(len(item['after']) for item in items if 'after' in item)
             if named > MAX_DEPENDENCIES:
@@ -2023,14 +2367,18 @@ class Producers:
         fields = frozenset(INSERTING_FIELDS.intersection(set().union(*items)))
         jobs = []
         budget = tx.response_budget
+        aliases = {}        # id in the request -> id of the job that holds its key
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
             count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
-            jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields)
-            if budget - tx.response_budget > MAX_RESPONSE and len(rows) > 1:
-                raise PayloadTooLarge(
-                    'jobs: those that exist already are too large for one answer; '
-                    'send fewer at a time')
+            try:
+                jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields, aliases)
+            except Unavailable:
+                if len(rows) > 1 and tx.response_budget < budget:       # its own jobs fill it
+                    raise PayloadTooLarge(
+                        'jobs: those that exist already are too large for one answer; '
+                        'send fewer at a time') from None
+                raise
         for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
             self.jobs.advance_group(tx, queue, group)
         return jobs
@@ -2052,7 +2400,7 @@ class Producers:
         self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row
 
-    def _insert(self, tx, rows, fields):
+    def _insert(self, tx, rows, fields, aliases):
         """Insert them in one statement, in half the time of one each; one by one if one exists."""
         statement, values_of = insert_plan(len(rows), fields)
         values = []
@@ -2066,10 +2414,10 @@ class Producers:
                 tx.events += [('enqueued', row['queue'], None) for row in rows]
                 return [(row, CREATED) for row in rows]
         if len(rows) == 1:
-            return [self._insert_one(tx, rows[0])]
-        return [pair for row in rows for pair in self._insert(tx, [row], fields)]
+            return [self._insert_one(tx, rows[0], aliases)]
+        return [pair for row in rows for pair in self._insert(tx, [row], fields, aliases)]
 
-    def _insert_one(self, tx, row):
+    def _insert_one(self, tx, row, aliases):
         """The job that has the id or key of the row; else the row, which has `after`, inserted."""
         existing = tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
         if existing:
@@ -2078,7 +2426,9 @@ class Producers:
         existing = tx.fetch_one(JOB_WITH_KEY, row['queue'], row['key'])
         if existing:
             tx.spend(size_of(existing))
+            aliases[row['id']] = existing['id']
             return self._replace(tx, existing, row) if row.get('replace') else (existing, EXISTING)
+        row['after'] = list(dict.fromkeys(aliases.get(id, id) for id in row['after']))
         return self.dependencies.insert(tx, row), CREATED
 
     def _replace(self, tx, existing, row):
@@ -2117,7 +2467,9 @@ def no_worker_warning(queue, known):
 
 # -- Jobs: claims ----------------------------------------------------------------------------------
 SELECT_STEP = 'SELECT result FROM steps WHERE job = ? AND name = ?'
-FIND_LOST = f"{FIND_JOB} status = 'running' AND lease_until <= ? ORDER BY lease_until LIMIT ?"
+SELECT_LOST = '''
+    SELECT seq FROM jobs WHERE status = 'running' AND lease_until <= ?
+    ORDER BY lease_until LIMIT ?'''
 
 
 class Claims:
@@ -2215,7 +2567,7 @@ class Claims:
                 raise item
             return method(tx, item)
         except HTTPError as error:
-            id = error.id if error is item else item['id']
+            id = error.id if error is item else item.get('id')
             return {'id': id, 'error': str(error), 'code': error.status}
 
     def complete(self, tx, params):
@@ -2228,7 +2580,9 @@ class Claims:
     def release(self, tx, params):
         job, is_new = self.jobs.require_status(tx, 'release', params)
         if is_new:
-            self.jobs.transition(tx, 'release', job, 'pending')
+            # it was due, even if the clock was set back since
+            due = min(job['next_run_at'], tx.now)
+            self.jobs.transition(tx, 'release', job, 'pending', due)
         return {'id': job['id'], 'status': 'pending'}
 
     def fail(self, tx, params):
@@ -2287,7 +2641,8 @@ class Claims:
 
     def lose_overdue(self, tx):
         """A step of giving up the workers whose leases are over."""
-        for job in tx.fetch_all(FIND_LOST, tx.now, BATCH_ROWS):
+        for seq, in tx.paced(tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)):
+            job = tx.fetch_one(FIND_BY_SEQ, seq)
             again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
             self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
             tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
@@ -2307,6 +2662,8 @@ SET_DEPENDENCY_STATE = 'UPDATE dependencies SET state = ? WHERE dependent = ? AN
 NEXT_UNRESOLVED = '''
     SELECT job AS seq, id, outcome AS status, dependent, position
     FROM unresolved_ends LEFT JOIN dependencies ON dependency = job AND state = 0 LIMIT 1'''
+TOLD_DEPENDENTS = '''
+    SELECT dependent, position FROM dependencies WHERE dependency = ? AND state > 0 LIMIT ?'''
 DEPENDENCIES_OF = '''
     SELECT dependencies.*, id, status FROM dependencies LEFT JOIN jobs ON seq = dependency
     WHERE dependent = ? ORDER BY position'''
@@ -2345,7 +2702,7 @@ class Dependencies:
 
     def resolve(self, tx):
         """A step of telling the dependents of jobs that have ended."""
-        for _ in range(BATCH_ROWS):
+        for _ in tx.paced(range(BATCH_ROWS)):
             end = tx.fetch_one(NEXT_UNRESOLVED)
             if not end:
                 break
@@ -2365,11 +2722,14 @@ class Dependencies:
         if state != SUCCEEDED and not job['after_any']:
             self._cancel_dependent(tx, job, end)
             return
+        waits_for = job['waits_for'] - 1
+        if not waits_for and job['after_any']:
+            waits_for = self.recheck(tx, job)       # one may have been retried, see reopen()
         due = max(tx.now, job['next_run_at'])
-        self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=job['waits_for'] - 1)
+        self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=waits_for)
 
     def recheck(self, tx, job):
-        """How many jobs a retried job has to wait for; Conflict if it would wait in vain."""
+        """How many jobs a job has to wait for as they are now; Conflict if that is in vain."""
         dependencies = tx.fetch_all(DEPENDENCIES_OF, job['seq'])
         states = [self._current_state(dependency) for dependency in dependencies]
         if FAILED in states and not job['after_any']:
@@ -2391,14 +2751,16 @@ class Dependencies:
         return f'it waits for the job {describe(dependency["id"])}, which is {dependency["status"]}'
 
     def reopen(self, tx, job):
-        """A job that had ended is retried: dependents that are blocked wait for it again."""
-        tx.execute('''
-            UPDATE jobs SET waits_for = waits_for + 1
-            WHERE status = 'pending' AND waits_for > 0 AND seq IN (
-                SELECT dependent FROM dependencies WHERE dependency = ? AND state <> 0)''',
-                   (job['seq'],))
-        tx.execute('UPDATE dependencies SET state = 0 WHERE dependency = ?', (job['seq'],))
+        """A job that had ended is retried: dependents that are blocked wait for it again.
+
+        Those that are beyond a bound are not told so; they find out by recheck().
+        """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
+        for dependent, position in tx.fetch_all(TOLD_DEPENDENTS, job['seq'], BATCH_ROWS):
+            tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
+            waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
+            if waiting['status'] == 'pending' and waiting['waits_for']:
+                self.jobs.update(tx, waiting, waits_for=waiting['waits_for'] + 1)
 
 
 # -- Jobs: limits ----------------------------------------------------------------------------------
@@ -2510,11 +2872,13 @@ class Schedules:
         return {'count': deleted}
 
     def run_due(self, tx):
-        """A step of making the jobs of the ticks that are due."""
-        for row in tx.fetch_all(
-                SELECT_SCHEDULE + 'WHERE next_run_at <= ? ORDER BY next_run_at LIMIT ?',
-                tx.now, BATCH_ROWS):
-            self._tick(tx, row)
+        """A step of making the jobs of the ticks that are due; they stay due on a full disk."""
+        if not tx.takes_jobs:
+            return
+        due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
+                           'LIMIT ?', tx.now, BATCH_ROWS)
+        for name, in tx.paced(due):
+            self._tick(tx, tx.fetch_one(SELECT_SCHEDULE + 'WHERE name = ?', name))
 
     def _tick(self, tx, row):
         """Make the job of the last tick that is due, and set the next one."""
@@ -2528,7 +2892,10 @@ class Schedules:
         item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
         (job, done), = self.producers.enqueue(tx, [item])
-        is_skipped = done is EXISTING and job['id'] != item['id']
+        is_skipped = done is EXISTING
+        if is_skipped and job['id'] == item['id']:
+            tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
+                                f'the id {describe(item["id"])} is taken')
         tx.execute(
             'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, '
             'skipped = skipped + ? WHERE name = ?',
@@ -2539,6 +2906,11 @@ class Schedules:
 FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     **{name: f'"{name}" = :{name}' for name, column in JOB_COLUMNS.items() if column.filter},
     'status': '+status = :status',      # the plus: in the order of seq, not by jobs_finished
+    'search': (
+        '(' + ' OR '.join(f"{column} LIKE :text ESCAPE '!'"
+                          for column in ('id', 'tag', 'error', 'payload', 'result'))
+        # texts in JSON are kept in ASCII, with escapes
+        + "OR payload LIKE :escaped ESCAPE '!' OR result LIKE :escaped ESCAPE '!')"),
     'after': 'seq < :after',            # from here on the values are seqs of jobs
     'beyond': 'seq > :beyond',
     'needed_by': 'dependent = :needed_by',
@@ -2546,6 +2918,10 @@ FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     'after_position': ('position > (SELECT position FROM dependencies '
                        'WHERE dependent = :needed_by AND dependency = :after_position)'),
 }
+
+
+def like_pattern(text):
+    return '%' + re.sub('([%_!])', r'!\1', text) + '%'
 
 
 def where_clause(params):
@@ -2556,8 +2932,9 @@ def where_clause(params):
 class Operators:
     """The calls of people: pause, resume, cancel, retry, purge; and those over many jobs."""
 
-    def __init__(self, database, jobs, limits, dependencies):
+    def __init__(self, database, jobs, limits, dependencies, claims):
         # constant after start
+        self.claims = claims
         self.database = database
         self.jobs = jobs
         self.dependencies = dependencies
@@ -2606,7 +2983,24 @@ class Operators:
         tx.wake_polls(queue)
         return {'queue': queue, 'paused': paused}
 
-    def id_batches(self, params):
+    def apply_to_items(self, tx, call, items):
+        """A step of a call over jobs that are named one by one: the results, and the items left."""
+        results = []
+        apply_one = functools.partial(self.apply_to_item, call=call)
+        for item in tx.paced(items):
+            results.append(self.claims.apply_item(tx, apply_one, item))
+        return results, items[len(results):]
+
+    def apply_to_item(self, tx, params, call):
+        """Do it to the job `id`; Conflict if its status forbids that."""
+        if 'id' not in params or len(params) > 1:
+            raise BadRequest('id is needed, and stands alone')
+        job, _ = self.require_status(tx, call, params)
+        getattr(self, call)(tx, job)
+        target = (*TRANSITIONS[call].targets, 'purged')[0]
+        return {'id': params['id'], 'status': target}
+
+    def seq_batches(self, params):
         """The seqs of the jobs that a large change is about, in batches.
 
         A reader finds them, so that the writer is not held up. Not their ids: a producer may use
@@ -2623,32 +3017,44 @@ class Operators:
             yield seqs
 
     def apply_to_batch(self, tx, method, seqs, statuses):
-        """Call the method with the jobs that still have such a status; how many those are."""
+        """A step of calling the method with the jobs that still have such a status.
+
+        How many those were, and the seqs that are left.
+        """
         count = 0
-        for seq in seqs:
+        done = 0
+        for seq in tx.paced(seqs):
+            done += 1
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             if job and job['status'] in statuses:
                 with contextlib.suppress(Conflict):
                     method(tx, job)
                     count += 1
-        return count
+        return count, seqs[done:]
 
 
 # -- Jobs: retention -------------------------------------------------------------------------------
-DELETE_EXPIRED = '''
-    DELETE FROM jobs WHERE seq IN (
-        SELECT seq FROM jobs WHERE status = ? AND finished_at <= ? AND NOT EXISTS (
-            SELECT 1 FROM dependencies JOIN jobs AS waiting ON waiting.seq = dependent
-            WHERE dependency = jobs.seq AND waiting.status IN ('pending', 'running'))
-        ORDER BY finished_at LIMIT ?)'''
-UNUSED_QUEUES = '''
-    SELECT queue FROM queues WHERE pending + running + done + failed + cancelled = 0
-        AND NOT paused AND max_running IS NULL AND rate IS NULL AND COALESCE(polled_at, 0) < ?
-    LIMIT ?'''
+NEXT_ENDED = '''
+    SELECT finished_at, seq FROM jobs
+    WHERE status = ? AND finished_at <= ? AND (finished_at, seq) > (?, ?)
+    ORDER BY finished_at, seq LIMIT ?'''
+NEXT_DEPENDENTS = '''
+    SELECT dependent, jobs.status IN ('pending', 'running') AS waits
+    FROM dependencies JOIN jobs ON jobs.seq = dependent
+    WHERE dependency = ? AND state = ? AND dependent > ? ORDER BY dependent LIMIT ?'''
+IS_UNUSED = '''
+    SELECT queue, pending + running + done + failed + cancelled = 0 AND NOT paused
+        AND max_running IS NULL AND rate IS NULL AND COALESCE(polled_at, 0) < ?
+    FROM queues'''
+NEXT_QUEUES = IS_UNUSED + ' WHERE queue > ? ORDER BY queue LIMIT ?'
 
 
 class Retention:
-    """Deletes jobs that have been kept long enough, and forgets queues that nobody uses."""
+    """Deletes jobs that have been kept long enough, and forgets queues that nobody uses.
+
+    A round walks over all of them once, in steps. It is a generator: each `yield` is between two
+    pieces of work of bounded cost, and the next piece may be in another transaction.
+    """
 
     def __init__(self, workers, meter, keep, keep_failed):
         # constant after start
@@ -2657,21 +3063,78 @@ class Retention:
         self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # 0: for ever
         # the loop's
         self.next_round = 0
+        self.round = None       # the generator while one is under way
+        self.tx = None          # the transaction of the current step
 
     def run_due(self, tx):
         """A step of a round; the next round begins after RETENTION_INTERVAL."""
         if self.next_round > tx.now:
             return
-        deleted = [
-            tx.execute(DELETE_EXPIRED, (status, tx.now - keep, BATCH_ROWS)).rowcount
-            for status, keep in self.keep.items() if keep]
-        unused = tx.fetch_all(UNUSED_QUEUES, tx.now - micros(FORGET_QUEUE_AFTER), BATCH_ROWS)
-        for queue, in unused:
-            tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
+        self.tx = tx
+        self.round = self.round or self._walk()
+        try:
+            for _ in tx.paced(self.round):
+                pass
+        except BaseException:
+            self.round = None       # a generator that raised has ended
+            raise
+
+    def _walk(self):
+        for status, keep in self.keep.items():
+            if keep:
+                yield from self._delete_ended(status, keep)
+        yield from self._forget_queues()
+        self.next_round = self.tx.now + micros(RETENTION_INTERVAL)
+        self.round = None
+
+    def _delete_ended(self, status, keep):
+        """Delete jobs of the status, but for those that a pending job waits or waited for."""
+        position = (0, 0)
+        while True:
+            before = self.tx.now - keep
+            rows = self.tx.fetch_all(NEXT_ENDED, status, before, *position, BATCH_ROWS)
+            for finished_at, seq in rows:
+                position = (finished_at, seq)
+                if not (yield from self._is_needed(seq)):
+                    self.tx.execute('DELETE FROM jobs WHERE seq = ?', (seq,))
+                yield
+            if not rows:
+                return
+
+    def _is_needed(self, seq):
+        for state in (0, SUCCEEDED, FAILED):
+            last = 0
+            while True:
+                rows = self.tx.fetch_all(NEXT_DEPENDENTS, seq, state, last, BATCH_ROWS)
+                if not rows:
+                    break
+                if any(row['waits'] for row in rows):
+                    return True
+                last = rows[-1]['dependent']
+                yield
+        return False
+
+    def _forget_queues(self):
+        last = ''
+        while True:
+            before = self.tx.now - micros(FORGET_QUEUE_AFTER)
+            rows = self.tx.fetch_all(NEXT_QUEUES, before, last, BATCH_ROWS)
+            yield
+            for queue, is_unused in rows:
+                last = queue
+                if is_unused:
+                    self._forget(queue, before)
+                    yield
+            if not rows:
+                return
+
+    def _forget(self, queue, before):
+        """Forget the queue, if it is unused still: this transaction may be a later one."""
+        row = self.tx.fetch_one(IS_UNUSED + ' WHERE queue = ?', before, queue)
+        if row and row[1]:
+            self.tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
             self.workers.last_polled.pop(queue, None)
             self.meter.fold_into_others(queue)
-        if max(*deleted, len(unused), 0) < BATCH_ROWS:      # no batch was full
-            self.next_round = tx.now + micros(RETENTION_INTERVAL)
 
 
 # -- Jobs: queries ---------------------------------------------------------------------------------
@@ -2695,6 +3158,9 @@ RUNNING_OF_WORKERS = '''
 UNFINISHED_DEPENDENCIES = '''
     SELECT id FROM dependencies JOIN jobs ON seq = dependency
     WHERE dependent = ? AND state = 0 ORDER BY position LIMIT 4'''
+
+
+INDEX_OF_STATUS = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
 
 
 class Queries:
@@ -2738,24 +3204,69 @@ class Queries:
 
     def jobs(self, limit=50, brief=False, **params):
         """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
-        source = 'jobs'
-        order = 'seq DESC'
+        columns = names(BRIEF_COLUMNS if brief else COLUMNS)
+        render = functools.partial(job_json, brief=brief)
         with self.database.reading() as db:
             for field in ('after', 'needed_by', 'needs'):
                 if field in params:
                     params[field] = self._seq_of(db, field, params[field])
-            if 'needed_by' in params:
-                source = 'dependencies JOIN jobs ON seq = dependency'
-                order = 'position'
-                if 'after' in params:
-                    params['after_position'] = params.pop('after')
+            if 'needed_by' in params or 'needs' in params:
+                rows = self._related(db, columns, limit, params)
+                return json_page('jobs', 'id', rows, render, limit)
             if not self._may_have(db, params.get('queue'), params.get('status')):
                 limit = 0
-            columns = names(BRIEF_COLUMNS if brief else COLUMNS)
-            rows = db.execute(
-                f'SELECT {columns} FROM {source} {where_clause(params)} ORDER BY {order} '
-                'LIMIT :limit', {**params, 'limit': limit})
-            return json_page('jobs', 'id', rows, functools.partial(job_json, brief=brief), limit)
+            seqs, last_seq = self._search(db, limit, params)
+            rows = (db.execute(f'SELECT {columns} FROM jobs WHERE seq = ?', (seq,)).fetchone()
+                    for seq in seqs)
+            last = last_seq and db.execute('SELECT id FROM jobs WHERE seq = ?', (last_seq,))
+            return json_page('jobs', 'id', rows, render, limit, last and last.fetchone()['id'])
+
+    def _related(self, db, columns, limit, params):
+        """The rows of jobs that depend on one, or that it depends on."""
+        source = 'jobs'
+        order = 'seq DESC'
+        if 'needed_by' in params:
+            source = 'dependencies JOIN jobs ON seq = dependency'
+            order = 'position'
+            if 'after' in params:
+                params['after_position'] = params.pop('after')
+        return db.execute(
+            f'SELECT {columns} FROM {source} {where_clause(params)} ORDER BY {order} LIMIT :limit',
+            {**params, 'limit': limit})
+
+    def _search(self, db, limit, params):
+        """(seqs of jobs that match, newest first; the last one looked at, if it ended early).
+
+        An index leads to the jobs of a tag, a group, and of INDEX_OF_STATUS. Other conditions are
+        checked one job at a time, and a page looks at a bounded number of them.
+        """
+        indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
+        conditions = {field: FILTERS[field] for field in FILTERS if field in params}
+        source = ' AND '.join(
+            ['1', *(condition for field, condition in conditions.items() if field in indexed)])
+        matches = ' AND '.join(
+            ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
+        status = params.get('status')
+        table = 'jobs'
+        if status in INDEX_OF_STATUS and indexed.isdisjoint(params.keys() - {'after'}):
+            table = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
+            source += f" AND status = '{status}'"       # as text: a partial index needs it
+        if 'search' in params:
+            params['text'] = like_pattern(params['search'])
+            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
+        rows = db.execute(
+            f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
+            {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
+        ends = time.monotonic() + MAX_SEARCH_TIME
+        found = []
+        for looked_at, (seq, is_match) in enumerate(rows, 1):
+            if is_match:
+                found.append(seq)
+                if len(found) == limit:
+                    break
+            if looked_at == MAX_ROWS_SEARCHED or time.monotonic() > ends:
+                return found, seq
+        return found, None
 
     def _seq_of(self, db, field, id):
         job = db.execute(FIND_BY_ID, (id,)).fetchone()
@@ -2769,10 +3280,12 @@ class Queries:
         return total
 
     def health(self):
-        error = self.database.last_storage_error
+        """Whether jobs can be stored, and what may become trouble."""
+        trouble = self.database.trouble()
         return {
-            'status': 'trouble' if error else 'ok',
-            'storage': error or 'ok',
+            'status': 'trouble' if trouble else 'ok',
+            'storage': trouble or 'ok',
+            'warnings': self.database.warnings(),
             'version': VERSION,
         }
 
@@ -2940,7 +3453,7 @@ class Overview:
 
     def _queue_json(self, row, oldest, workers, now):
         queue = dict(row)
-        del queue['full_at']
+        del queue['full_at'], queue['changed_at']
         name = queue['queue']
         queue['per'] = as_seconds(queue['per'])
         queue['paused'] = bool(queue['paused'])
@@ -2958,6 +3471,8 @@ class Workers:
     def __init__(self, last_polled):
         self.last_polled = last_polled          # queue -> time of its last poll
         self.seen = collections.OrderedDict()   # (worker, queue) -> (time, hung threads)
+        # worker -> time at which the latest job was taken from it, since the start
+        self.lost_at = collections.OrderedDict()
 
     def record(self, tx):
         for queue, worker, hung in tx.signs_of_life:
@@ -2966,10 +3481,15 @@ class Workers:
             if worker:
                 _, known = self.seen.pop((worker, queue), (0, 0))
                 self.seen[worker, queue] = tx.now, known if hung is None else hung
-        while len(self.seen) > MAX_WORKERS:
-            self.seen.popitem(last=False)
+        for worker in tx.losses:
+            self.lost_at[worker] = tx.now
+            self.lost_at.move_to_end(worker)
+        for known in (self.seen, self.lost_at):
+            while len(known) > MAX_WORKERS:
+                known.popitem(last=False)
 
 
+METER_EVENTS = ['enqueued', *(rule.event for rule in TRANSITIONS.values() if rule.event)]
 HOURLY = {      # what a queue's last hour counts, and the events of each
     'enqueued': ('enqueued',),
     'done': ('completed',),
@@ -3013,7 +3533,7 @@ class Meter:
     def fold_into_others(self, queue):
         """Forget the queue; its counts go to '(others)', so that the sums stay."""
         with self.lock:
-            for event in {event for event, _ in self.totals}:
+            for event in METER_EVENTS:
                 self.totals[event, '(others)'] += self.totals.pop((event, queue), 0)
                 self.seconds.pop((event, queue), None)
 
@@ -3054,6 +3574,10 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT ?)'''
 
 
+# The latest time that the engine has reached for sure.
+LAST_TIME = 'SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) FROM queues'
+
+
 class Store:
     """The jobs of one database: one object per concern, and what spans them.
 
@@ -3076,12 +3600,26 @@ class Store:
         self.producers = Producers(self.jobs, self.dependencies, self.workers)
         self.claims = Claims(self.jobs, self.limits, self.workers)
         self.schedules = Schedules(self.producers)
-        self.operators = Operators(database, self.jobs, self.limits, self.dependencies)
+        self.operators = Operators(
+            database, self.jobs, self.limits, self.dependencies, self.claims)
         self.retention = Retention(self.workers, self.meter, keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
+        self._follow_clock()
         # the loop's
         self.next_deadline = 0      # when run_due() has something to do
+        self.maintenance = collections.deque([
+            self.schedules.run_due, self.jobs.expire, self.jobs.release_due,
+            self.claims.lose_overdue, self.dependencies.resolve, self.retention.run_due])
         self.starved = set()        # queues whose polls run_due() wakes, see Transaction.starved
+
+    def _follow_clock(self):
+        """If the clock was set back since the last engine, move deadlines with it."""
+        with self.database.transaction() as db:
+            tx = self.begin(db)
+            before = tx.fetch_one(LAST_TIME)[0] or 0
+            if before > tx.now + micros(1):
+                self.jobs.set_back(tx, before)
+                log(f'the system clock was set back by {(before - tx.now) / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
@@ -3122,12 +3660,11 @@ class Store:
             return
         for queue in self.starved:
             tx.wake_polls(queue)
-        self.schedules.run_due(tx)
-        self.jobs.expire(tx)
-        self.jobs.release_due(tx)
-        self.claims.lose_overdue(tx)
-        self.dependencies.resolve(tx)
-        self.retention.run_due(tx)
+        for _ in range(len(self.maintenance)):
+            self.maintenance[0](tx)
+            self.maintenance.rotate(-1)     # so that each has its turn, however long another takes
+            if tx.is_step_over():
+                break
         tx.next_deadline = tx.fetch_one(NEXT_DEADLINE, self.retention.next_round)[0]
         tx.is_deadline_exact = True
 
@@ -3380,11 +3917,14 @@ class Committer:
         self.database = store.database
         # touched by the loop's thread only; times are the loop's
         self.submitted = []                 # operations for the next transaction
-        self.maintenance = Operation(store.run_due)     # part of each of them
+        self.maintenance = Operation(self._maintain)    # part of each of them
         self.lock_retry_at = 0              # another program has the write lock: no try before
         self.maintenance_paused_until = 0   # after trouble
         self.clock_checked_at = -NEVER
         self.listening_until = -NEVER       # heartbeats could be received until then
+        # read by other threads, too
+        self.commits = 0
+        self.commit_seconds = 0             # that all of them took, from the begin on
 
     def submit(self, operation):
         operation.submitted_at = self.loop.now
@@ -3402,6 +3942,8 @@ class Committer:
     def next_attempt(self, now):
         """When there is something to do: an operation, or something due."""
         due = now + (self.store.next_deadline - self.store.clock.now()) / 1000000
+        if self.database.is_sparse:
+            due = now
         due = max(due, self.maintenance_paused_until)
         return min(due, self.lock_retry_at) if self.submitted else due
 
@@ -3416,22 +3958,31 @@ class Committer:
         if maintain and now - self.clock_checked_at >= CLOCK_CHECK_INTERVAL:
             self.clock_checked_at = now
             ahead = clock.slew()
+            self.database.check_disk()
         if not (self.submitted or maintain and (
-                ahead or self.store.next_deadline <= clock.now())):
+                ahead or self.database.is_sparse or self.store.next_deadline <= clock.now())):
             return
         operations = self.submitted
         self.submitted = []
         maintenance = self.maintenance if maintain else None
         try:
             tx, served = self._run_transaction(operations, maintenance, ahead)
+        except DiskFull:        # again at once, with the space of the reserve
+            clock.offset = offset
+            self.submitted[:0] = operations
+            return
         except Unavailable as error:
             clock.offset = offset       # the step of the clock is not on disk
             self._storage_failed(error, operations, now)
             return
         self.lock_retry_at = 0
-        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if self.maintenance.error else 0
+        # schedules whose jobs cannot be added stay due
+        pause = self.maintenance.error or not tx.takes_jobs
+        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if pause else 0
         self.maintenance.error = None
         self.loop.now = time.monotonic()
+        self.commits += 1
+        self.commit_seconds += self.loop.now - self.listening_until     # that is, its begin
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
@@ -3481,6 +4032,7 @@ class Committer:
                         run(operation)
                 self.listening_until = began
                 self.database.last_storage_error = None
+                self._note_room(tx.takes_jobs)
                 return tx, served
             except PoisonedTransaction as error:
                 insert_in_bulk = False      # one by one it shows whose fault it is
@@ -3503,9 +4055,20 @@ class Committer:
                 writes.append(operation)
         return writes, inserts, polls
 
+    def _note_room(self, takes_jobs):
+        if takes_jobs != self.database.takes_jobs:
+            self.database.takes_jobs = takes_jobs
+            log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
+
+    def _maintain(self, tx):
+        self.store.run_due(tx)
+        if self.database.is_sparse:
+            self.database.shrink(tx)
+
     def _begin(self, db, ahead):
         """(tx, the loop's time at its begin). First of all leases are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
+        tx.takes_jobs = self.database.reserve.has_room(db)
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
@@ -3614,6 +4177,8 @@ class EventLoop:
         self.now = time.monotonic()         # the time of this pass, taken when something happened
         self.draining = False               # the engine ends once no connection is left
         self.drain_deadline = NEVER         # when it ends, whoever is still there
+        self.lags = [0, 0]                  # longest pass in seconds: in this minute, the last one
+        self.lag_minute = 0
         self.connections = set()
         self.timeouts = Timeouts()
         self.budget = Budget(self.connections)
@@ -3677,6 +4242,14 @@ class EventLoop:
             self.calls_from_threads.popleft()()
         self.timeouts.fire(now)
         self.committer.commit_batch(now)
+        self._note_lag(now)
+
+    def _note_lag(self, now):
+        """Remember the longest pass, in which nobody was heard."""
+        if now >= self.lag_minute + 60:
+            self.lag_minute = now
+            self.lags = [0, self.lags[0]]
+        self.lags[0] = max(self.lags[0], self.now - now)
 
     def _select_timeout(self, now):
         """Seconds until something is due; 0 if calls from other threads wait."""
@@ -3811,6 +4384,7 @@ class Request:
         self.head = None            # a RequestHead; None until its end was received
         self.is_received = False
         self.body = None            # bytes, until they are parsed
+        self.params = None          # the validated fields, of each item of a batch
         self.size = 0               # bytes of the body, also of what it became
         self.operation = None       # an Operation or JobWait that it waits for
 
@@ -3842,6 +4416,8 @@ class Connection(Client):
 
     def resume(self, event):
         if not self.is_open:
+            if isinstance(event, Response) and isinstance(event.body, io.IOBase):
+                event.body.close()      # nobody takes it
             return
         try:
             if event is SOCKET_READY and self.watched == READ:
@@ -3956,10 +4532,10 @@ class Connection(Client):
             raise
         except Exception as error:
             file = self._begin_error(request, error, keep_alive)
-        request.operation = request.body = None
+        request.operation = request.body = request.params = None
         request.size = 0
         if file:
-            yield from self._send_file(file)
+            yield from self._send_file(file, os.fstat(file.fileno()).st_size)
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
@@ -4043,11 +4619,13 @@ class Connection(Client):
         """The response of the handler, after the operation that it asks for."""
         head = request.head
         if head.rule.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
-            result = yield from self._offload(self.server.handle, head, request.body)
+            result = yield from self._offload(self.server.handle, request)
         else:
-            result = self.server.handle(head, request.body)
+            result = self.server.handle(request)
         if isinstance(result, (Operation, JobWait)):
             result = yield from self._run_operation(request, result)
+        if head.route in AUDITED:
+            log(audit_line(self.address[0], head.route, request.params, result))
         return result
 
     def _run_operation(self, request, operation):
@@ -4145,12 +4723,15 @@ class Connection(Client):
         while not self._send():
             yield WRITE
 
-    def _send_file(self, file):
+    def _send_file(self, file, length):
         """Send what is left of the response, then the file piece by piece."""
+        deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
         with file:
             while self.unsent:
                 if not self._send():
                     yield from self._send_rest()
+                if self.loop.now > deadline:
+                    raise RequestTimeout('the file was not taken in time')
                 self.unsent = file.read(CHUNK_BYTES)
 
 
@@ -4239,36 +4820,43 @@ def schedule(server, params):
 
 
 def change_call(call):
-    """The handler of cancel, retry and purge: of one job, or of all of a queue and status."""
+    """The handler of cancel, retry and purge: of jobs by their ids, or of all that match."""
     def change_one(server, params):
-        operators = server.store.operators
-
         def work(tx):
-            job, _ = operators.require_status(tx, call, params)
-            getattr(operators, call)(tx, job)
+            server.store.operators.apply_to_item(tx, params, call)
             return {'count': 1}
         return Operation(work)
+
+    def change_each(server, items):
+        results = []
+        while items:
+            some, items = server.loop.run_in_transaction(functools.partial(
+                server.store.operators.apply_to_items, call=call, items=items))
+            results += some
+        return {'jobs': results}
 
     def change_many(server, params):
         operators = server.store.operators
         method = getattr(operators, call)
         statuses = [params['status']] if 'status' in params else TRANSITIONS[call].sources
         count = 0
-        for ids in operators.id_batches(params):
-            count += server.loop.run_in_transaction(
-                lambda tx, ids=ids: operators.apply_to_batch(
-                    tx, method, ids, statuses))
+        for seqs in operators.seq_batches(params):
+            while seqs:
+                changed, seqs = server.loop.run_in_transaction(functools.partial(
+                    operators.apply_to_batch, method=method, seqs=seqs, statuses=statuses))
+                count += changed
         return {'count': count}
 
     def handler(server, params):
         if 'id' in params:
             if len(params) > 1:
-                raise BadRequest('id names one job, and stands without queue and status')
+                raise BadRequest('id names one job, and stands without queue, status and tag')
             return change_one(server, params)
         if not server.change_slots.acquire(blocking=False):
             raise Unavailable('other changes of whole queues are under way; try again')
         try:
-            return change_many(server, params)
+            change = change_each if isinstance(params, list) else change_many
+            return change(server, params)
         finally:
             server.change_slots.release()
     return handler
@@ -4285,12 +4873,22 @@ def get_job(server, params):
 
 
 def wait_for_loss(server, params):
-    """Whether a job was taken from the worker: cancelled, or its lease was over."""
-    def render(was_lost):
-        return {'lost': bool(was_lost)}
+    """Whether a job was taken from the worker since then: cancelled, or its lease was over.
 
-    topic = ('worker', params['worker'])
-    return JobWait(lambda: False, render, topic, params.get('wait', 0) / 1000000)
+    The next call gets the `since` of this answer, so that it misses none in between.
+    """
+    worker = params['worker']
+    lost_at = server.store.workers.lost_at
+    since = params.get('since', lost_at.get(worker, 0))
+
+    def was_lost():
+        return lost_at.get(worker, 0) > since
+
+    def render(was_woken):      # before `lost_at` is written, perhaps
+        latest = max(since, lost_at.get(worker, 0))
+        return {'lost': bool(was_woken) or latest > since, 'since': latest}
+
+    return JobWait(was_lost, render, ('worker', worker), params.get('wait', 0) / 1000000)
 
 
 def list_jobs(server, params):
@@ -4305,13 +4903,19 @@ def backup(server, params):
     return Response(database.backup(), 200, 'application/vnd.sqlite3', headers)
 
 
+def health(server, params):
+    """Status 503 in trouble, for those that look at no more than that."""
+    state = server.store.queries.health()
+    return Response(state, 200 if state['status'] == 'ok' else 503)
+
+
 def read_call(name):
     """The handler that runs a method of the store's queries."""
     return lambda server, params: getattr(server.store.queries, name)(**params)
 
 
 def metrics(server, params):
-    return Response(exposition(server.store), content_type=PROMETHEUS)
+    return Response(exposition(server), content_type=PROMETHEUS)
 
 
 def docs(server, params):
@@ -4348,7 +4952,8 @@ def route(method, handler, required=(), optional='', offload=False, **rules):
 
 def change_route(call, *required):
     status = one_of(TRANSITIONS[call].sources)
-    return route('POST', change_call(call), required, offload=True, status=status)
+    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=True,
+                 status=status)
 
 
 ROUTES = {
@@ -4360,17 +4965,19 @@ ROUTES = {
     '/poll': route(
         'POST', poll, ['queue'], 'limit wait worker lease max_retries timeout hung'),
     '/complete': route('POST', write_call('claims.complete'), ['id'], 'attempt result jobs'),
-    '/fail': route('POST', write_call('claims.fail'), ['id'], 'attempt error retry delay jobs'),
+    '/fail': route(
+        'POST', write_call('claims.fail'), ['id'], 'attempt error retry delay jobs',
+        delay=clamped_duration(0, MAX_DELAY)),
     '/heartbeat': route(
         'POST', write_call('claims.heartbeat'), ['id'], 'attempt progress jobs'),
     '/step': route('POST', write_call('claims.step'), ['id', 'name'], 'attempt result', name=NAME),
     '/release': route('POST', write_call('claims.release'), ['id'], 'attempt jobs'),
-    '/cancel': change_route('cancel', ('id', 'queue'), ('id', 'status')),
-    '/retry': change_route('retry', ('id', 'queue'), ('id', 'status')),
+    '/cancel': change_route('cancel', ('id', 'queue', 'tag'), ('id', 'status', 'tag')),
+    '/retry': change_route('retry', ('id', 'status', 'tag')),
     '/reschedule': route(
         'POST', write_call('operators.reschedule'),
         ['id', ('delay', 'run_at', 'priority')], 'jobs'),
-    '/purge': change_route('purge', ('queue', 'status')),
+    '/purge': change_route('purge', ('id', 'queue', 'status', 'tag')),
     '/pause': route('POST', write_call('operators.pause'), ['queue']),
     '/resume': route('POST', write_call('operators.resume'), ['queue']),
     '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
@@ -4384,20 +4991,40 @@ ROUTES = {
     '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
     '/jobs': route(
         'GET', list_jobs,
-        optional='id queue status tag group limit after brief needed_by needs',
+        optional='id queue status tag group search limit after brief needed_by needs',
         offload=True),
-    '/lost': route('GET', wait_for_loss, ['worker'], 'wait'),
+    '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
         'GET', read_call('queues'), optional='limit after busy queue search totals',
         offload=True),
     '/metrics': route('GET', metrics, offload=True),
-    '/health': route('GET', read_call('health')),
+    '/health': route('GET', health),
     '/backup': route('GET', backup, offload=True),
     '/docs': route('GET', docs),
     '/openapi.json': route('GET', lambda server, params: openapi()),
     '/rundown.mjs': route('GET', node_sdk),
     '/': route('GET', lambda server, params: dashboard()),
 }
+
+
+# what operators do is logged, with these fields
+AUDITED = frozenset(('/pause', '/resume', '/limit', '/cancel', '/retry', '/purge', '/reschedule',
+                     '/schedule', '/unschedule'))
+AUDIT_FIELDS = ('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
+                'priority')
+
+
+def audit_line(address, path, params, result):
+    """Who did what to how many: the call, its fields, and the count in its result."""
+    if isinstance(params, dict):
+        fields = [f'{field}={describe(params[field])}' for field in AUDIT_FIELDS if field in params]
+    else:
+        fields = [f'{len(params)} jobs']
+    count = 1
+    if isinstance(result, dict):
+        items = [item for item in result.get('jobs', ()) if 'error' not in item]
+        count = result.get('count', len(items) if 'jobs' in result else 1)
+    return f'{address} {path} {" ".join(fields)}: {count}'
 
 
 class RequestHandler(socketserver.BaseRequestHandler):
@@ -4470,13 +5097,14 @@ class Server(http.server.ThreadingHTTPServer):
         if not isinstance(request, SlowCall):
             super().shutdown_request(request)
 
-    def handle(self, head, body):
+    def handle(self, request):
         """What the handler of the route makes of the request."""
+        head = request.head
         if head.method == 'POST':
-            params = validate_batch(head.route, parse_json(body))
+            request.params = validate_batch(head.route, parse_json(request.body))
         else:
-            params = parse_query(head)
-        return head.rule.handler(self, params)
+            request.params = parse_query(head)
+        return head.rule.handler(self, request.params)
 
     def remember_head(self, raw, head):
         """Keep an authorized head, since clients send the same one again and again."""
@@ -4633,22 +5261,61 @@ class Family(NamedTuple):
     samples: Iterable[str]
 
 
-def exposition(store):
+def exposition(server):
     """The metrics in the text format of Prometheus, version 0.0.4."""
     lines = []
-    for family in metric_families(store):
+    for family in metric_families(server):
         lines.append(f'# HELP rundown_{family.name} {family.meaning}\n')
         lines.append(f'# TYPE rundown_{family.name} {family.kind}\n')
         lines.extend(f'rundown_{family.name}{text}\n' for text in family.samples)
     return ''.join(lines)
 
 
-def metric_families(store):
+def metric_families(server):
+    store = server.store
+    yield from storage_families(store.database)
+    yield from loop_families(server.loop)
     queues, schedules = store.queries.metric_counts()
     now = store.clock.now()
+    yield from live_families(store, now)
     yield from queue_families(queues, now)
     yield from schedule_families(schedules, now)
     yield from meter_families(store.meter, {queue['queue'] for queue in queues})
+
+
+def gauge(name, meaning, value):
+    return Family(name, 'gauge', meaning, [sample(value)])
+
+
+def storage_families(database):
+    yield gauge('storage_trouble', '1 while jobs cannot be stored, as GET /health says.',
+                int(database.trouble() is not None))
+    yield gauge('database_bytes', 'Size of the database.', os.path.getsize(database.path))
+    yield gauge('log_bytes', 'Size of its write-ahead log, which long readers let grow.',
+                database.log_bytes())
+    yield gauge('disk_free_bytes', 'Free bytes of the disk, besides the reserve.',
+                database.reserve.free)
+    yield gauge('reserve_bytes', 'Kept free for the time when jobs have filled the disk; '
+                '0 while there is plenty, and when it is used up.',
+                database.reserve.size if database.reserve.is_held else 0)
+
+
+def loop_families(loop):
+    yield gauge('loop_lag_seconds', 'Longest time in this and the last minute in which the event '
+                'loop heard nobody.', max(loop.lags))
+    yield Family('commit_seconds', 'summary', 'Seconds from the begin of a transaction to its '
+                 'commit.', [sample(loop.committer.commit_seconds, '_sum'),
+                             sample(loop.committer.commits, '_count')])
+
+
+def live_families(store, now):
+    seen = list(store.workers.seen.items())
+    live = {worker for (worker, _), (seen_at, _) in seen if seen_at > now - micros(60)}
+    yield gauge('workers', 'Workers that polled or sent a heartbeat in the last minute.',
+                len(live))
+    with store.database.reading() as db:
+        paused, = db.execute('SELECT COUNT(*) FROM queues WHERE paused').fetchone()
+    yield gauge('queues_paused', 'Queues that are paused.', paused)
 
 
 def queue_families(queues, now):
@@ -4794,12 +5461,12 @@ SCHEMAS = {
     'Job': table_schema(
         JOB_COLUMNS, created=BOOLEAN, why=or_null(STRING),
         attempts=list_schema(reference('Attempt')), after=list_schema(STRING), waits_for=INTEGER,
-        steps={'type': 'object'}, replaced=BOOLEAN),
+        steps={'type': 'object'}, replaced=BOOLEAN, warning=STRING,
+        needed_by=list_schema(STRING)),
     'JobPage': page_schema('jobs', reference('Job')),
-    # of a report; in a batch `error` and `code` say that the item is refused
     'Outcome': object_schema(
-        id=or_null(STRING), status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER,
-        error=STRING, code=INTEGER),
+        'id status', id=STRING, status=STRING, retries=INTEGER, next_run_at=TIME, priority=INTEGER),
+    'Refusal': object_schema('id error code', id=or_null(STRING), error=STRING, code=INTEGER),
     'Step': object_schema('id name created result', id=STRING, name=STRING, created=BOOLEAN,
                           result={}),
     'Count': object_schema('count', count=INTEGER),
@@ -4833,6 +5500,7 @@ class Call(NamedTuple):
     summary: str
     response: Dict[str, Any]
     content_type: str = 'application/json'
+    item: Optional[Dict[str, Any]] = None       # in the response to a batch; None: as `response`
 
 
 CALLS = {       # a route that is not here is described by its fields alone
@@ -4844,9 +5512,12 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/heartbeat': Call('heartbeat', 'Keep a claim; show progress.', reference('Outcome')),
     '/step': Call('step', 'Keep the result of a step; the first one stays.', reference('Step')),
     '/release': Call('release', 'Give a job back; nothing is counted.', reference('Outcome')),
-    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count')),
-    '/retry': Call('retry', 'Make jobs pending again.', reference('Count')),
-    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count')),
+    '/cancel': Call('cancel', 'Cancel a job, or all of a queue and status.', reference('Count'),
+                    item=reference('Outcome')),
+    '/retry': Call('retry', 'Make jobs pending again.', reference('Count'),
+                   item=reference('Outcome')),
+    '/purge': Call('purge', 'Delete jobs that do not run.', reference('Count'),
+                   item=reference('Outcome')),
     '/reschedule': Call('reschedule', 'Change a pending job.', reference('Outcome')),
     '/pause': Call('pause', 'Hand out no jobs of a queue.', reference('Paused')),
     '/resume': Call('resume', 'Hand out jobs of a queue again.', reference('Paused')),
@@ -4860,7 +5531,7 @@ CALLS = {       # a route that is not here is described by its fields alone
     '/jobs': Call('list_jobs', 'A page of jobs, newest first; with `id`, that job.',
                   either(reference('JobPage'), reference('Job'))),
     '/lost': Call('wait_for_loss', 'Wait until a worker loses a job that it runs.',
-                  object_schema('lost', lost=BOOLEAN)),
+                  object_schema('lost since', lost=BOOLEAN, since=INTEGER)),
     '/queues': Call('list_queues', 'A page of queues, and the workers.', reference('QueuePage')),
     '/metrics': Call('metrics', 'Metrics for Prometheus.', STRING, 'text/plain'),
     '/health': Call('health', 'Whether the engine can store jobs.', reference('Health')),
@@ -4906,7 +5577,10 @@ def openapi_operation(path, route):
     call = CALLS.get(path, Call(path.strip('/'), '', {}))
     schema = call.response
     if 'jobs' in route.rules:
-        schema = either(schema, object_schema('jobs', jobs=list_schema(schema)))
+        item = call.item or schema
+        if path != '/enqueue':      # that one takes all or nothing
+            item = either(item, reference('Refusal'))
+        schema = either(schema, object_schema('jobs', jobs=list_schema(item)))
     error = {'application/json': {'schema': reference('Error')}}
     operation = {
         'operationId': call.name,
@@ -5046,12 +5720,14 @@ def parse_arguments(argv):
     add('--keep-failed', default='30d', metavar='AGE', help='how long failed jobs are kept (30d)')
     add('--allow-host', action='append', default=[], metavar='NAME',
         help='another name clients call the engine by')
+    add('--version', action='version', version=f'rundown_engine {VERSION}')
     add('--verbose', action='store_true', help='a line per request')
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Serve until SIGTERM or SIGINT; the exit code."""
+    signals = StopSignals()
     options = vars(parse_arguments(argv))
     port = options.pop('port')
     token_file = options.pop('token_file')
@@ -5064,22 +5740,39 @@ def main(argv=None):
     except (StartupError, HTTPError, OSError, sqlite3.Error) as error:
         print(f'rundown_engine: {error}', file=sys.stderr)
         return 2
-    stop_on_signals(server)
     gc.set_threshold(20000)     # requests leave few cycles; a search every 700 objects is felt
     print_greeting(server)
+    signals.stop(server)
     server.serve_forever()
     server.server_close()
     return int(server.failed)
 
 
-def stop_on_signals(server):
-    def stop(*_):
-        threading.Thread(target=server.shutdown).start()
+class StopSignals:
+    """SIGTERM and SIGINT, and Ctrl-Break on Windows, end the engine.
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    if hasattr(signal, 'SIGBREAK'):     # Windows
-        signal.signal(signal.SIGBREAK, stop)
+    They are caught from the beginning: to start may take long, and the kernel drops signals to
+    process 1 of a container that it does not catch.
+    """
+
+    def __init__(self):
+        self.server = None
+        self.came = False
+        for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._catch)
+
+    def _catch(self, *_):
+        self.came = True
+        if self.server:
+            # shutdown() waits for serve_forever(), which this thread runs
+            threading.Thread(target=self.server.shutdown, daemon=True).start()
+
+    def stop(self, server):
+        """Have them stop this server; at once, if one has come already."""
+        self.server = server
+        if self.came:
+            self._catch()
 
 
 def print_greeting(server):
@@ -5495,7 +6188,7 @@ td .buttons {
 }
 
 #jobs th.queue {
-  width: 14%;
+  width: 12%;
 }
 
 th.actions {
@@ -5529,11 +6222,19 @@ th.created {
 
 th.attempt,
 th.count {
-  width: 5.5rem;
+  width: 4.5rem;
 }
 
 th.detail {
-  width: 36%;
+  width: 32%;
+}
+
+:is(#needs, #needed-by) th.job {
+  width: 21rem;
+}
+
+th.step {
+  width: 14rem;
 }
 
 th.field {
@@ -5928,8 +6629,16 @@ svg {
       grid-column: span 2;
     }
 
-    td:is(.actions, .detail, .error, .line) {
+    td:is(.actions, .detail, .error, .line, .step, .result) {
       grid-column: 1 / -1;
+    }
+
+    td:is(.step, .result)::before {
+      display: none;
+    }
+
+    td.step {
+      font-weight: 600;
     }
 
     td.zero {
@@ -6669,7 +7378,7 @@ const TABLES = {
   minutes: MINUTE_COLUMNS,
   jobs: JOB_COLUMNS,
   errors: FAILURE_COLUMNS,
-  steps: [column("step", row => row.name), column("result", row => jsonText(row.result, MAX_STEP))],
+  steps: [column("step", row => row.name), column("result", row => stepResult(row.result))],
   needs: DEPENDENCY_COLUMNS,
   "needed-by": DEPENDENCY_COLUMNS,
   fields: [column("field"), column("value", row => fieldValue(row))],
@@ -6857,21 +7566,25 @@ function chartNodes() {
   ];
 }
 
-function drawHour() {
+function drawChart() {
   const i = pointedMinute;
   const text = i === null ? "in all " + sums(hour) : minuteText(i);
   show({chart: chartNodes(), reading: text});
   $("chart").setAttribute("aria-valuenow", i ?? 59);
   $("chart").setAttribute("aria-valuetext", text);
+}
+
+function drawMinutes() {
   const rows = hour.done.map((done, at) => (
     {time: minuteTime(at), done, failed: hour.failed[at], waited: hour.wait[at]}));
   drawTable("minutes", rows.reverse(), row => row.time);
 }
 
 function pointAtMinute(i) {
+  const before = pointedMinute;
   pointedMinute = i === null ? null : Math.max(0, Math.min(59, i));
-  if (hour) {
-    drawHour();
+  if (hour && pointedMinute !== before) {
+    drawChart();
   }
 }
 
@@ -6965,7 +7678,8 @@ function drawQueues({queues, totals}) {
 function drawOverview(queues, schedules) {
   hour = queues.minutes;
   drawTotals(queues.totals, queues.minutes);
-  drawHour();
+  drawChart();
+  drawMinutes();
   drawQueues(queues);
   drawWorkers(queues.workers);
   drawTable("schedules", schedules.schedules, row => row.name);
@@ -7211,6 +7925,11 @@ function jsonText(value, longest = MAX_SHOWN) {
   return isCut ? text.slice(0, longest) + " ... (cut here; GET /jobs/ID has the rest)" : text;
 }
 
+function stepResult(value) {
+  const line = JSON.stringify(value);
+  return line.length <= MAX_LINE ? line : jsonText(value, MAX_STEP);
+}
+
 function fieldValue({field, value}) {
   if (value === null || value === undefined) {
     return "–";
@@ -7243,9 +7962,12 @@ function jobFacts(job) {
   ].filter(Boolean);
 }
 
-function jobButtons({id, status}) {
-  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => (
-    button("one", {action, id}, label, statuses.includes(status), isDangerous ? "danger" : "")));
+function jobButtons({id, status, waits_for}) {
+  return Object.entries(ACTIONS).map(([action, {label, statuses, isDangerous}]) => {
+    const isBlocked = action === "run" && waits_for;
+    const isPossible = statuses.includes(status) && !isBlocked;
+    return button("one", {action, id}, label, isPossible, isDangerous ? "danger" : "");
+  });
 }
 
 // A job that runs or is done does not open with the error of an attempt before that.
@@ -7798,6 +8520,7 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  * its job: move such work into a thread or process, or give the queue a longer `lease`.
  */
 import { randomBytes } from "node:crypto";
+import { setMaxListeners } from "node:events";
 import http from "node:http";
 import https from "node:https";
 import os from "node:os";
@@ -7819,7 +8542,7 @@ const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whos
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 1000; // jobs in a poll or report
-const MAX_CHARACTERS = 900000; // in a report of several jobs; proxies take 1 MiB
+const MAX_BYTES = 900000; // in a report of several jobs; proxies take 1 MiB
 const MAX_ERROR = 16000; // characters of an error; the middle is cut out
 
 /**
@@ -8054,8 +8777,11 @@ export async function call(path, body, { wait = 0, patience = PATIENCE, signal }
     try {
       return await send(path, text, { wait, limit: wait + Math.max(1, deadline - now()) });
     } catch (error) {
+      if (!(error instanceof Unavailable) || error.status === 413) {
+        throw error; // the same, however often it is sent
+      }
       const rest = backoff(tries, error);
-      if (!(error instanceof Unavailable) || now() + rest > deadline) {
+      if (now() + rest > deadline) {
         throw error;
       }
       await pause(rest, signal);
@@ -8146,14 +8872,15 @@ export function queue(name, options, handler) {
  * Works on all registered queues until stop(), SIGTERM or SIGINT. Handlers that run then get
  * `grace` seconds; jobs that are not over by then are released to other workers. After a signal the
  * process exits with 0, at the latest 5 s after this resolves; after a second one at once.
- * @param {{ grace?: number, log?: (line: string) => void }} [options]
+ * With `burst` it works off what is due and resolves: for cron jobs and tests.
+ * @param {{ grace?: number, burst?: boolean, log?: (line: string) => void }} [options]
  * @returns {Promise<void>}
  */
-export async function run({ grace = GRACE, log = console.error } = {}) {
+export async function run({ grace = GRACE, burst = false, log = console.error } = {}) {
   if (worker || !registrations.size) {
     throw new Error(worker ? "run() is under way already" : "run() needs a queue: see queue()");
   }
-  worker = new Worker(grace, log);
+  worker = new Worker(grace, burst, log);
   let signalledAt = 0;
   const onSignal = (name) => {
     if (signalledAt && now() - signalledAt > SAME_SIGNAL) {
@@ -8263,7 +8990,7 @@ class Claim {
   lose(message) {
     if (!this.outcome) {
       this.worker.log(`${this} lost: ${message}`);
-      this.worker.claims.delete(this);
+      this.worker.forget(this);
       this.settle(undefined, {}, new Lost(message));
     }
   }
@@ -8323,14 +9050,14 @@ class Claim {
       this.progress = undefined;
       this.isProgressDue = false;
     }
-    if (call === "heartbeat") {
-      if (status === 404 || status === 409) {
-        this.lose(sentence);
-      }
-      return;
-    }
-    if (status) {
+    const isGone = status === 404 || status === 409;
+    if (call === "heartbeat" && isGone) {
+      this.lose(sentence);
+    } else if (status) {
       this.worker.log(`${this}: the engine refuses its ${call}: ${sentence}`);
+    }
+    if (call === "heartbeat") {
+      return;
     }
     const { fields } = this.outcome;
     const isUnfit = status === 400 || status === 413; // another report may be taken
@@ -8340,7 +9067,7 @@ class Claim {
     } else if (isUnfit && fields.delay !== undefined) {
       this.outcome = this.encode("fail", { ...fields, delay: undefined });
     } else {
-      this.worker.claims.delete(this);
+      this.worker.forget(this);
     }
   }
 
@@ -8356,8 +9083,7 @@ function failure(error) {
   }
   let text = "an error that cannot be shown";
   try {
-    text = inspect(error);
-    text += error instanceof Error ? `\n\n${error}` : "";
+    text = error instanceof Error ? `${stackOf(error)}\n\n${error}` : inspect(error);
   } catch {
     // a getter or toString() of its own has thrown
   }
@@ -8366,38 +9092,51 @@ function failure(error) {
   return { error: cut > 0 ? `${head}\n[... ${cut} characters ...]\n${tail}` : text };
 }
 
+/** Not what inspect() shows: properties of errors may hold secrets, such as a request's headers. */
+function stackOf(error) {
+  const cause = error.cause instanceof Error ? `\n\ncaused by ${stackOf(error.cause)}` : "";
+  return `${error.stack}${cause}`;
+}
+
 /** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
 class Worker {
   // unlike any other's, since releaseStrays() goes by it
   name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
   claims = new Set(); // those whose outcome the engine does not have
   sockets = new Set(); // of polls under way
+  watchSockets = new Set(); // of the call that waits for lost claims
   unanswered = new Set(); // queues whose last poll was ended without an answer
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
   error; // what run() throws
+  changes = 0; // claims that began or ended: each may make jobs due
+  idle = new Map(); // queue -> `changes` when a poll that found nothing was sent
   isConsuming = true;
   isReporting = false;
   isStuck = false; // the engine did not take the last report
-  isAway = false; // and the log says so
+  awaySince; // when the engine was missed first, which the log says; undefined: it is there
   ended;
 
-  constructor(grace, log) {
+  constructor(grace, burst, log) {
     this.grace = grace;
+    this.burst = burst;
     this.log = log;
+    setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
   }
 
   async run() {
+    connect(); // throws if RUNDOWN_URL is wrong
     const queues = [...registrations.values()];
     const beats = this.keepAlive(Math.min(...queues.map(({ lease }) => lease)) / 3);
+    const watch = this.watchLosses();
     const { signal } = this.stopping;
     const stopped = new Promise((resolve) => signal.addEventListener("abort", resolve));
     const consumers = queues.map((each) => this.consume(each).catch((error) => this.stop(error)));
     const consuming = Promise.all(consumers).then(() => (this.isConsuming = false));
     await stopped;
     await this.drain();
-    await Promise.all([beats, consuming]);
+    await Promise.all([beats, watch, consuming]);
     if (this.error) {
       throw this.error;
     }
@@ -8436,12 +9175,16 @@ class Worker {
         continue;
       }
       try {
+        const { changes } = this;
         const limit = Math.min(concurrency - running, MAX_BATCH);
         const jobs = await this.poll({ ...fields, limit });
         tries = 0;
         running += jobs.length;
         for (const job of jobs) {
           this.start(new Claim(job, this, onSettled), handler);
+        }
+        if (this.burst && !jobs.length) {
+          await this.rest(name, changes);
         }
       } catch (error) {
         tries += 1;
@@ -8467,7 +9210,8 @@ class Worker {
 
   async poll(fields) {
     const { signal } = this.stopping;
-    const wait = connect().hasAnswered ? POLL_WAIT : 0; // it has to show that it is there
+    const isSure = connect().hasAnswered && !this.burst;
+    const wait = isSure ? POLL_WAIT : 0; // at first the engine has to show that it is there
     const text = JSON.stringify({ ...fields, wait });
     const began = now();
     const poll = { sockets: this.sockets, signal };
@@ -8482,8 +9226,24 @@ class Worker {
     return jobs;
   }
 
+  forget(claim) {
+    this.claims.delete(claim);
+    this.changes += 1;
+  }
+
+  /** A burst is over when all queues were empty since the last claim ended. */
+  async rest(name, changes) {
+    this.idle.set(name, changes);
+    const isIdle = (each) => this.idle.get(each) === this.changes;
+    if (!this.claims.size && [...registrations.keys()].every(isIdle)) {
+      this.stop();
+    }
+    await pause(0.05, this.stopping.signal);
+  }
+
   start(claim, handler) {
     this.claims.add(claim);
+    this.changes += 1;
     if (this.stopping.signal.aborted) {
       claim.release();
     } else {
@@ -8491,42 +9251,72 @@ class Worker {
     }
   }
 
-  /** Seconds until the next try. Says once that the engine is away; throws what no try mends. */
+  /** Seconds until the next try. Says once that the engine is away; stops if no try mends that. */
   away(error, tries) {
     const isRefused = error instanceof Refused && error.status !== 400;
-    if (!isRefused && !(error instanceof Unavailable)) {
-      throw error;
-    }
-    if (!this.isAway && !this.stopping.signal.aborted) {
-      this.isAway = true;
+    if (this.awaySince === undefined && !this.stopping.signal.aborted) {
+      this.awaySince = now();
       this.log(`engine away, trying again until it is back: ${error.message}`);
+    }
+    const isOver = this.burst && (isRefused || now() - this.awaySince > PATIENCE);
+    if (isOver || !(isRefused || error instanceof Unavailable)) {
+      this.stop(error);
+      return MAX_PAUSE;
     }
     return isRefused ? REFUSED_PAUSE : backoff(tries, error);
   }
 
   back() {
-    if (this.isAway) {
-      this.isAway = false;
+    if (this.awaySince !== undefined) {
+      this.awaySince = undefined;
       this.log("engine back");
     }
   }
 
   /** Heartbeats for all claims, also for those whose outcome the engine does not have. */
+  async beat(limit) {
+    const beats = [...this.claims].map((claim) => {
+      return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
+    });
+    for (let start = 0; start < beats.length; start += MAX_BATCH) {
+      await this.deliver(beats.slice(start, start + MAX_BATCH), limit);
+    }
+  }
+
   async keepAlive(interval) {
     const { signal } = this.closing;
     let rest = interval;
     while (!signal.aborted) {
       await pause(rest, signal);
-      const beats = [...this.claims].map((claim) => {
-        return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
-      });
       rest = interval;
       try {
-        for (let start = 0; start < beats.length; start += MAX_BATCH) {
-          await this.deliver(beats.slice(start, start + MAX_BATCH), interval);
-        }
+        await this.beat(interval);
       } catch {
         rest = interval / 5; // polls and reports say that the engine is away
+      }
+    }
+  }
+
+  /** Waits for the engine to take a claim away; a heartbeat then shows which. */
+  async watchLosses() {
+    const { signal } = this.closing;
+    const poll = { sockets: this.watchSockets, signal };
+    let since = "";
+    for (let tries = 0; !signal.aborted; ) {
+      const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${POLL_WAIT}${since}`;
+      const began = now();
+      try {
+        const answer = await send(path, undefined, { wait: POLL_WAIT, poll });
+        since = `&since=${answer.since}`;
+        tries = 0;
+        if (answer.lost) {
+          await this.beat();
+        } else if (now() - began < 1) {
+          await pause(0.5, signal); // an engine that stops answers at once
+        }
+      } catch (error) {
+        tries += 1;
+        await pause(error instanceof Unavailable ? backoff(tries, error) : REFUSED_PAUSE, signal);
       }
     }
   }
@@ -8557,12 +9347,12 @@ class Worker {
   /** As many reports of one call as a request takes. */
   nextReports() {
     const reports = [];
-    let characters = 0;
+    let bytes = 0;
     for (const claim of this.claims) {
       const report = claim.nextReport();
       if (report && report.call === (reports[0] ?? report).call) {
-        characters += report.text.length + 1;
-        if (reports.length && (characters > MAX_CHARACTERS || reports.length === MAX_BATCH)) {
+        bytes += Buffer.byteLength(report.text) + 1;
+        if (reports.length && (bytes > MAX_BYTES || reports.length === MAX_BATCH)) {
           break;
         }
         reports.push(report);
@@ -8627,6 +9417,9 @@ class Worker {
       this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
     }
     this.closing.abort();
+    for (const socket of this.watchSockets) {
+      socket.destroy();
+    }
   }
 }
 """

@@ -21,52 +21,81 @@ A JOB'S WAY THROUGH A WORKER
                | 1 s not begun   | timeout: fail         | no answer: kept and sent again
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
 
-A queue has one long poll and `concurrency` slots; each slot is a thread. When jobs are short, the
+A queue has one long poll and `concurrency` slots; each slot is a thread, or a task of the event
+loop that all async handlers share. When jobs are short, the
 worker claims ahead: never more than its slots start within 100 ms at their recent pace. Outcomes
 gather into one request while another is in flight. One heartbeat for all claims, every third of
 the lease, keeps long jobs alive.
 
 PRODUCING
-    enqueue(queue, payload, timeout, max_retries, tag, delay, run_at, priority, key, after, give_up)
-                            returns the job, a dict with wait(timeout), result(timeout), refresh();
-                            `after`: jobs or ids that have to be done first
-    enqueue_many(queue, payloads, ...)      many in few requests; each request is all or nothing
-    wait(job, timeout), results(jobs, timeout)      the finished job; the results of many jobs
+    enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
+                                        result(timeout), refresh(), cancel(), retry()
+        timeout, max_retries, tag       seconds of an attempt; retries after failures; a label
+        delay, run_at, expires          not before; not after
+        priority, after, after_any      higher first; jobs or ids that have to be done first
+        group                           its jobs run one at a time, in order
+        key, key_until, replace         a second job with the key of a pending or running one is
+                                        that one, or takes its place
+        id, give_up                     see below
+    enqueue_many(queue, payloads, ...)  many in few requests; each request is all or nothing
+    get(id), wait(job, timeout)         a job; the finished job
+    results(jobs, timeout)              the results of many jobs
     schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
-    Client(host, token, timeout, ca)        one method per call of the engine
+    await aenqueue(...), job.aresult(timeout)       the same for asyncio programs: their event
+                                        loops are never blocked
+    Client(host, token, timeout, ca)    one method per call of the engine
 
 An enqueue chooses the job's id. So it can be sent again for `give_up` seconds (30) while no
 engine answers, and still makes one job; then it raises EngineUnavailable. A call that the engine
-refuses raises Refused at once. A run_at without a zone is local time. A duration is a number of
-seconds or a timedelta.
+refuses raises Refused at once; the answer of a proxy is no refusal. A run_at without a zone is
+local time. A duration is a number of seconds or a timedelta.
 
 WORKING
-    @queue(name, host, poll_interval, max_retries, timeout, concurrency, isolate, backoff, retry_on,
-           abort_on, cron, every, zone, max_running, rate)
-                                            run() sends the last five to the engine
-    @task(queue="default", ...)             any number on a queue: add.delay(4, y=4),
-                                            add.options(delay=60).delay(4); the payload is
-                                            {"task": name, "args": [], "kwargs": {}}
-    job(), inputs(), progress(value)        in a handler: the job; the results of the jobs that it
-                                            waited for; a JSON value to be shown
-    raise Retry(delay=60), Abort("why")     fail and come back in 60 s; fail for good
+    @queue(name, max_retries, timeout, concurrency, isolate, max_jobs, backoff, retry_on, abort_on,
+           host, poll_interval, cron, every, zone, max_running, rate)
+                                        one handler of payloads for a queue; run() sends the last
+                                        five to the engine
+    @task(queue="default", name, ...)   any number on a queue: add.delay(4, y=4), add.adelay(4),
+                                        add.options(delay=60).delay(4), add.schedule(name, cron=...)
+    job(), inputs(), progress(value)    in a handler: the job; the results of the jobs that it
+                                        waited for; a JSON value to be shown
+    step(name, function, *args)         a part that is done once: later attempts get its result
+    checkpoint(value)                   progress that is on disk when it returns
+    track(items, total, every)          items whose number is the progress; it continues there
+    raise Retry(delay=60), Abort("why") fail and come back in 60 s; fail for good
     @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
-    run(burst, grace, max_hung), stop()     burst: work off what is due, and return
-    testing()                               with testing() as t: t.run(delayed=True);
-                                            t.advance(60) moves its clock
+    @on("start_worker" | "stop_worker") hook() in each process that runs handlers
+    @around                             a generator that yields once, around each run of a handler
+    run(burst, grace, max_hung), stop() burst: run the due jobs, and return
+    testing()                           with testing() as t: t.run(delayed=True);
+                                        t.advance(60) moves the clock of its engine
 
 The return value of a handler is the result. Any exception fails the job with its traceback; a
-result that is not JSON fails it for good. At its timeout a handler gets Timeout raised inside,
-when its claim is gone Lost (in async def handlers both are a cancellation). Its slot is free
-again, whatever the thread does. Threads that never come back are hung: after max_hung (10) the
-worker drains and exits with 1. With isolate=True the handler runs in a process of its own, which
-is killed with its children. It is imported there by its name, so a script needs
-`if __name__ == "__main__":` around its run().
+result that is not JSON fails it for good. A task's payload is {"task": name, "args": [],
+"kwargs": {}}; its name is the one under which it is imported, however its module is started.
 
-SIGTERM or SIGINT: no more jobs are taken, running ones have `grace` seconds (30), the others are
-released, and the worker exits with 0. The second signal exits at once. The log is
-logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for each job;
-above 100 a second, the others are counted.
+At its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def
+handlers both are a cancellation). Its slot is free again, whatever the thread does. Threads that
+never come back are hung: after max_hung (10) the worker drains and exits with 1.
+
+With isolate=True the handler runs in a process of its own, which is killed with its children, and
+replaced after max_jobs. It is imported there by its name, so a script needs
+`if __name__ == "__main__":` around its run(). Isolate handlers that call C code which keeps the
+interpreter's lock for more than 30 s: no heartbeat leaves the worker meanwhile, and the job is
+given to another. Isolate handlers that start programs: the timeout of a thread does not end them,
+but a killed process takes them along.
+
+Async handlers must not block the event loop; one that does for more than a second is named in the
+log. In them it is `await step(...)`, `await checkpoint(...)`, `async for item in track(...)`. Each
+job has its own context variables. Threads and pools that a handler uses see its job.
+
+SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
+the others are released, and the worker exits with 0. A handler that comes to a step or checkpoint
+gets Lost there, and its job is given back at once. The second signal exits at once.
+
+The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
+each job; above 100 a second, the others are counted. Schedules and limits of decorators that are
+gone from the code stay in the engine; the log says so, with the command that removes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -102,12 +131,18 @@ With `outbox` (True, or the alias of a database) a task runs if and only if the 
 commits. Other OPTIONS: host, max_retries, timeout. Connections are closed around each task.
 task_finished is sent after the last attempt.
 
-COMMAND LINE: JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused,
-3 no engine.
+COMMAND LINE
+JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
-# What is public is annotated, for those who check their own programs; the rest is not:
+# What is public is annotated, for those who check their own programs. The rest is not:
 # mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalContextManager=false
+# pyright: reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportReturnType=false
+# pyright: reportOverlappingOverload=false
 
 from __future__ import annotations
 
@@ -228,7 +263,7 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in messages; it depends on no resolver
 CLIENT_TIMEOUT = 30         # seconds that a call is tried again while no engine answers
 RESPONSE_TIMEOUT = 10       # seconds until a request counts as unanswered, beyond its own wait
 MIN_LAST_TRY = 1            # seconds that the last try of a call gets at least
-PROBE_TIMEOUT = 5           # seconds until the next of several engines is tried, if one is silent
+PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
 RETRY_PAUSE = 0.1           # seconds before the second try; doubled from try to try
 MAX_RETRY_PAUSE = 3         # seconds that this pause grows to
 STILL_TRYING_AFTER = 1      # seconds until a producer on a terminal says that no engine answers
@@ -261,9 +296,14 @@ MAX_RESULT = 8_000_000      # characters of a result as JSON
 MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
 REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
+MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
+MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
+RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
 
 # programs and the outbox
 MAX_STDOUT = 1 << 20        # bytes of a program's output
+MAX_STDOUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
 TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
 OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
 DJANGO_OUTBOX_INTERVAL = 0.2    # the same of the worker of a Django project
@@ -433,6 +473,14 @@ def drop_none(**fields):
 
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def require_temporary_folder():
+    """Error if there is no folder for temporary files, such as on a read-only root."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise Error(f'no folder for temporary files (TMPDIR may name one): {error}') from None
 
 
 def in_utc(moment):
@@ -654,8 +702,8 @@ def check_names(given, known, problem='there is no option'):
             raise Misuse(f'{problem} {name}{hint}')
 
 
-def names_near_misses(function: F) -> F:
-    """Have a call with an unknown option say which known one is near."""
+def suggest_known_options(function: F) -> F:
+    """Have the error for an unknown option name the nearest known one."""
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
@@ -667,7 +715,7 @@ def names_near_misses(function: F) -> F:
 
 
 class ActiveHost:
-    """The engine that a client and its clones use, out of several: one that answers."""
+    """The engine that a client and its clones use, one of several."""
 
     def __init__(self, hosts):
         self.hosts = hosts          # constant: URLs
@@ -726,14 +774,8 @@ def tell_terminal(sentence):
             print(f'rundown_workers: {sentence}', file=sys.stderr, flush=True)
 
 
-class Client:
-    """The calls of an engine, one method each; a method takes the fields of its call.
-
-    `host` may name several engines, separated by blanks: one is used until it does not answer
-    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
-    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
-    once. Safe to use from many threads, and after a fork.
-    """
+class Caller:
+    """Sends calls to one of several engines, and tries them again while none answers."""
 
     def __init__(
         self,
@@ -829,13 +871,39 @@ class Client:
             time.sleep(pause)
 
     def _post(self, path, **fields):
+        fields = encode_durations(fields)
         return self.call(path, drop_none(**fields), fields.get('wait') or 0)
 
     def _get(self, path, **fields):
+        fields = encode_durations(fields)
         query = urllib.parse.urlencode(drop_none(**fields))
         return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
 
-    @names_near_misses
+    def _change(self, path, jobs, **fields):
+        """A call about one job, about all that the fields describe, or about a list of jobs."""
+        if jobs is None:
+            return self._post(path, **fields)
+        fields = encode_durations(fields)
+        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
+        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        replies = []
+        for batch in batches(texts, len):
+            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
+        return {'jobs': replies}
+
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
+        self.pool.shutdown(how)
+
+    def close(self) -> None:
+        """Close the connections, those in use too. Nothing can be sent after that."""
+        self.shutdown()
+
+
+class ProducerCalls(Caller):
+    """The calls that add jobs and wait for them."""
+
+    @suggest_known_options
     def enqueue(
         self,
         queue: str,
@@ -875,6 +943,13 @@ class Client:
         job = Job(self.call('/enqueue', text, give_up=give_up), self)
         warn_of_own_key(job)
         return job
+
+    async def aenqueue(self, queue: str, payload: Any = None, **options: Any) -> Job:
+        """enqueue() for asyncio programs; it never blocks their event loop."""
+        give_up = options.pop('give_up', None)
+        check_names(options, ENQUEUE_OPTIONS)
+        text = encode_job(payload, queue=queue, **options)
+        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(
         self,
@@ -922,12 +997,24 @@ class Client:
             first = self._enqueue_batch(texts[:half], give_up)
             return first + self._enqueue_batch(texts[half:], give_up)
 
-    async def aenqueue(self, queue: str, payload: Any = None, **options: Any) -> Job:
-        """enqueue() for asyncio programs; it never blocks their event loop."""
-        give_up = options.pop('give_up', None)
-        check_names(options, ENQUEUE_OPTIONS)
-        text = encode_job(payload, queue=queue, **options)
-        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
+    def wait(
+        self,
+        job: Any,
+        timeout: float | datetime.timedelta | None = None,
+        give_up: float | datetime.timedelta | None = None,
+    ) -> Job:
+        """The job, given as a job or an id, once it has ended.
+
+        Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
+        for `give_up` seconds, or until the timeout.
+        """
+        if current.get():
+            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
+        waiting = Waiting(self, job, timeout, give_up)
+        while True:
+            job = self.call(**waiting.next_call(LONG_POLL))
+            if waiting.is_over(job):
+                return Job(job, self)
 
     async def await_job(
         self,
@@ -940,15 +1027,50 @@ class Client:
             warn_of_deadlock(job)
         return Job(await async_calls().wait(self, job, timeout, give_up), self)
 
+    @suggest_known_options
+    def schedule(
+        self,
+        name: str,
+        queue: str,
+        cron: str | None = None,
+        every: float | datetime.timedelta | None = None,
+        zone: str | None = None,
+        payload: Any = None,
+        timeout: float | datetime.timedelta | None = None,
+        max_retries: int | None = None,
+        tag: str | None = None,
+        priority: int | None = None,
+        key: str | None = None,
+        group: str | None = None,
+    ) -> dict[str, Any]:
+        """Have a job made at each tick of `cron`, or `every` so many seconds.
+
+        `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
+        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
+        """
+        return self._post(
+            '/schedule', name=name, queue=queue, cron=cron, every=every, zone=zone,
+            payload=payload, timeout=timeout, max_retries=max_retries, tag=tag,
+            priority=priority, key=key, group=group,
+        )
+
+    def unschedule(self, name: str) -> dict[str, Any]:
+        """End a schedule; the jobs that it made stay."""
+        return self._post('/unschedule', name=name)
+
+
+class WorkerCalls(Caller):
+    """The calls that claim jobs and report on them."""
+
     def poll(
         self,
         queue: str,
         limit: int | None = None,
-        wait: float | None = None,
+        wait: float | datetime.timedelta | None = None,
         worker: str | None = None,
-        lease: float | None = None,
+        lease: float | datetime.timedelta | None = None,
         max_retries: int | None = None,
-        timeout: float | None = None,
+        timeout: float | datetime.timedelta | None = None,
         hung: int | None = None,
     ) -> Any:
         """Claim a job, or None; with `limit` a list of jobs, or None.
@@ -985,9 +1107,32 @@ class Client:
         """Extend the lease of a claim, and show its progress."""
         return self._post('/heartbeat', id=id, attempt=attempt, progress=progress)
 
+    def lost(
+        self,
+        worker: str,
+        wait: float | datetime.timedelta | None = None,
+        since: int | None = None,
+    ) -> dict[str, Any]:
+        """Wait until the worker loses a job that it runs; `since` is that of the last answer."""
+        return self._get('/lost', worker=worker, wait=wait, since=since)
+
     def release(self, id: str, attempt: int | None = None) -> dict[str, Any]:
         """Give a claim back; nothing is counted."""
         return self._post('/release', id=id, attempt=attempt)
+
+    def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
+        """Store the result of a step of a job; the first result under a name is kept."""
+        return self.call('/step', {'id': id, 'attempt': attempt, 'name': name, 'result': result})
+
+
+class Client(ProducerCalls, WorkerCalls):
+    """The calls of an engine, one method each; a method takes the fields of its call.
+
+    `host` may name several engines, separated by blanks: one is used until it does not answer
+    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
+    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
+    once. Safe to use from many threads, and after a fork.
+    """
 
     def pause(self, queue: str) -> dict[str, Any]:
         """Hand out no jobs of the queue."""
@@ -996,10 +1141,6 @@ class Client:
     def resume(self, queue: str) -> dict[str, Any]:
         """Hand out jobs of the queue again."""
         return self._post('/resume', queue=queue)
-
-    def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
-        """Store the result of a step of a job; the first result under a name is kept."""
-        return self.call('/step', {'id': id, 'attempt': attempt, 'name': name, 'result': result})
 
     def reschedule(
         self,
@@ -1013,8 +1154,8 @@ class Client:
 
         With `jobs` (jobs or ids) of many: returns {"jobs": [...]}, a reply for each.
         """
-        fields = {'delay': in_seconds(delay), 'run_at': in_utc(run_at), 'priority': priority}
-        return self._change('/reschedule', jobs, id=id, **fields)
+        return self._change(
+            '/reschedule', jobs, id=id, delay=delay, run_at=in_utc(run_at), priority=priority)
 
     def cancel(
         self,
@@ -1052,17 +1193,6 @@ class Client:
         """Delete a job, or many, except running ones; see cancel()."""
         return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
 
-    def _change(self, path, jobs, **fields):
-        """A call about one job, about all that the fields describe, or about a list of jobs."""
-        if jobs is None:
-            return self._post(path, **fields)
-        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
-        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
-        replies = []
-        for batch in batches(texts, len):
-            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
-        return {'jobs': replies}
-
     def limit(
         self,
         queue: str,
@@ -1075,40 +1205,10 @@ class Client:
         At most `rate` are claimed at once, then one each `per / rate` seconds. None removes a
         limit; omitted ones are unchanged. Returns the limits of the queue.
         """
-        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
+        fields = encode_durations(
+            {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
-
-    @names_near_misses
-    def schedule(
-        self,
-        name: str,
-        queue: str,
-        cron: str | None = None,
-        every: float | datetime.timedelta | None = None,
-        zone: str | None = None,
-        payload: Any = None,
-        timeout: float | datetime.timedelta | None = None,
-        max_retries: int | None = None,
-        tag: str | None = None,
-        priority: int | None = None,
-        key: str | None = None,
-        group: str | None = None,
-    ) -> dict[str, Any]:
-        """Have a job made at each tick of `cron`, or `every` so many seconds.
-
-        `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
-        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
-        """
-        return self._post(
-            '/schedule', name=name, queue=queue, cron=cron, every=in_seconds(every), zone=zone,
-            payload=payload, timeout=in_seconds(timeout), max_retries=max_retries, tag=tag,
-            priority=priority, key=key, group=group,
-        )
-
-    def unschedule(self, name: str) -> dict[str, Any]:
-        """End a schedule; the jobs that it made stay."""
-        return self._post('/unschedule', name=name)
 
     def schedules(self, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
         """A page of schedules by name."""
@@ -1140,7 +1240,9 @@ class Client:
         """The counts and limits of each queue, and the workers seen."""
         return self._get('/queues', limit=limit, after=after)
 
-    def job(self, id: str, wait: float | None = None) -> dict[str, Any]:
+    def job(
+        self, id: str, wait: float | datetime.timedelta | None = None,
+    ) -> dict[str, Any]:
         """The job; with `wait` as soon as it has ended, or after so many seconds (at most 60)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
@@ -1151,33 +1253,6 @@ class Client:
     def health(self) -> dict[str, Any]:
         """The state of the engine."""
         return self._get('/health')
-
-    def wait(
-        self,
-        job: Any,
-        timeout: float | datetime.timedelta | None = None,
-        give_up: float | datetime.timedelta | None = None,
-    ) -> Job:
-        """The job, given as a job or an id, once it has ended.
-
-        Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
-        for `give_up` seconds, or until the timeout.
-        """
-        if current.get():
-            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
-        waiting = Waiting(self, job, timeout, give_up)
-        while True:
-            job = self.call(**waiting.next_call(LONG_POLL))
-            if waiting.is_over(job):
-                return Job(job, self)
-
-    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
-        self.pool.shutdown(how)
-
-    def close(self) -> None:
-        """Close the connections, those in use too. Nothing can be sent after that."""
-        self.shutdown()
 
 
 ENDED = ('done', 'failed', 'cancelled')     # statuses of a job that has ended
@@ -1369,16 +1444,26 @@ def is_item_reply(item):
     )
 
 
+DURATIONS = {'delay', 'every', 'expires', 'lease', 'per', 'timeout', 'wait'}     # in seconds
+
+
 def encode_job(payload, id=None, run_at=None, after=None, **fields):
     """A job to be enqueued, as JSON text. It gets its id here, so that it can be sent again."""
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
-    for name in ('delay', 'timeout', 'expires'):
-        fields[name] = in_seconds(fields.get(name))
     id = new_id() if id is None else id
+    fields = encode_durations(fields)
     fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
     return as_json(fields, 'the job')
+
+
+def encode_durations(fields):
+    """The fields with numbers of seconds in place of timedeltas."""
+    return {
+        name: in_seconds(value) if name in DURATIONS else value
+        for name, value in fields.items()
+    }
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1522,7 +1607,7 @@ async def receive_response(reader):
 
 
 class ReceivedBytes:
-    """Stands for a socket from which http.client reads what has been received so far."""
+    """Stands for a socket: http.client reads the bytes that have been received so far."""
 
     def __init__(self, data):
         self.data = data
@@ -1569,10 +1654,18 @@ def max_async_waits():
 
 async_calls_lock = threading.Lock()
 async_calls_instance = []       # the AsyncCalls of this process, if it needed one
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(
+        before=async_calls_lock.acquire,
+        after_in_parent=async_calls_lock.release,
+        after_in_child=async_calls_lock.release,
+    )
 
 
 def async_calls():
     """The AsyncCalls of this process."""
+    if async_calls_instance and async_calls_instance[0].process == os.getpid():
+        return async_calls_instance[0]
     with async_calls_lock:
         if not async_calls_instance or async_calls_instance[0].process != os.getpid():
             async_calls_instance[:] = [AsyncCalls()]
@@ -1619,7 +1712,7 @@ def inputs() -> list[Any]:
 T = TypeVar('T')
 
 
-def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def step(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Do a part of the job once: call the function and keep its result, or return the kept result.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
@@ -1632,7 +1725,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1642,7 +1735,7 @@ def step(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 async def async_step(claim, name, function, args, kwargs):
     if claim is None:
         return await function(*args, **kwargs)
-    claim.leave_if_stopping()
+    claim.begin_step()
     if name not in claim.steps:
         text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
@@ -1783,13 +1876,18 @@ def describe_job(job):
 class Saver:
     """What a claim saves while its handler runs. A subclass has the attributes that are used."""
 
+    def begin_step(self):
+        self.leave_if_stopping()
+        if self.steps is None:
+            self.steps = {}
+
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
         body = f'{self.json_prefix},"name":{as_json(name, "name")},"result":{text}}}'
         return self._save('/step', body)['result']
 
     def save_progress(self, text):
-        self.progress.clear()       # what is older must not come later
+        self.drop_progress()
         self._save('/heartbeat', f'{self.json_prefix},"progress":{text}}}')
         self.leave_if_stopping()
 
@@ -1957,12 +2055,14 @@ def run_handler(handlers, job, around=()):
     It uses no network, and raises nothing, whatever the handler does.
     """
     process = os.getpid()
+    result = None       # also if around() swallows an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
-        with surroundings(around, job):
-            result = function(*args, **kwargs)
-            if inspect.iscoroutine(result):
-                result = current.get().run_coroutine(result)
+        if around:
+            with surroundings(around, job):
+                result = call_handler(function, args, kwargs)
+        else:
+            result = call_handler(function, args, kwargs)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
@@ -1971,9 +2071,17 @@ def run_handler(handlers, job, around=()):
     return completion(result)
 
 
+def call_handler(function, args, kwargs):
+    result = function(*args, **kwargs)
+    if isinstance(result, types.CoroutineType):
+        return current.get().run_coroutine(result)
+    return result
+
+
 async def run_async_handler(handlers, job, around=()):
     """run_handler() on an event loop, for a queue whose handlers are async."""
     process = os.getpid()
+    result = None       # also if around() swallows an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         with surroundings(around, job):
@@ -1986,13 +2094,8 @@ async def run_async_handler(handlers, job, around=()):
     return completion(result)
 
 
-NO_SURROUNDINGS = contextlib.nullcontext()
-
-
 def surroundings(around, job):
     """A context manager made of the generator functions that wrap each run of a handler."""
-    if not around:
-        return NO_SURROUNDINGS
     stack = contextlib.ExitStack()
     try:
         for function in around:
@@ -2032,7 +2135,7 @@ def pass_jobs_to_threads():
     from concurrent.futures import ThreadPoolExecutor       # here, since only workers need it
     start = threading.Thread.start
     submit = ThreadPoolExecutor.submit
-    if hasattr(start, '__wrapped__'):
+    if getattr(start, 'passes_jobs', False):
         return
 
     @functools.wraps(start)
@@ -2051,6 +2154,7 @@ def pass_jobs_to_threads():
         empty = contextvars.Context()
         return empty.run(submit, self, run_with_claim, claim, function, *args, **kwargs)
 
+    start_with_claim.passes_jobs = True
     threading.Thread.start = start_with_claim
     ThreadPoolExecutor.submit = submit_with_claim
 
@@ -2070,7 +2174,7 @@ class Claim(Saver):
         self.timeout = job['timeout']       # seconds
         self.json_prefix = json_prefix(job)
         # written by the handler's threads
-        self.steps = job.get('steps') or {}     # results by name
+        self.steps = job.get('steps')       # results by name; None: there are none
         # changed with the lock held, once each
         self.lock = threading.Lock()
         self.outcome = None                 # None: not finished
@@ -2083,6 +2187,9 @@ class Claim(Saver):
         self.progress_sent_at = now
         # written by the thread that finishes it, read by the reporter
         self.report_item = None             # the item of the batch that reports the outcome
+        # written by the reporter only
+        self.is_sending_progress = False
+        self.was_refused = False            # the engine refused an outcome
         # written by the event loop's thread
         self.asyncio_task = None            # of an async handler, once it has begun
 
@@ -2110,6 +2217,11 @@ class Claim(Saver):
         fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
         self.outcome = outcome
         self.report_item = f'{self.json_prefix}{fields}}}'
+
+    def drop_progress(self):
+        """What is older than a checkpoint must not arrive after it."""
+        self.progress.clear()
+        until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
         """Raise Lost if the claim is over, or if the worker stops: then give the job back."""
@@ -2160,7 +2272,8 @@ class Slot:
 
     def _run_claim(self, claim):
         current.set(claim)
-        self.call_hooks('start', claim, None)
+        if self.consumer.hooks['start']:
+            self.call_hooks('start', claim, None)
         outcome = self.run(claim)
         if claim.try_finish(outcome):
             self.consumer.on_finished(claim, outcome)
@@ -2188,7 +2301,7 @@ class Slot:
         """Raise it in the handler; False if that has to be tried again."""
         if claim.asyncio_task:
             return self.consumer.worker.event_loop.cancel(claim.asyncio_task, interruption)
-        return try_raise(self.thread.ident, interruption)
+        return try_raise(self.thread, interruption)
 
     def is_alive(self):
         """Whether a handler may run in it."""
@@ -2200,11 +2313,15 @@ class Slot:
         if task:
             frames = self.consumer.worker.event_loop.task_frames(task)
         else:
-            frames = thread_frames(self.thread.ident)
+            frames = self.frames()
         stack = traceback.StackSummary.extract(frames[-50:])
         ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
         return ''.join(traceback.format_list(lines))
+
+    def frames(self):
+        """The frames of its thread."""
+        return thread_frames(self.thread.ident)
 
     def kill(self):
         """End the slot's process, if it has one, at once."""
@@ -2292,7 +2409,7 @@ class EventLoop:
         if not self.is_blocked or not coroutine.cr_running:
             self.call(task.cancel)
             return True
-        return try_raise(self.thread.ident, interruption, within=coroutine.cr_frame)
+        return try_raise(self.thread, interruption, within=coroutine.cr_frame)
 
     def task_frames(self, task):
         coroutine = task.get_coro()
@@ -2365,6 +2482,8 @@ class AsyncSlot(Slot):
         context = contextvars.Context()
         self.task = self.event_loop.create_task(self._run_claim(claim), context, self._on_done)
         claim.asyncio_task = self.task
+        if claim.outcome:       # it was finished just now, when there was no task to cancel
+            self.task.cancel()
 
     async def _run_claim(self, claim):
         current.set(claim)
@@ -2382,8 +2501,15 @@ class AsyncSlot(Slot):
         if not self.is_abandoned:
             self.consumer.ready.on_slot(self)
 
+    def try_raise(self, claim, interruption):
+        task = claim.asyncio_task
+        return task is None or self.event_loop.cancel(task, interruption)
+
     def is_alive(self):
         return self.task is not None and not self.task.done()
+
+    def frames(self):
+        return []       # the task has just ended
 
 
 # -- Interrupting a handler ------------------------------------------------------------------------
@@ -2427,21 +2553,23 @@ LOCK_WORD_BYTES = 60    # of code around the name of such a method, in which its
 STDLIB = os.path.dirname(threading.__file__) + os.sep
 
 
-def try_raise(thread_id, error, within=None):
+def try_raise(thread, error, within=None):
     """Raise an exception in another thread, if that leaves no lock of the standard library locked.
 
     False: the thread is at such a place now, so try again. `within` is a frame that has to be on
     its stack. The exception is raised when the thread runs Python code again, so not while it
     sleeps in C.
     """
-    frame = sys._current_frames().get(thread_id)
-    instruction = frame and frame.f_lasti
-    stack = [one for one, _ in traceback.walk_stack(frame)] if frame else []
-    if not frame or (within and within not in stack):
-        return True         # it has ended
+    frame = sys._current_frames().get(thread.ident)
+    if frame is None or not thread.is_alive():      # after the frame: another may get its ident
+        return True
+    instruction = frame.f_lasti
+    stack = [one for one, _ in traceback.walk_stack(frame)]
+    if within and within not in stack:
+        return True
     if any(is_taking_lock(one.f_code, one.f_lasti) for one in stack):
         return False
-    return raise_if_unmoved(thread_id, frame, instruction, error)
+    return raise_if_unmoved(thread.ident, frame, instruction, error)
 
 
 def raise_if_unmoved(thread_id, frame, instruction, error):
@@ -2494,11 +2622,6 @@ def is_guarded(code, instruction):
 
 # -- Worker ----------------------------------------------------------------------------------------
 NEVER = float('inf')        # of a time
-PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
-MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
-MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
-RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
-RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in ('SIGTERM', 'SIGINT', 'SIGBREAK', 'SIGHUP', 'SIGQUIT')
@@ -2643,6 +2766,7 @@ class Consumer:
         self.config = config
         self.name = config.name
         self.concurrency = concurrency
+        self.hooks = worker.app.hooks       # by event
         self.handlers = HandlerTable(config.functions)
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
@@ -2705,7 +2829,8 @@ class Consumer:
             if self.lines_this_tick <= MAX_LOG_LINES_PER_TICK:
                 note(logging.INFO, '%s done in %.3f s', claim, seconds)
         event = 'success' if succeeded else 'failure'
-        claim.slot.call_hooks(event, claim, outcome.value)
+        if self.hooks[event]:
+            claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
         self._update_pace(time.monotonic() - claim.started_at)
         self._remove(claim)
@@ -2750,13 +2875,13 @@ class Consumer:
         self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
-        for function in self.worker.app.hooks[event] if only is None else only:
+        for function in self.hooks[event] if only is None else only:
             call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
         """Log an event and call its hooks, in a thread of their own, if the claim has started."""
         note(logging.WARNING, '%s ' + text, claim, *values)
-        if self.worker.app.hooks[event] and claim.started_at is not None:
+        if self.hooks[event] and claim.started_at is not None:
             hooks = threading.Thread(
                 target=self.call_hooks, args=(event, claim, error), daemon=True)
             hooks.start()
@@ -3027,33 +3152,52 @@ class Reporter:
         requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
         for claim in claims:
             if claim.progress:
-                text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
-                requests['heartbeat'].append((claim, text))
+                claim.is_sending_progress = True    # before it is taken: see drop_progress()
+                try:
+                    text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
+                    requests['heartbeat'].append((claim, text))
+                except IndexError:
+                    claim.is_sending_progress = False
             if claim.report_item:
                 requests[claim.outcome.call].append((claim, claim.report_item))
         return requests
 
     def _on_answer(self, call, claim, answer):
         if call == 'heartbeat':
+            claim.is_sending_progress = False
             on_heartbeat_answer(claim, answer)
             if is_temporary(answer):
                 self.claims.put(claim)
             return
         code = answer.get('code')
-        reason = answer.get('error')
+        if not code:
+            self.session.forget(claim)
+            return
         if is_temporary(answer):
             self.claims.put(claim)
             return
+        reason = answer.get('error')
         if code in GONE:
             text = 'lost before its outcome (%s) was known: %s'
             claim.consumer.log_and_notify('lost', claim, Lost(reason), text, call, reason)
-        elif code:
+        else:
             note(logging.ERROR, '%s: the engine refused its %s: %s', claim, call, reason)
-            if call == 'complete':      # a result that is refused fails the job, once
-                text = f'the engine refused the result: {reason}'
-                claim.consumer.report(claim, failure(Error(reason), text, retry=False))
+            if not claim.was_refused and call in ('complete', 'fail'):
+                claim.was_refused = True
+                claim.consumer.report(claim, refused_outcome(claim.outcome, reason))
                 return
-        self.session.forget(claim)      # the lease ends one whose failure was refused
+        self.session.forget(claim)      # the lease ends one that was refused twice
+
+
+def refused_outcome(outcome, reason):
+    """What to report in place of an outcome that the engine refuses.
+
+    A result fails the job for good. A failure is reported without its delay.
+    """
+    if outcome.call == 'complete':
+        return failure(Error(reason), f'the engine refused the result: {reason}', retry=False)
+    text = f'{json.loads(outcome.fields["error"])}\n(the engine refused to fail it thus: {reason})'
+    return failure(Error(reason), text, retry=json.loads(outcome.fields['retry']))
 
 
 class Heartbeat:
@@ -3070,6 +3214,7 @@ class Heartbeat:
         self.client = session.client.clone()    # of its own, to be shut down by itself
         # touched by the thread only
         self.can_wait = True    # False: the engine does not know /lost
+        self.since = None       # of its last answer: it tells of losses after that
 
     def run(self):
         interval = LEASE / 3
@@ -3091,10 +3236,14 @@ class Heartbeat:
             self.worker.closed.wait(min(max(0, deadline - time.monotonic()), seconds))
 
     def _wait_for_loss(self, seconds):
-        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}'
+        since = '' if self.since is None else f'&since={self.since}'
+        path = f'/lost?worker={quote(self.worker.name)}&wait={seconds:.3f}{since}'
         try:
             answer = self.client.send(path, None, seconds + RESPONSE_TIMEOUT)
-            return isinstance(answer, dict) and answer.get('lost') is True
+            self.since = int(answer['since'])
+            return answer['lost'] is True
+        except (LookupError, TypeError, ValueError):
+            self.can_wait = False       # this is not the engine's answer
         except Refused:
             self.can_wait = False       # an older engine
         except EngineUnavailable:
@@ -3127,9 +3276,14 @@ class Watcher:
 
     def run(self):
         is_last = False
+        now = time.monotonic()
         while not is_last:
+            last_look = now
             is_last = self._wait()
             now = time.monotonic()
+            if now - last_look > LEASE / 3:
+                note(logging.WARNING, 'the worker stood still for %.1f s: isolate handlers that '
+                     'run C code for so long, otherwise their jobs are lost', now - last_look)
             for consumer in self.worker.consumers:
                 for claim in consumer.in_flight.copy():
                     self._check(consumer, claim, now)
@@ -3252,7 +3406,10 @@ class Worker:
         return thread
 
     def on_fault(self, name, error):
-        text = last_line(error) if isinstance(error, Refused) else error_text(error)
+        """A thread of the worker's own has failed; the frames are ours."""
+        text = last_line(error)
+        if not isinstance(error, Refused):
+            text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
         note(logging.CRITICAL, 'the thread %s failed: %s', name, text)
         self.stop(error)
 
@@ -3428,6 +3585,7 @@ process_lock = threading.Lock()
 READY = 'ready'             # the handler's module is imported
 STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
+DROP_PROGRESS = 'drop'      # it waits for an answer, the same, when none is sent any more
 LOGGED = 'logged'           # the attributes of a log record
 LEFT = 'left'               # the worker stops, and the job is to be given back
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
@@ -3527,9 +3685,12 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # finished from outside, when there was no process to kill
             return claim.outcome
-        while kind in (STARTED, PROGRESS_MADE, LEFT):
+        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
             if kind == PROGRESS_MADE:
                 claim.show_progress(value)
+            if kind == DROP_PROGRESS:
+                claim.drop_progress()
+                self._write(DROP_PROGRESS)
             if kind == LEFT:
                 self.consumer.let_go(claim)
             kind, value = self._receive()
@@ -3574,7 +3735,7 @@ class IsolatedSlot(Slot):
 
         If the process is gone, call all of them here.
         """
-        hooks = self.consumer.worker.app.hooks[event]
+        hooks = self.consumer.hooks[event]
         if event == 'start' or self.process is not None:
             hooks = [hook for hook in hooks if not has_place(hook)]
         self.consumer.call_hooks(event, claim, value, hooks)
@@ -3594,7 +3755,7 @@ class IsolatedSlot(Slot):
     @property
     def is_terminating(self):
         """Its process may have to call hooks at the end."""
-        hooks = self.consumer.worker.app.hooks['stop_worker']
+        hooks = self.consumer.hooks['stop_worker']
         return bool(hooks) and self.process is not None and self.thread.is_alive()
 
     def kill(self):
@@ -3607,7 +3768,7 @@ class IsolatedSlot(Slot):
     def close(self):
         if self.process is None:
             return
-        if self.consumer.worker.app.hooks['stop_worker']:
+        if self.consumer.hooks['stop_worker']:
             self._write(None)
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
@@ -3654,8 +3815,8 @@ class ChildClaim(Saver):
         self.client = child.client
         self.timeout = job['timeout']
         self.json_prefix = json_prefix(job)
-        self.steps = job.get('steps') or {}
-        self.progress = []      # what is not sent yet: nothing, since the worker sends it
+        self.steps = job.get('steps')
+        self.has_progress = False       # the worker may be sending some
 
     def leave_if_stopping(self):
         if self.child.stopping.is_set():
@@ -3668,7 +3829,14 @@ class ChildClaim(Saver):
         return self.child.settings.concurrency == 1
 
     def show_progress(self, text):
+        self.has_progress = True
         self.child.send(PROGRESS_MADE, text)
+
+    def drop_progress(self):
+        if self.has_progress:
+            self.child.send(DROP_PROGRESS)
+            self.child.progress_dropped.get()
+            self.has_progress = False
 
     def run_coroutine(self, coroutine):
         if self.child.event_loop is None:
@@ -3711,6 +3879,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
+        self.progress_dropped = SimpleQueue()
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -3783,6 +3952,8 @@ class Child:
                 message = self.pipe.recv()
                 if message == STOP:
                     self.stopping.set()
+                elif message == DROP_PROGRESS:
+                    self.progress_dropped.put(None)
                 else:
                     self.jobs.put(message)
         signal_group(multiprocessing.current_process(), KILL)
@@ -3830,7 +4001,6 @@ def load(file, name):
 
 # -- Any program as a worker -----------------------------------------------------------------------
 EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
-MAX_OUTPUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
 
 
 class ProgramSlot(Slot):
@@ -3907,7 +4077,7 @@ class ProgramSlot(Slot):
         except UnicodeDecodeError as error:
             reason = f'what the program wrote to stdout is not UTF-8: {error}'
             raise Abort(reason) from None
-        if text.count('[') + text.count('{') > MAX_OUTPUT_LEVELS and is_too_deep(text):
+        if text.count('[') + text.count('{') > MAX_STDOUT_LEVELS and is_too_deep(text):
             return text
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
@@ -3973,7 +4143,7 @@ def is_too_deep(text):
     level = 0
     for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
         level += (bracket in '[{') - (bracket in ']}')
-        if level > MAX_OUTPUT_LEVELS:
+        if level > MAX_STDOUT_LEVELS:
             return True
     return False
 
@@ -4002,6 +4172,7 @@ def command_exec(client, options):
     """Work on a queue by running a program."""
     if not shutil.which(options.program[0]):
         raise Misuse(f'there is no program {options.program[0]}')
+    require_temporary_folder()
 
     def program(payload):
         claim = current.get()
@@ -4111,26 +4282,10 @@ if TYPE_CHECKING:
         def __call__(self, function: Callable[P, R]) -> TaskFunction[P, R]: ...
 
 
-class App:
-    """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
+class Registry:
+    """Queues with their handlers, and hooks, as decorators declare them."""
 
-    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
-    the time of each call.
-    """
-
-    def __init__(
-        self,
-        host: str | None = None,
-        token: str | None = None,
-        timeout: float = CLIENT_TIMEOUT,
-        ca: str | None = None,
-    ) -> None:
-        # written by testing() alone
-        self.host = host
-        # constant
-        self.token = token
-        self.timeout = timeout
-        self.ca = ca
+    def __init__(self) -> None:
         # filled by decorators, before run()
         self.registered = {}            # (queue, host) -> QueueConfig
         self.hooks = {
@@ -4138,20 +4293,8 @@ class App:
             'start_worker': [], 'stop_worker': [],
         }
         self.surroundings = []          # generator functions: see around()
-        # safe without a lock: single operations of a dict and a list are atomic
-        self.clients = {}               # (host, token, timeout, ca) -> Client
-        self.workers = []               # those that run
 
-    def client(self, host: str | None = None) -> Client:
-        """The client for an engine; its connections are kept."""
-        host = host or self.host or os.environ.get('RUNDOWN_URL')
-        token = self.token or os.environ.get('RUNDOWN_TOKEN')
-        settings = (host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA'))
-        if settings not in self.clients:
-            self.clients[settings] = Client(*settings)
-        return self.clients[settings]
-
-    @names_near_misses
+    @suggest_known_options
     def queue(
         self,
         name: str,
@@ -4276,7 +4419,7 @@ class App:
     def _register(self, config, function, task=None):
         """Have a function handle all jobs of a queue, or those for the task of that name."""
         if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-            raise Misuse(f'what is decorated must be a function, not {function!r}')
+            raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
@@ -4321,7 +4464,42 @@ class App:
         self.surroundings.append(function)
         return function
 
-    @names_near_misses
+
+class App(Registry):
+    """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
+
+    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
+    the time of each call.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        token: str | None = None,
+        timeout: float = CLIENT_TIMEOUT,
+        ca: str | None = None,
+    ) -> None:
+        super().__init__()
+        # written by testing() alone
+        self.host = host
+        # constant
+        self.token = token
+        self.timeout = timeout
+        self.ca = ca
+        # safe without a lock: single operations of a dict and a list are atomic
+        self.clients = {}               # (host, token, timeout, ca) -> Client
+        self.workers = []               # those that run
+
+    def client(self, host: str | None = None) -> Client:
+        """The client for an engine; its connections are kept."""
+        host = host or self.host or os.environ.get('RUNDOWN_URL')
+        token = self.token or os.environ.get('RUNDOWN_TOKEN')
+        settings = (host, token, self.timeout, self.ca or os.environ.get('RUNDOWN_CA'))
+        if settings not in self.clients:
+            self.clients[settings] = Client(*settings)
+        return self.clients[settings]
+
+    @suggest_known_options
     def enqueue(
         self,
         queue: str,
@@ -4429,7 +4607,8 @@ class App:
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
         if not burst:
-            threading.Thread(target=self._report_undeclared, daemon=True).start()
+            report = functools.partial(report_undeclared, worker)
+            threading.Thread(target=report, daemon=True).start()
         self.workers.append(worker)
         try:
             worker.run()
@@ -4444,20 +4623,6 @@ class App:
         if code:
             raise SystemExit(code)
 
-    def _report_undeclared(self):
-        """Log the schedules and limits that decorators declared once, and do not any more."""
-        configs_by_client = {}
-        for config in list(self.registered.values()):
-            configs_by_client.setdefault(self.client(config.host), []).append(config)
-        for client, configs in configs_by_client.items():
-            try:
-                for setting, queue, remedy in undeclared_settings(client, configs):
-                    note(logging.WARNING, 'the engine has a %s of %s that this code does not '
-                         'declare; to remove it: python rundown_workers.py %s',
-                         setting, queue, remedy)
-            except (Error, LookupError, TypeError, AttributeError) as error:
-                note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
-
     def stop(self) -> None:
         """Have run() end as after SIGTERM, from any thread."""
         for worker in list(self.workers):
@@ -4471,6 +4636,7 @@ class App:
         importable. Queues with a `host` of their own stay there.
         """
         make_server = import_engine().make_server
+        require_temporary_folder()
         test = Testing(self)
         before = (self.host, self.clients)
         with tempfile.TemporaryDirectory() as folder:
@@ -4638,8 +4804,25 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     return calls
 
 
+def report_undeclared(worker):
+    """Log the schedules and limits that decorators declared once, and do not any more."""
+    for session in list(worker.sessions.values()):
+        while not session.was_reached:
+            if worker.stopping.wait(WATCH_INTERVAL):
+                return
+        configs = [one.config for one in worker.consumers if one.session is session]
+        try:
+            for setting, queue, remedy in undeclared_settings(session.client, configs):
+                note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
+                     'to remove it: python rundown_workers.py %s', setting, queue, remedy)
+        except (Error, LookupError, TypeError, AttributeError) as error:
+            note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
+
+
 def undeclared_settings(client, configs):
-    """(kind, queue, command that removes it) of what an engine has and no decorator declares.
+    """Schedules and limits that an engine has and no decorator declares.
+
+    Yields (kind, queue, command that removes it).
 
     A decorator's schedule has the name of its queue and no payload. That of another queue counts
     if nobody works on it.
@@ -4709,6 +4892,12 @@ CREATE_OUTBOX = (
     'CREATE TABLE IF NOT EXISTS rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
 )
+CREATE_INDEXES = [      # so that a look does not pass over the rows that are refused or kept
+    'CREATE INDEX IF NOT EXISTS rundown_outbox_pending ON rundown_outbox (number) '
+    'WHERE error IS NULL AND taken_by IS NULL',
+    'CREATE INDEX IF NOT EXISTS rundown_outbox_taken ON rundown_outbox (taken_at) '
+    'WHERE taken_at IS NOT NULL',
+]
 SQLITE_KEY = 'INTEGER PRIMARY KEY AUTOINCREMENT'
 POSTGRESQL_KEY = 'BIGSERIAL PRIMARY KEY'
 ADD_COLUMNS = [     # to a table of the first version
@@ -4737,7 +4926,7 @@ def enqueue_in(
     Django (django.db.connection); other drivers work if they write parameters as %s and the table
     is there. Returns the job's id. The options are those of enqueue(); a delay begins now.
     """
-    inspect.signature(Client.enqueue).bind(None, queue, **options)  # TypeError: unknown option
+    check_names(options, ENQUEUE_OPTIONS)
     if 'give_up' in options:
         raise Misuse('give_up is for what is sent now, not for an outbox')
     if run_at is not None and delay is not None:
@@ -4764,7 +4953,12 @@ def driver_connection(connection):
             connection.begin()      # as its first statement would do; its commit() needs that
         connection = connection.connection
     connection = getattr(connection, 'dbapi_connection', connection)
-    if not hasattr(connection, 'cursor') or inspect.iscoroutinefunction(connection.commit):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and not inspect.iscoroutinefunction(connection.commit)
+        and (is_sqlite(connection) or not is_from(connection, 'sqlite'))    # as aiosqlite is
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return connection
@@ -4772,6 +4966,11 @@ def driver_connection(connection):
 
 def is_sqlite(connection):
     return hasattr(connection, 'total_changes')
+
+
+def is_from(connection, name):
+    """Has a module that defines the connection's class, or a base of it, this in its name?"""
+    return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
 def commits_each_statement(connection):
@@ -4795,6 +4994,8 @@ class Outbox:
         self.is_sqlite = is_sqlite(self.connection)
         # touched by the thread that forwards
         self.postponed = {}     # row number -> when a job too large for a proxy is sent again
+        self.checked_host = None    # the engine whose kept rows were last looked through
+        self.checked_at = 0     # monotonic seconds: when that was
 
     def insert(self, text):
         """Add a job, as JSON text, to the open transaction."""
@@ -4811,12 +5012,19 @@ class Outbox:
         """
         now = time.monotonic()
         self.postponed = {number: at for number, at in self.postponed.items() if at > now}
+        if host != self.checked_host or now > self.checked_at + OUTBOX_INTERVAL:
+            rows = self._select_rows('taken_by <> ?', host)     # passes over all that is kept
+            if rows:
+                return rows
+            self.checked_host = host
+            self.checked_at = now
+        return self._select_rows('taken_by IS NULL')
+
+    def _select_rows(self, condition, *values):
         postponed = ','.join(map(str, self.postponed)) or '0'
         return self.execute(
-            'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL '
-            'AND (taken_by IS NULL OR taken_by <> ?) '
-            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}',
-            host)
+            f'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL AND {condition} '
+            f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}', *values)
 
     def texts(self, numbers):
         """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
@@ -4864,8 +5072,12 @@ class Outbox:
                 raise
         create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
         try:
-            for change in ADD_COLUMNS if 'taken_' in reasons[0] else [create]:
-                self._execute_guarded(change)
+            if 'taken_' in reasons[0]:
+                for change in ADD_COLUMNS:
+                    self._execute_guarded(change)
+            elif self.is_sqlite or is_from(self.connection, 'psycopg'):
+                for change in [create, *CREATE_INDEXES]:
+                    self._execute_guarded(change)
         except Exception as error:          # perhaps since somebody else has just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
@@ -4920,6 +5132,8 @@ class Outbox:
             self._execute(f'INSERT INTO rundown_outbox ({columns}) '
                           f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
             self._execute('DROP TABLE rundown_outbox_unnumbered')
+            for statement in CREATE_INDEXES:
+                self._execute(statement)
             note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
         if begins:
             self._execute('COMMIT')
@@ -5348,8 +5562,9 @@ def set_django_error(result, error):
     from django.utils import timezone
     claim = current.get()
     is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
-    is_retried = claim.job['retries'] < claim.job['max_retries'] and not isinstance(error, Abort)
-    if is_lost or is_retried:
+    # the task may have changed the job
+    has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
+    if is_lost or (has_retries and not isinstance(error, Abort)):
         return False
     text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
     result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
@@ -5371,7 +5586,7 @@ def django_backend():
 
 if not TYPE_CHECKING:       # a checker would take any name for one that is here
     def __getattr__(name):
-        """DjangoBackend is made when it is asked for, so that only those import Django who use it."""
+        """Make DjangoBackend when it is asked for, so that only its users import Django."""
         if name != 'DjangoBackend':
             raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
         try:
@@ -5384,24 +5599,11 @@ if not TYPE_CHECKING:       # a checker would take any name for one that is here
 def command_django(client, options):
     """Work on Django's tasks, and forward what is in the outboxes of their backends."""
     sys.path.insert(0, os.getcwd())
-    try:
-        import django
-        from django.db import connections
-        from django.tasks import task_backends
-    except ImportError as error:
-        raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
-    if not os.environ.get('DJANGO_SETTINGS_MODULE'):
-        raise Misuse("DJANGO_SETTINGS_MODULE has to name the project's settings")
-    django.setup()
-    backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
-    if not backends:
-        raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
-    for backend in backends:
-        for queue in options.queues or sorted(backend.queues):
-            if (queue, backend.host) not in default.registered:
-                default.queue(queue, host=backend.host)(backend.handler())
-    if not default.registered:
-        raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
+    if options.reload:
+        reloader.start()
+    backends = find_django_backends()
+    from django.db import connections
+    register_django_queues(backends, options.queues)
     outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
     with contextlib.ExitStack() as forwarders:
         for database, host in outboxes:
@@ -5411,11 +5613,43 @@ def command_django(client, options):
             forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
             forwarders.enter_context(forwarder)
         default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
+    reloader.restart_if_changed()
+
+
+def find_django_backends():
+    """The backends of a project's setting TASKS that are DjangoBackends."""
+    try:
+        import django
+        from django.tasks import task_backends
+    except ImportError as error:
+        raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
+    if not os.environ.get('DJANGO_SETTINGS_MODULE'):
+        raise Misuse("DJANGO_SETTINGS_MODULE has to name the project's settings")
+    django.setup()
+    backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
+    if not backends:
+        raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
+    return backends
+
+
+def register_django_queues(backends, names):
+    """Register handlers for the queues with these names; without names, for those in QUEUES."""
+    for backend in backends:
+        for queue in names or sorted(backend.queues):
+            is_allowed = not backend.queues or queue in backend.queues
+            if is_allowed and (queue, backend.host) not in default.registered:
+                default.queue(queue, host=backend.host)(backend.handler())
+    registered = {queue for queue, host in default.registered}
+    unknown = [queue for queue in names if queue not in registered]
+    if unknown:
+        raise Misuse(f'no backend in the setting TASKS has {unknown[0]!r} among its QUEUES')
+    if not registered:
+        raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
 
 
 # -- Testing ---------------------------------------------------------------------------------------
 class Testing:
-    """What testing() gives: an engine for a test, its client, and its clock."""
+    """An engine for a test, its client, and its clock: the value of testing()."""
 
     client: Client
 
@@ -5429,14 +5663,14 @@ class Testing:
         )
 
     def advance(self, seconds: float | datetime.timedelta) -> None:
-        """Move the engine's clock on; what is due by then becomes available at once."""
+        """Move the engine's clock on; jobs that are due by then become available at once."""
         self.seconds += in_seconds(seconds)
         self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
-        """Work off what is due, as run(burst=True) does.
+        """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also what is scheduled or to be retried: the clock moves on to it.
+        With `delayed` also those that are delayed or wait for a retry: the clock moves on to them.
         """
         self.app.run(burst=True, **options)
         while delayed:
@@ -5486,18 +5720,25 @@ def environment_variable(name, value):
 
 # -- Command line ----------------------------------------------------------------------------------
 TABLES = {      # key of an answer with rows -> the columns that a terminal shows
-    'jobs': [
-        'id', 'queue', 'status', 'attempt', 'retries', 'priority', 'tag', 'next_run_at', 'worker',
-    ],
+    'jobs': ['id', 'queue', 'status', 'attempt', 'age', 'tag'],
     'queues': [
         'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
         'paused',
     ],
     'schedules': [
-        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'last_id',
-        'skipped',
+        'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
     ],
+    'top': [
+        'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest',
+        'workers',
+    ],
+    'workers': ['worker', 'queue', 'running', 'hung', 'seen'],
 }
+MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
+FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
+BAR_WIDTH = 30          # characters of a progress bar
+CLEAR_SCREEN = '\x1b[H\x1b[2J'
+CLEAR_LINE = '\r\x1b[K'
 
 
 def show(answer):
@@ -5506,22 +5747,71 @@ def show(answer):
         print(json.dumps(answer))
         return
     for key in TABLES.keys() & answer.keys():
-        print_table(TABLES[key], answer[key])
+        print_table(key, answer[key])
         return
     for field, value in answer.items():
+        show_field(field, value)
+
+
+def show_field(field, value):
+    if field == 'attempts' and isinstance(value, list):
+        lines = [attempt_line(attempt) for attempt in value]
+    else:
         lines = [printable(line) for line in plain(value).splitlines()]
-        if len(lines) > 1:
-            print('\n'.join([f'{field}:', *lines]))
-        else:
-            print(f'{field:14}{"".join(lines)}')
+    if len(lines) > 1 or field == 'attempts' and lines:
+        print('\n'.join([f'{field}:', *lines]))
+    else:
+        print(f'{field:14}{"".join(lines)}')
 
 
-def print_table(columns, rows):
+def attempt_line(attempt):
+    """An attempt as a line: its number, outcome, time, worker and the end of its error."""
+    began = parse_time(attempt['started_at'])
+    ended = parse_time(attempt['finished_at'])
+    took = f'{ended - began:.1f} s' if began and ended else ''
+    error = last_error_line(attempt.get('error'))
+    parts = [
+        f'{attempt["attempt"]:4}', f'{plain(attempt["outcome"]):10}', plain(attempt['started_at']),
+        f'{took:>9}', plain(attempt['worker']), error,
+    ]
+    return printable('  '.join(parts).rstrip())
+
+
+def print_table(key, rows):
+    """The rows as a table that is no wider than the terminal, if there is one.
+
+    The error of a row gets a line of its own.
+    """
+    columns = TABLES[key]
     cells = [columns]
-    cells += [[printable(plain(row[column])) for column in columns] for row in rows]
+    cells += [[printable(plain(row.get(column))) for column in columns] for row in rows]
+    errors = [None, *(row.get('error') for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print('  '.join(map(str.ljust, row, widths)).rstrip())
+    available = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    fit_widths(columns, widths, available)
+    for row, error in zip(cells, errors):
+        texts = [shorten_end(text, width) for text, width in zip(row, widths)]
+        print('  '.join(map(str.ljust, texts, widths)).rstrip())
+        if error:
+            print(shorten_end('    ' + printable(last_error_line(error)), available))
+
+
+def fit_widths(columns, widths, available):
+    """Shorten the widest columns until the table fits."""
+    excess = sum(widths) + 2 * (len(widths) - 1) - available
+    while excess > 0:
+        shrinkable = [
+            number for number, width in enumerate(widths)
+            if width > MIN_COLUMN and columns[number] in FLEXIBLE_COLUMNS
+        ]
+        if not shrinkable:
+            return
+        widths[max(shrinkable, key=widths.__getitem__)] -= 1
+        excess -= 1
+
+
+def shorten_end(text, width):
+    return text if len(text) <= width else text[:width - 1] + '~'
 
 
 def plain(value):
@@ -5529,6 +5819,28 @@ def plain(value):
     if value is None:
         return ''
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def parse_time(text):
+    """Seconds since 1970 of a time in the engine's JSON, or None."""
+    return text and datetime.datetime.fromisoformat(text.replace('Z', '+00:00')).timestamp()
+
+
+def duration_text(seconds):
+    """A duration in its largest unit, such as `5 s` or `3 h`."""
+    for size, unit in ((86400, 'd'), (3600, 'h'), (60, 'min')):
+        if seconds >= size:
+            return f'{seconds / size:.0f} {unit}'
+    return f'{max(0, seconds):.0f} s'
+
+
+def age_text(moment):
+    """The time since a moment of the engine's JSON, such as `3 h`."""
+    return duration_text(time.time() - parse_time(moment)) if moment else ''
+
+
+def last_error_line(error):
+    return (error or '').strip().rpartition('\n')[2]
 
 
 def json_argument(text):
@@ -5550,6 +5862,16 @@ def command_call(client, options):
     show(call(**{field: value for field, value in vars(options).items() if field in known}))
 
 
+def command_jobs(client, options):
+    """List jobs; on a terminal with their ages and the last lines of their errors."""
+    filters = vars(options).keys() & inspect.signature(client.jobs).parameters.keys()
+    answer = client.jobs(**{name: getattr(options, name) for name in filters})
+    if sys.stdout.isatty():
+        for job in answer['jobs']:
+            job['age'] = age_text(job['created_at'])
+    show(answer)
+
+
 def command_queues(client, options):
     answer = client.queues()
     if not options.minutes:
@@ -5558,13 +5880,120 @@ def command_queues(client, options):
     show(answer)
 
 
+def command_top(client, options):
+    """Show queues and workers: again each second on a terminal, once on a pipe."""
+    in_terminal = sys.stdout.isatty()
+    interval = options.interval or (1 if in_terminal else None)
+    while True:
+        page = client.queues()
+        if in_terminal:
+            print(CLEAR_SCREEN, end='')
+        show_top(page)
+        sys.stdout.flush()
+        if interval is None:
+            return
+        time.sleep(interval)
+
+
+def show_top(page):
+    now = parse_time(page['now'])
+    rows = page['queues']
+    total = {
+        name: sum(row[name] for row in rows)
+        for name in ('pending', 'scheduled', 'running', 'done', 'failed')
+    }
+    counts = '  '.join(f'{name} {count:,}' for name, count in total.items())
+    print(f'{page["now"][:19]}Z  {counts}')
+    for row in rows:
+        row['done/min'] = per_minute(row['minutes']['done'], now)
+        row['fail/min'] = per_minute(row['minutes']['failed'], now)
+        row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
+        row['workers'] = len(row['workers'])
+        row['later'] = row['scheduled']
+        row['queue'] += ' (paused)' if row['paused'] else ''
+    print_table('top', rows)
+    for worker in page['workers']:
+        worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
+    if page['workers']:
+        print()
+        print_table('workers', page['workers'])
+
+
+def per_minute(counts, now):
+    """How many in the last 60 seconds, from the counts of whole minutes."""
+    part = now % 60 / 60        # of the current minute, which comes last
+    return round(counts[-1] + counts[-2] * (1 - part))
+
+
 def command_status(client, options):
     if options.wait is None:
         show(client.job(options.id))
         return False
-    job = client.wait(options.id, options.wait)
+    if sys.stdout.isatty():
+        job = watch_progress(client, options.id, options.wait)
+    else:
+        job = client.wait(options.id, options.wait)
     show(job)
     return job['status'] != 'done'
+
+
+def watch_progress(client, id, timeout):
+    """The job once it has ended; meanwhile its progress is drawn."""
+    waiting = Waiting(client, id, timeout, None)
+    longest = 0
+    try:
+        while True:
+            job = client.call(**waiting.next_call(longest))
+            longest = 1
+            print(CLEAR_LINE + progress_text(job), end='', flush=True)
+            if waiting.is_over(job):
+                return job
+    finally:
+        print(CLEAR_LINE, end='', flush=True)
+
+
+def progress_text(job):
+    """The status of a job, with a bar and the time left if its progress tells them."""
+    done = progress_share(job['progress'])
+    if job['status'] != 'running' or done is None:
+        return job['status']
+    filled = round(done * BAR_WIDTH)
+    bar = '#' * filled + '.' * (BAR_WIDTH - filled)
+    text = f'[{bar}] {done:4.0%}'
+    took = parse_time(job['updated_at']) - parse_time(job['started_at'])
+    return f'{text}, {duration_text(took / done - took)} left' if done and took > 1 else text
+
+
+def progress_share(progress):
+    """The part that is done, from 0 to 1, if progress is a number or has `done` and `total`."""
+    if isinstance(progress, dict):
+        done, total = progress.get('done'), progress.get('total')
+        if not is_number(done) or not is_number(total) or total <= 0:
+            return None
+        progress = done / total
+    return progress if is_number(progress) and 0 <= progress <= 1 else None
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def command_purge(client, options):
+    """Delete jobs; over all queues only when somebody says so, if there is somebody."""
+    everywhere = options.id is None and options.queue is None
+    if everywhere and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
+        kind = ' '.join(filter(None, [options.status, options.tag and f'{options.tag!r}']))
+        if not confirmed(f'Delete the {kind} jobs of all queues?'.replace('  ', ' ')):
+            return True
+    command_call(client, options)
+    return False
+
+
+def confirmed(question):
+    try:
+        return input(f'{question} [y/N] ').strip().lower() in ('y', 'yes')
+    except EOFError:
+        return False
 
 
 def command_run(client, options):
@@ -5696,7 +6125,7 @@ def command_demo(client, options):
 
 
 def argument(*names, **settings):
-    """What argparse's add_argument() is called with."""
+    """The arguments of a call of argparse's add_argument()."""
     return names, settings
 
 
@@ -5719,8 +6148,11 @@ PAYLOAD = argument(
     'payload', nargs='?', default='null', type=json_argument, help='JSON; - reads it from stdin')
 QUEUE_OPTION = argument('--queue')
 STATUS_OPTION = argument('--status')
+TAG_OPTION = argument('--tag')
+OPTIONAL_ID = argument('id', nargs='?')
 JOB_OPTIONS = [
-    argument('--tag'),
+    TAG_OPTION,
+    argument('--group', help='its jobs run one at a time'),
     number_argument('--priority'),
     argument('--key'),
     seconds_argument('--timeout'),
@@ -5729,7 +6161,7 @@ JOB_OPTIONS = [
 WORKER_OPTIONS = [
     number_argument('--concurrency'),
     seconds_argument('--grace', default=GRACE),
-    argument('--burst', action='store_true', help='work off what is due, and end'),
+    argument('--burst', action='store_true', help='run the due jobs, and end'),
 ]
 COMMANDS = [
     Command('enqueue', command_call, 'add a job', [
@@ -5740,6 +6172,11 @@ COMMANDS = [
         argument('--id'),
         *JOB_OPTIONS,
         argument('--after', nargs='+', metavar='ID', help='jobs that have to be done first'),
+        argument('--key-until', choices=['start', 'end'], help='when the key is free again'),
+        argument(
+            '--replace', action='store_true', default=None,
+            help='take the place of the job that holds the key'),
+        seconds_argument('--expires', help='cancel it if it has not started by then'),
     ]),
     Command('status', command_status, 'show a job', [
         argument('id'),
@@ -5747,30 +6184,46 @@ COMMANDS = [
             '--wait', nargs='?', const=float('inf'),
             help='for its end; exit with 1 unless it is done'),
     ]),
-    Command('jobs', command_call, 'list jobs, newest first', [
+    Command('jobs', command_jobs, 'list jobs, newest first', [
         QUEUE_OPTION,
         STATUS_OPTION,
-        argument('--tag'),
+        TAG_OPTION,
+        argument('--group'),
+        argument('--search', metavar='TEXT', help='in payload, error, result, tag or id'),
         number_argument('--limit'),
-        argument('--after', metavar='ID'),
-        argument('--needed-by', metavar='ID'),
+        argument('--after', metavar='ID', help='the next page, of jobs older than this one'),
+        argument('--needed-by', metavar='ID', help='the jobs that a job waits for'),
     ]),
     Command('queues', command_queues, 'count jobs by queue and status', [
         argument('--minutes', action='store_true', help='with counts of the last hour'),
     ]),
+    Command('top', command_top, 'watch queues and workers; once on a pipe', [
+        seconds_argument('--interval', help='seconds between two looks (1; a pipe: only one)'),
+    ]),
     Command('cancel', command_call, 'cancel a job, or all of a queue and status', [
-        argument('id', nargs='?'),
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
     ]),
     Command('retry', command_call, 'make a failed or cancelled job pending again, or all of them', [
-        argument('id', nargs='?'),
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
     ]),
-    Command('purge', command_call, 'delete jobs of a queue and/or status', [
+    Command('reschedule', command_call, 'change the time or the priority of a pending job', [
+        argument('id'),
+        seconds_argument('--delay', help='from now; 0 runs it now'),
+        argument('--run-at'),
+        number_argument('--priority'),
+    ]),
+    Command('purge', command_purge, 'delete a job, or those of a queue and/or status', [
+        OPTIONAL_ID,
         QUEUE_OPTION,
         STATUS_OPTION,
+        TAG_OPTION,
+        argument('--yes', action='store_true', help='do not ask before all queues are purged'),
     ]),
     Command('pause', command_call, 'hand out no jobs of a queue', [argument('queue')]),
     Command('resume', command_call, 'hand out jobs again', [argument('queue')]),
@@ -5805,13 +6258,14 @@ COMMANDS = [
         argument('--text', action='store_true', help='a payload that is a string as it is'),
         *WORKER_OPTIONS,
     ]),
-    Command('forward', command_forward, 'send what is in the outbox of a SQLite file', [
+    Command('forward', command_forward, 'send the jobs in the outbox of a SQLite file', [
         argument('file'),
         seconds_argument(
-            '--keep', default=0, help='keep what was sent for so long, for a standby'),
+            '--keep', default=0, help='keep sent jobs for so long, for a standby'),
     ]),
     Command('django', command_django, 'work on the tasks of a Django project', [
         argument('queues', nargs='*', metavar='QUEUE', help='all that the setting TASKS names'),
+        argument('--reload', action='store_true', help='restart when a module of yours changes'),
         *WORKER_OPTIONS,
     ]),
     Command('demo', command_demo, 'hash files as jobs of an engine of its own', [
