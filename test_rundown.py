@@ -10367,6 +10367,7 @@ def test_openapi_describes_every_route(engine):
     }
 
 
+@pytest.mark.skipif(sys.version_info < (3, 9), reason="the validator fails on Python 3.8")
 def test_openapi_is_valid(engine):
     validator = pytest.importorskip("openapi_spec_validator")
     validator.validate(engine.get("/openapi.json"))
