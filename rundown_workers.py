@@ -2724,6 +2724,12 @@ def exit_process(code):
     os._exit(code)
 
 
+def end_at_sigterm():
+    """End the process at SIGTERM, until run() has a handler: PID 1 of a container ignores it."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+
+
 def open_standard_streams():
     """Open 0, 1 and 2 if they are closed.
 
@@ -6297,6 +6303,7 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    end_at_sigterm()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # it may be None, or something else
             stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only

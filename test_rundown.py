@@ -2330,6 +2330,7 @@ def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     late, started = clocked.enqueue(q, expires=5), clocked.enqueue(q + "-b", expires=5, max_retries=1)
     timed = clocked.enqueue(q + "-c", run_at="2027-01-15T08:01:00Z", expires=5)
     assert late["expires_at"] == "2027-01-15T08:00:05.000000Z" and timed["expires_at"] == "2027-01-15T08:01:05.000000Z"
+    assert "2027-01-15T08:00:05" in why(clocked, late)
     clocked.tell("fail", clocked.poll(q + "-b"))
     clocked.post("/pause", queue=q)
     clocked.advance(5.5)
@@ -3936,6 +3937,25 @@ def test_batches_that_are_refused_half_way_do_not_hold_up_the_good_ones_beside_t
     assert engine.queue(q)["pending"] == 25000
 
 
+def test_a_parked_poll_that_wakes_others_in_its_transaction_does_so_for_those_behind_it():
+    loop = types.SimpleNamespace(draining=False)
+    waiters = rundown_engine.Waiters(loop)
+    client = types.SimpleNamespace(is_open=True, is_connected=lambda: True, set_timeout=lambda _: 0)
+    polls = {}
+    for number in range(50):
+        polls[number] = rundown_engine.LongPoll(None, None, ("queue", number), 1)
+        polls[number].client = client
+        waiters.park_if_empty(polls[number])
+    topics = {("queue", 0)}
+
+    def run(poll):      # each wakes the next two
+        number = poll.topic[1]
+        topics.update((("queue", number + 1), ("queue", number + 2)))
+        poll.result = ["a job"]
+
+    assert set(waiters.serve(topics, run)) == set(polls.values())
+
+
 def test_a_parked_poll_whose_transaction_failed_gets_its_job_when_the_storage_is_well(clocked, monkeypatch, q):
     store, failures = clocked.server.store, [sqlite3.OperationalError("disk I/O error")]
     poll = store.claims.poll
@@ -5462,6 +5482,9 @@ def test_jobs_are_searched_and_an_empty_result_says_so(dashboard, board, q):
     dashboard.type("#filter [name=search]", "needle " + q + "\ue007")
     dashboard.shows("#select-label", "select this one")
     assert dashboard.text(row(wanted))
+    other = board.enqueue(q, "another needle " + q)     # the search is not repeated by itself
+    dashboard.press("[data-action=look-again]")
+    until(lambda: dashboard.text(row(other)))
     dashboard.type("#filter [name=search]", "x\ue007")
     dashboard.shows("#nothing", "Nothing matches.")
     dashboard.press("#paging a")        # clear the filters
@@ -7307,9 +7330,9 @@ def test_under_nohup_it_works_on_at_sighup(engine, work, q):
 
 
 def test_it_says_when_it_begins_to_stop_and_for_how_many_jobs_it_waits(engine, work, q):
-    job = engine.enqueue(q)
-    worker = work(handler(q, "time.sleep(1)", concurrency=2), run="rw.run(grace=7)")
-    until(lambda: engine.job(job)["status"] == "running")
+    engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(1)", concurrency=2), run="rw.run(grace=7)")
+    until(worker.said)
     worker.stop()
     assert "stopping: 1 running jobs have 7 s to end" in worker.log()
 
@@ -14341,6 +14364,15 @@ def as_first_process():
     if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this system lets nobody have a namespace of processes")
     return prefix
+
+
+def test_container_a_worker_that_still_imports_ends_at_sigterm_as_pid_1(engine, tmp_path):
+    (tmp_path / "slow.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    command = [*as_first_process(), sys.executable, str(HERE / "rundown_workers.py"), "run", "slow.py"]
+    with subprocess.Popen(command, cwd=str(tmp_path), env=environment(), stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"importing\n"
+        os.kill(first_process(process), signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
 
 
 def volume(tmp_path):
