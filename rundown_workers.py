@@ -1517,31 +1517,32 @@ class AsyncCalls:
 
     async def call(self, client, path, body=None, give_up=None):
         """Client.call() for the caller's loop."""
-        return await self.submit(self._call(client, path, body, give_up=give_up))
+        return await self.submit(self._short_call(client, path, body, give_up))
 
     async def wait(self, client, job, timeout, give_up):
         """Client.wait() for the caller's loop; the fields of the job."""
         return await self.submit(self._wait(client, Waiting(client, job, timeout, give_up)))
 
+    async def _short_call(self, client, path, body, give_up):
+        return await self._call(self.call_slots, client, path, body, 0, give_up)
+
     async def _wait(self, client, waiting):
         while True:
             # when connections are scarce, the waits take turns
             longest = CROWDED_POLL if self.wait_slots.locked() else LONG_POLL
-            async with self.wait_slots:
-                job = await self._try(client, **waiting.next_call(longest))
+            arguments = waiting.next_call(longest)
+            job = await self._call(self.wait_slots, client, **arguments)
             if waiting.is_over(job):
                 return job
 
-    async def _call(self, client, path, body, give_up):
-        async with self.call_slots:
-            return await self._try(client, path, body, give_up=give_up)
-
-    async def _try(self, client, path, body=None, wait=0, give_up=None):
+    async def _call(self, slots, client, path, body=None, wait=0, give_up=None):
+        """Client.call() on this loop. A slot is held during a try, not between two of them."""
         import asyncio
         retries = Retries(client.hosts, wait, client.timeout if give_up is None else give_up)
         while True:
             try:
-                return await self._send(client, path, body, retries.seconds())
+                async with slots:
+                    return await self._send(client, path, body, retries.seconds())
             except EngineUnavailable as error:
                 pause = retries.pause_after(error)
             await asyncio.sleep(pause)
@@ -2721,6 +2722,12 @@ def exit_process(code):
     thread.join(REPORT_GRACE)
     reloader.restart_if_changed()
     os._exit(code)
+
+
+def end_at_sigterm():
+    """End the process at SIGTERM, until run() has a handler: PID 1 of a container ignores it."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
 
 def open_standard_streams():
@@ -5728,12 +5735,11 @@ TABLES = {      # key of an answer with rows -> the columns that a terminal show
     'schedules': [
         'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
     ],
-    'top': [
-        'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest',
-        'workers',
-    ],
-    'workers': ['worker', 'queue', 'running', 'hung', 'seen'],
 }
+TOP_COLUMNS = [
+    'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest', 'workers',
+]
+WORKER_COLUMNS = ['worker', 'queue', 'running', 'hung', 'seen']
 MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
 FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
 BAR_WIDTH = 30          # characters of a progress bar
@@ -5747,7 +5753,7 @@ def show(answer):
         print(json.dumps(answer))
         return
     for key in TABLES.keys() & answer.keys():
-        print_table(key, answer[key])
+        print_table(TABLES[key], answer[key])
         return
     for field, value in answer.items():
         show_field(field, value)
@@ -5777,12 +5783,11 @@ def attempt_line(attempt):
     return printable('  '.join(parts).rstrip())
 
 
-def print_table(key, rows):
+def print_table(columns, rows):
     """The rows as a table that is no wider than the terminal, if there is one.
 
     The error of a row gets a line of its own.
     """
-    columns = TABLES[key]
     cells = [columns]
     cells += [[printable(plain(row.get(column))) for column in columns] for row in rows]
     errors = [None, *(row.get('error') for row in rows)]
@@ -5911,12 +5916,12 @@ def show_top(page):
         row['workers'] = len(row['workers'])
         row['later'] = row['scheduled']
         row['queue'] += ' (paused)' if row['paused'] else ''
-    print_table('top', rows)
+    print_table(TOP_COLUMNS, rows)
     for worker in page['workers']:
         worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
     if page['workers']:
         print()
-        print_table('workers', page['workers'])
+        print_table(WORKER_COLUMNS, page['workers'])
 
 
 def per_minute(counts, now):
@@ -6298,6 +6303,7 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    end_at_sigterm()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # it may be None, or something else
             stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only
