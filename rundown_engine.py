@@ -5538,7 +5538,8 @@ SCHEMAS = {
         now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
         unserved=list_schema({})),
     'Health': object_schema(
-        'status storage version', status=STRING, storage=STRING, version=STRING),
+        'status storage warnings version', status=STRING, storage=STRING,
+        warnings=list_schema(STRING), version=STRING),
 }
 
 
