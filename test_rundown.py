@@ -7434,6 +7434,18 @@ def test_an_async_handler_that_blocks_the_loop_is_named_and_can_time_out(engine,
     assert "time.sleep(0.01)" in ended(engine, job)["error"]
 
 
+def test_what_an_async_handler_runs_in_a_thread_does_not_keep_the_worker(engine, work, q):
+    job = engine.enqueue(q)
+    seen = "await asyncio.get_running_loop().run_in_executor(None, lambda: say(rw.job()['id']))"
+    body = seen + "\nawait asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)"
+    worker = work(async_handler(q, body, timeout=0.3))
+    assert ended(engine, job)["status"] == "failed"
+    assert worker.said() == [job["id"]]
+    began = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_failing_async_handlers_do_not_keep_memory(engine, work, q):
     def megabytes():
