@@ -904,6 +904,7 @@ class Column(NamedTuple):
     brief: Optional[Callable] = None    # the same in brief pages
     inserted: Union[bool, str] = False  # whether INSERT writes it; or the field that has it written
     optional: bool = False              # left out of the JSON while it is null
+    large: bool = False                 # may take many pages; stored behind the others
     passive: bool = False               # not read by transitions: they need not know it
     default: Any = None                 # in SQL and in the rows of new jobs
     of_row: bool = False                # `json` takes the row instead of the value
@@ -976,7 +977,7 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'id': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME),
     'queue': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME, filter=True),
     'tag': shown('TEXT', json_string, inserted='tag', rule=NAME, filter=True, passive=True),
-    'payload': Column('TEXT', json_value, inserted=True, passive=True, rule=JSON_VALUE),
+    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True, rule=JSON_VALUE),
     'status': shown('TEXT NOT NULL', json_string, default='pending', rule=one_of(STATUSES)),
     'hold': Column('INTEGER NOT NULL', default=READY, inserted=True),   # why it is not handed out
     'priority': shown('INTEGER NOT NULL', json_number, default=0, inserted='priority',
@@ -998,10 +999,11 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'key_until': Column('TEXT', inserted='key_until', rule=one_of(('start', 'end')), passive=True),
     'released_key': Column('TEXT', passive=True),       # the key, once it is not held any more
     'worker': shown('TEXT', json_string, rule=NAME),
-    'progress': shown('TEXT', json_value, passive=True, rule=JSON_VALUE),
-    'result': Column('TEXT', json_value, passive=True, rule=JSON_VALUE),
-    'error': Column('TEXT', json_string, brief=json_last_line, passive=True, rule=ERROR_TEXT),
-    'attempts': Column('TEXT'),                 # JSON: those that did not end in done
+    'progress': shown('TEXT', json_value, large=True, passive=True, rule=JSON_VALUE),
+    'result': Column('TEXT', json_value, large=True, passive=True, rule=JSON_VALUE),
+    'error': Column('TEXT', json_string, brief=json_last_line, large=True, passive=True,
+                    rule=ERROR_TEXT),
+    'attempts': Column('TEXT', large=True),     # JSON: those that did not end in done
     'created_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=True),
@@ -1013,7 +1015,7 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
                        passive=True),
     'steps': Column('INTEGER NOT NULL', default=0),     # how many rows of `steps` it has
     'steps_size': Column('INTEGER NOT NULL', default=0),    # characters of those
-    'after': Column('TEXT', passive=True),        # JSON: the ids of its dependencies
+    'after': Column('TEXT', large=True, passive=True),      # JSON: the ids of its dependencies
     'after_any': Column('INTEGER NOT NULL', default=0, rule=FLAG),      # 1: however they end
     'waits_for': Column('INTEGER NOT NULL', default=0),     # how many of them have not ended
 }
@@ -1033,7 +1035,7 @@ SCHEDULE_COLUMNS = {
     'last_run_at': shown('INTEGER', json_time),
     'last_id': shown('TEXT', json_string),
     'skipped': shown('INTEGER NOT NULL', json_number, default=0),
-    'payload': Column('TEXT', json_value, inserted=True, passive=True),
+    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True),
 }
 
 
@@ -1044,7 +1046,9 @@ FIELDS.update(
 
 
 def definitions(columns):
-    return ', '.join(column.definition(name) for name, column in columns.items())
+    """Large columns come last: to read a column, SQLite walks over all pages of those before it."""
+    in_order = sorted(columns.items(), key=lambda item: item[1].large)
+    return ', '.join(column.definition(name) for name, column in in_order)
 
 
 COUNTS = {      # columns of `queues`, and the condition of the jobs that each counts
@@ -1144,10 +1148,12 @@ CREATE INDEX dependencies_dependency ON dependencies (dependency, state)''',
 }
 
 
-def counting(change):
-    """Assignments that change each count of a queue."""
-    return ', '.join(
-        f'{column} = {column} {change.format(jobs)}' for column, jobs in COUNTS.items())
+HOLD_COUNTS = ('scheduled', 'waiting', 'grouped')
+
+
+def counting(columns, change):
+    """Assignments that change these counts of a queue."""
+    return ', '.join(f'{column} = {column} {change.format(COUNTS[column])}' for column in columns)
 
 
 TRIGGERS = {
@@ -1161,13 +1167,17 @@ CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
         grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
     'jobs_update': f'''
-CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
-    UPDATE queues SET {counting('+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
+CREATE TRIGGER jobs_update AFTER UPDATE OF status ON jobs WHEN NEW.status <> OLD.status BEGIN
+    UPDATE queues SET {counting(STATUSES, '+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
     WHERE queue = NEW.queue;
+END''',
+    'jobs_hold': f'''
+CREATE TRIGGER jobs_hold AFTER UPDATE OF hold ON jobs WHEN NEW.hold <> OLD.hold BEGIN
+    UPDATE queues SET {counting(HOLD_COUNTS, '+ (NEW.{0}) - (OLD.{0})')} WHERE queue = NEW.queue;
 END''',
     'jobs_delete': f'''
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
-    UPDATE queues SET {counting('- (OLD.{0})')} WHERE queue = OLD.queue;
+    UPDATE queues SET {counting(COUNTS, '- (OLD.{0})')} WHERE queue = OLD.queue;
     UPDATE last_seq SET seq = OLD.seq WHERE seq < OLD.seq;
 END''',
     'jobs_delete_dependencies': '''
@@ -1301,17 +1311,22 @@ CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
         grouped = grouped + excluded.grouped, changed_at = excluded.changed_at;
 END''',
         '''
-CREATE TRIGGER jobs_update AFTER UPDATE OF status, hold ON jobs BEGIN
+CREATE TRIGGER jobs_update AFTER UPDATE OF status ON jobs WHEN NEW.status <> OLD.status BEGIN
     UPDATE queues SET
         pending = pending + (NEW.status = 'pending') - (OLD.status = 'pending'),
         running = running + (NEW.status = 'running') - (OLD.status = 'running'),
         done = done + (NEW.status = 'done') - (OLD.status = 'done'),
         failed = failed + (NEW.status = 'failed') - (OLD.status = 'failed'),
         cancelled = cancelled + (NEW.status = 'cancelled') - (OLD.status = 'cancelled'),
+        changed_at = NEW.updated_at
+    WHERE queue = NEW.queue;
+END''',
+        '''
+CREATE TRIGGER jobs_hold AFTER UPDATE OF hold ON jobs WHEN NEW.hold <> OLD.hold BEGIN
+    UPDATE queues SET
         scheduled = scheduled + (NEW.hold = 1) - (OLD.hold = 1),
         waiting = waiting + (NEW.hold = 2) - (OLD.hold = 2),
-        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3),
-        changed_at = NEW.updated_at
+        grouped = grouped + (NEW.hold = 3) - (OLD.hold = 3)
     WHERE queue = NEW.queue;
 END''',
         '''
@@ -1370,6 +1385,20 @@ def is_storage_error(error):
     """Whether it is the storage's, and not a mistake of the engine's own."""
     mistakes = (sqlite3.ProgrammingError, sqlite3.IntegrityError)
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
+
+
+def obstacle(database_path, error):
+    """Why a database cannot be used, with the file that is in the way, if one is."""
+    reason = getattr(error, 'strerror', None) or error.__cause__ or error
+    named = getattr(error, 'filename', None)
+    folder = os.path.dirname(database_path)
+    if named and not os.path.exists(named):
+        return f'{reason}: {named} in {folder} ({owner_and_mode(folder)})'
+    files = [database_path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
+    for path in (*files, folder):
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+            return f'{reason}: {path} ({owner_and_mode(path)})'
+    return f'{reason}: {named}' if named else reason
 
 
 def owner_and_mode(path):
@@ -1454,6 +1483,7 @@ class DiskReserve:
         self.path = database_path + '-reserve'
         self.folder = os.path.dirname(database_path)
         self.size = 0           # bytes; 0: this disk cannot be asked
+        self.nearly_full = 0    # free bytes, more than jobs fill in a second
         # touched by the thread that writes, read by all
         self.is_held = False
         self.free = 0           # bytes that others may use, when it looked last
@@ -1462,6 +1492,7 @@ class DiskReserve:
         """Find an old one, and give it up if the engine could not start on the full disk."""
         with contextlib.suppress(OSError):
             self.size = min(RESERVE_BYTES, shutil.disk_usage(self.folder).total // 8)
+            self.nearly_full = 32 * self.size
         self.is_held = os.path.exists(self.path)
         self.look()
         if self.is_held and self.free < self.size:
@@ -1471,14 +1502,10 @@ class DiskReserve:
         """See how much is free; take it if that is little, or leave it if that is plenty."""
         with contextlib.suppress(OSError):
             self.free = shutil.disk_usage(self.folder).free
-        if self.is_held and self.free > 2 * self.nearly_full():
+        if self.is_held and self.free > 2 * self.nearly_full:
             self.give_up()
-        elif not self.is_held and 2 * self.size <= self.free < self.nearly_full():
+        elif not self.is_held and 2 * self.size <= self.free < self.nearly_full:
             self._take()
-
-    def nearly_full(self):
-        """Free bytes below which the disk is nearly full: more than a second of jobs may fill."""
-        return 32 * self.size
 
     def _take(self):
         try:
@@ -1503,7 +1530,7 @@ class DiskReserve:
 
     def has_room(self, db):
         """Whether jobs may be added: it is not needed or held, or free pages take them."""
-        if self.is_held or self.free >= self.nearly_full():
+        if self.is_held or self.free >= self.nearly_full:
             return True
         self.look()
         if self.is_held:
@@ -1533,7 +1560,7 @@ class Database:
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
         self.reserve = DiskReserve(self.path)
-        self.copying = threading.Lock()     # held until a copy is taken: one at a time
+        self.backups = Backups(self)
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
@@ -1549,7 +1576,7 @@ class Database:
         try:
             self.lock_file = lock(self.path)
             check_header(self.path)
-            self._remove_copies()
+            self.backups.remove_left()
             self.reserve.open()
             self.db = self._connect_writer(LOCK_TIMEOUT)
             with self.transaction() as db:
@@ -1564,19 +1591,8 @@ class Database:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
                 raise
-            raise StartupError(f'{self.path} cannot be used: {self._obstacle(error)}') from None
-
-    def _obstacle(self, error):
-        """The reason, with the file that is in the way, if one is."""
-        reason = getattr(error, 'strerror', None) or error.__cause__ or error
-        named = getattr(error, 'filename', None)
-        if named and not os.path.exists(named):
-            return f'{reason}: {named} in {self.folder} ({owner_and_mode(self.folder)})'
-        files = [self.path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
-        for path in (*files, self.folder):
-            if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
-                return f'{reason}: {path} ({owner_and_mode(path)})'
-        return f'{reason}: {named}' if named else reason
+            reason = obstacle(self.path, error)
+            raise StartupError(f'{self.path} cannot be used: {reason}') from None
 
     def _create_or_migrate(self, db):
         version, = db.execute('PRAGMA user_version').fetchone()
@@ -1614,7 +1630,7 @@ class Database:
 
     def _limit_log(self, db):
         """Keep the log short while the disk is nearly full: it takes its size once more there."""
-        nearly_full = self.reserve.free < self.reserve.nearly_full()
+        nearly_full = self.reserve.free < self.reserve.nearly_full
         pages = NEARLY_FULL_LOG_PAGES if nearly_full else CHECKPOINT_PAGES
         if pages != self.checkpoint_pages:
             self.checkpoint_pages = pages
@@ -1766,49 +1782,54 @@ class Database:
             if db is not None:
                 self.idle_readers.append(db)
 
-    def backup(self):
-        """An open file, deleted when it is closed: a consistent copy, made beside the load.
-
-        One at a time, since each takes as much space as the database.
-        """
-        if not self.copying.acquire(blocking=False):
-            raise Unavailable('another copy is being made or taken; try again when that is done')
-        try:
-            return self._make_copy()
-        except BaseException as error:
-            self.copying.release()
-            if not isinstance(error, OSError):
-                raise
-            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
-
-    def _make_copy(self):
-        folder, name = os.path.split(self.path)
-        handle, copy_path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
-        os.close(handle)
-        try:
-            with self.reading() as db, contextlib.closing(sqlite3.connect(copy_path)) as copy:
-                db.backup(copy)
-            return Copy(copy_path, self.copying.release)
-        finally:
-            # Windows deletes it when it is closed
-            with contextlib.suppress(PermissionError, FileNotFoundError):
-                os.unlink(copy_path)
-
-    def _remove_copies(self):
-        """Remove copies that were cut off."""
-        for path in glob.glob(glob.escape(self.path + BACKUP_INFIX) + '*'):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
     def close(self):
         """Leave the file in order. Nobody writes any more."""
         for db in (self.db, *self.readers):
             if db:
                 db.close()
         if self.inodes:
-            self._remove_copies()
+            self.backups.remove_left()
         if self.lock_file:
             self.lock_file.close()
+
+
+class Backups:
+    """Consistent copies of a database, beside the load; one at a time: each takes as much space."""
+
+    def __init__(self, database):
+        self.database = database
+        self.being_made = threading.Lock()      # held until a copy is taken
+
+    def make(self):
+        """An open file, which is deleted when it is closed."""
+        if not self.being_made.acquire(blocking=False):
+            raise Unavailable('another copy is being made or taken; try again when that is done')
+        try:
+            return self._copy()
+        except BaseException as error:
+            self.being_made.release()
+            if not isinstance(error, OSError):
+                raise
+            raise Unavailable(f'the copy could not be written: {error.strerror}') from None
+
+    def _copy(self):
+        folder, name = os.path.split(self.database.path)
+        handle, path = tempfile.mkstemp(prefix=name + BACKUP_INFIX, dir=folder)
+        os.close(handle)
+        try:
+            with self.database.reading() as db, contextlib.closing(sqlite3.connect(path)) as copy:
+                db.backup(copy)
+            return Copy(path, self.being_made.release)
+        finally:
+            # Windows deletes it when it is closed
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                os.unlink(path)
+
+    def remove_left(self):
+        """Remove copies that were cut off."""
+        for path in glob.glob(glob.escape(self.database.path + BACKUP_INFIX) + '*'):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 class Copy(io.FileIO):
@@ -1859,11 +1880,12 @@ NEXT_SEQ = ('(SELECT MAX(seq) + 1 FROM '
             '(SELECT MAX(seq) AS seq FROM jobs UNION ALL SELECT seq FROM last_seq))')
 
 
-INSERTING_FIELDS = {column.inserted for column in JOB_COLUMNS.values()} - {True, False}
+INSERTING_FIELDS = frozenset(
+    {column.inserted for column in JOB_COLUMNS.values()} - {True, False})
 
 
 @functools.lru_cache(maxsize=256)
-def insert_plan(rows, fields=frozenset(INSERTING_FIELDS)):
+def insert_plan(rows, fields=INSERTING_FIELDS):
     """(statement, function of a row that gives its values) for so many rows.
 
     Only columns of these fields are written: each of the others would cost a bulk insert 3 %.
@@ -2157,8 +2179,11 @@ class Jobs:
             self.place(tx, changes, queue, due, waits_for, queued)
             changes['finished_at'] = None
         else:
-            changes.update(hold=READY, finished_at=tx.now)
-        changes.update(status=target, updated_at=tx.now)
+            changes['finished_at'] = tx.now
+            if job['hold'] != READY:
+                changes['hold'] = READY
+        changes['status'] = target
+        changes['updated_at'] = tx.now
         self._write(tx, job, changes)
         if job['group'] is not None:
             self.advance_group(tx, queue, job['group'])
@@ -2364,7 +2389,7 @@ class Producers:
                     f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
                     'send fewer at a time')
         rows = [self._new_row(tx, item) for item in items]
-        fields = frozenset(INSERTING_FIELDS.intersection(set().union(*items)))
+        fields = INSERTING_FIELDS.intersection(itertools.chain.from_iterable(items))
         jobs = []
         budget = tx.response_budget
         aliases = {}        # id in the request -> id of the job that holds its key
@@ -3329,8 +3354,8 @@ class Queries:
             self._why_delayed(row),
             self._why_unpolled(row['queue']),
             self._why_behind(db, row),
-        ) if reason]
-        return '; '.join(reasons) or 'next in line'
+        ) if reason] or ['next in line']
+        return '; '.join([*reasons, *self._why_expiring(row)])
 
     def _why_queued(self, db, row):
         if row['hold'] != QUEUED_IN_GROUP:
@@ -3370,6 +3395,11 @@ class Queries:
             return no_worker_warning(queue, tuple(self.workers.last_polled)[-20:])
         minutes = (self.clock.now() - polled_at) // micros(60)
         return f'no worker has polled the queue for {minutes} minutes' if minutes > 0 else None
+
+    def _why_expiring(self, row):
+        if row['expires_at'] is None or row['attempt']:
+            return []
+        return [f'it is cancelled if it has not started by {rfc3339(row["expires_at"])}']
 
     def _why_behind(self, db, row):
         if row['hold'] != READY:
@@ -3848,17 +3878,26 @@ class Waiters:
         A poll that finds nothing ends its topic: those behind it would find nothing either.
         """
         served = []
-        for topic in topics:
-            for operation in self.by_topic.get(topic, ()):
-                if isinstance(operation, JobWait):
-                    operation.result = True
-                elif not operation.client.is_connected():
-                    continue
-                else:
-                    run(operation)
-                    if not operation.result and operation.error is None:
-                        break
-                served.append(operation)
+        done = set()
+        while len(done) < len(topics):      # a poll may wake others, when it expires a job
+            woken = topics - done
+            done |= woken
+            for topic in woken:
+                served += self._serve_topic(topic, run)
+        return served
+
+    def _serve_topic(self, topic, run):
+        served = []
+        for operation in self.by_topic.get(topic, ()):
+            if isinstance(operation, JobWait):
+                operation.result = True
+            elif not operation.client.is_connected():
+                continue
+            else:
+                run(operation)
+                if not operation.result and operation.error is None:
+                    break
+            served.append(operation)
         return served
 
     def end_all(self):
@@ -3873,6 +3912,12 @@ class Budget:
         self.connections = connections
         self.request_bytes = 0
         self.response_bytes = 0
+
+    def update(self, connection, request_bytes, response_bytes):
+        self.request_bytes += request_bytes - connection.request_bytes
+        self.response_bytes += response_bytes - connection.response_bytes
+        connection.request_bytes = request_bytes
+        connection.response_bytes = response_bytes
 
     def require_capacity(self, size):
         """Refuse a large response or request while clients leave too many responses untaken."""
@@ -4032,7 +4077,8 @@ class Committer:
                         run(operation)
                 self.listening_until = began
                 self.database.last_storage_error = None
-                self._note_room(tx.takes_jobs)
+                if tx.takes_jobs != self.database.takes_jobs:
+                    self._note_room(tx.takes_jobs)
                 return tx, served
             except PoisonedTransaction as error:
                 insert_in_bulk = False      # one by one it shows whose fault it is
@@ -4056,9 +4102,8 @@ class Committer:
         return writes, inserts, polls
 
     def _note_room(self, takes_jobs):
-        if takes_jobs != self.database.takes_jobs:
-            self.database.takes_jobs = takes_jobs
-            log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
+        self.database.takes_jobs = takes_jobs
+        log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
 
     def _maintain(self, tx):
         self.store.run_due(tx)
@@ -4379,8 +4424,9 @@ def parse_query(head):
 class Request:
     """A request on its way through a connection."""
 
-    def __init__(self, deadline):
-        self.deadline = deadline    # the loop's time at which it has to be here
+    def __init__(self, connection):
+        self.connection = connection
+        self.deadline = connection.deadline     # the loop's time at which it has to be here
         self.head = None            # a RequestHead; None until its end was received
         self.is_received = False
         self.body = None            # bytes, until they are parsed
@@ -4391,6 +4437,89 @@ class Request:
     @property
     def name(self):
         return self.head.route if self.head else 'a request head'
+
+    def receive(self):
+        """Receive it, as a part of the connection's generator."""
+        received = self.connection.received
+        end = received.find(END_OF_HEAD)
+        while end < 0:
+            check_head_bytes(received)
+            yield READ
+            end = received.find(END_OF_HEAD)
+        raw_head = bytes(received[:end])
+        del received[:end + len(END_OF_HEAD)]
+        server = self.connection.server
+        self.head = server.known_heads.get(raw_head)
+        if self.head is None:
+            check_head_bytes(raw_head)
+            self.head = parse_head(raw_head)        # a refusal is counted by its route
+            self.head = server.authorize(self.head)
+            server.remember_head(raw_head, self.head)
+        length = self.head.content_length
+        if length is None:
+            self._expect_body()
+            self.body = yield from self._receive_chunks()
+        else:
+            self._require_capacity(length)
+            if len(received) < length:
+                self._expect_body()
+                while len(received) < length:
+                    yield READ
+            self.body = bytes(received[:length])
+            self.size = length
+            del received[:length]
+        self.is_received = True
+
+    def _require_capacity(self, size):
+        self.connection.loop.budget.require_capacity(size)
+
+    def _expect_body(self):
+        if 'expect' in self.head.headers and self.head.is_http_1_1:
+            self.connection.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+
+    def _receive_chunks(self):
+        """The body of a chunked request (RFC 9112, 7.1), without extensions and trailers."""
+        received = self.connection.received
+        body = bytearray()
+        size = yield from self._receive_chunk_size()
+        while size:
+            self.size = len(body) + size
+            if self.size > MAX_BODY:
+                raise PayloadTooLarge(f'the body has more than {MAX_BODY} bytes')
+            self._require_capacity(self.size)
+            while len(received) < size + 2:
+                yield READ
+            if received[size:size + 2] != b'\r\n':
+                raise BadRequest('a chunk of the body is longer than its size')
+            body += received[:size]
+            del received[:size + 2]
+            size = yield from self._receive_chunk_size()
+        for _ in range(MAX_HEADERS + 1):
+            trailer = yield from self._receive_line(MAX_HEAD)
+            if not trailer:
+                return bytes(body)
+            if not HEADER.fullmatch(trailer):
+                raise BadRequest('the body ends in a line that is no trailer')
+        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} trailers')
+
+    def _receive_chunk_size(self):
+        line = yield from self._receive_line(MAX_CHUNK_LINE)
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f'{describe(line.decode("latin-1"))} is no size of a chunk')
+        return int(match[1], 16)
+
+    def _receive_line(self, longest):
+        received = self.connection.received
+        end = received.find(b'\r\n', 0, longest + 2)
+        while end < 0:
+            if len(received) > longest:
+                raise BadRequest(f'a line of the body has more than {longest} bytes')
+            yield READ
+            end = received.find(b'\r\n', 0, longest + 2)
+        line = bytes(received[:end])
+        del received[:end + 2]
+        return line
 
 
 class Connection(Client):
@@ -4409,7 +4538,7 @@ class Connection(Client):
         self.server = server
         self.sock = sock
         self.address = address
-        self.received = bytearray()     # and not used yet
+        self.received = bytearray()     # and not used yet; changed in place
         self.steps = self._serve()
         self.loop.connections.add(self)
         self.resume(None)
@@ -4428,8 +4557,8 @@ class Connection(Client):
                 events = self.steps.send(event)
             if events != self.watched:
                 self._watch(events)
-            self._update_budget(len(self.received) + (self.request.size if self.request else 0),
-                                len(self.unsent))
+            request_bytes = len(self.received) + (self.request.size if self.request else 0)
+            self.loop.budget.update(self, request_bytes, len(self.unsent))
         except (StopIteration, OSError, EOFError, HTTPError):   # served, gone, or late
             self.close()
         except Exception as error:
@@ -4454,7 +4583,7 @@ class Connection(Client):
             self.loop.connections.discard(self)
             self.loop.timeouts.cancel(self)
             self._watch(0)
-            self._update_budget(0, 0)
+            self.loop.budget.update(self, 0, 0)
             self.sock.close()
 
     def _receive(self):
@@ -4484,13 +4613,6 @@ class Connection(Client):
             self.loop.selector.register(self.sock, events, self.resume)
         self.watched = events
 
-    def _update_budget(self, request_bytes, response_bytes):
-        budget = self.loop.budget
-        budget.request_bytes += request_bytes - self.request_bytes
-        budget.response_bytes += response_bytes - self.response_bytes
-        self.request_bytes = request_bytes
-        self.response_bytes = response_bytes
-
     def _serve(self):
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4503,7 +4625,7 @@ class Connection(Client):
             while not self.received or not self._skip_blank_lines():
                 yield READ
             self.set_timeout(REQUEST_TIMEOUT)
-            self.request = Request(self.deadline)
+            self.request = Request(self)
             keep_alive = yield from self._serve_request(self.request)
             self.request = None
             self.set_timeout(KEEP_ALIVE_TIMEOUT if keep_alive else LINGER)
@@ -4516,15 +4638,14 @@ class Connection(Client):
     def _skip_blank_lines(self):
         """They are no part of the request that follows (RFC 9112, 2.2). True if there is one."""
         if self.received[0] in b'\r\n':
-            self.received = self.received.lstrip(b'\r\n')
+            self.received[:] = self.received.lstrip(b'\r\n')
         return bool(self.received)
 
     def _serve_request(self, request):
         """Receive and answer it. True if another may follow."""
         keep_alive = False      # after an error in the head or body the next request is not found
         try:
-            yield from self._receive_request(request)
-            request.is_received = True
+            yield from request.receive()
             keep_alive = request.head.keep_alive
             response = yield from self._dispatch(request)
             file = self._begin_response(request, response, keep_alive)
@@ -4539,81 +4660,6 @@ class Connection(Client):
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
-
-    def _receive_request(self, request):
-        end = self.received.find(END_OF_HEAD)
-        while end < 0:
-            check_head_bytes(self.received)
-            yield READ
-            end = self.received.find(END_OF_HEAD)
-        raw_head = bytes(self.received[:end])
-        del self.received[:end + len(END_OF_HEAD)]
-        request.head = self.server.known_heads.get(raw_head)
-        if request.head is None:
-            check_head_bytes(raw_head)
-            request.head = parse_head(raw_head)     # a refusal is counted by its route
-            request.head = self.server.authorize(request.head)
-            self.server.remember_head(raw_head, request.head)
-        length = request.head.content_length
-        if length is None:
-            self._expect_body(request)
-            request.body = yield from self._receive_chunks(request)
-            return
-        self.loop.budget.require_capacity(length)
-        if len(self.received) < length:
-            self._expect_body(request)
-            while len(self.received) < length:
-                yield READ
-        request.body = bytes(self.received[:length])
-        request.size = length
-        del self.received[:length]
-
-    def _expect_body(self, request):
-        if 'expect' in request.head.headers and request.head.is_http_1_1:
-            self.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
-
-    def _receive_chunks(self, request):
-        """The body of a chunked request (RFC 9112, 7.1), without extensions and trailers."""
-        body = bytearray()
-        size = yield from self._receive_chunk_size()
-        while size:
-            request.size = len(body) + size
-            if request.size > MAX_BODY:
-                raise PayloadTooLarge(f'the body has more than {MAX_BODY} bytes')
-            self.loop.budget.require_capacity(request.size)
-            while len(self.received) < size + 2:
-                yield READ
-            if self.received[size:size + 2] != b'\r\n':
-                raise BadRequest('a chunk of the body is longer than its size')
-            body += self.received[:size]
-            del self.received[:size + 2]
-            size = yield from self._receive_chunk_size()
-        trailer = yield from self._receive_line(MAX_HEAD)
-        for _ in range(MAX_HEADERS):
-            if not trailer:
-                return bytes(body)
-            if not HEADER.fullmatch(trailer):
-                raise BadRequest('the body ends in a line that is no trailer')
-            trailer = yield from self._receive_line(MAX_HEAD)
-        raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} trailers')
-
-    def _receive_chunk_size(self):
-        line = yield from self._receive_line(MAX_CHUNK_LINE)
-        match = CHUNK_LINE.fullmatch(line)
-        if not match:
-            raise BadRequest(f'{describe(line.decode("latin-1"))} is no size of a chunk')
-        return int(match[1], 16)
-
-    def _receive_line(self, longest):
-        end = self.received.find(b'\r\n', 0, longest + 2)
-        while end < 0:
-            if len(self.received) > longest:
-                raise BadRequest(f'a line of the body has more than {longest} bytes')
-            yield READ
-            end = self.received.find(b'\r\n', 0, longest + 2)
-        line = bytes(self.received[:end])
-        del self.received[:end + 2]
-        return line
 
     def _dispatch(self, request):
         """The response of the handler, after the operation that it asks for."""
@@ -4679,33 +4725,24 @@ class Connection(Client):
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
             response = (response, *JSON_OK)
-        body, status, content_type, headers = response
-        file = None
-        if hasattr(body, 'read'):
-            file = body
-            length = os.fstat(file.fileno()).st_size
-        else:
-            body = encode_body(body)
-            length = len(body)
-            if method == 'GET':
-                self.loop.budget.require_capacity(length)
+        status = response[1]
+        body, file, length = encode_body(response[0])
+        if method == 'GET' and not file:
+            self.loop.budget.require_capacity(length)
         self.server.store.meter.request(route, status)
         if self.server.verbose:
             log(f'{self.address[0]} {method} {route} {status}')
         connection = '' if keep_alive else 'close'
         if keep_alive and not request.head.is_http_1_1:
             connection = 'keep-alive'
-        head = response_head(status, content_type, headers, connection)
-        date = date_header(int(time.time()))
-        if status == 204:
-            head = b'%s%s\r\n' % (head, date)
-        else:
-            head = b'%s%sContent-Length: %d\r\n\r\n' % (head, date, length)
-        self.unsent = head if file or method == 'HEAD' else head + body
-        if file and method == 'HEAD':
+        head = encode_head(response, length, connection)
+        if method != 'HEAD':
+            self.unsent = head + body
+            return file
+        self.unsent = head
+        if file:
             file.close()
-            return None
-        return file
+        return None
 
     def _send(self):
         """Send what the client takes at the moment. True once nothing is left."""
@@ -4736,12 +4773,22 @@ class Connection(Client):
 
 
 def encode_body(body):
-    """Bytes, or the file; JSON and text end in one line feed."""
+    """(bytes, the file that follows or None, length); JSON and text end in one line feed."""
+    if isinstance(body, io.IOBase):
+        return b'', body, os.fstat(body.fileno()).st_size
     if isinstance(body, dict):
         body = encode(body)
     if isinstance(body, str):
-        return (body if body.endswith('\n') else body + '\n').encode()
-    return body
+        body = (body if body.endswith('\n') else body + '\n').encode()
+    return body, None, len(body)
+
+
+def encode_head(response, length, connection):
+    """The status line and headers of a response; `connection` is its option, or empty."""
+    _, status, content_type, headers = response
+    head = response_head(status, content_type, headers, connection)
+    head += date_header(int(time.time()))
+    return head + (b'\r\n' if status == 204 else b'Content-Length: %d\r\n\r\n' % length)
 
 
 @functools.lru_cache(maxsize=256)
@@ -4900,7 +4947,7 @@ def backup(server, params):
     database = server.store.database
     name = urllib.parse.quote(os.path.basename(database.path))
     headers = (('Content-Disposition', f"attachment; filename*=UTF-8''{name}"),)
-    return Response(database.backup(), 200, 'application/vnd.sqlite3', headers)
+    return Response(database.backups.make(), 200, 'application/vnd.sqlite3', headers)
 
 
 def health(server, params):
@@ -5221,6 +5268,8 @@ class Server(http.server.ThreadingHTTPServer):
         while self.loop.run_in_transaction(is_due):
             pass
 
+    tick = run_due_now      # what the SDK of version 1.1 calls it in testing()
+
     def server_close(self):
         """Once serve_forever() has returned: let nobody in, answer what was received, and close
         the database."""
@@ -5489,7 +5538,8 @@ SCHEMAS = {
         now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
         unserved=list_schema({})),
     'Health': object_schema(
-        'status storage version', status=STRING, storage=STRING, version=STRING),
+        'status storage warnings version', status=STRING, storage=STRING,
+        warnings=list_schema(STRING), version=STRING),
 }
 
 
@@ -6982,7 +7032,7 @@ const REFRESH_INTERVAL = 2000;      // ms, at least; four times as long as the l
 const REQUEST_TIMEOUT = 10000;      // ms for a read
 const ACTION_TIMEOUT = 60000;       // ms for a write
 const NOTICE_TIME = 8000;           // ms that the outcome of an action is shown
-const CLICK_GUARD = 300;            // ms until a dialog can be confirmed: no double click does
+const CLICK_GUARD = 300;            // ms in which a second click belongs to the first
 const WORKER_SILENCE = 120;         // seconds without a poll until a worker counts as gone
 const PAGE_QUEUES = 100;            // rows on a page
 const PAGE_SCHEDULES = 100;
@@ -7014,9 +7064,10 @@ let hour = null;            // the counts of the last hour, by the minute
 let pointedMinute = null;   // index into them, null: none
 let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
-let found = null;           // the page of a search, which is not repeated: {address, page}
+let found = null;           // the page of a costly search, to be kept: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
 let failures = noFailures();        // the newest failed jobs of the filter at `address`
+let lastPress = {what: "", time: 0};        // a double click is one press
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -7072,7 +7123,7 @@ function agoNode(time) {
 
 function withLocalTimes(sentence) {     // the UTC times in a sentence as times of the browser
   const parts = (sentence || "").split(/(\d{4}-\d\d-\d\dT[\d:.]+Z)/);
-  return parts.map((part, i) => i % 2 ? timeNode(part) : part);
+  return parts.map((part, i) => i % 2 && Date.parse(part) ? timeNode(part) : part);
 }
 
 // -- Elements: data enters as text and attributes, never as markup ------------------------------
@@ -7761,18 +7812,22 @@ function nothingText(page) {
   if (page.jobs.length) {
     return "";
   }
+  if (page.refusal) {
+    return page.refusal;
+  }
   if (page.after) {
     return "Nothing matches among the jobs that were looked at so far.";
   }
   return Object.keys(filters()).length ? "Nothing matches." : "There are no jobs yet.";
 }
 
-function drawPaging({jobs, after}) {
+function drawPaging({jobs, after, isKept}) {
   const label = jobs.length < PAGE_JOBS ? "Look further back" : "Older jobs";
   const older = after && link(address("jobs", {...filters(), after}), label);
   const newest = place.after && link(address("jobs", filters()), "Newest jobs");
   const all = Object.keys(filters()).length ? link("#jobs", "Clear filters") : null;
-  show({paging: [newest, older, all].filter(Boolean)});
+  const again = isKept ? button("look-again", "", "Look again", true, "plain") : null;
+  show({paging: [newest, older, all, again].filter(Boolean)});
 }
 
 function drawJobs(page) {
@@ -7790,11 +7845,13 @@ function drawJobs(page) {
   drawSelection(page.after);
 }
 
-// A filter may look at many jobs that do not match: it takes several requests to fill a page.
+// The engine may look at many jobs that do not match: it takes several requests to fill a page.
 async function findJobs(fields, limit) {
   const jobs = [];
   let after = fields.after || "";
-  for (let i = 0; i < PAGE_SEARCHES; i += 1) {
+  let requests = 0;
+  while (requests < PAGE_SEARCHES) {
+    requests += 1;
     const missing = Math.min(limit - jobs.length, ACTION_BATCH);
     const page = await call(query("jobs", {...fields, after, brief: true, limit: missing}));
     jobs.push(...page.jobs);
@@ -7803,15 +7860,23 @@ async function findJobs(fields, limit) {
       break;
     }
   }
-  return {jobs, after};
+  return {jobs, after, isCostly: requests > 1};
+}
+
+function refusedPage(failure) {     // a filter is too long, or the page's first job is gone
+  if (failure.status !== 400) {
+    throw failure;
+  }
+  return {jobs: [], after: null, refusal: failure.message};
 }
 
 async function findPage() {
   if (found?.address === location.hash) {
     return found.page;
   }
-  const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS);
-  found = place.search ? {address: location.hash, page} : null;
+  const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS).catch(refusedPage);
+  page.isKept = Boolean(place.search) || page.isCostly;
+  found = page.isKept ? {address: location.hash, page} : null;
   return page;
 }
 
@@ -8133,7 +8198,10 @@ function openDialog() {
   dialog.returnValue = "no";
   dialog.showModal();
   return new Promise(resolve => {
-    dialog.onclose = () => resolve(dialog.returnValue === "yes");
+    dialog.onclose = () => {
+      lastPress.time = 0;       // pressed again, the button asks again
+      resolve(dialog.returnValue === "yes");
+    };
   });
 }
 
@@ -8230,6 +8298,7 @@ const PRESSES = {
   "select-failures": line => select(failuresByLine().find(row => row.line === line).jobs),
   "select-matching": selectMatching,
   "select-none": clearSelection,
+  "look-again": route,
 };
 
 function notify(text) {
@@ -8239,6 +8308,11 @@ function notify(text) {
 }
 
 async function press({action, about}) {
+  const isDouble = lastPress.what === action + about && Date.now() - lastPress.time < CLICK_GUARD;
+  lastPress = {what: action + about, time: Date.now()};
+  if (isDouble) {
+    return;
+  }
   try {
     const outcome = await PRESSES[action](JSON.parse(about));
     if (outcome) {
@@ -8378,6 +8452,7 @@ function route() {
   readAddress();
   clearSelection();
   found = null;
+  $("confirm").close("no");
   show({
     title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
     overview: view === "overview",
@@ -8435,7 +8510,7 @@ function onCheck({target}) {
     select([target.dataset], target.checked);
   }
   if (target.id === "select-page") {
-    select(lastRows.jobs, target.checked);
+    select(lastRows.jobs || [], target.checked);
   }
 }
 

@@ -5779,12 +5779,11 @@ TABLES = {      # key of an answer with rows -> the columns that a terminal show
     'schedules': [
         'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
     ],
-    'top': [
-        'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest',
-        'workers',
-    ],
-    'workers': ['worker', 'queue', 'running', 'hung', 'seen'],
 }
+TOP_COLUMNS = [
+    'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest', 'workers',
+]
+WORKER_COLUMNS = ['worker', 'queue', 'running', 'hung', 'seen']
 MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
 FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
 BAR_WIDTH = 30          # characters of a progress bar
@@ -5798,7 +5797,7 @@ def show(answer):
         print(json.dumps(answer))
         return
     for key in TABLES.keys() & answer.keys():
-        print_table(key, answer[key])
+        print_table(TABLES[key], answer[key])
         return
     for field, value in answer.items():
         show_field(field, value)
@@ -5828,12 +5827,11 @@ def attempt_line(attempt):
     return printable('  '.join(parts).rstrip())
 
 
-def print_table(key, rows):
+def print_table(columns, rows):
     """The rows as a table that is no wider than the terminal, if there is one.
 
     The error of a row gets a line of its own.
     """
-    columns = TABLES[key]
     cells = [columns]
     cells += [[printable(plain(row.get(column))) for column in columns] for row in rows]
     errors = [None, *(row.get('error') for row in rows)]
@@ -5962,12 +5960,12 @@ def show_top(page):
         row['workers'] = len(row['workers'])
         row['later'] = row['scheduled']
         row['queue'] += ' (paused)' if row['paused'] else ''
-    print_table('top', rows)
+    print_table(TOP_COLUMNS, rows)
     for worker in page['workers']:
         worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
     if page['workers']:
         print()
-        print_table('workers', page['workers'])
+        print_table(WORKER_COLUMNS, page['workers'])
 
 
 def per_minute(counts, now):
