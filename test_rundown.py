@@ -5336,10 +5336,11 @@ def test_a_schedule_is_run_now(dashboard, board, q):
     dashboard.js("refresh()")
     run = '#schedules [data-schedule="s%s"] button' % q
     until(lambda: dashboard.text(run))
-    dashboard.press(run)
+    dashboard.js("for (const _ of 'ab') document.querySelector(arguments[0]).click()", run)
     job = until(lambda: board.poll(q))
     assert (json.dumps(job["payload"]), job["tag"]) == ('{"n": [%d, 1.0]}' % 2**63, "t")
     dashboard.shows("#notice", "Enqueued " + job["id"])
+    assert board.poll(q) is None        # a double click is one
     board.post("/unschedule", name="s" + q)
 
 
@@ -5487,7 +5488,11 @@ def test_jobs_are_searched_and_an_empty_result_says_so(dashboard, board, q):
     until(lambda: dashboard.text(row(other)))
     dashboard.type("#filter [name=search]", "x\ue007")
     dashboard.shows("#nothing", "Nothing matches.")
-    dashboard.press("#paging a")        # clear the filters
+    dashboard.js("location.hash = 'jobs?queue=%s&after=nobody'" % q)
+    dashboard.shows("#nothing", re.compile("after: there is no job"))
+    assert dashboard.text("#offline") is None
+    dashboard.complaints()
+    dashboard.press("#paging a:nth-of-type(2)")        # clear the filters
     until(lambda: dashboard.js("return location.hash") == "#jobs")
 
 
@@ -5614,6 +5619,9 @@ def test_times_are_the_browser_s_with_utc_on_hover_and_ids_are_copied_whole(dash
     assert created[0] == here
     assert utc.strftime("%Y-%m-%d %H:%M:%S.") in created[1] and created[1].endswith(" UTC")
     assert "Z" not in dashboard.text("#why")
+    no_time = "2026-99-99T99:99:99Z"
+    job_page(dashboard, board.enqueue(no_time))
+    dashboard.shows("#why", re.compile(no_time))
     jobs_page(dashboard, job)
     copied = dashboard.js("""
         getSelection().selectAllChildren(document.querySelector(arguments[0]));
@@ -7461,6 +7469,18 @@ def test_an_async_handler_that_blocks_the_loop_is_named_and_can_time_out(engine,
     assert job["id"] in line
     assert worker.file.name in line
     assert "time.sleep(0.01)" in ended(engine, job)["error"]
+
+
+def test_what_an_async_handler_runs_in_a_thread_does_not_keep_the_worker(engine, work, q):
+    job = engine.enqueue(q)
+    seen = "await asyncio.get_running_loop().run_in_executor(None, lambda: say(rw.job()['id']))"
+    body = seen + "\nawait asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)"
+    worker = work(async_handler(q, body, timeout=0.3))
+    assert ended(engine, job)["status"] == "failed"
+    assert worker.said() == [job["id"]]
+    began = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
