@@ -14778,6 +14778,69 @@ def test_nginx_s_400_on_its_tls_port_gives_up_no_job(engine, nginx, tmp_path, q)
     assert rw.forward(connect, plain) == 20 and payloads(engine, q) == list(range(20))
 
 
+def readme_block(language):
+    found = re.search(r"^```%s\n(.*?)^```" % language, README.read_text(encoding="utf-8"), re.M | re.S)
+    return found[1] if found else pytest.skip("README has no such block")
+
+
+@pytest.fixture
+def caddy(tmp_path):
+    """Starts a Caddy: caddy(directives) is its URL."""
+    if not shutil.which("caddy"):
+        pytest.skip("needs caddy")
+    servers = []
+
+    def start(directives):
+        url = unused()
+        file = tmp_path / "Caddyfile"
+        file.write_text("{\nadmin off\nauto_https off\n}\n%s {\n%s\n}\n" % (url, directives))
+        servers.append(
+            subprocess.Popen(
+                ["caddy", "run", "--config", str(file), "--adapter", "caddyfile"],
+                env={**os.environ, "HOME": str(tmp_path)},
+                stderr=subprocess.DEVNULL,
+            )
+        )
+        until(lambda: listens(int(url.split(":")[2])), 10)
+        return url
+
+    yield start
+    for server in servers:
+        server.kill()       # else it waits for its connections
+        server.wait()
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+def test_nginx_and_caddy_as_in_the_readme(request, own, browser, work, q, proxy):
+    engine = own()
+    lines = readme_block({"caddy": "caddyfile"}.get(proxy, proxy))
+    start = request.getfixturevalue(proxy)
+    url = start(lines.replace("127.0.0.1:8181", "127.0.0.1:%d" % engine.port)) + "/jobs"
+    job = rw.Client(url).enqueue(q, 5)
+    work(handler(q, "return payload"), types.SimpleNamespace(url=url))
+    assert job.result(10) == 5
+    browser.open(url + "/")
+    until(lambda: browser.text(button(q, "pause")))
+    browser.press(button(q, "pause"))
+    until(lambda: engine.queue(q)["paused"])
+
+
+def test_container_as_in_the_readme(tmp_path):
+    command = json.loads(re.search(r"^ENTRYPOINT (.*)$", readme_block("dockerfile"), re.M)[1])
+    folder = volume(tmp_path)
+    places = {"python": sys.executable, "/app/rundown_engine.py": str(HERE / "rundown_engine.py")}
+    command = [places.get(word, word).replace("/data", str(folder)) for word in command]
+    env = environment({"RUNDOWN_TOKEN": "secret", **NO_TEMPORARY_FOLDER})
+    prefix = namespace(READ_ONLY, folder)
+    with subprocess.Popen([*prefix, *command, "--port", "0"], stdout=subprocess.PIPE, env=env) as engine:
+        port = re.search(rb":(\d+)", engine.stdout.readline())[1].decode()
+        api = Api("http://127.0.0.1:" + port)
+        named = {"Host": "engine:8181", "Authorization": "Bearer secret"}
+        assert api.call("POST", "/enqueue", {"queue": "q"}, named)[0] == 200
+        assert api.call("GET", "/health")[0] == 200
+        engine.terminate()
+
+
 # -- README: every block of it runs ----------------------------------------------------------------
 
 README = HERE / "README.md"
