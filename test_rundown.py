@@ -5973,6 +5973,45 @@ def test_nothing_but_the_standard_library_is_imported():
         subprocess.run([sys.executable, "-S", "-I", "-c", code], check=True, timeout=20)
 
 
+# -- jobs that are taken from a worker -------------------------------------------------------------
+
+LOSSES = {      # what happens to the claim, and whether the worker loses a job by it
+    "cancelled": (lambda engine, claim: engine.post("/cancel", id=claim["id"]), True),
+    "done": (lambda engine, claim: engine.tell("complete", claim), False),
+    "failed": (lambda engine, claim: engine.tell("fail", claim, retry=False), False),
+    "released": (lambda engine, claim: engine.tell("release", claim), False),
+}
+
+
+@pytest.mark.parametrize("end", LOSSES)
+def test_a_worker_is_told_at_once_that_a_job_was_taken_from_it(engine, q, end):
+    happen, is_loss = LOSSES[end]
+    path = "/lost?worker=" + q
+    engine.enqueue(q)
+    claim = engine.poll(q, worker=q)
+    first = engine.get(path)
+    assert first["lost"] is False
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        waiting = pool.submit(Api(engine.url).get, "%s&wait=%g" % (path, 10 if is_loss else 0.3))
+        time.sleep(0.1)
+        happen(engine, claim)
+        assert waiting.result()["lost"] is is_loss
+    assert time.monotonic() - began < 2
+    # what happens between two calls is told by the next
+    then = engine.get("%s&since=%d" % (path, first["since"]))
+    assert then["lost"] is is_loss
+    assert engine.get("%s&since=%d" % (path, then["since"]))["lost"] is False
+    assert engine.get("/lost?worker=other-%s&since=0" % q)["lost"] is False
+
+
+def test_a_worker_is_told_of_a_job_whose_lease_is_over(clocked, q):
+    clocked.enqueue(q)
+    clocked.poll(q, worker="w", lease=5)
+    clocked.advance(6)
+    until(lambda: clocked.get("/lost?worker=w&since=0")["lost"])
+
+
 # -- SDK: the client ------------------------------------------------------------------------------
 
 
@@ -7419,7 +7458,7 @@ def test_hundreds_of_async_handlers_sleep_at_a_time(engine, work, q):
             await asyncio.sleep(0.01)
         return threading.active_count()
     """
-    jobs = [engine.enqueue(q, number) for number in range(300)]
+    jobs = engine.post("/enqueue", jobs=[{"queue": q}] * 300)["jobs"]
     work("running = 0\n" + async_handler(q, body, concurrency=300), run=BURST).wait()
     results = [engine.job(job)["result"] for job in jobs]
     assert None not in results
