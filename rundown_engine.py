@@ -6827,6 +6827,21 @@ svg {
     width: 1.5rem;
     height: 1.5rem;
   }
+
+  td a,
+  #paging a {
+    display: inline-block;
+    margin: -.35rem 0;
+    padding: .35rem 0;
+  }
+
+  summary {
+    padding: .35rem 0;
+  }
+
+  #queues td.number a {
+    min-width: 2rem;
+  }
 }
 </style>
 </head>

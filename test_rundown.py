@@ -5512,6 +5512,20 @@ def test_rows_of_queues_stay_under_the_pointer(dashboard, board, q):
     until(lambda: dashboard.js(top, target) > before)
 
 
+def test_new_jobs_do_not_push_the_one_under_the_pointer_away(dashboard, board, q):
+    job = board.enqueue(q)
+    jobs_page(dashboard, job)
+    dashboard.point(row(job) + "[data-count=status]")
+    new = board.enqueue(q)
+    dashboard.js("refresh()")
+    board.post("/cancel", id=job["id"])
+    dashboard.shows(row(job) + "[data-count=status]", "cancelled")
+    assert dashboard.text(row(new)) is None
+    dashboard.point("#home")
+    dashboard.js("refresh()")
+    until(lambda: dashboard.text(row(new)))
+
+
 def test_focus_selection_and_an_opened_fold_survive_a_refresh(dashboard, board, q):
     board.enqueue(q, {"some": "payload"})
     overview(dashboard, q)
