@@ -7485,6 +7485,18 @@ def test_an_async_handler_that_blocks_the_loop_is_named_and_can_time_out(engine,
     assert "time.sleep(0.01)" in ended(engine, job)["error"]
 
 
+def test_what_an_async_handler_runs_in_a_thread_does_not_keep_the_worker(engine, work, q):
+    job = engine.enqueue(q)
+    seen = "await asyncio.get_running_loop().run_in_executor(None, lambda: say(rw.job()['id']))"
+    body = seen + "\nawait asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)"
+    worker = work(async_handler(q, body, timeout=0.3))
+    assert ended(engine, job)["status"] == "failed"
+    assert worker.said() == [job["id"]]
+    began = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_failing_async_handlers_do_not_keep_memory(engine, work, q):
     def megabytes():
@@ -12870,28 +12882,39 @@ class Model:
 
     # operators
 
-    def change(self, call, id=None, queue=None, status=None):
-        """cancel, retry or purge of a job, or of all jobs of a queue and status."""
-        sources = {
-            "cancel": ["pending", "running"],
-            "retry": ["failed", "cancelled"],
-            "purge": ["pending", "done", "failed", "cancelled"],
-        }[call]
+    def change(self, call, id=None, queue=None, status=None, tag=None):
+        """cancel, retry or purge of a job, or of all jobs of a queue, status and tag."""
         if id is not None:
-            job = self.jobs.get(id)
-            if job is None:
-                raise ModelError(404)
-            if job.status not in sources:
-                raise ModelError(409)
-            getattr(self, call)(job)
+            self.change_one(call, id)
             return {"count": 1}
         count = 0
         for job in list(self.jobs.values()):
-            if queue in (None, job.queue) and job.status in ([status] if status else sources):
+            is_meant = (queue in (None, job.queue) and tag in (None, job.tag)
+                        and job.status in ([status] if status else CHANGED[call]))
+            if is_meant:
                 with contextlib.suppress(ModelError):
                     getattr(self, call)(job)
                     count += 1
         return {"count": count}
+
+    def change_one(self, call, id):
+        job = self.jobs.get(id)
+        if job is None:
+            raise ModelError(404)
+        if job.status not in CHANGED[call]:
+            raise ModelError(409)
+        getattr(self, call)(job)
+
+    def change_each(self, call, items):
+        """The ids of items, and the statuses of those that are refused."""
+        answers = []
+        for item in items:
+            try:
+                self.change_one(call, item["id"])
+                answers.append((item["id"], None))
+            except ModelError as error:
+                answers.append((item["id"], error.args[0]))
+        return answers
 
     def cancel(self, job):
         self.move_to(job, "cancelled", "cancelled")
@@ -12977,6 +13000,11 @@ class Model:
         return {"count": int(self.schedules.pop(name, None) is not None)}
 
 
+CHANGED = {         # the statuses of jobs that a call changes
+    "cancel": ["pending", "running"],
+    "retry": ["failed", "cancelled"],
+    "purge": ["pending", "done", "failed", "cancelled"],
+}
 SCHEDULED = ["queue", "payload", "timeout", "max_retries", "tag", "priority", "key", "group"]
 NEED_STATES = {"done": 1, "failed": 2, "cancelled": 2}
 WAITED = "it waits for the job"     # the beginning of an error
@@ -13004,6 +13032,7 @@ def move(times):
     server.loop.committer.check_clock()
 
 clock, server = Clock(0.0, 0.0), None
+rundown_engine.STEP_TIME = 60       # all that is due is done at once, also on a slow machine
 for line in sys.stdin:
     path, *times = line.split()
     times = tuple(map(float, times))
@@ -13035,6 +13064,7 @@ class KilledEngine:
         self._start_process()
 
     def _start_process(self):
+        require_names(rundown_engine, ["STEP_TIME"])
         with open(str(self.folder / "engine.log"), "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", CLOCKED_PROGRAM],
@@ -13100,6 +13130,8 @@ def shown_by_engine(job):
 def engine_answers(engine, call, fields):
     """(status, answer) of the engine, in the form of model_answers()."""
     status, answer = engine.call("POST", "/" + call, fields)
+    if status == 200 and call in CHANGED and "jobs" in answer:
+        return 200, [(one["id"], one.get("code")) for one in answer["jobs"]]
     if status != 200 or call not in ("enqueue", "poll", "schedule"):
         return status, without_error(answer)
     if call == "enqueue":
@@ -13132,7 +13164,9 @@ def model_answer(model, call, fields):
         return model.enqueue(fields["jobs"])
     if call == "poll":
         return [(job.shown(), job.steps) for job in model.poll(**fields)]
-    if call in ("cancel", "retry", "purge"):
+    if call in CHANGED and "jobs" in fields:
+        return model.change_each(call, fields["jobs"])
+    if call in CHANGED:
         return model.change(call, **fields)
     if call == "resume":
         return model.pause(fields["queue"], paused=False)
@@ -13358,22 +13392,37 @@ class Chance:
         return {"id": id, **(changes or {"delay": 0})}
 
     def cancel(self, model):
-        if self.dice.random() < 0.15:
-            return {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[:2])}
-        return {"id": self.dice.choice([*model.jobs, "nobody"])}
+        return self.changed(model, "cancel", [
+            {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[:2])},
+            {"tag": self.dice.choice(TAGS)},
+        ])
 
     def retry(self, model):
-        if self.dice.random() < 0.15:
-            return {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[3:])}
-        ended = [job.id for job in model.jobs.values() if job.status in STATUSES[3:]]
-        return {"id": self.dice.choice([*ended, *ended, *model.jobs, "nobody"])}
+        return self.changed(model, "retry", [
+            {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[3:])},
+            {"status": "failed"},
+            {"tag": self.dice.choice(TAGS)},
+        ])
 
     def purge(self, model):
-        few = [{"queue": queue, "status": status} for queue in QUEUES for status in STATUSES
-               if status != "running"]
-        many = [{"status": status} for status in STATUSES[2:]]
-        many += [{"queue": queue} for queue in QUEUES]
-        return self.dice.choice(many if len(model.jobs) > 80 else few)
+        if len(model.jobs) > 80:
+            return self.dice.choice([{"status": "done"}, {"status": "failed"},
+                                     {"status": "cancelled"}, {"queue": self.dice.choice(QUEUES)}])
+        return self.changed(model, "purge", [
+            {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(CHANGED["purge"])},
+            {"tag": self.dice.choice(TAGS), "status": self.dice.choice(CHANGED["purge"])},
+        ])
+
+    def changed(self, model, call, many):
+        """A job that may be changed, mostly; or several; or those that one of `many` describes."""
+        good = [job.id for job in model.jobs.values() if job.status in CHANGED[call]]
+        ids = [*good, *good, *model.jobs, "nobody"]
+        kind = self.dice.random()
+        if kind < 0.7:
+            return {"id": self.dice.choice(ids)}
+        if kind < 0.85:
+            return {"jobs": [{"id": self.dice.choice(ids)} for _ in range(3)]}
+        return self.dice.choice(many)
 
     def pause(self, model):
         return {"queue": self.dice.choice(QUEUES)}
