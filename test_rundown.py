@@ -5578,8 +5578,20 @@ def test_storage_trouble_is_shown(browser, own, q):
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
     browser.js("refresh()")
-    browser.shows("#storage", re.compile("Storage trouble, nothing can be written: .*lock file"))
+    browser.shows("#storage", re.compile("Storage trouble: .*lock file"))
     assert is_red(browser, "#storage") and browser.text(cell(q, "queue")) == q
+
+
+def test_warnings_of_the_engine_are_shown(browser, own, q):
+    engine = own(constants={"MAX_LOG_BYTES": 100000})
+    engine.enqueue(q)
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 5000}] * 100)
+        browser.open(engine.url)
+        browser.shows("#warnings .mild", re.compile("another program has been reading"))
+    assert browser.complaints() == []
 
 
 def test_workers_that_are_gone_are_folded_away(browser, clocked):
