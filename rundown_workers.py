@@ -4760,8 +4760,9 @@ def module_of_file(file):
 def source(function):
     """Where a function is written: the same when its module, or a notebook's cell, runs again."""
     file = getattr(getattr(function, '__code__', None), 'co_filename', None)
-    if file and not os.path.isfile(file):
-        file = None     # of a cell; they are numbered
+    is_main = getattr(function, '__module__', None) == '__main__'
+    if is_main and file and not os.path.isfile(file):
+        file = None     # that of a cell, which has another name each time
     return file, getattr(function, '__qualname__', function)
 
 
