@@ -2637,6 +2637,7 @@ class Claims:
         known = tx.fetch_one(SELECT_STEP, job['seq'], name)
         result = known['result'] if known else params.get('result', 'null')
         if known:
+            tx.spend(len(result))
             self._keep(tx, job)
         else:
             self._add_step(tx, job, name, result)
@@ -3644,12 +3645,13 @@ class Store:
 
     def _follow_clock(self):
         """If the clock was set back since the last engine, move deadlines with it."""
-        with self.database.transaction() as db:
-            tx = self.begin(db)
-            before = tx.fetch_one(LAST_TIME)[0] or 0
-            if before > tx.now + micros(1):
-                self.jobs.set_back(tx, before)
-                log(f'the system clock was set back by {(before - tx.now) / 1000000:.0f} s or more')
+        with self.database.reading() as db:
+            before = db.execute(LAST_TIME).fetchone()[0] or 0
+        back = before - self.clock.now()
+        if back > micros(1):
+            with self.database.transaction() as db:
+                self.jobs.set_back(self.begin(db), before)
+            log(f'the system clock was set back by {back / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
@@ -4585,6 +4587,8 @@ class Connection(Client):
             self._watch(0)
             self.loop.budget.update(self, 0, 0)
             self.sock.close()
+            self.request = None     # it refers to this: the collector would free them much later
+            self.unsent = b''
 
     def _receive(self):
         """Receive a piece: so little that pipelined requests take no more than RESERVED_BYTES."""
@@ -5538,7 +5542,8 @@ SCHEMAS = {
         now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
         unserved=list_schema({})),
     'Health': object_schema(
-        'status storage version', status=STRING, storage=STRING, version=STRING),
+        'status storage warnings version', status=STRING, storage=STRING,
+        warnings=list_schema(STRING), version=STRING),
 }
 
 
@@ -6826,6 +6831,21 @@ svg {
     width: 1.5rem;
     height: 1.5rem;
   }
+
+  td a,
+  #paging a {
+    display: inline-block;
+    margin: -.35rem 0;
+    padding: .35rem 0;
+  }
+
+  summary {
+    padding: .35rem 0;
+  }
+
+  #queues td.number a {
+    min-width: 2rem;
+  }
 }
 </style>
 </head>
@@ -7031,7 +7051,7 @@ const REFRESH_INTERVAL = 2000;      // ms, at least; four times as long as the l
 const REQUEST_TIMEOUT = 10000;      // ms for a read
 const ACTION_TIMEOUT = 60000;       // ms for a write
 const NOTICE_TIME = 8000;           // ms that the outcome of an action is shown
-const CLICK_GUARD = 300;            // ms until a dialog can be confirmed: no double click does
+const CLICK_GUARD = 300;            // ms in which a second click belongs to the first
 const WORKER_SILENCE = 120;         // seconds without a poll until a worker counts as gone
 const PAGE_QUEUES = 100;            // rows on a page
 const PAGE_SCHEDULES = 100;
@@ -7066,6 +7086,7 @@ let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
 let found = null;           // the page of a costly search, to be kept: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
 let failures = noFailures();        // the newest failed jobs of the filter at `address`
+let lastPress = {what: "", time: 0};        // a double click is one press
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -7121,7 +7142,7 @@ function agoNode(time) {
 
 function withLocalTimes(sentence) {     // the UTC times in a sentence as times of the browser
   const parts = (sentence || "").split(/(\d{4}-\d\d-\d\dT[\d:.]+Z)/);
-  return parts.map((part, i) => i % 2 ? timeNode(part) : part);
+  return parts.map((part, i) => i % 2 && Date.parse(part) ? timeNode(part) : part);
 }
 
 // -- Elements: data enters as text and attributes, never as markup ------------------------------
@@ -7810,6 +7831,9 @@ function nothingText(page) {
   if (page.jobs.length) {
     return "";
   }
+  if (page.refusal) {
+    return page.refusal;
+  }
   if (page.after) {
     return "Nothing matches among the jobs that were looked at so far.";
   }
@@ -7858,11 +7882,18 @@ async function findJobs(fields, limit) {
   return {jobs, after, isCostly: requests > 1};
 }
 
+function refusedPage(failure) {     // a filter is too long, or the page's first job is gone
+  if (failure.status !== 400) {
+    throw failure;
+  }
+  return {jobs: [], after: null, refusal: failure.message};
+}
+
 async function findPage() {
   if (found?.address === location.hash) {
     return found.page;
   }
-  const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS);
+  const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS).catch(refusedPage);
   page.isKept = Boolean(place.search) || page.isCostly;
   found = page.isKept ? {address: location.hash, page} : null;
   return page;
@@ -8186,7 +8217,10 @@ function openDialog() {
   dialog.returnValue = "no";
   dialog.showModal();
   return new Promise(resolve => {
-    dialog.onclose = () => resolve(dialog.returnValue === "yes");
+    dialog.onclose = () => {
+      lastPress.time = 0;       // pressed again, the button asks again
+      resolve(dialog.returnValue === "yes");
+    };
   });
 }
 
@@ -8293,6 +8327,11 @@ function notify(text) {
 }
 
 async function press({action, about}) {
+  const isDouble = lastPress.what === action + about && Date.now() - lastPress.time < CLICK_GUARD;
+  lastPress = {what: action + about, time: Date.now()};
+  if (isDouble) {
+    return;
+  }
   try {
     const outcome = await PRESSES[action](JSON.parse(about));
     if (outcome) {
@@ -8432,6 +8471,7 @@ function route() {
   readAddress();
   clearSelection();
   found = null;
+  $("confirm").close("no");
   show({
     title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
     overview: view === "overview",
@@ -8489,7 +8529,7 @@ function onCheck({target}) {
     select([target.dataset], target.checked);
   }
   if (target.id === "select-page") {
-    select(lastRows.jobs, target.checked);
+    select(lastRows.jobs || [], target.checked);
   }
 }
 

@@ -297,6 +297,7 @@ MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
 REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
 MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
+MAX_EXECUTOR_THREADS = 64   # threads in which async handlers run functions that block
 MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
 RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
 RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
@@ -2311,10 +2312,7 @@ class Slot:
     def stack_text(self, claim):
         """The stack of the handler, from its own frames on."""
         task = claim.asyncio_task
-        if task:
-            frames = self.consumer.worker.event_loop.task_frames(task)
-        else:
-            frames = self.frames()
+        frames = self.consumer.worker.event_loop.task_frames(task) if task else self.frames()
         stack = traceback.StackSummary.extract(frames[-50:])
         ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
@@ -2356,6 +2354,7 @@ class EventLoop:
         # constant
         self.asyncio = asyncio
         self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(make_daemon_executor())
         # touched by the watching thread, but for the last
         self.probed_at = None       # when the loop was asked for a sign of life; None: it gave one
         self.is_blocked = False     # by a handler that does not await; read by others
@@ -2432,6 +2431,49 @@ class EventLoop:
 
     def _on_probe(self):
         self.probed_at = None
+
+
+def make_daemon_executor():
+    """An executor for asyncio whose threads do not keep the process from ending.
+
+    A handler that is cancelled leaves what it runs in such a thread behind.
+    """
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    class DaemonExecutor(ThreadPoolExecutor):
+        def __init__(self):
+            super().__init__()
+            self.calls = SimpleQueue()
+            self.lock = threading.Lock()        # held to change the next two
+            self.threads = 0
+            self.idle = 0                       # threads that wait for a call
+
+        def submit(self, function, *args, **kwargs):
+            future = Future()
+            call = functools.partial(run_with_claim, current.get(), function, *args, **kwargs)
+            self.calls.put((future, call))
+            with self.lock:
+                if self.idle:
+                    self.idle -= 1
+                elif self.threads < MAX_EXECUTOR_THREADS:
+                    self.threads += 1
+                    empty = contextvars.Context()
+                    empty.run(start_daemon_thread, self._run, 'executor')
+            return future
+
+        def _run(self):
+            while True:
+                future, call = self.calls.get()
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(call())
+                    except BaseException as error:
+                        future.set_exception(error)
+                del future, call        # while it waits it keeps nothing
+                with self.lock:
+                    self.idle += 1
+
+    return DaemonExecutor()
 
 
 class AsyncReady:
@@ -2810,14 +2852,16 @@ class Consumer:
             if not self.worker.stopping.is_set():
                 self.ready.put(claim)
         if self.worker.stopping.is_set():
-            self.worker.release()       # stop() may have released the others before these came
+            self.worker.release()       # the others may have been released before these came
 
-    def prefetch_target(self):
-        """How many claims to have in flight.
+    def count_ready_slots(self):
+        return sum(slot.is_ready for slot in self.slots)
 
-        One for each slot, and those that the slots will start within PREFETCH_SECONDS.
+    def prefetch_target(self, slots):
+        """How many claims so many slots should have.
+
+        One for each, and those that the slots will start within PREFETCH_SECONDS.
         """
-        slots = sum(slot.is_ready for slot in self.slots)
         if self.seconds_per_job is None:
             return slots
         ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
@@ -2934,8 +2978,8 @@ class Fetcher:
         """How many jobs to claim now: 0 while enough are in flight or too many are unreported."""
         if self.session.is_backlogged or self.session.reporter.claims.qsize() > MAX_BACKLOG:
             return 0
-        target = self.consumer.prefetch_target()
-        slots = sum(slot.is_ready for slot in self.consumer.slots)
+        slots = self.consumer.count_ready_slots()
+        target = self.consumer.prefetch_target(slots)
         self.low_watermark = max(slots - 1, target // 2)
         in_flight = len(self.consumer.in_flight)
         if in_flight > self.low_watermark:
