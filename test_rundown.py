@@ -4221,6 +4221,52 @@ def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
     assert engine.get("/jobs?id=..")["queue"] == q and "why" in engine.get("/jobs?id=..")
 
 
+SMALL_REQUESTS = [      # whose answer holds a job of 4 MB, or a step's result
+    ("/enqueue", {"queue": "big", "id": "big"}),
+    ("/enqueue", {"queue": "big", "key": "big"}),
+    ("/enqueue", {"jobs": [{"queue": "big", "id": "big"}] * 4}),
+    ("/enqueue", {"queue": "big", "key": "pending", "replace": True, "payload": 1}),
+    ("/step", {"id": "claimed", "attempt": 1, "name": "big"}),
+    ("/poll", {"queue": "many", "wait": 1}),
+    ("/jobs/big", None),
+    ("/jobs/big?wait=0.2", None),
+    ("/jobs?queue=big", None),
+    ("/details/big", None),
+    ("/schedules", None),
+]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_small_requests_with_large_answers_that_nobody_takes_need_bounded_memory_whatever_the_call(own, q):
+    engine, large = own("--sync", "normal"), "x" * 4000000
+    engine.enqueue("big", large, id="big", key="big", tag="big", delay=1000)
+    engine.enqueue("big", large, key="pending", delay=1000)
+    engine.post("/schedule", name="big", queue="big", every=1000, payload=large)
+    for _ in range(30):
+        engine.enqueue("many", large)
+    engine.enqueue(q, id="claimed")
+    engine.post("/step", id=engine.poll(q)["id"], attempt=1, name="big", result=large)
+    before = peak(engine)
+    for path, body in SMALL_REQUESTS:
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((engine.host, engine.port))
+                line = ("GET %s HTTP/1.1" if body is None else "POST %s HTTP/1.1") % path
+                client.sendall(request(engine, line, body=b"" if body is None else json.dumps(body).encode()))
+            time.sleep(0.3)
+            until(lambda: engine.get("/health")["version"])
+            assert peak(engine) - before < 350, path
+    until(lambda: engine.enqueue(q)["created"])         # the memory of clients that have left is free
+
+
+def peak(engine):
+    """The most memory that the engine has had, in MB."""
+    status = Path("/proc/%d/status" % engine.process.pid).read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) // 1024
+
+
 # -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
 
 STEP_LIMIT = 0.05       # seconds of processor time
