@@ -4221,6 +4221,52 @@ def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
     assert engine.get("/jobs?id=..")["queue"] == q and "why" in engine.get("/jobs?id=..")
 
 
+SMALL_REQUESTS = [      # whose answer holds a job of 4 MB, or a step's result
+    ("/enqueue", {"queue": "big", "id": "big"}),
+    ("/enqueue", {"queue": "big", "key": "big"}),
+    ("/enqueue", {"jobs": [{"queue": "big", "id": "big"}] * 4}),
+    ("/enqueue", {"queue": "big", "key": "pending", "replace": True, "payload": 1}),
+    ("/step", {"id": "claimed", "attempt": 1, "name": "big"}),
+    ("/poll", {"queue": "many", "wait": 1}),
+    ("/jobs/big", None),
+    ("/jobs/big?wait=0.2", None),
+    ("/jobs?queue=big", None),
+    ("/details/big", None),
+    ("/schedules", None),
+]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_small_requests_with_large_answers_that_nobody_takes_need_bounded_memory_whatever_the_call(own, q):
+    engine, large = own("--sync", "normal"), "x" * 4000000
+    engine.enqueue("big", large, id="big", key="big", tag="big", delay=1000)
+    engine.enqueue("big", large, key="pending", delay=1000)
+    engine.post("/schedule", name="big", queue="big", every=1000, payload=large)
+    for _ in range(30):
+        engine.enqueue("many", large)
+    engine.enqueue(q, id="claimed")
+    engine.post("/step", id=engine.poll(q)["id"], attempt=1, name="big", result=large)
+    before = peak(engine)
+    for path, body in SMALL_REQUESTS:
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((engine.host, engine.port))
+                line = ("GET %s HTTP/1.1" if body is None else "POST %s HTTP/1.1") % path
+                client.sendall(request(engine, line, body=b"" if body is None else json.dumps(body).encode()))
+            time.sleep(0.3)
+            until(lambda: engine.get("/health")["version"])
+            assert peak(engine) - before < 350, path
+    until(lambda: engine.enqueue(q)["created"])         # the memory of clients that have left is free
+
+
+def peak(engine):
+    """The most memory that the engine has had, in MB."""
+    status = Path("/proc/%d/status" % engine.process.pid).read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) // 1024
+
+
 # -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
 
 STEP_LIMIT = 0.05       # seconds of processor time
@@ -5512,6 +5558,20 @@ def test_rows_of_queues_stay_under_the_pointer(dashboard, board, q):
     until(lambda: dashboard.js(top, target) > before)
 
 
+def test_new_jobs_do_not_push_the_one_under_the_pointer_away(dashboard, board, q):
+    job = board.enqueue(q)
+    jobs_page(dashboard, job)
+    dashboard.point(row(job) + "[data-count=status]")
+    new = board.enqueue(q)
+    dashboard.js("refresh()")
+    board.post("/cancel", id=job["id"])
+    dashboard.shows(row(job) + "[data-count=status]", "cancelled")
+    assert dashboard.text(row(new)) is None
+    dashboard.point("#home")
+    dashboard.js("refresh()")
+    until(lambda: dashboard.text(row(new)))
+
+
 def test_focus_selection_and_an_opened_fold_survive_a_refresh(dashboard, board, q):
     board.enqueue(q, {"some": "payload"})
     overview(dashboard, q)
@@ -5564,8 +5624,20 @@ def test_storage_trouble_is_shown(browser, own, q):
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
     browser.js("refresh()")
-    browser.shows("#storage", re.compile("Storage trouble, nothing can be written: .*lock file"))
+    browser.shows("#storage", re.compile("Storage trouble: .*lock file"))
     assert is_red(browser, "#storage") and browser.text(cell(q, "queue")) == q
+
+
+def test_warnings_of_the_engine_are_shown(browser, own, q):
+    engine = own(constants={"MAX_LOG_BYTES": 100000})
+    engine.enqueue(q)
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 5000}] * 100)
+        browser.open(engine.url)
+        browser.shows("#warnings .mild", re.compile("another program has been reading"))
+    assert browser.complaints() == []
 
 
 def test_workers_that_are_gone_are_folded_away(browser, clocked):
@@ -12907,28 +12979,39 @@ class Model:
 
     # operators
 
-    def change(self, call, id=None, queue=None, status=None):
-        """cancel, retry or purge of a job, or of all jobs of a queue and status."""
-        sources = {
-            "cancel": ["pending", "running"],
-            "retry": ["failed", "cancelled"],
-            "purge": ["pending", "done", "failed", "cancelled"],
-        }[call]
+    def change(self, call, id=None, queue=None, status=None, tag=None):
+        """cancel, retry or purge of a job, or of all jobs of a queue, status and tag."""
         if id is not None:
-            job = self.jobs.get(id)
-            if job is None:
-                raise ModelError(404)
-            if job.status not in sources:
-                raise ModelError(409)
-            getattr(self, call)(job)
+            self.change_one(call, id)
             return {"count": 1}
         count = 0
         for job in list(self.jobs.values()):
-            if queue in (None, job.queue) and job.status in ([status] if status else sources):
+            is_meant = (queue in (None, job.queue) and tag in (None, job.tag)
+                        and job.status in ([status] if status else CHANGED[call]))
+            if is_meant:
                 with contextlib.suppress(ModelError):
                     getattr(self, call)(job)
                     count += 1
         return {"count": count}
+
+    def change_one(self, call, id):
+        job = self.jobs.get(id)
+        if job is None:
+            raise ModelError(404)
+        if job.status not in CHANGED[call]:
+            raise ModelError(409)
+        getattr(self, call)(job)
+
+    def change_each(self, call, items):
+        """The ids of items, and the statuses of those that are refused."""
+        answers = []
+        for item in items:
+            try:
+                self.change_one(call, item["id"])
+                answers.append((item["id"], None))
+            except ModelError as error:
+                answers.append((item["id"], error.args[0]))
+        return answers
 
     def cancel(self, job):
         self.move_to(job, "cancelled", "cancelled")
@@ -13014,6 +13097,11 @@ class Model:
         return {"count": int(self.schedules.pop(name, None) is not None)}
 
 
+CHANGED = {         # the statuses of jobs that a call changes
+    "cancel": ["pending", "running"],
+    "retry": ["failed", "cancelled"],
+    "purge": ["pending", "done", "failed", "cancelled"],
+}
 SCHEDULED = ["queue", "payload", "timeout", "max_retries", "tag", "priority", "key", "group"]
 NEED_STATES = {"done": 1, "failed": 2, "cancelled": 2}
 WAITED = "it waits for the job"     # the beginning of an error
@@ -13041,6 +13129,7 @@ def move(times):
     server.loop.committer.check_clock()
 
 clock, server = Clock(0.0, 0.0), None
+rundown_engine.STEP_TIME = 60       # all that is due is done at once, also on a slow machine
 for line in sys.stdin:
     path, *times = line.split()
     times = tuple(map(float, times))
@@ -13072,6 +13161,7 @@ class KilledEngine:
         self._start_process()
 
     def _start_process(self):
+        require_names(rundown_engine, ["STEP_TIME"])
         with open(str(self.folder / "engine.log"), "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", CLOCKED_PROGRAM],
@@ -13137,6 +13227,8 @@ def shown_by_engine(job):
 def engine_answers(engine, call, fields):
     """(status, answer) of the engine, in the form of model_answers()."""
     status, answer = engine.call("POST", "/" + call, fields)
+    if status == 200 and call in CHANGED and "jobs" in answer:
+        return 200, [(one["id"], one.get("code")) for one in answer["jobs"]]
     if status != 200 or call not in ("enqueue", "poll", "schedule"):
         return status, without_error(answer)
     if call == "enqueue":
@@ -13169,7 +13261,9 @@ def model_answer(model, call, fields):
         return model.enqueue(fields["jobs"])
     if call == "poll":
         return [(job.shown(), job.steps) for job in model.poll(**fields)]
-    if call in ("cancel", "retry", "purge"):
+    if call in CHANGED and "jobs" in fields:
+        return model.change_each(call, fields["jobs"])
+    if call in CHANGED:
         return model.change(call, **fields)
     if call == "resume":
         return model.pause(fields["queue"], paused=False)
@@ -13395,22 +13489,37 @@ class Chance:
         return {"id": id, **(changes or {"delay": 0})}
 
     def cancel(self, model):
-        if self.dice.random() < 0.15:
-            return {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[:2])}
-        return {"id": self.dice.choice([*model.jobs, "nobody"])}
+        return self.changed(model, "cancel", [
+            {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[:2])},
+            {"tag": self.dice.choice(TAGS)},
+        ])
 
     def retry(self, model):
-        if self.dice.random() < 0.15:
-            return {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[3:])}
-        ended = [job.id for job in model.jobs.values() if job.status in STATUSES[3:]]
-        return {"id": self.dice.choice([*ended, *ended, *model.jobs, "nobody"])}
+        return self.changed(model, "retry", [
+            {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[3:])},
+            {"status": "failed"},
+            {"tag": self.dice.choice(TAGS)},
+        ])
 
     def purge(self, model):
-        few = [{"queue": queue, "status": status} for queue in QUEUES for status in STATUSES
-               if status != "running"]
-        many = [{"status": status} for status in STATUSES[2:]]
-        many += [{"queue": queue} for queue in QUEUES]
-        return self.dice.choice(many if len(model.jobs) > 80 else few)
+        if len(model.jobs) > 80:
+            return self.dice.choice([{"status": "done"}, {"status": "failed"},
+                                     {"status": "cancelled"}, {"queue": self.dice.choice(QUEUES)}])
+        return self.changed(model, "purge", [
+            {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(CHANGED["purge"])},
+            {"tag": self.dice.choice(TAGS), "status": self.dice.choice(CHANGED["purge"])},
+        ])
+
+    def changed(self, model, call, many):
+        """A job that may be changed, mostly; or several; or those that one of `many` describes."""
+        good = [job.id for job in model.jobs.values() if job.status in CHANGED[call]]
+        ids = [*good, *good, *model.jobs, "nobody"]
+        kind = self.dice.random()
+        if kind < 0.7:
+            return {"id": self.dice.choice(ids)}
+        if kind < 0.85:
+            return {"jobs": [{"id": self.dice.choice(ids)} for _ in range(3)]}
+        return self.dice.choice(many)
 
     def pause(self, model):
         return {"queue": self.dice.choice(QUEUES)}
