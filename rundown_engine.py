@@ -2637,6 +2637,7 @@ class Claims:
         known = tx.fetch_one(SELECT_STEP, job['seq'], name)
         result = known['result'] if known else params.get('result', 'null')
         if known:
+            tx.spend(len(result))
             self._keep(tx, job)
         else:
             self._add_step(tx, job, name, result)
@@ -3644,12 +3645,13 @@ class Store:
 
     def _follow_clock(self):
         """If the clock was set back since the last engine, move deadlines with it."""
-        with self.database.transaction() as db:
-            tx = self.begin(db)
-            before = tx.fetch_one(LAST_TIME)[0] or 0
-            if before > tx.now + micros(1):
-                self.jobs.set_back(tx, before)
-                log(f'the system clock was set back by {(before - tx.now) / 1000000:.0f} s or more')
+        with self.database.reading() as db:
+            before = db.execute(LAST_TIME).fetchone()[0] or 0
+        back = before - self.clock.now()
+        if back > micros(1):
+            with self.database.transaction() as db:
+                self.jobs.set_back(self.begin(db), before)
+            log(f'the system clock was set back by {back / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
@@ -4585,6 +4587,8 @@ class Connection(Client):
             self._watch(0)
             self.loop.budget.update(self, 0, 0)
             self.sock.close()
+            self.request = None     # it refers to this: the collector would free them much later
+            self.unsent = b''
 
     def _receive(self):
         """Receive a piece: so little that pipelined requests take no more than RESERVED_BYTES."""
@@ -6036,6 +6040,12 @@ section,
   font-weight: 600;
 }
 
+.problem.mild {
+  color: var(--warn);
+  background: color-mix(in srgb, var(--warn) 10%, var(--card));
+  border-color: var(--warn);
+}
+
 .problem a {
   color: inherit;
   text-decoration: underline;
@@ -6827,6 +6837,21 @@ svg {
     width: 1.5rem;
     height: 1.5rem;
   }
+
+  td a,
+  #paging a {
+    display: inline-block;
+    margin: -.35rem 0;
+    padding: .35rem 0;
+  }
+
+  summary {
+    padding: .35rem 0;
+  }
+
+  #queues td.number a {
+    min-width: 2rem;
+  }
 }
 </style>
 </head>
@@ -7530,11 +7555,12 @@ function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
   const hung = workers.filter(worker => worker.hung);
   show({
-    storage: isInTrouble ? "Storage trouble, nothing can be written: " + health.storage : "",
+    storage: isInTrouble ? "Storage trouble: " + health.storage : "",
     warnings: [
       problemLine("unserved", "Jobs are due and no worker polls: ", unserved.map(unservedItem),
         totals.unserved),
       problemLine("hung", "Restart these workers: ", hung.map(hungItem)),
+      health.warnings.map(sentence => el("p", {class: "problem mild"}, sentence)),
     ],
   });
 }

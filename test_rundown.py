@@ -4221,6 +4221,52 @@ def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
     assert engine.get("/jobs?id=..")["queue"] == q and "why" in engine.get("/jobs?id=..")
 
 
+SMALL_REQUESTS = [      # whose answer holds a job of 4 MB, or a step's result
+    ("/enqueue", {"queue": "big", "id": "big"}),
+    ("/enqueue", {"queue": "big", "key": "big"}),
+    ("/enqueue", {"jobs": [{"queue": "big", "id": "big"}] * 4}),
+    ("/enqueue", {"queue": "big", "key": "pending", "replace": True, "payload": 1}),
+    ("/step", {"id": "claimed", "attempt": 1, "name": "big"}),
+    ("/poll", {"queue": "many", "wait": 1}),
+    ("/jobs/big", None),
+    ("/jobs/big?wait=0.2", None),
+    ("/jobs?queue=big", None),
+    ("/details/big", None),
+    ("/schedules", None),
+]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_small_requests_with_large_answers_that_nobody_takes_need_bounded_memory_whatever_the_call(own, q):
+    engine, large = own("--sync", "normal"), "x" * 4000000
+    engine.enqueue("big", large, id="big", key="big", tag="big", delay=1000)
+    engine.enqueue("big", large, key="pending", delay=1000)
+    engine.post("/schedule", name="big", queue="big", every=1000, payload=large)
+    for _ in range(30):
+        engine.enqueue("many", large)
+    engine.enqueue(q, id="claimed")
+    engine.post("/step", id=engine.poll(q)["id"], attempt=1, name="big", result=large)
+    before = peak(engine)
+    for path, body in SMALL_REQUESTS:
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((engine.host, engine.port))
+                line = ("GET %s HTTP/1.1" if body is None else "POST %s HTTP/1.1") % path
+                client.sendall(request(engine, line, body=b"" if body is None else json.dumps(body).encode()))
+            time.sleep(0.3)
+            until(lambda: engine.get("/health")["version"])
+            assert peak(engine) - before < 350, path
+    until(lambda: engine.enqueue(q)["created"])         # the memory of clients that have left is free
+
+
+def peak(engine):
+    """The most memory that the engine has had, in MB."""
+    status = Path("/proc/%d/status" % engine.process.pid).read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) // 1024
+
+
 # -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
 
 STEP_LIMIT = 0.05       # seconds of processor time
@@ -5512,6 +5558,20 @@ def test_rows_of_queues_stay_under_the_pointer(dashboard, board, q):
     until(lambda: dashboard.js(top, target) > before)
 
 
+def test_new_jobs_do_not_push_the_one_under_the_pointer_away(dashboard, board, q):
+    job = board.enqueue(q)
+    jobs_page(dashboard, job)
+    dashboard.point(row(job) + "[data-count=status]")
+    new = board.enqueue(q)
+    dashboard.js("refresh()")
+    board.post("/cancel", id=job["id"])
+    dashboard.shows(row(job) + "[data-count=status]", "cancelled")
+    assert dashboard.text(row(new)) is None
+    dashboard.point("#home")
+    dashboard.js("refresh()")
+    until(lambda: dashboard.text(row(new)))
+
+
 def test_focus_selection_and_an_opened_fold_survive_a_refresh(dashboard, board, q):
     board.enqueue(q, {"some": "payload"})
     overview(dashboard, q)
@@ -5564,8 +5624,20 @@ def test_storage_trouble_is_shown(browser, own, q):
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
     browser.js("refresh()")
-    browser.shows("#storage", re.compile("Storage trouble, nothing can be written: .*lock file"))
+    browser.shows("#storage", re.compile("Storage trouble: .*lock file"))
     assert is_red(browser, "#storage") and browser.text(cell(q, "queue")) == q
+
+
+def test_warnings_of_the_engine_are_shown(browser, own, q):
+    engine = own(constants={"MAX_LOG_BYTES": 100000})
+    engine.enqueue(q)
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 5000}] * 100)
+        browser.open(engine.url)
+        browser.shows("#warnings .mild", re.compile("another program has been reading"))
+    assert browser.complaints() == []
 
 
 def test_workers_that_are_gone_are_folded_away(browser, clocked):
@@ -5971,6 +6043,45 @@ def test_nothing_but_the_standard_library_is_imported():
     for name in ("rundown_engine.py", "rundown_workers.py"):
         code = "import sys; sys.path[:0] = [%r]; import %s" % (str(HERE), name[:-3])
         subprocess.run([sys.executable, "-S", "-I", "-c", code], check=True, timeout=20)
+
+
+# -- jobs that are taken from a worker -------------------------------------------------------------
+
+LOSSES = {      # what happens to the claim, and whether the worker loses a job by it
+    "cancelled": (lambda engine, claim: engine.post("/cancel", id=claim["id"]), True),
+    "done": (lambda engine, claim: engine.tell("complete", claim), False),
+    "failed": (lambda engine, claim: engine.tell("fail", claim, retry=False), False),
+    "released": (lambda engine, claim: engine.tell("release", claim), False),
+}
+
+
+@pytest.mark.parametrize("end", LOSSES)
+def test_a_worker_is_told_at_once_that_a_job_was_taken_from_it(engine, q, end):
+    happen, is_loss = LOSSES[end]
+    path = "/lost?worker=" + q
+    engine.enqueue(q)
+    claim = engine.poll(q, worker=q)
+    first = engine.get(path)
+    assert first["lost"] is False
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        waiting = pool.submit(Api(engine.url).get, "%s&wait=%g" % (path, 10 if is_loss else 0.3))
+        time.sleep(0.1)
+        happen(engine, claim)
+        assert waiting.result()["lost"] is is_loss
+    assert time.monotonic() - began < 2
+    # what happens between two calls is told by the next
+    then = engine.get("%s&since=%d" % (path, first["since"]))
+    assert then["lost"] is is_loss
+    assert engine.get("%s&since=%d" % (path, then["since"]))["lost"] is False
+    assert engine.get("/lost?worker=other-%s&since=0" % q)["lost"] is False
+
+
+def test_a_worker_is_told_of_a_job_whose_lease_is_over(clocked, q):
+    clocked.enqueue(q)
+    clocked.poll(q, worker="w", lease=5)
+    clocked.advance(6)
+    until(lambda: clocked.get("/lost?worker=w&since=0")["lost"])
 
 
 # -- SDK: the client ------------------------------------------------------------------------------
@@ -7419,7 +7530,7 @@ def test_hundreds_of_async_handlers_sleep_at_a_time(engine, work, q):
             await asyncio.sleep(0.01)
         return threading.active_count()
     """
-    jobs = [engine.enqueue(q, number) for number in range(300)]
+    jobs = engine.post("/enqueue", jobs=[{"queue": q}] * 300)["jobs"]
     work("running = 0\n" + async_handler(q, body, concurrency=300), run=BURST).wait()
     results = [engine.job(job)["result"] for job in jobs]
     assert None not in results
