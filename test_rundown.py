@@ -14890,7 +14890,8 @@ def test_nginx_s_400_on_its_tls_port_gives_up_no_job(engine, nginx, tmp_path, q)
 
 
 def readme_block(language):
-    found = re.search(r"^```%s\n(.*?)^```" % language, README.read_text(encoding="utf-8"), re.M | re.S)
+    text = README.read_text(encoding="utf-8")
+    found = re.search(r"^```%s\n(.*?)^```" % language, text, re.M | re.S)
     return found[1] if found else pytest.skip("README has no such block")
 
 
@@ -14942,8 +14943,8 @@ def test_container_as_in_the_readme(tmp_path):
     places = {"python": sys.executable, "/app/rundown_engine.py": str(HERE / "rundown_engine.py")}
     command = [places.get(word, word).replace("/data", str(folder)) for word in command]
     env = environment({"RUNDOWN_TOKEN": "secret", **NO_TEMPORARY_FOLDER})
-    prefix = namespace(READ_ONLY, folder)
-    with subprocess.Popen([*prefix, *command, "--port", "0"], stdout=subprocess.PIPE, env=env) as engine:
+    command = [*namespace(READ_ONLY, folder), *command, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as engine:
         port = re.search(rb":(\d+)", engine.stdout.readline())[1].decode()
         api = Api("http://127.0.0.1:" + port)
         named = {"Host": "engine:8181", "Authorization": "Bearer secret"}
