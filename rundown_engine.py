@@ -6045,6 +6045,12 @@ section,
   font-weight: 600;
 }
 
+.problem.mild {
+  color: var(--warn);
+  background: color-mix(in srgb, var(--warn) 10%, var(--card));
+  border-color: var(--warn);
+}
+
 .problem a {
   color: inherit;
   text-decoration: underline;
@@ -7554,11 +7560,12 @@ function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
   const hung = workers.filter(worker => worker.hung);
   show({
-    storage: isInTrouble ? "Storage trouble, nothing can be written: " + health.storage : "",
+    storage: isInTrouble ? "Storage trouble: " + health.storage : "",
     warnings: [
       problemLine("unserved", "Jobs are due and no worker polls: ", unserved.map(unservedItem),
         totals.unserved),
       problemLine("hung", "Restart these workers: ", hung.map(hungItem)),
+      health.warnings.map(sentence => el("p", {class: "problem mild"}, sentence)),
     ],
   });
 }

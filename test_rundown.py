@@ -5638,8 +5638,20 @@ def test_storage_trouble_is_shown(browser, own, q):
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
     browser.js("refresh()")
-    browser.shows("#storage", re.compile("Storage trouble, nothing can be written: .*lock file"))
+    browser.shows("#storage", re.compile("Storage trouble: .*lock file"))
     assert is_red(browser, "#storage") and browser.text(cell(q, "queue")) == q
+
+
+def test_warnings_of_the_engine_are_shown(browser, own, q):
+    engine = own(constants={"MAX_LOG_BYTES": 100000})
+    engine.enqueue(q)
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 5000}] * 100)
+        browser.open(engine.url)
+        browser.shows("#warnings .mild", re.compile("another program has been reading"))
+    assert browser.complaints() == []
 
 
 def test_workers_that_are_gone_are_folded_away(browser, clocked):
@@ -6045,6 +6057,45 @@ def test_nothing_but_the_standard_library_is_imported():
     for name in ("rundown_engine.py", "rundown_workers.py"):
         code = "import sys; sys.path[:0] = [%r]; import %s" % (str(HERE), name[:-3])
         subprocess.run([sys.executable, "-S", "-I", "-c", code], check=True, timeout=20)
+
+
+# -- jobs that are taken from a worker -------------------------------------------------------------
+
+LOSSES = {      # what happens to the claim, and whether the worker loses a job by it
+    "cancelled": (lambda engine, claim: engine.post("/cancel", id=claim["id"]), True),
+    "done": (lambda engine, claim: engine.tell("complete", claim), False),
+    "failed": (lambda engine, claim: engine.tell("fail", claim, retry=False), False),
+    "released": (lambda engine, claim: engine.tell("release", claim), False),
+}
+
+
+@pytest.mark.parametrize("end", LOSSES)
+def test_a_worker_is_told_at_once_that_a_job_was_taken_from_it(engine, q, end):
+    happen, is_loss = LOSSES[end]
+    path = "/lost?worker=" + q
+    engine.enqueue(q)
+    claim = engine.poll(q, worker=q)
+    first = engine.get(path)
+    assert first["lost"] is False
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        waiting = pool.submit(Api(engine.url).get, "%s&wait=%g" % (path, 10 if is_loss else 0.3))
+        time.sleep(0.1)
+        happen(engine, claim)
+        assert waiting.result()["lost"] is is_loss
+    assert time.monotonic() - began < 2
+    # what happens between two calls is told by the next
+    then = engine.get("%s&since=%d" % (path, first["since"]))
+    assert then["lost"] is is_loss
+    assert engine.get("%s&since=%d" % (path, then["since"]))["lost"] is False
+    assert engine.get("/lost?worker=other-%s&since=0" % q)["lost"] is False
+
+
+def test_a_worker_is_told_of_a_job_whose_lease_is_over(clocked, q):
+    clocked.enqueue(q)
+    clocked.poll(q, worker="w", lease=5)
+    clocked.advance(6)
+    until(lambda: clocked.get("/lost?worker=w&since=0")["lost"])
 
 
 # -- SDK: the client ------------------------------------------------------------------------------
@@ -7493,7 +7544,7 @@ def test_hundreds_of_async_handlers_sleep_at_a_time(engine, work, q):
             await asyncio.sleep(0.01)
         return threading.active_count()
     """
-    jobs = [engine.enqueue(q, number) for number in range(300)]
+    jobs = engine.post("/enqueue", jobs=[{"queue": q}] * 300)["jobs"]
     work("running = 0\n" + async_handler(q, body, concurrency=300), run=BURST).wait()
     results = [engine.job(job)["result"] for job in jobs]
     assert None not in results
@@ -14854,6 +14905,69 @@ def test_nginx_s_400_on_its_tls_port_gives_up_no_job(engine, nginx, tmp_path, q)
             "SELECT COUNT(*) FROM rundown_outbox WHERE error IS NULL"
         ).fetchone() == (20,)
     assert rw.forward(connect, plain) == 20 and payloads(engine, q) == list(range(20))
+
+
+def readme_block(language):
+    found = re.search(r"^```%s\n(.*?)^```" % language, README.read_text(encoding="utf-8"), re.M | re.S)
+    return found[1] if found else pytest.skip("README has no such block")
+
+
+@pytest.fixture
+def caddy(tmp_path):
+    """Starts a Caddy: caddy(directives) is its URL."""
+    if not shutil.which("caddy"):
+        pytest.skip("needs caddy")
+    servers = []
+
+    def start(directives):
+        url = unused()
+        file = tmp_path / "Caddyfile"
+        file.write_text("{\nadmin off\nauto_https off\n}\n%s {\n%s\n}\n" % (url, directives))
+        servers.append(
+            subprocess.Popen(
+                ["caddy", "run", "--config", str(file), "--adapter", "caddyfile"],
+                env={**os.environ, "HOME": str(tmp_path)},
+                stderr=subprocess.DEVNULL,
+            )
+        )
+        until(lambda: listens(int(url.split(":")[2])), 10)
+        return url
+
+    yield start
+    for server in servers:
+        server.kill()       # else it waits for its connections
+        server.wait()
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+def test_nginx_and_caddy_as_in_the_readme(request, own, browser, work, q, proxy):
+    engine = own()
+    lines = readme_block({"caddy": "caddyfile"}.get(proxy, proxy))
+    start = request.getfixturevalue(proxy)
+    url = start(lines.replace("127.0.0.1:8181", "127.0.0.1:%d" % engine.port)) + "/jobs"
+    job = rw.Client(url).enqueue(q, 5)
+    work(handler(q, "return payload"), types.SimpleNamespace(url=url))
+    assert job.result(10) == 5
+    browser.open(url + "/")
+    until(lambda: browser.text(button(q, "pause")))
+    browser.press(button(q, "pause"))
+    until(lambda: engine.queue(q)["paused"])
+
+
+def test_container_as_in_the_readme(tmp_path):
+    command = json.loads(re.search(r"^ENTRYPOINT (.*)$", readme_block("dockerfile"), re.M)[1])
+    folder = volume(tmp_path)
+    places = {"python": sys.executable, "/app/rundown_engine.py": str(HERE / "rundown_engine.py")}
+    command = [places.get(word, word).replace("/data", str(folder)) for word in command]
+    env = environment({"RUNDOWN_TOKEN": "secret", **NO_TEMPORARY_FOLDER})
+    prefix = namespace(READ_ONLY, folder)
+    with subprocess.Popen([*prefix, *command, "--port", "0"], stdout=subprocess.PIPE, env=env) as engine:
+        port = re.search(rb":(\d+)", engine.stdout.readline())[1].decode()
+        api = Api("http://127.0.0.1:" + port)
+        named = {"Host": "engine:8181", "Authorization": "Bearer secret"}
+        assert api.call("POST", "/enqueue", {"queue": "q"}, named)[0] == 200
+        assert api.call("GET", "/health")[0] == 200
+        engine.terminate()
 
 
 # -- README: every block of it runs ----------------------------------------------------------------
