@@ -2326,6 +2326,20 @@ def test_what_needs_another_field_is_refused_without_it(engine, q, field, value)
     assert code == 400 and field in answer["error"] and engine.count(q) == 0
 
 
+def test_a_clock_set_ahead_expires_nothing_and_shortens_no_backoff_in_a_group(clocked, q):
+    job = clocked.enqueue(q, expires=60)
+    in_group(clocked, q + "g", 2, max_retries=1)
+    reopen_first(clocked, q + "g")
+    clocked.tell("fail", {"id": q + "gB", "attempt": 1}, delay=100)     # B is behind A again
+    clocked.clock.wall += 4000
+    clocked.advance(10)
+    assert clocked.poll(q)["id"] == job["id"]
+    clocked.tell("complete", clocked.poll(q + "g"))
+    assert clocked.poll(q + "g") is None
+    clocked.advance(91)
+    assert clocked.poll(q + "g")["id"] == q + "gB"
+
+
 def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     late, started = clocked.enqueue(q, expires=5), clocked.enqueue(q + "-b", expires=5, max_retries=1)
     timed = clocked.enqueue(q + "-c", run_at="2027-01-15T08:01:00Z", expires=5)
@@ -12662,27 +12676,31 @@ class Model:
         self.run_due()
 
     def shift(self, by):
-        """The wall clock leapt: all that is counted in seconds moves with it."""
+        """The clock was set: all that is counted in seconds moves with it."""
+        before = self.clock.now() - by
         for job in self.jobs.values():
             if job.status == "running":
                 job.lease_until += by
                 job.started_at += by
-            elif (job.status, job.hold) == ("pending", DELAYED) and job.attempt and not job.is_timed:
-                job.next_run_at += by
+            elif job.status == "pending" and not job.is_timed:
+                is_retry = job.hold == DELAYED or job.hold == QUEUED and job.next_run_at > before
+                if job.attempt and is_retry:
+                    job.next_run_at += by
+                if job.expires_at is not None and not job.attempt:
+                    job.expires_at += by
         for queue in self.queues.values():
             queue["full_at"] += by if queue["rate"] else 0
 
     def set_back(self, by, before):
-        """The clock was set back over a restart: what is counted in seconds moves with it."""
-        self.shift(by)
+        """The clock was set back over a restart: what was due stays so, and delays move with it."""
         for job in self.jobs.values():
             if job.status == "pending":
-                if job.hold in (BLOCKED, QUEUED) and job.next_run_at <= before:
+                is_held = job.hold in (BLOCKED, QUEUED)
+                if is_held and job.next_run_at <= before:
                     job.next_run_at = min(job.next_run_at, self.clock.now())
-                elif not job.is_timed and (job.hold in (BLOCKED, QUEUED) or (job.hold, job.attempt) == (DELAYED, 0)):
+                elif not job.is_timed and (job.hold == BLOCKED or job.hold in (DELAYED, QUEUED) and not job.attempt):
                     job.next_run_at += by
-                if job.expires_at is not None and not job.attempt and not job.is_timed:
-                    job.expires_at += by
+        self.shift(by)
 
     def restart(self, before):
         """The engine starts again: its clock is the wall clock, and leases are looked after.
