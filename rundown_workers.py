@@ -5366,10 +5366,11 @@ class DjangoTasks:
 
     def __init__(self, alias, params):
         super().__init__(alias, params)
+        # constant
         self.job_options = dict(self.options)
         outbox = self.job_options.pop('outbox', False)
         self.database = 'default' if outbox is True else outbox or None     # None: no outbox
-        self.host = self.job_options.pop('host', None)
+        self.host = self.job_options.pop('host', None)                      # None: RUNDOWN_URL
         unknown = sorted(set(self.job_options) - {'max_retries', 'timeout'})
         if unknown:
             from django.core.exceptions import ImproperlyConfigured
