@@ -2404,8 +2404,9 @@ class Producers:
                         'jobs: those that exist already are too large for one answer; '
                         'send fewer at a time') from None
                 raise
-        for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
-            self.jobs.advance_group(tx, queue, group)
+        if 'group' in fields:
+            for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
+                self.jobs.advance_group(tx, queue, group)
         return jobs
 
     def _new_row(self, tx, item):
@@ -2434,10 +2435,14 @@ class Producers:
             values += values_of(row)
             is_plain = is_plain and row['after'] is None
         if is_plain:
-            with contextlib.suppress(sqlite3.IntegrityError):
+            try:
                 tx.execute(statement, values)
-                tx.events += [('enqueued', row['queue'], None) for row in rows]
-                return [(row, CREATED) for row in rows]
+            except sqlite3.IntegrityError:      # one exists already
+                is_plain = False
+        if is_plain:
+            for row in rows:
+                tx.events.append(('enqueued', row['queue'], None))
+            return [(row, CREATED) for row in rows]
         if len(rows) == 1:
             return [self._insert_one(tx, rows[0], aliases)]
         return [pair for row in rows for pair in self._insert(tx, [row], fields, aliases)]
@@ -3929,9 +3934,7 @@ class Budget:
         return min(MAX_RESPONSE, MAX_RESPONSE_BUFFER - self.response_bytes)
 
     def shed_load(self):
-        """While too much is being received, refuse the newest of the large requests."""
-        if self.request_bytes <= MAX_REQUEST_BUFFER:
-            return
+        """Too much is being received: refuse the newest of the large requests."""
         large = [connection for connection in self.connections
                  if connection.is_receiving and connection.request_bytes > RESERVED_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
@@ -4296,7 +4299,8 @@ class EventLoop:
             self.committer.listening_until = min(now, before + timeout)
         for key, _ in events:
             key.data(SOCKET_READY)
-            self.budget.shed_load()
+            if self.budget.request_bytes > MAX_REQUEST_BUFFER:
+                self.budget.shed_load()
         for _ in range(len(self.calls_from_threads)):
             self.calls_from_threads.popleft()()
         self.timeouts.fire(now)
@@ -4305,10 +4309,12 @@ class EventLoop:
 
     def _note_lag(self, now):
         """Remember the longest pass, in which nobody was heard."""
+        lag = self.now - now
         if now >= self.lag_minute + 60:
             self.lag_minute = now
-            self.lags = [0, self.lags[0]]
-        self.lags[0] = max(self.lags[0], self.now - now)
+            self.lags = [lag, self.lags[0]]
+        elif lag > self.lags[0]:
+            self.lags[0] = lag
 
     def _select_timeout(self, now):
         """Seconds until something is due; 0 if calls from other threads wait."""
