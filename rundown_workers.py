@@ -4176,7 +4176,7 @@ def has_members(group):
     """Whether processes of this group run. Zombies do not: an init that reaps none may be PID 1."""
     try:
         os.killpg(group, 0)
-    except OSError:
+    except (OSError, AttributeError):       # none is left; Windows has no groups
         return False
     stats = list(pathlib.Path('/proc').glob('[0-9]*/stat'))
     return not stats or any(is_running_member(stat, group) for stat in stats)
@@ -4780,13 +4780,14 @@ def task_name(function):
     """The name under which a task's function is imported, also where its module is a script."""
     module = function.__module__
     if module in ('__main__', '__mp_main__'):
-        module = main_module_name() or module_of_file(inspect.getfile(function))[1]
+        module = main_module_name(getattr(function, '__globals__', {}))
+        module = module or module_of_file(inspect.getfile(function))[1]
     return f'{module}.{function.__qualname__}'
 
 
-def main_module_name():
-    """The name with which `python -m` was called; None without it."""
-    spec = getattr(sys.modules['__main__'], '__spec__', None)
+def main_module_name(variables):
+    """The name with which `python -m` was called, from a module's variables; None without it."""
+    spec = variables.get('__spec__')
     return spec.name if spec and spec.name != '__main__' else None
 
 
@@ -4803,8 +4804,9 @@ def module_of_file(file):
 def source(function):
     """Where a function is written: the same when its module, or a notebook's cell, runs again."""
     file = getattr(getattr(function, '__code__', None), 'co_filename', None)
-    if file and not os.path.isfile(file):
-        file = None     # of a cell; they are numbered
+    is_main = getattr(function, '__module__', None) == '__main__'
+    if is_main and file and not os.path.isfile(file):
+        file = None     # that of a cell, which has another name each time
     return file, getattr(function, '__qualname__', function)
 
 
@@ -6365,7 +6367,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def answer_to_other_names():
     """Have task files that import this module meet this instance of it."""
-    names = ['rundown_workers', main_module_name(), module_of_file(__file__)[1]]
+    names = ['rundown_workers', main_module_name(globals()), module_of_file(__file__)[1]]
     for name in filter(None, names):
         sys.modules.setdefault(name, sys.modules[__name__])
 

@@ -2326,6 +2326,20 @@ def test_what_needs_another_field_is_refused_without_it(engine, q, field, value)
     assert code == 400 and field in answer["error"] and engine.count(q) == 0
 
 
+def test_a_clock_set_ahead_expires_nothing_and_shortens_no_backoff_in_a_group(clocked, q):
+    job = clocked.enqueue(q, expires=60)
+    in_group(clocked, q + "g", 2, max_retries=1)
+    reopen_first(clocked, q + "g")
+    clocked.tell("fail", {"id": q + "gB", "attempt": 1}, delay=100)     # B is behind A again
+    clocked.clock.wall += 4000
+    clocked.advance(10)
+    assert clocked.poll(q)["id"] == job["id"]
+    clocked.tell("complete", clocked.poll(q + "g"))
+    assert clocked.poll(q + "g") is None
+    clocked.advance(91)
+    assert clocked.poll(q + "g")["id"] == q + "gB"
+
+
 def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     late, started = clocked.enqueue(q, expires=5), clocked.enqueue(q + "-b", expires=5, max_retries=1)
     timed = clocked.enqueue(q + "-c", run_at="2027-01-15T08:01:00Z", expires=5)
@@ -4221,6 +4235,52 @@ def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
     assert engine.get("/jobs?id=..")["queue"] == q and "why" in engine.get("/jobs?id=..")
 
 
+SMALL_REQUESTS = [      # whose answer holds a job of 4 MB, or a step's result
+    ("/enqueue", {"queue": "big", "id": "big"}),
+    ("/enqueue", {"queue": "big", "key": "big"}),
+    ("/enqueue", {"jobs": [{"queue": "big", "id": "big"}] * 4}),
+    ("/enqueue", {"queue": "big", "key": "pending", "replace": True, "payload": 1}),
+    ("/step", {"id": "claimed", "attempt": 1, "name": "big"}),
+    ("/poll", {"queue": "many", "wait": 1}),
+    ("/jobs/big", None),
+    ("/jobs/big?wait=0.2", None),
+    ("/jobs?queue=big", None),
+    ("/details/big", None),
+    ("/schedules", None),
+]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_small_requests_with_large_answers_that_nobody_takes_need_bounded_memory_whatever_the_call(own, q):
+    engine, large = own("--sync", "normal"), "x" * 4000000
+    engine.enqueue("big", large, id="big", key="big", tag="big", delay=1000)
+    engine.enqueue("big", large, key="pending", delay=1000)
+    engine.post("/schedule", name="big", queue="big", every=1000, payload=large)
+    for _ in range(30):
+        engine.enqueue("many", large)
+    engine.enqueue(q, id="claimed")
+    engine.post("/step", id=engine.poll(q)["id"], attempt=1, name="big", result=large)
+    before = peak(engine)
+    for path, body in SMALL_REQUESTS:
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((engine.host, engine.port))
+                line = ("GET %s HTTP/1.1" if body is None else "POST %s HTTP/1.1") % path
+                client.sendall(request(engine, line, body=b"" if body is None else json.dumps(body).encode()))
+            time.sleep(0.3)
+            until(lambda: engine.get("/health")["version"])
+            assert peak(engine) - before < 350, path
+    until(lambda: engine.enqueue(q)["created"])         # the memory of clients that have left is free
+
+
+def peak(engine):
+    """The most memory that the engine has had, in MB."""
+    status = Path("/proc/%d/status" % engine.process.pid).read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) // 1024
+
+
 # -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
 
 STEP_LIMIT = 0.05       # seconds of processor time
@@ -5512,6 +5572,20 @@ def test_rows_of_queues_stay_under_the_pointer(dashboard, board, q):
     until(lambda: dashboard.js(top, target) > before)
 
 
+def test_new_jobs_do_not_push_the_one_under_the_pointer_away(dashboard, board, q):
+    job = board.enqueue(q)
+    jobs_page(dashboard, job)
+    dashboard.point(row(job) + "[data-count=status]")
+    new = board.enqueue(q)
+    dashboard.js("refresh()")
+    board.post("/cancel", id=job["id"])
+    dashboard.shows(row(job) + "[data-count=status]", "cancelled")
+    assert dashboard.text(row(new)) is None
+    dashboard.point("#home")
+    dashboard.js("refresh()")
+    until(lambda: dashboard.text(row(new)))
+
+
 def test_focus_selection_and_an_opened_fold_survive_a_refresh(dashboard, board, q):
     board.enqueue(q, {"some": "payload"})
     overview(dashboard, q)
@@ -5564,8 +5638,20 @@ def test_storage_trouble_is_shown(browser, own, q):
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
     browser.js("refresh()")
-    browser.shows("#storage", re.compile("Storage trouble, nothing can be written: .*lock file"))
+    browser.shows("#storage", re.compile("Storage trouble: .*lock file"))
     assert is_red(browser, "#storage") and browser.text(cell(q, "queue")) == q
+
+
+def test_warnings_of_the_engine_are_shown(browser, own, q):
+    engine = own(constants={"MAX_LOG_BYTES": 100000})
+    engine.enqueue(q)
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 5000}] * 100)
+        browser.open(engine.url)
+        browser.shows("#warnings .mild", re.compile("another program has been reading"))
+    assert browser.complaints() == []
 
 
 def test_workers_that_are_gone_are_folded_away(browser, clocked):
@@ -5971,6 +6057,45 @@ def test_nothing_but_the_standard_library_is_imported():
     for name in ("rundown_engine.py", "rundown_workers.py"):
         code = "import sys; sys.path[:0] = [%r]; import %s" % (str(HERE), name[:-3])
         subprocess.run([sys.executable, "-S", "-I", "-c", code], check=True, timeout=20)
+
+
+# -- jobs that are taken from a worker -------------------------------------------------------------
+
+LOSSES = {      # what happens to the claim, and whether the worker loses a job by it
+    "cancelled": (lambda engine, claim: engine.post("/cancel", id=claim["id"]), True),
+    "done": (lambda engine, claim: engine.tell("complete", claim), False),
+    "failed": (lambda engine, claim: engine.tell("fail", claim, retry=False), False),
+    "released": (lambda engine, claim: engine.tell("release", claim), False),
+}
+
+
+@pytest.mark.parametrize("end", LOSSES)
+def test_a_worker_is_told_at_once_that_a_job_was_taken_from_it(engine, q, end):
+    happen, is_loss = LOSSES[end]
+    path = "/lost?worker=" + q
+    engine.enqueue(q)
+    claim = engine.poll(q, worker=q)
+    first = engine.get(path)
+    assert first["lost"] is False
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        waiting = pool.submit(Api(engine.url).get, "%s&wait=%g" % (path, 10 if is_loss else 0.3))
+        time.sleep(0.1)
+        happen(engine, claim)
+        assert waiting.result()["lost"] is is_loss
+    assert time.monotonic() - began < 2
+    # what happens between two calls is told by the next
+    then = engine.get("%s&since=%d" % (path, first["since"]))
+    assert then["lost"] is is_loss
+    assert engine.get("%s&since=%d" % (path, then["since"]))["lost"] is False
+    assert engine.get("/lost?worker=other-%s&since=0" % q)["lost"] is False
+
+
+def test_a_worker_is_told_of_a_job_whose_lease_is_over(clocked, q):
+    clocked.enqueue(q)
+    clocked.poll(q, worker="w", lease=5)
+    clocked.advance(6)
+    until(lambda: clocked.get("/lost?worker=w&since=0")["lost"])
 
 
 # -- SDK: the client ------------------------------------------------------------------------------
@@ -7419,7 +7544,7 @@ def test_hundreds_of_async_handlers_sleep_at_a_time(engine, work, q):
             await asyncio.sleep(0.01)
         return threading.active_count()
     """
-    jobs = [engine.enqueue(q, number) for number in range(300)]
+    jobs = engine.post("/enqueue", jobs=[{"queue": q}] * 300)["jobs"]
     work("running = 0\n" + async_handler(q, body, concurrency=300), run=BURST).wait()
     results = [engine.job(job)["result"] for job in jobs]
     assert None not in results
@@ -12786,27 +12911,31 @@ class Model:
         self.run_due()
 
     def shift(self, by):
-        """The wall clock leapt: all that is counted in seconds moves with it."""
+        """The clock was set: all that is counted in seconds moves with it."""
+        before = self.clock.now() - by
         for job in self.jobs.values():
             if job.status == "running":
                 job.lease_until += by
                 job.started_at += by
-            elif (job.status, job.hold) == ("pending", DELAYED) and job.attempt and not job.is_timed:
-                job.next_run_at += by
+            elif job.status == "pending" and not job.is_timed:
+                is_retry = job.hold == DELAYED or job.hold == QUEUED and job.next_run_at > before
+                if job.attempt and is_retry:
+                    job.next_run_at += by
+                if job.expires_at is not None and not job.attempt:
+                    job.expires_at += by
         for queue in self.queues.values():
             queue["full_at"] += by if queue["rate"] else 0
 
     def set_back(self, by, before):
-        """The clock was set back over a restart: what is counted in seconds moves with it."""
-        self.shift(by)
+        """The clock was set back over a restart: what was due stays so, and delays move with it."""
         for job in self.jobs.values():
             if job.status == "pending":
-                if job.hold in (BLOCKED, QUEUED) and job.next_run_at <= before:
+                is_held = job.hold in (BLOCKED, QUEUED)
+                if is_held and job.next_run_at <= before:
                     job.next_run_at = min(job.next_run_at, self.clock.now())
-                elif not job.is_timed and (job.hold in (BLOCKED, QUEUED) or (job.hold, job.attempt) == (DELAYED, 0)):
+                elif not job.is_timed and (job.hold == BLOCKED or job.hold in (DELAYED, QUEUED) and not job.attempt):
                     job.next_run_at += by
-                if job.expires_at is not None and not job.attempt and not job.is_timed:
-                    job.expires_at += by
+        self.shift(by)
 
     def restart(self, before):
         """The engine starts again: its clock is the wall clock, and leases are looked after.
@@ -15087,6 +15216,70 @@ def test_nginx_s_400_on_its_tls_port_gives_up_no_job(engine, nginx, tmp_path, q)
             "SELECT COUNT(*) FROM rundown_outbox WHERE error IS NULL"
         ).fetchone() == (20,)
     assert rw.forward(connect, plain) == 20 and payloads(engine, q) == list(range(20))
+
+
+def readme_block(language):
+    text = README.read_text(encoding="utf-8")
+    found = re.search(r"^```%s\n(.*?)^```" % language, text, re.M | re.S)
+    return found[1] if found else pytest.skip("README has no such block")
+
+
+@pytest.fixture
+def caddy(tmp_path):
+    """Starts a Caddy: caddy(directives) is its URL."""
+    if not shutil.which("caddy"):
+        pytest.skip("needs caddy")
+    servers = []
+
+    def start(directives):
+        url = unused()
+        file = tmp_path / "Caddyfile"
+        file.write_text("{\nadmin off\nauto_https off\n}\n%s {\n%s\n}\n" % (url, directives))
+        servers.append(
+            subprocess.Popen(
+                ["caddy", "run", "--config", str(file), "--adapter", "caddyfile"],
+                env={**os.environ, "HOME": str(tmp_path)},
+                stderr=subprocess.DEVNULL,
+            )
+        )
+        until(lambda: listens(int(url.split(":")[2])), 10)
+        return url
+
+    yield start
+    for server in servers:
+        server.kill()       # else it waits for its connections
+        server.wait()
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+def test_nginx_and_caddy_as_in_the_readme(request, own, browser, work, q, proxy):
+    engine = own()
+    lines = readme_block({"caddy": "caddyfile"}.get(proxy, proxy))
+    start = request.getfixturevalue(proxy)
+    url = start(lines.replace("127.0.0.1:8181", "127.0.0.1:%d" % engine.port)) + "/jobs"
+    job = rw.Client(url).enqueue(q, 5)
+    work(handler(q, "return payload"), types.SimpleNamespace(url=url))
+    assert job.result(10) == 5
+    browser.open(url + "/")
+    until(lambda: browser.text(button(q, "pause")))
+    browser.press(button(q, "pause"))
+    until(lambda: engine.queue(q)["paused"])
+
+
+def test_container_as_in_the_readme(tmp_path):
+    command = json.loads(re.search(r"^ENTRYPOINT (.*)$", readme_block("dockerfile"), re.M)[1])
+    folder = volume(tmp_path)
+    places = {"python": sys.executable, "/app/rundown_engine.py": str(HERE / "rundown_engine.py")}
+    command = [places.get(word, word).replace("/data", str(folder)) for word in command]
+    env = environment({"RUNDOWN_TOKEN": "secret", **NO_TEMPORARY_FOLDER})
+    command = [*namespace(READ_ONLY, folder), *command, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as engine:
+        port = re.search(rb":(\d+)", engine.stdout.readline())[1].decode()
+        api = Api("http://127.0.0.1:" + port)
+        named = {"Host": "engine:8181", "Authorization": "Bearer secret"}
+        assert api.call("POST", "/enqueue", {"queue": "q"}, named)[0] == 200
+        assert api.call("GET", "/health")[0] == 200
+        engine.terminate()
 
 
 # -- README: every block of it runs ----------------------------------------------------------------
