@@ -2120,6 +2120,12 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     "WHERE status = 'running'",
     f"UPDATE jobs SET next_run_at = next_run_at + :by "
     f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
+    # a retry that is not the active job of its group
+    f'UPDATE jobs INDEXED BY jobs_group_next SET next_run_at = next_run_at + :by '
+    f'WHERE "group" IS NOT NULL AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP} AND attempt > 0 '
+    'AND NOT is_timed AND next_run_at > :before',
+    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
+    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
 # What else is counted in seconds, and before that what was due by the old time.
@@ -2127,10 +2133,8 @@ SET_BACK = (
     f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
     f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
     f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
-    f"AND (hold = {DELAYED} AND attempt = 0 "
-    f"OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at > :before)",
-    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
-    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
+    f"AND (hold = {DELAYED} AND attempt = 0 OR hold = {BLOCKED} AND next_run_at > :before "
+    f"OR hold = {QUEUED_IN_GROUP} AND attempt = 0 AND next_run_at > :before)",
     'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
 )
 SELECT_DUE = f'''
@@ -2265,16 +2269,17 @@ class Jobs:
         })
 
     def shift_deadlines(self, tx, seconds):
-        """Move the deadlines of everything that is counted in seconds."""
+        """The clock went ahead or, before the start, back: what is counted in seconds moves too."""
+        by = micros(seconds)
         for statement in SHIFT_DEADLINES:
-            tx.execute(statement, {'by': micros(seconds)})
+            tx.execute(statement, {'by': by, 'before': tx.now - by})
 
     def set_back(self, tx, before):
         """The clock was set back since `before`, which the last engine had reached."""
         by = tx.now - before
-        self.shift_deadlines(tx, by / 1000000)
         for statement in SET_BACK:
             tx.execute(statement, {'by': by, 'now': tx.now, 'before': before})
+        self.shift_deadlines(tx, by / 1000000)
 
     def release_due(self, tx):
         """A step of handing out delayed jobs whose time has come."""
@@ -6040,6 +6045,12 @@ section,
   font-weight: 600;
 }
 
+.problem.mild {
+  color: var(--warn);
+  background: color-mix(in srgb, var(--warn) 10%, var(--card));
+  border-color: var(--warn);
+}
+
 .problem a {
   color: inherit;
   text-decoration: underline;
@@ -7549,11 +7560,12 @@ function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
   const hung = workers.filter(worker => worker.hung);
   show({
-    storage: isInTrouble ? "Storage trouble, nothing can be written: " + health.storage : "",
+    storage: isInTrouble ? "Storage trouble: " + health.storage : "",
     warnings: [
       problemLine("unserved", "Jobs are due and no worker polls: ", unserved.map(unservedItem),
         totals.unserved),
       problemLine("hung", "Restart these workers: ", hung.map(hungItem)),
+      health.warnings.map(sentence => el("p", {class: "problem mild"}, sentence)),
     ],
   });
 }

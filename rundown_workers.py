@@ -4176,7 +4176,7 @@ def has_members(group):
     """Whether processes of this group run. Zombies do not: an init that reaps none may be PID 1."""
     try:
         os.killpg(group, 0)
-    except OSError:
+    except (OSError, AttributeError):       # none is left; Windows has no groups
         return False
     stats = list(pathlib.Path('/proc').glob('[0-9]*/stat'))
     return not stats or any(is_running_member(stat, group) for stat in stats)
