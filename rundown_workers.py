@@ -899,6 +899,7 @@ class Caller:
     def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
         self.shutdown()
+        close_idle_streams(self.hosts)
 
 
 class ProducerCalls(Caller):
@@ -1587,6 +1588,23 @@ class AsyncCalls:
             else:
                 idle.append((reader, writer))
             return response
+
+
+    def close_idle(self, hosts):
+        """Close the idle connections to these engines."""
+        places = [urllib.parse.urlsplit(host)[:2] for host in hosts]
+        for key in list(self.idle):
+            origin, _ = key
+            if origin in places:
+                for _, writer in self.idle.pop(key):
+                    writer.close()
+
+
+def close_idle_streams(hosts):
+    """Close the idle connections of asyncio calls to these engines, if there were any calls."""
+    for calls in async_calls_instance:
+        if calls.process == os.getpid():
+            calls.loop.call_soon_threadsafe(calls.close_idle, hosts)
 
 
 async def connect_streams(origin, context):
@@ -5766,7 +5784,7 @@ def environment_variable(name, value):
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = before
 

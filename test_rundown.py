@@ -8562,6 +8562,22 @@ def test_a_job_that_failed_raises_in_asyncio_programs_too(engine, q):
         arun(rw.aenqueue(q, dealy=3))
 
 
+def test_asyncio_calls_go_over_tls_and_take_large_jobs(https, q):
+    engine, cert = https()
+    job = arun(rw.Client(engine.url, ca=cert).aenqueue(q, "x" * 3000000), Forbidden())
+    assert len(job["payload"]) == 3000000
+    with pytest.raises(rw.EngineUnavailable):
+        arun(rw.Client(engine.url, timeout=0.3).aenqueue(q, 1))
+
+
+def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
+    with rw.testing() as testing:
+        arun(testing.client.aenqueue("q"))
+        idle, place = rw.async_calls().idle, ("http", testing.client.host.partition("//")[2])
+        assert any(origin == place and streams for (origin, _), streams in idle.items())
+    until(lambda: not any(origin == place for origin, _ in list(idle)), 5)
+
+
 def test_nothing_blocks_an_event_loop_while_no_engine_answers():
     async def main():
         ticks = 0
