@@ -5993,6 +5993,8 @@ def test_nothing_but_the_standard_library_is_imported():
 class Proxy:
     """Stands between a client and an engine: counts connections, swallows the next `swallow` replies to `path`."""
 
+    linger = 0      # seconds until the engine hears that the client has closed its half
+
     def __init__(self, engine):
         self.target, self.connections, self.swallow, self.path = (engine.host, engine.port), 0, 0, b"/"
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -6020,6 +6022,7 @@ class Proxy:
                         self.swallow -= 1
                         return
                     if not data:
+                        time.sleep(self.linger)
                         return
                     (engine if source is client else client).sendall(data)
 
@@ -7009,6 +7012,34 @@ def test_jobs_run_once_through_workers_that_are_stopped_and_started(own, work, q
         said += worker.said()
     assert sorted(map(int, said)) == list(range(300))
     assert {row["queue"]: row["done"] for row in engine.get("/queues")["queues"]}[q] == 300
+
+
+@beside
+def test_no_job_stays_claimed_when_a_worker_stops_behind_a_proxy(engine, work, q):
+    """It takes half a close for a close, as nginx does, and drops the answer to the poll."""
+    proxy = Proxy(engine)
+    proxy.linger = 0.2
+    worker = work(handler(q, "pass", concurrency=20), proxy)
+    until(lambda: any(one["queue"] == q for one in engine.get("/queues")["workers"]))
+    worker.process.send_signal(signal.SIGTERM)
+    until(lambda: "stopping" in worker.log())
+    engine.post("/enqueue", jobs=[{"queue": q}] * 10)
+    assert worker.wait() == 0
+    page = engine.get("/jobs?queue=" + q)
+    assert [(job["status"], job["retries"]) for job in page["jobs"]] == [("pending", 0)] * 10
+    proxy.listener.close()
+
+
+@beside
+def test_a_worker_that_stops_reports_to_the_engine_that_it_used(own, work, tmp_path, q):
+    (tmp_path / "standby").mkdir()
+    engine, standby = own(), own(folder=tmp_path / "standby")
+    both = types.SimpleNamespace(url=engine.url + " " + standby.url)
+    job = engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(0.7); return 7", concurrency=2), both)
+    until(worker.said)
+    assert worker.stop() == 0
+    assert (engine.job(job)["status"], engine.job(job)["result"]) == ("done", 7)
 
 
 # -- SDK: the engine is away ----------------------------------------------------------------------
@@ -11050,6 +11081,7 @@ STOPS = """
 def test_no_job_stays_claimed_when_a_node_worker_is_stopped_under_load(engine, tmp_path, q):
     """Also through a proxy that takes half a close for a close, and drops the answer to the poll."""
     proxy = Proxy(engine)
+    proxy.linger = 0.1
     for name, on in ((q + "a", engine), (q + "b", proxy)):
         with node(tmp_path, on, STOPS, run="", env={"QUEUE": name}) as worker:
             assert worker.wait() == 0
