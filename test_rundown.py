@@ -2407,6 +2407,9 @@ def test_search_finds_text_in_payload_error_result_tag_and_id(clocked, q):
         assert [job["id"] for job in found["jobs"]] == ["%s-%d" % (q, number)], text
         assert found["after"] is None
     assert clocked.get("/jobs?search=nothing&queue=" + q)["jobs"] == []
+    last = clocked.enqueue(q, after=[q + "-3", q + "-4"], after_any=True)["id"]
+    assert [job["id"] for job in clocked.get("/jobs?search=sda1&needed_by=" + last)["jobs"]] == [q + "-3"]
+    assert [job["id"] for job in clocked.get("/jobs?search=%s&needs=%s-3" % (last, q))["jobs"]] == [last]
 
 
 def test_a_page_looks_at_a_bounded_number_of_jobs_and_says_where_to_go_on(clocked, q, monkeypatch):
@@ -4751,6 +4754,16 @@ def test_the_claim_is_served_by_one_index_in_its_order(clocked, q):
     with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
         plan = " | ".join(row[3] for row in db.execute("EXPLAIN QUERY PLAN " + rundown_engine.CLAIM, names))
     assert "USING INDEX jobs_claim (queue=?)" in plan and "SCAN" not in plan and "TEMP B-TREE" not in plan
+
+
+@pytest.mark.parametrize("name", [
+    "ACTIVE_IN_GROUP", "FIRST_IN_GROUP", "SELECT_EXPIRED", "SELECT_LOST", "SELECT_DUE", "NEXT_DEADLINE", "NEXT_ENDED",
+    "NEXT_DEPENDENTS", "TOLD_DEPENDENTS", "DEPENDENCIES_OF", "JOB_WITH_KEY", "FIND_BY_ID", "SELECT_STEP"])
+def test_what_runs_in_every_pass_looks_at_no_row_in_vain(clocked, name):
+    statement = getattr(rundown_engine, name)
+    with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
+        plan = " | ".join(row[3] for row in db.execute("EXPLAIN QUERY PLAN " + statement, (1,) * statement.count("?")))
+    assert not re.search("SCAN (?!CONSTANT)|TEMP B-TREE", plan), plan
 
 
 CROWD = [{"priority": 5, "delay": 9999}, {"queue": "other"}, {}]
