@@ -1714,7 +1714,7 @@ def inputs() -> list[Any]:
 T = TypeVar('T')
 
 
-def step(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Do a part of the job once: call the function and keep its result, or return the kept result.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
@@ -2121,7 +2121,7 @@ def completion(result):
         return failure(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
 
-def run_with_claim(claim, function, *args, **kwargs):
+def run_with_claim(claim, function, /, *args, **kwargs):
     token = current.set(claim)
     try:
         return function(*args, **kwargs)
@@ -2148,7 +2148,7 @@ def pass_jobs_to_threads():
         return start(self)
 
     @functools.wraps(submit)
-    def submit_with_claim(self, function, *args, **kwargs):
+    def submit_with_claim(self, function, /, *args, **kwargs):
         claim = current.get()
         if claim is None:
             return submit(self, function, *args, **kwargs)
@@ -2448,7 +2448,7 @@ def make_daemon_executor():
             self.threads = 0
             self.idle = 0                       # threads that wait for a call
 
-        def submit(self, function, *args, **kwargs):
+        def submit(self, function, /, *args, **kwargs):
             future = Future()
             call = functools.partial(run_with_claim, current.get(), function, *args, **kwargs)
             self.calls.put((future, call))

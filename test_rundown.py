@@ -7494,16 +7494,16 @@ def test_a_job_does_not_see_the_context_variables_of_the_one_before(engine, work
 THREADS = """
 from concurrent.futures import ThreadPoolExecutor
 pool = ThreadPoolExecutor(2)
-def seen(found):
+def seen(function):
     rw.progress(rw.job()["payload"])
-    found.append(rw.job()["id"])
+    function.append(rw.job()["id"])
 """
 IN_THREADS = """
     found = []
     thread = threading.Thread(target=seen, args=(found,))
     thread.start()
     thread.join()
-    pool.submit(seen, found).result()
+    pool.submit(seen, function=found).result()
     return found
 """
 
@@ -7870,7 +7870,7 @@ def test_a_step_is_done_once_and_its_result_comes_back_as_json_gives_it(engine, 
 
 
 def test_a_step_that_fails_is_not_kept_and_one_outside_of_handlers_is_a_call():
-    assert rw.step("a", lambda x, y=1: [x, y], 2, y=3) == [2, 3]
+    assert rw.step("a", lambda x, name=1: [x, name], 2, name=3) == [2, 3]
     assert rw.checkpoint({"n": 1}) is None
     assert list(rw.track("abc", every=2)) == ["a", "b", "c"]
     with pytest.raises(ZeroDivisionError):
