@@ -5785,6 +5785,8 @@ TABLES = {      # key of an answer with rows -> the columns that a terminal show
 TOP_COLUMNS = [
     'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest', 'workers',
 ]
+TOP_OTHER_LINES = 6     # lines of `top` that are neither queues nor workers
+MIN_TOP_ROWS = 5        # queues that it shows on any terminal
 WORKER_COLUMNS = ['worker', 'queue', 'running', 'hung', 'seen']
 MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
 FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
@@ -5932,21 +5934,24 @@ def command_queues(client, options):
 
 
 def command_top(client, options):
-    """Show queues and workers: again each second on a terminal, once on a pipe."""
+    """Show queues and workers: each second until Ctrl-C on a terminal, once on a pipe."""
     in_terminal = sys.stdout.isatty()
     interval = options.interval or (1 if in_terminal else None)
-    while True:
-        page = client.queues()
-        if in_terminal:
-            print(CLEAR_SCREEN, end='')
-        show_top(page)
-        sys.stdout.flush()
-        if interval is None:
-            return
-        time.sleep(interval)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            page = client.queues()
+            if in_terminal:
+                print(CLEAR_SCREEN, end='')
+            lines = shutil.get_terminal_size().lines if in_terminal else sys.maxsize
+            show_top(page, lines - TOP_OTHER_LINES - len(page['workers']))
+            sys.stdout.flush()
+            if interval is None:
+                return
+            time.sleep(interval)
 
 
-def show_top(page):
+def show_top(page, room):
+    """Print the totals, so many queues, first those that have work, and the workers."""
     now = parse_time(page['now'])
     rows = page['queues']
     total = {
@@ -5955,6 +5960,9 @@ def show_top(page):
     }
     counts = '  '.join(f'{name} {count:,}' for name, count in total.items())
     print(f'{page["now"][:19]}Z  {counts}')
+    hidden = len(rows) - max(room, MIN_TOP_ROWS)
+    if hidden > 0:
+        rows = sorted(rows, key=lambda row: not row['pending'] + row['running'])[:-hidden]
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
@@ -5963,6 +5971,8 @@ def show_top(page):
         row['later'] = row['scheduled']
         row['queue'] += ' (paused)' if row['paused'] else ''
     print_table(TOP_COLUMNS, rows)
+    if hidden > 0:
+        print(f'... and {hidden} more queues')
     for worker in page['workers']:
         worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
     if page['workers']:

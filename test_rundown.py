@@ -9221,6 +9221,19 @@ def test_top_on_a_terminal_is_drawn_again(engine):
     assert shown.count("done/min") > 2
 
 
+@pytest.mark.parametrize("room, shown, hidden", [(3, 5, 3), (6, 6, 2), (8, 8, 0), (100, 8, 0)])
+def test_top_shows_the_queues_that_have_work_where_room_is_scarce(capsys, room, shown, hidden):
+    counts = dict.fromkeys(("pending", "scheduled", "running", "done", "failed"), 0)
+    minutes = {"done": [0] * 60, "failed": [0] * 60}
+    rows = [{"queue": "q%d" % number, **counts, "pending": number % 2, "oldest_age": None,
+             "workers": [], "paused": number == 7, "minutes": minutes} for number in range(8)]
+    rw.show_top({"now": "2026-01-01T00:00:00Z", "queues": rows, "workers": []}, room)
+    lines = capsys.readouterr().out.splitlines()
+    queues = [line.split()[0] for line in lines if line.startswith("q") and "pending" not in line]
+    assert len(queues) == shown and {"q1", "q3", "q5", "q7"} <= set(queues)
+    assert ("... and %d more queues" % hidden in lines) == bool(hidden)
+
+
 def test_versions_are_shown(engine):
     assert re.match(r"rundown_workers \d", rundown(engine, "--version"))
 
