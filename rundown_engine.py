@@ -2120,6 +2120,12 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     "WHERE status = 'running'",
     f"UPDATE jobs SET next_run_at = next_run_at + :by "
     f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
+    # a retry that is not the active job of its group
+    f'UPDATE jobs INDEXED BY jobs_group_next SET next_run_at = next_run_at + :by '
+    f'WHERE "group" IS NOT NULL AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP} AND attempt > 0 '
+    'AND NOT is_timed AND next_run_at > :before',
+    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
+    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
 # What else is counted in seconds, and before that what was due by the old time.
@@ -2127,10 +2133,8 @@ SET_BACK = (
     f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
     f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
     f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
-    f"AND (hold = {DELAYED} AND attempt = 0 "
-    f"OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at > :before)",
-    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
-    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
+    f"AND (hold = {DELAYED} AND attempt = 0 OR hold = {BLOCKED} AND next_run_at > :before "
+    f"OR hold = {QUEUED_IN_GROUP} AND attempt = 0 AND next_run_at > :before)",
     'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
 )
 SELECT_DUE = f'''
@@ -2265,16 +2269,17 @@ class Jobs:
         })
 
     def shift_deadlines(self, tx, seconds):
-        """Move the deadlines of everything that is counted in seconds."""
+        """The clock went ahead or, before the start, back: what is counted in seconds moves too."""
+        by = micros(seconds)
         for statement in SHIFT_DEADLINES:
-            tx.execute(statement, {'by': micros(seconds)})
+            tx.execute(statement, {'by': by, 'before': tx.now - by})
 
     def set_back(self, tx, before):
         """The clock was set back since `before`, which the last engine had reached."""
         by = tx.now - before
-        self.shift_deadlines(tx, by / 1000000)
         for statement in SET_BACK:
             tx.execute(statement, {'by': by, 'now': tx.now, 'before': before})
+        self.shift_deadlines(tx, by / 1000000)
 
     def release_due(self, tx):
         """A step of handing out delayed jobs whose time has come."""
@@ -2637,6 +2642,7 @@ class Claims:
         known = tx.fetch_one(SELECT_STEP, job['seq'], name)
         result = known['result'] if known else params.get('result', 'null')
         if known:
+            tx.spend(len(result))
             self._keep(tx, job)
         else:
             self._add_step(tx, job, name, result)
@@ -3231,6 +3237,9 @@ class Queries:
         """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
         columns = names(BRIEF_COLUMNS if brief else COLUMNS)
         render = functools.partial(job_json, brief=brief)
+        if 'search' in params:
+            params['text'] = like_pattern(params['search'])
+            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
         with self.database.reading() as db:
             for field in ('after', 'needed_by', 'needs'):
                 if field in params:
@@ -3276,9 +3285,6 @@ class Queries:
         if status in INDEX_OF_STATUS and indexed.isdisjoint(params.keys() - {'after'}):
             table = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
             source += f" AND status = '{status}'"       # as text: a partial index needs it
-        if 'search' in params:
-            params['text'] = like_pattern(params['search'])
-            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
         rows = db.execute(
             f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
             {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
@@ -3644,12 +3650,13 @@ class Store:
 
     def _follow_clock(self):
         """If the clock was set back since the last engine, move deadlines with it."""
-        with self.database.transaction() as db:
-            tx = self.begin(db)
-            before = tx.fetch_one(LAST_TIME)[0] or 0
-            if before > tx.now + micros(1):
-                self.jobs.set_back(tx, before)
-                log(f'the system clock was set back by {(before - tx.now) / 1000000:.0f} s or more')
+        with self.database.reading() as db:
+            before = db.execute(LAST_TIME).fetchone()[0] or 0
+        back = before - self.clock.now()
+        if back > micros(1):
+            with self.database.transaction() as db:
+                self.jobs.set_back(self.begin(db), before)
+            log(f'the system clock was set back by {back / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
@@ -4585,6 +4592,8 @@ class Connection(Client):
             self._watch(0)
             self.loop.budget.update(self, 0, 0)
             self.sock.close()
+            self.request = None     # it refers to this: the collector would free them much later
+            self.unsent = b''
 
     def _receive(self):
         """Receive a piece: so little that pipelined requests take no more than RESERVED_BYTES."""
@@ -6034,6 +6043,12 @@ section,
   border: 1px solid var(--bad);
   border-radius: 8px;
   font-weight: 600;
+}
+
+.problem.mild {
+  color: var(--warn);
+  background: color-mix(in srgb, var(--warn) 10%, var(--card));
+  border-color: var(--warn);
 }
 
 .problem a {
@@ -7545,11 +7560,12 @@ function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
   const hung = workers.filter(worker => worker.hung);
   show({
-    storage: isInTrouble ? "Storage trouble, nothing can be written: " + health.storage : "",
+    storage: isInTrouble ? "Storage trouble: " + health.storage : "",
     warnings: [
       problemLine("unserved", "Jobs are due and no worker polls: ", unserved.map(unservedItem),
         totals.unserved),
       problemLine("hung", "Restart these workers: ", hung.map(hungItem)),
+      health.warnings.map(sentence => el("p", {class: "problem mild"}, sentence)),
     ],
   });
 }

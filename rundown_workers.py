@@ -1716,7 +1716,7 @@ def inputs() -> list[Any]:
 T = TypeVar('T')
 
 
-def step(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Do a part of the job once: call the function and keep its result, or return the kept result.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
@@ -2123,7 +2123,7 @@ def completion(result):
         return failure(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
 
-def run_with_claim(claim, function, *args, **kwargs):
+def run_with_claim(claim, function, /, *args, **kwargs):
     token = current.set(claim)
     try:
         return function(*args, **kwargs)
@@ -2150,7 +2150,7 @@ def pass_jobs_to_threads():
         return start(self)
 
     @functools.wraps(submit)
-    def submit_with_claim(self, function, *args, **kwargs):
+    def submit_with_claim(self, function, /, *args, **kwargs):
         claim = current.get()
         if claim is None:
             return submit(self, function, *args, **kwargs)
@@ -2450,7 +2450,7 @@ def make_daemon_executor():
             self.threads = 0
             self.idle = 0                       # threads that wait for a call
 
-        def submit(self, function, *args, **kwargs):
+        def submit(self, function, /, *args, **kwargs):
             future = Future()
             call = functools.partial(run_with_claim, current.get(), function, *args, **kwargs)
             self.calls.put((future, call))
@@ -4206,7 +4206,7 @@ def has_members(group):
     """Whether processes of this group run. Zombies do not: an init that reaps none may be PID 1."""
     try:
         os.killpg(group, 0)
-    except OSError:
+    except (OSError, AttributeError):       # none is left; Windows has no groups
         return False
     stats = list(pathlib.Path('/proc').glob('[0-9]*/stat'))
     return not stats or any(is_running_member(stat, group) for stat in stats)
@@ -4810,13 +4810,14 @@ def task_name(function):
     """The name under which a task's function is imported, also where its module is a script."""
     module = function.__module__
     if module in ('__main__', '__mp_main__'):
-        module = main_module_name() or module_of_file(inspect.getfile(function))[1]
+        module = main_module_name(getattr(function, '__globals__', {}))
+        module = module or module_of_file(inspect.getfile(function))[1]
     return f'{module}.{function.__qualname__}'
 
 
-def main_module_name():
-    """The name with which `python -m` was called; None without it."""
-    spec = getattr(sys.modules['__main__'], '__spec__', None)
+def main_module_name(variables):
+    """The name with which `python -m` was called, from a module's variables; None without it."""
+    spec = variables.get('__spec__')
     return spec.name if spec and spec.name != '__main__' else None
 
 
@@ -4833,8 +4834,9 @@ def module_of_file(file):
 def source(function):
     """Where a function is written: the same when its module, or a notebook's cell, runs again."""
     file = getattr(getattr(function, '__code__', None), 'co_filename', None)
-    if file and not os.path.isfile(file):
-        file = None     # of a cell; they are numbered
+    is_main = getattr(function, '__module__', None) == '__main__'
+    if is_main and file and not os.path.isfile(file):
+        file = None     # that of a cell, which has another name each time
     return file, getattr(function, '__qualname__', function)
 
 
@@ -5813,6 +5815,8 @@ TABLES = {      # key of an answer with rows -> the columns that a terminal show
 TOP_COLUMNS = [
     'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest', 'workers',
 ]
+TOP_OTHER_LINES = 6     # lines of `top` that are neither queues nor workers
+MIN_TOP_ROWS = 5        # queues that it shows on any terminal
 WORKER_COLUMNS = ['worker', 'queue', 'running', 'hung', 'seen']
 MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
 FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
@@ -5960,21 +5964,24 @@ def command_queues(client, options):
 
 
 def command_top(client, options):
-    """Show queues and workers: again each second on a terminal, once on a pipe."""
+    """Show queues and workers: each second until Ctrl-C on a terminal, once on a pipe."""
     in_terminal = sys.stdout.isatty()
     interval = options.interval or (1 if in_terminal else None)
-    while True:
-        page = client.queues()
-        if in_terminal:
-            print(CLEAR_SCREEN, end='')
-        show_top(page)
-        sys.stdout.flush()
-        if interval is None:
-            return
-        time.sleep(interval)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            page = client.queues()
+            if in_terminal:
+                print(CLEAR_SCREEN, end='')
+            lines = shutil.get_terminal_size().lines if in_terminal else sys.maxsize
+            show_top(page, lines - TOP_OTHER_LINES - len(page['workers']))
+            sys.stdout.flush()
+            if interval is None:
+                return
+            time.sleep(interval)
 
 
-def show_top(page):
+def show_top(page, room):
+    """Print the totals, so many queues, first those that have work, and the workers."""
     now = parse_time(page['now'])
     rows = page['queues']
     total = {
@@ -5983,6 +5990,9 @@ def show_top(page):
     }
     counts = '  '.join(f'{name} {count:,}' for name, count in total.items())
     print(f'{page["now"][:19]}Z  {counts}')
+    hidden = len(rows) - max(room, MIN_TOP_ROWS)
+    if hidden > 0:
+        rows = sorted(rows, key=lambda row: not row['pending'] + row['running'])[:-hidden]
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
@@ -5991,6 +6001,8 @@ def show_top(page):
         row['later'] = row['scheduled']
         row['queue'] += ' (paused)' if row['paused'] else ''
     print_table(TOP_COLUMNS, rows)
+    if hidden > 0:
+        print(f'... and {hidden} more queues')
     for worker in page['workers']:
         worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
     if page['workers']:
@@ -6395,7 +6407,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def answer_to_other_names():
     """Have task files that import this module meet this instance of it."""
-    names = ['rundown_workers', main_module_name(), module_of_file(__file__)[1]]
+    names = ['rundown_workers', main_module_name(globals()), module_of_file(__file__)[1]]
     for name in filter(None, names):
         sys.modules.setdefault(name, sys.modules[__name__])
 
