@@ -3237,6 +3237,9 @@ class Queries:
         """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
         columns = names(BRIEF_COLUMNS if brief else COLUMNS)
         render = functools.partial(job_json, brief=brief)
+        if 'search' in params:
+            params['text'] = like_pattern(params['search'])
+            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
         with self.database.reading() as db:
             for field in ('after', 'needed_by', 'needs'):
                 if field in params:
@@ -3282,9 +3285,6 @@ class Queries:
         if status in INDEX_OF_STATUS and indexed.isdisjoint(params.keys() - {'after'}):
             table = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
             source += f" AND status = '{status}'"       # as text: a partial index needs it
-        if 'search' in params:
-            params['text'] = like_pattern(params['search'])
-            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
         rows = db.execute(
             f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
             {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})

@@ -283,6 +283,7 @@ LEASE = 30                  # seconds that the engine waits for a sign of life
 LONG_POLL = 25              # seconds that a poll waits for a job; some proxies end one after 30
 GRACE = 30                  # seconds that running handlers get when the worker stops
 REPORT_GRACE = 2            # seconds, at least, that their outcomes get to be reported
+STRAY_DELAY = 0.3           # seconds in which a proxy forwards a poll whose client has gone
 RELEASE_WINDOW = 0.5        # seconds in which jobs that arrive during a stop are released
 PREFETCH_SECONDS = 0.1      # seconds of work that are claimed ahead
 MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before it is released
@@ -847,7 +848,8 @@ class Caller:
 
     def _unreachable(self, host, error):
         """The exception for a failure to get a response; the next engine is used from now on."""
-        self.active.move_on(host)
+        if not self.pool.closed:        # else nobody but us has ended the request
+            self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
         return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
@@ -1732,7 +1734,7 @@ def inputs() -> list[Any]:
 T = TypeVar('T')
 
 
-def step(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Do a part of the job once: call the function and keep its result, or return the kept result.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
@@ -2139,7 +2141,7 @@ def completion(result):
         return failure(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
 
-def run_with_claim(claim, function, *args, **kwargs):
+def run_with_claim(claim, function, /, *args, **kwargs):
     token = current.set(claim)
     try:
         return function(*args, **kwargs)
@@ -2166,7 +2168,7 @@ def pass_jobs_to_threads():
         return start(self)
 
     @functools.wraps(submit)
-    def submit_with_claim(self, function, *args, **kwargs):
+    def submit_with_claim(self, function, /, *args, **kwargs):
         claim = current.get()
         if claim is None:
             return submit(self, function, *args, **kwargs)
@@ -2466,7 +2468,7 @@ def make_daemon_executor():
             self.threads = 0
             self.idle = 0                       # threads that wait for a call
 
-        def submit(self, function, *args, **kwargs):
+        def submit(self, function, /, *args, **kwargs):
             future = Future()
             call = functools.partial(run_with_claim, current.get(), function, *args, **kwargs)
             self.calls.put((future, call))
@@ -2935,6 +2937,17 @@ class Consumer:
         else:
             self.session.forget(claim)
 
+    def release_strays(self):
+        """Release the running jobs that bear the worker's name and that it does not know."""
+        path = f'/jobs?status=running&brief=true&limit=1000&queue={quote(self.name)}'
+        page = self.session.client.send(path, None, REPORT_GRACE)
+        known = {claim.json_prefix for claim in self.session.claims.copy()}
+        items = [json_prefix(job) + '}' for job in page['jobs']
+                 if job['worker'] == self.worker.name and json_prefix(job) not in known]
+        for batch in batches(items, len):
+            text = f'{{"jobs":[{",".join(batch)}]}}'
+            self.session.client.send('/release', text, REPORT_GRACE)
+
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
         self.fetcher.on_capacity()
@@ -2970,6 +2983,7 @@ class Fetcher:
         self.configured_host = None     # the engine that was sent the queue's limits and schedule
         self.low_watermark = 0          # it polls when no more claims than this are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
+        self.was_cut_off = False        # its last poll was ended by the worker's stop
         # safe by itself
         self.capacity_freed = threading.Event()
 
@@ -3079,7 +3093,8 @@ class Fetcher:
     def _on_error(self, error):
         if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
             raise error         # asking again does not help: that ends the worker
-        if not self.worker.stopping.is_set():
+        self.was_cut_off = self.worker.stopping.is_set()
+        if not self.was_cut_off:
             self.worker.stopping.wait(self.session.on_down(error))
 
 
@@ -3426,7 +3441,9 @@ class Worker:
         self.grace = grace              # seconds
         self.max_hung = max_hung
         self.process = os.getpid()
-        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}'
+        # unlike any other's, since release_strays() goes by it
+        suffix = f'{rng.getrandbits(16):04x}'
+        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}-{suffix}'
         self.sessions = {}              # by the engine's addresses
         self.consumers = []
         # safe by themselves, the first in signal handlers too
@@ -3594,6 +3611,7 @@ class Worker:
         self._end_polls()
         until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
         self.release(Lost)
+        self._release_strays()
         report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
         until(lambda: not self.count_unreported(), report_deadline)
         if self.count_unreported():
@@ -3610,6 +3628,18 @@ class Worker:
             for consumer in self.consumers:
                 consumer.fetcher.client.shutdown(how)
             until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _release_strays(self):
+        """Give back what polls have claimed whose answers were lost.
+
+        A proxy that takes half a close for a close drops the answer to the poll.
+        """
+        cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
+        if cut_off:
+            time.sleep(STRAY_DELAY)
+        for consumer in cut_off:
+            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
+                consumer.release_strays()
 
     def _fetchers_ended(self):
         return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
