@@ -1463,11 +1463,10 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
 
 
 def encode_durations(fields):
-    """The fields with numbers of seconds in place of timedeltas."""
-    return {
-        name: in_seconds(value) if name in DURATIONS else value
-        for name, value in fields.items()
-    }
+    """Put numbers of seconds in place of timedeltas, and return the fields."""
+    for name in DURATIONS & fields.keys():
+        fields[name] = in_seconds(fields[name])
+    return fields
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
