@@ -2120,6 +2120,12 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     "WHERE status = 'running'",
     f"UPDATE jobs SET next_run_at = next_run_at + :by "
     f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
+    # a retry that is not the active job of its group
+    f'UPDATE jobs INDEXED BY jobs_group_next SET next_run_at = next_run_at + :by '
+    f'WHERE "group" IS NOT NULL AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP} AND attempt > 0 '
+    'AND NOT is_timed AND next_run_at > :before',
+    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
+    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
 # What else is counted in seconds, and before that what was due by the old time.
@@ -2127,10 +2133,8 @@ SET_BACK = (
     f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
     f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
     f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
-    f"AND (hold = {DELAYED} AND attempt = 0 "
-    f"OR hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at > :before)",
-    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
-    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
+    f"AND (hold = {DELAYED} AND attempt = 0 OR hold = {BLOCKED} AND next_run_at > :before "
+    f"OR hold = {QUEUED_IN_GROUP} AND attempt = 0 AND next_run_at > :before)",
     'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
 )
 SELECT_DUE = f'''
@@ -2265,16 +2269,17 @@ class Jobs:
         })
 
     def shift_deadlines(self, tx, seconds):
-        """Move the deadlines of everything that is counted in seconds."""
+        """The clock went ahead or, before the start, back: what is counted in seconds moves too."""
+        by = micros(seconds)
         for statement in SHIFT_DEADLINES:
-            tx.execute(statement, {'by': micros(seconds)})
+            tx.execute(statement, {'by': by, 'before': tx.now - by})
 
     def set_back(self, tx, before):
         """The clock was set back since `before`, which the last engine had reached."""
         by = tx.now - before
-        self.shift_deadlines(tx, by / 1000000)
         for statement in SET_BACK:
             tx.execute(statement, {'by': by, 'now': tx.now, 'before': before})
+        self.shift_deadlines(tx, by / 1000000)
 
     def release_due(self, tx):
         """A step of handing out delayed jobs whose time has come."""
@@ -2642,6 +2647,7 @@ class Claims:
         known = tx.fetch_one(SELECT_STEP, job['seq'], name)
         result = known['result'] if known else params.get('result', 'null')
         if known:
+            tx.spend(len(result))
             self._keep(tx, job)
         else:
             self._add_step(tx, job, name, result)
@@ -3236,6 +3242,9 @@ class Queries:
         """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
         columns = names(BRIEF_COLUMNS if brief else COLUMNS)
         render = functools.partial(job_json, brief=brief)
+        if 'search' in params:
+            params['text'] = like_pattern(params['search'])
+            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
         with self.database.reading() as db:
             for field in ('after', 'needed_by', 'needs'):
                 if field in params:
@@ -3281,9 +3290,6 @@ class Queries:
         if status in INDEX_OF_STATUS and indexed.isdisjoint(params.keys() - {'after'}):
             table = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
             source += f" AND status = '{status}'"       # as text: a partial index needs it
-        if 'search' in params:
-            params['text'] = like_pattern(params['search'])
-            params['escaped'] = like_pattern(json_quote(params['search'])[1:-1])
         rows = db.execute(
             f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
             {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
@@ -3649,12 +3655,13 @@ class Store:
 
     def _follow_clock(self):
         """If the clock was set back since the last engine, move deadlines with it."""
-        with self.database.transaction() as db:
-            tx = self.begin(db)
-            before = tx.fetch_one(LAST_TIME)[0] or 0
-            if before > tx.now + micros(1):
-                self.jobs.set_back(tx, before)
-                log(f'the system clock was set back by {(before - tx.now) / 1000000:.0f} s or more')
+        with self.database.reading() as db:
+            before = db.execute(LAST_TIME).fetchone()[0] or 0
+        back = before - self.clock.now()
+        if back > micros(1):
+            with self.database.transaction() as db:
+                self.jobs.set_back(self.begin(db), before)
+            log(f'the system clock was set back by {back / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
@@ -4605,6 +4612,8 @@ class Connection(Client):
             self._watch(0)
             self.loop.budget.update(self, 0, 0)
             self.sock.close()
+            self.request = None     # it refers to this: the collector would free them much later
+            self.unsent = b''
 
     def _receive(self):
         """Receive a piece: so little that pipelined requests take no more than RESERVED_BYTES."""
@@ -5577,7 +5586,8 @@ SCHEMAS = {
         now=TIME, workers=list_schema(reference('Worker')), totals={}, minutes={},
         unserved=list_schema({})),
     'Health': object_schema(
-        'status storage version', status=STRING, storage=STRING, version=STRING),
+        'status storage warnings version', status=STRING, storage=STRING,
+        warnings=list_schema(STRING), version=STRING),
 }
 
 
@@ -6072,6 +6082,12 @@ section,
   border: 1px solid var(--bad);
   border-radius: 8px;
   font-weight: 600;
+}
+
+.problem.mild {
+  color: var(--warn);
+  background: color-mix(in srgb, var(--warn) 10%, var(--card));
+  border-color: var(--warn);
 }
 
 .problem a {
@@ -6865,6 +6881,21 @@ svg {
     width: 1.5rem;
     height: 1.5rem;
   }
+
+  td a,
+  #paging a {
+    display: inline-block;
+    margin: -.35rem 0;
+    padding: .35rem 0;
+  }
+
+  summary {
+    padding: .35rem 0;
+  }
+
+  #queues td.number a {
+    min-width: 2rem;
+  }
 }
 </style>
 </head>
@@ -7070,7 +7101,7 @@ const REFRESH_INTERVAL = 2000;      // ms, at least; four times as long as the l
 const REQUEST_TIMEOUT = 10000;      // ms for a read
 const ACTION_TIMEOUT = 60000;       // ms for a write
 const NOTICE_TIME = 8000;           // ms that the outcome of an action is shown
-const CLICK_GUARD = 300;            // ms until a dialog can be confirmed: no double click does
+const CLICK_GUARD = 300;            // ms in which a second click belongs to the first
 const WORKER_SILENCE = 120;         // seconds without a poll until a worker counts as gone
 const PAGE_QUEUES = 100;            // rows on a page
 const PAGE_SCHEDULES = 100;
@@ -7105,6 +7136,7 @@ let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
 let found = null;           // the page of a costly search, to be kept: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
 let failures = noFailures();        // the newest failed jobs of the filter at `address`
+let lastPress = {what: "", time: 0};        // a double click is one press
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -7160,7 +7192,7 @@ function agoNode(time) {
 
 function withLocalTimes(sentence) {     // the UTC times in a sentence as times of the browser
   const parts = (sentence || "").split(/(\d{4}-\d\d-\d\dT[\d:.]+Z)/);
-  return parts.map((part, i) => i % 2 ? timeNode(part) : part);
+  return parts.map((part, i) => i % 2 && Date.parse(part) ? timeNode(part) : part);
 }
 
 // -- Elements: data enters as text and attributes, never as markup ------------------------------
@@ -7567,11 +7599,12 @@ function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
   const hung = workers.filter(worker => worker.hung);
   show({
-    storage: isInTrouble ? "Storage trouble, nothing can be written: " + health.storage : "",
+    storage: isInTrouble ? "Storage trouble: " + health.storage : "",
     warnings: [
       problemLine("unserved", "Jobs are due and no worker polls: ", unserved.map(unservedItem),
         totals.unserved),
       problemLine("hung", "Restart these workers: ", hung.map(hungItem)),
+      health.warnings.map(sentence => el("p", {class: "problem mild"}, sentence)),
     ],
   });
 }
@@ -7849,6 +7882,9 @@ function nothingText(page) {
   if (page.jobs.length) {
     return "";
   }
+  if (page.refusal) {
+    return page.refusal;
+  }
   if (page.after) {
     return "Nothing matches among the jobs that were looked at so far.";
   }
@@ -7897,11 +7933,18 @@ async function findJobs(fields, limit) {
   return {jobs, after, isCostly: requests > 1};
 }
 
+function refusedPage(failure) {     // a filter is too long, or the page's first job is gone
+  if (failure.status !== 400) {
+    throw failure;
+  }
+  return {jobs: [], after: null, refusal: failure.message};
+}
+
 async function findPage() {
   if (found?.address === location.hash) {
     return found.page;
   }
-  const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS);
+  const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS).catch(refusedPage);
   page.isKept = Boolean(place.search) || page.isCostly;
   found = page.isKept ? {address: location.hash, page} : null;
   return page;
@@ -8225,7 +8268,10 @@ function openDialog() {
   dialog.returnValue = "no";
   dialog.showModal();
   return new Promise(resolve => {
-    dialog.onclose = () => resolve(dialog.returnValue === "yes");
+    dialog.onclose = () => {
+      lastPress.time = 0;       // pressed again, the button asks again
+      resolve(dialog.returnValue === "yes");
+    };
   });
 }
 
@@ -8332,6 +8378,11 @@ function notify(text) {
 }
 
 async function press({action, about}) {
+  const isDouble = lastPress.what === action + about && Date.now() - lastPress.time < CLICK_GUARD;
+  lastPress = {what: action + about, time: Date.now()};
+  if (isDouble) {
+    return;
+  }
   try {
     const outcome = await PRESSES[action](JSON.parse(about));
     if (outcome) {
@@ -8471,6 +8522,7 @@ function route() {
   readAddress();
   clearSelection();
   found = null;
+  $("confirm").close("no");
   show({
     title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
     overview: view === "overview",
@@ -8528,7 +8580,7 @@ function onCheck({target}) {
     select([target.dataset], target.checked);
   }
   if (target.id === "select-page") {
-    select(lastRows.jobs, target.checked);
+    select(lastRows.jobs || [], target.checked);
   }
 }
 

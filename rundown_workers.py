@@ -283,6 +283,7 @@ LEASE = 30                  # seconds that the engine waits for a sign of life
 LONG_POLL = 25              # seconds that a poll waits for a job; some proxies end one after 30
 GRACE = 30                  # seconds that running handlers get when the worker stops
 REPORT_GRACE = 2            # seconds, at least, that their outcomes get to be reported
+STRAY_DELAY = 0.3           # seconds in which a proxy forwards a poll whose client has gone
 RELEASE_WINDOW = 0.5        # seconds in which jobs that arrive during a stop are released
 PREFETCH_SECONDS = 0.1      # seconds of work that are claimed ahead
 MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before it is released
@@ -297,6 +298,7 @@ MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
 REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
 MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
+MAX_EXECUTOR_THREADS = 64   # threads in which async handlers run functions that block
 MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
 RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
 RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
@@ -846,7 +848,8 @@ class Caller:
 
     def _unreachable(self, host, error):
         """The exception for a failure to get a response; the next engine is used from now on."""
-        self.active.move_on(host)
+        if not self.pool.closed:        # else nobody but us has ended the request
+            self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
         return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
@@ -898,6 +901,7 @@ class Caller:
     def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
         self.shutdown()
+        close_idle_streams(self.hosts)
 
 
 class ProducerCalls(Caller):
@@ -1459,11 +1463,10 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
 
 
 def encode_durations(fields):
-    """The fields with numbers of seconds in place of timedeltas."""
-    return {
-        name: in_seconds(value) if name in DURATIONS else value
-        for name, value in fields.items()
-    }
+    """Put numbers of seconds in place of timedeltas, and return the fields."""
+    for name in DURATIONS & fields.keys():
+        fields[name] = in_seconds(fields[name])
+    return fields
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1586,6 +1589,23 @@ class AsyncCalls:
             else:
                 idle.append((reader, writer))
             return response
+
+
+    def close_idle(self, hosts):
+        """Close the idle connections to these engines."""
+        places = [urllib.parse.urlsplit(host)[:2] for host in hosts]
+        for key in list(self.idle):
+            origin, _ = key
+            if origin in places:
+                for _, writer in self.idle.pop(key):
+                    writer.close()
+
+
+def close_idle_streams(hosts):
+    """Close the idle connections of asyncio calls to these engines, if there were any calls."""
+    for calls in async_calls_instance:
+        if calls.process == os.getpid():
+            calls.loop.call_soon_threadsafe(calls.close_idle, hosts)
 
 
 async def connect_streams(origin, context):
@@ -1713,7 +1733,7 @@ def inputs() -> list[Any]:
 T = TypeVar('T')
 
 
-def step(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Do a part of the job once: call the function and keep its result, or return the kept result.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
@@ -2120,7 +2140,7 @@ def completion(result):
         return failure(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
 
-def run_with_claim(claim, function, *args, **kwargs):
+def run_with_claim(claim, function, /, *args, **kwargs):
     token = current.set(claim)
     try:
         return function(*args, **kwargs)
@@ -2147,7 +2167,7 @@ def pass_jobs_to_threads():
         return start(self)
 
     @functools.wraps(submit)
-    def submit_with_claim(self, function, *args, **kwargs):
+    def submit_with_claim(self, function, /, *args, **kwargs):
         claim = current.get()
         if claim is None:
             return submit(self, function, *args, **kwargs)
@@ -2311,10 +2331,7 @@ class Slot:
     def stack_text(self, claim):
         """The stack of the handler, from its own frames on."""
         task = claim.asyncio_task
-        if task:
-            frames = self.consumer.worker.event_loop.task_frames(task)
-        else:
-            frames = self.frames()
+        frames = self.consumer.worker.event_loop.task_frames(task) if task else self.frames()
         stack = traceback.StackSummary.extract(frames[-50:])
         ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
@@ -2356,6 +2373,7 @@ class EventLoop:
         # constant
         self.asyncio = asyncio
         self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(make_daemon_executor())
         # touched by the watching thread, but for the last
         self.probed_at = None       # when the loop was asked for a sign of life; None: it gave one
         self.is_blocked = False     # by a handler that does not await; read by others
@@ -2432,6 +2450,49 @@ class EventLoop:
 
     def _on_probe(self):
         self.probed_at = None
+
+
+def make_daemon_executor():
+    """An executor for asyncio whose threads do not keep the process from ending.
+
+    A handler that is cancelled leaves what it runs in such a thread behind.
+    """
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    class DaemonExecutor(ThreadPoolExecutor):
+        def __init__(self):
+            super().__init__()
+            self.calls = SimpleQueue()
+            self.lock = threading.Lock()        # held to change the next two
+            self.threads = 0
+            self.idle = 0                       # threads that wait for a call
+
+        def submit(self, function, /, *args, **kwargs):
+            future = Future()
+            call = functools.partial(run_with_claim, current.get(), function, *args, **kwargs)
+            self.calls.put((future, call))
+            with self.lock:
+                if self.idle:
+                    self.idle -= 1
+                elif self.threads < MAX_EXECUTOR_THREADS:
+                    self.threads += 1
+                    empty = contextvars.Context()
+                    empty.run(start_daemon_thread, self._run, 'executor')
+            return future
+
+        def _run(self):
+            while True:
+                future, call = self.calls.get()
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(call())
+                    except BaseException as error:
+                        future.set_exception(error)
+                del future, call        # while it waits it keeps nothing
+                with self.lock:
+                    self.idle += 1
+
+    return DaemonExecutor()
 
 
 class AsyncReady:
@@ -2810,14 +2871,16 @@ class Consumer:
             if not self.worker.stopping.is_set():
                 self.ready.put(claim)
         if self.worker.stopping.is_set():
-            self.worker.release()       # stop() may have released the others before these came
+            self.worker.release()       # the others may have been released before these came
 
-    def prefetch_target(self):
-        """How many claims to have in flight.
+    def count_ready_slots(self):
+        return sum(slot.is_ready for slot in self.slots)
 
-        One for each slot, and those that the slots will start within PREFETCH_SECONDS.
+    def prefetch_target(self, slots):
+        """How many claims so many slots should have.
+
+        One for each, and those that the slots will start within PREFETCH_SECONDS.
         """
-        slots = sum(slot.is_ready for slot in self.slots)
         if self.seconds_per_job is None:
             return slots
         ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
@@ -2873,6 +2936,17 @@ class Consumer:
         else:
             self.session.forget(claim)
 
+    def release_strays(self):
+        """Release the running jobs that bear the worker's name and that it does not know."""
+        path = f'/jobs?status=running&brief=true&limit=1000&queue={quote(self.name)}'
+        page = self.session.client.send(path, None, REPORT_GRACE)
+        known = {claim.json_prefix for claim in self.session.claims.copy()}
+        items = [json_prefix(job) + '}' for job in page['jobs']
+                 if job['worker'] == self.worker.name and json_prefix(job) not in known]
+        for batch in batches(items, len):
+            text = f'{{"jobs":[{",".join(batch)}]}}'
+            self.session.client.send('/release', text, REPORT_GRACE)
+
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
         self.fetcher.on_capacity()
@@ -2908,6 +2982,7 @@ class Fetcher:
         self.configured_host = None     # the engine that was sent the queue's limits and schedule
         self.low_watermark = 0          # it polls when no more claims than this are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
+        self.was_cut_off = False        # its last poll was ended by the worker's stop
         # safe by itself
         self.capacity_freed = threading.Event()
 
@@ -2934,8 +3009,8 @@ class Fetcher:
         """How many jobs to claim now: 0 while enough are in flight or too many are unreported."""
         if self.session.is_backlogged or self.session.reporter.claims.qsize() > MAX_BACKLOG:
             return 0
-        target = self.consumer.prefetch_target()
-        slots = sum(slot.is_ready for slot in self.consumer.slots)
+        slots = self.consumer.count_ready_slots()
+        target = self.consumer.prefetch_target(slots)
         self.low_watermark = max(slots - 1, target // 2)
         in_flight = len(self.consumer.in_flight)
         if in_flight > self.low_watermark:
@@ -3017,7 +3092,8 @@ class Fetcher:
     def _on_error(self, error):
         if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
             raise error         # asking again does not help: that ends the worker
-        if not self.worker.stopping.is_set():
+        self.was_cut_off = self.worker.stopping.is_set()
+        if not self.was_cut_off:
             self.worker.stopping.wait(self.session.on_down(error))
 
 
@@ -3364,7 +3440,9 @@ class Worker:
         self.grace = grace              # seconds
         self.max_hung = max_hung
         self.process = os.getpid()
-        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}'
+        # unlike any other's, since release_strays() goes by it
+        suffix = f'{rng.getrandbits(16):04x}'
+        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}-{suffix}'
         self.sessions = {}              # by the engine's addresses
         self.consumers = []
         # safe by themselves, the first in signal handlers too
@@ -3532,6 +3610,7 @@ class Worker:
         self._end_polls()
         until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
         self.release(Lost)
+        self._release_strays()
         report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
         until(lambda: not self.count_unreported(), report_deadline)
         if self.count_unreported():
@@ -3548,6 +3627,18 @@ class Worker:
             for consumer in self.consumers:
                 consumer.fetcher.client.shutdown(how)
             until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _release_strays(self):
+        """Give back what polls have claimed whose answers were lost.
+
+        A proxy that takes half a close for a close drops the answer to the poll.
+        """
+        cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
+        if cut_off:
+            time.sleep(STRAY_DELAY)
+        for consumer in cut_off:
+            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
+                consumer.release_strays()
 
     def _fetchers_ended(self):
         return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
@@ -4132,7 +4223,7 @@ def has_members(group):
     """Whether processes of this group run. Zombies do not: an init that reaps none may be PID 1."""
     try:
         os.killpg(group, 0)
-    except OSError:
+    except (OSError, AttributeError):       # none is left; Windows has no groups
         return False
     stats = list(pathlib.Path('/proc').glob('[0-9]*/stat'))
     return not stats or any(is_running_member(stat, group) for stat in stats)
@@ -4736,13 +4827,14 @@ def task_name(function):
     """The name under which a task's function is imported, also where its module is a script."""
     module = function.__module__
     if module in ('__main__', '__mp_main__'):
-        module = main_module_name() or module_of_file(inspect.getfile(function))[1]
+        module = main_module_name(getattr(function, '__globals__', {}))
+        module = module or module_of_file(inspect.getfile(function))[1]
     return f'{module}.{function.__qualname__}'
 
 
-def main_module_name():
-    """The name with which `python -m` was called; None without it."""
-    spec = getattr(sys.modules['__main__'], '__spec__', None)
+def main_module_name(variables):
+    """The name with which `python -m` was called, from a module's variables; None without it."""
+    spec = variables.get('__spec__')
     return spec.name if spec and spec.name != '__main__' else None
 
 
@@ -4759,8 +4851,9 @@ def module_of_file(file):
 def source(function):
     """Where a function is written: the same when its module, or a notebook's cell, runs again."""
     file = getattr(getattr(function, '__code__', None), 'co_filename', None)
-    if file and not os.path.isfile(file):
-        file = None     # of a cell; they are numbered
+    is_main = getattr(function, '__module__', None) == '__main__'
+    if is_main and file and not os.path.isfile(file):
+        file = None     # that of a cell, which has another name each time
     return file, getattr(function, '__qualname__', function)
 
 
@@ -5720,7 +5813,7 @@ def environment_variable(name, value):
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = before
 
@@ -5735,12 +5828,13 @@ TABLES = {      # key of an answer with rows -> the columns that a terminal show
     'schedules': [
         'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
     ],
-    'top': [
-        'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest',
-        'workers',
-    ],
-    'workers': ['worker', 'queue', 'running', 'hung', 'seen'],
 }
+TOP_COLUMNS = [
+    'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest', 'workers',
+]
+TOP_OTHER_LINES = 6     # lines of `top` that are neither queues nor workers
+MIN_TOP_ROWS = 5        # queues that it shows on any terminal
+WORKER_COLUMNS = ['worker', 'queue', 'running', 'hung', 'seen']
 MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
 FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
 BAR_WIDTH = 30          # characters of a progress bar
@@ -5754,7 +5848,7 @@ def show(answer):
         print(json.dumps(answer))
         return
     for key in TABLES.keys() & answer.keys():
-        print_table(key, answer[key])
+        print_table(TABLES[key], answer[key])
         return
     for field, value in answer.items():
         show_field(field, value)
@@ -5784,12 +5878,11 @@ def attempt_line(attempt):
     return printable('  '.join(parts).rstrip())
 
 
-def print_table(key, rows):
+def print_table(columns, rows):
     """The rows as a table that is no wider than the terminal, if there is one.
 
     The error of a row gets a line of its own.
     """
-    columns = TABLES[key]
     cells = [columns]
     cells += [[printable(plain(row.get(column))) for column in columns] for row in rows]
     errors = [None, *(row.get('error') for row in rows)]
@@ -5888,21 +5981,24 @@ def command_queues(client, options):
 
 
 def command_top(client, options):
-    """Show queues and workers: again each second on a terminal, once on a pipe."""
+    """Show queues and workers: each second until Ctrl-C on a terminal, once on a pipe."""
     in_terminal = sys.stdout.isatty()
     interval = options.interval or (1 if in_terminal else None)
-    while True:
-        page = client.queues()
-        if in_terminal:
-            print(CLEAR_SCREEN, end='')
-        show_top(page)
-        sys.stdout.flush()
-        if interval is None:
-            return
-        time.sleep(interval)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            page = client.queues()
+            if in_terminal:
+                print(CLEAR_SCREEN, end='')
+            lines = shutil.get_terminal_size().lines if in_terminal else sys.maxsize
+            show_top(page, lines - TOP_OTHER_LINES - len(page['workers']))
+            sys.stdout.flush()
+            if interval is None:
+                return
+            time.sleep(interval)
 
 
-def show_top(page):
+def show_top(page, room):
+    """Print the totals, so many queues, first those that have work, and the workers."""
     now = parse_time(page['now'])
     rows = page['queues']
     total = {
@@ -5911,6 +6007,9 @@ def show_top(page):
     }
     counts = '  '.join(f'{name} {count:,}' for name, count in total.items())
     print(f'{page["now"][:19]}Z  {counts}')
+    hidden = len(rows) - max(room, MIN_TOP_ROWS)
+    if hidden > 0:
+        rows = sorted(rows, key=lambda row: not row['pending'] + row['running'])[:-hidden]
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
@@ -5918,12 +6017,14 @@ def show_top(page):
         row['workers'] = len(row['workers'])
         row['later'] = row['scheduled']
         row['queue'] += ' (paused)' if row['paused'] else ''
-    print_table('top', rows)
+    print_table(TOP_COLUMNS, rows)
+    if hidden > 0:
+        print(f'... and {hidden} more queues')
     for worker in page['workers']:
         worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
     if page['workers']:
         print()
-        print_table('workers', page['workers'])
+        print_table(WORKER_COLUMNS, page['workers'])
 
 
 def per_minute(counts, now):
@@ -6323,7 +6424,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def answer_to_other_names():
     """Have task files that import this module meet this instance of it."""
-    names = ['rundown_workers', main_module_name(), module_of_file(__file__)[1]]
+    names = ['rundown_workers', main_module_name(globals()), module_of_file(__file__)[1]]
     for name in filter(None, names):
         sys.modules.setdefault(name, sys.modules[__name__])
 

@@ -2326,6 +2326,20 @@ def test_what_needs_another_field_is_refused_without_it(engine, q, field, value)
     assert code == 400 and field in answer["error"] and engine.count(q) == 0
 
 
+def test_a_clock_set_ahead_expires_nothing_and_shortens_no_backoff_in_a_group(clocked, q):
+    job = clocked.enqueue(q, expires=60)
+    in_group(clocked, q + "g", 2, max_retries=1)
+    reopen_first(clocked, q + "g")
+    clocked.tell("fail", {"id": q + "gB", "attempt": 1}, delay=100)     # B is behind A again
+    clocked.clock.wall += 4000
+    clocked.advance(10)
+    assert clocked.poll(q)["id"] == job["id"]
+    clocked.tell("complete", clocked.poll(q + "g"))
+    assert clocked.poll(q + "g") is None
+    clocked.advance(91)
+    assert clocked.poll(q + "g")["id"] == q + "gB"
+
+
 def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     late, started = clocked.enqueue(q, expires=5), clocked.enqueue(q + "-b", expires=5, max_retries=1)
     timed = clocked.enqueue(q + "-c", run_at="2027-01-15T08:01:00Z", expires=5)
@@ -2393,6 +2407,9 @@ def test_search_finds_text_in_payload_error_result_tag_and_id(clocked, q):
         assert [job["id"] for job in found["jobs"]] == ["%s-%d" % (q, number)], text
         assert found["after"] is None
     assert clocked.get("/jobs?search=nothing&queue=" + q)["jobs"] == []
+    last = clocked.enqueue(q, after=[q + "-3", q + "-4"], after_any=True)["id"]
+    assert [job["id"] for job in clocked.get("/jobs?search=sda1&needed_by=" + last)["jobs"]] == [q + "-3"]
+    assert [job["id"] for job in clocked.get("/jobs?search=%s&needs=%s-3" % (last, q))["jobs"]] == [last]
 
 
 def test_a_page_looks_at_a_bounded_number_of_jobs_and_says_where_to_go_on(clocked, q, monkeypatch):
@@ -4221,6 +4238,52 @@ def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
     assert engine.get("/jobs?id=..")["queue"] == q and "why" in engine.get("/jobs?id=..")
 
 
+SMALL_REQUESTS = [      # whose answer holds a job of 4 MB, or a step's result
+    ("/enqueue", {"queue": "big", "id": "big"}),
+    ("/enqueue", {"queue": "big", "key": "big"}),
+    ("/enqueue", {"jobs": [{"queue": "big", "id": "big"}] * 4}),
+    ("/enqueue", {"queue": "big", "key": "pending", "replace": True, "payload": 1}),
+    ("/step", {"id": "claimed", "attempt": 1, "name": "big"}),
+    ("/poll", {"queue": "many", "wait": 1}),
+    ("/jobs/big", None),
+    ("/jobs/big?wait=0.2", None),
+    ("/jobs?queue=big", None),
+    ("/details/big", None),
+    ("/schedules", None),
+]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_small_requests_with_large_answers_that_nobody_takes_need_bounded_memory_whatever_the_call(own, q):
+    engine, large = own("--sync", "normal"), "x" * 4000000
+    engine.enqueue("big", large, id="big", key="big", tag="big", delay=1000)
+    engine.enqueue("big", large, key="pending", delay=1000)
+    engine.post("/schedule", name="big", queue="big", every=1000, payload=large)
+    for _ in range(30):
+        engine.enqueue("many", large)
+    engine.enqueue(q, id="claimed")
+    engine.post("/step", id=engine.poll(q)["id"], attempt=1, name="big", result=large)
+    before = peak(engine)
+    for path, body in SMALL_REQUESTS:
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((engine.host, engine.port))
+                line = ("GET %s HTTP/1.1" if body is None else "POST %s HTTP/1.1") % path
+                client.sendall(request(engine, line, body=b"" if body is None else json.dumps(body).encode()))
+            time.sleep(0.3)
+            until(lambda: engine.get("/health")["version"])
+            assert peak(engine) - before < 350, path
+    until(lambda: engine.enqueue(q)["created"])         # the memory of clients that have left is free
+
+
+def peak(engine):
+    """The most memory that the engine has had, in MB."""
+    status = Path("/proc/%d/status" % engine.process.pid).read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) // 1024
+
+
 # -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
 
 STEP_LIMIT = 0.05       # seconds of processor time
@@ -4691,6 +4754,16 @@ def test_the_claim_is_served_by_one_index_in_its_order(clocked, q):
     with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
         plan = " | ".join(row[3] for row in db.execute("EXPLAIN QUERY PLAN " + rundown_engine.CLAIM, names))
     assert "USING INDEX jobs_claim (queue=?)" in plan and "SCAN" not in plan and "TEMP B-TREE" not in plan
+
+
+@pytest.mark.parametrize("name", [
+    "ACTIVE_IN_GROUP", "FIRST_IN_GROUP", "SELECT_EXPIRED", "SELECT_LOST", "SELECT_DUE", "NEXT_DEADLINE", "NEXT_ENDED",
+    "NEXT_DEPENDENTS", "TOLD_DEPENDENTS", "DEPENDENCIES_OF", "JOB_WITH_KEY", "FIND_BY_ID", "SELECT_STEP"])
+def test_what_runs_in_every_pass_looks_at_no_row_in_vain(clocked, name):
+    statement = getattr(rundown_engine, name)
+    with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
+        plan = " | ".join(row[3] for row in db.execute("EXPLAIN QUERY PLAN " + statement, (1,) * statement.count("?")))
+    assert not re.search("SCAN (?!CONSTANT)|TEMP B-TREE", plan), plan
 
 
 CROWD = [{"priority": 5, "delay": 9999}, {"queue": "other"}, {}]
@@ -5336,10 +5409,11 @@ def test_a_schedule_is_run_now(dashboard, board, q):
     dashboard.js("refresh()")
     run = '#schedules [data-schedule="s%s"] button' % q
     until(lambda: dashboard.text(run))
-    dashboard.press(run)
+    dashboard.js("for (const _ of 'ab') document.querySelector(arguments[0]).click()", run)
     job = until(lambda: board.poll(q))
     assert (json.dumps(job["payload"]), job["tag"]) == ('{"n": [%d, 1.0]}' % 2**63, "t")
     dashboard.shows("#notice", "Enqueued " + job["id"])
+    assert board.poll(q) is None        # a double click is one
     board.post("/unschedule", name="s" + q)
 
 
@@ -5487,7 +5561,11 @@ def test_jobs_are_searched_and_an_empty_result_says_so(dashboard, board, q):
     until(lambda: dashboard.text(row(other)))
     dashboard.type("#filter [name=search]", "x\ue007")
     dashboard.shows("#nothing", "Nothing matches.")
-    dashboard.press("#paging a")        # clear the filters
+    dashboard.js("location.hash = 'jobs?queue=%s&after=nobody'" % q)
+    dashboard.shows("#nothing", re.compile("after: there is no job"))
+    assert dashboard.text("#offline") is None
+    dashboard.complaints()
+    dashboard.press("#paging a:nth-of-type(2)")        # clear the filters
     until(lambda: dashboard.js("return location.hash") == "#jobs")
 
 
@@ -5505,6 +5583,20 @@ def test_rows_of_queues_stay_under_the_pointer(dashboard, board, q):
     dashboard.point("#home")
     dashboard.js("refresh()")
     until(lambda: dashboard.js(top, target) > before)
+
+
+def test_new_jobs_do_not_push_the_one_under_the_pointer_away(dashboard, board, q):
+    job = board.enqueue(q)
+    jobs_page(dashboard, job)
+    dashboard.point(row(job) + "[data-count=status]")
+    new = board.enqueue(q)
+    dashboard.js("refresh()")
+    board.post("/cancel", id=job["id"])
+    dashboard.shows(row(job) + "[data-count=status]", "cancelled")
+    assert dashboard.text(row(new)) is None
+    dashboard.point("#home")
+    dashboard.js("refresh()")
+    until(lambda: dashboard.text(row(new)))
 
 
 def test_focus_selection_and_an_opened_fold_survive_a_refresh(dashboard, board, q):
@@ -5559,8 +5651,20 @@ def test_storage_trouble_is_shown(browser, own, q):
     os.unlink(str(engine.database) + ".lock")
     refused(engine, "/enqueue", {"queue": q})
     browser.js("refresh()")
-    browser.shows("#storage", re.compile("Storage trouble, nothing can be written: .*lock file"))
+    browser.shows("#storage", re.compile("Storage trouble: .*lock file"))
     assert is_red(browser, "#storage") and browser.text(cell(q, "queue")) == q
+
+
+def test_warnings_of_the_engine_are_shown(browser, own, q):
+    engine = own(constants={"MAX_LOG_BYTES": 100000})
+    engine.enqueue(q)
+    with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 5000}] * 100)
+        browser.open(engine.url)
+        browser.shows("#warnings .mild", re.compile("another program has been reading"))
+    assert browser.complaints() == []
 
 
 def test_workers_that_are_gone_are_folded_away(browser, clocked):
@@ -5614,6 +5718,9 @@ def test_times_are_the_browser_s_with_utc_on_hover_and_ids_are_copied_whole(dash
     assert created[0] == here
     assert utc.strftime("%Y-%m-%d %H:%M:%S.") in created[1] and created[1].endswith(" UTC")
     assert "Z" not in dashboard.text("#why")
+    no_time = "2026-99-99T99:99:99Z"
+    job_page(dashboard, board.enqueue(no_time))
+    dashboard.shows("#why", re.compile(no_time))
     jobs_page(dashboard, job)
     copied = dashboard.js("""
         getSelection().selectAllChildren(document.querySelector(arguments[0]));
@@ -5965,11 +6072,52 @@ def test_nothing_but_the_standard_library_is_imported():
         subprocess.run([sys.executable, "-S", "-I", "-c", code], check=True, timeout=20)
 
 
+# -- jobs that are taken from a worker -------------------------------------------------------------
+
+LOSSES = {      # what happens to the claim, and whether the worker loses a job by it
+    "cancelled": (lambda engine, claim: engine.post("/cancel", id=claim["id"]), True),
+    "done": (lambda engine, claim: engine.tell("complete", claim), False),
+    "failed": (lambda engine, claim: engine.tell("fail", claim, retry=False), False),
+    "released": (lambda engine, claim: engine.tell("release", claim), False),
+}
+
+
+@pytest.mark.parametrize("end", LOSSES)
+def test_a_worker_is_told_at_once_that_a_job_was_taken_from_it(engine, q, end):
+    happen, is_loss = LOSSES[end]
+    path = "/lost?worker=" + q
+    engine.enqueue(q)
+    claim = engine.poll(q, worker=q)
+    first = engine.get(path)
+    assert first["lost"] is False
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        waiting = pool.submit(Api(engine.url).get, "%s&wait=%g" % (path, 10 if is_loss else 0.3))
+        time.sleep(0.1)
+        happen(engine, claim)
+        assert waiting.result()["lost"] is is_loss
+    assert time.monotonic() - began < 2
+    # what happens between two calls is told by the next
+    then = engine.get("%s&since=%d" % (path, first["since"]))
+    assert then["lost"] is is_loss
+    assert engine.get("%s&since=%d" % (path, then["since"]))["lost"] is False
+    assert engine.get("/lost?worker=other-%s&since=0" % q)["lost"] is False
+
+
+def test_a_worker_is_told_of_a_job_whose_lease_is_over(clocked, q):
+    clocked.enqueue(q)
+    clocked.poll(q, worker="w", lease=5)
+    clocked.advance(6)
+    until(lambda: clocked.get("/lost?worker=w&since=0")["lost"])
+
+
 # -- SDK: the client ------------------------------------------------------------------------------
 
 
 class Proxy:
     """Stands between a client and an engine: counts connections, swallows the next `swallow` replies to `path`."""
+
+    linger = 0      # seconds until the engine hears that the client has closed its half
 
     def __init__(self, engine):
         self.target, self.connections, self.swallow, self.path = (engine.host, engine.port), 0, 0, b"/"
@@ -5998,6 +6146,7 @@ class Proxy:
                         self.swallow -= 1
                         return
                     if not data:
+                        time.sleep(self.linger)
                         return
                     (engine if source is client else client).sendall(data)
 
@@ -6189,8 +6338,11 @@ def test_a_redirect_is_an_error_and_the_token_goes_nowhere_else(code):
         assert b"secret" in first[0] and heard == []
 
 
-FOREIGN = {     # answers of proxies and strangers: status line, content
-    "an HTML page": (b"400 Bad Request", b"<html>The plain HTTP request was sent to HTTPS port</html>"),
+FOREIGN = {  # answers of proxies and strangers: status line, content
+    "an HTML page": (
+        b"400 Bad Request",
+        b"<html>The plain HTTP request was sent to HTTPS port</html>",
+    ),
     "no such path": (b"404 Not Found", b"nope"),
     "JSON without a sentence": (b"409 Conflict", b"{}"),
     "another's JSON": (b"401 Unauthorized", b'{"error": {"code": 7}}'),
@@ -6227,6 +6379,7 @@ def test_an_engine_that_never_answers_delays_a_call_by_the_probe_alone(engine, q
 
 class Narrow(http.server.BaseHTTPRequestHandler):
     """A proxy that takes bodies up to `limit` bytes, with its own page for longer ones."""
+
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
@@ -6248,7 +6401,9 @@ class Narrow(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def narrow(engine, limit):
     def raw(method, path, body):
-        request = urllib.request.Request(engine.url + path, body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            engine.url + path, body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request) as answer:
             return answer.status, answer.read()
 
@@ -6283,7 +6438,7 @@ def test_a_batch_stays_below_a_million_bytes_with_commas_and_frame(length):
 
 
 def test_a_failure_whose_delay_no_engine_takes_is_reported_with_the_longest(engine, q):
-    for delay in (10 ** 9, datetime.timedelta(days=40000)):
+    for delay in (10**9, datetime.timedelta(days=40000)):
         job = engine.enqueue(q, max_retries=1)
         claim = engine.poll(q)
         rw.Client(engine.url).fail(claim["id"], claim["attempt"], "the reason", delay=delay)
@@ -6983,6 +7138,34 @@ def test_jobs_run_once_through_workers_that_are_stopped_and_started(own, work, q
     assert {row["queue"]: row["done"] for row in engine.get("/queues")["queues"]}[q] == 300
 
 
+@beside
+def test_no_job_stays_claimed_when_a_worker_stops_behind_a_proxy(engine, work, q):
+    """It takes half a close for a close, as nginx does, and drops the answer to the poll."""
+    proxy = Proxy(engine)
+    proxy.linger = 0.2
+    worker = work(handler(q, "pass", concurrency=20), proxy)
+    until(lambda: any(one["queue"] == q for one in engine.get("/queues")["workers"]))
+    worker.process.send_signal(signal.SIGTERM)
+    until(lambda: "stopping" in worker.log())
+    engine.post("/enqueue", jobs=[{"queue": q}] * 10)
+    assert worker.wait() == 0
+    page = engine.get("/jobs?queue=" + q)
+    assert [(job["status"], job["retries"]) for job in page["jobs"]] == [("pending", 0)] * 10
+    proxy.listener.close()
+
+
+@beside
+def test_a_worker_that_stops_reports_to_the_engine_that_it_used(own, work, tmp_path, q):
+    (tmp_path / "standby").mkdir()
+    engine, standby = own(), own(folder=tmp_path / "standby")
+    both = types.SimpleNamespace(url=engine.url + " " + standby.url)
+    job = engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(0.7); return 7", concurrency=2), both)
+    until(worker.said)
+    assert worker.stop() == 0
+    assert (engine.job(job)["status"], engine.job(job)["result"]) == ("done", 7)
+
+
 # -- SDK: the engine is away ----------------------------------------------------------------------
 
 
@@ -7355,16 +7538,16 @@ def test_a_job_does_not_see_the_context_variables_of_the_one_before(engine, work
 THREADS = """
 from concurrent.futures import ThreadPoolExecutor
 pool = ThreadPoolExecutor(2)
-def seen(found):
+def seen(function):
     rw.progress(rw.job()["payload"])
-    found.append(rw.job()["id"])
+    function.append(rw.job()["id"])
 """
 IN_THREADS = """
     found = []
     thread = threading.Thread(target=seen, args=(found,))
     thread.start()
     thread.join()
-    pool.submit(seen, found).result()
+    pool.submit(seen, function=found).result()
     return found
 """
 
@@ -7405,7 +7588,7 @@ def test_hundreds_of_async_handlers_sleep_at_a_time(engine, work, q):
             await asyncio.sleep(0.01)
         return threading.active_count()
     """
-    jobs = [engine.enqueue(q, number) for number in range(300)]
+    jobs = engine.post("/enqueue", jobs=[{"queue": q}] * 300)["jobs"]
     work("running = 0\n" + async_handler(q, body, concurrency=300), run=BURST).wait()
     results = [engine.job(job)["result"] for job in jobs]
     assert None not in results
@@ -7455,6 +7638,18 @@ def test_an_async_handler_that_blocks_the_loop_is_named_and_can_time_out(engine,
     assert job["id"] in line
     assert worker.file.name in line
     assert "time.sleep(0.01)" in ended(engine, job)["error"]
+
+
+def test_what_an_async_handler_runs_in_a_thread_does_not_keep_the_worker(engine, work, q):
+    job = engine.enqueue(q)
+    seen = "await asyncio.get_running_loop().run_in_executor(None, lambda: say(rw.job()['id']))"
+    body = seen + "\nawait asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)"
+    worker = work(async_handler(q, body, timeout=0.3))
+    assert ended(engine, job)["status"] == "failed"
+    assert worker.said() == [job["id"]]
+    began = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
@@ -7719,7 +7914,7 @@ def test_a_step_is_done_once_and_its_result_comes_back_as_json_gives_it(engine, 
 
 
 def test_a_step_that_fails_is_not_kept_and_one_outside_of_handlers_is_a_call():
-    assert rw.step("a", lambda x, y=1: [x, y], 2, y=3) == [2, 3]
+    assert rw.step("a", lambda x, name=1: [x, name], 2, name=3) == [2, 3]
     assert rw.checkpoint({"n": 1}) is None
     assert list(rw.track("abc", every=2)) == ["a", "b", "c"]
     with pytest.raises(ZeroDivisionError):
@@ -8199,7 +8394,7 @@ def test_a_backoff_may_be_a_function_of_the_retry_s_number(engine, work, q):
 
 # -- SDK: types -------------------------------------------------------------------------------------
 
-TYPED = '''
+TYPED = """
 from __future__ import annotations
 import sqlite3
 from typing import Any
@@ -8228,10 +8423,12 @@ def main() -> None:
     jobs: list[rw.Job] = rw.enqueue_many("images", ["a", "b"])
     rw.enqueue("album", {"a": 1}, after=[*jobs, job], after_any=True)
     three: int = add(1, 2)
-    print(three, add.delay(1, y=2).result(5), add.options(delay=60).delay(1, 2)["id"], thumb("a").upper())
+    print(three, add.delay(1, y=2).result(5), thumb("a").upper())
+    print(add.options(delay=60).delay(1, 2)["id"])
     client = rw.Client("http://a http://b", timeout=3)
     client.limit("images", max_running=None)
-    print(client.jobs(queue="images")["jobs"], rw.results(jobs, timeout=3), rw.wait(job, 3)["status"])
+    print(client.jobs(queue="images")["jobs"], rw.wait(job, 3)["status"])
+    print(rw.results(jobs, timeout=3))
     rw.schedule("n", "images", every=3)
     rw.unschedule("n")
     with sqlite3.connect("x") as db:
@@ -8245,7 +8442,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 
 def typed_project(folder):
@@ -8275,10 +8472,14 @@ def main() -> None:
     number: int = slow.delay("x").result()
     rw.enqueue("q", dealy=3)
 """
-WRONG_LINES = set(range(13, 19))      # those in main()
+WRONG_LINES = set(range(13, 19))  # those in main()
 
 
-@pytest.mark.parametrize("checker", [("mypy", "--strict", "--cache-dir", os.devnull), ("pyright",)], ids=["mypy", "pyright"])
+@pytest.mark.parametrize(
+    "checker",
+    [("mypy", "--strict", "--cache-dir", os.devnull), ("pyright",)],
+    ids=["mypy", "pyright"],
+)
 def test_checkers_of_types_report_what_is_wrong_in_a_user_s_program_alone(tmp_path, checker):
     pytest.importorskip(checker[0])
     if checker[0] == "pyright" and not os.environ.get("RUNDOWN_PYRIGHT"):
@@ -8294,10 +8495,17 @@ def test_checkers_of_types_report_what_is_wrong_in_a_user_s_program_alone(tmp_pa
 
 def test_a_payload_that_is_no_json_and_a_missing_engine_s_file_are_a_sentence(tmp_path):
     shutil.copy(rw.__file__, str(tmp_path))
-    for arguments, code, sentence in [(["enqueue", "q", "a.jpg"], 2, "a string needs its quotes"),
-                                      (["demo", str(tmp_path)], 1, "needs rundown_engine.py to be importable")]:
-        done = subprocess.run([sys.executable, "-I", "rundown_workers.py", *arguments], cwd=str(tmp_path),
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    for arguments, code, sentence in [
+        (["enqueue", "q", "a.jpg"], 2, "a string needs its quotes"),
+        (["demo", str(tmp_path)], 1, "needs rundown_engine.py to be importable"),
+    ]:
+        done = subprocess.run(
+            [sys.executable, "-I", "rundown_workers.py", *arguments],
+            cwd=str(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=30,
+        )
         said = done.stderr.decode()
         assert done.returncode == code and sentence in said and "Traceback" not in said, said
 
@@ -8305,16 +8513,27 @@ def test_a_payload_that_is_no_json_and_a_missing_engine_s_file_are_a_sentence(tm
 def test_help_shows_what_a_queue_s_enqueue_and_a_task_s_delay_take():
     app = rw.App()
     handler, add = app.queue("q")(lambda payload: None), app.task(lambda x, y=4: x + y)
-    assert list(inspect.signature(handler.enqueue).parameters) == list(inspect.signature(app.enqueue).parameters)[1:]
-    assert str(inspect.signature(add.delay)) == str(inspect.signature(add.options(tag="t").delay)) == "(x, y=4)"
+    assert (
+        list(inspect.signature(handler.enqueue).parameters)
+        == list(inspect.signature(app.enqueue).parameters)[1:]
+    )
+    assert (
+        str(inspect.signature(add.delay))
+        == str(inspect.signature(add.options(tag="t").delay))
+        == "(x, y=4)"
+    )
     assert "Add a job" in handler.enqueue.__doc__ and "Add a job" in add.delay.__doc__
 
 
 def test_all_that_is_public_is_annotated():
     public = [getattr(rw, name) for name in rw.__all__]
     kinds = (*rw.Client.__mro__, rw.Job, *rw.App.__mro__, rw.Testing)
-    public += [method for kind in kinds for name, method in vars(kind).items()
-               if not name.startswith("_") and inspect.isfunction(method)]
+    public += [
+        method
+        for kind in kinds
+        for name, method in vars(kind).items()
+        if not name.startswith("_") and inspect.isfunction(method)
+    ]
     for one in public:
         if not inspect.isclass(one):
             for name, parameter in inspect.signature(one).parameters.items():
@@ -8327,10 +8546,12 @@ def test_all_that_is_public_is_annotated():
 
 def arun(coroutine, executor=None):
     """The result of a coroutine on an event loop that has this default executor."""
+
     async def main():
         if executor:
             asyncio.get_running_loop().set_default_executor(executor)
         return await coroutine
+
     return asyncio.run(main())
 
 
@@ -8349,13 +8570,18 @@ def test_an_asyncio_program_enqueues_and_awaits_results(engine, q):
         return x + y
 
     async def main():
-        jobs = [await app.aenqueue(q, {"n": 1}, tag="t"), await add.adelay(2, y=3),
-                await add.options(priority=9).adelay(4)]
+        jobs = [
+            await app.aenqueue(q, {"n": 1}, tag="t"),
+            await add.adelay(2, y=3),
+            await add.options(priority=9).adelay(4),
+        ]
         results = asyncio.gather(*[job.aresult(20) for job in jobs])
         await asyncio.sleep(0.05)
         loop = asyncio.get_running_loop()
         work = loop.create_future()
-        threading.Thread(target=lambda: (finish(3), loop.call_soon_threadsafe(work.set_result, None))).start()
+        threading.Thread(
+            target=lambda: (finish(3), loop.call_soon_threadsafe(work.set_result, None))
+        ).start()
         await work
         return jobs, await results, await add(5)
 
@@ -8380,6 +8606,22 @@ def test_a_job_that_failed_raises_in_asyncio_programs_too(engine, q):
         arun(rw.aenqueue(q, dealy=3))
 
 
+def test_asyncio_calls_go_over_tls_and_take_large_jobs(https, q):
+    engine, cert = https()
+    job = arun(rw.Client(engine.url, ca=cert).aenqueue(q, "x" * 3000000), Forbidden())
+    assert len(job["payload"]) == 3000000
+    with pytest.raises(rw.EngineUnavailable):
+        arun(rw.Client(engine.url, timeout=0.3).aenqueue(q, 1))
+
+
+def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
+    with rw.testing() as testing:
+        arun(testing.client.aenqueue("q"))
+        idle, place = rw.async_calls().idle, ("http", testing.client.host.partition("//")[2])
+        assert any(origin == place and streams for (origin, _), streams in idle.items())
+    until(lambda: not any(origin == place for origin, _ in list(idle)), 5)
+
+
 def test_nothing_blocks_an_event_loop_while_no_engine_answers():
     async def main():
         ticks = 0
@@ -8391,6 +8633,7 @@ def test_nothing_blocks_an_event_loop_while_no_engine_answers():
                 await asyncio.sleep(0.01)
                 ticks += 1
         return ticks, await pending
+
     ticks, errors = arun(main(), Forbidden())
     assert ticks > 20 and all(isinstance(error, rw.EngineUnavailable) for error in errors)
 
@@ -8401,7 +8644,9 @@ def test_calls_of_asyncio_programs_give_up_in_time_however_many_there_are(monkey
     client = rw.Client(unused(), timeout=0.5)
 
     async def main():
-        return await asyncio.gather(*[client.aenqueue("q") for _ in range(60)], return_exceptions=True)
+        return await asyncio.gather(
+            *[client.aenqueue("q") for _ in range(60)], return_exceptions=True
+        )
 
     began = time.monotonic()
     assert all(isinstance(error, rw.EngineUnavailable) for error in arun(main()))
@@ -8417,6 +8662,7 @@ def test_a_cancelled_wait_leaves_nothing_behind(engine, q):
             wait.cancel()
         ended = await asyncio.gather(*waits, return_exceptions=True)
         assert all(isinstance(error, asyncio.CancelledError) for error in ended)
+
     arun(main())
     until(lambda: not asyncio.all_tasks(rw.async_calls().loop), 5)
 
@@ -8434,13 +8680,16 @@ def test_more_waits_than_connections_take_turns(engine, q, monkeypatch):
         for claim in client.poll(q, limit=30):
             client.complete(claim["id"], claim["attempt"], claim["payload"])
         return await asyncio.gather(*waits)
+
     assert arun(main()) == list(range(30))
 
 
 @pytest.mark.parametrize("answer", PROXIED.values(), ids=PROXIED)
 def test_an_answer_to_asyncio_calls_may_come_in_any_form_and_in_pieces(answer):
     with canned(answer, pause=0.001) as (url, _):
-        assert arun(rw.async_calls().call(rw.Client(url, timeout=5), "/enqueue", {"queue": "q"})) == {"id": "a"}
+        assert arun(
+            rw.async_calls().call(rw.Client(url, timeout=5), "/enqueue", {"queue": "q"})
+        ) == {"id": "a"}
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
@@ -8453,7 +8702,9 @@ def test_asyncio_calls_keep_their_connections_and_notice_that_one_was_closed(eng
     client = rw.Client(engine.url)
     idle = rw.async_calls().idle
     arun(client.aenqueue(q))
-    streams = [streams for (origin, _), streams in idle.items() if engine.url.endswith(origin[1])][0]
+    streams = [streams for (origin, _), streams in idle.items() if engine.url.endswith(origin[1])][
+        0
+    ]
     first = streams[-1]
     arun(client.aenqueue(q))
     assert streams[-1][0] is first[0]
@@ -8490,20 +8741,39 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", [["-m", "app.tasks"], ["app/tasks.py"], [str(HERE / "rundown_workers.py"), "run", "app/tasks.py",
-                                 "--burst"], [str(HERE / "rundown_workers.py"), "run", "app.tasks", "--burst"]],
-                         ids=["-m", "file", "run file", "run module"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["-m", "app.tasks"],
+        ["app/tasks.py"],
+        [str(HERE / "rundown_workers.py"), "run", "app/tasks.py", "--burst"],
+        [str(HERE / "rundown_workers.py"), "run", "app.tasks", "--burst"],
+    ],
+    ids=["-m", "file", "run file", "run module"],
+)
 def test_a_task_has_the_name_under_which_its_module_is_imported(own, tmp_path, how):
     engine = own()
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "__init__.py").write_text("")
     (tmp_path / "app" / "tasks.py").write_text(ADD % "rundown_workers")
     job = engine.enqueue("default", {"task": "app.tasks.add", "args": [1, 2]})
-    subprocess.run([sys.executable, *how], cwd=str(tmp_path), check=True, timeout=30, stderr=subprocess.DEVNULL,
-                   env=environment({"RUNDOWN_URL": engine.url}))
+    subprocess.run(
+        [sys.executable, *how],
+        cwd=str(tmp_path),
+        check=True,
+        timeout=30,
+        stderr=subprocess.DEVNULL,
+        env=environment({"RUNDOWN_URL": engine.url}),
+    )
     assert engine.job(job)["result"] == 3
-    listed = [sys.executable, "-c", "from app.tasks import add, rw; print(list(rw.default.registered.values())[0].functions)"]
-    assert b"'app.tasks.add'" in subprocess.check_output(listed, cwd=str(tmp_path), env=environment())
+    listed = [
+        sys.executable,
+        "-c",
+        "from app.tasks import add, rw; print(list(rw.default.registered.values())[0].functions)",
+    ]
+    assert b"'app.tasks.add'" in subprocess.check_output(
+        listed, cwd=str(tmp_path), env=environment()
+    )
 
 
 @pytest.mark.parametrize("how", [["-m", "app.rundown_workers"], ["app/rundown_workers.py"]])
@@ -8513,13 +8783,32 @@ def test_a_copy_in_a_package_meets_the_tasks_that_import_it(own, tmp_path, how):
     (tmp_path / "app" / "__init__.py").write_text("")
     for file in ("rundown_workers.py", "rundown_engine.py"):
         shutil.copy(str(HERE / file), str(tmp_path / "app"))
-    (tmp_path / "app" / "tasks.py").write_text(ADD.replace("import %s", "from . import rundown_workers"))
+    (tmp_path / "app" / "tasks.py").write_text(
+        ADD.replace("import %s", "from . import rundown_workers")
+    )
     job = engine.enqueue("default", {"task": "app.tasks.add", "args": [1, 2]})
-    settings = dict(cwd=str(tmp_path), timeout=30, env={**environment({"RUNDOWN_URL": engine.url}), "PYTHONPATH": ""})
-    subprocess.run([sys.executable, *how, "run", "app.tasks", "--burst"], check=True, stderr=subprocess.DEVNULL, **settings)
+    settings = dict(
+        cwd=str(tmp_path),
+        timeout=30,
+        env={**environment({"RUNDOWN_URL": engine.url}), "PYTHONPATH": ""},
+    )
+    subprocess.run(
+        [sys.executable, *how, "run", "app.tasks", "--burst"],
+        check=True,
+        stderr=subprocess.DEVNULL,
+        **settings,
+    )
     assert engine.job(job)["result"] == 3
-    test = "from app.tasks import add, rw\nwith rw.testing() as t:\n    job = add.delay(1, 2)\n    t.run()\n    print(job.result(5))"
-    shown = subprocess.check_output([sys.executable, "-c", test], stderr=subprocess.DEVNULL, **settings)
+    test = """
+from app.tasks import add, rw
+with rw.testing() as t:
+    job = add.delay(1, 2)
+    t.run()
+    print(job.result(5))
+"""
+    shown = subprocess.check_output(
+        [sys.executable, "-c", test], stderr=subprocess.DEVNULL, **settings
+    )
     assert shown.strip() == b"3"
 
 
@@ -8537,15 +8826,22 @@ def test_a_notebook_s_cell_that_runs_again_replaces_the_handler(tmp_path):
     cells = """
 import rundown_workers as rw
 for body in "1", "2":
-    cell = compile("@rw.queue('q')\\ndef handle(payload): return " + body, "<cell %s>" % body, "exec")
-    exec(cell)
+    cell = "@rw.queue('q')\\ndef handle(payload): return " + body
+    exec(compile(cell, "<cell %s>" % body, "exec"))
 with rw.testing() as t:
     job = handle.enqueue()
     t.run()
     print(job.result(5))
 """
-    ended = subprocess.run([sys.executable], input=cells, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           env=environment(), timeout=30)
+    ended = subprocess.run(
+        [sys.executable],
+        input=cells,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        timeout=30,
+    )
     assert ended.stdout.strip() == "2", ended.stderr
 
 
@@ -8555,11 +8851,17 @@ def test_schedules_and_limits_that_are_gone_from_the_code_are_reported(engine, w
     client.schedule(q + "-by-hand", q, every=1000, payload=1)
     client.schedule(q + "-gone", q + "-gone", every=1000)
     client.limit(q, max_running=5)
-    worker = work(handler(q, "pass") + handler(q + "-kept", "pass", name="kept", every=1000, max_running=2))
+    worker = work(
+        handler(q, "pass") + handler(q + "-kept", "pass", name="kept", every=1000, max_running=2)
+    )
     until(lambda: "limit " + q in worker.log())
     reported = sorted(re.findall(r"python rundown_workers\.py (.*)", worker.log()))
     ours = [command for command in reported if q in command.split()[1]]
-    assert ours == ["limit %s --max-running none --rate none" % q, "unschedule " + q, "unschedule %s-gone" % q]
+    assert ours == [
+        "limit %s --max-running none --rate none" % q,
+        "unschedule " + q,
+        "unschedule %s-gone" % q,
+    ]
     assert worker.stop() == 0
 
 
@@ -8597,12 +8899,17 @@ def test_an_unknown_option_names_the_nearest_where_it_is_written(call):
 def test_durations_may_be_timedeltas_everywhere(engine, q):
     minute, app = datetime.timedelta(minutes=1), rw.App(host=engine.url)
 
-    @app.queue(q, timeout=minute, poll_interval=minute, every=minute, rate=(5, minute), max_running=1)
+    @app.queue(
+        q, timeout=minute, poll_interval=minute, every=minute, rate=(5, minute), max_running=1
+    )
     def handle(payload):
         pass
 
     calls = dict(app.registered[q, None].setup_calls)
-    assert app.registered[q, None].timeout == 60 and calls["/schedule"]["every"] == calls["/limit"]["per"] == 60
+    assert (
+        app.registered[q, None].timeout == 60
+        and calls["/schedule"]["every"] == calls["/limit"]["per"] == 60
+    )
     job = app.enqueue(q, timeout=minute, delay=minute, give_up=minute)
     assert job["timeout"] == 60 and job["next_run_at"] > job["created_at"]
     assert app.schedule(q, q, every=minute, timeout=minute)["every"] == 60
@@ -8628,8 +8935,15 @@ def test_a_job_is_got_cancelled_and_retried(engine, q):
     assert error.value.status == 404
 
 
-@pytest.mark.parametrize("value, path", [({1: 2}, "[1]"), ({"a": [0, {None: 1}]}, "['a'][1] has the key None"),
-                                         (({"x": {True: 1}},), "[0]['x'] has the key True"), ({1.5: {}}, "1.5")])
+@pytest.mark.parametrize(
+    "value, path",
+    [
+        ({1: 2}, "[1]"),
+        ({"a": [0, {None: 1}]}, "['a'][1] has the key None"),
+        (({"x": {True: 1}},), "[0]['x'] has the key True"),
+        ({1.5: {}}, "1.5"),
+    ],
+)
 def test_a_key_that_json_would_turn_into_a_string_is_refused_with_its_path(engine, q, value, path):
     with pytest.raises(rw.NotJSON) as error:
         rw.enqueue(q, value, host=engine.url)
@@ -8642,10 +8956,17 @@ TERMINAL = pytest.mark.skipif(not POSIX, reason="needs a pseudo-terminal")
 def on_terminal(*command, env=None, answer=b"", is_enough=None, seconds=20):
     """What a command shows on a terminal of 80 columns, and its exit code; `is_enough` ends it."""
     import fcntl, pty, struct, termios
+
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen([sys.executable, *command], stdin=secondary, stdout=secondary, stderr=secondary,
-                               env=environment(env or {}), close_fds=True)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdin=secondary,
+        stdout=secondary,
+        stderr=secondary,
+        env=environment(env or {}),
+        close_fds=True,
+    )
     os.close(secondary)
     os.write(primary, answer)
     shown = b""
@@ -8663,11 +8984,21 @@ def on_terminal(*command, env=None, answer=b"", is_enough=None, seconds=20):
 
 @TERMINAL
 def test_a_producer_on_a_terminal_says_that_it_still_tries():
-    program = "import rundown_workers as rw\ntry: rw.enqueue('q', give_up=1.5)\nexcept rw.EngineUnavailable: pass"
+    program = """
+import rundown_workers as rw
+try:
+    rw.enqueue("q", give_up=1.5)
+except rw.EngineUnavailable:
+    pass
+"""
     url = unused()
     shown, code = on_terminal("-c", program, env={"RUNDOWN_URL": url})
     assert code == 0 and shown.count("no engine at %s, still trying" % url) == 1
-    piped = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, env=environment({"RUNDOWN_URL": url}))
+    piped = subprocess.run(
+        [sys.executable, "-c", program],
+        stderr=subprocess.PIPE,
+        env=environment({"RUNDOWN_URL": url}),
+    )
     assert piped.stderr == b""
 
 
@@ -8675,8 +9006,11 @@ def test_a_producer_on_a_terminal_says_that_it_still_tries():
 def test_the_command_line_works_on_a_terminal_that_knows_ascii_only(engine, q):
     job = engine.enqueue("caf\u00e9 " + q, {"to": "J\u00f6rg \U0001f600"}, tag="\u00fc")
     for command in (["status", job["id"]], ["jobs"], ["queues"]):
-        shown, code = on_terminal(str(HERE / "rundown_workers.py"), *command,
-                                  env={"RUNDOWN_URL": engine.url, "PYTHONIOENCODING": "ascii"})
+        shown, code = on_terminal(
+            str(HERE / "rundown_workers.py"),
+            *command,
+            env={"RUNDOWN_URL": engine.url, "PYTHONIOENCODING": "ascii"},
+        )
         assert code == 0 and "caf" in shown
 
 
@@ -8693,8 +9027,13 @@ def handle(payload):
 rw.run(burst=True)
 """
     jobs = [engine.enqueue("q") for _ in range(3)]
-    ended = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, timeout=30,
-                           env=environment({"RUNDOWN_URL": engine.url}))
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=30,
+        env=environment({"RUNDOWN_URL": engine.url}),
+    )
     assert [ended.stderr.count(job["id"]) for job in jobs] == [1, 1, 1], ended.stderr
 
 
@@ -8702,10 +9041,16 @@ rw.run(burst=True)
 
 
 def rundown(engine, *arguments, code=0, env=None, **settings):
-    """What `python rundown_workers.py ...` wrote, as JSON where it is; it has to exit with `code`."""
-    ended = subprocess.run([sys.executable, str(HERE / "rundown_workers.py"), *arguments], stdin=subprocess.DEVNULL,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
-                           env=environment({"RUNDOWN_URL": engine.url, **(env or {})}), **settings)
+    """The output of `python rundown_workers.py ...`, as JSON where it is; it exits with `code`."""
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "rundown_workers.py"), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        env=environment({"RUNDOWN_URL": engine.url, **(env or {})}),
+        **settings,
+    )
     assert ended.returncode == code, (ended.returncode, ended.stdout, ended.stderr)
     assert b"Traceback" not in ended.stderr
     text = (ended.stdout or ended.stderr).decode()
@@ -8714,7 +9059,10 @@ def rundown(engine, *arguments, code=0, env=None, **settings):
 
 def test_the_command_line_enqueues_shows_and_steers(engine, q):
     job = rundown(engine, "enqueue", q, '{"a": 1}', "--delay", "100")
-    assert engine.job(job)["payload"] == {"a": 1} and engine.job(job)["next_run_at"] > job["created_at"]
+    assert (
+        engine.job(job)["payload"] == {"a": 1}
+        and engine.job(job)["next_run_at"] > job["created_at"]
+    )
     assert rundown(engine, "status", job["id"])["status"] == "pending"
     rundown(engine, "cancel", job["id"])
     assert engine.job(job)["status"] == "cancelled"
@@ -8738,12 +9086,22 @@ def test_the_command_line_waits_for_a_job(engine, q):
 
 def test_the_client_changes_finds_and_batches_jobs(engine, q):
     client = rw.Client(engine.url)
-    options = dict(group="g" + q, key="k", key_until="start", tag="tag" + q, delay=100, expires=datetime.timedelta(hours=1))
+    options = dict(
+        group="g" + q,
+        key="k",
+        key_until="start",
+        tag="tag" + q,
+        delay=100,
+        expires=datetime.timedelta(hours=1),
+    )
     job = client.enqueue(q, {"a": "needle" + q}, **options)
     assert (job["group"], job["key"]) == ("g" + q, "k") and job["expires_at"] > job["next_run_at"]
     assert [found["id"] for found in client.jobs(search="needle" + q)["jobs"]] == [job["id"]]
     assert [found["id"] for found in client.jobs(queue=q, group="g" + q)["jobs"]] == [job["id"]]
-    assert client.enqueue(q, 2, replace=True, **options)["replaced"] and engine.job(job)["payload"] == 2
+    assert (
+        client.enqueue(q, 2, replace=True, **options)["replaced"]
+        and engine.job(job)["payload"] == 2
+    )
     assert client.reschedule(job["id"], delay=0, priority=7)["priority"] == 7
     replies = client.reschedule(jobs=[job, "nobody"], run_at=datetime.datetime.now())["jobs"]
     assert replies[0]["id"] == job["id"] and replies[1]["code"] == 404
@@ -8759,13 +9117,35 @@ def test_the_client_changes_finds_and_batches_jobs(engine, q):
 
 def test_the_command_line_reschedules_searches_and_retries_everywhere(own, q):
     engine = own()
-    job = rundown(engine, "enqueue", q, '"needle"', "--delay", "100", "--group", "g", "--key", "k", "--key-until", "start",
-                  "--expires", "500", "--tag", "t")
-    assert rundown(engine, "reschedule", job["id"], "--delay", "0", "--priority", "3")["priority"] == 3
-    assert rundown(engine, "jobs", "--search", "needle", "--group", "g")["jobs"][0]["id"] == job["id"]
+    job = rundown(
+        engine,
+        "enqueue",
+        q,
+        '"needle"',
+        "--delay",
+        "100",
+        "--group",
+        "g",
+        "--key",
+        "k",
+        "--key-until",
+        "start",
+        "--expires",
+        "500",
+        "--tag",
+        "t",
+    )
+    assert (
+        rundown(engine, "reschedule", job["id"], "--delay", "0", "--priority", "3")["priority"] == 3
+    )
+    assert (
+        rundown(engine, "jobs", "--search", "needle", "--group", "g")["jobs"][0]["id"] == job["id"]
+    )
     engine.tell("fail", engine.poll(q), error="no", retry=False)
     assert rundown(engine, "retry", "--status", "failed") == {"count": 1}
-    assert rundown(engine, "cancel", "--queue", q, "--status", "pending", "--tag", "t") == {"count": 1}
+    assert rundown(engine, "cancel", "--queue", q, "--status", "pending", "--tag", "t") == {
+        "count": 1
+    }
     assert rundown(engine, "purge", job["id"]) == {"count": 1}
 
 
@@ -8775,13 +9155,22 @@ SDK_FILE = str(HERE / "rundown_workers.py")
 @TERMINAL
 def test_jobs_on_a_terminal_fit_it_and_show_age_and_the_end_of_the_error(clocked, q):
     job = clocked.enqueue(q + "-with-a-long-name" * 5, tag="t" * 50)
-    clocked.tell("fail", clocked.poll(q + "-with-a-long-name" * 5), error="Traceback\n  line\nValueError: " + "x" * 200)
+    clocked.tell(
+        "fail",
+        clocked.poll(q + "-with-a-long-name" * 5),
+        error="Traceback\n  line\nValueError: " + "x" * 200,
+    )
     shown, code = on_terminal(SDK_FILE, "jobs", env={"RUNDOWN_URL": clocked.url})
     lines = shown.splitlines()
     at = [job["id"] in line for line in lines].index(True)
-    row, error = lines[at:at + 2]
+    row, error = lines[at : at + 2]
     assert code == 0 and max(map(len, lines)) <= 80
-    assert error.startswith("    ValueError: xxx") and "failed" in row and re.search(r" \d+ s ", row) and "Traceback" not in shown
+    assert (
+        error.startswith("    ValueError: xxx")
+        and "failed" in row
+        and re.search(r" \d+ s ", row)
+        and "Traceback" not in shown
+    )
 
 
 @TERMINAL
@@ -8790,8 +9179,10 @@ def test_status_on_a_terminal_shows_an_attempt_a_line(engine, q):
     engine.tell("fail", engine.poll(q, worker="w1"), error="one\ntwo", delay=0)
     engine.tell("complete", engine.poll(q, worker="w2"), result=5)
     shown, code = on_terminal(SDK_FILE, "status", job["id"], env={"RUNDOWN_URL": engine.url})
-    attempts = shown[shown.index("attempts:"):].splitlines()[1:3]
-    assert code == 0 and attempts[0].split()[:2] == ["1", "failed"] and attempts[0].endswith("w1  two")
+    attempts = shown[shown.index("attempts:") :].splitlines()[1:3]
+    assert (
+        code == 0 and attempts[0].split()[:2] == ["1", "failed"] and attempts[0].endswith("w1  two")
+    )
     assert attempts[1].split()[:2] == ["2", "done"] and attempts[1].endswith("w2")
 
 
@@ -8802,24 +9193,41 @@ def test_waiting_on_a_terminal_draws_the_progress(engine, q):
     engine.tell("heartbeat", claim, progress={"done": 1, "total": 4})
     timer = threading.Timer(1.0, engine.tell, ("complete", claim), {"result": 5})
     timer.start()
-    shown, code = on_terminal(SDK_FILE, "status", job["id"], "--wait", env={"RUNDOWN_URL": engine.url})
+    shown, code = on_terminal(
+        SDK_FILE, "status", job["id"], "--wait", env={"RUNDOWN_URL": engine.url}
+    )
     timer.join()
-    assert code == 0 and "[########......................]  25%" in shown and "result        5" in shown
+    assert (
+        code == 0
+        and "[########......................]  25%" in shown
+        and "result        5" in shown
+    )
 
 
 def running(progress, seconds):
     began = datetime.datetime(2026, 1, 1)
     times = {"started_at": began, "updated_at": began + datetime.timedelta(seconds=seconds)}
-    return {"status": "running", "progress": progress, **{name: at.isoformat() + "Z" for name, at in times.items()}}
+    return {
+        "status": "running",
+        "progress": progress,
+        **{name: at.isoformat() + "Z" for name, at in times.items()},
+    }
 
 
 BARS = {
     "a share": (running(0.5, 30), "[###############...............]  50%, 30 s left"),
-    "done of total": (running({"done": 1, "total": 10}, 60), "[###...........................]  10%, 9 min left"),
+    "done of total": (
+        running({"done": 1, "total": 10}, 60),
+        "[###...........................]  10%, 9 min left",
+    ),
     "just begun": (running(0.5, 0.5), "[###############...............]  50%"),
-    "nothing": (running(None, 9), "running"), "a text": (running("half", 9), "running"), "true": (running(True, 9), "running"),
-    "beyond": (running(1.5, 9), "running"), "no total": (running({"done": 1, "total": 0}, 9), "running"),
-    "pending": ({**running(0.5, 9), "status": "pending"}, "pending"), "at zero": (running(0, 9), "[" + "." * 30 + "]   0%"),
+    "nothing": (running(None, 9), "running"),
+    "a text": (running("half", 9), "running"),
+    "true": (running(True, 9), "running"),
+    "beyond": (running(1.5, 9), "running"),
+    "no total": (running({"done": 1, "total": 0}, 9), "running"),
+    "pending": ({**running(0.5, 9), "status": "pending"}, "pending"),
+    "at zero": (running(0, 9), "[" + "." * 30 + "]   0%"),
 }
 
 
@@ -8835,7 +9243,15 @@ def test_purge_over_all_queues_asks_on_a_terminal(own, q):
     def purged(*options, answer=b""):
         job = engine.enqueue(q)
         engine.tell("complete", engine.poll(q))
-        shown, code = on_terminal(SDK_FILE, "purge", "--status", "done", *options, env={"RUNDOWN_URL": engine.url}, answer=answer)
+        shown, code = on_terminal(
+            SDK_FILE,
+            "purge",
+            "--status",
+            "done",
+            *options,
+            env={"RUNDOWN_URL": engine.url},
+            answer=answer,
+        )
         return "all queues?" in shown, engine.call("GET", "/jobs/" + job["id"])[0] == 404, code
 
     assert purged(answer=b"n\n") == (True, False, 1)
@@ -8854,28 +9270,57 @@ def test_top_on_a_pipe_is_plain_and_ends(engine, q):
 
 @TERMINAL
 def test_top_on_a_terminal_is_drawn_again(engine):
-    shown, _ = on_terminal(SDK_FILE, "top", "--interval", "0.05", env={"RUNDOWN_URL": engine.url},
-                           is_enough=lambda shown: shown.count(rw.CLEAR_SCREEN.encode()) > 3)
+    shown, _ = on_terminal(
+        SDK_FILE,
+        "top",
+        "--interval",
+        "0.05",
+        env={"RUNDOWN_URL": engine.url},
+        is_enough=lambda shown: shown.count(rw.CLEAR_SCREEN.encode()) > 3,
+    )
     assert shown.count("done/min") > 2
+
+
+@pytest.mark.parametrize("room, shown, hidden", [(3, 5, 3), (6, 6, 2), (8, 8, 0), (100, 8, 0)])
+def test_top_shows_the_queues_that_have_work_where_room_is_scarce(capsys, room, shown, hidden):
+    counts = dict.fromkeys(("pending", "scheduled", "running", "done", "failed"), 0)
+    minutes = {"done": [0] * 60, "failed": [0] * 60}
+    rows = [{"queue": "q%d" % number, **counts, "pending": number % 2, "oldest_age": None,
+             "workers": [], "paused": number == 7, "minutes": minutes} for number in range(8)]
+    rw.show_top({"now": "2026-01-01T00:00:00Z", "queues": rows, "workers": []}, room)
+    lines = capsys.readouterr().out.splitlines()
+    queues = [line.split()[0] for line in lines if line.startswith("q") and "pending" not in line]
+    assert len(queues) == shown and {"q1", "q3", "q5", "q7"} <= set(queues)
+    assert ("... and %d more queues" % hidden in lines) == bool(hidden)
 
 
 def test_versions_are_shown(engine):
     assert re.match(r"rundown_workers \d", rundown(engine, "--version"))
 
 
-@pytest.mark.parametrize("arguments", [["status", "nobody"], ["enqueue", "q", "{no json"], ["surprise"],
-                                       ["run", "/no/such/file.py"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["status", "nobody"], ["enqueue", "q", "{no json"], ["surprise"], ["run", "/no/such/file.py"]],
+)
 def test_errors_of_the_command_line_are_a_sentence_and_a_code(engine, arguments):
-    ended = subprocess.run([sys.executable, str(HERE / "rundown_workers.py"), *arguments], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, env=environment({"RUNDOWN_URL": engine.url}), timeout=30)
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "rundown_workers.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment({"RUNDOWN_URL": engine.url}),
+        timeout=30,
+    )
     assert ended.returncode != 0 and ended.stderr.strip() and b"Traceback" not in ended.stderr
 
 
 def test_the_command_line_runs_a_task_file_that_imports_the_sdk(engine, tmp_path, q):
     job, other = engine.enqueue(q, 3), engine.enqueue(q + "i", 4)
     file = tmp_path / "mytasks.py"
-    file.write_text("import rundown_workers as rw\n" + handler(q, "return payload + 1")
-                    + handler(q + "i", "return payload + 2", isolate=True))
+    file.write_text(
+        "import rundown_workers as rw\n"
+        + handler(q, "return payload + 1")
+        + handler(q + "i", "return payload + 2", isolate=True)
+    )
     rundown(engine, "run", str(file), "--burst", cwd=str(tmp_path))
     assert (engine.job(job)["result"], engine.job(other)["result"]) == (4, 6)
 
@@ -8909,8 +9354,14 @@ if __name__ == "__main__":
 
 def test_a_user_s_own_test_runs_a_task_in_milliseconds(tmp_path):
     (tmp_path / "test_tasks.py").write_text(USERS_TEST)
-    ended = subprocess.run([sys.executable, "test_tasks.py"], cwd=str(tmp_path), stdout=subprocess.PIPE, check=True,
-                           env=environment(), timeout=30)
+    ended = subprocess.run(
+        [sys.executable, "test_tasks.py"],
+        cwd=str(tmp_path),
+        stdout=subprocess.PIPE,
+        check=True,
+        env=environment(),
+        timeout=30,
+    )
     assert float(ended.stdout) < 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test_tasks.py"]
 
@@ -8932,8 +9383,13 @@ def test_a_testing_engine_leaves_the_environment_as_it_was():
 def test_the_demo_works_on_a_folder_and_checks_its_digests(tmp_path):
     for number in range(30):
         (tmp_path / ("file%d.txt" % number)).write_bytes(os.urandom(1000 * number))
-    ended = subprocess.run([sys.executable, str(HERE / "rundown_workers.py"), "demo", str(tmp_path)], env=environment(),
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "rundown_workers.py"), "demo", str(tmp_path)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+    )
     text = ended.stdout.decode()
     assert ended.returncode == 0, text
     assert re.search(r"\b30\b", text) and re.search("retries", text)
@@ -10390,6 +10846,7 @@ def test_openapi_describes_every_route(engine):
     }
 
 
+@pytest.mark.skipif(sys.version_info < (3, 9), reason="the validator fails on Python 3.8")
 def test_openapi_is_valid(engine):
     validator = pytest.importorskip("openapi_spec_validator")
     validator.validate(engine.get("/openapi.json"))
@@ -10777,6 +11234,7 @@ STOPS = """
 def test_no_job_stays_claimed_when_a_node_worker_is_stopped_under_load(engine, tmp_path, q):
     """Also through a proxy that takes half a close for a close, and drops the answer to the poll."""
     proxy = Proxy(engine)
+    proxy.linger = 0.1
     for name, on in ((q + "a", engine), (q + "b", proxy)):
         with node(tmp_path, on, STOPS, run="", env={"QUEUE": name}) as worker:
             assert worker.wait() == 0
@@ -11108,8 +11566,8 @@ def test_typescript_accepts_the_node_sdk_in_a_user_s_program(tmp_path):
 class History:
     """What clients saw: a JSON line before each call and one after it, all clients' in one file.
 
-    Each line is one write to a file opened for appending, so it is whole whoever is killed. Times are on the
-    machine's monotonic clock, which all processes share (or on `clock`).
+    Each line is one write to a file opened for appending, so it is whole whoever is killed. Times
+    are on the machine's monotonic clock, which all processes share, or on `clock`.
     """
 
     def __init__(self, path, clock=time.monotonic):
@@ -11117,18 +11575,22 @@ class History:
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def write(self, call, **line):
-        os.write(self.file, (json.dumps({"call": call, "at": self.clock(), **line}) + "\n").encode())
+        os.write(
+            self.file, (json.dumps({"call": call, "at": self.clock(), **line}) + "\n").encode()
+        )
 
     def fault(self, what, **whom):
-        """A fault that was brought about on purpose: `client` is the worker or `id` the job that it may cost a run."""
+        """A fault made on purpose; it may cost a run of the worker `client` or of the job `id`."""
         self.write("fault", what=what, **whom)
 
     def read(self):
-        """The lines in order of time; the two of a call as one: begin, end, asked, status, answer (None: lost)."""
+        """The lines in order of time. The two of a call are one; its answer is None if it was lost."""
         lines, calls = [], {}
         for line in map(json.loads, Path(self.path).read_text().splitlines()):
             if line["call"] == "answer":
-                calls[line["number"]].update(end=line["at"], status=line["status"], answer=line["answer"])
+                calls[line["number"]].update(
+                    end=line["at"], status=line["status"], answer=line["answer"]
+                )
                 continue
             line.update(begin=line["at"], end=line["at"])
             if "number" in line:
@@ -11139,7 +11601,7 @@ class History:
 
 
 class Witness:
-    """A client that writes into a history what it asks before it asks, and what came after it came."""
+    """A client that writes each request into a history before it is sent, and each answer."""
 
     def __init__(self, history, url, name, patience=10.0):
         self.history, self.api, self.name, self.patience = history, Api(url), name, patience
@@ -11180,7 +11642,7 @@ class Evidence:
     def __init__(self, lines, database, log="", backoff=5.0, grace=5.0):
         self.lines = lines
         self.log = log
-        self.backoff = backoff      # seconds, as is grace
+        self.backoff = backoff  # seconds, as is grace
         self.grace = grace
         with contextlib.closing(sqlite3.connect(str(database))) as db:
             db.row_factory = sqlite3.Row
@@ -11190,13 +11652,16 @@ class Evidence:
         self.orders = [
             {**line, "id": fields["id"], "payload": fields.get("payload"), "fields": fields}
             for line in self.of("enqueue")
-            for fields in line["asked"].get("jobs", [line["asked"]])]
+            for fields in line["asked"].get("jobs", [line["asked"]])
+        ]
         self.schedules = {line["asked"]["name"]: line["asked"] for line in self.of("schedule")}
         self.claims = collections.defaultdict(list)
         for line in self.of("poll"):
             if line["status"] == 200:
                 for job in line["answer"] if isinstance(line["answer"], list) else [line["answer"]]:
-                    self.claims[job["id"]].append({**line, "id": job["id"], "attempt": job["attempt"], "job": job})
+                    self.claims[job["id"]].append(
+                        {**line, "id": job["id"], "attempt": job["attempt"], "job": job}
+                    )
         self.tells = collections.defaultdict(list)
         for line in self.of("complete", "fail", "release", "heartbeat", "step"):
             self.tells[line["asked"]["id"]].append(line)
@@ -11209,7 +11674,11 @@ class Evidence:
 
     def said(self, id, attempt, *calls):
         """What was told about an attempt of a job."""
-        return [line for line in self.tells[id] if line["call"] in calls and line["asked"].get("attempt") == attempt]
+        return [
+            line
+            for line in self.tells[id]
+            if line["call"] in calls and line["asked"].get("attempt") == attempt
+        ]
 
     def accepted(self, id, *calls):
         return [line for line in self.tells[id] if line["call"] in calls and line["status"] == 200]
@@ -11221,13 +11690,12 @@ class Evidence:
             yield from zip(claims, claims[1:])
 
     def lease_end(self, claim):
-        """The earliest moment at which the worker may count as lost: its lease after the last sign of life."""
+        """The earliest moment at which the worker may count as lost."""
         longest = claim["job"]["timeout"] + self.grace
         lease = claim["asked"].get("lease") or longest
         beats = self.said(claim["id"], claim["attempt"], "heartbeat", "step")
         signs = [beat["begin"] for beat in beats if beat["status"] == 200]
         return min(claim["begin"] + longest, max([claim["begin"], *signs]) + lease)
-
 
     def surely_ran(self, claim):
         """(begin, end) of a time in which the claim's job ran for sure: from the response to the
@@ -11250,7 +11718,7 @@ class Evidence:
         return self.schedules.get(id.rpartition("@")[0])
 
 
-SLACK = 0.02            # seconds; the engine's clock may be drawn towards the wall clock by a thousandth
+SLACK = 0.02  # seconds; the engine's clock may be drawn towards the wall clock by a thousandth
 
 
 def acknowledged_jobs_are_there(seen):
@@ -11260,7 +11728,10 @@ def acknowledged_jobs_are_there(seen):
             yield "%s was acknowledged and is not there" % order["id"]
         elif row is not None and json.loads(row["payload"]) != order["payload"]:
             yield "%s has the payload %.60s and was enqueued with %.60s" % (
-                order["id"], row["payload"], order["payload"])
+                order["id"],
+                row["payload"],
+                order["payload"],
+            )
 
 
 def claims_carry_the_payload(seen):
@@ -11268,7 +11739,10 @@ def claims_carry_the_payload(seen):
     for claim in itertools.chain(*seen.claims.values()):
         order = orders.get(claim["id"]) or seen.schedule_of(claim["id"]) or {}
         if claim["job"]["payload"] != order.get("payload"):
-            yield "%s was handed out with the payload %.60r" % (claim["id"], claim["job"]["payload"])
+            yield "%s was handed out with the payload %.60r" % (
+                claim["id"],
+                claim["job"]["payload"],
+            )
 
 
 def nothing_is_there_that_nobody_enqueued(seen):
@@ -11286,9 +11760,15 @@ def every_job_ended(seen):
 def an_acknowledged_complete_stays(seen):
     for id, row in seen.jobs.items():
         for told in seen.accepted(id, "complete"):
-            if row["status"] != "done" or json.loads(row["result"] or "null") != told["asked"].get("result"):
+            if row["status"] != "done" or json.loads(row["result"] or "null") != told["asked"].get(
+                "result"
+            ):
                 yield "%s was completed with %.60s and is %s with %.60s" % (
-                    id, told["asked"].get("result"), row["status"], row["result"])
+                    id,
+                    told["asked"].get("result"),
+                    row["status"],
+                    row["result"],
+                )
 
 
 def one_outcome_of_a_job_is_accepted(seen):
@@ -11309,42 +11789,69 @@ def an_attempt_that_is_over_is_refused(seen):
             newer = [claim for claim in seen.claims[id] if claim["end"] < line["begin"]]
             if any(claim["attempt"] > line["asked"]["attempt"] for claim in newer):
                 yield "%s: a %s of attempt %d was accepted after a newer claim" % (
-                    id, line["call"], line["asked"]["attempt"])
+                    id,
+                    line["call"],
+                    line["asked"]["attempt"],
+                )
 
 
 def leases_do_not_overlap(seen):
     for claim, after in seen.neighbours():
         ended = seen.said(claim["id"], claim["attempt"], "complete", "fail", "release")
-        if not any(line["begin"] <= after["end"] for line in ended) and after["end"] < seen.lease_end(claim) - SLACK:
+        if (
+            not any(line["begin"] <= after["end"] for line in ended)
+            and after["end"] < seen.lease_end(claim) - SLACK
+        ):
             yield "%s: attempt %d was handed out %.3f s before the lease of attempt %d was over" % (
-                claim["id"], after["attempt"], seen.lease_end(claim) - after["end"], claim["attempt"])
+                claim["id"],
+                after["attempt"],
+                seen.lease_end(claim) - after["end"],
+                claim["attempt"],
+            )
 
 
 def what_is_complete_is_not_handed_out(seen):
     for id, claims in seen.claims.items():
         for claim, told in itertools.product(claims, seen.accepted(id, "complete")):
             if claim["begin"] > told["end"] or claim["attempt"] > told["asked"]["attempt"]:
-                yield "%s was handed out as attempt %d after its complete was acknowledged" % (id, claim["attempt"])
+                yield "%s was handed out as attempt %d after its complete was acknowledged" % (
+                    id,
+                    claim["attempt"],
+                )
 
 
 def attempts_only_rise(seen):
     for id, claims in seen.claims.items():
         for claim, after in itertools.combinations(claims, 2):
             later = claim["end"] < after["begin"]
-            if after["attempt"] == claim["attempt"] or later and after["attempt"] < claim["attempt"]:
-                yield "%s was claimed as attempt %d after attempt %d" % (id, after["attempt"], claim["attempt"])
+            if (
+                after["attempt"] == claim["attempt"]
+                or later
+                and after["attempt"] < claim["attempt"]
+            ):
+                yield "%s was claimed as attempt %d after attempt %d" % (
+                    id,
+                    after["attempt"],
+                    claim["attempt"],
+                )
         if id in seen.jobs and seen.jobs[id]["attempt"] < max(claim["attempt"] for claim in claims):
-            yield "%s is at attempt %d and was claimed as a later one" % (id, seen.jobs[id]["attempt"])
+            yield "%s is at attempt %d and was claimed as a later one" % (
+                id,
+                seen.jobs[id]["attempt"],
+            )
 
 
 def promised(seen, claim):
-    """The earliest moment at which a job may be handed out again, by what was told about a claim."""
+    """The earliest moment at which a job may be handed out again after a claim."""
     told = seen.said(claim["id"], claim["attempt"], "complete", "fail", "release")
     pause = seen.backoff * (claim["job"]["retries"] + 1) ** 2
     lost = seen.lease_end(claim) + pause
     heard = [line for line in told if line["status"] in (None, 200)]
-    due = [line["begin"] + {"release": 0}.get(line["call"], line["asked"].get("delay", pause))
-           for line in heard if line["call"] != "complete"]
+    due = [
+        line["begin"] + {"release": 0}.get(line["call"], line["asked"].get("delay", pause))
+        for line in heard
+        if line["call"] != "complete"
+    ]
     return min(due if any(line["status"] == 200 for line in heard) else due + [lost], default=0)
 
 
@@ -11352,7 +11859,11 @@ def no_backoff_is_cut_short(seen):
     for claim, after in seen.neighbours():
         early = promised(seen, claim) - after["end"]
         if after["attempt"] > claim["attempt"] and early > SLACK:
-            yield "%s: attempt %d came %.3f s before its backoff was over" % (claim["id"], after["attempt"], early)
+            yield "%s: attempt %d came %.3f s before its backoff was over" % (
+                claim["id"],
+                after["attempt"],
+                early,
+            )
 
 
 def second_runs_are_explained(seen):
@@ -11362,20 +11873,36 @@ def second_runs_are_explained(seen):
     for id, starts in runs.items():
         starts.sort(key=lambda start: start["attempt"])
         for run, again in zip(starts, starts[1:]):
-            claimed = [claim["begin"] for claim in seen.claims[id] if claim["attempt"] == run["attempt"]]
+            claimed = [
+                claim["begin"] for claim in seen.claims[id] if claim["attempt"] == run["attempt"]
+            ]
             since = min(claimed + [run["begin"]])
-            reasons = seen.said(id, run["attempt"], "fail", "release") + seen.faults[run["client"]] + seen.faults[id]
+            reasons = (
+                seen.said(id, run["attempt"], "fail", "release")
+                + seen.faults[run["client"]]
+                + seen.faults[id]
+            )
             if not any(since <= reason["begin"] <= again["begin"] for reason in reasons):
                 yield "%s ran as attempt %d and again as %d, and nothing had gone wrong" % (
-                    id, run["attempt"], again["attempt"])
+                    id,
+                    run["attempt"],
+                    again["attempt"],
+                )
 
 
 def no_job_begins_before_what_it_waits_for_is_done(seen):
-    any_end = {order["id"] for line in seen.of("enqueue") for order in line["asked"].get("jobs", [line["asked"]])
-               if order.get("after_any")}
+    any_end = {
+        order["id"]
+        for line in seen.of("enqueue")
+        for order in line["asked"].get("jobs", [line["asked"]])
+        if order.get("after_any")
+    }
     for claim in itertools.chain(*seen.claims.values()):
         for id in claim["job"].get("after", ()) if claim["id"] not in any_end else ():
-            if not any(told["call"] == "complete" and told["begin"] < claim["end"] for told in seen.tells[id]):
+            if not any(
+                told["call"] == "complete" and told["begin"] < claim["end"]
+                for told in seen.tells[id]
+            ):
                 yield "%s was handed out before %s was done" % (claim["id"], id)
 
 
@@ -11404,7 +11931,7 @@ def jobs_of_a_group_run_one_at_a_time(seen):
 
 def groups_keep_the_order_of_arrival(seen):
     """No job of a group is handed out once one that arrived after it was, but for `retry`."""
-    arrivals = {}           # (the latest moment at which a job arrived, the earliest) by id
+    arrivals = {}  # (the latest moment at which a job arrived, the earliest) by id
     for order in seen.orders:
         before = arrivals.get(order["id"], (float("inf"), order["begin"]))
         latest = order["end"] if order["status"] == 200 else float("inf")
@@ -11413,18 +11940,23 @@ def groups_keep_the_order_of_arrival(seen):
     for (_, group), claims in seen.groups().items():
         known = [claim for claim in claims if claim["id"] in arrivals]
         by_arrival = sorted(known, key=lambda claim: arrivals[claim["id"]][0])
-        latest_claims = list(itertools.accumulate(
-            (claim["begin"] if claim["id"] not in retried else 0 for claim in by_arrival), max))
+        latest_claims = list(
+            itertools.accumulate(
+                (claim["begin"] if claim["id"] not in retried else 0 for claim in by_arrival), max
+            )
+        )
         arrived = [arrivals[claim["id"]][0] for claim in by_arrival]
         for claim in known:
             before = bisect.bisect_left(arrived, arrivals[claim["id"]][1])
             if before and latest_claims[before - 1] > claim["end"]:
                 yield "%s of the group %s was handed out before one that arrived earlier" % (
-                    claim["id"], group)
+                    claim["id"],
+                    group,
+                )
 
 
 def a_step_runs_again_only_if_its_result_was_not_acknowledged(seen):
-    acknowledged = {}       # when, by id and name
+    acknowledged = {}  # when, by id and name
     for line in seen.of("step"):
         key = line["asked"]["id"], line["asked"]["name"]
         if line["status"] == 200:
@@ -11435,20 +11967,28 @@ def a_step_runs_again_only_if_its_result_was_not_acknowledged(seen):
 
 
 def steps_keep_their_first_result(seen):
-    results = collections.defaultdict(list)     # (when it was known, when told, result)
+    results = collections.defaultdict(list)  # (when it was known, when told, result)
     for line in seen.of("step"):
         if line["status"] == 200:
             key = line["asked"]["id"], line["asked"]["name"]
             results[key].append((line["end"], line["answer"]["result"]))
     for (id, name), answers in results.items():
         first = min(end for end, _ in answers)
-        later = [claim["job"].get("steps", {}).get(name, "nothing") for claim in seen.claims[id]
-                 if claim["begin"] > first]
-        different = [one for one in [*later, *(result for _, result in answers)]
-                     if one != answers[0][1]]
+        later = [
+            claim["job"].get("steps", {}).get(name, "nothing")
+            for claim in seen.claims[id]
+            if claim["begin"] > first
+        ]
+        different = [
+            one for one in [*later, *(result for _, result in answers)] if one != answers[0][1]
+        ]
         if different:
             yield "step %s of %s has the results %.60s and %.60s" % (
-                name, id, answers[0][1], different[0])
+                name,
+                id,
+                answers[0][1],
+                different[0],
+            )
 
 
 def what_was_rolled_back_is_not_there(seen):
@@ -11470,7 +12010,11 @@ def queues_are_counted_right(seen):
         for column in COUNTED:
             if queue[column] != found[queue["queue"], column]:
                 yield "queue %s counts %d %s and has %d" % (
-                    queue["queue"], queue[column], column, found[queue["queue"], column])
+                    queue["queue"],
+                    queue[column],
+                    column,
+                    found[queue["queue"], column],
+                )
 
 
 def the_log_has_no_fault(seen):
@@ -11479,25 +12023,40 @@ def the_log_has_no_fault(seen):
 
 
 INVARIANTS = [
-    acknowledged_jobs_are_there, claims_carry_the_payload, nothing_is_there_that_nobody_enqueued, every_job_ended,
-    an_acknowledged_complete_stays, one_outcome_of_a_job_is_accepted, an_attempt_that_is_over_is_refused,
-    leases_do_not_overlap, what_is_complete_is_not_handed_out, attempts_only_rise, no_backoff_is_cut_short,
-    second_runs_are_explained, no_job_begins_before_what_it_waits_for_is_done, limits_are_held,
-    jobs_of_a_group_run_one_at_a_time, groups_keep_the_order_of_arrival,
-    a_step_runs_again_only_if_its_result_was_not_acknowledged, steps_keep_their_first_result,
+    acknowledged_jobs_are_there,
+    claims_carry_the_payload,
+    nothing_is_there_that_nobody_enqueued,
+    every_job_ended,
+    an_acknowledged_complete_stays,
+    one_outcome_of_a_job_is_accepted,
+    an_attempt_that_is_over_is_refused,
+    leases_do_not_overlap,
+    what_is_complete_is_not_handed_out,
+    attempts_only_rise,
+    no_backoff_is_cut_short,
+    second_runs_are_explained,
+    no_job_begins_before_what_it_waits_for_is_done,
+    limits_are_held,
+    jobs_of_a_group_run_one_at_a_time,
+    groups_keep_the_order_of_arrival,
+    a_step_runs_again_only_if_its_result_was_not_acknowledged,
+    steps_keep_their_first_result,
     what_was_rolled_back_is_not_there,
-    the_file_is_sound, queues_are_counted_right, the_log_has_no_fault]
+    the_file_is_sound,
+    queues_are_counted_right,
+    the_log_has_no_fault,
+]
 
 
 def violations(history, database, log="", **settings):
-    """What is wrong after a run, a sentence each: `history` is its lines, as History.read() gives them."""
+    """All that is wrong after a run, a sentence each; `history` is from History.read()."""
     seen = Evidence(history, database, log, **settings)
     return [sentence for invariant in INVARIANTS for sentence in invariant(seen)]
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A small run in which all went well that could: its lines and its database, for the mutations below."""
+    """Lines and database of a small run without violations, for the mutations below."""
     folder = tmp_path_factory.mktemp("sound")
     engine = ClockedEngine(folder)
     history = History(folder / "history", engine.clock.monotonic)
@@ -11519,7 +12078,7 @@ def sound(tmp_path_factory):
 
 
 def play(history, engine, one, two):
-    """First attempts: one completes, one fails, one is released, of one the worker dies. All second ones complete."""
+    """First attempts complete, fail, are released or lose their worker; second ones complete."""
     first = {job["id"]: job for job in begun(history, one, engine.clock)}
     history.fault("vanished", id="orphan")
     one.insist("complete", id="kept", attempt=1, result=["kept", 1])
@@ -11532,7 +12091,9 @@ def play(history, engine, one, two):
         for job in begun(history, two, engine.clock):
             if job["id"] == "head":
                 two.insist("step", id="head", attempt=2, name="charge", result=["charge", 2])
-            two.insist("complete", id=job["id"], attempt=job["attempt"], result=[job["id"], job["attempt"]])
+            two.insist(
+                "complete", id=job["id"], attempt=job["attempt"], result=[job["id"], job["attempt"]]
+            )
 
 
 def begun(history, witness, clock):
@@ -11556,39 +12117,63 @@ def do_step(history, witness, job, name="charge"):
 def line_of(lines, call, id, attempt=None):
     """The line of a call about a job; of a poll the one that handed the job out as `attempt`."""
     for line in lines:
-        jobs = line["answer"] if call == "poll" and line.get("answer") else [line.get("asked", line)]
-        if line["call"] == call and any(j.get("id") == id and attempt in (None, j.get("attempt")) for j in jobs):
+        jobs = (
+            line["answer"] if call == "poll" and line.get("answer") else [line.get("asked", line)]
+        )
+        if line["call"] == call and any(
+            j.get("id") == id and attempt in (None, j.get("attempt")) for j in jobs
+        ):
             return line
 
 
 def told(call, id, attempt, **asked):
     """A mutation: one more line, of a call that was accepted at the end of all."""
+
     def mutate(lines):
-        lines.append({"call": call, "begin": lines[-1]["end"] + 1, "end": lines[-1]["end"] + 2, "status": 200,
-                      "asked": {"id": id, "attempt": attempt, **asked}, "answer": {}})
+        lines.append(
+            {
+                "call": call,
+                "begin": lines[-1]["end"] + 1,
+                "end": lines[-1]["end"] + 2,
+                "status": 200,
+                "asked": {"id": id, "attempt": attempt, **asked},
+                "answer": {},
+            }
+        )
+
     return mutate
 
 
 def moved(id, attempt, seconds):
     """A mutation: a claim was `seconds` earlier."""
+
     def mutate(lines):
         line = line_of(lines, "poll", id, attempt)
         line.update(begin=line["begin"] - seconds, end=line["end"] - seconds)
+
     return mutate
 
 
 def renumbered(id, attempt, number):
     """A mutation: a claim had another number."""
+
     def mutate(lines):
         for job in line_of(lines, "poll", id, attempt)["answer"]:
             job["attempt"] = number if job["id"] == id else job["attempt"]
+
     return mutate
 
 
 def without(call, **fields):
     """A mutation: a line is missing."""
+
     def mutate(lines):
-        lines[:] = [line for line in lines if line["call"] != call or any(line.get(f) != v for f, v in fields.items())]
+        lines[:] = [
+            line
+            for line in lines
+            if line["call"] != call or any(line.get(f) != v for f, v in fields.items())
+        ]
+
     return mutate
 
 
@@ -11648,15 +12233,25 @@ def another_result(lines):
     line_of(lines, "complete", "kept")["asked"]["result"] = "another"
 
 
-SPOILT_INDEX = "UPDATE sqlite_master SET sql = replace(sql, '(tag)', '(key)') WHERE name = 'jobs_tag'"
-MUTATIONS = [       # what is done to the lines or, as SQL, to the database; and which invariant catches it
+SPOILT_INDEX = (
+    "UPDATE sqlite_master SET sql = replace(sql, '(tag)', '(key)') WHERE name = 'jobs_tag'"
+)
+MUTATIONS = [  # a change of the lines or, as SQL, of the database; the invariant that catches it
     ("DELETE FROM jobs WHERE id = 'kept'", acknowledged_jobs_are_there),
     ("UPDATE jobs SET payload = '[\"kept\", 0.5]' WHERE id = 'kept'", acknowledged_jobs_are_there),
     (claimed_with_another_payload, claims_carry_the_payload),
-    ("INSERT INTO jobs (id, queue, payload, status, created_at, updated_at, next_run_at, finished_at)"
-     " VALUES ('stray', 'load', '1', 'done', 1, 1, 1, 1)", nothing_is_there_that_nobody_enqueued),
-    (without("enqueue", asked=dict(id="kept", queue="load", payload=["kept", 0], max_retries=3, tag="kept")),
-     nothing_is_there_that_nobody_enqueued),
+    (
+        "INSERT INTO jobs (id, queue, payload, status, created_at, updated_at, next_run_at, finished_at)"
+        " VALUES ('stray', 'load', '1', 'done', 1, 1, 1, 1)",
+        nothing_is_there_that_nobody_enqueued,
+    ),
+    (
+        without(
+            "enqueue",
+            asked=dict(id="kept", queue="load", payload=["kept", 0], max_retries=3, tag="kept"),
+        ),
+        nothing_is_there_that_nobody_enqueued,
+    ),
     ("UPDATE jobs SET status = 'pending', finished_at = NULL WHERE id = 'kept'", every_job_ended),
     ("UPDATE jobs SET status = 'running' WHERE id = 'orphan'", every_job_ended),
     ("UPDATE jobs SET status = 'failed' WHERE id = 'kept'", an_acknowledged_complete_stays),
@@ -11694,7 +12289,9 @@ MUTATIONS = [       # what is done to the lines or, as SQL, to the database; and
 ]
 
 
-@pytest.mark.parametrize("mutation, invariant", MUTATIONS, ids=lambda one: getattr(one, "__name__", "rows or log"))
+@pytest.mark.parametrize(
+    "mutation, invariant", MUTATIONS, ids=lambda one: getattr(one, "__name__", "rows or log")
+)
 def test_each_invariant_catches_its_own_fault(sound, tmp_path, mutation, invariant):
     lines, database, log = copy.deepcopy(sound[0]), tmp_path / "jobs.db", ""
     shutil.copy(str(sound[1]), str(database))
@@ -11734,8 +12331,14 @@ def test_nothing_is_lost_or_early_whatever_happens_to_the_clock(clocked, seed, l
 
 def order(dice, history, witness, held, engine):
     id = "job%d" % next(history.numbers)
-    witness.insist("enqueue", id=id, queue="load", payload=[id, dice.random()], max_retries=dice.randrange(4),
-                   **dice.choice([{}, {"delay": dice.uniform(0, 30)}, {"priority": dice.randrange(3)}]))
+    witness.insist(
+        "enqueue",
+        id=id,
+        queue="load",
+        payload=[id, dice.random()],
+        max_retries=dice.randrange(4),
+        **dice.choice([{}, {"delay": dice.uniform(0, 30)}, {"priority": dice.randrange(3)}]),
+    )
 
 
 def claim(dice, history, witness, held, engine):
@@ -11747,12 +12350,15 @@ def claim(dice, history, witness, held, engine):
 
 
 def tell(dice, history, witness, held, engine):
-    """Tells something about a job that is held, perhaps long after its lease; or the worker dies instead."""
+    """Reports on a job that is held, perhaps long after its lease; or the worker dies instead."""
     if held:
         held.rotate(dice.randrange(len(held)))
         witness, job, ends = held.popleft()
         call = dice.choice(["complete", "complete", "fail", "release", "heartbeat", "vanish"])
-        extra = {"complete": {"result": [job["id"], job["attempt"]]}, "fail": dice.choice([{}, {"delay": 2.5}])}
+        extra = {
+            "complete": {"result": [job["id"], job["attempt"]]},
+            "fail": dice.choice([{}, {"delay": 2.5}]),
+        }
         if call == "vanish":
             history.fault("vanished", id=job["id"])
             return
@@ -11771,12 +12377,16 @@ def pause(dice, history, witness, held, engine):
 
 def drain(history, witness, engine):
     """Works off what is left, on a clock that runs."""
+
     def rest():
         engine.advance(1.3)
         for job in witness.claims(queue="load", limit=1000):
-            witness.insist("complete", id=job["id"], attempt=job["attempt"], result=[job["id"], job["attempt"]])
+            witness.insist(
+                "complete", id=job["id"], attempt=job["attempt"], result=[job["id"], job["attempt"]]
+            )
         queue = engine.get("/queues")["queues"]
         return sum(one["pending"] + one["running"] for one in queue) == 0
+
     until(rest, 20)
 
 
@@ -11791,8 +12401,12 @@ class Swallower(Proxy):
             super().relay(client)
 
 
-QUICK = {"BACKOFF": 0.2, "GRACE": 0.5, "CLOCK_CHECK_INTERVAL": 0.2}      # the engine's constants in a run of some seconds
-LEASE = 1.0                                              # seconds
+QUICK = {
+    "BACKOFF": 0.2,
+    "GRACE": 0.5,
+    "CLOCK_CHECK_INTERVAL": 0.2,
+}  # the engine's constants in a run of some seconds
+LEASE = 1.0  # seconds
 
 
 class Rampage:
@@ -11805,11 +12419,11 @@ class Rampage:
         self.engine = Engine(folder, constants=constants)
         self.history = History(folder / "history")
         self.proxy = Swallower(self.engine)
-        self.over = threading.Event()       # producers stop
-        self.workers = {}                   # processes by name
+        self.over = threading.Event()  # producers stop
+        self.workers = {}  # processes by name
         self.timers = []
         self.kills = self.hired = self.stops = self.swallowed = 0
-        self.slowest = 0.0                  # seconds from a start to the first response
+        self.slowest = 0.0  # seconds from a start to the first response
         self.urls = itertools.cycle([self.engine.url, self.engine.url, self.proxy.url])
         self.producers = []
         for number in range(3):
@@ -11827,8 +12441,15 @@ class Rampage:
 
     def _set_up(self, witness):
         witness.insist("limit", queue="load", max_running=8)
-        witness.insist("schedule", name="tick", queue="load", every=1, payload="tick",
-                       max_retries=3, key="tick")
+        witness.insist(
+            "schedule",
+            name="tick",
+            queue="load",
+            every=1,
+            payload="tick",
+            max_retries=3,
+            key="tick",
+        )
 
     def run_code(self, code, *arguments):
         """A process that runs code of this module."""
@@ -11881,7 +12502,9 @@ class Rampage:
     def kill_at_the_start(self):
         """Kills it while it finds its way back into the database."""
         before = self.engine.process
-        with meanwhile(self.engine.start, "--port", str(self.engine.port), constants=self.constants) as start:
+        with meanwhile(
+            self.engine.start, "--port", str(self.engine.port), constants=self.constants
+        ) as start:
             until(lambda: self.engine.process is not before)
             time.sleep(self.dice.uniform(0.05, 0.3))
             self.engine.process.kill()
@@ -11898,7 +12521,7 @@ class Rampage:
         self.hire()
 
     def stop_worker(self):
-        """Stops a worker for longer than its lease; what it then says of its old claims has to be refused."""
+        """Stops a worker for longer than its lease, so that its next calls have to be refused."""
         name = self.dice.choice(list(self.workers))
         process = self.workers[name]
         process.send_signal(signal.SIGSTOP)
@@ -11914,8 +12537,15 @@ class Rampage:
     def run(self, kills, pause=0.5, progress=lambda rampage: None):
         while self.kills < kills:
             time.sleep(self.dice.uniform(0, pause))
-            self.dice.choice([self.swallow_replies, self.swallow_replies, self.kill_worker,
-                              self.stop_worker, self.kill_shop])()
+            self.dice.choice(
+                [
+                    self.swallow_replies,
+                    self.swallow_replies,
+                    self.kill_worker,
+                    self.stop_worker,
+                    self.kill_shop,
+                ]
+            )()
             time.sleep(self.dice.uniform(0, pause / 4))
             self.kill_engine()
             progress(self)
@@ -11932,8 +12562,14 @@ class Rampage:
         self.producers[0][1].insist("unschedule", name="tick")
         self.shop.wait(seconds)
         until(lambda: unsent(self.history.path + ".shop") == 0, seconds)
-        until(lambda: not any(row["pending"] + row["running"]
-                              for row in self.engine.get("/queues")["queues"]), seconds)
+        until(
+            lambda: (
+                not any(
+                    row["pending"] + row["running"] for row in self.engine.get("/queues")["queues"]
+                )
+            ),
+            seconds,
+        )
 
     def close(self):
         self.over.set()
@@ -11950,13 +12586,23 @@ class Rampage:
 
     def violations(self):
         """What is wrong after it is closed."""
-        settings = {name.lower(): value for name, value in self.constants.items() if name in ("BACKOFF", "GRACE")}
-        late = ["an engine took %.1f s to serve again" % self.slowest] if self.slowest > 2 else []
-        return late + violations(self.history.read(), self.engine.database, self.engine.log(), **settings)
+        settings = {
+            name.lower(): value
+            for name, value in self.constants.items()
+            if name in ("BACKOFF", "GRACE")
+        }
+        late = []
+        if self.slowest > 2 and not is_overloaded():
+            late = ["an engine took %.1f s to serve again" % self.slowest]
+        return late + violations(
+            self.history.read(), self.engine.database, self.engine.log(), **settings
+        )
 
     def counts(self):
         with contextlib.closing(sqlite3.connect(str(self.engine.database), timeout=30)) as db:
-            jobs, attempts = db.execute("SELECT COUNT(*), COALESCE(SUM(attempt), 0) FROM jobs").fetchone()
+            jobs, attempts = db.execute(
+                "SELECT COUNT(*), COALESCE(SUM(attempt), 0) FROM jobs"
+            ).fetchone()
         with open(self.history.path, "rb") as lines:
             names = collections.Counter(line.split(b'"')[3].decode() for line in lines)
         return {
@@ -11973,21 +12619,44 @@ class Rampage:
         }
 
 
-SAMPLES = ["", "\u00e9\u4e2d\U0001f600", 12345678901234567890123, 1.0, -0.5, None, True, [],
-           {"b": [1, {"a": None}], "a": "x" * 2000}]
+def is_overloaded():
+    """Do other programs take the processors, so that times say little about the engine?"""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 2 * os.cpu_count()
+
+
+SAMPLES = [
+    "",
+    "\u00e9\u4e2d\U0001f600",
+    12345678901234567890123,
+    1.0,
+    -0.5,
+    None,
+    True,
+    [],
+    {"b": [1, {"a": None}], "a": "x" * 2000},
+]
 
 
 def produce(witness, over):
-    """Enqueues jobs with ids of its own, alone or several at once, and each again until it is acknowledged."""
+    """Enqueues jobs with ids of its own, each again until it is acknowledged."""
     dice, known = random.Random(witness.name), collections.deque(maxlen=20)
     while not over.is_set():
-        orders = [{"queue": "load", "id": "%s-%d" % (witness.name, next(witness.history.numbers)),
-                   "payload": [dice.random(), dice.choice(SAMPLES)], "max_retries": dice.choice([0, 1, 3]),
-                   "priority": dice.randrange(3)} for _ in range(dice.choice([1, 1, 1, 7]))]
+        orders = [
+            {
+                "queue": "load",
+                "id": "%s-%d" % (witness.name, next(witness.history.numbers)),
+                "payload": [dice.random(), dice.choice(SAMPLES)],
+                "max_retries": dice.choice([0, 1, 3]),
+                "priority": dice.randrange(3),
+            }
+            for _ in range(dice.choice([1, 1, 1, 7]))
+        ]
         for order in orders:
-            if known and dice.random() < 0.2:       # a job after jobs
-                order.update(after=dice.sample(list(known), min(len(known), 2)),
-                             after_any=dice.random() < 0.5)
+            if known and dice.random() < 0.2:  # a job after jobs
+                order.update(
+                    after=dice.sample(list(known), min(len(known), 2)),
+                    after_any=dice.random() < 0.5,
+                )
             if dice.random() < 0.15:
                 order.update(group=dice.choice("abcdef"))
         witness.insist("enqueue", **(orders[0] if len(orders) == 1 else {"jobs": orders}))
@@ -12019,7 +12688,7 @@ def unsent(path):
     """How many jobs wait in an outbox."""
     with contextlib.closing(sqlite3.connect(path, timeout=30)) as db:
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'rundown_outbox'").fetchone():
-            return 0        # its producer has not begun
+            return 0  # its producer has not begun
         return db.execute("SELECT COUNT(*) FROM rundown_outbox").fetchone()[0]
 
 
@@ -12031,12 +12700,18 @@ def toil(url, path, name):
     witness, dice = Witness(History(path), url, name), random.Random(name)
     while True:
         began = time.monotonic()
-        for job in witness.claims(queue="load", limit=dice.randrange(1, 5), wait=0.3, lease=LEASE, worker=name):
+        for job in witness.claims(
+            queue="load", limit=dice.randrange(1, 5), wait=0.3, lease=LEASE, worker=name
+        ):
             witness.history.write("start", client=name, id=job["id"], attempt=job["attempt"])
             for step in STEP_NAMES:
                 if dice.random() < 0.15:
                     do_step(witness.history, witness, job, step)
-            deed = complete if os.path.exists(path + ".drain") else dice.choices(list(DEEDS), DEEDS.values())[0]
+            deed = (
+                complete
+                if os.path.exists(path + ".drain")
+                else dice.choices(list(DEEDS), DEEDS.values())[0]
+            )
             deed(dice, witness, {"id": job["id"], "attempt": job["attempt"]})
             witness.history.write("end", client=name, id=job["id"], attempt=job["attempt"])
             if time.monotonic() > began + LEASE:
@@ -12066,7 +12741,9 @@ def complete_and_regret(dice, witness, claim):
 
 
 def fail(dice, witness, claim):
-    witness.insist("fail", error="no", **claim, **dice.choice([{}, {"delay": 0.1}, {"retry": False}]))
+    witness.insist(
+        "fail", error="no", **claim, **dice.choice([{}, {"delay": 0.1}, {"retry": False}])
+    )
 
 
 def release(dice, witness, claim):
@@ -12077,7 +12754,15 @@ def vanish(dice, witness, claim):
     witness.history.fault("vanished", id=claim["id"])
 
 
-DEEDS = {complete: 60, complete_slowly: 8, complete_twice: 6, complete_and_regret: 6, fail: 12, release: 5, vanish: 3}
+DEEDS = {
+    complete: 60,
+    complete_slowly: 8,
+    complete_twice: 6,
+    complete_and_regret: 6,
+    fail: 12,
+    release: 5,
+    vanish: 3,
+}
 
 
 @pytest.fixture
@@ -12099,12 +12784,20 @@ def test_nothing_is_lost_or_done_twice_through_twelve_kills_under_load(rampage):
 
 
 def faults_main(argv):
-    """`python test_rundown.py faults`: the long run, its counts at the end; 1 if anything was violated."""
+    """Random calls on engine and model, then kills under load; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="test_rundown.py faults", description=faults_main.__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="how often the engine is killed (200)")
-    parser.add_argument("--steps", type=int, default=100000, help="random calls on engine and model (100000)")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of moments and calls (the time)")
-    parser.add_argument("--keep", metavar="FOLDER", help="where the history and the database stay; else they go")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="how often the engine is killed (200)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100000, help="random calls on engine and model (100000)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of moments and calls (the time)"
+    )
+    parser.add_argument(
+        "--keep", metavar="FOLDER", help="where the history and the database stay; else they go"
+    )
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(options.keep or scratch)
@@ -12147,7 +12840,7 @@ def tally(counts):
     return ", ".join("%s %s" % (name, count) for name, count in counts.items())
 
 
-# -- faults: a model of the engine, and random calls on both ------------------------------------------
+# -- faults: a model of the engine, and random calls on both ----------------------------------------
 
 # why a pending job waits: it does not; for its time; for other jobs; for its group
 READY, DELAYED, BLOCKED, QUEUED = range(4)
@@ -12292,27 +12985,31 @@ class Model:
         self.run_due()
 
     def shift(self, by):
-        """The wall clock leapt: all that is counted in seconds moves with it."""
+        """The clock was set: all that is counted in seconds moves with it."""
+        before = self.clock.now() - by
         for job in self.jobs.values():
             if job.status == "running":
                 job.lease_until += by
                 job.started_at += by
-            elif (job.status, job.hold) == ("pending", DELAYED) and job.attempt and not job.is_timed:
-                job.next_run_at += by
+            elif job.status == "pending" and not job.is_timed:
+                is_retry = job.hold == DELAYED or job.hold == QUEUED and job.next_run_at > before
+                if job.attempt and is_retry:
+                    job.next_run_at += by
+                if job.expires_at is not None and not job.attempt:
+                    job.expires_at += by
         for queue in self.queues.values():
             queue["full_at"] += by if queue["rate"] else 0
 
     def set_back(self, by, before):
-        """The clock was set back over a restart: what is counted in seconds moves with it."""
-        self.shift(by)
+        """The clock was set back over a restart: what was due stays so, and delays move with it."""
         for job in self.jobs.values():
             if job.status == "pending":
-                if job.hold in (BLOCKED, QUEUED) and job.next_run_at <= before:
+                is_held = job.hold in (BLOCKED, QUEUED)
+                if is_held and job.next_run_at <= before:
                     job.next_run_at = min(job.next_run_at, self.clock.now())
-                elif not job.is_timed and (job.hold in (BLOCKED, QUEUED) or (job.hold, job.attempt) == (DELAYED, 0)):
+                elif not job.is_timed and (job.hold == BLOCKED or job.hold in (DELAYED, QUEUED) and not job.attempt):
                     job.next_run_at += by
-                if job.expires_at is not None and not job.attempt and not job.is_timed:
-                    job.expires_at += by
+        self.shift(by)
 
     def restart(self, before):
         """The engine starts again: its clock is the wall clock, and leases are looked after.
@@ -12609,28 +13306,39 @@ class Model:
 
     # operators
 
-    def change(self, call, id=None, queue=None, status=None):
-        """cancel, retry or purge of a job, or of all jobs of a queue and status."""
-        sources = {
-            "cancel": ["pending", "running"],
-            "retry": ["failed", "cancelled"],
-            "purge": ["pending", "done", "failed", "cancelled"],
-        }[call]
+    def change(self, call, id=None, queue=None, status=None, tag=None):
+        """cancel, retry or purge of a job, or of all jobs of a queue, status and tag."""
         if id is not None:
-            job = self.jobs.get(id)
-            if job is None:
-                raise ModelError(404)
-            if job.status not in sources:
-                raise ModelError(409)
-            getattr(self, call)(job)
+            self.change_one(call, id)
             return {"count": 1}
         count = 0
         for job in list(self.jobs.values()):
-            if queue in (None, job.queue) and job.status in ([status] if status else sources):
+            is_meant = (queue in (None, job.queue) and tag in (None, job.tag)
+                        and job.status in ([status] if status else CHANGED[call]))
+            if is_meant:
                 with contextlib.suppress(ModelError):
                     getattr(self, call)(job)
                     count += 1
         return {"count": count}
+
+    def change_one(self, call, id):
+        job = self.jobs.get(id)
+        if job is None:
+            raise ModelError(404)
+        if job.status not in CHANGED[call]:
+            raise ModelError(409)
+        getattr(self, call)(job)
+
+    def change_each(self, call, items):
+        """The ids of items, and the statuses of those that are refused."""
+        answers = []
+        for item in items:
+            try:
+                self.change_one(call, item["id"])
+                answers.append((item["id"], None))
+            except ModelError as error:
+                answers.append((item["id"], error.args[0]))
+        return answers
 
     def cancel(self, job):
         self.move_to(job, "cancelled", "cancelled")
@@ -12716,6 +13424,11 @@ class Model:
         return {"count": int(self.schedules.pop(name, None) is not None)}
 
 
+CHANGED = {         # the statuses of jobs that a call changes
+    "cancel": ["pending", "running"],
+    "retry": ["failed", "cancelled"],
+    "purge": ["pending", "done", "failed", "cancelled"],
+}
 SCHEDULED = ["queue", "payload", "timeout", "max_retries", "tag", "priority", "key", "group"]
 NEED_STATES = {"done": 1, "failed": 2, "cancelled": 2}
 WAITED = "it waits for the job"     # the beginning of an error
@@ -12743,6 +13456,7 @@ def move(times):
     server.loop.committer.check_clock()
 
 clock, server = Clock(0.0, 0.0), None
+rundown_engine.STEP_TIME = 60       # all that is due is done at once, also on a slow machine
 for line in sys.stdin:
     path, *times = line.split()
     times = tuple(map(float, times))
@@ -12774,6 +13488,7 @@ class KilledEngine:
         self._start_process()
 
     def _start_process(self):
+        require_names(rundown_engine, ["STEP_TIME"])
         with open(str(self.folder / "engine.log"), "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", CLOCKED_PROGRAM],
@@ -12839,6 +13554,8 @@ def shown_by_engine(job):
 def engine_answers(engine, call, fields):
     """(status, answer) of the engine, in the form of model_answers()."""
     status, answer = engine.call("POST", "/" + call, fields)
+    if status == 200 and call in CHANGED and "jobs" in answer:
+        return 200, [(one["id"], one.get("code")) for one in answer["jobs"]]
     if status != 200 or call not in ("enqueue", "poll", "schedule"):
         return status, without_error(answer)
     if call == "enqueue":
@@ -12871,7 +13588,9 @@ def model_answer(model, call, fields):
         return model.enqueue(fields["jobs"])
     if call == "poll":
         return [(job.shown(), job.steps) for job in model.poll(**fields)]
-    if call in ("cancel", "retry", "purge"):
+    if call in CHANGED and "jobs" in fields:
+        return model.change_each(call, fields["jobs"])
+    if call in CHANGED:
         return model.change(call, **fields)
     if call == "resume":
         return model.pause(fields["queue"], paused=False)
@@ -12982,7 +13701,8 @@ WORKERS = ["w1", "w2"]
 GROUPS = ["g1", "g2"]
 CALL_WEIGHTS = {       # how often each call is made
     "move": 14, "poll": 20, "enqueue": 16, "complete": 10, "fail": 12, "release": 4, "heartbeat": 4,
-    "step": 4, "reschedule": 4, "cancel": 3, "retry": 4, "purge": 2, "pause": 1, "resume": 2, "limit": 2, "schedule": 2,
+    "step": 4, "reschedule": 4, "cancel": 3, "retry": 4, "purge": 2, "pause": 1, "resume": 2,
+    "limit": 2, "schedule": 2,
     "unschedule": 1, "look": 4, "kill": 0.15, "interrupt": 0.15,
 }
 
@@ -13097,22 +13817,37 @@ class Chance:
         return {"id": id, **(changes or {"delay": 0})}
 
     def cancel(self, model):
-        if self.dice.random() < 0.15:
-            return {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[:2])}
-        return {"id": self.dice.choice([*model.jobs, "nobody"])}
+        return self.changed(model, "cancel", [
+            {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[:2])},
+            {"tag": self.dice.choice(TAGS)},
+        ])
 
     def retry(self, model):
-        if self.dice.random() < 0.15:
-            return {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[3:])}
-        ended = [job.id for job in model.jobs.values() if job.status in STATUSES[3:]]
-        return {"id": self.dice.choice([*ended, *ended, *model.jobs, "nobody"])}
+        return self.changed(model, "retry", [
+            {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(STATUSES[3:])},
+            {"status": "failed"},
+            {"tag": self.dice.choice(TAGS)},
+        ])
 
     def purge(self, model):
-        few = [{"queue": queue, "status": status} for queue in QUEUES for status in STATUSES
-               if status != "running"]
-        many = [{"status": status} for status in STATUSES[2:]]
-        many += [{"queue": queue} for queue in QUEUES]
-        return self.dice.choice(many if len(model.jobs) > 80 else few)
+        if len(model.jobs) > 80:
+            return self.dice.choice([{"status": "done"}, {"status": "failed"},
+                                     {"status": "cancelled"}, {"queue": self.dice.choice(QUEUES)}])
+        return self.changed(model, "purge", [
+            {"queue": self.dice.choice(QUEUES), "status": self.dice.choice(CHANGED["purge"])},
+            {"tag": self.dice.choice(TAGS), "status": self.dice.choice(CHANGED["purge"])},
+        ])
+
+    def changed(self, model, call, many):
+        """A job that may be changed, mostly; or several; or those that one of `many` describes."""
+        good = [job.id for job in model.jobs.values() if job.status in CHANGED[call]]
+        ids = [*good, *good, *model.jobs, "nobody"]
+        kind = self.dice.random()
+        if kind < 0.7:
+            return {"id": self.dice.choice(ids)}
+        if kind < 0.85:
+            return {"jobs": [{"id": self.dice.choice(ids)} for _ in range(3)]}
+        return self.dice.choice(many)
 
     def pause(self, model):
         return {"queue": self.dice.choice(QUEUES)}
@@ -13231,7 +13966,8 @@ def mutants_of(source, section):
     """All small changes of code in sections with such a name: (line, old, new, changed source)."""
     lines = source.splitlines(keepends=True)
     starts = list(itertools.accumulate(map(len, lines), initial=0))
-    markers = itertools.accumulate(lines, lambda marker, line: line if line[:5] == "# -- " else marker)
+    markers = itertools.accumulate(
+        lines, lambda marker, line: line if line.startswith("# -- ") else marker)
     wanted = {row for row, marker in enumerate(markers, 1) if marker.startswith("# -- " + section)}
     wanted -= documentation_of(source)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -13318,8 +14054,20 @@ def injected(engine, *faults):
         pytest.skip("needs strace")
     options = [part for fault in faults for part in ("-e", "inject=" + fault)]
     names = ",".join(fault.split(":")[0] for fault in faults)
-    tracer = subprocess.Popen(["strace", "-f", "-p", str(engine.process.pid), "-o", str(engine.folder / "trace"),
-                               "-e", "trace=" + names, *options], stderr=subprocess.PIPE)
+    tracer = subprocess.Popen(
+        [
+            "strace",
+            "-f",
+            "-p",
+            str(engine.process.pid),
+            "-o",
+            str(engine.folder / "trace"),
+            "-e",
+            "trace=" + names,
+            *options,
+        ],
+        stderr=subprocess.PIPE,
+    )
     try:
         line = tracer.stderr.readline().decode()
         if "attached" not in line:
@@ -13327,7 +14075,7 @@ def injected(engine, *faults):
         yield
     finally:
         if tracer.poll() is None:
-            tracer.send_signal(signal.SIGINT)       # lets go of the engine
+            tracer.send_signal(signal.SIGINT)  # lets go of the engine
         tracer.communicate(timeout=10)
 
 
@@ -13355,15 +14103,19 @@ def test_killed_between_commit_and_reply_an_enqueue_is_there_and_sent_again_is_t
     assert (again["created"], again["id"], engine.count(q)) == (False, body["id"], 1)
 
 
-OUTCOMES = [     # call, what it says, the answer when it is sent again, what the job is
+OUTCOMES = [  # call, what it says, the answer when it is sent again, what the job is
     ("complete", {"result": 7}, 200, "done"),
     ("fail", {"error": "no"}, 200, "failed"),
     ("release", {}, 200, "pending"),
 ]
 
 
-@pytest.mark.parametrize("call, says, again, status", OUTCOMES, ids=lambda one: one if type(one) is str else "")
-def test_killed_between_commit_and_reply_an_outcome_holds_and_is_counted_once(own, q, call, says, again, status):
+@pytest.mark.parametrize(
+    "call, says, again, status", OUTCOMES, ids=lambda one: one if type(one) is str else ""
+)
+def test_killed_between_commit_and_reply_an_outcome_holds_and_is_counted_once(
+    own, q, call, says, again, status
+):
     engine = own()
     engine.enqueue(q)
     claim = engine.poll(q)
@@ -13377,24 +14129,38 @@ def test_killed_between_commit_and_reply_an_outcome_holds_and_is_counted_once(ow
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 13])
-def test_killed_at_any_write_of_a_commit_the_database_is_whole_and_what_was_acknowledged_there(own, q, number):
+def test_killed_at_any_write_of_a_commit_the_database_is_whole_and_what_was_acknowledged_there(
+    own, q, number
+):
     engine, acknowledged = own(), []
-    over = engine.connect()         # one connection is one thread of the engine, and strace counts a thread's calls
+    over = (
+        engine.connect()
+    )  # one connection is one thread of the engine, and strace counts a thread's calls
     engine.call("GET", "/health", over=over)
-    with injected(engine, "pwrite64,write,fdatasync,fsync,sendto:signal=KILL:when=%d" % number), contextlib.closing(over):
+    with injected(
+        engine, "pwrite64,write,fdatasync,fsync,sendto:signal=KILL:when=%d" % number
+    ), contextlib.closing(over):
         with contextlib.suppress(OSError, http.client.HTTPException):
             for count in range(9):
-                assert engine.call("POST", "/enqueue", {"queue": q, "id": "%s-%d" % (q, count)}, over=over)[0] == 200
+                assert (
+                    engine.call(
+                        "POST", "/enqueue", {"queue": q, "id": "%s-%d" % (q, count)}, over=over
+                    )[0]
+                    == 200
+                )
                 acknowledged.append("%s-%d" % (q, count))
         engine.process.wait(5)
     with contextlib.closing(sqlite3.connect(str(engine.database))) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     engine.start()
     there = [job["id"] for job in engine.get("/jobs?queue=" + q)["jobs"]][::-1]
-    assert there[:len(acknowledged)] == acknowledged and len(there) - len(acknowledged) in (0, 1)
+    assert there[: len(acknowledged)] == acknowledged and len(there) - len(acknowledged) in (0, 1)
 
 
-@pytest.mark.parametrize("fault", ["fdatasync,fsync:error=EIO", "pwrite64,write:error=ENOSPC", "pwrite64,write:error=EIO"])
+@pytest.mark.parametrize(
+    "fault",
+    ["fdatasync,fsync:error=EIO", "pwrite64,write:error=ENOSPC", "pwrite64,write:error=EIO"],
+)
 def test_a_disk_that_fails_gets_503_acknowledges_nothing_and_recovers_by_itself(own, q, fault):
     engine = own()
     engine.post("/enqueue", jobs=[{"queue": q, "max_retries": 1}] * 10)
@@ -13407,7 +14173,11 @@ def test_a_disk_that_fails_gets_503_acknowledges_nothing_and_recovers_by_itself(
     until(lambda: engine.call("POST", "/enqueue", {"queue": q, "id": q})[0] == 200, 5)
     assert engine.get("/health")["status"] == "ok"
     codes = [engine.call("POST", path, body)[0] for path, body in calls]
-    assert set(codes) <= {200, 204, 409}        # 409: what failed at its very last step may hold all the same
+    assert set(codes) <= {
+        200,
+        204,
+        409,
+    }  # 409: what failed at its very last step may hold all the same
     engine.kill()
     assert engine.start().job(calls[0][1]["id"])["status"] == "done" and engine.job(q)
 
@@ -13424,10 +14194,17 @@ def troublesome(q, claims):
     """One of each call that writes, each about a claim of its own."""
     named = [{"id": claim["id"], "attempt": claim["attempt"]} for claim in claims]
     verbs = ["complete", "fail", "heartbeat", "release", "cancel"]
-    single = [("/" + verb, one if verb != "cancel" else {"id": one["id"]}) for verb, one in zip(verbs, named)]
-    return single + [("/complete", {"jobs": named[5:8]}), ("/enqueue", {"queue": q, "id": q}),
-                     ("/pause", {"queue": q + "x"}), ("/enqueue", {"jobs": [{"queue": q, "id": q}] * 3}),
-                     ("/poll", {"queue": q})]
+    single = [
+        ("/" + verb, one if verb != "cancel" else {"id": one["id"]})
+        for verb, one in zip(verbs, named)
+    ]
+    return single + [
+        ("/complete", {"jobs": named[5:8]}),
+        ("/enqueue", {"queue": q, "id": q}),
+        ("/pause", {"queue": q + "x"}),
+        ("/enqueue", {"jobs": [{"queue": q, "id": q}] * 3}),
+        ("/poll", {"queue": q}),
+    ]
 
 
 def test_what_was_not_synced_is_not_acknowledged_when_it_is_sent_again_either(own, q):
@@ -13449,18 +14226,24 @@ def refused(engine, path, body):
 
 
 @pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
-def test_a_full_file_system_gets_503_keeps_what_it_has_and_recovers_when_there_is_room(own, tmp_path, q):
+def test_a_full_file_system_gets_503_keeps_what_it_has_and_recovers_when_there_is_room(
+    own, tmp_path, q
+):
     small = tmp_path / "small"
     small.mkdir()
     engine = on_a_small_disk(own, small)
     ballast = Path("/proc/%d/root%s/ballast" % (engine.process.pid, small))
     ballast.write_bytes(b"x" * (1 << 20))
-    codes = [engine.call("POST", "/enqueue", {"queue": q, "payload": "x" * 40000})[0] for _ in range(80)]
+    codes = [
+        engine.call("POST", "/enqueue", {"queue": q, "payload": "x" * 40000})[0] for _ in range(80)
+    ]
     assert set(codes) == {200, 503} and codes[-1] == 503
     assert engine.count(q) == codes.count(200)
     refused(engine, "/enqueue", {"queue": q, "payload": "x" * 40000})
     ballast.unlink()
-    until(lambda: engine.call("POST", "/enqueue", {"queue": q, "payload": "x" * 40000})[0] == 200, 5)
+    until(
+        lambda: engine.call("POST", "/enqueue", {"queue": q, "payload": "x" * 40000})[0] == 200, 5
+    )
     assert engine.count(q) == codes.count(200) + 1
 
 
@@ -13480,7 +14263,8 @@ def fill(engine, q, of=40000):
 
 @pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
 def test_on_a_disk_full_of_jobs_these_can_be_completed_and_purged_and_then_others_added(
-        own, tmp_path, q):
+    own, tmp_path, q
+):
     small = tmp_path / "small"
     small.mkdir()
     engine = on_a_small_disk(own, small, "12m")
@@ -13493,7 +14277,7 @@ def test_on_a_disk_full_of_jobs_these_can_be_completed_and_purged_and_then_other
     assert "rundown_reserve_bytes 0\n" in metrics and "rundown_storage_trouble 1\n" in metrics
     for verb in ["complete", "fail", "heartbeat", "release"] * 10:
         assert engine.tell(verb, engine.poll(q))[0] == 200
-    assert cpu_is_idle(engine)      # the schedule, whose jobs have no room, does not spin
+    assert cpu_is_idle(engine)  # the schedule, whose jobs have no room, does not spin
     assert engine.call("POST", "/purge", {"queue": q, "status": "pending"})[0] == 200
     assert engine.enqueue(q, "x" * 40000)
     until(lambda: engine.call("GET", "/health")[0] == 200, 10)
@@ -13509,12 +14293,21 @@ def cpu_is_idle(engine):
 
 @pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
 def test_an_engine_that_was_killed_on_a_disk_full_of_its_jobs_starts_and_purges_them(
-        own, tmp_path, q):
+    own, tmp_path, q
+):
     small = tmp_path / "small"
     small.mkdir()
-    keeper = subprocess.Popen([*in_namespace(), "sh", "-c",
-                               'mount -t tmpfs -o size=12m tmpfs "$0" && echo up && cat', str(small)],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    keeper = subprocess.Popen(
+        [
+            *in_namespace(),
+            "sh",
+            "-c",
+            'mount -t tmpfs -o size=12m tmpfs "$0" && echo up && cat',
+            str(small),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         keeper.stdout.readline()
         inside = ("nsenter", "--user", "--mount", "--preserve-credentials", "-t", str(keeper.pid))
@@ -13567,7 +14360,7 @@ def test_a_program_that_reads_for_long_is_told_of_by_the_health(own, q):
         assert code == 200 and "has been reading" in health["warnings"][0]
 
 
-AUDITED = [     # call, body, what the line says
+AUDITED = [  # call, body, what the line says
     ("/pause", {"queue": "Q"}, '/pause queue="Q": 1'),
     ("/resume", {"queue": "Q"}, '/resume queue="Q": 1'),
     ("/limit", {"queue": "Q", "rate": 3}, '/limit queue="Q" rate=3: 1'),
@@ -13575,8 +14368,11 @@ AUDITED = [     # call, body, what the line says
     ("/unschedule", {"name": "S"}, '/unschedule name="S": 1'),
     ("/cancel", {"queue": "Q", "status": "pending"}, '/cancel queue="Q" status="pending": 3'),
     ("/retry", {"queue": "Q", "status": "cancelled"}, '/retry queue="Q" status="cancelled": 3'),
-    ("/reschedule", {"jobs": [{"id": "A", "delay": 0}, {"id": "none", "delay": 0}]},
-     "/reschedule 2 jobs: 1"),
+    (
+        "/reschedule",
+        {"jobs": [{"id": "A", "delay": 0}, {"id": "none", "delay": 0}]},
+        "/reschedule 2 jobs: 1",
+    ),
     ("/purge", {"queue": "Q"}, '/purge queue="Q": 3'),
 ]
 
@@ -13594,13 +14390,22 @@ def test_what_an_operator_does_is_logged_in_a_line_with_address_and_count(own):
 def test_the_metrics_tell_of_storage_workers_pauses_and_the_loop(engine, q):
     engine.poll(q, worker=q)
     engine.post("/pause", queue=q)
-    values = dict(line.split(" ") for line in engine.get("/metrics").splitlines()
-                  if line[0] != "#" and "{" not in line)
+    values = dict(
+        line.split(" ")
+        for line in engine.get("/metrics").splitlines()
+        if line[0] != "#" and "{" not in line
+    )
     engine.post("/resume", queue=q)
     assert values["rundown_storage_trouble"] == "0" and float(values["rundown_workers"]) >= 1
     assert int(values["rundown_queues_paused"]) >= 1
-    for name in ("database_bytes", "log_bytes", "disk_free_bytes", "loop_lag_seconds",
-                 "commit_seconds_sum", "commit_seconds_count"):
+    for name in (
+        "database_bytes",
+        "log_bytes",
+        "disk_free_bytes",
+        "loop_lag_seconds",
+        "commit_seconds_sum",
+        "commit_seconds_count",
+    ):
         assert float(values["rundown_" + name]) > 0, name
 
 
@@ -13608,17 +14413,22 @@ def on_a_small_disk(own, folder, size="4m"):
     """An engine whose database is on a small file system that only it sees."""
     mount = 'mount -t tmpfs -o size=%s tmpfs "$0" && exec "$@"' % size
     prefix = ("unshare", "-rm", "sh", "-c", mount, str(folder))
-    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode
+    ):
         pytest.skip("this system lets nobody mount in a namespace")
     return own("--db", str(folder / "jobs.db"), prefix=prefix)
 
 
-# -- faults: power cuts ------------------------------------------------------------------------------
+# -- faults: power cuts ---------------------------------------------------------------------------
 
 SECTOR = 512            # bytes that a disk writes as a whole
 
 TRACED = "pwrite64,write,writev,ftruncate,fsync,fdatasync,unlink,rename,sendto,sendmsg"
-TRACE_LINE = re.compile(r"(\d+) +(?:<\.\.\. (\w+) resumed>|(\w+)\()(.*?)(?: <unfinished \.\.\.>|= (-?\d+).*)?$")
+TRACE_LINE = re.compile(
+    r"(\d+) +(?:<\.\.\. (\w+) resumed>|(\w+)\()"           # thread, call
+    r"(.*?)(?: <unfinished \.\.\.>|= (-?\d+).*)?$")         # arguments, result
 FILE_ARGUMENT = re.compile(r"\d+<(.*?)>")
 STRINGS = re.compile(r'"([^"]*)"')
 
@@ -14482,6 +15292,70 @@ def test_nginx_s_400_on_its_tls_port_gives_up_no_job(engine, nginx, tmp_path, q)
     assert rw.forward(connect, plain) == 20 and payloads(engine, q) == list(range(20))
 
 
+def readme_block(language):
+    text = README.read_text(encoding="utf-8")
+    found = re.search(r"^```%s\n(.*?)^```" % language, text, re.M | re.S)
+    return found[1] if found else pytest.skip("README has no such block")
+
+
+@pytest.fixture
+def caddy(tmp_path):
+    """Starts a Caddy: caddy(directives) is its URL."""
+    if not shutil.which("caddy"):
+        pytest.skip("needs caddy")
+    servers = []
+
+    def start(directives):
+        url = unused()
+        file = tmp_path / "Caddyfile"
+        file.write_text("{\nadmin off\nauto_https off\n}\n%s {\n%s\n}\n" % (url, directives))
+        servers.append(
+            subprocess.Popen(
+                ["caddy", "run", "--config", str(file), "--adapter", "caddyfile"],
+                env={**os.environ, "HOME": str(tmp_path)},
+                stderr=subprocess.DEVNULL,
+            )
+        )
+        until(lambda: listens(int(url.split(":")[2])), 10)
+        return url
+
+    yield start
+    for server in servers:
+        server.kill()       # else it waits for its connections
+        server.wait()
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+def test_nginx_and_caddy_as_in_the_readme(request, own, browser, work, q, proxy):
+    engine = own()
+    lines = readme_block({"caddy": "caddyfile"}.get(proxy, proxy))
+    start = request.getfixturevalue(proxy)
+    url = start(lines.replace("127.0.0.1:8181", "127.0.0.1:%d" % engine.port)) + "/jobs"
+    job = rw.Client(url).enqueue(q, 5)
+    work(handler(q, "return payload"), types.SimpleNamespace(url=url))
+    assert job.result(10) == 5
+    browser.open(url + "/")
+    until(lambda: browser.text(button(q, "pause")))
+    browser.press(button(q, "pause"))
+    until(lambda: engine.queue(q)["paused"])
+
+
+def test_container_as_in_the_readme(tmp_path):
+    command = json.loads(re.search(r"^ENTRYPOINT (.*)$", readme_block("dockerfile"), re.M)[1])
+    folder = volume(tmp_path)
+    places = {"python": sys.executable, "/app/rundown_engine.py": str(HERE / "rundown_engine.py")}
+    command = [places.get(word, word).replace("/data", str(folder)) for word in command]
+    env = environment({"RUNDOWN_TOKEN": "secret", **NO_TEMPORARY_FOLDER})
+    command = [*namespace(READ_ONLY, folder), *command, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as engine:
+        port = re.search(rb":(\d+)", engine.stdout.readline())[1].decode()
+        api = Api("http://127.0.0.1:" + port)
+        named = {"Host": "engine:8181", "Authorization": "Bearer secret"}
+        assert api.call("POST", "/enqueue", {"queue": "q"}, named)[0] == 200
+        assert api.call("GET", "/health")[0] == 200
+        engine.terminate()
+
+
 # -- README: every block of it runs ----------------------------------------------------------------
 
 README = HERE / "README.md"
@@ -14544,7 +15418,7 @@ BENCH = """How fast it is on this machine, each figure the median of some short 
 The engine is a process of its own with a database on disk and synchronous=FULL; so are the clients, whose raw
 requests are bytes that were made before, so that it is the engine that is measured."""
 
-GOALS = {       # what was set out for; at most where the unit is ms, MB or %, at least elsewhere
+GOALS = {  # what was set out for; at most where the unit is ms, MB or %, at least elsewhere
     "enqueue: SDK, 1 thread": (3000, "/s"),
     "enqueue: raw, 8 connections": (11200, "/s"),
     "enqueue: bulk of 10,000": (80000, "/s"),
@@ -14562,8 +15436,10 @@ GOALS = {       # what was set out for; at most where the unit is ms, MB or %, a
 def packed(path, **body):
     """The bytes of a POST as a client with a connection to keep sends them."""
     text = json.dumps(body).encode()
-    return (b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-            % (path.encode(), len(text), text))
+    return (
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        % (path.encode(), len(text), text)
+    )
 
 
 def healths():
@@ -14572,7 +15448,9 @@ def healths():
 
 
 def enqueues(queue):
-    one = packed("/enqueue", queue=queue, payload={"path": "images/2026/11/23/photo-4711.jpg", "width": 640})
+    one = packed(
+        "/enqueue", queue=queue, payload={"path": "images/2026/11/23/photo-4711.jpg", "width": 640}
+    )
     while True:
         answer = yield one
         assert answer.startswith(b"HTTP/1.1 200"), answer
@@ -14585,7 +15463,7 @@ def pairs(queue):
         answer = yield poll
         if answer.startswith(b"HTTP/1.1 204"):
             return
-        job = json.loads(answer[answer.index(b"\r\n\r\n"):])
+        job = json.loads(answer[answer.index(b"\r\n\r\n") :])
         answer = yield packed("/complete", id=job["id"], attempt=job["attempt"])
         assert answer.startswith(b"HTTP/1.1 200"), answer
 
@@ -14602,7 +15480,9 @@ def hammer(port, connections, seconds, script, *arguments):
     for lane, _ in lanes:
         lane.fileobj.sendall(next(lane.data))
     while selector.get_map():
-        for lane, _ in lanes if connections == 1 else selector.select():     # one alone needs no asking who is ready
+        for lane, _ in (
+            lanes if connections == 1 else selector.select()
+        ):  # one alone needs no asking who is ready
             answers += 1
             if not advance(lane, began + seconds):
                 selector.unregister(lane.fileobj).fileobj.close()
@@ -14638,14 +15518,22 @@ class Bench:
 
     def __init__(self, folder, client, options):
         self.folder, self.client, self.quick = folder, client, options.quick
-        self.seconds = 0.3 if options.quick else 1.0        # of a run
+        self.seconds = 0.3 if options.quick else 1.0  # of a run
         self.figures = []
 
     def figure(self, name, unit, values):
         """One figure: the median of `values`."""
         goal, goal_unit = GOALS.get(name, (None, unit))
         assert goal_unit == unit, name
-        self.figures.append({"name": name, "value": statistics.median(values), "unit": unit, "runs": list(values), "goal": goal})
+        self.figures.append(
+            {
+                "name": name,
+                "value": statistics.median(values),
+                "unit": unit,
+                "runs": list(values),
+                "goal": goal,
+            }
+        )
         print("%-45s %s" % (name, written_figure(self.figures[-1])), file=sys.stderr, flush=True)
 
     def runs(self, name, unit, run, times=3):
@@ -14659,6 +15547,7 @@ class Bench:
 
     def pairs(self, name, connections, queue):
         """Polls and completes of jobs that are there for it."""
+
         def run():
             self.fill(queue, 10000 if connections > 1 else 5000)
             return self.hammer(connections, self.seconds, pairs, queue) / 2
@@ -14667,8 +15556,13 @@ class Bench:
 
     def fill(self, queue, number):
         """Adds jobs in bodies of 10,000; how many a second, with what it takes to make the bodies left out."""
-        bodies = [packed("/enqueue", jobs=[{"queue": queue, "payload": n} for n in range(at, min(at + 10000, number))])
-                  for at in range(0, number, 10000)]
+        bodies = [
+            packed(
+                "/enqueue",
+                jobs=[{"queue": queue, "payload": n} for n in range(at, min(at + 10000, number))],
+            )
+            for at in range(0, number, 10000)
+        ]
         began = time.perf_counter()
         with socket.create_connection(("127.0.0.1", self.engine.port), 60) as connection:
             for body in bodies:
@@ -14681,6 +15575,7 @@ class Bench:
 
     def drain(self, name, slots, number, queue="drain"):
         """No-op jobs through one worker process, by the times that the engine noted: first claimed to last completed."""
+
         def run():
             self.fill(queue, number)
             began = rundown_engine.micros(time.time())
@@ -14695,7 +15590,8 @@ class Bench:
         with contextlib.closing(sqlite3.connect(str(self.engine.database))) as database:
             number, first, last = database.execute(
                 "SELECT COUNT(*), MIN(started_at), MAX(finished_at) FROM jobs WHERE status = 'done' AND finished_at > ?",
-                [since]).fetchone()
+                [since],
+            ).fetchone()
         return number / (last - first) * 1e6
 
 
@@ -14747,28 +15643,51 @@ def one_fsync(file):
 
 def inserts(folder, number=50000):
     """Rows a second into a table with one index: what Python and SQLite do together at best."""
-    with contextlib.closing(sqlite3.connect(str(folder / "floor.db"), isolation_level=None)) as database:
-        database.executescript("PRAGMA journal_mode = WAL; DROP TABLE IF EXISTS t; CREATE TABLE t (id TEXT PRIMARY KEY, a, b)")
+    with contextlib.closing(
+        sqlite3.connect(str(folder / "floor.db"), isolation_level=None)
+    ) as database:
+        database.executescript(
+            "PRAGMA journal_mode = WAL; DROP TABLE IF EXISTS t; CREATE TABLE t (id TEXT PRIMARY KEY, a, b)"
+        )
         began = time.perf_counter()
         database.execute("BEGIN")
-        database.executemany("INSERT INTO t VALUES (?, ?, ?)", (("%036d" % n, "queue", "payload") for n in range(number)))
+        database.executemany(
+            "INSERT INTO t VALUES (?, ?, ?)",
+            (("%036d" % n, "queue", "payload") for n in range(number)),
+        )
         database.execute("COMMIT")
         return number / (time.perf_counter() - began)
 
 
 def bench_enqueue(bench):
-    bench.runs("enqueue: SDK, 1 thread", "/s", lambda: bench.client.submit(
-        sdk_enqueues, bench.engine.port, bench.seconds).result())
+    bench.runs(
+        "enqueue: SDK, 1 thread",
+        "/s",
+        lambda: bench.client.submit(sdk_enqueues, bench.engine.port, bench.seconds).result(),
+    )
     for connections in (1, 8, 64):
-        bench.rate("enqueue: raw, %d connection%s" % (connections, "s"[connections == 1:]), connections, enqueues, "raw")
+        bench.rate(
+            "enqueue: raw, %d connection%s" % (connections, "s"[connections == 1 :]),
+            connections,
+            enqueues,
+            "raw",
+        )
     bench.runs("enqueue: bulk of 10,000", "/s", lambda: bench.fill("bulk", 10000))
 
 
 def bench_drain(bench):
     for slots in (1, 4):
-        bench.drain("drain: %d slot%s" % (slots, "s"[slots == 1:]), slots, 5000 if bench.quick else 10000 * slots)
+        bench.drain(
+            "drain: %d slot%s" % (slots, "s"[slots == 1 :]),
+            slots,
+            5000 if bench.quick else 10000 * slots,
+        )
     for connections in (1, 8):
-        bench.pairs("poll+complete: raw, %d connection%s" % (connections, "s"[connections == 1:]), connections, "pairs")
+        bench.pairs(
+            "poll+complete: raw, %d connection%s" % (connections, "s"[connections == 1 :]),
+            connections,
+            "pairs",
+        )
 
 
 def bench_pickup(bench):
@@ -14804,7 +15723,10 @@ def bench_flatness(bench):
         bench.engine.stop()
     bench.engine.start()
     value = {figure["name"]: figure["value"] for figure in bench.figures}
-    few, many = (value["poll+complete: raw, 8 connections, {:,} pending".format(level)] for level in (1000, most))
+    few, many = (
+        value["poll+complete: raw, 8 connections, {:,} pending".format(level)]
+        for level in (1000, most)
+    )
     bench.figure("poll+complete: most pending against 1,000", "x", [many / few])
 
 
@@ -14813,21 +15735,36 @@ def grow(database, number, **fields):
     source = "".join(", :" + name for name in fields)
     with contextlib.closing(sqlite3.connect(str(database), isolation_level=None)) as db:
         db.execute("PRAGMA synchronous = OFF")
-        triggers = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        triggers = db.execute(
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall()
         db.execute("BEGIN")
         for name, _ in triggers:
             db.execute("DROP TRIGGER " + name)
-        db.execute("""
+        db.execute(
+            """
             WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :number)
             INSERT INTO jobs (id, queue, payload, created_at, updated_at, next_run_at, started_at, finished_at%s)
             SELECT printf('%%08x-%%04x-7000-8000-%%012x', :now / 65536000000, :salt, i), 'many', '{"path":"photo-4711.jpg"}',
-                :now, :now, :now + i + :ahead, :ended, :ended%s FROM n""" % ("".join(", " + name for name in fields), source),
-            {**fields, "number": number, "now": rundown_engine.micros(time.time()) - 3600000000, "salt": next(NUMBERS),
-             "ahead": 86400000000 * fields["hold"], "ended": None if fields["status"] == "pending" else
-             rundown_engine.micros(time.time()) - 60000000})
+                :now, :now, :now + i + :ahead, :ended, :ended%s FROM n"""
+            % ("".join(", " + name for name in fields), source),
+            {
+                **fields,
+                "number": number,
+                "now": rundown_engine.micros(time.time()) - 3600000000,
+                "salt": next(NUMBERS),
+                "ahead": 86400000000 * fields["hold"],
+                "ended": None
+                if fields["status"] == "pending"
+                else rundown_engine.micros(time.time()) - 60000000,
+            },
+        )
         db.execute("INSERT OR IGNORE INTO queues (queue) VALUES ('many')")
-        db.execute("UPDATE queues SET %s = %s + ?, scheduled = scheduled + ? WHERE queue = 'many'" % (
-            fields["status"], fields["status"]), [number, number * fields["hold"]])
+        db.execute(
+            "UPDATE queues SET %s = %s + ?, scheduled = scheduled + ? WHERE queue = 'many'"
+            % (fields["status"], fields["status"]),
+            [number, number * fields["hold"]],
+        )
         for _, sql in triggers:
             db.execute(sql)
         db.execute("COMMIT")
@@ -14847,13 +15784,16 @@ def bench_rest(bench):
     bench.figure("rest: CPU of worker", "%", [worker_cpu])
     bench.figure("rest: memory of engine", "MB", [memory(engine.process)])
     bench.figure("rest: memory of worker", "MB", [memory(worker.process)])
-    bench.figure("rest: memory of engine and worker", "MB", [memory(engine.process) + memory(worker.process)])
+    bench.figure(
+        "rest: memory of engine and worker", "MB", [memory(engine.process) + memory(worker.process)]
+    )
     worker.stop()
     rundown_engine.raise_file_limit()
     with contextlib.ExitStack() as sleepers:
         for _ in range(1000):
             sleepers.enter_context(socket.create_connection(("127.0.0.1", engine.port))).sendall(
-                packed("/poll", queue="idle", wait=60))
+                packed("/poll", queue="idle", wait=60)
+            )
         time.sleep(1)
         bench.figure("1,000 waiting polls: CPU of engine", "%", busy(bench, engine.process))
         bench.figure("1,000 waiting polls: memory of engine", "MB", [memory(engine.process)])
@@ -14870,31 +15810,45 @@ def bench_scale(bench):
             bench.engine.kill()
     bench.engine = Engine(folder_in(bench.folder))
     value = {figure["name"]: (figure["value"], figure["unit"]) for figure in bench.figures}
-    for name in [name.rpartition(", ")[0] for name in value if name.endswith("{:,} jobs".format(many))]:
-        (one, _), (other, unit) = (value["%s, {:,} jobs".format(number) % name] for number in (few, many))
+    for name in [
+        name.rpartition(", ")[0] for name in value if name.endswith("{:,} jobs".format(many))
+    ]:
+        (one, _), (other, unit) = (
+            value["%s, {:,} jobs".format(number) % name] for number in (few, many)
+        )
         bench.figure(name + ", times slower", "x", [one / other if unit == "/s" else other / one])
 
 
 def bench_jobs(bench, number, beside):
     """What is asked of an engine with so many jobs: those of `scale`, of which a tenth will be done."""
+
     def calls(name, path):
         def took():
             began = time.perf_counter()
             text = bench.engine.call("GET", path)[1]
             assert text
             return (time.perf_counter() - began) * 1e3
+
         bench.runs("scale: %s%s" % (name, beside), "ms", took, 21)
 
     for queue in ("scale", "raw"):
         bench.engine.poll(queue)
-    bench.figure("scale: fill" + beside, "/s", [bench.fill("scale", 10000) for _ in range(0, number, 10000)])
+    bench.figure(
+        "scale: fill" + beside, "/s", [bench.fill("scale", 10000) for _ in range(0, number, 10000)]
+    )
     oldest = bench.engine.poll("scale")
     assert bench.engine.tell("complete", oldest)[0] == 200
     began = time.perf_counter()
     bench.hammer(4, 3600, batches, "scale", number // 40)
-    bench.figure("scale: drain a tenth" + beside, "/s", [number / 10 / (time.perf_counter() - began)])
+    bench.figure(
+        "scale: drain a tenth" + beside, "/s", [number / 10 / (time.perf_counter() - began)]
+    )
     bench.rate("scale: enqueue, 8 connections" + beside, 8, enqueues, "raw")
-    bench.runs("scale: poll and complete, 8 connections" + beside, "/s", lambda: bench.hammer(8, bench.seconds, pairs, "scale") / 2)
+    bench.runs(
+        "scale: poll and complete, 8 connections" + beside,
+        "/s",
+        lambda: bench.hammer(8, bench.seconds, pairs, "scale") / 2,
+    )
     calls("a page", "/jobs")
     calls("a page of the queue's done jobs", "/jobs?queue=scale&status=done")
     calls("a page in the middle", "/jobs?after=" + oldest["id"])
@@ -14908,7 +15862,9 @@ def bench_jobs(bench, number, beside):
     bench.engine.kill()
     began = time.perf_counter()
     bench.engine.start("--keep", "1s", constants={"RETENTION_INTERVAL": 0.1})
-    bench.figure("scale: start after a kill -9" + beside, "ms", [(time.perf_counter() - began) * 1e3])
+    bench.figure(
+        "scale: start after a kill -9" + beside, "ms", [(time.perf_counter() - began) * 1e3]
+    )
     done = bench.engine.queue("scale")["done"]
     until(lambda: not bench.engine.queue("scale")["done"], 3600)
     bench.figure("scale: retention" + beside, "/s", [done / (time.perf_counter() - began)])
@@ -14918,8 +15874,10 @@ def batches(queue, number):
     """Polls and completes of 100 jobs at a time, so many jobs of them."""
     for _ in range(0, number, 100):
         answer = yield packed("/poll", queue=queue, limit=100)
-        claims = json.loads(answer[answer.index(b"\r\n\r\n"):])
-        answer = yield packed("/complete", jobs=[{"id": job["id"], "attempt": job["attempt"]} for job in claims])
+        claims = json.loads(answer[answer.index(b"\r\n\r\n") :])
+        answer = yield packed(
+            "/complete", jobs=[{"id": job["id"], "attempt": job["attempt"]} for job in claims]
+        )
         assert answer.startswith(b"HTTP/1.1 200"), answer
 
 
@@ -14938,11 +15896,14 @@ def busy(bench, *processes):
 
 def memory(process):
     """Megabytes of memory that a process holds."""
-    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/%d/status" % process.pid).read_text())[1]) / 1e3
+    return (
+        int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/%d/status" % process.pid).read_text())[1])
+        / 1e3
+    )
 
 
 SECTIONS = [bench_floors, bench_enqueue, bench_drain, bench_pickup, bench_flatness, bench_rest]
-ASKED = [bench_scale]       # run only where they are asked for
+ASKED = [bench_scale]  # run only where they are asked for
 
 
 def bench_main(argv=None):
@@ -14950,13 +15911,20 @@ def bench_main(argv=None):
     parser = argparse.ArgumentParser(prog="test_rundown.py bench", description=BENCH)
     parser.add_argument("--json", action="store_true", help="the figures as JSON, with every run")
     parser.add_argument("--quick", action="store_true", help="shorter runs, a tenth of the jobs")
-    parser.add_argument("--only", choices=[section.__name__[6:] for section in SECTIONS + ASKED],
-                        help="one section; scale, with ten million jobs, is not part of the rest")
+    parser.add_argument(
+        "--only",
+        choices=[section.__name__[6:] for section in SECTIONS + ASKED],
+        help="one section; scale, with ten million jobs, is not part of the rest",
+    )
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, client_process() as client:
         bench = Bench(Path(folder), client, options)
         bench.engine = Engine(folder_in(bench.folder))
-        for queue in ("sdk", "raw", "bulk"):        # else each enqueue looks for a queue that may have been meant
+        for queue in (
+            "sdk",
+            "raw",
+            "bulk",
+        ):  # else each enqueue looks for a queue that may have been meant
             bench.engine.poll(queue)
         try:
             for section in SECTIONS if options.only is None else SECTIONS + ASKED:
@@ -14964,7 +15932,11 @@ def bench_main(argv=None):
                     section(bench)
         finally:
             bench.engine.kill()
-    print(json.dumps({"machine": machine(), "figures": bench.figures}, indent=1) if options.json else table(bench.figures))
+    print(
+        json.dumps({"machine": machine(), "figures": bench.figures}, indent=1)
+        if options.json
+        else table(bench.figures)
+    )
     return 0
 
 
@@ -14975,19 +15947,40 @@ def client_process():
 
 def machine():
     return "%s, Python %s, SQLite %s, %d cores, %s %s" % (
-        datetime.date.today(), sys.version.split()[0], sqlite3.sqlite_version, os.cpu_count(), platform.system(), platform.machine())
+        datetime.date.today(),
+        sys.version.split()[0],
+        sqlite3.sqlite_version,
+        os.cpu_count(),
+        platform.system(),
+        platform.machine(),
+    )
 
 
 def table(figures):
     """The figures in columns: what, median, lowest and highest run, goal."""
     rows = [("", "median", "runs", "goal")]
     for figure in figures:
-        low, high = (written_figure({**figure, "value": value}).split()[0] for value in (min(figure["runs"]), max(figure["runs"])))
+        low, high = (
+            written_figure({**figure, "value": value}).split()[0]
+            for value in (min(figure["runs"]), max(figure["runs"]))
+        )
         goal = "" if figure["goal"] is None else written_figure({**figure, "value": figure["goal"]})
-        rows.append((figure["name"], written_figure(figure), low if len(figure["runs"]) == 1 else "%s - %s" % (low, high), goal))
+        rows.append(
+            (
+                figure["name"],
+                written_figure(figure),
+                low if len(figure["runs"]) == 1 else "%s - %s" % (low, high),
+                goal,
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(cell.rjust(width) if column else cell.ljust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
     return "\n".join([machine(), *lines])
 
 
@@ -15213,9 +16206,15 @@ CREATE TRIGGER jobs_forget AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
 }
 
 
-COMMANDS = {"bench": bench_main, "faults": faults_main, "power": power_main, "mutants": mutants_main}
+COMMANDS = {
+    "bench": bench_main,
+    "faults": faults_main,
+    "power": power_main,
+    "mutants": mutants_main,
+}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         sys.exit(COMMANDS[sys.argv[1]](sys.argv[2:]))
-    sys.exit("usage: python test_rundown.py %s [--help], or python -m pytest" % " | ".join(COMMANDS))
+    names = " | ".join(COMMANDS)
+    sys.exit("usage: python test_rundown.py %s [--help], or python -m pytest" % names)
