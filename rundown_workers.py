@@ -22,10 +22,9 @@ A JOB'S WAY THROUGH A WORKER
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
 
 A queue has one long poll and `concurrency` slots; each slot is a thread, or a task of the event
-loop that all async handlers share. When jobs are short, the
-worker claims ahead: never more than its slots start within 100 ms at their recent pace. Outcomes
-gather into one request while another is in flight. One heartbeat for all claims, every third of
-the lease, keeps long jobs alive.
+loop that all async handlers share. When jobs are short, the worker claims ahead: never more than
+its slots start within 100 ms at their recent pace. Outcomes gather into one request while another
+is in flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
 
 PRODUCING
     enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
