@@ -100,11 +100,11 @@ ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
 
 It runs once a job, in a process group of its own. Its stdin is the payload as JSON (a string as it
-is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment. Exit code 0:
-done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as text. 65: failed for good. Any
-other: failed, with the end of stderr. At the timeout, when the claim is lost and at the end of the
-grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes that it leaves in its group are
-killed.
+is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment, and
+RUNDOWN_TOKEN is not. Exit code 0: done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as
+text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the
+claim is lost and at the end of the grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes
+that it leaves in its group are killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
     enqueue_in(connection, queue, payload, ...)
@@ -131,6 +131,8 @@ commits. Other OPTIONS: host, max_retries, timeout. Connections are closed aroun
 task_finished is sent after the last attempt.
 
 COMMAND LINE
+    python rundown_workers.py COMMAND --help        enqueue, status, jobs, queues, top, cancel, ...
+
 JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
