@@ -22,10 +22,9 @@ A JOB'S WAY THROUGH A WORKER
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
 
 A queue has one long poll and `concurrency` slots; each slot is a thread, or a task of the event
-loop that all async handlers share. When jobs are short, the
-worker claims ahead: never more than its slots start within 100 ms at their recent pace. Outcomes
-gather into one request while another is in flight. One heartbeat for all claims, every third of
-the lease, keeps long jobs alive.
+loop that all async handlers share. When jobs are short, the worker claims ahead: never more than
+its slots start within 100 ms at their recent pace. Outcomes gather into one request while another
+is in flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
 
 PRODUCING
     enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
@@ -101,11 +100,11 @@ ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
 
 It runs once a job, in a process group of its own. Its stdin is the payload as JSON (a string as it
-is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment. Exit code 0:
-done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as text. 65: failed for good. Any
-other: failed, with the end of stderr. At the timeout, when the claim is lost and at the end of the
-grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes that it leaves in its group are
-killed.
+is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment, and
+RUNDOWN_TOKEN is not. Exit code 0: done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as
+text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the
+claim is lost and at the end of the grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes
+that it leaves in its group are killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
     enqueue_in(connection, queue, payload, ...)
@@ -132,6 +131,8 @@ commits. Other OPTIONS: host, max_retries, timeout. Connections are closed aroun
 task_finished is sent after the last attempt.
 
 COMMAND LINE
+    python rundown_workers.py COMMAND --help        enqueue, status, jobs, queues, top, cancel, ...
+
 JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
@@ -283,6 +284,7 @@ LEASE = 30                  # seconds that the engine waits for a sign of life
 LONG_POLL = 25              # seconds that a poll waits for a job; some proxies end one after 30
 GRACE = 30                  # seconds that running handlers get when the worker stops
 REPORT_GRACE = 2            # seconds, at least, that their outcomes get to be reported
+STRAY_DELAY = 0.3           # seconds in which a proxy forwards a poll whose client has gone
 RELEASE_WINDOW = 0.5        # seconds in which jobs that arrive during a stop are released
 PREFETCH_SECONDS = 0.1      # seconds of work that are claimed ahead
 MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before it is released
@@ -847,7 +849,8 @@ class Caller:
 
     def _unreachable(self, host, error):
         """The exception for a failure to get a response; the next engine is used from now on."""
-        self.active.move_on(host)
+        if not self.pool.closed:        # else nobody but us has ended the request
+            self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
         return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
@@ -899,6 +902,7 @@ class Caller:
     def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
         self.shutdown()
+        close_idle_streams(self.hosts)
 
 
 class ProducerCalls(Caller):
@@ -1460,11 +1464,10 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
 
 
 def encode_durations(fields):
-    """The fields with numbers of seconds in place of timedeltas."""
-    return {
-        name: in_seconds(value) if name in DURATIONS else value
-        for name, value in fields.items()
-    }
+    """Put numbers of seconds in place of timedeltas, and return the fields."""
+    for name in DURATIONS & fields.keys():
+        fields[name] = in_seconds(fields[name])
+    return fields
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1587,6 +1590,23 @@ class AsyncCalls:
             else:
                 idle.append((reader, writer))
             return response
+
+
+    def close_idle(self, hosts):
+        """Close the idle connections to these engines."""
+        places = [urllib.parse.urlsplit(host)[:2] for host in hosts]
+        for key in list(self.idle):
+            origin, _ = key
+            if origin in places:
+                for _, writer in self.idle.pop(key):
+                    writer.close()
+
+
+def close_idle_streams(hosts):
+    """Close the idle connections of asyncio calls to these engines, if there were any calls."""
+    for calls in async_calls_instance:
+        if calls.process == os.getpid():
+            calls.loop.call_soon_threadsafe(calls.close_idle, hosts)
 
 
 async def connect_streams(origin, context):
@@ -2962,6 +2982,17 @@ class Consumer:
         else:
             self.session.forget(claim)
 
+    def release_strays(self):
+        """Release the running jobs that bear the worker's name and that it does not know."""
+        path = f'/jobs?status=running&brief=true&limit=1000&queue={quote(self.name)}'
+        page = self.session.client.send(path, None, REPORT_GRACE)
+        known = {claim.json_prefix for claim in self.session.claims.copy()}
+        items = [json_prefix(job) + '}' for job in page['jobs']
+                 if job['worker'] == self.worker.name and json_prefix(job) not in known]
+        for batch in batches(items, len):
+            text = f'{{"jobs":[{",".join(batch)}]}}'
+            self.session.client.send('/release', text, REPORT_GRACE)
+
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
         self.fetcher.on_capacity()
@@ -2998,6 +3029,7 @@ class Fetcher:
         self.configured_host = None     # the engine that was sent the queue's limits and schedule
         self.low_watermark = 0          # it polls when no more claims than this are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
+        self.was_cut_off = False        # its last poll was ended by the worker's stop
         # safe by itself
         self.capacity_freed = threading.Event()
 
@@ -3107,7 +3139,8 @@ class Fetcher:
     def _on_error(self, error):
         if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
             raise error         # asking again does not help: that ends the worker
-        if not self.worker.stopping.is_set():
+        self.was_cut_off = self.worker.stopping.is_set()
+        if not self.was_cut_off:
             self.worker.stopping.wait(self.session.on_down(error))
 
 
@@ -3460,7 +3493,9 @@ class Worker:
         self.grace = grace              # seconds
         self.max_hung = max_hung
         self.process = os.getpid()
-        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}'
+        # unlike any other's, since release_strays() goes by it
+        suffix = f'{rng.getrandbits(16):04x}'
+        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}-{suffix}'
         self.sessions = {}              # by the engine's addresses
         self.consumers = []
         # safe by themselves, the first in signal handlers too
@@ -3639,6 +3674,7 @@ class Worker:
         self._end_polls()
         until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
         self.release(Lost)
+        self._release_strays()
         report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
         until(lambda: not self.count_unreported(), report_deadline)
         if self.count_unreported():
@@ -3655,6 +3691,18 @@ class Worker:
             for consumer in self.consumers:
                 consumer.fetcher.client.shutdown(how)
             until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _release_strays(self):
+        """Give back what polls have claimed whose answers were lost.
+
+        A proxy that takes half a close for a close drops the answer to the poll.
+        """
+        cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
+        if cut_off:
+            time.sleep(STRAY_DELAY)
+        for consumer in cut_off:
+            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
+                consumer.release_strays()
 
     def _fetchers_ended(self):
         return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
@@ -5829,7 +5877,7 @@ def environment_variable(name, value):
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = before
 

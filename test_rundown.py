@@ -2407,6 +2407,9 @@ def test_search_finds_text_in_payload_error_result_tag_and_id(clocked, q):
         assert [job["id"] for job in found["jobs"]] == ["%s-%d" % (q, number)], text
         assert found["after"] is None
     assert clocked.get("/jobs?search=nothing&queue=" + q)["jobs"] == []
+    last = clocked.enqueue(q, after=[q + "-3", q + "-4"], after_any=True)["id"]
+    assert [job["id"] for job in clocked.get("/jobs?search=sda1&needed_by=" + last)["jobs"]] == [q + "-3"]
+    assert [job["id"] for job in clocked.get("/jobs?search=%s&needs=%s-3" % (last, q))["jobs"]] == [last]
 
 
 def test_a_page_looks_at_a_bounded_number_of_jobs_and_says_where_to_go_on(clocked, q, monkeypatch):
@@ -4753,6 +4756,16 @@ def test_the_claim_is_served_by_one_index_in_its_order(clocked, q):
     assert "USING INDEX jobs_claim (queue=?)" in plan and "SCAN" not in plan and "TEMP B-TREE" not in plan
 
 
+@pytest.mark.parametrize("name", [
+    "ACTIVE_IN_GROUP", "FIRST_IN_GROUP", "SELECT_EXPIRED", "SELECT_LOST", "SELECT_DUE", "NEXT_DEADLINE", "NEXT_ENDED",
+    "NEXT_DEPENDENTS", "TOLD_DEPENDENTS", "DEPENDENCIES_OF", "JOB_WITH_KEY", "FIND_BY_ID", "SELECT_STEP"])
+def test_what_runs_in_every_pass_looks_at_no_row_in_vain(clocked, name):
+    statement = getattr(rundown_engine, name)
+    with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
+        plan = " | ".join(row[3] for row in db.execute("EXPLAIN QUERY PLAN " + statement, (1,) * statement.count("?")))
+    assert not re.search("SCAN (?!CONSTANT)|TEMP B-TREE", plan), plan
+
+
 CROWD = [{"priority": 5, "delay": 9999}, {"queue": "other"}, {}]
 
 
@@ -6104,6 +6117,8 @@ def test_a_worker_is_told_of_a_job_whose_lease_is_over(clocked, q):
 class Proxy:
     """Stands between a client and an engine: counts connections, swallows the next `swallow` replies to `path`."""
 
+    linger = 0      # seconds until the engine hears that the client has closed its half
+
     def __init__(self, engine):
         self.target, self.connections, self.swallow, self.path = (engine.host, engine.port), 0, 0, b"/"
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -6131,6 +6146,7 @@ class Proxy:
                         self.swallow -= 1
                         return
                     if not data:
+                        time.sleep(self.linger)
                         return
                     (engine if source is client else client).sendall(data)
 
@@ -7120,6 +7136,34 @@ def test_jobs_run_once_through_workers_that_are_stopped_and_started(own, work, q
         said += worker.said()
     assert sorted(map(int, said)) == list(range(300))
     assert {row["queue"]: row["done"] for row in engine.get("/queues")["queues"]}[q] == 300
+
+
+@beside
+def test_no_job_stays_claimed_when_a_worker_stops_behind_a_proxy(engine, work, q):
+    """It takes half a close for a close, as nginx does, and drops the answer to the poll."""
+    proxy = Proxy(engine)
+    proxy.linger = 0.2
+    worker = work(handler(q, "pass", concurrency=20), proxy)
+    until(lambda: any(one["queue"] == q for one in engine.get("/queues")["workers"]))
+    worker.process.send_signal(signal.SIGTERM)
+    until(lambda: "stopping" in worker.log())
+    engine.post("/enqueue", jobs=[{"queue": q}] * 10)
+    assert worker.wait() == 0
+    page = engine.get("/jobs?queue=" + q)
+    assert [(job["status"], job["retries"]) for job in page["jobs"]] == [("pending", 0)] * 10
+    proxy.listener.close()
+
+
+@beside
+def test_a_worker_that_stops_reports_to_the_engine_that_it_used(own, work, tmp_path, q):
+    (tmp_path / "standby").mkdir()
+    engine, standby = own(), own(folder=tmp_path / "standby")
+    both = types.SimpleNamespace(url=engine.url + " " + standby.url)
+    job = engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(0.7); return 7", concurrency=2), both)
+    until(worker.said)
+    assert worker.stop() == 0
+    assert (engine.job(job)["status"], engine.job(job)["result"]) == ("done", 7)
 
 
 # -- SDK: the engine is away ----------------------------------------------------------------------
@@ -8583,6 +8627,22 @@ def test_a_job_that_failed_raises_in_asyncio_programs_too(engine, q):
         arun(rw.Job(engine.enqueue(q), rw.Client(engine.url)).aresult(0.1))
     with pytest.raises(rw.Misuse, match="did you mean delay"):
         arun(rw.aenqueue(q, dealy=3))
+
+
+def test_asyncio_calls_go_over_tls_and_take_large_jobs(https, q):
+    engine, cert = https()
+    job = arun(rw.Client(engine.url, ca=cert).aenqueue(q, "x" * 3000000), Forbidden())
+    assert len(job["payload"]) == 3000000
+    with pytest.raises(rw.EngineUnavailable):
+        arun(rw.Client(engine.url, timeout=0.3).aenqueue(q, 1))
+
+
+def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
+    with rw.testing() as testing:
+        arun(testing.client.aenqueue("q"))
+        idle, place = rw.async_calls().idle, ("http", testing.client.host.partition("//")[2])
+        assert any(origin == place and streams for (origin, _), streams in idle.items())
+    until(lambda: not any(origin == place for origin, _ in list(idle)), 5)
 
 
 def test_nothing_blocks_an_event_loop_while_no_engine_answers():
@@ -11197,6 +11257,7 @@ STOPS = """
 def test_no_job_stays_claimed_when_a_node_worker_is_stopped_under_load(engine, tmp_path, q):
     """Also through a proxy that takes half a close for a close, and drops the answer to the poll."""
     proxy = Proxy(engine)
+    proxy.linger = 0.1
     for name, on in ((q + "a", engine), (q + "b", proxy)):
         with node(tmp_path, on, STOPS, run="", env={"QUEUE": name}) as worker:
             assert worker.wait() == 0
