@@ -7683,6 +7683,29 @@ def test_an_async_handler_that_blocks_the_loop_is_named_and_can_time_out(engine,
     assert "time.sleep(0.01)" in ended(engine, job)["error"]
 
 
+@pytest.mark.parametrize("other", ["async", "mixed"])
+def test_an_event_loop_that_stays_blocked_is_replaced(engine, work, q, other):
+    body = """
+        if payload == "block":
+            time.sleep(60)
+        await asyncio.sleep(0.01)
+        return payload
+    """
+    source = async_handler(q, body)
+    if other == "mixed":
+        source = source.replace("@rw.queue(name=%r, max_retries=0)" % q, "@rw.task(queue=%r, max_retries=0)" % q)
+        source += "\n@rw.task(queue=%r)\ndef plain(payload): return payload\n" % q
+        name = "handle"
+    payload = (lambda value: {"task": name, "args": [value]}) if other == "mixed" else (lambda value: value)
+    block = engine.enqueue(q, payload("block"), timeout=0.3, max_retries=0)
+    worker = work("rw.MAX_LOOP_BLOCK = rw.HUNG_AFTER = 0.3\n" + source, run="rw.run(grace=0.2)")
+    assert "timed out" in ended(engine, block)["error"]
+    for number in range(3):
+        assert ended(engine, engine.enqueue(q, payload(number)))["result"] == number
+    assert "is replaced" in worker.log()
+    assert worker.stop() == 0
+
+
 def test_what_an_async_handler_runs_in_a_thread_does_not_keep_the_worker(engine, work, q):
     job = engine.enqueue(q)
     seen = "await asyncio.get_running_loop().run_in_executor(None, lambda: say(rw.job()['id']))"
