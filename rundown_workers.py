@@ -22,10 +22,9 @@ A JOB'S WAY THROUGH A WORKER
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
 
 A queue has one long poll and `concurrency` slots; each slot is a thread, or a task of the event
-loop that all async handlers share. When jobs are short, the
-worker claims ahead: never more than its slots start within 100 ms at their recent pace. Outcomes
-gather into one request while another is in flight. One heartbeat for all claims, every third of
-the lease, keeps long jobs alive.
+loop that all async handlers share. When jobs are short, the worker claims ahead: never more than
+its slots start within 100 ms at their recent pace. Outcomes gather into one request while another
+is in flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
 
 PRODUCING
     enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
@@ -101,11 +100,11 @@ ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
 
 It runs once a job, in a process group of its own. Its stdin is the payload as JSON (a string as it
-is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment. Exit code 0:
-done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as text. 65: failed for good. Any
-other: failed, with the end of stderr. At the timeout, when the claim is lost and at the end of the
-grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes that it leaves in its group are
-killed.
+is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment, and
+RUNDOWN_TOKEN is not. Exit code 0: done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as
+text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the
+claim is lost and at the end of the grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes
+that it leaves in its group are killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
     enqueue_in(connection, queue, payload, ...)
@@ -132,6 +131,8 @@ commits. Other OPTIONS: host, max_retries, timeout. Connections are closed aroun
 task_finished is sent after the last attempt.
 
 COMMAND LINE
+    python rundown_workers.py COMMAND --help        enqueue, status, jobs, queues, top, cancel, ...
+
 JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
@@ -283,6 +284,7 @@ LEASE = 30                  # seconds that the engine waits for a sign of life
 LONG_POLL = 25              # seconds that a poll waits for a job; some proxies end one after 30
 GRACE = 30                  # seconds that running handlers get when the worker stops
 REPORT_GRACE = 2            # seconds, at least, that their outcomes get to be reported
+STRAY_DELAY = 0.3           # seconds in which a proxy forwards a poll whose client has gone
 RELEASE_WINDOW = 0.5        # seconds in which jobs that arrive during a stop are released
 PREFETCH_SECONDS = 0.1      # seconds of work that are claimed ahead
 MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before it is released
@@ -847,7 +849,8 @@ class Caller:
 
     def _unreachable(self, host, error):
         """The exception for a failure to get a response; the next engine is used from now on."""
-        self.active.move_on(host)
+        if not self.pool.closed:        # else nobody but us has ended the request
+            self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
         return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
@@ -899,6 +902,7 @@ class Caller:
     def close(self) -> None:
         """Close the connections, those in use too. Nothing can be sent after that."""
         self.shutdown()
+        close_idle_streams(self.hosts)
 
 
 class ProducerCalls(Caller):
@@ -1460,11 +1464,10 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
 
 
 def encode_durations(fields):
-    """The fields with numbers of seconds in place of timedeltas."""
-    return {
-        name: in_seconds(value) if name in DURATIONS else value
-        for name, value in fields.items()
-    }
+    """Put numbers of seconds in place of timedeltas, and return the fields."""
+    for name in DURATIONS & fields.keys():
+        fields[name] = in_seconds(fields[name])
+    return fields
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1587,6 +1590,23 @@ class AsyncCalls:
             else:
                 idle.append((reader, writer))
             return response
+
+
+    def close_idle(self, hosts):
+        """Close the idle connections to these engines."""
+        places = [urllib.parse.urlsplit(host)[:2] for host in hosts]
+        for key in list(self.idle):
+            origin, _ = key
+            if origin in places:
+                for _, writer in self.idle.pop(key):
+                    writer.close()
+
+
+def close_idle_streams(hosts):
+    """Close the idle connections of asyncio calls to these engines, if there were any calls."""
+    for calls in async_calls_instance:
+        if calls.process == os.getpid():
+            calls.loop.call_soon_threadsafe(calls.close_idle, hosts)
 
 
 async def connect_streams(origin, context):
@@ -1714,7 +1734,7 @@ def inputs() -> list[Any]:
 T = TypeVar('T')
 
 
-def step(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Do a part of the job once: call the function and keep its result, or return the kept result.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
@@ -2121,7 +2141,7 @@ def completion(result):
         return failure(error, str(error) if isinstance(error, NotJSON) else None, retry=False)
 
 
-def run_with_claim(claim, function, *args, **kwargs):
+def run_with_claim(claim, function, /, *args, **kwargs):
     token = current.set(claim)
     try:
         return function(*args, **kwargs)
@@ -2148,7 +2168,7 @@ def pass_jobs_to_threads():
         return start(self)
 
     @functools.wraps(submit)
-    def submit_with_claim(self, function, *args, **kwargs):
+    def submit_with_claim(self, function, /, *args, **kwargs):
         claim = current.get()
         if claim is None:
             return submit(self, function, *args, **kwargs)
@@ -2239,7 +2259,10 @@ class Claim(Saver):
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
-        return self.consumer.worker.event_loop.run(coroutine, self)
+        task = None
+        while task is None:
+            task = self.consumer.worker.event_loop.run(coroutine, self)
+        return task.result()
 
     def __str__(self):
         item = json.loads(self.json_prefix + '}')
@@ -2255,7 +2278,8 @@ class Slot:
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
     is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # its thread takes no more claims; set by interrupt()
+    is_abandoned = False    # it takes no more claims; set by interrupt()
+    interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
         self.consumer = consumer
@@ -2296,6 +2320,7 @@ class Slot:
     def interrupt(self, claim, interruption):
         """Stop the handler, and continue with another slot. The claim's lock is held."""
         self.is_abandoned = True
+        self.interrupted_task = claim.asyncio_task
         self.consumer.replace(self)
         self.consumer.worker.interruptions.add(self, claim, interruption)
 
@@ -2308,6 +2333,11 @@ class Slot:
     def is_alive(self):
         """Whether a handler may run in it."""
         return self.thread.is_alive()
+
+    def blocks_event_loop(self):
+        """Whether its async handler was to be stopped, and goes on without awaiting."""
+        task = self.interrupted_task
+        return task is not None and task.get_coro().cr_running
 
     def stack_text(self, claim):
         """The stack of the handler, from its own frames on."""
@@ -2355,6 +2385,9 @@ class EventLoop:
         self.asyncio = asyncio
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(make_daemon_executor())
+        # safe without a lock: a dict whose single operations are atomic
+        self.not_begun = {}         # the queues of threads whose coroutine has not begun
+        self.is_abandoned = False
         # touched by the watching thread, but for the last
         self.probed_at = None       # when the loop was asked for a sign of life; None: it gave one
         self.is_blocked = False     # by a handler that does not await; read by others
@@ -2388,17 +2421,34 @@ class EventLoop:
         return task
 
     def run(self, coroutine, claim):
-        """Run a coroutine for another thread, which waits for the result."""
+        """Run a coroutine for another thread, which waits: its task, which is done.
+
+        None if the loop was abandoned before it began.
+        """
         finished = SimpleQueue()
         context = contextvars.copy_context()
 
         def start():
-            claim.asyncio_task = self.create_task(coroutine, context, finished.put)
+            with contextlib.suppress(KeyError):     # the loop was abandoned
+                self.not_begun.pop(finished)
+                claim.asyncio_task = self.create_task(coroutine, context, finished.put)
 
+        self.not_begun[finished] = None
         self.loop.call_soon_threadsafe(start)
+        if self.is_abandoned:       # perhaps before this was in `not_begun`
+            self.abandon()
         task = finished.get()
         claim.asyncio_task = None
-        return task.result()
+        return task
+
+    def abandon(self):
+        """A handler blocks the loop, and does not stop: what has not begun is to run elsewhere."""
+        self.is_abandoned = True
+        for finished in list(self.not_begun):
+            with contextlib.suppress(KeyError):     # it begins just now
+                self.not_begun.pop(finished)
+                finished.put(None)
+        self.stop()         # once it can
 
     def cancel(self, task, interruption):
         """Cancel a task. One that blocks the loop gets the interruption raised instead.
@@ -2448,7 +2498,7 @@ def make_daemon_executor():
             self.threads = 0
             self.idle = 0                       # threads that wait for a call
 
-        def submit(self, function, *args, **kwargs):
+        def submit(self, function, /, *args, **kwargs):
             future = Future()
             call = functools.partial(run_with_claim, current.get(), function, *args, **kwargs)
             self.calls.put((future, call))
@@ -2512,9 +2562,10 @@ class AsyncSlot(Slot):
 
     def __init__(self, consumer):
         self.consumer = consumer
-        self.event_loop = consumer.worker.event_loop
+        self.ready = consumer.ready
+        self.event_loop = self.ready.event_loop
         self.task = None            # the latest
-        consumer.ready.put_slot(self)
+        self.ready.put_slot(self)
 
     @property
     def is_ready(self):
@@ -2542,7 +2593,7 @@ class AsyncSlot(Slot):
         if not task.cancelled() and task.exception():
             self.consumer.worker.on_fault('asyncio', task.exception())
         if not self.is_abandoned:
-            self.consumer.ready.on_slot(self)
+            self.ready.on_slot(self)
 
     def try_raise(self, claim, interruption):
         task = claim.asyncio_task
@@ -2575,6 +2626,12 @@ class Interruptions:
             slot, claim, interruption = self.pending.get()
             if slot.is_alive() and not slot.try_raise(claim, interruption):
                 self.pending.put((slot, claim, interruption))
+
+    def block_event_loop(self):
+        """Whether a handler blocks the event loop, and did not stop in HUNG_AFTER seconds."""
+        latest = time.monotonic() - HUNG_AFTER
+        return any(at <= latest and slot.blocks_event_loop()
+                   for slot, at in list(self.interrupted_at.items()))
 
     def forget_ended(self):
         for slot in list(self.interrupted_at):
@@ -2834,6 +2891,14 @@ class Consumer:
         self.slots = [slot_type(self) for _ in range(self.concurrency)]
         self.fetcher.start()
 
+    def use_event_loop(self, event_loop):
+        """Continue with new slots on another event loop, if the handlers are async."""
+        if isinstance(self.ready, AsyncReady):
+            self.ready = AsyncReady(event_loop)
+            abandoned, self.slots = self.slots, [AsyncSlot(self) for _ in self.slots]
+            for slot in abandoned:
+                slot.is_abandoned = True
+
     def _slot_type(self):
         handler = self.config.functions.get(None)
         if hasattr(handler, 'slot_type'):
@@ -2917,13 +2982,25 @@ class Consumer:
         else:
             self.session.forget(claim)
 
+    def release_strays(self):
+        """Release the running jobs that bear the worker's name and that it does not know."""
+        path = f'/jobs?status=running&brief=true&limit=1000&queue={quote(self.name)}'
+        page = self.session.client.send(path, None, REPORT_GRACE)
+        known = {claim.json_prefix for claim in self.session.claims.copy()}
+        items = [json_prefix(job) + '}' for job in page['jobs']
+                 if job['worker'] == self.worker.name and json_prefix(job) not in known]
+        for batch in batches(items, len):
+            text = f'{{"jobs":[{",".join(batch)}]}}'
+            self.session.client.send('/release', text, REPORT_GRACE)
+
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
         self.fetcher.on_capacity()
 
     def replace(self, slot):
         """Continue with a new slot. The claim's lock is held, so no other thread does it too."""
-        self.slots[self.slots.index(slot)] = type(slot)(self)
+        if slot in self.slots:      # otherwise all were replaced
+            self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -2952,6 +3029,7 @@ class Fetcher:
         self.configured_host = None     # the engine that was sent the queue's limits and schedule
         self.low_watermark = 0          # it polls when no more claims than this are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
+        self.was_cut_off = False        # its last poll was ended by the worker's stop
         # safe by itself
         self.capacity_freed = threading.Event()
 
@@ -3061,7 +3139,8 @@ class Fetcher:
     def _on_error(self, error):
         if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
             raise error         # asking again does not help: that ends the worker
-        if not self.worker.stopping.is_set():
+        self.was_cut_off = self.worker.stopping.is_set()
+        if not self.was_cut_off:
             self.worker.stopping.wait(self.session.on_down(error))
 
 
@@ -3357,8 +3436,14 @@ class Watcher:
 
     def _check_event_loop(self, now):
         event_loop = self.worker.started_event_loop
-        if not event_loop or not event_loop.probe(now):
+        if not event_loop:
             return
+        if event_loop.is_blocked and self.worker.interruptions.block_event_loop():
+            self.worker.replace_event_loop()
+        elif event_loop.probe(now):
+            self._log_block(event_loop)
+
+    def _log_block(self, event_loop):
         frames = thread_frames(event_loop.thread.ident)
         place = traceback.StackSummary.extract(frames[-1:])
         where = f'{place[0].filename}:{place[0].lineno} in {place[0].name}' if place else 'C code'
@@ -3408,7 +3493,9 @@ class Worker:
         self.grace = grace              # seconds
         self.max_hung = max_hung
         self.process = os.getpid()
-        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}'
+        # unlike any other's, since release_strays() goes by it
+        suffix = f'{rng.getrandbits(16):04x}'
+        self.name = f'{printable(socket.gethostname())[:150]}:{self.process}-{suffix}'
         self.sessions = {}              # by the engine's addresses
         self.consumers = []
         # safe by themselves, the first in signal handlers too
@@ -3471,6 +3558,17 @@ class Worker:
             if self.started_event_loop is None:
                 self.started_event_loop = EventLoop(self.start_thread)
             return self.started_event_loop
+
+    def replace_event_loop(self):
+        """Leave the event loop to a handler that blocks it, and does not stop."""
+        abandoned = self.started_event_loop
+        self.threads.pop(abandoned.thread, None)
+        with self.event_loop_lock:
+            self.started_event_loop = EventLoop(self.start_thread)
+        abandoned.abandon()
+        for consumer in self.consumers:
+            consumer.use_event_loop(self.started_event_loop)
+        note(logging.WARNING, 'the blocked event loop is replaced')
 
     def stop(self, error=None):
         self.stop_requests.put(error)
@@ -3576,6 +3674,7 @@ class Worker:
         self._end_polls()
         until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
         self.release(Lost)
+        self._release_strays()
         report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
         until(lambda: not self.count_unreported(), report_deadline)
         if self.count_unreported():
@@ -3592,6 +3691,18 @@ class Worker:
             for consumer in self.consumers:
                 consumer.fetcher.client.shutdown(how)
             until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _release_strays(self):
+        """Give back what polls have claimed whose answers were lost.
+
+        A proxy that takes half a close for a close drops the answer to the poll.
+        """
+        cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
+        if cut_off:
+            time.sleep(STRAY_DELAY)
+        for consumer in cut_off:
+            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
+                consumer.release_strays()
 
     def _fetchers_ended(self):
         return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
@@ -3892,7 +4003,7 @@ class ChildClaim(Saver):
     def run_coroutine(self, coroutine):
         if self.child.event_loop is None:
             self.child.event_loop = EventLoop(start_daemon_thread)
-        return self.child.event_loop.run(coroutine, self)
+        return self.child.event_loop.run(coroutine, self).result()
 
 
 def start_daemon_thread(loop, name):
@@ -5767,7 +5878,7 @@ def environment_variable(name, value):
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = before
 
@@ -5786,6 +5897,8 @@ TABLES = {      # key of an answer with rows -> the columns that a terminal show
 TOP_COLUMNS = [
     'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest', 'workers',
 ]
+TOP_OTHER_LINES = 6     # lines of `top` that are neither queues nor workers
+MIN_TOP_ROWS = 5        # queues that it shows on any terminal
 WORKER_COLUMNS = ['worker', 'queue', 'running', 'hung', 'seen']
 MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
 FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
@@ -5933,21 +6046,24 @@ def command_queues(client, options):
 
 
 def command_top(client, options):
-    """Show queues and workers: again each second on a terminal, once on a pipe."""
+    """Show queues and workers: each second until Ctrl-C on a terminal, once on a pipe."""
     in_terminal = sys.stdout.isatty()
     interval = options.interval or (1 if in_terminal else None)
-    while True:
-        page = client.queues()
-        if in_terminal:
-            print(CLEAR_SCREEN, end='')
-        show_top(page)
-        sys.stdout.flush()
-        if interval is None:
-            return
-        time.sleep(interval)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            page = client.queues()
+            if in_terminal:
+                print(CLEAR_SCREEN, end='')
+            lines = shutil.get_terminal_size().lines if in_terminal else sys.maxsize
+            show_top(page, lines - TOP_OTHER_LINES - len(page['workers']))
+            sys.stdout.flush()
+            if interval is None:
+                return
+            time.sleep(interval)
 
 
-def show_top(page):
+def show_top(page, room):
+    """Print the totals, so many queues, first those that have work, and the workers."""
     now = parse_time(page['now'])
     rows = page['queues']
     total = {
@@ -5956,6 +6072,9 @@ def show_top(page):
     }
     counts = '  '.join(f'{name} {count:,}' for name, count in total.items())
     print(f'{page["now"][:19]}Z  {counts}')
+    hidden = len(rows) - max(room, MIN_TOP_ROWS)
+    if hidden > 0:
+        rows = sorted(rows, key=lambda row: not row['pending'] + row['running'])[:-hidden]
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
@@ -5964,6 +6083,8 @@ def show_top(page):
         row['later'] = row['scheduled']
         row['queue'] += ' (paused)' if row['paused'] else ''
     print_table(TOP_COLUMNS, rows)
+    if hidden > 0:
+        print(f'... and {hidden} more queues')
     for worker in page['workers']:
         worker['seen'] = duration_text(now - parse_time(worker['seen_at'])) + ' ago'
     if page['workers']:

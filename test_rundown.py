@@ -2407,6 +2407,9 @@ def test_search_finds_text_in_payload_error_result_tag_and_id(clocked, q):
         assert [job["id"] for job in found["jobs"]] == ["%s-%d" % (q, number)], text
         assert found["after"] is None
     assert clocked.get("/jobs?search=nothing&queue=" + q)["jobs"] == []
+    last = clocked.enqueue(q, after=[q + "-3", q + "-4"], after_any=True)["id"]
+    assert [job["id"] for job in clocked.get("/jobs?search=sda1&needed_by=" + last)["jobs"]] == [q + "-3"]
+    assert [job["id"] for job in clocked.get("/jobs?search=%s&needs=%s-3" % (last, q))["jobs"]] == [last]
 
 
 def test_a_page_looks_at_a_bounded_number_of_jobs_and_says_where_to_go_on(clocked, q, monkeypatch):
@@ -3918,6 +3921,49 @@ def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
         until(lambda: len(os.listdir("/proc/%d/fd" % engine.process.pid)) < 60, 20)
 
 
+LARGE_ANSWERS = [       # small requests about a job of 8 MB, and schedules and jobs like it
+    ("POST /enqueue", {"queue": "Q", "id": "L"}),
+    ("POST /enqueue", {"queue": "Q", "key": "L"}),
+    ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}] * 60}),
+    ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}, {"queue": "Q", "key": "L"}]}),
+    ("POST /poll", {"queue": "W", "limit": 9}),
+    ("POST /poll", {"queue": "W", "wait": 1}),
+    ("POST /schedule", {"name": "L1", "queue": "Q", "every": 9999, "payload": 1}),
+    ("GET /jobs/L", None),
+    ("GET /jobs/L?wait=0.1", None),
+    ("GET /jobs?id=L", None),
+    ("GET /status/L", None),
+    ("GET /details/L", None),
+    ("GET /jobs?limit=1000", None),
+    ("GET /jobs?queue=W", None),
+    ("GET /schedules", None),
+]
+
+
+@pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
+def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own):
+    engine = own("--sync", "normal")
+    payload = "x" * ((8 << 20) - 1000)
+    engine.enqueue("Q", payload, id="L", key="L", tag="L")
+    for number in range(3):
+        engine.enqueue("W", payload)
+        engine.post("/schedule", name="L%d" % number, queue="Q", every=9999, payload=payload)
+    for line, body in LARGE_ANSWERS:
+        line += " HTTP/1.1"
+        data = request(engine, line, body=b"" if body is None else json.dumps(body).encode())
+        with contextlib.ExitStack() as stack:
+            for _ in range(25):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((engine.host, engine.port))
+                client.sendall(data)
+            assert engine.get("/health")
+            time.sleep(0.1)
+        status = Path("/proc/%d/status" % engine.process.pid).read_text()
+        peak = int(re.search("VmHWM:\s+([0-9]+)", status)[1]) >> 10
+        assert peak < 480, (line, peak)
+
+
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_the_bodies_of_what_is_refused_are_not_kept(own):
     engine = own()
@@ -4751,6 +4797,16 @@ def test_the_claim_is_served_by_one_index_in_its_order(clocked, q):
     with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
         plan = " | ".join(row[3] for row in db.execute("EXPLAIN QUERY PLAN " + rundown_engine.CLAIM, names))
     assert "USING INDEX jobs_claim (queue=?)" in plan and "SCAN" not in plan and "TEMP B-TREE" not in plan
+
+
+@pytest.mark.parametrize("name", [
+    "ACTIVE_IN_GROUP", "FIRST_IN_GROUP", "SELECT_EXPIRED", "SELECT_LOST", "SELECT_DUE", "NEXT_DEADLINE", "NEXT_ENDED",
+    "NEXT_DEPENDENTS", "TOLD_DEPENDENTS", "DEPENDENCIES_OF", "JOB_WITH_KEY", "FIND_BY_ID", "SELECT_STEP"])
+def test_what_runs_in_every_pass_looks_at_no_row_in_vain(clocked, name):
+    statement = getattr(rundown_engine, name)
+    with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
+        plan = " | ".join(row[3] for row in db.execute("EXPLAIN QUERY PLAN " + statement, (1,) * statement.count("?")))
+    assert not re.search("SCAN (?!CONSTANT)|TEMP B-TREE", plan), plan
 
 
 CROWD = [{"priority": 5, "delay": 9999}, {"queue": "other"}, {}]
@@ -6104,6 +6160,8 @@ def test_a_worker_is_told_of_a_job_whose_lease_is_over(clocked, q):
 class Proxy:
     """Stands between a client and an engine: counts connections, swallows the next `swallow` replies to `path`."""
 
+    linger = 0      # seconds until the engine hears that the client has closed its half
+
     def __init__(self, engine):
         self.target, self.connections, self.swallow, self.path = (engine.host, engine.port), 0, 0, b"/"
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -6131,6 +6189,7 @@ class Proxy:
                         self.swallow -= 1
                         return
                     if not data:
+                        time.sleep(self.linger)
                         return
                     (engine if source is client else client).sendall(data)
 
@@ -7122,6 +7181,34 @@ def test_jobs_run_once_through_workers_that_are_stopped_and_started(own, work, q
     assert {row["queue"]: row["done"] for row in engine.get("/queues")["queues"]}[q] == 300
 
 
+@beside
+def test_no_job_stays_claimed_when_a_worker_stops_behind_a_proxy(engine, work, q):
+    """It takes half a close for a close, as nginx does, and drops the answer to the poll."""
+    proxy = Proxy(engine)
+    proxy.linger = 0.2
+    worker = work(handler(q, "pass", concurrency=20), proxy)
+    until(lambda: any(one["queue"] == q for one in engine.get("/queues")["workers"]))
+    worker.process.send_signal(signal.SIGTERM)
+    until(lambda: "stopping" in worker.log())
+    engine.post("/enqueue", jobs=[{"queue": q}] * 10)
+    assert worker.wait() == 0
+    page = engine.get("/jobs?queue=" + q)
+    assert [(job["status"], job["retries"]) for job in page["jobs"]] == [("pending", 0)] * 10
+    proxy.listener.close()
+
+
+@beside
+def test_a_worker_that_stops_reports_to_the_engine_that_it_used(own, work, tmp_path, q):
+    (tmp_path / "standby").mkdir()
+    engine, standby = own(), own(folder=tmp_path / "standby")
+    both = types.SimpleNamespace(url=engine.url + " " + standby.url)
+    job = engine.enqueue(q)
+    worker = work(handler(q, "say('begun'); time.sleep(0.7); return 7", concurrency=2), both)
+    until(worker.said)
+    assert worker.stop() == 0
+    assert (engine.job(job)["status"], engine.job(job)["result"]) == ("done", 7)
+
+
 # -- SDK: the engine is away ----------------------------------------------------------------------
 
 
@@ -7494,16 +7581,16 @@ def test_a_job_does_not_see_the_context_variables_of_the_one_before(engine, work
 THREADS = """
 from concurrent.futures import ThreadPoolExecutor
 pool = ThreadPoolExecutor(2)
-def seen(found):
+def seen(function):
     rw.progress(rw.job()["payload"])
-    found.append(rw.job()["id"])
+    function.append(rw.job()["id"])
 """
 IN_THREADS = """
     found = []
     thread = threading.Thread(target=seen, args=(found,))
     thread.start()
     thread.join()
-    pool.submit(seen, found).result()
+    pool.submit(seen, function=found).result()
     return found
 """
 
@@ -7594,6 +7681,29 @@ def test_an_async_handler_that_blocks_the_loop_is_named_and_can_time_out(engine,
     assert job["id"] in line
     assert worker.file.name in line
     assert "time.sleep(0.01)" in ended(engine, job)["error"]
+
+
+@pytest.mark.parametrize("other", ["async", "mixed"])
+def test_an_event_loop_that_stays_blocked_is_replaced(engine, work, q, other):
+    body = """
+        if payload == "block":
+            time.sleep(60)
+        await asyncio.sleep(0.01)
+        return payload
+    """
+    source = async_handler(q, body)
+    if other == "mixed":
+        source = source.replace("@rw.queue(name=%r, max_retries=0)" % q, "@rw.task(queue=%r, max_retries=0)" % q)
+        source += "\n@rw.task(queue=%r)\ndef plain(payload): return payload\n" % q
+        name = "handle"
+    payload = (lambda value: {"task": name, "args": [value]}) if other == "mixed" else (lambda value: value)
+    block = engine.enqueue(q, payload("block"), timeout=0.3, max_retries=0)
+    worker = work("rw.MAX_LOOP_BLOCK = rw.HUNG_AFTER = 0.3\n" + source, run="rw.run(grace=0.2)")
+    assert "timed out" in ended(engine, block)["error"]
+    for number in range(3):
+        assert ended(engine, engine.enqueue(q, payload(number)))["result"] == number
+    assert "is replaced" in worker.log()
+    assert worker.stop() == 0
 
 
 def test_what_an_async_handler_runs_in_a_thread_does_not_keep_the_worker(engine, work, q):
@@ -7870,7 +7980,7 @@ def test_a_step_is_done_once_and_its_result_comes_back_as_json_gives_it(engine, 
 
 
 def test_a_step_that_fails_is_not_kept_and_one_outside_of_handlers_is_a_call():
-    assert rw.step("a", lambda x, y=1: [x, y], 2, y=3) == [2, 3]
+    assert rw.step("a", lambda x, name=1: [x, name], 2, name=3) == [2, 3]
     assert rw.checkpoint({"n": 1}) is None
     assert list(rw.track("abc", every=2)) == ["a", "b", "c"]
     with pytest.raises(ZeroDivisionError):
@@ -8562,6 +8672,22 @@ def test_a_job_that_failed_raises_in_asyncio_programs_too(engine, q):
         arun(rw.aenqueue(q, dealy=3))
 
 
+def test_asyncio_calls_go_over_tls_and_take_large_jobs(https, q):
+    engine, cert = https()
+    job = arun(rw.Client(engine.url, ca=cert).aenqueue(q, "x" * 3000000), Forbidden())
+    assert len(job["payload"]) == 3000000
+    with pytest.raises(rw.EngineUnavailable):
+        arun(rw.Client(engine.url, timeout=0.3).aenqueue(q, 1))
+
+
+def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
+    with rw.testing() as testing:
+        arun(testing.client.aenqueue("q"))
+        idle, place = rw.async_calls().idle, ("http", testing.client.host.partition("//")[2])
+        assert any(origin == place and streams for (origin, _), streams in idle.items())
+    until(lambda: not any(origin == place for origin, _ in list(idle)), 5)
+
+
 def test_nothing_blocks_an_event_loop_while_no_engine_answers():
     async def main():
         ticks = 0
@@ -9219,6 +9345,19 @@ def test_top_on_a_terminal_is_drawn_again(engine):
         is_enough=lambda shown: shown.count(rw.CLEAR_SCREEN.encode()) > 3,
     )
     assert shown.count("done/min") > 2
+
+
+@pytest.mark.parametrize("room, shown, hidden", [(3, 5, 3), (6, 6, 2), (8, 8, 0), (100, 8, 0)])
+def test_top_shows_the_queues_that_have_work_where_room_is_scarce(capsys, room, shown, hidden):
+    counts = dict.fromkeys(("pending", "scheduled", "running", "done", "failed"), 0)
+    minutes = {"done": [0] * 60, "failed": [0] * 60}
+    rows = [{"queue": "q%d" % number, **counts, "pending": number % 2, "oldest_age": None,
+             "workers": [], "paused": number == 7, "minutes": minutes} for number in range(8)]
+    rw.show_top({"now": "2026-01-01T00:00:00Z", "queues": rows, "workers": []}, room)
+    lines = capsys.readouterr().out.splitlines()
+    queues = [line.split()[0] for line in lines if line.startswith("q") and "pending" not in line]
+    assert len(queues) == shown and {"q1", "q3", "q5", "q7"} <= set(queues)
+    assert ("... and %d more queues" % hidden in lines) == bool(hidden)
 
 
 def test_versions_are_shown(engine):
@@ -11161,6 +11300,7 @@ STOPS = """
 def test_no_job_stays_claimed_when_a_node_worker_is_stopped_under_load(engine, tmp_path, q):
     """Also through a proxy that takes half a close for a close, and drops the answer to the poll."""
     proxy = Proxy(engine)
+    proxy.linger = 0.1
     for name, on in ((q + "a", engine), (q + "b", proxy)):
         with node(tmp_path, on, STOPS, run="", env={"QUEUE": name}) as worker:
             assert worker.wait() == 0
@@ -11492,8 +11632,8 @@ def test_typescript_accepts_the_node_sdk_in_a_user_s_program(tmp_path):
 class History:
     """What clients saw: a JSON line before each call and one after it, all clients' in one file.
 
-    Each line is one write to a file opened for appending, so it is whole whoever is killed. Times are on the
-    machine's monotonic clock, which all processes share (or on `clock`).
+    Each line is one write to a file opened for appending, so it is whole whoever is killed. Times
+    are on the machine's monotonic clock, which all processes share, or on `clock`.
     """
 
     def __init__(self, path, clock=time.monotonic):
@@ -11501,18 +11641,22 @@ class History:
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def write(self, call, **line):
-        os.write(self.file, (json.dumps({"call": call, "at": self.clock(), **line}) + "\n").encode())
+        os.write(
+            self.file, (json.dumps({"call": call, "at": self.clock(), **line}) + "\n").encode()
+        )
 
     def fault(self, what, **whom):
-        """A fault that was brought about on purpose: `client` is the worker or `id` the job that it may cost a run."""
+        """A fault made on purpose; it may cost a run of the worker `client` or of the job `id`."""
         self.write("fault", what=what, **whom)
 
     def read(self):
-        """The lines in order of time; the two of a call as one: begin, end, asked, status, answer (None: lost)."""
+        """The lines in order of time. The two of a call are one; its answer is None if it was lost."""
         lines, calls = [], {}
         for line in map(json.loads, Path(self.path).read_text().splitlines()):
             if line["call"] == "answer":
-                calls[line["number"]].update(end=line["at"], status=line["status"], answer=line["answer"])
+                calls[line["number"]].update(
+                    end=line["at"], status=line["status"], answer=line["answer"]
+                )
                 continue
             line.update(begin=line["at"], end=line["at"])
             if "number" in line:
@@ -11523,7 +11667,7 @@ class History:
 
 
 class Witness:
-    """A client that writes into a history what it asks before it asks, and what came after it came."""
+    """A client that writes each request into a history before it is sent, and each answer."""
 
     def __init__(self, history, url, name, patience=10.0):
         self.history, self.api, self.name, self.patience = history, Api(url), name, patience
@@ -11564,7 +11708,7 @@ class Evidence:
     def __init__(self, lines, database, log="", backoff=5.0, grace=5.0):
         self.lines = lines
         self.log = log
-        self.backoff = backoff      # seconds, as is grace
+        self.backoff = backoff  # seconds, as is grace
         self.grace = grace
         with contextlib.closing(sqlite3.connect(str(database))) as db:
             db.row_factory = sqlite3.Row
@@ -11574,13 +11718,16 @@ class Evidence:
         self.orders = [
             {**line, "id": fields["id"], "payload": fields.get("payload"), "fields": fields}
             for line in self.of("enqueue")
-            for fields in line["asked"].get("jobs", [line["asked"]])]
+            for fields in line["asked"].get("jobs", [line["asked"]])
+        ]
         self.schedules = {line["asked"]["name"]: line["asked"] for line in self.of("schedule")}
         self.claims = collections.defaultdict(list)
         for line in self.of("poll"):
             if line["status"] == 200:
                 for job in line["answer"] if isinstance(line["answer"], list) else [line["answer"]]:
-                    self.claims[job["id"]].append({**line, "id": job["id"], "attempt": job["attempt"], "job": job})
+                    self.claims[job["id"]].append(
+                        {**line, "id": job["id"], "attempt": job["attempt"], "job": job}
+                    )
         self.tells = collections.defaultdict(list)
         for line in self.of("complete", "fail", "release", "heartbeat", "step"):
             self.tells[line["asked"]["id"]].append(line)
@@ -11593,7 +11740,11 @@ class Evidence:
 
     def said(self, id, attempt, *calls):
         """What was told about an attempt of a job."""
-        return [line for line in self.tells[id] if line["call"] in calls and line["asked"].get("attempt") == attempt]
+        return [
+            line
+            for line in self.tells[id]
+            if line["call"] in calls and line["asked"].get("attempt") == attempt
+        ]
 
     def accepted(self, id, *calls):
         return [line for line in self.tells[id] if line["call"] in calls and line["status"] == 200]
@@ -11605,13 +11756,12 @@ class Evidence:
             yield from zip(claims, claims[1:])
 
     def lease_end(self, claim):
-        """The earliest moment at which the worker may count as lost: its lease after the last sign of life."""
+        """The earliest moment at which the worker may count as lost."""
         longest = claim["job"]["timeout"] + self.grace
         lease = claim["asked"].get("lease") or longest
         beats = self.said(claim["id"], claim["attempt"], "heartbeat", "step")
         signs = [beat["begin"] for beat in beats if beat["status"] == 200]
         return min(claim["begin"] + longest, max([claim["begin"], *signs]) + lease)
-
 
     def surely_ran(self, claim):
         """(begin, end) of a time in which the claim's job ran for sure: from the response to the
@@ -11634,7 +11784,7 @@ class Evidence:
         return self.schedules.get(id.rpartition("@")[0])
 
 
-SLACK = 0.02            # seconds; the engine's clock may be drawn towards the wall clock by a thousandth
+SLACK = 0.02  # seconds; the engine's clock may be drawn towards the wall clock by a thousandth
 
 
 def acknowledged_jobs_are_there(seen):
@@ -11644,7 +11794,10 @@ def acknowledged_jobs_are_there(seen):
             yield "%s was acknowledged and is not there" % order["id"]
         elif row is not None and json.loads(row["payload"]) != order["payload"]:
             yield "%s has the payload %.60s and was enqueued with %.60s" % (
-                order["id"], row["payload"], order["payload"])
+                order["id"],
+                row["payload"],
+                order["payload"],
+            )
 
 
 def claims_carry_the_payload(seen):
@@ -11652,7 +11805,10 @@ def claims_carry_the_payload(seen):
     for claim in itertools.chain(*seen.claims.values()):
         order = orders.get(claim["id"]) or seen.schedule_of(claim["id"]) or {}
         if claim["job"]["payload"] != order.get("payload"):
-            yield "%s was handed out with the payload %.60r" % (claim["id"], claim["job"]["payload"])
+            yield "%s was handed out with the payload %.60r" % (
+                claim["id"],
+                claim["job"]["payload"],
+            )
 
 
 def nothing_is_there_that_nobody_enqueued(seen):
@@ -11670,9 +11826,15 @@ def every_job_ended(seen):
 def an_acknowledged_complete_stays(seen):
     for id, row in seen.jobs.items():
         for told in seen.accepted(id, "complete"):
-            if row["status"] != "done" or json.loads(row["result"] or "null") != told["asked"].get("result"):
+            if row["status"] != "done" or json.loads(row["result"] or "null") != told["asked"].get(
+                "result"
+            ):
                 yield "%s was completed with %.60s and is %s with %.60s" % (
-                    id, told["asked"].get("result"), row["status"], row["result"])
+                    id,
+                    told["asked"].get("result"),
+                    row["status"],
+                    row["result"],
+                )
 
 
 def one_outcome_of_a_job_is_accepted(seen):
@@ -11693,42 +11855,69 @@ def an_attempt_that_is_over_is_refused(seen):
             newer = [claim for claim in seen.claims[id] if claim["end"] < line["begin"]]
             if any(claim["attempt"] > line["asked"]["attempt"] for claim in newer):
                 yield "%s: a %s of attempt %d was accepted after a newer claim" % (
-                    id, line["call"], line["asked"]["attempt"])
+                    id,
+                    line["call"],
+                    line["asked"]["attempt"],
+                )
 
 
 def leases_do_not_overlap(seen):
     for claim, after in seen.neighbours():
         ended = seen.said(claim["id"], claim["attempt"], "complete", "fail", "release")
-        if not any(line["begin"] <= after["end"] for line in ended) and after["end"] < seen.lease_end(claim) - SLACK:
+        if (
+            not any(line["begin"] <= after["end"] for line in ended)
+            and after["end"] < seen.lease_end(claim) - SLACK
+        ):
             yield "%s: attempt %d was handed out %.3f s before the lease of attempt %d was over" % (
-                claim["id"], after["attempt"], seen.lease_end(claim) - after["end"], claim["attempt"])
+                claim["id"],
+                after["attempt"],
+                seen.lease_end(claim) - after["end"],
+                claim["attempt"],
+            )
 
 
 def what_is_complete_is_not_handed_out(seen):
     for id, claims in seen.claims.items():
         for claim, told in itertools.product(claims, seen.accepted(id, "complete")):
             if claim["begin"] > told["end"] or claim["attempt"] > told["asked"]["attempt"]:
-                yield "%s was handed out as attempt %d after its complete was acknowledged" % (id, claim["attempt"])
+                yield "%s was handed out as attempt %d after its complete was acknowledged" % (
+                    id,
+                    claim["attempt"],
+                )
 
 
 def attempts_only_rise(seen):
     for id, claims in seen.claims.items():
         for claim, after in itertools.combinations(claims, 2):
             later = claim["end"] < after["begin"]
-            if after["attempt"] == claim["attempt"] or later and after["attempt"] < claim["attempt"]:
-                yield "%s was claimed as attempt %d after attempt %d" % (id, after["attempt"], claim["attempt"])
+            if (
+                after["attempt"] == claim["attempt"]
+                or later
+                and after["attempt"] < claim["attempt"]
+            ):
+                yield "%s was claimed as attempt %d after attempt %d" % (
+                    id,
+                    after["attempt"],
+                    claim["attempt"],
+                )
         if id in seen.jobs and seen.jobs[id]["attempt"] < max(claim["attempt"] for claim in claims):
-            yield "%s is at attempt %d and was claimed as a later one" % (id, seen.jobs[id]["attempt"])
+            yield "%s is at attempt %d and was claimed as a later one" % (
+                id,
+                seen.jobs[id]["attempt"],
+            )
 
 
 def promised(seen, claim):
-    """The earliest moment at which a job may be handed out again, by what was told about a claim."""
+    """The earliest moment at which a job may be handed out again after a claim."""
     told = seen.said(claim["id"], claim["attempt"], "complete", "fail", "release")
     pause = seen.backoff * (claim["job"]["retries"] + 1) ** 2
     lost = seen.lease_end(claim) + pause
     heard = [line for line in told if line["status"] in (None, 200)]
-    due = [line["begin"] + {"release": 0}.get(line["call"], line["asked"].get("delay", pause))
-           for line in heard if line["call"] != "complete"]
+    due = [
+        line["begin"] + {"release": 0}.get(line["call"], line["asked"].get("delay", pause))
+        for line in heard
+        if line["call"] != "complete"
+    ]
     return min(due if any(line["status"] == 200 for line in heard) else due + [lost], default=0)
 
 
@@ -11736,7 +11925,11 @@ def no_backoff_is_cut_short(seen):
     for claim, after in seen.neighbours():
         early = promised(seen, claim) - after["end"]
         if after["attempt"] > claim["attempt"] and early > SLACK:
-            yield "%s: attempt %d came %.3f s before its backoff was over" % (claim["id"], after["attempt"], early)
+            yield "%s: attempt %d came %.3f s before its backoff was over" % (
+                claim["id"],
+                after["attempt"],
+                early,
+            )
 
 
 def second_runs_are_explained(seen):
@@ -11746,20 +11939,36 @@ def second_runs_are_explained(seen):
     for id, starts in runs.items():
         starts.sort(key=lambda start: start["attempt"])
         for run, again in zip(starts, starts[1:]):
-            claimed = [claim["begin"] for claim in seen.claims[id] if claim["attempt"] == run["attempt"]]
+            claimed = [
+                claim["begin"] for claim in seen.claims[id] if claim["attempt"] == run["attempt"]
+            ]
             since = min(claimed + [run["begin"]])
-            reasons = seen.said(id, run["attempt"], "fail", "release") + seen.faults[run["client"]] + seen.faults[id]
+            reasons = (
+                seen.said(id, run["attempt"], "fail", "release")
+                + seen.faults[run["client"]]
+                + seen.faults[id]
+            )
             if not any(since <= reason["begin"] <= again["begin"] for reason in reasons):
                 yield "%s ran as attempt %d and again as %d, and nothing had gone wrong" % (
-                    id, run["attempt"], again["attempt"])
+                    id,
+                    run["attempt"],
+                    again["attempt"],
+                )
 
 
 def no_job_begins_before_what_it_waits_for_is_done(seen):
-    any_end = {order["id"] for line in seen.of("enqueue") for order in line["asked"].get("jobs", [line["asked"]])
-               if order.get("after_any")}
+    any_end = {
+        order["id"]
+        for line in seen.of("enqueue")
+        for order in line["asked"].get("jobs", [line["asked"]])
+        if order.get("after_any")
+    }
     for claim in itertools.chain(*seen.claims.values()):
         for id in claim["job"].get("after", ()) if claim["id"] not in any_end else ():
-            if not any(told["call"] == "complete" and told["begin"] < claim["end"] for told in seen.tells[id]):
+            if not any(
+                told["call"] == "complete" and told["begin"] < claim["end"]
+                for told in seen.tells[id]
+            ):
                 yield "%s was handed out before %s was done" % (claim["id"], id)
 
 
@@ -11788,7 +11997,7 @@ def jobs_of_a_group_run_one_at_a_time(seen):
 
 def groups_keep_the_order_of_arrival(seen):
     """No job of a group is handed out once one that arrived after it was, but for `retry`."""
-    arrivals = {}           # (the latest moment at which a job arrived, the earliest) by id
+    arrivals = {}  # (the latest moment at which a job arrived, the earliest) by id
     for order in seen.orders:
         before = arrivals.get(order["id"], (float("inf"), order["begin"]))
         latest = order["end"] if order["status"] == 200 else float("inf")
@@ -11797,18 +12006,23 @@ def groups_keep_the_order_of_arrival(seen):
     for (_, group), claims in seen.groups().items():
         known = [claim for claim in claims if claim["id"] in arrivals]
         by_arrival = sorted(known, key=lambda claim: arrivals[claim["id"]][0])
-        latest_claims = list(itertools.accumulate(
-            (claim["begin"] if claim["id"] not in retried else 0 for claim in by_arrival), max))
+        latest_claims = list(
+            itertools.accumulate(
+                (claim["begin"] if claim["id"] not in retried else 0 for claim in by_arrival), max
+            )
+        )
         arrived = [arrivals[claim["id"]][0] for claim in by_arrival]
         for claim in known:
             before = bisect.bisect_left(arrived, arrivals[claim["id"]][1])
             if before and latest_claims[before - 1] > claim["end"]:
                 yield "%s of the group %s was handed out before one that arrived earlier" % (
-                    claim["id"], group)
+                    claim["id"],
+                    group,
+                )
 
 
 def a_step_runs_again_only_if_its_result_was_not_acknowledged(seen):
-    acknowledged = {}       # when, by id and name
+    acknowledged = {}  # when, by id and name
     for line in seen.of("step"):
         key = line["asked"]["id"], line["asked"]["name"]
         if line["status"] == 200:
@@ -11819,20 +12033,28 @@ def a_step_runs_again_only_if_its_result_was_not_acknowledged(seen):
 
 
 def steps_keep_their_first_result(seen):
-    results = collections.defaultdict(list)     # (when it was known, when told, result)
+    results = collections.defaultdict(list)  # (when it was known, when told, result)
     for line in seen.of("step"):
         if line["status"] == 200:
             key = line["asked"]["id"], line["asked"]["name"]
             results[key].append((line["end"], line["answer"]["result"]))
     for (id, name), answers in results.items():
         first = min(end for end, _ in answers)
-        later = [claim["job"].get("steps", {}).get(name, "nothing") for claim in seen.claims[id]
-                 if claim["begin"] > first]
-        different = [one for one in [*later, *(result for _, result in answers)]
-                     if one != answers[0][1]]
+        later = [
+            claim["job"].get("steps", {}).get(name, "nothing")
+            for claim in seen.claims[id]
+            if claim["begin"] > first
+        ]
+        different = [
+            one for one in [*later, *(result for _, result in answers)] if one != answers[0][1]
+        ]
         if different:
             yield "step %s of %s has the results %.60s and %.60s" % (
-                name, id, answers[0][1], different[0])
+                name,
+                id,
+                answers[0][1],
+                different[0],
+            )
 
 
 def what_was_rolled_back_is_not_there(seen):
@@ -11854,7 +12076,11 @@ def queues_are_counted_right(seen):
         for column in COUNTED:
             if queue[column] != found[queue["queue"], column]:
                 yield "queue %s counts %d %s and has %d" % (
-                    queue["queue"], queue[column], column, found[queue["queue"], column])
+                    queue["queue"],
+                    queue[column],
+                    column,
+                    found[queue["queue"], column],
+                )
 
 
 def the_log_has_no_fault(seen):
@@ -11863,25 +12089,40 @@ def the_log_has_no_fault(seen):
 
 
 INVARIANTS = [
-    acknowledged_jobs_are_there, claims_carry_the_payload, nothing_is_there_that_nobody_enqueued, every_job_ended,
-    an_acknowledged_complete_stays, one_outcome_of_a_job_is_accepted, an_attempt_that_is_over_is_refused,
-    leases_do_not_overlap, what_is_complete_is_not_handed_out, attempts_only_rise, no_backoff_is_cut_short,
-    second_runs_are_explained, no_job_begins_before_what_it_waits_for_is_done, limits_are_held,
-    jobs_of_a_group_run_one_at_a_time, groups_keep_the_order_of_arrival,
-    a_step_runs_again_only_if_its_result_was_not_acknowledged, steps_keep_their_first_result,
+    acknowledged_jobs_are_there,
+    claims_carry_the_payload,
+    nothing_is_there_that_nobody_enqueued,
+    every_job_ended,
+    an_acknowledged_complete_stays,
+    one_outcome_of_a_job_is_accepted,
+    an_attempt_that_is_over_is_refused,
+    leases_do_not_overlap,
+    what_is_complete_is_not_handed_out,
+    attempts_only_rise,
+    no_backoff_is_cut_short,
+    second_runs_are_explained,
+    no_job_begins_before_what_it_waits_for_is_done,
+    limits_are_held,
+    jobs_of_a_group_run_one_at_a_time,
+    groups_keep_the_order_of_arrival,
+    a_step_runs_again_only_if_its_result_was_not_acknowledged,
+    steps_keep_their_first_result,
     what_was_rolled_back_is_not_there,
-    the_file_is_sound, queues_are_counted_right, the_log_has_no_fault]
+    the_file_is_sound,
+    queues_are_counted_right,
+    the_log_has_no_fault,
+]
 
 
 def violations(history, database, log="", **settings):
-    """What is wrong after a run, a sentence each: `history` is its lines, as History.read() gives them."""
+    """All that is wrong after a run, a sentence each; `history` is from History.read()."""
     seen = Evidence(history, database, log, **settings)
     return [sentence for invariant in INVARIANTS for sentence in invariant(seen)]
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A small run in which all went well that could: its lines and its database, for the mutations below."""
+    """Lines and database of a small run without violations, for the mutations below."""
     folder = tmp_path_factory.mktemp("sound")
     engine = ClockedEngine(folder)
     history = History(folder / "history", engine.clock.monotonic)
@@ -11903,7 +12144,7 @@ def sound(tmp_path_factory):
 
 
 def play(history, engine, one, two):
-    """First attempts: one completes, one fails, one is released, of one the worker dies. All second ones complete."""
+    """First attempts complete, fail, are released or lose their worker; second ones complete."""
     first = {job["id"]: job for job in begun(history, one, engine.clock)}
     history.fault("vanished", id="orphan")
     one.insist("complete", id="kept", attempt=1, result=["kept", 1])
@@ -11916,7 +12157,9 @@ def play(history, engine, one, two):
         for job in begun(history, two, engine.clock):
             if job["id"] == "head":
                 two.insist("step", id="head", attempt=2, name="charge", result=["charge", 2])
-            two.insist("complete", id=job["id"], attempt=job["attempt"], result=[job["id"], job["attempt"]])
+            two.insist(
+                "complete", id=job["id"], attempt=job["attempt"], result=[job["id"], job["attempt"]]
+            )
 
 
 def begun(history, witness, clock):
@@ -11940,39 +12183,63 @@ def do_step(history, witness, job, name="charge"):
 def line_of(lines, call, id, attempt=None):
     """The line of a call about a job; of a poll the one that handed the job out as `attempt`."""
     for line in lines:
-        jobs = line["answer"] if call == "poll" and line.get("answer") else [line.get("asked", line)]
-        if line["call"] == call and any(j.get("id") == id and attempt in (None, j.get("attempt")) for j in jobs):
+        jobs = (
+            line["answer"] if call == "poll" and line.get("answer") else [line.get("asked", line)]
+        )
+        if line["call"] == call and any(
+            j.get("id") == id and attempt in (None, j.get("attempt")) for j in jobs
+        ):
             return line
 
 
 def told(call, id, attempt, **asked):
     """A mutation: one more line, of a call that was accepted at the end of all."""
+
     def mutate(lines):
-        lines.append({"call": call, "begin": lines[-1]["end"] + 1, "end": lines[-1]["end"] + 2, "status": 200,
-                      "asked": {"id": id, "attempt": attempt, **asked}, "answer": {}})
+        lines.append(
+            {
+                "call": call,
+                "begin": lines[-1]["end"] + 1,
+                "end": lines[-1]["end"] + 2,
+                "status": 200,
+                "asked": {"id": id, "attempt": attempt, **asked},
+                "answer": {},
+            }
+        )
+
     return mutate
 
 
 def moved(id, attempt, seconds):
     """A mutation: a claim was `seconds` earlier."""
+
     def mutate(lines):
         line = line_of(lines, "poll", id, attempt)
         line.update(begin=line["begin"] - seconds, end=line["end"] - seconds)
+
     return mutate
 
 
 def renumbered(id, attempt, number):
     """A mutation: a claim had another number."""
+
     def mutate(lines):
         for job in line_of(lines, "poll", id, attempt)["answer"]:
             job["attempt"] = number if job["id"] == id else job["attempt"]
+
     return mutate
 
 
 def without(call, **fields):
     """A mutation: a line is missing."""
+
     def mutate(lines):
-        lines[:] = [line for line in lines if line["call"] != call or any(line.get(f) != v for f, v in fields.items())]
+        lines[:] = [
+            line
+            for line in lines
+            if line["call"] != call or any(line.get(f) != v for f, v in fields.items())
+        ]
+
     return mutate
 
 
@@ -12032,15 +12299,25 @@ def another_result(lines):
     line_of(lines, "complete", "kept")["asked"]["result"] = "another"
 
 
-SPOILT_INDEX = "UPDATE sqlite_master SET sql = replace(sql, '(tag)', '(key)') WHERE name = 'jobs_tag'"
-MUTATIONS = [       # what is done to the lines or, as SQL, to the database; and which invariant catches it
+SPOILT_INDEX = (
+    "UPDATE sqlite_master SET sql = replace(sql, '(tag)', '(key)') WHERE name = 'jobs_tag'"
+)
+MUTATIONS = [  # a change of the lines or, as SQL, of the database; the invariant that catches it
     ("DELETE FROM jobs WHERE id = 'kept'", acknowledged_jobs_are_there),
     ("UPDATE jobs SET payload = '[\"kept\", 0.5]' WHERE id = 'kept'", acknowledged_jobs_are_there),
     (claimed_with_another_payload, claims_carry_the_payload),
-    ("INSERT INTO jobs (id, queue, payload, status, created_at, updated_at, next_run_at, finished_at)"
-     " VALUES ('stray', 'load', '1', 'done', 1, 1, 1, 1)", nothing_is_there_that_nobody_enqueued),
-    (without("enqueue", asked=dict(id="kept", queue="load", payload=["kept", 0], max_retries=3, tag="kept")),
-     nothing_is_there_that_nobody_enqueued),
+    (
+        "INSERT INTO jobs (id, queue, payload, status, created_at, updated_at, next_run_at, finished_at)"
+        " VALUES ('stray', 'load', '1', 'done', 1, 1, 1, 1)",
+        nothing_is_there_that_nobody_enqueued,
+    ),
+    (
+        without(
+            "enqueue",
+            asked=dict(id="kept", queue="load", payload=["kept", 0], max_retries=3, tag="kept"),
+        ),
+        nothing_is_there_that_nobody_enqueued,
+    ),
     ("UPDATE jobs SET status = 'pending', finished_at = NULL WHERE id = 'kept'", every_job_ended),
     ("UPDATE jobs SET status = 'running' WHERE id = 'orphan'", every_job_ended),
     ("UPDATE jobs SET status = 'failed' WHERE id = 'kept'", an_acknowledged_complete_stays),
@@ -12078,7 +12355,9 @@ MUTATIONS = [       # what is done to the lines or, as SQL, to the database; and
 ]
 
 
-@pytest.mark.parametrize("mutation, invariant", MUTATIONS, ids=lambda one: getattr(one, "__name__", "rows or log"))
+@pytest.mark.parametrize(
+    "mutation, invariant", MUTATIONS, ids=lambda one: getattr(one, "__name__", "rows or log")
+)
 def test_each_invariant_catches_its_own_fault(sound, tmp_path, mutation, invariant):
     lines, database, log = copy.deepcopy(sound[0]), tmp_path / "jobs.db", ""
     shutil.copy(str(sound[1]), str(database))
@@ -12118,8 +12397,14 @@ def test_nothing_is_lost_or_early_whatever_happens_to_the_clock(clocked, seed, l
 
 def order(dice, history, witness, held, engine):
     id = "job%d" % next(history.numbers)
-    witness.insist("enqueue", id=id, queue="load", payload=[id, dice.random()], max_retries=dice.randrange(4),
-                   **dice.choice([{}, {"delay": dice.uniform(0, 30)}, {"priority": dice.randrange(3)}]))
+    witness.insist(
+        "enqueue",
+        id=id,
+        queue="load",
+        payload=[id, dice.random()],
+        max_retries=dice.randrange(4),
+        **dice.choice([{}, {"delay": dice.uniform(0, 30)}, {"priority": dice.randrange(3)}]),
+    )
 
 
 def claim(dice, history, witness, held, engine):
@@ -12131,12 +12416,15 @@ def claim(dice, history, witness, held, engine):
 
 
 def tell(dice, history, witness, held, engine):
-    """Tells something about a job that is held, perhaps long after its lease; or the worker dies instead."""
+    """Reports on a job that is held, perhaps long after its lease; or the worker dies instead."""
     if held:
         held.rotate(dice.randrange(len(held)))
         witness, job, ends = held.popleft()
         call = dice.choice(["complete", "complete", "fail", "release", "heartbeat", "vanish"])
-        extra = {"complete": {"result": [job["id"], job["attempt"]]}, "fail": dice.choice([{}, {"delay": 2.5}])}
+        extra = {
+            "complete": {"result": [job["id"], job["attempt"]]},
+            "fail": dice.choice([{}, {"delay": 2.5}]),
+        }
         if call == "vanish":
             history.fault("vanished", id=job["id"])
             return
@@ -12155,12 +12443,16 @@ def pause(dice, history, witness, held, engine):
 
 def drain(history, witness, engine):
     """Works off what is left, on a clock that runs."""
+
     def rest():
         engine.advance(1.3)
         for job in witness.claims(queue="load", limit=1000):
-            witness.insist("complete", id=job["id"], attempt=job["attempt"], result=[job["id"], job["attempt"]])
+            witness.insist(
+                "complete", id=job["id"], attempt=job["attempt"], result=[job["id"], job["attempt"]]
+            )
         queue = engine.get("/queues")["queues"]
         return sum(one["pending"] + one["running"] for one in queue) == 0
+
     until(rest, 20)
 
 
@@ -12175,8 +12467,12 @@ class Swallower(Proxy):
             super().relay(client)
 
 
-QUICK = {"BACKOFF": 0.2, "GRACE": 0.5, "CLOCK_CHECK_INTERVAL": 0.2}      # the engine's constants in a run of some seconds
-LEASE = 1.0                                              # seconds
+QUICK = {
+    "BACKOFF": 0.2,
+    "GRACE": 0.5,
+    "CLOCK_CHECK_INTERVAL": 0.2,
+}  # the engine's constants in a run of some seconds
+LEASE = 1.0  # seconds
 
 
 class Rampage:
@@ -12189,11 +12485,11 @@ class Rampage:
         self.engine = Engine(folder, constants=constants)
         self.history = History(folder / "history")
         self.proxy = Swallower(self.engine)
-        self.over = threading.Event()       # producers stop
-        self.workers = {}                   # processes by name
+        self.over = threading.Event()  # producers stop
+        self.workers = {}  # processes by name
         self.timers = []
         self.kills = self.hired = self.stops = self.swallowed = 0
-        self.slowest = 0.0                  # seconds from a start to the first response
+        self.slowest = 0.0  # seconds from a start to the first response
         self.urls = itertools.cycle([self.engine.url, self.engine.url, self.proxy.url])
         self.producers = []
         for number in range(3):
@@ -12211,8 +12507,15 @@ class Rampage:
 
     def _set_up(self, witness):
         witness.insist("limit", queue="load", max_running=8)
-        witness.insist("schedule", name="tick", queue="load", every=1, payload="tick",
-                       max_retries=3, key="tick")
+        witness.insist(
+            "schedule",
+            name="tick",
+            queue="load",
+            every=1,
+            payload="tick",
+            max_retries=3,
+            key="tick",
+        )
 
     def run_code(self, code, *arguments):
         """A process that runs code of this module."""
@@ -12265,7 +12568,9 @@ class Rampage:
     def kill_at_the_start(self):
         """Kills it while it finds its way back into the database."""
         before = self.engine.process
-        with meanwhile(self.engine.start, "--port", str(self.engine.port), constants=self.constants) as start:
+        with meanwhile(
+            self.engine.start, "--port", str(self.engine.port), constants=self.constants
+        ) as start:
             until(lambda: self.engine.process is not before)
             time.sleep(self.dice.uniform(0.05, 0.3))
             self.engine.process.kill()
@@ -12282,7 +12587,7 @@ class Rampage:
         self.hire()
 
     def stop_worker(self):
-        """Stops a worker for longer than its lease; what it then says of its old claims has to be refused."""
+        """Stops a worker for longer than its lease, so that its next calls have to be refused."""
         name = self.dice.choice(list(self.workers))
         process = self.workers[name]
         process.send_signal(signal.SIGSTOP)
@@ -12298,8 +12603,15 @@ class Rampage:
     def run(self, kills, pause=0.5, progress=lambda rampage: None):
         while self.kills < kills:
             time.sleep(self.dice.uniform(0, pause))
-            self.dice.choice([self.swallow_replies, self.swallow_replies, self.kill_worker,
-                              self.stop_worker, self.kill_shop])()
+            self.dice.choice(
+                [
+                    self.swallow_replies,
+                    self.swallow_replies,
+                    self.kill_worker,
+                    self.stop_worker,
+                    self.kill_shop,
+                ]
+            )()
             time.sleep(self.dice.uniform(0, pause / 4))
             self.kill_engine()
             progress(self)
@@ -12316,8 +12628,14 @@ class Rampage:
         self.producers[0][1].insist("unschedule", name="tick")
         self.shop.wait(seconds)
         until(lambda: unsent(self.history.path + ".shop") == 0, seconds)
-        until(lambda: not any(row["pending"] + row["running"]
-                              for row in self.engine.get("/queues")["queues"]), seconds)
+        until(
+            lambda: (
+                not any(
+                    row["pending"] + row["running"] for row in self.engine.get("/queues")["queues"]
+                )
+            ),
+            seconds,
+        )
 
     def close(self):
         self.over.set()
@@ -12334,13 +12652,23 @@ class Rampage:
 
     def violations(self):
         """What is wrong after it is closed."""
-        settings = {name.lower(): value for name, value in self.constants.items() if name in ("BACKOFF", "GRACE")}
-        late = ["an engine took %.1f s to serve again" % self.slowest] if self.slowest > 2 else []
-        return late + violations(self.history.read(), self.engine.database, self.engine.log(), **settings)
+        settings = {
+            name.lower(): value
+            for name, value in self.constants.items()
+            if name in ("BACKOFF", "GRACE")
+        }
+        late = []
+        if self.slowest > 2 and not is_overloaded():
+            late = ["an engine took %.1f s to serve again" % self.slowest]
+        return late + violations(
+            self.history.read(), self.engine.database, self.engine.log(), **settings
+        )
 
     def counts(self):
         with contextlib.closing(sqlite3.connect(str(self.engine.database), timeout=30)) as db:
-            jobs, attempts = db.execute("SELECT COUNT(*), COALESCE(SUM(attempt), 0) FROM jobs").fetchone()
+            jobs, attempts = db.execute(
+                "SELECT COUNT(*), COALESCE(SUM(attempt), 0) FROM jobs"
+            ).fetchone()
         with open(self.history.path, "rb") as lines:
             names = collections.Counter(line.split(b'"')[3].decode() for line in lines)
         return {
@@ -12357,21 +12685,44 @@ class Rampage:
         }
 
 
-SAMPLES = ["", "\u00e9\u4e2d\U0001f600", 12345678901234567890123, 1.0, -0.5, None, True, [],
-           {"b": [1, {"a": None}], "a": "x" * 2000}]
+def is_overloaded():
+    """Do other programs take the processors, so that times say little about the engine?"""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 2 * os.cpu_count()
+
+
+SAMPLES = [
+    "",
+    "\u00e9\u4e2d\U0001f600",
+    12345678901234567890123,
+    1.0,
+    -0.5,
+    None,
+    True,
+    [],
+    {"b": [1, {"a": None}], "a": "x" * 2000},
+]
 
 
 def produce(witness, over):
-    """Enqueues jobs with ids of its own, alone or several at once, and each again until it is acknowledged."""
+    """Enqueues jobs with ids of its own, each again until it is acknowledged."""
     dice, known = random.Random(witness.name), collections.deque(maxlen=20)
     while not over.is_set():
-        orders = [{"queue": "load", "id": "%s-%d" % (witness.name, next(witness.history.numbers)),
-                   "payload": [dice.random(), dice.choice(SAMPLES)], "max_retries": dice.choice([0, 1, 3]),
-                   "priority": dice.randrange(3)} for _ in range(dice.choice([1, 1, 1, 7]))]
+        orders = [
+            {
+                "queue": "load",
+                "id": "%s-%d" % (witness.name, next(witness.history.numbers)),
+                "payload": [dice.random(), dice.choice(SAMPLES)],
+                "max_retries": dice.choice([0, 1, 3]),
+                "priority": dice.randrange(3),
+            }
+            for _ in range(dice.choice([1, 1, 1, 7]))
+        ]
         for order in orders:
-            if known and dice.random() < 0.2:       # a job after jobs
-                order.update(after=dice.sample(list(known), min(len(known), 2)),
-                             after_any=dice.random() < 0.5)
+            if known and dice.random() < 0.2:  # a job after jobs
+                order.update(
+                    after=dice.sample(list(known), min(len(known), 2)),
+                    after_any=dice.random() < 0.5,
+                )
             if dice.random() < 0.15:
                 order.update(group=dice.choice("abcdef"))
         witness.insist("enqueue", **(orders[0] if len(orders) == 1 else {"jobs": orders}))
@@ -12403,7 +12754,7 @@ def unsent(path):
     """How many jobs wait in an outbox."""
     with contextlib.closing(sqlite3.connect(path, timeout=30)) as db:
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'rundown_outbox'").fetchone():
-            return 0        # its producer has not begun
+            return 0  # its producer has not begun
         return db.execute("SELECT COUNT(*) FROM rundown_outbox").fetchone()[0]
 
 
@@ -12415,12 +12766,18 @@ def toil(url, path, name):
     witness, dice = Witness(History(path), url, name), random.Random(name)
     while True:
         began = time.monotonic()
-        for job in witness.claims(queue="load", limit=dice.randrange(1, 5), wait=0.3, lease=LEASE, worker=name):
+        for job in witness.claims(
+            queue="load", limit=dice.randrange(1, 5), wait=0.3, lease=LEASE, worker=name
+        ):
             witness.history.write("start", client=name, id=job["id"], attempt=job["attempt"])
             for step in STEP_NAMES:
                 if dice.random() < 0.15:
                     do_step(witness.history, witness, job, step)
-            deed = complete if os.path.exists(path + ".drain") else dice.choices(list(DEEDS), DEEDS.values())[0]
+            deed = (
+                complete
+                if os.path.exists(path + ".drain")
+                else dice.choices(list(DEEDS), DEEDS.values())[0]
+            )
             deed(dice, witness, {"id": job["id"], "attempt": job["attempt"]})
             witness.history.write("end", client=name, id=job["id"], attempt=job["attempt"])
             if time.monotonic() > began + LEASE:
@@ -12450,7 +12807,9 @@ def complete_and_regret(dice, witness, claim):
 
 
 def fail(dice, witness, claim):
-    witness.insist("fail", error="no", **claim, **dice.choice([{}, {"delay": 0.1}, {"retry": False}]))
+    witness.insist(
+        "fail", error="no", **claim, **dice.choice([{}, {"delay": 0.1}, {"retry": False}])
+    )
 
 
 def release(dice, witness, claim):
@@ -12461,7 +12820,15 @@ def vanish(dice, witness, claim):
     witness.history.fault("vanished", id=claim["id"])
 
 
-DEEDS = {complete: 60, complete_slowly: 8, complete_twice: 6, complete_and_regret: 6, fail: 12, release: 5, vanish: 3}
+DEEDS = {
+    complete: 60,
+    complete_slowly: 8,
+    complete_twice: 6,
+    complete_and_regret: 6,
+    fail: 12,
+    release: 5,
+    vanish: 3,
+}
 
 
 @pytest.fixture
@@ -12483,12 +12850,20 @@ def test_nothing_is_lost_or_done_twice_through_twelve_kills_under_load(rampage):
 
 
 def faults_main(argv):
-    """`python test_rundown.py faults`: the long run, its counts at the end; 1 if anything was violated."""
+    """Random calls on engine and model, then kills under load; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="test_rundown.py faults", description=faults_main.__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="how often the engine is killed (200)")
-    parser.add_argument("--steps", type=int, default=100000, help="random calls on engine and model (100000)")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of moments and calls (the time)")
-    parser.add_argument("--keep", metavar="FOLDER", help="where the history and the database stay; else they go")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="how often the engine is killed (200)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100000, help="random calls on engine and model (100000)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of moments and calls (the time)"
+    )
+    parser.add_argument(
+        "--keep", metavar="FOLDER", help="where the history and the database stay; else they go"
+    )
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(options.keep or scratch)
@@ -12531,7 +12906,7 @@ def tally(counts):
     return ", ".join("%s %s" % (name, count) for name, count in counts.items())
 
 
-# -- faults: a model of the engine, and random calls on both ------------------------------------------
+# -- faults: a model of the engine, and random calls on both ----------------------------------------
 
 # why a pending job waits: it does not; for its time; for other jobs; for its group
 READY, DELAYED, BLOCKED, QUEUED = range(4)
@@ -13392,7 +13767,8 @@ WORKERS = ["w1", "w2"]
 GROUPS = ["g1", "g2"]
 CALL_WEIGHTS = {       # how often each call is made
     "move": 14, "poll": 20, "enqueue": 16, "complete": 10, "fail": 12, "release": 4, "heartbeat": 4,
-    "step": 4, "reschedule": 4, "cancel": 3, "retry": 4, "purge": 2, "pause": 1, "resume": 2, "limit": 2, "schedule": 2,
+    "step": 4, "reschedule": 4, "cancel": 3, "retry": 4, "purge": 2, "pause": 1, "resume": 2,
+    "limit": 2, "schedule": 2,
     "unschedule": 1, "look": 4, "kill": 0.15, "interrupt": 0.15,
 }
 
@@ -13656,7 +14032,8 @@ def mutants_of(source, section):
     """All small changes of code in sections with such a name: (line, old, new, changed source)."""
     lines = source.splitlines(keepends=True)
     starts = list(itertools.accumulate(map(len, lines), initial=0))
-    markers = itertools.accumulate(lines, lambda marker, line: line if line[:5] == "# -- " else marker)
+    markers = itertools.accumulate(
+        lines, lambda marker, line: line if line.startswith("# -- ") else marker)
     wanted = {row for row, marker in enumerate(markers, 1) if marker.startswith("# -- " + section)}
     wanted -= documentation_of(source)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -13743,8 +14120,20 @@ def injected(engine, *faults):
         pytest.skip("needs strace")
     options = [part for fault in faults for part in ("-e", "inject=" + fault)]
     names = ",".join(fault.split(":")[0] for fault in faults)
-    tracer = subprocess.Popen(["strace", "-f", "-p", str(engine.process.pid), "-o", str(engine.folder / "trace"),
-                               "-e", "trace=" + names, *options], stderr=subprocess.PIPE)
+    tracer = subprocess.Popen(
+        [
+            "strace",
+            "-f",
+            "-p",
+            str(engine.process.pid),
+            "-o",
+            str(engine.folder / "trace"),
+            "-e",
+            "trace=" + names,
+            *options,
+        ],
+        stderr=subprocess.PIPE,
+    )
     try:
         line = tracer.stderr.readline().decode()
         if "attached" not in line:
@@ -13752,7 +14141,7 @@ def injected(engine, *faults):
         yield
     finally:
         if tracer.poll() is None:
-            tracer.send_signal(signal.SIGINT)       # lets go of the engine
+            tracer.send_signal(signal.SIGINT)  # lets go of the engine
         tracer.communicate(timeout=10)
 
 
@@ -13780,15 +14169,19 @@ def test_killed_between_commit_and_reply_an_enqueue_is_there_and_sent_again_is_t
     assert (again["created"], again["id"], engine.count(q)) == (False, body["id"], 1)
 
 
-OUTCOMES = [     # call, what it says, the answer when it is sent again, what the job is
+OUTCOMES = [  # call, what it says, the answer when it is sent again, what the job is
     ("complete", {"result": 7}, 200, "done"),
     ("fail", {"error": "no"}, 200, "failed"),
     ("release", {}, 200, "pending"),
 ]
 
 
-@pytest.mark.parametrize("call, says, again, status", OUTCOMES, ids=lambda one: one if type(one) is str else "")
-def test_killed_between_commit_and_reply_an_outcome_holds_and_is_counted_once(own, q, call, says, again, status):
+@pytest.mark.parametrize(
+    "call, says, again, status", OUTCOMES, ids=lambda one: one if type(one) is str else ""
+)
+def test_killed_between_commit_and_reply_an_outcome_holds_and_is_counted_once(
+    own, q, call, says, again, status
+):
     engine = own()
     engine.enqueue(q)
     claim = engine.poll(q)
@@ -13802,24 +14195,38 @@ def test_killed_between_commit_and_reply_an_outcome_holds_and_is_counted_once(ow
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 13])
-def test_killed_at_any_write_of_a_commit_the_database_is_whole_and_what_was_acknowledged_there(own, q, number):
+def test_killed_at_any_write_of_a_commit_the_database_is_whole_and_what_was_acknowledged_there(
+    own, q, number
+):
     engine, acknowledged = own(), []
-    over = engine.connect()         # one connection is one thread of the engine, and strace counts a thread's calls
+    over = (
+        engine.connect()
+    )  # one connection is one thread of the engine, and strace counts a thread's calls
     engine.call("GET", "/health", over=over)
-    with injected(engine, "pwrite64,write,fdatasync,fsync,sendto:signal=KILL:when=%d" % number), contextlib.closing(over):
+    with injected(
+        engine, "pwrite64,write,fdatasync,fsync,sendto:signal=KILL:when=%d" % number
+    ), contextlib.closing(over):
         with contextlib.suppress(OSError, http.client.HTTPException):
             for count in range(9):
-                assert engine.call("POST", "/enqueue", {"queue": q, "id": "%s-%d" % (q, count)}, over=over)[0] == 200
+                assert (
+                    engine.call(
+                        "POST", "/enqueue", {"queue": q, "id": "%s-%d" % (q, count)}, over=over
+                    )[0]
+                    == 200
+                )
                 acknowledged.append("%s-%d" % (q, count))
         engine.process.wait(5)
     with contextlib.closing(sqlite3.connect(str(engine.database))) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     engine.start()
     there = [job["id"] for job in engine.get("/jobs?queue=" + q)["jobs"]][::-1]
-    assert there[:len(acknowledged)] == acknowledged and len(there) - len(acknowledged) in (0, 1)
+    assert there[: len(acknowledged)] == acknowledged and len(there) - len(acknowledged) in (0, 1)
 
 
-@pytest.mark.parametrize("fault", ["fdatasync,fsync:error=EIO", "pwrite64,write:error=ENOSPC", "pwrite64,write:error=EIO"])
+@pytest.mark.parametrize(
+    "fault",
+    ["fdatasync,fsync:error=EIO", "pwrite64,write:error=ENOSPC", "pwrite64,write:error=EIO"],
+)
 def test_a_disk_that_fails_gets_503_acknowledges_nothing_and_recovers_by_itself(own, q, fault):
     engine = own()
     engine.post("/enqueue", jobs=[{"queue": q, "max_retries": 1}] * 10)
@@ -13832,7 +14239,11 @@ def test_a_disk_that_fails_gets_503_acknowledges_nothing_and_recovers_by_itself(
     until(lambda: engine.call("POST", "/enqueue", {"queue": q, "id": q})[0] == 200, 5)
     assert engine.get("/health")["status"] == "ok"
     codes = [engine.call("POST", path, body)[0] for path, body in calls]
-    assert set(codes) <= {200, 204, 409}        # 409: what failed at its very last step may hold all the same
+    assert set(codes) <= {
+        200,
+        204,
+        409,
+    }  # 409: what failed at its very last step may hold all the same
     engine.kill()
     assert engine.start().job(calls[0][1]["id"])["status"] == "done" and engine.job(q)
 
@@ -13849,10 +14260,17 @@ def troublesome(q, claims):
     """One of each call that writes, each about a claim of its own."""
     named = [{"id": claim["id"], "attempt": claim["attempt"]} for claim in claims]
     verbs = ["complete", "fail", "heartbeat", "release", "cancel"]
-    single = [("/" + verb, one if verb != "cancel" else {"id": one["id"]}) for verb, one in zip(verbs, named)]
-    return single + [("/complete", {"jobs": named[5:8]}), ("/enqueue", {"queue": q, "id": q}),
-                     ("/pause", {"queue": q + "x"}), ("/enqueue", {"jobs": [{"queue": q, "id": q}] * 3}),
-                     ("/poll", {"queue": q})]
+    single = [
+        ("/" + verb, one if verb != "cancel" else {"id": one["id"]})
+        for verb, one in zip(verbs, named)
+    ]
+    return single + [
+        ("/complete", {"jobs": named[5:8]}),
+        ("/enqueue", {"queue": q, "id": q}),
+        ("/pause", {"queue": q + "x"}),
+        ("/enqueue", {"jobs": [{"queue": q, "id": q}] * 3}),
+        ("/poll", {"queue": q}),
+    ]
 
 
 def test_what_was_not_synced_is_not_acknowledged_when_it_is_sent_again_either(own, q):
@@ -13874,18 +14292,24 @@ def refused(engine, path, body):
 
 
 @pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
-def test_a_full_file_system_gets_503_keeps_what_it_has_and_recovers_when_there_is_room(own, tmp_path, q):
+def test_a_full_file_system_gets_503_keeps_what_it_has_and_recovers_when_there_is_room(
+    own, tmp_path, q
+):
     small = tmp_path / "small"
     small.mkdir()
     engine = on_a_small_disk(own, small)
     ballast = Path("/proc/%d/root%s/ballast" % (engine.process.pid, small))
     ballast.write_bytes(b"x" * (1 << 20))
-    codes = [engine.call("POST", "/enqueue", {"queue": q, "payload": "x" * 40000})[0] for _ in range(80)]
+    codes = [
+        engine.call("POST", "/enqueue", {"queue": q, "payload": "x" * 40000})[0] for _ in range(80)
+    ]
     assert set(codes) == {200, 503} and codes[-1] == 503
     assert engine.count(q) == codes.count(200)
     refused(engine, "/enqueue", {"queue": q, "payload": "x" * 40000})
     ballast.unlink()
-    until(lambda: engine.call("POST", "/enqueue", {"queue": q, "payload": "x" * 40000})[0] == 200, 5)
+    until(
+        lambda: engine.call("POST", "/enqueue", {"queue": q, "payload": "x" * 40000})[0] == 200, 5
+    )
     assert engine.count(q) == codes.count(200) + 1
 
 
@@ -13905,7 +14329,8 @@ def fill(engine, q, of=40000):
 
 @pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
 def test_on_a_disk_full_of_jobs_these_can_be_completed_and_purged_and_then_others_added(
-        own, tmp_path, q):
+    own, tmp_path, q
+):
     small = tmp_path / "small"
     small.mkdir()
     engine = on_a_small_disk(own, small, "12m")
@@ -13918,7 +14343,7 @@ def test_on_a_disk_full_of_jobs_these_can_be_completed_and_purged_and_then_other
     assert "rundown_reserve_bytes 0\n" in metrics and "rundown_storage_trouble 1\n" in metrics
     for verb in ["complete", "fail", "heartbeat", "release"] * 10:
         assert engine.tell(verb, engine.poll(q))[0] == 200
-    assert cpu_is_idle(engine)      # the schedule, whose jobs have no room, does not spin
+    assert cpu_is_idle(engine)  # the schedule, whose jobs have no room, does not spin
     assert engine.call("POST", "/purge", {"queue": q, "status": "pending"})[0] == 200
     assert engine.enqueue(q, "x" * 40000)
     until(lambda: engine.call("GET", "/health")[0] == 200, 10)
@@ -13934,12 +14359,21 @@ def cpu_is_idle(engine):
 
 @pytest.mark.skipif(not LINUX, reason="mounts a small file system in a namespace of its own")
 def test_an_engine_that_was_killed_on_a_disk_full_of_its_jobs_starts_and_purges_them(
-        own, tmp_path, q):
+    own, tmp_path, q
+):
     small = tmp_path / "small"
     small.mkdir()
-    keeper = subprocess.Popen([*in_namespace(), "sh", "-c",
-                               'mount -t tmpfs -o size=12m tmpfs "$0" && echo up && cat', str(small)],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    keeper = subprocess.Popen(
+        [
+            *in_namespace(),
+            "sh",
+            "-c",
+            'mount -t tmpfs -o size=12m tmpfs "$0" && echo up && cat',
+            str(small),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         keeper.stdout.readline()
         inside = ("nsenter", "--user", "--mount", "--preserve-credentials", "-t", str(keeper.pid))
@@ -13992,7 +14426,7 @@ def test_a_program_that_reads_for_long_is_told_of_by_the_health(own, q):
         assert code == 200 and "has been reading" in health["warnings"][0]
 
 
-AUDITED = [     # call, body, what the line says
+AUDITED = [  # call, body, what the line says
     ("/pause", {"queue": "Q"}, '/pause queue="Q": 1'),
     ("/resume", {"queue": "Q"}, '/resume queue="Q": 1'),
     ("/limit", {"queue": "Q", "rate": 3}, '/limit queue="Q" rate=3: 1'),
@@ -14000,8 +14434,11 @@ AUDITED = [     # call, body, what the line says
     ("/unschedule", {"name": "S"}, '/unschedule name="S": 1'),
     ("/cancel", {"queue": "Q", "status": "pending"}, '/cancel queue="Q" status="pending": 3'),
     ("/retry", {"queue": "Q", "status": "cancelled"}, '/retry queue="Q" status="cancelled": 3'),
-    ("/reschedule", {"jobs": [{"id": "A", "delay": 0}, {"id": "none", "delay": 0}]},
-     "/reschedule 2 jobs: 1"),
+    (
+        "/reschedule",
+        {"jobs": [{"id": "A", "delay": 0}, {"id": "none", "delay": 0}]},
+        "/reschedule 2 jobs: 1",
+    ),
     ("/purge", {"queue": "Q"}, '/purge queue="Q": 3'),
 ]
 
@@ -14019,13 +14456,22 @@ def test_what_an_operator_does_is_logged_in_a_line_with_address_and_count(own):
 def test_the_metrics_tell_of_storage_workers_pauses_and_the_loop(engine, q):
     engine.poll(q, worker=q)
     engine.post("/pause", queue=q)
-    values = dict(line.split(" ") for line in engine.get("/metrics").splitlines()
-                  if line[0] != "#" and "{" not in line)
+    values = dict(
+        line.split(" ")
+        for line in engine.get("/metrics").splitlines()
+        if line[0] != "#" and "{" not in line
+    )
     engine.post("/resume", queue=q)
     assert values["rundown_storage_trouble"] == "0" and float(values["rundown_workers"]) >= 1
     assert int(values["rundown_queues_paused"]) >= 1
-    for name in ("database_bytes", "log_bytes", "disk_free_bytes", "loop_lag_seconds",
-                 "commit_seconds_sum", "commit_seconds_count"):
+    for name in (
+        "database_bytes",
+        "log_bytes",
+        "disk_free_bytes",
+        "loop_lag_seconds",
+        "commit_seconds_sum",
+        "commit_seconds_count",
+    ):
         assert float(values["rundown_" + name]) > 0, name
 
 
@@ -14033,17 +14479,22 @@ def on_a_small_disk(own, folder, size="4m"):
     """An engine whose database is on a small file system that only it sees."""
     mount = 'mount -t tmpfs -o size=%s tmpfs "$0" && exec "$@"' % size
     prefix = ("unshare", "-rm", "sh", "-c", mount, str(folder))
-    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode
+    ):
         pytest.skip("this system lets nobody mount in a namespace")
     return own("--db", str(folder / "jobs.db"), prefix=prefix)
 
 
-# -- faults: power cuts ------------------------------------------------------------------------------
+# -- faults: power cuts ---------------------------------------------------------------------------
 
 SECTOR = 512            # bytes that a disk writes as a whole
 
 TRACED = "pwrite64,write,writev,ftruncate,fsync,fdatasync,unlink,rename,sendto,sendmsg"
-TRACE_LINE = re.compile(r"(\d+) +(?:<\.\.\. (\w+) resumed>|(\w+)\()(.*?)(?: <unfinished \.\.\.>|= (-?\d+).*)?$")
+TRACE_LINE = re.compile(
+    r"(\d+) +(?:<\.\.\. (\w+) resumed>|(\w+)\()"           # thread, call
+    r"(.*?)(?: <unfinished \.\.\.>|= (-?\d+).*)?$")         # arguments, result
 FILE_ARGUMENT = re.compile(r"\d+<(.*?)>")
 STRINGS = re.compile(r'"([^"]*)"')
 
@@ -15033,7 +15484,7 @@ BENCH = """How fast it is on this machine, each figure the median of some short 
 The engine is a process of its own with a database on disk and synchronous=FULL; so are the clients, whose raw
 requests are bytes that were made before, so that it is the engine that is measured."""
 
-GOALS = {       # what was set out for; at most where the unit is ms, MB or %, at least elsewhere
+GOALS = {  # what was set out for; at most where the unit is ms, MB or %, at least elsewhere
     "enqueue: SDK, 1 thread": (3000, "/s"),
     "enqueue: raw, 8 connections": (11200, "/s"),
     "enqueue: bulk of 10,000": (80000, "/s"),
@@ -15051,8 +15502,10 @@ GOALS = {       # what was set out for; at most where the unit is ms, MB or %, a
 def packed(path, **body):
     """The bytes of a POST as a client with a connection to keep sends them."""
     text = json.dumps(body).encode()
-    return (b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-            % (path.encode(), len(text), text))
+    return (
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        % (path.encode(), len(text), text)
+    )
 
 
 def healths():
@@ -15061,7 +15514,9 @@ def healths():
 
 
 def enqueues(queue):
-    one = packed("/enqueue", queue=queue, payload={"path": "images/2026/11/23/photo-4711.jpg", "width": 640})
+    one = packed(
+        "/enqueue", queue=queue, payload={"path": "images/2026/11/23/photo-4711.jpg", "width": 640}
+    )
     while True:
         answer = yield one
         assert answer.startswith(b"HTTP/1.1 200"), answer
@@ -15074,7 +15529,7 @@ def pairs(queue):
         answer = yield poll
         if answer.startswith(b"HTTP/1.1 204"):
             return
-        job = json.loads(answer[answer.index(b"\r\n\r\n"):])
+        job = json.loads(answer[answer.index(b"\r\n\r\n") :])
         answer = yield packed("/complete", id=job["id"], attempt=job["attempt"])
         assert answer.startswith(b"HTTP/1.1 200"), answer
 
@@ -15091,7 +15546,9 @@ def hammer(port, connections, seconds, script, *arguments):
     for lane, _ in lanes:
         lane.fileobj.sendall(next(lane.data))
     while selector.get_map():
-        for lane, _ in lanes if connections == 1 else selector.select():     # one alone needs no asking who is ready
+        for lane, _ in (
+            lanes if connections == 1 else selector.select()
+        ):  # one alone needs no asking who is ready
             answers += 1
             if not advance(lane, began + seconds):
                 selector.unregister(lane.fileobj).fileobj.close()
@@ -15127,14 +15584,22 @@ class Bench:
 
     def __init__(self, folder, client, options):
         self.folder, self.client, self.quick = folder, client, options.quick
-        self.seconds = 0.3 if options.quick else 1.0        # of a run
+        self.seconds = 0.3 if options.quick else 1.0  # of a run
         self.figures = []
 
     def figure(self, name, unit, values):
         """One figure: the median of `values`."""
         goal, goal_unit = GOALS.get(name, (None, unit))
         assert goal_unit == unit, name
-        self.figures.append({"name": name, "value": statistics.median(values), "unit": unit, "runs": list(values), "goal": goal})
+        self.figures.append(
+            {
+                "name": name,
+                "value": statistics.median(values),
+                "unit": unit,
+                "runs": list(values),
+                "goal": goal,
+            }
+        )
         print("%-45s %s" % (name, written_figure(self.figures[-1])), file=sys.stderr, flush=True)
 
     def runs(self, name, unit, run, times=3):
@@ -15148,6 +15613,7 @@ class Bench:
 
     def pairs(self, name, connections, queue):
         """Polls and completes of jobs that are there for it."""
+
         def run():
             self.fill(queue, 10000 if connections > 1 else 5000)
             return self.hammer(connections, self.seconds, pairs, queue) / 2
@@ -15156,8 +15622,13 @@ class Bench:
 
     def fill(self, queue, number):
         """Adds jobs in bodies of 10,000; how many a second, with what it takes to make the bodies left out."""
-        bodies = [packed("/enqueue", jobs=[{"queue": queue, "payload": n} for n in range(at, min(at + 10000, number))])
-                  for at in range(0, number, 10000)]
+        bodies = [
+            packed(
+                "/enqueue",
+                jobs=[{"queue": queue, "payload": n} for n in range(at, min(at + 10000, number))],
+            )
+            for at in range(0, number, 10000)
+        ]
         began = time.perf_counter()
         with socket.create_connection(("127.0.0.1", self.engine.port), 60) as connection:
             for body in bodies:
@@ -15170,6 +15641,7 @@ class Bench:
 
     def drain(self, name, slots, number, queue="drain"):
         """No-op jobs through one worker process, by the times that the engine noted: first claimed to last completed."""
+
         def run():
             self.fill(queue, number)
             began = rundown_engine.micros(time.time())
@@ -15184,7 +15656,8 @@ class Bench:
         with contextlib.closing(sqlite3.connect(str(self.engine.database))) as database:
             number, first, last = database.execute(
                 "SELECT COUNT(*), MIN(started_at), MAX(finished_at) FROM jobs WHERE status = 'done' AND finished_at > ?",
-                [since]).fetchone()
+                [since],
+            ).fetchone()
         return number / (last - first) * 1e6
 
 
@@ -15236,28 +15709,51 @@ def one_fsync(file):
 
 def inserts(folder, number=50000):
     """Rows a second into a table with one index: what Python and SQLite do together at best."""
-    with contextlib.closing(sqlite3.connect(str(folder / "floor.db"), isolation_level=None)) as database:
-        database.executescript("PRAGMA journal_mode = WAL; DROP TABLE IF EXISTS t; CREATE TABLE t (id TEXT PRIMARY KEY, a, b)")
+    with contextlib.closing(
+        sqlite3.connect(str(folder / "floor.db"), isolation_level=None)
+    ) as database:
+        database.executescript(
+            "PRAGMA journal_mode = WAL; DROP TABLE IF EXISTS t; CREATE TABLE t (id TEXT PRIMARY KEY, a, b)"
+        )
         began = time.perf_counter()
         database.execute("BEGIN")
-        database.executemany("INSERT INTO t VALUES (?, ?, ?)", (("%036d" % n, "queue", "payload") for n in range(number)))
+        database.executemany(
+            "INSERT INTO t VALUES (?, ?, ?)",
+            (("%036d" % n, "queue", "payload") for n in range(number)),
+        )
         database.execute("COMMIT")
         return number / (time.perf_counter() - began)
 
 
 def bench_enqueue(bench):
-    bench.runs("enqueue: SDK, 1 thread", "/s", lambda: bench.client.submit(
-        sdk_enqueues, bench.engine.port, bench.seconds).result())
+    bench.runs(
+        "enqueue: SDK, 1 thread",
+        "/s",
+        lambda: bench.client.submit(sdk_enqueues, bench.engine.port, bench.seconds).result(),
+    )
     for connections in (1, 8, 64):
-        bench.rate("enqueue: raw, %d connection%s" % (connections, "s"[connections == 1:]), connections, enqueues, "raw")
+        bench.rate(
+            "enqueue: raw, %d connection%s" % (connections, "s"[connections == 1 :]),
+            connections,
+            enqueues,
+            "raw",
+        )
     bench.runs("enqueue: bulk of 10,000", "/s", lambda: bench.fill("bulk", 10000))
 
 
 def bench_drain(bench):
     for slots in (1, 4):
-        bench.drain("drain: %d slot%s" % (slots, "s"[slots == 1:]), slots, 5000 if bench.quick else 10000 * slots)
+        bench.drain(
+            "drain: %d slot%s" % (slots, "s"[slots == 1 :]),
+            slots,
+            5000 if bench.quick else 10000 * slots,
+        )
     for connections in (1, 8):
-        bench.pairs("poll+complete: raw, %d connection%s" % (connections, "s"[connections == 1:]), connections, "pairs")
+        bench.pairs(
+            "poll+complete: raw, %d connection%s" % (connections, "s"[connections == 1 :]),
+            connections,
+            "pairs",
+        )
 
 
 def bench_pickup(bench):
@@ -15293,7 +15789,10 @@ def bench_flatness(bench):
         bench.engine.stop()
     bench.engine.start()
     value = {figure["name"]: figure["value"] for figure in bench.figures}
-    few, many = (value["poll+complete: raw, 8 connections, {:,} pending".format(level)] for level in (1000, most))
+    few, many = (
+        value["poll+complete: raw, 8 connections, {:,} pending".format(level)]
+        for level in (1000, most)
+    )
     bench.figure("poll+complete: most pending against 1,000", "x", [many / few])
 
 
@@ -15302,21 +15801,36 @@ def grow(database, number, **fields):
     source = "".join(", :" + name for name in fields)
     with contextlib.closing(sqlite3.connect(str(database), isolation_level=None)) as db:
         db.execute("PRAGMA synchronous = OFF")
-        triggers = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        triggers = db.execute(
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall()
         db.execute("BEGIN")
         for name, _ in triggers:
             db.execute("DROP TRIGGER " + name)
-        db.execute("""
+        db.execute(
+            """
             WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :number)
             INSERT INTO jobs (id, queue, payload, created_at, updated_at, next_run_at, started_at, finished_at%s)
             SELECT printf('%%08x-%%04x-7000-8000-%%012x', :now / 65536000000, :salt, i), 'many', '{"path":"photo-4711.jpg"}',
-                :now, :now, :now + i + :ahead, :ended, :ended%s FROM n""" % ("".join(", " + name for name in fields), source),
-            {**fields, "number": number, "now": rundown_engine.micros(time.time()) - 3600000000, "salt": next(NUMBERS),
-             "ahead": 86400000000 * fields["hold"], "ended": None if fields["status"] == "pending" else
-             rundown_engine.micros(time.time()) - 60000000})
+                :now, :now, :now + i + :ahead, :ended, :ended%s FROM n"""
+            % ("".join(", " + name for name in fields), source),
+            {
+                **fields,
+                "number": number,
+                "now": rundown_engine.micros(time.time()) - 3600000000,
+                "salt": next(NUMBERS),
+                "ahead": 86400000000 * fields["hold"],
+                "ended": None
+                if fields["status"] == "pending"
+                else rundown_engine.micros(time.time()) - 60000000,
+            },
+        )
         db.execute("INSERT OR IGNORE INTO queues (queue) VALUES ('many')")
-        db.execute("UPDATE queues SET %s = %s + ?, scheduled = scheduled + ? WHERE queue = 'many'" % (
-            fields["status"], fields["status"]), [number, number * fields["hold"]])
+        db.execute(
+            "UPDATE queues SET %s = %s + ?, scheduled = scheduled + ? WHERE queue = 'many'"
+            % (fields["status"], fields["status"]),
+            [number, number * fields["hold"]],
+        )
         for _, sql in triggers:
             db.execute(sql)
         db.execute("COMMIT")
@@ -15336,13 +15850,16 @@ def bench_rest(bench):
     bench.figure("rest: CPU of worker", "%", [worker_cpu])
     bench.figure("rest: memory of engine", "MB", [memory(engine.process)])
     bench.figure("rest: memory of worker", "MB", [memory(worker.process)])
-    bench.figure("rest: memory of engine and worker", "MB", [memory(engine.process) + memory(worker.process)])
+    bench.figure(
+        "rest: memory of engine and worker", "MB", [memory(engine.process) + memory(worker.process)]
+    )
     worker.stop()
     rundown_engine.raise_file_limit()
     with contextlib.ExitStack() as sleepers:
         for _ in range(1000):
             sleepers.enter_context(socket.create_connection(("127.0.0.1", engine.port))).sendall(
-                packed("/poll", queue="idle", wait=60))
+                packed("/poll", queue="idle", wait=60)
+            )
         time.sleep(1)
         bench.figure("1,000 waiting polls: CPU of engine", "%", busy(bench, engine.process))
         bench.figure("1,000 waiting polls: memory of engine", "MB", [memory(engine.process)])
@@ -15359,31 +15876,45 @@ def bench_scale(bench):
             bench.engine.kill()
     bench.engine = Engine(folder_in(bench.folder))
     value = {figure["name"]: (figure["value"], figure["unit"]) for figure in bench.figures}
-    for name in [name.rpartition(", ")[0] for name in value if name.endswith("{:,} jobs".format(many))]:
-        (one, _), (other, unit) = (value["%s, {:,} jobs".format(number) % name] for number in (few, many))
+    for name in [
+        name.rpartition(", ")[0] for name in value if name.endswith("{:,} jobs".format(many))
+    ]:
+        (one, _), (other, unit) = (
+            value["%s, {:,} jobs".format(number) % name] for number in (few, many)
+        )
         bench.figure(name + ", times slower", "x", [one / other if unit == "/s" else other / one])
 
 
 def bench_jobs(bench, number, beside):
     """What is asked of an engine with so many jobs: those of `scale`, of which a tenth will be done."""
+
     def calls(name, path):
         def took():
             began = time.perf_counter()
             text = bench.engine.call("GET", path)[1]
             assert text
             return (time.perf_counter() - began) * 1e3
+
         bench.runs("scale: %s%s" % (name, beside), "ms", took, 21)
 
     for queue in ("scale", "raw"):
         bench.engine.poll(queue)
-    bench.figure("scale: fill" + beside, "/s", [bench.fill("scale", 10000) for _ in range(0, number, 10000)])
+    bench.figure(
+        "scale: fill" + beside, "/s", [bench.fill("scale", 10000) for _ in range(0, number, 10000)]
+    )
     oldest = bench.engine.poll("scale")
     assert bench.engine.tell("complete", oldest)[0] == 200
     began = time.perf_counter()
     bench.hammer(4, 3600, batches, "scale", number // 40)
-    bench.figure("scale: drain a tenth" + beside, "/s", [number / 10 / (time.perf_counter() - began)])
+    bench.figure(
+        "scale: drain a tenth" + beside, "/s", [number / 10 / (time.perf_counter() - began)]
+    )
     bench.rate("scale: enqueue, 8 connections" + beside, 8, enqueues, "raw")
-    bench.runs("scale: poll and complete, 8 connections" + beside, "/s", lambda: bench.hammer(8, bench.seconds, pairs, "scale") / 2)
+    bench.runs(
+        "scale: poll and complete, 8 connections" + beside,
+        "/s",
+        lambda: bench.hammer(8, bench.seconds, pairs, "scale") / 2,
+    )
     calls("a page", "/jobs")
     calls("a page of the queue's done jobs", "/jobs?queue=scale&status=done")
     calls("a page in the middle", "/jobs?after=" + oldest["id"])
@@ -15397,7 +15928,9 @@ def bench_jobs(bench, number, beside):
     bench.engine.kill()
     began = time.perf_counter()
     bench.engine.start("--keep", "1s", constants={"RETENTION_INTERVAL": 0.1})
-    bench.figure("scale: start after a kill -9" + beside, "ms", [(time.perf_counter() - began) * 1e3])
+    bench.figure(
+        "scale: start after a kill -9" + beside, "ms", [(time.perf_counter() - began) * 1e3]
+    )
     done = bench.engine.queue("scale")["done"]
     until(lambda: not bench.engine.queue("scale")["done"], 3600)
     bench.figure("scale: retention" + beside, "/s", [done / (time.perf_counter() - began)])
@@ -15407,8 +15940,10 @@ def batches(queue, number):
     """Polls and completes of 100 jobs at a time, so many jobs of them."""
     for _ in range(0, number, 100):
         answer = yield packed("/poll", queue=queue, limit=100)
-        claims = json.loads(answer[answer.index(b"\r\n\r\n"):])
-        answer = yield packed("/complete", jobs=[{"id": job["id"], "attempt": job["attempt"]} for job in claims])
+        claims = json.loads(answer[answer.index(b"\r\n\r\n") :])
+        answer = yield packed(
+            "/complete", jobs=[{"id": job["id"], "attempt": job["attempt"]} for job in claims]
+        )
         assert answer.startswith(b"HTTP/1.1 200"), answer
 
 
@@ -15427,11 +15962,14 @@ def busy(bench, *processes):
 
 def memory(process):
     """Megabytes of memory that a process holds."""
-    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/%d/status" % process.pid).read_text())[1]) / 1e3
+    return (
+        int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/%d/status" % process.pid).read_text())[1])
+        / 1e3
+    )
 
 
 SECTIONS = [bench_floors, bench_enqueue, bench_drain, bench_pickup, bench_flatness, bench_rest]
-ASKED = [bench_scale]       # run only where they are asked for
+ASKED = [bench_scale]  # run only where they are asked for
 
 
 def bench_main(argv=None):
@@ -15439,13 +15977,20 @@ def bench_main(argv=None):
     parser = argparse.ArgumentParser(prog="test_rundown.py bench", description=BENCH)
     parser.add_argument("--json", action="store_true", help="the figures as JSON, with every run")
     parser.add_argument("--quick", action="store_true", help="shorter runs, a tenth of the jobs")
-    parser.add_argument("--only", choices=[section.__name__[6:] for section in SECTIONS + ASKED],
-                        help="one section; scale, with ten million jobs, is not part of the rest")
+    parser.add_argument(
+        "--only",
+        choices=[section.__name__[6:] for section in SECTIONS + ASKED],
+        help="one section; scale, with ten million jobs, is not part of the rest",
+    )
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, client_process() as client:
         bench = Bench(Path(folder), client, options)
         bench.engine = Engine(folder_in(bench.folder))
-        for queue in ("sdk", "raw", "bulk"):        # else each enqueue looks for a queue that may have been meant
+        for queue in (
+            "sdk",
+            "raw",
+            "bulk",
+        ):  # else each enqueue looks for a queue that may have been meant
             bench.engine.poll(queue)
         try:
             for section in SECTIONS if options.only is None else SECTIONS + ASKED:
@@ -15453,7 +15998,11 @@ def bench_main(argv=None):
                     section(bench)
         finally:
             bench.engine.kill()
-    print(json.dumps({"machine": machine(), "figures": bench.figures}, indent=1) if options.json else table(bench.figures))
+    print(
+        json.dumps({"machine": machine(), "figures": bench.figures}, indent=1)
+        if options.json
+        else table(bench.figures)
+    )
     return 0
 
 
@@ -15464,19 +16013,40 @@ def client_process():
 
 def machine():
     return "%s, Python %s, SQLite %s, %d cores, %s %s" % (
-        datetime.date.today(), sys.version.split()[0], sqlite3.sqlite_version, os.cpu_count(), platform.system(), platform.machine())
+        datetime.date.today(),
+        sys.version.split()[0],
+        sqlite3.sqlite_version,
+        os.cpu_count(),
+        platform.system(),
+        platform.machine(),
+    )
 
 
 def table(figures):
     """The figures in columns: what, median, lowest and highest run, goal."""
     rows = [("", "median", "runs", "goal")]
     for figure in figures:
-        low, high = (written_figure({**figure, "value": value}).split()[0] for value in (min(figure["runs"]), max(figure["runs"])))
+        low, high = (
+            written_figure({**figure, "value": value}).split()[0]
+            for value in (min(figure["runs"]), max(figure["runs"]))
+        )
         goal = "" if figure["goal"] is None else written_figure({**figure, "value": figure["goal"]})
-        rows.append((figure["name"], written_figure(figure), low if len(figure["runs"]) == 1 else "%s - %s" % (low, high), goal))
+        rows.append(
+            (
+                figure["name"],
+                written_figure(figure),
+                low if len(figure["runs"]) == 1 else "%s - %s" % (low, high),
+                goal,
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(cell.rjust(width) if column else cell.ljust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
     return "\n".join([machine(), *lines])
 
 
@@ -15702,9 +16272,15 @@ CREATE TRIGGER jobs_forget AFTER DELETE ON jobs WHEN OLD.after IS NOT NULL BEGIN
 }
 
 
-COMMANDS = {"bench": bench_main, "faults": faults_main, "power": power_main, "mutants": mutants_main}
+COMMANDS = {
+    "bench": bench_main,
+    "faults": faults_main,
+    "power": power_main,
+    "mutants": mutants_main,
+}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         sys.exit(COMMANDS[sys.argv[1]](sys.argv[2:]))
-    sys.exit("usage: python test_rundown.py %s [--help], or python -m pytest" % " | ".join(COMMANDS))
+    names = " | ".join(COMMANDS)
+    sys.exit("usage: python test_rundown.py %s [--help], or python -m pytest" % names)
