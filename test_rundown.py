@@ -3960,7 +3960,7 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
             assert engine.get("/health")
             time.sleep(0.1)
         status = Path("/proc/%d/status" % engine.process.pid).read_text()
-        peak = int(re.search("VmHWM:\s+([0-9]+)", status)[1]) >> 10
+        peak = int(re.search(r"VmHWM:\s+([0-9]+)", status)[1]) >> 10
         assert peak < 480, (line, peak)
 
 
