@@ -3960,7 +3960,7 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
             assert engine.get("/health")
             time.sleep(0.1)
         status = Path("/proc/%d/status" % engine.process.pid).read_text()
-        peak = int(re.search("VmHWM:\s+([0-9]+)", status)[1]) >> 10
+        peak = int(re.search(r"VmHWM:\s+([0-9]+)", status)[1]) >> 10
         assert peak < 480, (line, peak)
 
 
@@ -3995,6 +3995,30 @@ def test_batches_that_are_refused_half_way_do_not_hold_up_the_good_ones_beside_t
         assert time.monotonic() - began < 4
     assert answers == [b"HTTP/1.1 200" if number % 9 == 0 else b"HTTP/1.1 400" for number in range(45)]
     assert engine.queue(q)["pending"] == 25000
+
+
+def test_timeouts_come_in_order_move_back_and_forget_clients_that_are_gone():
+    timeouts = rundown_engine.Timeouts()
+    loop = types.SimpleNamespace(now=0, timeouts=timeouts)
+    came = []
+
+    class Timed(rundown_engine.Client):
+        def on_timeout(self):
+            came.append(self)
+
+    first, second, moved, gone = (Timed(loop) for _ in range(4))
+    for client, seconds in [(second, 2), (first, 1), (moved, 1), (gone, 1), (moved, 3)]:
+        client.set_timeout(seconds)
+    timeouts.cancel(gone)
+    timeouts.fire(2)
+    assert came == [first, second]
+    timeouts.fire(3)
+    assert came == [first, second, moved] and timeouts.next() > 10**9
+    for _ in range(20000):
+        client = Timed(loop)
+        client.set_timeout(30)
+        timeouts.cancel(client)
+    assert len(timeouts.heap) < 3000
 
 
 def test_a_parked_poll_that_wakes_others_in_its_transaction_does_so_for_those_behind_it():
