@@ -10442,10 +10442,12 @@ def test_whatever_is_killed_when_each_committed_transaction_has_its_job_once(
             [sys.executable, "-c", SHOP % (connect, q, q)],
             env=environment({"RUNDOWN_URL": engine.url}),
         )
-        until(functools.partial(engine.count, q))
-        time.sleep(random.random() / 5)
-        shopkeeper.kill()
-        shopkeeper.wait()
+        try:
+            until(functools.partial(engine.count, q), 40)
+            time.sleep(random.random() / 5)
+        finally:
+            shopkeeper.kill()
+            shopkeeper.wait()
         rw.forward(shop.connect, engine.url)
         rows = box.execute("SELECT id FROM orders WHERE id LIKE '%s-%%'" % q).fetchall()
         box.commit()
