@@ -12787,16 +12787,22 @@ def faults_main(argv):
         folder = Path(options.keep or scratch)
         folder.mkdir(parents=True, exist_ok=True)
         differences = compare_at_length(folder, options.steps, options.seed)
-        print("%d kills, seed %d" % (options.kills, options.seed), flush=True)
-        rampage = Rampage(folder, options.seed)
-        try:
-            rampage.run(options.kills, progress=tell_progress)
-            rampage.drain(300)
-        finally:
-            rampage.close()
-        wrong = rampage.violations()
-        print("\n".join(["", *wrong[:50], tally({**rampage.counts(), "violations": len(wrong)})]))
+        wrong = kill_at_length(folder, options.kills, options.seed) if options.kills else 0
     return 1 if wrong or differences else 0
+
+
+def kill_at_length(folder, kills, seed):
+    """Kills engine and workers under load; how many violations that leaves behind."""
+    print("%d kills, seed %d" % (kills, seed), flush=True)
+    rampage = Rampage(folder, seed)
+    try:
+        rampage.run(kills, progress=tell_progress)
+        rampage.drain(300)
+    finally:
+        rampage.close()
+    wrong = rampage.violations()
+    print("\n".join(["", *wrong[:50], tally({**rampage.counts(), "violations": len(wrong)})]))
+    return len(wrong)
 
 
 def compare_at_length(folder, steps, seed):
@@ -13923,9 +13929,12 @@ def difference_after(engine, steps):
 
 def told_difference(found, seed):
     """How to repeat a difference, and the last of the steps that lead to it."""
-    steps = found.steps[-30:]
-    left_out = ["%d steps, the last of them:" % len(found.steps)]
-    return "\n".join(["seed %d: %s" % (seed, found), *left_out, *map(repr, steps)])
+    lines = [
+        "%s" % found,
+        "python test_rundown.py faults --kills 0 --steps 2000 --seed %d" % seed,
+        "%d steps, the last of them:" % len(found.steps),
+    ]
+    return "\n".join(lines + [repr(step) for step in found.steps[-30:]])
 
 
 def test_the_engine_answers_2000_random_calls_as_its_model_does(tmp_path):
