@@ -7640,6 +7640,29 @@ def test_an_async_handler_that_blocks_the_loop_is_named_and_can_time_out(engine,
     assert "time.sleep(0.01)" in ended(engine, job)["error"]
 
 
+@pytest.mark.parametrize("other", ["async", "mixed"])
+def test_an_event_loop_that_stays_blocked_is_replaced(engine, work, q, other):
+    body = """
+        if payload == "block":
+            time.sleep(60)
+        await asyncio.sleep(0.01)
+        return payload
+    """
+    source = async_handler(q, body)
+    if other == "mixed":
+        source = source.replace("@rw.queue(name=%r, max_retries=0)" % q, "@rw.task(queue=%r, max_retries=0)" % q)
+        source += "\n@rw.task(queue=%r)\ndef plain(payload): return payload\n" % q
+        name = "handle"
+    payload = (lambda value: {"task": name, "args": [value]}) if other == "mixed" else (lambda value: value)
+    block = engine.enqueue(q, payload("block"), timeout=0.3, max_retries=0)
+    worker = work("rw.MAX_LOOP_BLOCK = rw.HUNG_AFTER = 0.3\n" + source, run="rw.run(grace=0.2)")
+    assert "timed out" in ended(engine, block)["error"]
+    for number in range(3):
+        assert ended(engine, engine.enqueue(q, payload(number)))["result"] == number
+    assert "is replaced" in worker.log()
+    assert worker.stop() == 0
+
+
 def test_what_an_async_handler_runs_in_a_thread_does_not_keep_the_worker(engine, work, q):
     job = engine.enqueue(q)
     seen = "await asyncio.get_running_loop().run_in_executor(None, lambda: say(rw.job()['id']))"
@@ -8604,6 +8627,22 @@ def test_a_job_that_failed_raises_in_asyncio_programs_too(engine, q):
         arun(rw.Job(engine.enqueue(q), rw.Client(engine.url)).aresult(0.1))
     with pytest.raises(rw.Misuse, match="did you mean delay"):
         arun(rw.aenqueue(q, dealy=3))
+
+
+def test_asyncio_calls_go_over_tls_and_take_large_jobs(https, q):
+    engine, cert = https()
+    job = arun(rw.Client(engine.url, ca=cert).aenqueue(q, "x" * 3000000), Forbidden())
+    assert len(job["payload"]) == 3000000
+    with pytest.raises(rw.EngineUnavailable):
+        arun(rw.Client(engine.url, timeout=0.3).aenqueue(q, 1))
+
+
+def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
+    with rw.testing() as testing:
+        arun(testing.client.aenqueue("q"))
+        idle, place = rw.async_calls().idle, ("http", testing.client.host.partition("//")[2])
+        assert any(origin == place and streams for (origin, _), streams in idle.items())
+    until(lambda: not any(origin == place for origin, _ in list(idle)), 5)
 
 
 def test_nothing_blocks_an_event_loop_while_no_engine_answers():
