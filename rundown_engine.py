@@ -1708,7 +1708,7 @@ class Database:
     def _update_sparse(self, db):
         free = free_pages(db)
         pages, = db.execute('PRAGMA page_count').fetchone()
-        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]     # not one of before 2.0
+        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]     # 0: made by version 1.1 or older
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
     def shrink(self, tx):

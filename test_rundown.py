@@ -3921,6 +3921,49 @@ def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
         until(lambda: len(os.listdir("/proc/%d/fd" % engine.process.pid)) < 60, 20)
 
 
+LARGE_ANSWERS = [       # small requests about a job of 8 MB, and schedules and jobs like it
+    ("POST /enqueue", {"queue": "Q", "id": "L"}),
+    ("POST /enqueue", {"queue": "Q", "key": "L"}),
+    ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}] * 60}),
+    ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}, {"queue": "Q", "key": "L"}]}),
+    ("POST /poll", {"queue": "W", "limit": 9}),
+    ("POST /poll", {"queue": "W", "wait": 1}),
+    ("POST /schedule", {"name": "L1", "queue": "Q", "every": 9999, "payload": 1}),
+    ("GET /jobs/L", None),
+    ("GET /jobs/L?wait=0.1", None),
+    ("GET /jobs?id=L", None),
+    ("GET /status/L", None),
+    ("GET /details/L", None),
+    ("GET /jobs?limit=1000", None),
+    ("GET /jobs?queue=W", None),
+    ("GET /schedules", None),
+]
+
+
+@pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
+def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own):
+    engine = own("--sync", "normal")
+    payload = "x" * ((8 << 20) - 1000)
+    engine.enqueue("Q", payload, id="L", key="L", tag="L")
+    for number in range(3):
+        engine.enqueue("W", payload)
+        engine.post("/schedule", name="L%d" % number, queue="Q", every=9999, payload=payload)
+    for line, body in LARGE_ANSWERS:
+        line += " HTTP/1.1"
+        data = request(engine, line, body=b"" if body is None else json.dumps(body).encode())
+        with contextlib.ExitStack() as stack:
+            for _ in range(25):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((engine.host, engine.port))
+                client.sendall(data)
+            assert engine.get("/health")
+            time.sleep(0.1)
+        status = Path("/proc/%d/status" % engine.process.pid).read_text()
+        peak = int(re.search("VmHWM:\s+([0-9]+)", status)[1]) >> 10
+        assert peak < 480, (line, peak)
+
+
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_the_bodies_of_what_is_refused_are_not_kept(own):
     engine = own()
