@@ -1708,7 +1708,7 @@ class Database:
     def _update_sparse(self, db):
         free = free_pages(db)
         pages, = db.execute('PRAGMA page_count').fetchone()
-        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]     # 0: made by version 1.1 or older
+        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]   # 0: made by 1.1 or older
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
     def shrink(self, tx):
@@ -3714,8 +3714,8 @@ class Store:
 # -- Event loop -----------------------------------------------------------------------------------
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
-SOCKET_READY = object()        # the event of a socket that can be read or written
-NOTHING = ()            # the result of a poll or wait whose time is over
+SOCKET_READY = object()     # the event of a socket that can be read or written
+NOTHING = ()                # the result of a poll or wait whose time is over
 
 
 class Client:
@@ -3730,7 +3730,7 @@ class Client:
     """
     is_open = True
     deadline = NEVER        # the loop's time at which on_timeout() is called
-    timer = (NEVER,)        # its entry in the heap of Timeouts, which may be earlier
+    timer = (NEVER,)        # its entry in the heap of Timeouts, which may be earlier; this: none
 
     def __init__(self, loop):
         self.loop = loop
@@ -3807,19 +3807,19 @@ class LongPoll(Operation):
 
 
 class JobWait:
-    """A wait for an event: it looks once without a transaction, then waits for its topic."""
+    """A wait for an event: it looks once, without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
 
-    def __init__(self, has_ended, render, topic, wait):
-        self.has_ended = has_ended
+    def __init__(self, is_over, render, topic, wait):
+        self.is_over = is_over
         self.render = render
         self.topic = topic
         self.wait = wait
         self.client = None
 
     def submit(self, loop):
-        self.result = self.has_ended()
+        self.result = self.is_over()
         return loop.waiters.park_if_empty(self)
 
 
@@ -3827,12 +3827,13 @@ class Timeouts:
     """A heap of the times at which clients time out; entries are [time, number, client].
 
     A client's deadline is set often and mostly moves back. So its entry is left where it is, and
-    is moved to the deadline when its time comes. A closed client's entry loses its client.
+    is moved to the deadline when its time comes. An entry without a client is dead.
     """
     TIME, NUMBER, CLIENT = range(3)
 
     def __init__(self):
         self.heap = []
+        self.dead = 0                       # entries without a client
         self.numbers = itertools.count()    # equal times come in their order
 
     def next(self):
@@ -3844,15 +3845,22 @@ class Timeouts:
         heapq.heappush(self.heap, client.timer)
 
     def cancel(self, client):
-        if client.timer is not Client.timer:
-            client.timer[self.CLIENT] = None
-            client.timer = Client.timer
+        if client.timer is Client.timer:
+            return
+        client.timer[self.CLIENT] = None
+        client.timer = Client.timer
+        self.dead += 1
+        if self.dead > 1000 and self.dead > len(self.heap) // 2:    # many clients came and went
+            self.heap = [entry for entry in self.heap if entry[self.CLIENT]]
+            heapq.heapify(self.heap)
+            self.dead = 0
 
     def fire(self, now):
         """Call on_timeout() of the clients whose time is over."""
         while self.next() <= now:
             client = heapq.heappop(self.heap)[self.CLIENT]
             if client is None:
+                self.dead -= 1
                 continue
             client.timer = Client.timer
             if client.deadline <= now:
@@ -3949,7 +3957,7 @@ class Budget:
             newest.resume(Unavailable('too much is being sent; try again'))
 
 
-class PoisonedTransaction(Exception):      # noqa: N818 (the house's word)
+class PoisonedTransaction(Exception):      # noqa: N818 (it is a state, more than an error)
     """An operation failed and left changes behind: the others run again, without it."""
 
     def __init__(self, operation):
@@ -4037,7 +4045,7 @@ class Committer:
         self.maintenance.error = None
         self.loop.now = time.monotonic()
         self.commits += 1
-        self.commit_seconds += self.loop.now - self.listening_until     # that is, its begin
+        self.commit_seconds += self.loop.now - self.listening_until     # which is its begin
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
@@ -4099,7 +4107,7 @@ class Committer:
                     del operations[behind:]
 
     def _sort(self, operations, insert_in_bulk):
-        """(writes, those of them that insert one job and may do that together, polls)"""
+        """(writes, single inserts that can share a statement, polls of clients still there)"""
         writes, inserts, polls = [], [], []
         for operation in operations:
             if operation.topic:
@@ -4121,7 +4129,7 @@ class Committer:
             self.database.shrink(tx)
 
     def _begin(self, db, ahead):
-        """(tx, the loop's time at its begin). First of all leases are put right."""
+        """(tx, the time at which it began). First of all leases and the clock are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
         tx.takes_jobs = self.database.reserve.has_room(db)
         began = time.monotonic()
@@ -4964,7 +4972,7 @@ def wait_for_loss(server, params):
         latest = max(since, lost_at.get(worker, 0))
         return {'lost': bool(was_woken) or latest > since, 'since': latest}
 
-    return JobWait(was_lost, render, ('worker', worker), params.get('wait', 0) / 1000000)
+    return JobWait(was_lost, render, ('worker', worker), held_seconds(params))
 
 
 def list_jobs(server, params):

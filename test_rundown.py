@@ -3999,6 +3999,30 @@ def test_batches_that_are_refused_half_way_do_not_hold_up_the_good_ones_beside_t
     assert engine.queue(q)["pending"] == 25000
 
 
+def test_timeouts_come_in_order_move_back_and_forget_clients_that_are_gone():
+    timeouts = rundown_engine.Timeouts()
+    loop = types.SimpleNamespace(now=0, timeouts=timeouts)
+    came = []
+
+    class Timed(rundown_engine.Client):
+        def on_timeout(self):
+            came.append(self)
+
+    first, second, moved, gone = (Timed(loop) for _ in range(4))
+    for client, seconds in [(second, 2), (first, 1), (moved, 1), (gone, 1), (moved, 3)]:
+        client.set_timeout(seconds)
+    timeouts.cancel(gone)
+    timeouts.fire(2)
+    assert came == [first, second]
+    timeouts.fire(3)
+    assert came == [first, second, moved] and timeouts.next() > 10**9
+    for _ in range(20000):
+        client = Timed(loop)
+        client.set_timeout(30)
+        timeouts.cancel(client)
+    assert len(timeouts.heap) < 3000
+
+
 def test_a_parked_poll_that_wakes_others_in_its_transaction_does_so_for_those_behind_it():
     loop = types.SimpleNamespace(draining=False)
     waiters = rundown_engine.Waiters(loop)
