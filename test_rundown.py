@@ -7954,13 +7954,21 @@ def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, 
         log.close()
 
 
-def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(engine, work, q):
-    job = engine.enqueue(q)
-    source = "rw.MAX_DELAY = 1e15\n" + handler(q, "raise rw.Retry('the reason', delay=1e12)")
-    work(source, run=BURST).wait()
-    job = engine.job(job)
-    assert (job["status"], job["retries"]) == ("pending", 1)
-    assert job["error"].startswith("the reason\n(the engine refused")
+def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(work, q):
+    reported = []
+
+    def answer(path, count, given):
+        if path == "/fail":
+            reported.extend(given["jobs"])
+            return 200, {"jobs": [{"id": "a", **({"error": "delay is too long", "code": 400} if count == 1 else {})}]}
+        return 200, [claim_of("a")] if (path, count) == ("/poll", 1) else []
+
+    with pretending(answer) as engine:
+        work(handler(q, "raise rw.Retry('the reason', delay=9)"), engine)
+        until(lambda: len(reported) == 2)
+    assert (reported[0]["error"], reported[0]["delay"]) == ("the reason", 9)
+    assert reported[1]["error"].startswith("the reason\n(the engine refused")
+    assert reported[1].get("delay") is None
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
