@@ -3127,7 +3127,10 @@ class Retention:
             for finished_at, seq in rows:
                 position = (finished_at, seq)
                 if not (yield from self._is_needed(seq)):
-                    self.tx.execute('DELETE FROM jobs WHERE seq = ?', (seq,))
+                    # a job that was retried since the SELECT stays
+                    self.tx.execute(
+                        'DELETE FROM jobs WHERE seq = ? AND status = ? AND finished_at = ?',
+                        (seq, status, finished_at))
                 yield
             if not rows:
                 return
