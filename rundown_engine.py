@@ -4070,11 +4070,12 @@ class Committer:
         A transaction that an operation poisons begins again without it.
         """
         insert_in_bulk = True
+        offset = self.store.clock.offset + ahead    # the same if the transaction begins again
         while True:
             writes, inserts, polls = self._sort(operations, insert_in_bulk)
             try:
                 with self.database.transaction() as db:
-                    tx, began = self._begin(db, ahead)
+                    tx, began = self._begin(db, ahead, offset)
                     run = functools.partial(self._run, tx)
                     if inserts:
                         self._bulk_insert(tx, inserts)
@@ -4120,7 +4121,7 @@ class Committer:
         if self.database.is_sparse:
             self.database.shrink(tx)
 
-    def _begin(self, db, ahead):
+    def _begin(self, db, ahead, offset):
         """(tx, the loop's time at its begin). First of all leases are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
         tx.takes_jobs = self.database.reserve.has_room(db)
@@ -4129,7 +4130,7 @@ class Committer:
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
             self.store.extend_leases(tx, gap)
         if ahead:
-            self.store.shift_deadlines(tx, self.store.clock.offset + ahead, ahead)
+            self.store.shift_deadlines(tx, offset, ahead)
         return tx, began
 
     def _run(self, tx, operation):

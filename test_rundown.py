@@ -1340,6 +1340,27 @@ def test_a_wall_clock_set_ahead_makes_due_what_has_a_time_and_moves_what_is_coun
     assert clocked.poll(q + "-retried")["attempt"] == 2
 
 
+def test_a_step_of_the_clock_counts_once_if_its_transaction_is_run_again(clocked):
+    loop, clock = clocked.server.loop, clocked.server.store.clock
+    before = clock.now()
+
+    def fail_with_changes(tx):
+        tx.execute("UPDATE last_seq SET seq = seq + 1")
+        raise rundown_engine.Conflict("so the transaction begins again without it")
+
+    def meet():
+        clocked.clock.wall += 3600
+        loop.committer.check_clock()
+        loop.committer.submit(operation)
+
+    operation = rundown_engine.Operation(fail_with_changes)
+    operation.client = rundown_engine.ThreadWait(loop)
+    loop.call_soon_threadsafe(meet)
+    with pytest.raises(rundown_engine.Conflict):
+        operation.client.result()
+    assert clock.now() - before == 3600 * 1000000
+
+
 def test_a_restart_of_the_engine_keeps_leases(clocked, q):
     clocked.enqueue(q, timeout=1000)
     claim = clocked.poll(q, lease=100)
