@@ -4165,6 +4165,7 @@ class Committer:
 class SlowCall(NamedTuple):
     """A function that a thread of the server's calls for a client."""
     client: Client
+    name: str                   # of the request, which a client that is gone has no more
     function: Callable
     args: tuple
 
@@ -4708,7 +4709,7 @@ class Connection(Client):
     def _offload(self, function, *args):
         """Call the function in a thread of the server's."""
         self.deadline = NEVER
-        self.loop.offload.submit(SlowCall(self, function, args))
+        self.loop.offload.submit(SlowCall(self, self.request.name, function, args))
         return (yield from self._wait_for_result())
 
     def _wait_for_result(self):
@@ -5095,7 +5096,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         try:
             result = call.function(*call.args)
         except Exception as error:
-            result = self.server.as_http_error(call.client.request.name, error)
+            result = self.server.as_http_error(call.name, error)
         loop = self.server.loop
         loop.call_soon_threadsafe(functools.partial(loop.offload.finished, call, result))
 

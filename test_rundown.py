@@ -56,6 +56,7 @@ import signal
 import socket
 import sqlite3
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -4303,6 +4304,20 @@ def peak(engine):
     """The most memory that the engine has had, in MB."""
     status = Path("/proc/%d/status" % engine.process.pid).read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) // 1024
+
+
+def test_slow_calls_that_fail_for_clients_that_are_gone_give_their_threads_back(own, q):
+    engine = own()
+    body = b"[" + b"1," * 2000000 + b"]"        # large enough to be parsed in a thread; not JSON
+    head = "POST /enqueue HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    for _ in range(2 * rundown_engine.OFFLOAD_THREADS):
+        with socket.create_connection((engine.host, engine.port)) as connection:
+            connection.sendall(request)
+            time.sleep(0.02)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with contextlib.closing(engine.connect(10)) as connection:
+        assert engine.call("GET", "/queues", over=connection)[0] == 200
 
 
 # -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
