@@ -1763,7 +1763,7 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self):
-        """A connection that reads what is committed and never waits for the writer.
+        """A connection that reads one committed state and never waits for the writer.
 
         Threads come and go, so connections are pooled: no more are open than were in use at a time.
         """
@@ -1775,11 +1775,14 @@ class Database:
             if db is None:
                 db = self._connect(LOCK_TIMEOUT, 'query_only = ON')
                 self.readers.append(db)
+            db.execute('BEGIN')     # all statements see the state that the first one sees
             yield db
         except sqlite3.Error as error:
             raise Unavailable(f'the database could not be read ({error}); try again') from error
         finally:
             if db is not None:
+                if db.in_transaction:
+                    db.execute('ROLLBACK')
                 self.idle_readers.append(db)
 
     def close(self):

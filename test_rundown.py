@@ -1509,6 +1509,22 @@ def test_jobs_come_newest_first_and_in_pages(engine, q):
     assert seen == [[6, 5, 4], [3, 2, 1], [0]]
 
 
+def test_a_page_shows_one_state_of_the_database(clocked, q, monkeypatch):
+    jobs = [clocked.enqueue(q)["id"] for _ in range(3)]
+    queries = clocked.server.store.queries
+    search = queries._search
+
+    def search_and_purge(*arguments):
+        found = search(*arguments)
+        clocked.post("/purge", id=jobs[1])
+        return found
+
+    monkeypatch.setattr(queries, "_search", search_and_purge)
+    assert [job["id"] for job in clocked.get("/jobs?queue=" + q)["jobs"]] == jobs[::-1]
+    monkeypatch.undo()
+    assert [job["id"] for job in clocked.get("/jobs?queue=" + q)["jobs"]] == [jobs[2], jobs[0]]
+
+
 def test_jobs_are_found_by_queue_status_and_tag(engine, q):
     engine.enqueue(q, 1, tag="a")
     engine.enqueue(q, 2, tag="b")
