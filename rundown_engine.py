@@ -284,6 +284,7 @@ TRANSITIONS = {
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 MICROSECOND = datetime.timedelta(microseconds=1)
+LATEST_TIME = (datetime.datetime.max.replace(tzinfo=datetime.timezone.utc) - EPOCH) // MICROSECOND
 
 
 class Clock:
@@ -2427,7 +2428,7 @@ class Producers:
             due = start = item['run_at']
             row['is_timed'] = 1
         if 'expires' in item:
-            row['expires_at'] = max(start, tx.now) + item['expires']
+            row['expires_at'] = min(max(start, tx.now) + item['expires'], LATEST_TIME)
             tx.wake_at(row['expires_at'])
         # enqueue() makes the right job of the group the active one, once all are inserted
         self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)

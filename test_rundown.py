@@ -2396,6 +2396,12 @@ def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     assert clocked.poll(q)["id"] == late["id"]
 
 
+def test_a_job_that_expires_after_the_year_9999_expires_at_its_end(engine, q):
+    job = engine.enqueue(q, run_at="9999-12-31T00:00:00Z", expires=86400 * 30)
+    assert job["expires_at"] == "9999-12-31T23:59:59.999999Z"
+    assert [job["id"]] == [row["id"] for row in engine.get("/jobs?queue=" + q)["jobs"]]
+
+
 def test_a_poll_is_given_no_job_that_has_expired(clocked, q):
     clocked.post("/enqueue", jobs=[{"queue": q, "expires": 5}] * 1200 + [{"queue": q, "id": q + "good"}])
     clocked.clock.move(6)
