@@ -1539,6 +1539,13 @@ class DiskReserve:
         return self.free + free_pages(db) * page_size(db) >= 2 * self.size
 
 
+def file_size(path):
+    """Bytes; 0 if there is no such file."""
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
 def free_pages(db):
     return db.execute('PRAGMA freelist_count').fetchone()[0]
 
@@ -1721,9 +1728,7 @@ class Database:
         self._update_sparse(tx.db)
 
     def log_bytes(self):
-        with contextlib.suppress(OSError):
-            return os.path.getsize(self.path + '-wal')
-        return 0
+        return file_size(self.path + '-wal')
 
     def trouble(self):
         """A sentence if jobs cannot be stored at the moment; else None."""
@@ -5357,7 +5362,7 @@ def gauge(name, meaning, value):
 def storage_families(database):
     yield gauge('storage_trouble', '1 while jobs cannot be stored, as GET /health says.',
                 int(database.trouble() is not None))
-    yield gauge('database_bytes', 'Size of the database.', os.path.getsize(database.path))
+    yield gauge('database_bytes', 'Size of the database.', file_size(database.path))
     yield gauge('log_bytes', 'Size of its write-ahead log, which long readers let grow.',
                 database.log_bytes())
     yield gauge('disk_free_bytes', 'Free bytes of the disk, besides the reserve.',

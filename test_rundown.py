@@ -5050,6 +5050,15 @@ def test_a_database_that_is_deleted_or_replaced_under_the_engine_is_noticed(own,
     assert not replaced or engine.database.read_bytes() == kept
 
 
+@pytest.mark.skipif(not POSIX, reason="Windows does not let go of an open file")
+def test_metrics_tell_of_the_trouble_when_the_database_is_deleted(own, q):
+    engine = own()
+    os.unlink(str(engine.database))
+    assert engine.call("POST", "/enqueue", {"queue": q})[0] == 503
+    text = engine.get("/metrics")
+    assert "rundown_storage_trouble 1\n" in text and "rundown_database_bytes 0\n" in text
+
+
 def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     jobs = {status: job_in(clocked, status, q) for status in STATUSES[1:]}
     there = lambda: [status for status, job in jobs.items() if clocked.call("GET", "/jobs/" + job["id"])[0] == 200]
