@@ -2931,7 +2931,10 @@ class Schedules:
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
         item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
+        budget = tx.response_budget
+        tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
+        tx.response_budget = budget
         is_skipped = done is EXISTING
         if is_skipped and job['id'] == item['id']:
             tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '

@@ -2827,6 +2827,21 @@ def test_a_schedule_whose_zone_is_gone_does_not_stop_the_others(clocked, q):
     assert sorted(job["id"][0] for job in clocked.poll(q, limit=9)) == ["a", "b"]
 
 
+def test_a_tick_whose_key_a_large_job_holds_needs_no_room_for_a_response(clocked, q):
+    store = clocked.server.store
+    clocked.enqueue(q, "x" * 100000, key="k")
+    clocked.post("/schedule", name=q, queue=q, every=60, key="k")
+    clocked.clock.move(61)
+
+    def tick(tx):
+        tx.response_budget = 0          # clients leave many responses untaken
+        store.schedules.run_due(tx)
+        return tx.response_budget
+
+    assert in_transaction(clocked, tick) == 0
+    assert [row["skipped"] for row in clocked.get("/schedules")["schedules"]] == [1]
+
+
 # -- databases of earlier engines -----------------------------------------------------------------
 
 EARLIER = ["1.0", "1.1"]
