@@ -1716,7 +1716,7 @@ class Database:
     def _update_sparse(self, db):
         free = free_pages(db)
         pages, = db.execute('PRAGMA page_count').fetchone()
-        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]     # not one of before 2.0
+        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]   # 0: made by 1.1 or older
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
     def shrink(self, tx):
@@ -2418,8 +2418,9 @@ class Producers:
                         'jobs: those that exist already are too large for one answer; '
                         'send fewer at a time') from None
                 raise
-        for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
-            self.jobs.advance_group(tx, queue, group)
+        if 'group' in fields:
+            for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
+                self.jobs.advance_group(tx, queue, group)
         return jobs
 
     def _new_row(self, tx, item):
@@ -2448,10 +2449,14 @@ class Producers:
             values += values_of(row)
             is_plain = is_plain and row['after'] is None
         if is_plain:
-            with contextlib.suppress(sqlite3.IntegrityError):
+            try:
                 tx.execute(statement, values)
-                tx.events += [('enqueued', row['queue'], None) for row in rows]
-                return [(row, CREATED) for row in rows]
+            except sqlite3.IntegrityError:      # one exists already
+                is_plain = False
+        if is_plain:
+            for row in rows:
+                tx.events.append(('enqueued', row['queue'], None))
+            return [(row, CREATED) for row in rows]
         if len(rows) == 1:
             return [self._insert_one(tx, rows[0], aliases)]
         return [pair for row in rows for pair in self._insert(tx, [row], fields, aliases)]
@@ -3724,8 +3729,8 @@ class Store:
 # -- Event loop -----------------------------------------------------------------------------------
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
-SOCKET_READY = object()        # the event of a socket that can be read or written
-NOTHING = ()            # the result of a poll or wait whose time is over
+SOCKET_READY = object()     # the event of a socket that can be read or written
+NOTHING = ()                # the result of a poll or wait whose time is over
 
 
 class Client:
@@ -3740,7 +3745,7 @@ class Client:
     """
     is_open = True
     deadline = NEVER        # the loop's time at which on_timeout() is called
-    timer = (NEVER,)        # its entry in the heap of Timeouts, which may be earlier
+    timer = (NEVER,)        # its entry in the heap of Timeouts, which may be earlier; this: none
 
     def __init__(self, loop):
         self.loop = loop
@@ -3817,19 +3822,19 @@ class LongPoll(Operation):
 
 
 class JobWait:
-    """A wait for an event: it looks once without a transaction, then waits for its topic."""
+    """A wait for an event: it looks once, without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
 
-    def __init__(self, has_ended, render, topic, wait):
-        self.has_ended = has_ended
+    def __init__(self, is_over, render, topic, wait):
+        self.is_over = is_over
         self.render = render
         self.topic = topic
         self.wait = wait
         self.client = None
 
     def submit(self, loop):
-        self.result = self.has_ended()
+        self.result = self.is_over()
         return loop.waiters.park_if_empty(self)
 
 
@@ -3837,12 +3842,13 @@ class Timeouts:
     """A heap of the times at which clients time out; entries are [time, number, client].
 
     A client's deadline is set often and mostly moves back. So its entry is left where it is, and
-    is moved to the deadline when its time comes. A closed client's entry loses its client.
+    is moved to the deadline when its time comes. An entry without a client is dead.
     """
     TIME, NUMBER, CLIENT = range(3)
 
     def __init__(self):
         self.heap = []
+        self.dead = 0                       # entries without a client
         self.numbers = itertools.count()    # equal times come in their order
 
     def next(self):
@@ -3854,15 +3860,22 @@ class Timeouts:
         heapq.heappush(self.heap, client.timer)
 
     def cancel(self, client):
-        if client.timer is not Client.timer:
-            client.timer[self.CLIENT] = None
-            client.timer = Client.timer
+        if client.timer is Client.timer:
+            return
+        client.timer[self.CLIENT] = None
+        client.timer = Client.timer
+        self.dead += 1
+        if self.dead > 1000 and self.dead > len(self.heap) // 2:    # many clients came and went
+            self.heap = [entry for entry in self.heap if entry[self.CLIENT]]
+            heapq.heapify(self.heap)
+            self.dead = 0
 
     def fire(self, now):
         """Call on_timeout() of the clients whose time is over."""
         while self.next() <= now:
             client = heapq.heappop(self.heap)[self.CLIENT]
             if client is None:
+                self.dead -= 1
                 continue
             client.timer = Client.timer
             if client.deadline <= now:
@@ -3951,9 +3964,7 @@ class Budget:
         return min(MAX_RESPONSE, MAX_RESPONSE_BUFFER - self.response_bytes)
 
     def shed_load(self):
-        """While too much is being received, refuse the newest of the large requests."""
-        if self.request_bytes <= MAX_REQUEST_BUFFER:
-            return
+        """Too much is being received: refuse the newest of the large requests."""
         large = [connection for connection in self.connections
                  if connection.is_receiving and connection.request_bytes > RESERVED_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
@@ -3961,7 +3972,7 @@ class Budget:
             newest.resume(Unavailable('too much is being sent; try again'))
 
 
-class PoisonedTransaction(Exception):      # noqa: N818 (the house's word)
+class PoisonedTransaction(Exception):      # noqa: N818 (it is a state, more than an error)
     """An operation failed and left changes behind: the others run again, without it."""
 
     def __init__(self, operation):
@@ -4049,7 +4060,7 @@ class Committer:
         self.maintenance.error = None
         self.loop.now = time.monotonic()
         self.commits += 1
-        self.commit_seconds += self.loop.now - self.listening_until     # that is, its begin
+        self.commit_seconds += self.loop.now - self.listening_until     # which is its begin
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
@@ -4112,7 +4123,7 @@ class Committer:
                     del operations[behind:]
 
     def _sort(self, operations, insert_in_bulk):
-        """(writes, those of them that insert one job and may do that together, polls)"""
+        """(writes, single inserts that can share a statement, polls of clients still there)"""
         writes, inserts, polls = [], [], []
         for operation in operations:
             if operation.topic:
@@ -4134,7 +4145,7 @@ class Committer:
             self.database.shrink(tx)
 
     def _begin(self, db, ahead, offset):
-        """(tx, the loop's time at its begin). First of all leases are put right."""
+        """(tx, the time at which it began). First of all leases and the clock are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
         tx.takes_jobs = self.database.reserve.has_room(db)
         began = time.monotonic()
@@ -4185,37 +4196,51 @@ class SlowCall(NamedTuple):
 class Offload:
     """Slow calls, in order: at most OFFLOAD_THREADS threads of the server's run them.
 
-    A thread's place is free again once the loop has taken its result, so that large results do not
-    pile up between the threads and the loop.
+    A thread takes the next call once the loop has taken its result, so that large results do not
+    pile up between them. It ends when no call has come for a second.
     """
 
     def __init__(self, server):
         # constant after start
         self.server = server
+        # safe without a lock
+        self.calls = SimpleQueue()      # that no thread has taken
         # touched by the loop's thread only
-        self.waiting = collections.deque()
-        self.running = 0
+        self.unfinished = 0             # calls whose results have not come
+        self.threads = 0
 
     def submit(self, call):
-        self.waiting.append(call)
-        self._start_next()
+        self.unfinished += 1
+        self.calls.put(call)
+        self._start_threads()
 
-    def finished(self, call, result):
-        self.running -= 1
+    def finished(self, call, result, taken):
+        self.unfinished -= 1
         call.client.resume(result)
-        self._start_next()
+        taken.set()
 
-    def _start_next(self):
-        while self.waiting and self.running < OFFLOAD_THREADS:
-            call = self.waiting.popleft()
-            self.running += 1
+    def thread_ended(self):
+        self.threads -= 1
+        self._start_threads()       # for a call that came when the thread gave up
+
+    def _start_threads(self):
+        while self.threads < min(self.unfinished, OFFLOAD_THREADS):
+            self.threads += 1
             try:
-                self.server.start_thread(call)
+                self.server.start_thread(self)
             except RuntimeError:        # the system gives no more threads
-                self.running -= 1
-                refusal = Unavailable('no thread could be started; try again')
-                self.server.loop.call_soon_threadsafe(
-                    functools.partial(call.client.resume, refusal))
+                self.threads -= 1
+                if not self.threads:
+                    self._refuse_all()
+                return
+
+    def _refuse_all(self):
+        refusal = Unavailable('no thread could be started; try again')
+        with contextlib.suppress(Empty):
+            while True:
+                call = self.calls.get_nowait()
+                self.server.loop.call_soon_threadsafe(functools.partial(
+                    self.finished, call, refusal, threading.Event()))
 
 
 class EventLoop:
@@ -4306,7 +4331,8 @@ class EventLoop:
             self.committer.listening_until = min(now, before + timeout)
         for key, _ in events:
             key.data(SOCKET_READY)
-            self.budget.shed_load()
+            if self.budget.request_bytes > MAX_REQUEST_BUFFER:
+                self.budget.shed_load()
         for _ in range(len(self.calls_from_threads)):
             self.calls_from_threads.popleft()()
         self.timeouts.fire(now)
@@ -4315,10 +4341,12 @@ class EventLoop:
 
     def _note_lag(self, now):
         """Remember the longest pass, in which nobody was heard."""
+        lag = self.now - now
         if now >= self.lag_minute + 60:
             self.lag_minute = now
-            self.lags = [0, self.lags[0]]
-        self.lags[0] = max(self.lags[0], self.now - now)
+            self.lags = [lag, self.lags[0]]
+        elif lag > self.lags[0]:
+            self.lags[0] = lag
 
     def _select_timeout(self, now):
         """Seconds until something is due; 0 if calls from other threads wait."""
@@ -4961,7 +4989,7 @@ def wait_for_loss(server, params):
         latest = max(since, lost_at.get(worker, 0))
         return {'lost': bool(was_woken) or latest > since, 'since': latest}
 
-    return JobWait(was_lost, render, ('worker', worker), params.get('wait', 0) / 1000000)
+    return JobWait(was_lost, render, ('worker', worker), held_seconds(params))
 
 
 def list_jobs(server, params):
@@ -5101,21 +5129,40 @@ def audit_line(address, path, params, result):
 
 
 class RequestHandler(socketserver.BaseRequestHandler):
-    """Serves a slow call in a thread of the server's: its `request` is a SlowCall."""
+    """Serves slow calls in a thread of the server's: its `request` is the Offload with the calls.
+
+    One after the other, as handlers of HTTP serve the requests of a connection that is kept.
+    """
+
+    def setup(self):
+        self.taken = threading.Event()      # the loop has taken the result
 
     def handle(self):
-        call = self.request
+        with contextlib.suppress(Empty):
+            while True:
+                self._serve(self.request.calls.get(timeout=1))
+
+    def _serve(self, call):
         try:
             result = call.function(*call.args)
         except Exception as error:
             result = self.server.as_http_error(call.name, error)
-        loop = self.server.loop
-        loop.call_soon_threadsafe(functools.partial(loop.offload.finished, call, result))
+        self.taken.clear()
+        self._tell_loop(self.request.finished, call, result, self.taken)
+        del call, result        # which may be large
+        while not self.taken.wait(1) and not self.server.loop.ended:
+            pass
+
+    def finish(self):
+        self._tell_loop(self.request.thread_ended)
+
+    def _tell_loop(self, function, *args):
+        self.server.loop.call_soon_threadsafe(functools.partial(function, *args))
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Listens, and knows who may come in. The event loop serves what is quick; the server's
-    threads serve slow calls, as process_request() of socketserver has it: one thread each."""
+    """Listens, and knows who may come in. The event loop serves what is quick; threads that
+    process_request() of socketserver begins serve slow calls."""
     daemon_threads = True
     block_on_close = False
     request_queue_size = 1024
@@ -5161,13 +5208,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop.call_soon_threadsafe(
             functools.partial(Connection, self, request, client_address))
 
-    def start_thread(self, call):
-        """For the loop: have a RequestHandler serve a slow call in a thread."""
-        super().process_request(call, call.client.address)
+    def start_thread(self, offload):
+        """For the loop: have a RequestHandler serve slow calls in a thread."""
+        super().process_request(offload, None)
 
     def shutdown_request(self, request):
-        """A slow call has no connection of its own to close."""
-        if not isinstance(request, SlowCall):
+        """A thread with slow calls has no connection to close."""
+        if not isinstance(request, Offload):
             super().shutdown_request(request)
 
     def handle(self, request):

@@ -22,10 +22,9 @@ A JOB'S WAY THROUGH A WORKER
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
 
 A queue has one long poll and `concurrency` slots; each slot is a thread, or a task of the event
-loop that all async handlers share. When jobs are short, the
-worker claims ahead: never more than its slots start within 100 ms at their recent pace. Outcomes
-gather into one request while another is in flight. One heartbeat for all claims, every third of
-the lease, keeps long jobs alive.
+loop that all async handlers share. When jobs are short, the worker claims ahead: never more than
+its slots start within 100 ms at their recent pace. Outcomes gather into one request while another
+is in flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
 
 PRODUCING
     enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
@@ -101,11 +100,11 @@ ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
 
 It runs once a job, in a process group of its own. Its stdin is the payload as JSON (a string as it
-is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment. Exit code 0:
-done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as text. 65: failed for good. Any
-other: failed, with the end of stderr. At the timeout, when the claim is lost and at the end of the
-grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes that it leaves in its group are
-killed.
+is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment, and
+RUNDOWN_TOKEN is not. Exit code 0: done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as
+text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the
+claim is lost and at the end of the grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes
+that it leaves in its group are killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
     enqueue_in(connection, queue, payload, ...)
@@ -132,6 +131,8 @@ commits. Other OPTIONS: host, max_retries, timeout. Connections are closed aroun
 task_finished is sent after the last attempt.
 
 COMMAND LINE
+    python rundown_workers.py COMMAND --help        enqueue, status, jobs, queues, top, cancel, ...
+
 JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
@@ -2258,7 +2259,10 @@ class Claim(Saver):
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
-        return self.consumer.worker.event_loop.run(coroutine, self)
+        task = None
+        while task is None:
+            task = self.consumer.worker.event_loop.run(coroutine, self)
+        return task.result()
 
     def __str__(self):
         item = json.loads(self.json_prefix + '}')
@@ -2274,7 +2278,8 @@ class Slot:
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
     is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # its thread takes no more claims; set by interrupt()
+    is_abandoned = False    # it takes no more claims; set by interrupt()
+    interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
         self.consumer = consumer
@@ -2315,6 +2320,7 @@ class Slot:
     def interrupt(self, claim, interruption):
         """Stop the handler, and continue with another slot. The claim's lock is held."""
         self.is_abandoned = True
+        self.interrupted_task = claim.asyncio_task
         self.consumer.replace(self)
         self.consumer.worker.interruptions.add(self, claim, interruption)
 
@@ -2327,6 +2333,11 @@ class Slot:
     def is_alive(self):
         """Whether a handler may run in it."""
         return self.thread.is_alive()
+
+    def blocks_event_loop(self):
+        """Whether its async handler was to be stopped, and goes on without awaiting."""
+        task = self.interrupted_task
+        return task is not None and task.get_coro().cr_running
 
     def stack_text(self, claim):
         """The stack of the handler, from its own frames on."""
@@ -2374,6 +2385,9 @@ class EventLoop:
         self.asyncio = asyncio
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(make_daemon_executor())
+        # safe without a lock: a dict whose single operations are atomic
+        self.not_begun = {}         # the queues of threads whose coroutine has not begun
+        self.is_abandoned = False
         # touched by the watching thread, but for the last
         self.probed_at = None       # when the loop was asked for a sign of life; None: it gave one
         self.is_blocked = False     # by a handler that does not await; read by others
@@ -2407,17 +2421,34 @@ class EventLoop:
         return task
 
     def run(self, coroutine, claim):
-        """Run a coroutine for another thread, which waits for the result."""
+        """Run a coroutine for another thread, which waits: its task, which is done.
+
+        None if the loop was abandoned before it began.
+        """
         finished = SimpleQueue()
         context = contextvars.copy_context()
 
         def start():
-            claim.asyncio_task = self.create_task(coroutine, context, finished.put)
+            with contextlib.suppress(KeyError):     # the loop was abandoned
+                self.not_begun.pop(finished)
+                claim.asyncio_task = self.create_task(coroutine, context, finished.put)
 
+        self.not_begun[finished] = None
         self.loop.call_soon_threadsafe(start)
+        if self.is_abandoned:       # perhaps before this was in `not_begun`
+            self.abandon()
         task = finished.get()
         claim.asyncio_task = None
-        return task.result()
+        return task
+
+    def abandon(self):
+        """A handler blocks the loop, and does not stop: what has not begun is to run elsewhere."""
+        self.is_abandoned = True
+        for finished in list(self.not_begun):
+            with contextlib.suppress(KeyError):     # it begins just now
+                self.not_begun.pop(finished)
+                finished.put(None)
+        self.stop()         # once it can
 
     def cancel(self, task, interruption):
         """Cancel a task. One that blocks the loop gets the interruption raised instead.
@@ -2531,9 +2562,10 @@ class AsyncSlot(Slot):
 
     def __init__(self, consumer):
         self.consumer = consumer
-        self.event_loop = consumer.worker.event_loop
+        self.ready = consumer.ready
+        self.event_loop = self.ready.event_loop
         self.task = None            # the latest
-        consumer.ready.put_slot(self)
+        self.ready.put_slot(self)
 
     @property
     def is_ready(self):
@@ -2561,7 +2593,7 @@ class AsyncSlot(Slot):
         if not task.cancelled() and task.exception():
             self.consumer.worker.on_fault('asyncio', task.exception())
         if not self.is_abandoned:
-            self.consumer.ready.on_slot(self)
+            self.ready.on_slot(self)
 
     def try_raise(self, claim, interruption):
         task = claim.asyncio_task
@@ -2594,6 +2626,12 @@ class Interruptions:
             slot, claim, interruption = self.pending.get()
             if slot.is_alive() and not slot.try_raise(claim, interruption):
                 self.pending.put((slot, claim, interruption))
+
+    def block_event_loop(self):
+        """Whether a handler blocks the event loop, and did not stop in HUNG_AFTER seconds."""
+        latest = time.monotonic() - HUNG_AFTER
+        return any(at <= latest and slot.blocks_event_loop()
+                   for slot, at in list(self.interrupted_at.items()))
 
     def forget_ended(self):
         for slot in list(self.interrupted_at):
@@ -2853,6 +2891,14 @@ class Consumer:
         self.slots = [slot_type(self) for _ in range(self.concurrency)]
         self.fetcher.start()
 
+    def use_event_loop(self, event_loop):
+        """Continue with new slots on another event loop, if the handlers are async."""
+        if isinstance(self.ready, AsyncReady):
+            self.ready = AsyncReady(event_loop)
+            abandoned, self.slots = self.slots, [AsyncSlot(self) for _ in self.slots]
+            for slot in abandoned:
+                slot.is_abandoned = True
+
     def _slot_type(self):
         handler = self.config.functions.get(None)
         if hasattr(handler, 'slot_type'):
@@ -2953,7 +2999,8 @@ class Consumer:
 
     def replace(self, slot):
         """Continue with a new slot. The claim's lock is held, so no other thread does it too."""
-        self.slots[self.slots.index(slot)] = type(slot)(self)
+        if slot in self.slots:      # otherwise all were replaced
+            self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -3389,8 +3436,14 @@ class Watcher:
 
     def _check_event_loop(self, now):
         event_loop = self.worker.started_event_loop
-        if not event_loop or not event_loop.probe(now):
+        if not event_loop:
             return
+        if event_loop.is_blocked and self.worker.interruptions.block_event_loop():
+            self.worker.replace_event_loop()
+        elif event_loop.probe(now):
+            self._log_block(event_loop)
+
+    def _log_block(self, event_loop):
         frames = thread_frames(event_loop.thread.ident)
         place = traceback.StackSummary.extract(frames[-1:])
         where = f'{place[0].filename}:{place[0].lineno} in {place[0].name}' if place else 'C code'
@@ -3505,6 +3558,17 @@ class Worker:
             if self.started_event_loop is None:
                 self.started_event_loop = EventLoop(self.start_thread)
             return self.started_event_loop
+
+    def replace_event_loop(self):
+        """Leave the event loop to a handler that blocks it, and does not stop."""
+        abandoned = self.started_event_loop
+        self.threads.pop(abandoned.thread, None)
+        with self.event_loop_lock:
+            self.started_event_loop = EventLoop(self.start_thread)
+        abandoned.abandon()
+        for consumer in self.consumers:
+            consumer.use_event_loop(self.started_event_loop)
+        note(logging.WARNING, 'the blocked event loop is replaced')
 
     def stop(self, error=None):
         self.stop_requests.put(error)
@@ -3939,7 +4003,7 @@ class ChildClaim(Saver):
     def run_coroutine(self, coroutine):
         if self.child.event_loop is None:
             self.child.event_loop = EventLoop(start_daemon_thread)
-        return self.child.event_loop.run(coroutine, self)
+        return self.child.event_loop.run(coroutine, self).result()
 
 
 def start_daemon_thread(loop, name):

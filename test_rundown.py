@@ -3980,6 +3980,49 @@ def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
         until(lambda: len(os.listdir("/proc/%d/fd" % engine.process.pid)) < 60, 20)
 
 
+LARGE_ANSWERS = [       # small requests about a job of 8 MB, and schedules and jobs like it
+    ("POST /enqueue", {"queue": "Q", "id": "L"}),
+    ("POST /enqueue", {"queue": "Q", "key": "L"}),
+    ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}] * 60}),
+    ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}, {"queue": "Q", "key": "L"}]}),
+    ("POST /poll", {"queue": "W", "limit": 9}),
+    ("POST /poll", {"queue": "W", "wait": 1}),
+    ("POST /schedule", {"name": "L1", "queue": "Q", "every": 9999, "payload": 1}),
+    ("GET /jobs/L", None),
+    ("GET /jobs/L?wait=0.1", None),
+    ("GET /jobs?id=L", None),
+    ("GET /status/L", None),
+    ("GET /details/L", None),
+    ("GET /jobs?limit=1000", None),
+    ("GET /jobs?queue=W", None),
+    ("GET /schedules", None),
+]
+
+
+@pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
+def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own):
+    engine = own("--sync", "normal")
+    payload = "x" * ((8 << 20) - 1000)
+    engine.enqueue("Q", payload, id="L", key="L", tag="L")
+    for number in range(3):
+        engine.enqueue("W", payload)
+        engine.post("/schedule", name="L%d" % number, queue="Q", every=9999, payload=payload)
+    for line, body in LARGE_ANSWERS:
+        line += " HTTP/1.1"
+        data = request(engine, line, body=b"" if body is None else json.dumps(body).encode())
+        with contextlib.ExitStack() as stack:
+            for _ in range(25):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((engine.host, engine.port))
+                client.sendall(data)
+            assert engine.get("/health")
+            time.sleep(0.1)
+        status = Path("/proc/%d/status" % engine.process.pid).read_text()
+        peak = int(re.search(r"VmHWM:\s+([0-9]+)", status)[1]) >> 10
+        assert peak < 480, (line, peak)
+
+
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_the_bodies_of_what_is_refused_are_not_kept(own):
     engine = own()
@@ -4011,6 +4054,30 @@ def test_batches_that_are_refused_half_way_do_not_hold_up_the_good_ones_beside_t
         assert time.monotonic() - began < 4
     assert answers == [b"HTTP/1.1 200" if number % 9 == 0 else b"HTTP/1.1 400" for number in range(45)]
     assert engine.queue(q)["pending"] == 25000
+
+
+def test_timeouts_come_in_order_move_back_and_forget_clients_that_are_gone():
+    timeouts = rundown_engine.Timeouts()
+    loop = types.SimpleNamespace(now=0, timeouts=timeouts)
+    came = []
+
+    class Timed(rundown_engine.Client):
+        def on_timeout(self):
+            came.append(self)
+
+    first, second, moved, gone = (Timed(loop) for _ in range(4))
+    for client, seconds in [(second, 2), (first, 1), (moved, 1), (gone, 1), (moved, 3)]:
+        client.set_timeout(seconds)
+    timeouts.cancel(gone)
+    timeouts.fire(2)
+    assert came == [first, second]
+    timeouts.fire(3)
+    assert came == [first, second, moved] and timeouts.next() > 10**9
+    for _ in range(20000):
+        client = Timed(loop)
+        client.set_timeout(30)
+        timeouts.cancel(client)
+    assert len(timeouts.heap) < 3000
 
 
 def test_a_parked_poll_that_wakes_others_in_its_transaction_does_so_for_those_behind_it():
@@ -7736,6 +7803,29 @@ def test_an_async_handler_that_blocks_the_loop_is_named_and_can_time_out(engine,
     assert job["id"] in line
     assert worker.file.name in line
     assert "time.sleep(0.01)" in ended(engine, job)["error"]
+
+
+@pytest.mark.parametrize("other", ["async", "mixed"])
+def test_an_event_loop_that_stays_blocked_is_replaced(engine, work, q, other):
+    body = """
+        if payload == "block":
+            time.sleep(60)
+        await asyncio.sleep(0.01)
+        return payload
+    """
+    source = async_handler(q, body)
+    if other == "mixed":
+        source = source.replace("@rw.queue(name=%r, max_retries=0)" % q, "@rw.task(queue=%r, max_retries=0)" % q)
+        source += "\n@rw.task(queue=%r)\ndef plain(payload): return payload\n" % q
+        name = "handle"
+    payload = (lambda value: {"task": name, "args": [value]}) if other == "mixed" else (lambda value: value)
+    block = engine.enqueue(q, payload("block"), timeout=0.3, max_retries=0)
+    worker = work("rw.MAX_LOOP_BLOCK = rw.HUNG_AFTER = 0.3\n" + source, run="rw.run(grace=0.2)")
+    assert "timed out" in ended(engine, block)["error"]
+    for number in range(3):
+        assert ended(engine, engine.enqueue(q, payload(number)))["result"] == number
+    assert "is replaced" in worker.log()
+    assert worker.stop() == 0
 
 
 def test_what_an_async_handler_runs_in_a_thread_does_not_keep_the_worker(engine, work, q):
