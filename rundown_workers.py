@@ -2432,6 +2432,8 @@ class EventLoop:
             with contextlib.suppress(KeyError):     # the loop was abandoned
                 self.not_begun.pop(finished)
                 claim.asyncio_task = self.create_task(coroutine, context, finished.put)
+                if claim.outcome:       # it ended before there was a task to cancel
+                    claim.asyncio_task.cancel()
 
         self.not_begun[finished] = None
         self.loop.call_soon_threadsafe(start)
@@ -2576,7 +2578,7 @@ class AsyncSlot(Slot):
         context = contextvars.Context()
         self.task = self.event_loop.create_task(self._run_claim(claim), context, self._on_done)
         claim.asyncio_task = self.task
-        if claim.outcome:       # it was finished just now, when there was no task to cancel
+        if claim.outcome:       # it ended before there was a task to cancel
             self.task.cancel()
 
     async def _run_claim(self, claim):
@@ -3258,7 +3260,10 @@ class Reporter:
 
     def __init__(self, session):
         self.session = session          # constant
-        self.claims = SimpleQueue()     # safe by itself: claims with news; None ends the thread
+        # safe by itself: claims with an outcome or progress to report; None ends the thread
+        self.claims = SimpleQueue()
+        # touched by the thread only
+        self.was_put_off = False        # the engine could not take an outcome now
 
     def run(self):
         claims = []
@@ -3269,6 +3274,9 @@ class Reporter:
                 for batch in batches(items, lambda item: len(item[1])):
                     for claim, answer in self.session.send_batch(call, batch, CLIENT_TIMEOUT):
                         self._on_answer(call, claim, answer)
+            if self.was_put_off:
+                self.was_put_off = False
+                self.session.worker.closed.wait(RETRY_PAUSE)
 
     def _next_claims(self):
         claims = [self.claims.get()]
@@ -3295,16 +3303,15 @@ class Reporter:
     def _on_answer(self, call, claim, answer):
         if call == 'heartbeat':
             claim.is_sending_progress = False
-            on_heartbeat_answer(claim, answer)
-            if is_temporary(answer):
-                self.claims.put(claim)
+            on_heartbeat_answer(claim, answer)      # progress that was not taken is not sent again
             return
         code = answer.get('code')
         if not code:
             self.session.forget(claim)
             return
-        if is_temporary(answer):
+        if not is_permanent(code):
             self.claims.put(claim)
+            self.was_put_off = True
             return
         reason = answer.get('error')
         if code in GONE:
@@ -3379,11 +3386,6 @@ class Heartbeat:
         except EngineUnavailable:
             pass                        # the fetchers notice, and say so
         return False
-
-
-def is_temporary(answer):
-    """Whether an item of a batch was not taken, but may be if it is sent again."""
-    return bool(answer.get('code')) and not is_permanent(answer['code'])
 
 
 def on_heartbeat_answer(claim, answer):
@@ -3969,6 +3971,7 @@ class ChildClaim(Saver):
     """What job(), progress(), step() and so on need of a claim, in an isolated process."""
 
     asyncio_task = None
+    outcome = None          # never set: a claim that ends has its process killed
     was_left = False
 
     def __init__(self, job, child):
@@ -4020,13 +4023,20 @@ class PipeLogHandler(logging.Handler):
         self.send = send
 
     def emit(self, record):
+        try:
+            self.send(LOGGED, self._fields(record))
+        except Exception:       # a log call with wrong arguments must not fail the handler
+            self.handleError(record)
+
+    def _fields(self, record):
+        """The attributes of a record, as values that can be pickled."""
         fields = {
             name: value if isinstance(value, (str, int, float, type(None))) else repr(value)
             for name, value in vars(record).items()}
         fields.update(msg=record.getMessage(), args=None, exc_info=None)
         if record.exc_info:
             fields['exc_text'] = ''.join(traceback.format_exception(*record.exc_info)).rstrip()
-        self.send(LOGGED, fields)
+        return fields
 
 
 class Child:
@@ -4559,6 +4569,8 @@ class Registry:
             known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
             check_names(settings, known, 'a task has no setting')
         host = settings.get('host')
+        if 'poll_interval' in settings:
+            settings['poll_interval'] = in_seconds(settings['poll_interval'])
         max_running = settings.pop('max_running', None)
         limits = engine_settings(queue, max_running, settings.pop('rate', None))
         timeout = in_seconds(timeout)
@@ -4765,6 +4777,9 @@ class App(Registry):
             )
         if not self.registered:
             raise Error('there is no handler: decorate a function with @queue("name")')
+        check('max_hung', max_hung, 1)
+        if concurrency is not None:
+            check('concurrency', concurrency, 1)
         set_up_log()
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
@@ -6483,7 +6498,7 @@ def main(argv: list[str] | None = None) -> int:
             os.environ['RUNDOWN_URL'] = options.host    # for imported tasks and isolated ones
         return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
-        print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
+        print(f'rundown_workers: {str(error) or type(error).__name__}', file=sys.stderr)
         if isinstance(error, EngineUnavailable):
             return 3
         return 2 if isinstance(error, Misuse) else 1
