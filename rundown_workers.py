@@ -3086,7 +3086,8 @@ class Fetcher:
 
     def _may_have_jobs(self):
         """Whether a queue that was empty has to be polled again: a claim's end may add jobs."""
-        return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
+        is_over = self.worker.generation is not self.idle_generation
+        return is_over or self.worker.stopping.is_set()
 
     def _is_rate_limited(self):
         """Whether the queue has jobs that are due, and a rate that does not allow a claim now.
@@ -3180,7 +3181,7 @@ class EngineSession:
     def forget(self, claim):
         """The claim is over, and the engine knows or does not care."""
         # in this order: a thread that finds the claim gone finds the new generation too
-        self.worker.next_generation()
+        self.worker.generation = object()
         self.claims.pop(claim, None)
 
     def on_down(self, error):
@@ -3510,9 +3511,8 @@ class Worker:
         # created with the lock held
         self.event_loop_lock = threading.Lock()
         self.started_event_loop = None
-        # written with the lock held; it is never held while other code runs
-        self.generation_lock = threading.Lock()
-        self.generation = 0             # grows whenever a claim is over
+        # written by any thread: each value is new, so it differs from all that were read before
+        self.generation = object()      # replaced whenever a claim is over
         # touched by the main thread only
         self.was_signalled = False
         for config in app.registered.values():
@@ -3574,10 +3574,6 @@ class Worker:
 
     def stop(self, error=None):
         self.stop_requests.put(error)
-
-    def next_generation(self):
-        with self.generation_lock:
-            self.generation += 1
 
     def count_unreported(self):
         return sum(len(session.claims) for session in self.sessions.values())
@@ -3646,7 +3642,7 @@ class Worker:
         """Whether no claim is left, and all queues were empty since the last one ended."""
         if self.count_unreported():
             return False
-        return all(consumer.fetcher.idle_generation == self.generation
+        return all(consumer.fetcher.idle_generation is self.generation
                    for consumer in self.consumers)
 
     def _on_signal(self, number, frame):
