@@ -15551,11 +15551,16 @@ def test_nginx_and_caddy_as_in_the_readme(request, own, browser, work, q, proxy)
 
 
 def test_container_as_in_the_readme(tmp_path):
-    command = json.loads(re.search(r"^ENTRYPOINT (.*)$", readme_block("dockerfile"), re.M)[1])
+    command = json.loads(re.search(r"^CMD (\[.*)$", readme_block("Dockerfile"), re.M)[1])
     folder = volume(tmp_path)
-    places = {"python": sys.executable, "/app/rundown_engine.py": str(HERE / "rundown_engine.py")}
+    (tmp_path / "token").write_text("secret")
+    places = {
+        "python": sys.executable,
+        "/app/rundown_engine.py": str(HERE / "rundown_engine.py"),
+        "/run/secrets/token": str(tmp_path / "token"),
+    }
     command = [places.get(word, word).replace("/data", str(folder)) for word in command]
-    env = environment({"RUNDOWN_TOKEN": "secret", **NO_TEMPORARY_FOLDER})
+    env = environment(NO_TEMPORARY_FOLDER)
     command = [*namespace(READ_ONLY, folder), *command, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as engine:
         port = re.search(rb":(\d+)", engine.stdout.readline())[1].decode()
