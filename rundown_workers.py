@@ -4020,13 +4020,20 @@ class PipeLogHandler(logging.Handler):
         self.send = send
 
     def emit(self, record):
+        try:
+            self.send(LOGGED, self._fields(record))
+        except Exception:
+            self.handleError(record)
+
+    def _fields(self, record):
+        """The attributes of the record, as far as they can be sent, else as text."""
         fields = {
             name: value if isinstance(value, (str, int, float, type(None))) else repr(value)
             for name, value in vars(record).items()}
         fields.update(msg=record.getMessage(), args=None, exc_info=None)
         if record.exc_info:
             fields['exc_text'] = ''.join(traceback.format_exception(*record.exc_info)).rstrip()
-        self.send(LOGGED, fields)
+        return fields
 
 
 class Child:

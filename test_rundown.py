@@ -7794,6 +7794,25 @@ def test_around_wants_a_generator_function():
         rw.App().around(lambda job: None)
 
 
+def test_any_record_of_an_isolated_handler_is_logged_or_fails_nothing(engine, work, q):
+    body = """
+        import logging
+        log = logging.getLogger("shop")
+        log.error("%d", "no number")
+        try:
+            raise ValueError("the cause")
+        except ValueError:
+            log.exception("with %s", {"a": 1}, extra={"lock": threading.Lock()})
+        return 1
+    """
+    job = engine.enqueue(q)
+    worker = work(isolated(q, body), run=BURST)
+    worker.wait()
+    assert engine.job(job)["result"] == 1
+    assert "with {'a': 1}" in worker.log()
+    assert "ValueError: the cause" in worker.log()
+
+
 def test_an_isolated_process_is_replaced_after_max_jobs(engine, work, q):
     jobs = [engine.enqueue(q) for _ in range(5)]
     work(isolated(q, "return os.getpid()", max_jobs=2), run=BURST).wait()
