@@ -284,6 +284,7 @@ TRANSITIONS = {
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 MICROSECOND = datetime.timedelta(microseconds=1)
+LATEST_TIME = (datetime.datetime.max.replace(tzinfo=datetime.timezone.utc) - EPOCH) // MICROSECOND
 
 
 class Clock:
@@ -1538,6 +1539,13 @@ class DiskReserve:
         return self.free + free_pages(db) * page_size(db) >= 2 * self.size
 
 
+def file_size(path):
+    """Bytes; 0 if there is no such file."""
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
 def free_pages(db):
     return db.execute('PRAGMA freelist_count').fetchone()[0]
 
@@ -1708,7 +1716,7 @@ class Database:
     def _update_sparse(self, db):
         free = free_pages(db)
         pages, = db.execute('PRAGMA page_count').fetchone()
-        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]     # not one of before 2.0
+        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]   # 0: made by 1.1 or older
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
     def shrink(self, tx):
@@ -1720,9 +1728,7 @@ class Database:
         self._update_sparse(tx.db)
 
     def log_bytes(self):
-        with contextlib.suppress(OSError):
-            return os.path.getsize(self.path + '-wal')
-        return 0
+        return file_size(self.path + '-wal')
 
     def trouble(self):
         """A sentence if jobs cannot be stored at the moment; else None."""
@@ -1763,7 +1769,7 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self):
-        """A connection that reads what is committed and never waits for the writer.
+        """A connection that reads one committed state and never waits for the writer.
 
         Threads come and go, so connections are pooled: no more are open than were in use at a time.
         """
@@ -1775,11 +1781,14 @@ class Database:
             if db is None:
                 db = self._connect(LOCK_TIMEOUT, 'query_only = ON')
                 self.readers.append(db)
+            db.execute('BEGIN')     # all statements see the state that the first one sees
             yield db
         except sqlite3.Error as error:
             raise Unavailable(f'the database could not be read ({error}); try again') from error
         finally:
             if db is not None:
+                if db.in_transaction:
+                    db.execute('ROLLBACK')
                 self.idle_readers.append(db)
 
     def close(self):
@@ -2425,7 +2434,7 @@ class Producers:
             due = start = item['run_at']
             row['is_timed'] = 1
         if 'expires' in item:
-            row['expires_at'] = max(start, tx.now) + item['expires']
+            row['expires_at'] = min(max(start, tx.now) + item['expires'], LATEST_TIME)
             tx.wake_at(row['expires_at'])
         # enqueue() makes the right job of the group the active one, once all are inserted
         self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)
@@ -2927,7 +2936,10 @@ class Schedules:
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
         item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
+        budget = tx.response_budget
+        tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
+        tx.response_budget = budget
         is_skipped = done is EXISTING
         if is_skipped and job['id'] == item['id']:
             tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
@@ -3132,7 +3144,10 @@ class Retention:
             for finished_at, seq in rows:
                 position = (finished_at, seq)
                 if not (yield from self._is_needed(seq)):
-                    self.tx.execute('DELETE FROM jobs WHERE seq = ?', (seq,))
+                    # a job that was retried since the SELECT stays
+                    self.tx.execute(
+                        'DELETE FROM jobs WHERE seq = ? AND status = ? AND finished_at = ?',
+                        (seq, status, finished_at))
                 yield
             if not rows:
                 return
@@ -3714,8 +3729,8 @@ class Store:
 # -- Event loop -----------------------------------------------------------------------------------
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
-SOCKET_READY = object()        # the event of a socket that can be read or written
-NOTHING = ()            # the result of a poll or wait whose time is over
+SOCKET_READY = object()     # the event of a socket that can be read or written
+NOTHING = ()                # the result of a poll or wait whose time is over
 
 
 class Client:
@@ -3730,7 +3745,7 @@ class Client:
     """
     is_open = True
     deadline = NEVER        # the loop's time at which on_timeout() is called
-    timer = (NEVER,)        # its entry in the heap of Timeouts, which may be earlier
+    timer = (NEVER,)        # its entry in the heap of Timeouts, which may be earlier; this: none
 
     def __init__(self, loop):
         self.loop = loop
@@ -3807,19 +3822,19 @@ class LongPoll(Operation):
 
 
 class JobWait:
-    """A wait for an event: it looks once without a transaction, then waits for its topic."""
+    """A wait for an event: it looks once, without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
 
-    def __init__(self, has_ended, render, topic, wait):
-        self.has_ended = has_ended
+    def __init__(self, is_over, render, topic, wait):
+        self.is_over = is_over
         self.render = render
         self.topic = topic
         self.wait = wait
         self.client = None
 
     def submit(self, loop):
-        self.result = self.has_ended()
+        self.result = self.is_over()
         return loop.waiters.park_if_empty(self)
 
 
@@ -3827,12 +3842,13 @@ class Timeouts:
     """A heap of the times at which clients time out; entries are [time, number, client].
 
     A client's deadline is set often and mostly moves back. So its entry is left where it is, and
-    is moved to the deadline when its time comes. A closed client's entry loses its client.
+    is moved to the deadline when its time comes. An entry without a client is dead.
     """
     TIME, NUMBER, CLIENT = range(3)
 
     def __init__(self):
         self.heap = []
+        self.dead = 0                       # entries without a client
         self.numbers = itertools.count()    # equal times come in their order
 
     def next(self):
@@ -3844,15 +3860,22 @@ class Timeouts:
         heapq.heappush(self.heap, client.timer)
 
     def cancel(self, client):
-        if client.timer is not Client.timer:
-            client.timer[self.CLIENT] = None
-            client.timer = Client.timer
+        if client.timer is Client.timer:
+            return
+        client.timer[self.CLIENT] = None
+        client.timer = Client.timer
+        self.dead += 1
+        if self.dead > 1000 and self.dead > len(self.heap) // 2:    # many clients came and went
+            self.heap = [entry for entry in self.heap if entry[self.CLIENT]]
+            heapq.heapify(self.heap)
+            self.dead = 0
 
     def fire(self, now):
         """Call on_timeout() of the clients whose time is over."""
         while self.next() <= now:
             client = heapq.heappop(self.heap)[self.CLIENT]
             if client is None:
+                self.dead -= 1
                 continue
             client.timer = Client.timer
             if client.deadline <= now:
@@ -3949,7 +3972,7 @@ class Budget:
             newest.resume(Unavailable('too much is being sent; try again'))
 
 
-class PoisonedTransaction(Exception):      # noqa: N818 (the house's word)
+class PoisonedTransaction(Exception):      # noqa: N818 (it is a state, more than an error)
     """An operation failed and left changes behind: the others run again, without it."""
 
     def __init__(self, operation):
@@ -4037,7 +4060,7 @@ class Committer:
         self.maintenance.error = None
         self.loop.now = time.monotonic()
         self.commits += 1
-        self.commit_seconds += self.loop.now - self.listening_until     # that is, its begin
+        self.commit_seconds += self.loop.now - self.listening_until     # which is its begin
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
@@ -4070,11 +4093,12 @@ class Committer:
         A transaction that an operation poisons begins again without it.
         """
         insert_in_bulk = True
+        offset = self.store.clock.offset + ahead    # the same if the transaction begins again
         while True:
             writes, inserts, polls = self._sort(operations, insert_in_bulk)
             try:
                 with self.database.transaction() as db:
-                    tx, began = self._begin(db, ahead)
+                    tx, began = self._begin(db, ahead, offset)
                     run = functools.partial(self._run, tx)
                     if inserts:
                         self._bulk_insert(tx, inserts)
@@ -4099,7 +4123,7 @@ class Committer:
                     del operations[behind:]
 
     def _sort(self, operations, insert_in_bulk):
-        """(writes, those of them that insert one job and may do that together, polls)"""
+        """(writes, single inserts that can share a statement, polls of clients still there)"""
         writes, inserts, polls = [], [], []
         for operation in operations:
             if operation.topic:
@@ -4120,8 +4144,8 @@ class Committer:
         if self.database.is_sparse:
             self.database.shrink(tx)
 
-    def _begin(self, db, ahead):
-        """(tx, the loop's time at its begin). First of all leases are put right."""
+    def _begin(self, db, ahead, offset):
+        """(tx, the time at which it began). First of all leases and the clock are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
         tx.takes_jobs = self.database.reserve.has_room(db)
         began = time.monotonic()
@@ -4129,7 +4153,7 @@ class Committer:
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
             self.store.extend_leases(tx, gap)
         if ahead:
-            self.store.shift_deadlines(tx, self.store.clock.offset + ahead, ahead)
+            self.store.shift_deadlines(tx, offset, ahead)
         return tx, began
 
     def _run(self, tx, operation):
@@ -4164,6 +4188,7 @@ class Committer:
 class SlowCall(NamedTuple):
     """A function that a thread of the server's calls for a client."""
     client: Client
+    name: str                   # of the request, which a client that is gone has no more
     function: Callable
     args: tuple
 
@@ -4724,7 +4749,7 @@ class Connection(Client):
     def _offload(self, function, *args):
         """Call the function in a thread of the server's."""
         self.deadline = NEVER
-        self.loop.offload.submit(SlowCall(self, function, args))
+        self.loop.offload.submit(SlowCall(self, self.request.name, function, args))
         return (yield from self._wait_for_result())
 
     def _wait_for_result(self):
@@ -4964,7 +4989,7 @@ def wait_for_loss(server, params):
         latest = max(since, lost_at.get(worker, 0))
         return {'lost': bool(was_woken) or latest > since, 'since': latest}
 
-    return JobWait(was_lost, render, ('worker', worker), params.get('wait', 0) / 1000000)
+    return JobWait(was_lost, render, ('worker', worker), held_seconds(params))
 
 
 def list_jobs(server, params):
@@ -5121,7 +5146,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         try:
             result = call.function(*call.args)
         except Exception as error:
-            result = self.server.as_http_error(call.client.request.name, error)
+            result = self.server.as_http_error(call.name, error)
         self.taken.clear()
         self._tell_loop(self.request.finished, call, result, self.taken)
         del call, result        # which may be large
@@ -5387,7 +5412,7 @@ def gauge(name, meaning, value):
 def storage_families(database):
     yield gauge('storage_trouble', '1 while jobs cannot be stored, as GET /health says.',
                 int(database.trouble() is not None))
-    yield gauge('database_bytes', 'Size of the database.', os.path.getsize(database.path))
+    yield gauge('database_bytes', 'Size of the database.', file_size(database.path))
     yield gauge('log_bytes', 'Size of its write-ahead log, which long readers let grow.',
                 database.log_bytes())
     yield gauge('disk_free_bytes', 'Free bytes of the disk, besides the reserve.',

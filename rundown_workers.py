@@ -5057,13 +5057,13 @@ testing = default.testing
 
 # -- Outbox ----------------------------------------------------------------------------------------
 CREATE_OUTBOX = (
-    'CREATE TABLE IF NOT EXISTS rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
+    'CREATE TABLE rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
 )
 CREATE_INDEXES = [      # so that a look does not pass over the rows that are refused or kept
-    'CREATE INDEX IF NOT EXISTS rundown_outbox_pending ON rundown_outbox (number) '
+    'CREATE INDEX rundown_outbox_pending ON rundown_outbox (number) '
     'WHERE error IS NULL AND taken_by IS NULL',
-    'CREATE INDEX IF NOT EXISTS rundown_outbox_taken ON rundown_outbox (taken_at) '
+    'CREATE INDEX rundown_outbox_taken ON rundown_outbox (taken_at) '
     'WHERE taken_at IS NOT NULL',
 ]
 SQLITE_KEY = 'INTEGER PRIMARY KEY AUTOINCREMENT'
@@ -5244,6 +5244,8 @@ class Outbox:
                 for change in ADD_COLUMNS:
                     self._execute_guarded(change)
             elif self.is_sqlite or is_from(self.connection, 'psycopg'):
+                # The first fails if another producer has just made the table. Indexes on a
+                # table in which others write could lead to a deadlock.
                 for change in [create, *CREATE_INDEXES]:
                     self._execute_guarded(change)
         except Exception as error:          # perhaps since somebody else has just done the same
@@ -5481,10 +5483,11 @@ class DjangoTasks:
 
     def __init__(self, alias, params):
         super().__init__(alias, params)
+        # constant
         self.job_options = dict(self.options)
         outbox = self.job_options.pop('outbox', False)
         self.database = 'default' if outbox is True else outbox or None     # None: no outbox
-        self.host = self.job_options.pop('host', None)
+        self.host = self.job_options.pop('host', None)                      # None: RUNDOWN_URL
         unknown = sorted(set(self.job_options) - {'max_retries', 'timeout'})
         if unknown:
             from django.core.exceptions import ImproperlyConfigured

@@ -56,6 +56,7 @@ import signal
 import socket
 import sqlite3
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1340,6 +1341,27 @@ def test_a_wall_clock_set_ahead_makes_due_what_has_a_time_and_moves_what_is_coun
     assert clocked.poll(q + "-retried")["attempt"] == 2
 
 
+def test_a_step_of_the_clock_counts_once_if_its_transaction_is_run_again(clocked):
+    loop, clock = clocked.server.loop, clocked.server.store.clock
+    before = clock.now()
+
+    def fail_with_changes(tx):
+        tx.execute("UPDATE last_seq SET seq = seq + 1")
+        raise rundown_engine.Conflict("so the transaction begins again without it")
+
+    def meet():
+        clocked.clock.wall += 3600
+        loop.committer.check_clock()
+        loop.committer.submit(operation)
+
+    operation = rundown_engine.Operation(fail_with_changes)
+    operation.client = rundown_engine.ThreadWait(loop)
+    loop.call_soon_threadsafe(meet)
+    with pytest.raises(rundown_engine.Conflict):
+        operation.client.result()
+    assert clock.now() - before == 3600 * 1000000
+
+
 def test_a_restart_of_the_engine_keeps_leases(clocked, q):
     clocked.enqueue(q, timeout=1000)
     claim = clocked.poll(q, lease=100)
@@ -1485,6 +1507,22 @@ def test_jobs_come_newest_first_and_in_pages(engine, q):
             break
         page = engine.get("/jobs?limit=3&queue=%s&after=%s" % (q, after))
     assert seen == [[6, 5, 4], [3, 2, 1], [0]]
+
+
+def test_a_page_shows_one_state_of_the_database(clocked, q, monkeypatch):
+    jobs = [clocked.enqueue(q)["id"] for _ in range(3)]
+    queries = clocked.server.store.queries
+    search = queries._search
+
+    def search_and_purge(*arguments):
+        found = search(*arguments)
+        clocked.post("/purge", id=jobs[1])
+        return found
+
+    monkeypatch.setattr(queries, "_search", search_and_purge)
+    assert [job["id"] for job in clocked.get("/jobs?queue=" + q)["jobs"]] == jobs[::-1]
+    monkeypatch.undo()
+    assert [job["id"] for job in clocked.get("/jobs?queue=" + q)["jobs"]] == [jobs[2], jobs[0]]
 
 
 def test_jobs_are_found_by_queue_status_and_tag(engine, q):
@@ -2358,6 +2396,12 @@ def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     assert clocked.poll(q)["id"] == late["id"]
 
 
+def test_a_job_that_expires_after_the_year_9999_expires_at_its_end(engine, q):
+    job = engine.enqueue(q, run_at="9999-12-31T00:00:00Z", expires=86400 * 30)
+    assert job["expires_at"] == "9999-12-31T23:59:59.999999Z"
+    assert [job["id"]] == [row["id"] for row in engine.get("/jobs?queue=" + q)["jobs"]]
+
+
 def test_a_poll_is_given_no_job_that_has_expired(clocked, q):
     clocked.post("/enqueue", jobs=[{"queue": q, "expires": 5}] * 1200 + [{"queue": q, "id": q + "good"}])
     clocked.clock.move(6)
@@ -2781,6 +2825,21 @@ def test_a_schedule_whose_zone_is_gone_does_not_stop_the_others(clocked, q):
     clocked.start()
     clocked.advance(60)
     assert sorted(job["id"][0] for job in clocked.poll(q, limit=9)) == ["a", "b"]
+
+
+def test_a_tick_whose_key_a_large_job_holds_needs_no_room_for_a_response(clocked, q):
+    store = clocked.server.store
+    clocked.enqueue(q, "x" * 100000, key="k")
+    clocked.post("/schedule", name=q, queue=q, every=60, key="k")
+    clocked.clock.move(61)
+
+    def tick(tx):
+        tx.response_budget = 0          # clients leave many responses untaken
+        store.schedules.run_due(tx)
+        return tx.response_budget
+
+    assert in_transaction(clocked, tick) == 0
+    assert [row["skipped"] for row in clocked.get("/schedules")["schedules"]] == [1]
 
 
 # -- databases of earlier engines -----------------------------------------------------------------
@@ -3240,8 +3299,10 @@ def test_expect_100_continue_is_answered(engine, q):
 
 @pytest.mark.parametrize("path", ["/health", "/docs", "/", "/jobs?queue=none", "/jobs/none"])
 def test_head_has_the_headers_of_get_and_no_body(engine, path):
-    head, get = (engine.raw(request(engine, method + " " + path + " HTTP/1.1", "Connection: close"))
-                 for method in ("HEAD", "GET"))
+    head, get = (
+        re.sub(rb"Date: .*", b"Date", engine.raw(
+            request(engine, method + " " + path + " HTTP/1.1", "Connection: close")))
+        for method in ("HEAD", "GET"))
     assert head and head == get.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" and len(get) > len(head)
 
 
@@ -3921,6 +3982,49 @@ def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
         until(lambda: len(os.listdir("/proc/%d/fd" % engine.process.pid)) < 60, 20)
 
 
+LARGE_ANSWERS = [       # small requests about a job of 8 MB, and schedules and jobs like it
+    ("POST /enqueue", {"queue": "Q", "id": "L"}),
+    ("POST /enqueue", {"queue": "Q", "key": "L"}),
+    ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}] * 60}),
+    ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}, {"queue": "Q", "key": "L"}]}),
+    ("POST /poll", {"queue": "W", "limit": 9}),
+    ("POST /poll", {"queue": "W", "wait": 1}),
+    ("POST /schedule", {"name": "L1", "queue": "Q", "every": 9999, "payload": 1}),
+    ("GET /jobs/L", None),
+    ("GET /jobs/L?wait=0.1", None),
+    ("GET /jobs?id=L", None),
+    ("GET /status/L", None),
+    ("GET /details/L", None),
+    ("GET /jobs?limit=1000", None),
+    ("GET /jobs?queue=W", None),
+    ("GET /schedules", None),
+]
+
+
+@pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
+def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own):
+    engine = own("--sync", "normal")
+    payload = "x" * ((8 << 20) - 1000)
+    engine.enqueue("Q", payload, id="L", key="L", tag="L")
+    for number in range(3):
+        engine.enqueue("W", payload)
+        engine.post("/schedule", name="L%d" % number, queue="Q", every=9999, payload=payload)
+    for line, body in LARGE_ANSWERS:
+        line += " HTTP/1.1"
+        data = request(engine, line, body=b"" if body is None else json.dumps(body).encode())
+        with contextlib.ExitStack() as stack:
+            for _ in range(25):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((engine.host, engine.port))
+                client.sendall(data)
+            assert engine.get("/health")
+            time.sleep(0.1)
+        status = Path("/proc/%d/status" % engine.process.pid).read_text()
+        peak = int(re.search(r"VmHWM:\s+([0-9]+)", status)[1]) >> 10
+        assert peak < 480, (line, peak)
+
+
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_the_bodies_of_what_is_refused_are_not_kept(own):
     engine = own()
@@ -3952,6 +4056,30 @@ def test_batches_that_are_refused_half_way_do_not_hold_up_the_good_ones_beside_t
         assert time.monotonic() - began < 4
     assert answers == [b"HTTP/1.1 200" if number % 9 == 0 else b"HTTP/1.1 400" for number in range(45)]
     assert engine.queue(q)["pending"] == 25000
+
+
+def test_timeouts_come_in_order_move_back_and_forget_clients_that_are_gone():
+    timeouts = rundown_engine.Timeouts()
+    loop = types.SimpleNamespace(now=0, timeouts=timeouts)
+    came = []
+
+    class Timed(rundown_engine.Client):
+        def on_timeout(self):
+            came.append(self)
+
+    first, second, moved, gone = (Timed(loop) for _ in range(4))
+    for client, seconds in [(second, 2), (first, 1), (moved, 1), (gone, 1), (moved, 3)]:
+        client.set_timeout(seconds)
+    timeouts.cancel(gone)
+    timeouts.fire(2)
+    assert came == [first, second]
+    timeouts.fire(3)
+    assert came == [first, second, moved] and timeouts.next() > 10**9
+    for _ in range(20000):
+        client = Timed(loop)
+        client.set_timeout(30)
+        timeouts.cancel(client)
+    assert len(timeouts.heap) < 3000
 
 
 def test_a_parked_poll_that_wakes_others_in_its_transaction_does_so_for_those_behind_it():
@@ -4282,6 +4410,20 @@ def peak(engine):
     """The most memory that the engine has had, in MB."""
     status = Path("/proc/%d/status" % engine.process.pid).read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) // 1024
+
+
+def test_slow_calls_that_fail_for_clients_that_are_gone_give_their_threads_back(own, q):
+    engine = own()
+    body = b"[" + b"1," * 2000000 + b"]"        # large enough to be parsed in a thread; not JSON
+    head = "POST /enqueue HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    for _ in range(2 * rundown_engine.OFFLOAD_THREADS):
+        with socket.create_connection((engine.host, engine.port)) as connection:
+            connection.sendall(request)
+            time.sleep(0.02)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with contextlib.closing(engine.connect(10)) as connection:
+        assert engine.call("GET", "/queues", over=connection)[0] == 200
 
 
 # -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
@@ -4799,9 +4941,12 @@ IN_THE_WAY = ["jobs.db.lock", "jobs.db", "jobs.db-wal", "folder"]
 @pytest.mark.skipif(not POSIX, reason="owners and modes")
 @pytest.mark.parametrize("culprit", IN_THE_WAY)
 def test_an_engine_that_may_not_use_a_file_names_it_with_owner_and_mode(culprit):
+    nobody = []
     is_root = os.geteuid() == 0
-    if is_root and not shutil.which("setpriv"):
-        pytest.skip("root may use every file")
+    if is_root:
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        if not shutil.which("setpriv") or subprocess.call([*nobody, sys.executable, "-c", ""]):
+            pytest.skip("root may use every file, and others may not run this Python")
     with tempfile.TemporaryDirectory() as folder:       # other users may enter, unlike tmp_path
         os.chmod(folder, 0o755)
         program = Path(folder) / "engine.py"
@@ -4813,9 +4958,7 @@ def test_an_engine_that_may_not_use_a_file_names_it_with_owner_and_mode(culprit)
         if culprit == "folder":
             (data / "jobs.db.lock").unlink()
         blocked = data if culprit == "folder" else data / culprit
-        nobody = []
         if is_root:
-            nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
             for path in (data, *data.iterdir()):
                 os.chown(str(path), 65534, 65534)
             os.chown(str(blocked), 0, 0)
@@ -4992,6 +5135,15 @@ def test_a_database_that_is_deleted_or_replaced_under_the_engine_is_noticed(own,
     assert not replaced or engine.database.read_bytes() == kept
 
 
+@pytest.mark.skipif(not POSIX, reason="Windows does not let go of an open file")
+def test_metrics_tell_of_the_trouble_when_the_database_is_deleted(own, q):
+    engine = own()
+    os.unlink(str(engine.database))
+    assert engine.call("POST", "/enqueue", {"queue": q})[0] == 503
+    text = engine.get("/metrics")
+    assert "rundown_storage_trouble 1\n" in text and "rundown_database_bytes 0\n" in text
+
+
 def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     jobs = {status: job_in(clocked, status, q) for status in STATUSES[1:]}
     there = lambda: [status for status, job in jobs.items() if clocked.call("GET", "/jobs/" + job["id"])[0] == 200]
@@ -5001,6 +5153,22 @@ def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     assert there() == ["running", "failed"]
     clocked.advance(23 * 86400)
     assert there() == ["running"]
+
+
+def test_retention_deletes_no_job_that_is_retried_between_two_of_its_steps(clocked, q, monkeypatch):
+    retention = clocked.server.store.retention
+    retention.next_round = rundown_engine.NEVER
+    jobs = [failed_job(clocked, q)["id"] for _ in range(3)]
+    there = lambda: [id for id in jobs if clocked.call("GET", "/jobs/" + id)[0] == 200]
+    clocked.advance(31 * 86400)
+    retention.next_round = 0
+    monkeypatch.setattr(rundown_engine, "STEP_TIME", -1)      # each step deletes one job
+    in_transaction(clocked, retention.run_due)
+    assert there() == jobs[1:]
+    clocked.post("/retry", id=jobs[1])
+    for _ in range(6):
+        in_transaction(clocked, retention.run_due)
+    assert there() == jobs[1:2]
 
 
 # -- security: foreign pages, foreign names, strangers without a token ---------------------------
@@ -7903,14 +8071,21 @@ def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, 
         log.close()
 
 
-def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(engine, work, q):
-    job = engine.enqueue(q)
-    spoil = "rw.clamp_delay = lambda delay: delay and 'soon'\n"
-    source = spoil + handler(q, "raise rw.Retry('the reason', delay=5)")
-    work(source, run=BURST).wait()
-    job = engine.job(job)
-    assert (job["status"], job["retries"]) == ("pending", 1)
-    assert job["error"].startswith("the reason\n(the engine refused")
+def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(work, q):
+    reported = []
+
+    def answer(path, count, given):
+        if path == "/fail":
+            reported.extend(given["jobs"])
+            return 200, {"jobs": [{"id": "a", **({"error": "delay is too long", "code": 400} if count == 1 else {})}]}
+        return 200, [claim_of("a")] if (path, count) == ("/poll", 1) else []
+
+    with pretending(answer) as engine:
+        work(handler(q, "raise rw.Retry('the reason', delay=9)"), engine)
+        until(lambda: len(reported) == 2)
+    assert (reported[0]["error"], reported[0]["delay"]) == ("the reason", 9)
+    assert reported[1]["error"].startswith("the reason\n(the engine refused")
+    assert reported[1].get("delay") is None
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
@@ -10395,10 +10570,12 @@ def test_whatever_is_killed_when_each_committed_transaction_has_its_job_once(
             [sys.executable, "-c", SHOP % (connect, q, q)],
             env=environment({"RUNDOWN_URL": engine.url}),
         )
-        until(functools.partial(engine.count, q))
-        time.sleep(random.random() / 5)
-        shopkeeper.kill()
-        shopkeeper.wait()
+        try:
+            until(functools.partial(engine.count, q), 40)
+            time.sleep(random.random() / 5)
+        finally:
+            shopkeeper.kill()
+            shopkeeper.wait()
         rw.forward(shop.connect, engine.url)
         rows = box.execute("SELECT id FROM orders WHERE id LIKE '%s-%%'" % q).fetchall()
         box.commit()
@@ -12846,16 +13023,22 @@ def faults_main(argv):
         folder = Path(options.keep or scratch)
         folder.mkdir(parents=True, exist_ok=True)
         differences = compare_at_length(folder, options.steps, options.seed)
-        print("%d kills, seed %d" % (options.kills, options.seed), flush=True)
-        rampage = Rampage(folder, options.seed)
-        try:
-            rampage.run(options.kills, progress=tell_progress)
-            rampage.drain(300)
-        finally:
-            rampage.close()
-        wrong = rampage.violations()
-        print("\n".join(["", *wrong[:50], tally({**rampage.counts(), "violations": len(wrong)})]))
+        wrong = kill_at_length(folder, options.kills, options.seed) if options.kills else 0
     return 1 if wrong or differences else 0
+
+
+def kill_at_length(folder, kills, seed):
+    """Kills engine and workers under load; how many violations that leaves behind."""
+    print("%d kills, seed %d" % (kills, seed), flush=True)
+    rampage = Rampage(folder, seed)
+    try:
+        rampage.run(kills, progress=tell_progress)
+        rampage.drain(300)
+    finally:
+        rampage.close()
+    wrong = rampage.violations()
+    print("\n".join(["", *wrong[:50], tally({**rampage.counts(), "violations": len(wrong)})]))
+    return len(wrong)
 
 
 def compare_at_length(folder, steps, seed):
@@ -13982,9 +14165,12 @@ def difference_after(engine, steps):
 
 def told_difference(found, seed):
     """How to repeat a difference, and the last of the steps that lead to it."""
-    steps = found.steps[-30:]
-    left_out = ["%d steps, the last of them:" % len(found.steps)]
-    return "\n".join(["seed %d: %s" % (seed, found), *left_out, *map(repr, steps)])
+    lines = [
+        "%s" % found,
+        "python test_rundown.py faults --kills 0 --steps 2000 --seed %d" % seed,
+        "%d steps, the last of them:" % len(found.steps),
+    ]
+    return "\n".join(lines + [repr(step) for step in found.steps[-30:]])
 
 
 def test_the_engine_answers_2000_random_calls_as_its_model_does(tmp_path):
