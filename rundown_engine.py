@@ -284,6 +284,7 @@ TRANSITIONS = {
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 MICROSECOND = datetime.timedelta(microseconds=1)
+LATEST_TIME = (datetime.datetime.max.replace(tzinfo=datetime.timezone.utc) - EPOCH) // MICROSECOND
 
 
 class Clock:
@@ -1538,6 +1539,13 @@ class DiskReserve:
         return self.free + free_pages(db) * page_size(db) >= 2 * self.size
 
 
+def file_size(path):
+    """Bytes; 0 if there is no such file."""
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
 def free_pages(db):
     return db.execute('PRAGMA freelist_count').fetchone()[0]
 
@@ -1720,9 +1728,7 @@ class Database:
         self._update_sparse(tx.db)
 
     def log_bytes(self):
-        with contextlib.suppress(OSError):
-            return os.path.getsize(self.path + '-wal')
-        return 0
+        return file_size(self.path + '-wal')
 
     def trouble(self):
         """A sentence if jobs cannot be stored at the moment; else None."""
@@ -1763,7 +1769,7 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self):
-        """A connection that reads what is committed and never waits for the writer.
+        """A connection that reads one committed state and never waits for the writer.
 
         Threads come and go, so connections are pooled: no more are open than were in use at a time.
         """
@@ -1775,11 +1781,14 @@ class Database:
             if db is None:
                 db = self._connect(LOCK_TIMEOUT, 'query_only = ON')
                 self.readers.append(db)
+            db.execute('BEGIN')     # all statements see the state that the first one sees
             yield db
         except sqlite3.Error as error:
             raise Unavailable(f'the database could not be read ({error}); try again') from error
         finally:
             if db is not None:
+                if db.in_transaction:
+                    db.execute('ROLLBACK')
                 self.idle_readers.append(db)
 
     def close(self):
@@ -2425,7 +2434,7 @@ class Producers:
             due = start = item['run_at']
             row['is_timed'] = 1
         if 'expires' in item:
-            row['expires_at'] = max(start, tx.now) + item['expires']
+            row['expires_at'] = min(max(start, tx.now) + item['expires'], LATEST_TIME)
             tx.wake_at(row['expires_at'])
         # enqueue() makes the right job of the group the active one, once all are inserted
         self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)
@@ -2927,7 +2936,10 @@ class Schedules:
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
         item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
+        budget = tx.response_budget
+        tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
+        tx.response_budget = budget
         is_skipped = done is EXISTING
         if is_skipped and job['id'] == item['id']:
             tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
@@ -3132,7 +3144,10 @@ class Retention:
             for finished_at, seq in rows:
                 position = (finished_at, seq)
                 if not (yield from self._is_needed(seq)):
-                    self.tx.execute('DELETE FROM jobs WHERE seq = ?', (seq,))
+                    # a job that was retried since the SELECT stays
+                    self.tx.execute(
+                        'DELETE FROM jobs WHERE seq = ? AND status = ? AND finished_at = ?',
+                        (seq, status, finished_at))
                 yield
             if not rows:
                 return
@@ -4078,11 +4093,12 @@ class Committer:
         A transaction that an operation poisons begins again without it.
         """
         insert_in_bulk = True
+        offset = self.store.clock.offset + ahead    # the same if the transaction begins again
         while True:
             writes, inserts, polls = self._sort(operations, insert_in_bulk)
             try:
                 with self.database.transaction() as db:
-                    tx, began = self._begin(db, ahead)
+                    tx, began = self._begin(db, ahead, offset)
                     run = functools.partial(self._run, tx)
                     if inserts:
                         self._bulk_insert(tx, inserts)
@@ -4128,7 +4144,7 @@ class Committer:
         if self.database.is_sparse:
             self.database.shrink(tx)
 
-    def _begin(self, db, ahead):
+    def _begin(self, db, ahead, offset):
         """(tx, the time at which it began). First of all leases and the clock are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
         tx.takes_jobs = self.database.reserve.has_room(db)
@@ -4137,7 +4153,7 @@ class Committer:
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
             self.store.extend_leases(tx, gap)
         if ahead:
-            self.store.shift_deadlines(tx, self.store.clock.offset + ahead, ahead)
+            self.store.shift_deadlines(tx, offset, ahead)
         return tx, began
 
     def _run(self, tx, operation):
@@ -4172,6 +4188,7 @@ class Committer:
 class SlowCall(NamedTuple):
     """A function that a thread of the server's calls for a client."""
     client: Client
+    name: str                   # of the request, which a client that is gone has no more
     function: Callable
     args: tuple
 
@@ -4732,7 +4749,7 @@ class Connection(Client):
     def _offload(self, function, *args):
         """Call the function in a thread of the server's."""
         self.deadline = NEVER
-        self.loop.offload.submit(SlowCall(self, function, args))
+        self.loop.offload.submit(SlowCall(self, self.request.name, function, args))
         return (yield from self._wait_for_result())
 
     def _wait_for_result(self):
@@ -5129,7 +5146,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         try:
             result = call.function(*call.args)
         except Exception as error:
-            result = self.server.as_http_error(call.client.request.name, error)
+            result = self.server.as_http_error(call.name, error)
         self.taken.clear()
         self._tell_loop(self.request.finished, call, result, self.taken)
         del call, result        # which may be large
@@ -5395,7 +5412,7 @@ def gauge(name, meaning, value):
 def storage_families(database):
     yield gauge('storage_trouble', '1 while jobs cannot be stored, as GET /health says.',
                 int(database.trouble() is not None))
-    yield gauge('database_bytes', 'Size of the database.', os.path.getsize(database.path))
+    yield gauge('database_bytes', 'Size of the database.', file_size(database.path))
     yield gauge('log_bytes', 'Size of its write-ahead log, which long readers let grow.',
                 database.log_bytes())
     yield gauge('disk_free_bytes', 'Free bytes of the disk, besides the reserve.',

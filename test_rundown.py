@@ -56,6 +56,7 @@ import signal
 import socket
 import sqlite3
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1340,6 +1341,27 @@ def test_a_wall_clock_set_ahead_makes_due_what_has_a_time_and_moves_what_is_coun
     assert clocked.poll(q + "-retried")["attempt"] == 2
 
 
+def test_a_step_of_the_clock_counts_once_if_its_transaction_is_run_again(clocked):
+    loop, clock = clocked.server.loop, clocked.server.store.clock
+    before = clock.now()
+
+    def fail_with_changes(tx):
+        tx.execute("UPDATE last_seq SET seq = seq + 1")
+        raise rundown_engine.Conflict("so the transaction begins again without it")
+
+    def meet():
+        clocked.clock.wall += 3600
+        loop.committer.check_clock()
+        loop.committer.submit(operation)
+
+    operation = rundown_engine.Operation(fail_with_changes)
+    operation.client = rundown_engine.ThreadWait(loop)
+    loop.call_soon_threadsafe(meet)
+    with pytest.raises(rundown_engine.Conflict):
+        operation.client.result()
+    assert clock.now() - before == 3600 * 1000000
+
+
 def test_a_restart_of_the_engine_keeps_leases(clocked, q):
     clocked.enqueue(q, timeout=1000)
     claim = clocked.poll(q, lease=100)
@@ -1485,6 +1507,22 @@ def test_jobs_come_newest_first_and_in_pages(engine, q):
             break
         page = engine.get("/jobs?limit=3&queue=%s&after=%s" % (q, after))
     assert seen == [[6, 5, 4], [3, 2, 1], [0]]
+
+
+def test_a_page_shows_one_state_of_the_database(clocked, q, monkeypatch):
+    jobs = [clocked.enqueue(q)["id"] for _ in range(3)]
+    queries = clocked.server.store.queries
+    search = queries._search
+
+    def search_and_purge(*arguments):
+        found = search(*arguments)
+        clocked.post("/purge", id=jobs[1])
+        return found
+
+    monkeypatch.setattr(queries, "_search", search_and_purge)
+    assert [job["id"] for job in clocked.get("/jobs?queue=" + q)["jobs"]] == jobs[::-1]
+    monkeypatch.undo()
+    assert [job["id"] for job in clocked.get("/jobs?queue=" + q)["jobs"]] == [jobs[2], jobs[0]]
 
 
 def test_jobs_are_found_by_queue_status_and_tag(engine, q):
@@ -2358,6 +2396,12 @@ def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     assert clocked.poll(q)["id"] == late["id"]
 
 
+def test_a_job_that_expires_after_the_year_9999_expires_at_its_end(engine, q):
+    job = engine.enqueue(q, run_at="9999-12-31T00:00:00Z", expires=86400 * 30)
+    assert job["expires_at"] == "9999-12-31T23:59:59.999999Z"
+    assert [job["id"]] == [row["id"] for row in engine.get("/jobs?queue=" + q)["jobs"]]
+
+
 def test_a_poll_is_given_no_job_that_has_expired(clocked, q):
     clocked.post("/enqueue", jobs=[{"queue": q, "expires": 5}] * 1200 + [{"queue": q, "id": q + "good"}])
     clocked.clock.move(6)
@@ -2781,6 +2825,21 @@ def test_a_schedule_whose_zone_is_gone_does_not_stop_the_others(clocked, q):
     clocked.start()
     clocked.advance(60)
     assert sorted(job["id"][0] for job in clocked.poll(q, limit=9)) == ["a", "b"]
+
+
+def test_a_tick_whose_key_a_large_job_holds_needs_no_room_for_a_response(clocked, q):
+    store = clocked.server.store
+    clocked.enqueue(q, "x" * 100000, key="k")
+    clocked.post("/schedule", name=q, queue=q, every=60, key="k")
+    clocked.clock.move(61)
+
+    def tick(tx):
+        tx.response_budget = 0          # clients leave many responses untaken
+        store.schedules.run_due(tx)
+        return tx.response_budget
+
+    assert in_transaction(clocked, tick) == 0
+    assert [row["skipped"] for row in clocked.get("/schedules")["schedules"]] == [1]
 
 
 # -- databases of earlier engines -----------------------------------------------------------------
@@ -4353,6 +4412,20 @@ def peak(engine):
     return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) // 1024
 
 
+def test_slow_calls_that_fail_for_clients_that_are_gone_give_their_threads_back(own, q):
+    engine = own()
+    body = b"[" + b"1," * 2000000 + b"]"        # large enough to be parsed in a thread; not JSON
+    head = "POST /enqueue HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    for _ in range(2 * rundown_engine.OFFLOAD_THREADS):
+        with socket.create_connection((engine.host, engine.port)) as connection:
+            connection.sendall(request)
+            time.sleep(0.02)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with contextlib.closing(engine.connect(10)) as connection:
+        assert engine.call("GET", "/queues", over=connection)[0] == 200
+
+
 # -- long changes: each step is bounded, whatever the rows cost ----------------------------------------
 
 STEP_LIMIT = 0.05       # seconds of processor time
@@ -5062,6 +5135,15 @@ def test_a_database_that_is_deleted_or_replaced_under_the_engine_is_noticed(own,
     assert not replaced or engine.database.read_bytes() == kept
 
 
+@pytest.mark.skipif(not POSIX, reason="Windows does not let go of an open file")
+def test_metrics_tell_of_the_trouble_when_the_database_is_deleted(own, q):
+    engine = own()
+    os.unlink(str(engine.database))
+    assert engine.call("POST", "/enqueue", {"queue": q})[0] == 503
+    text = engine.get("/metrics")
+    assert "rundown_storage_trouble 1\n" in text and "rundown_database_bytes 0\n" in text
+
+
 def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     jobs = {status: job_in(clocked, status, q) for status in STATUSES[1:]}
     there = lambda: [status for status, job in jobs.items() if clocked.call("GET", "/jobs/" + job["id"])[0] == 200]
@@ -5071,6 +5153,22 @@ def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     assert there() == ["running", "failed"]
     clocked.advance(23 * 86400)
     assert there() == ["running"]
+
+
+def test_retention_deletes_no_job_that_is_retried_between_two_of_its_steps(clocked, q, monkeypatch):
+    retention = clocked.server.store.retention
+    retention.next_round = rundown_engine.NEVER
+    jobs = [failed_job(clocked, q)["id"] for _ in range(3)]
+    there = lambda: [id for id in jobs if clocked.call("GET", "/jobs/" + id)[0] == 200]
+    clocked.advance(31 * 86400)
+    retention.next_round = 0
+    monkeypatch.setattr(rundown_engine, "STEP_TIME", -1)      # each step deletes one job
+    in_transaction(clocked, retention.run_due)
+    assert there() == jobs[1:]
+    clocked.post("/retry", id=jobs[1])
+    for _ in range(6):
+        in_transaction(clocked, retention.run_due)
+    assert there() == jobs[1:2]
 
 
 # -- security: foreign pages, foreign names, strangers without a token ---------------------------
@@ -7864,6 +7962,25 @@ def test_around_wants_a_generator_function():
         rw.App().around(lambda job: None)
 
 
+def test_any_record_of_an_isolated_handler_is_logged_or_fails_nothing(engine, work, q):
+    body = """
+        import logging
+        log = logging.getLogger("shop")
+        log.error("%d", "no number")
+        try:
+            raise ValueError("the cause")
+        except ValueError:
+            log.exception("with %s", {"a": 1}, extra={"lock": threading.Lock()})
+        return 1
+    """
+    job = engine.enqueue(q)
+    worker = work(isolated(q, body), run=BURST)
+    worker.wait()
+    assert engine.job(job)["result"] == 1
+    assert "with {'a': 1}" in worker.log()
+    assert "ValueError: the cause" in worker.log()
+
+
 def test_an_isolated_process_is_replaced_after_max_jobs(engine, work, q):
     jobs = [engine.enqueue(q) for _ in range(5)]
     work(isolated(q, "return os.getpid()", max_jobs=2), run=BURST).wait()
@@ -7954,13 +8071,21 @@ def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, 
         log.close()
 
 
-def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(engine, work, q):
-    job = engine.enqueue(q)
-    source = "rw.MAX_DELAY = 1e15\n" + handler(q, "raise rw.Retry('the reason', delay=1e12)")
-    work(source, run=BURST).wait()
-    job = engine.job(job)
-    assert (job["status"], job["retries"]) == ("pending", 1)
-    assert job["error"].startswith("the reason\n(the engine refused")
+def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(work, q):
+    reported = []
+
+    def answer(path, count, given):
+        if path == "/fail":
+            reported.extend(given["jobs"])
+            return 200, {"jobs": [{"id": "a", **({"error": "delay is too long", "code": 400} if count == 1 else {})}]}
+        return 200, [claim_of("a")] if (path, count) == ("/poll", 1) else []
+
+    with pretending(answer) as engine:
+        work(handler(q, "raise rw.Retry('the reason', delay=9)"), engine)
+        until(lambda: len(reported) == 2)
+    assert (reported[0]["error"], reported[0]["delay"]) == ("the reason", 9)
+    assert reported[1]["error"].startswith("the reason\n(the engine refused")
+    assert reported[1].get("delay") is None
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
@@ -10445,10 +10570,12 @@ def test_whatever_is_killed_when_each_committed_transaction_has_its_job_once(
             [sys.executable, "-c", SHOP % (connect, q, q)],
             env=environment({"RUNDOWN_URL": engine.url}),
         )
-        until(functools.partial(engine.count, q))
-        time.sleep(random.random() / 5)
-        shopkeeper.kill()
-        shopkeeper.wait()
+        try:
+            until(functools.partial(engine.count, q), 40)
+            time.sleep(random.random() / 5)
+        finally:
+            shopkeeper.kill()
+            shopkeeper.wait()
         rw.forward(shop.connect, engine.url)
         rows = box.execute("SELECT id FROM orders WHERE id LIKE '%s-%%'" % q).fetchall()
         box.commit()
