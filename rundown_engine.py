@@ -234,7 +234,7 @@ POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is st
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
 CHECKPOINT_PAGES = 4000         # pages in the write-ahead log that start a checkpoint
 NEARLY_FULL_LOG_PAGES = 250     # the same while the disk is nearly full
-MAX_LOG_BYTES = 64 << 20        # a longer log is cut to this once it was written to the database
+MAX_LOG_BYTES = 24 << 20        # a longer log is cut to this once it was written to the database
 RESERVE_BYTES = 8 << 20         # kept free on the disk for the time when jobs have filled it
 SHRINK_PAGES = 500              # free pages that one step gives back to the disk
 MIN_FREE_PAGES = 1000           # free pages that a database keeps for new jobs
@@ -1368,6 +1368,24 @@ def migrate(db, version):
                 db.execute(statement)
 
 
+def missing_from_schema(db):
+    """The tables, columns, indexes and triggers of SCHEMA that a database lacks."""
+    with contextlib.closing(sqlite3.connect(':memory:')) as model:
+        for statement in SCHEMA:
+            model.execute(statement)
+        return sorted(schema_names(model) - schema_names(db))
+
+
+def schema_names(db):
+    found = set()
+    for kind, name in db.execute('SELECT type, name FROM sqlite_master').fetchall():
+        found.add(name)
+        if kind == 'table':
+            columns = db.execute(f'PRAGMA table_info({name})').fetchall()
+            found.update(f'{name}.{column[1]}' for column in columns)
+    return found
+
+
 def rename_column(db, table, old, new):
     """RENAME COLUMN for SQLite 3.24, which lacks it: only the schema names columns."""
     db.execute('PRAGMA writable_schema = ON')
@@ -1615,11 +1633,9 @@ class Database:
                 db.execute(statement)
         else:
             migrate(db, version)
-        for table, columns in (('jobs', JOB_COLUMNS), ('schedules', SCHEDULE_COLUMNS)):
-            present = {row['name'] for row in db.execute(f'PRAGMA table_info({table})')}
-            missing = ', '.join(columns.keys() - present)
-            if missing:     # a migration was forgotten
-                raise StartupError(f'{self.path}: the table {table} lacks {missing}')
+        missing = missing_from_schema(db)
+        if missing:     # a migration forgot it
+            raise StartupError(f'{self.path}: its schema lacks {", ".join(missing)}')
         db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
         db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 

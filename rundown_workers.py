@@ -3091,8 +3091,7 @@ class Fetcher:
 
     def _may_have_jobs(self):
         """Whether a queue that was empty has to be polled again: a claim's end may add jobs."""
-        is_over = self.worker.generation is not self.idle_generation
-        return is_over or self.worker.stopping.is_set()
+        return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
 
     def _is_rate_limited(self):
         """Whether the queue has jobs that are due, and a rate that does not allow a claim now.
@@ -3186,7 +3185,7 @@ class EngineSession:
     def forget(self, claim):
         """The claim is over, and the engine knows or does not care."""
         # in this order: a thread that finds the claim gone finds the new generation too
-        self.worker.generation = object()
+        self.worker.generation = self.worker.next_generation()
         self.claims.pop(claim, None)
 
     def on_down(self, error):
@@ -3516,8 +3515,10 @@ class Worker:
         # created with the lock held
         self.event_loop_lock = threading.Lock()
         self.started_event_loop = None
-        # written by any thread: each value is new, so it differs from all that were read before
-        self.generation = object()      # replaced whenever a claim is over
+        # safe without a lock: taking the next number is atomic. Two threads may store theirs in
+        # the wrong order: only a difference counts.
+        self.generation = 0             # changes whenever a claim is over
+        self.next_generation = itertools.count(1).__next__
         # touched by the main thread only
         self.was_signalled = False
         for config in app.registered.values():
@@ -3647,7 +3648,7 @@ class Worker:
         """Whether no claim is left, and all queues were empty since the last one ended."""
         if self.count_unreported():
             return False
-        return all(consumer.fetcher.idle_generation is self.generation
+        return all(consumer.fetcher.idle_generation == self.generation
                    for consumer in self.consumers)
 
     def _on_signal(self, number, frame):
@@ -4026,11 +4027,11 @@ class PipeLogHandler(logging.Handler):
     def emit(self, record):
         try:
             self.send(LOGGED, self._fields(record))
-        except Exception:       # a log call with wrong arguments must not fail the handler
+        except Exception:
             self.handleError(record)
 
     def _fields(self, record):
-        """The attributes of a record, as values that can be pickled."""
+        """The attributes of the record, as far as they can be sent, else as text."""
         fields = {
             name: value if isinstance(value, (str, int, float, type(None))) else repr(value)
             for name, value in vars(record).items()}
