@@ -3178,7 +3178,7 @@ class EngineSession:
     def forget(self, claim):
         """The claim is over, and the engine knows or does not care."""
         # in this order: a thread that finds the claim gone finds the new generation too
-        self.worker.next_generation()
+        self.worker.generation = self.worker.next_generation()
         self.claims.pop(claim, None)
 
     def on_down(self, error):
@@ -3508,9 +3508,10 @@ class Worker:
         # created with the lock held
         self.event_loop_lock = threading.Lock()
         self.started_event_loop = None
-        # written with the lock held; it is never held while other code runs
-        self.generation_lock = threading.Lock()
-        self.generation = 0             # grows whenever a claim is over
+        # safe without a lock: the next number is taken in one operation. Two threads may store
+        # theirs in the wrong order; what counts is that it is another one.
+        self.generation = 0             # changes whenever a claim is over
+        self.next_generation = itertools.count(1).__next__
         # touched by the main thread only
         self.was_signalled = False
         for config in app.registered.values():
@@ -3572,10 +3573,6 @@ class Worker:
 
     def stop(self, error=None):
         self.stop_requests.put(error)
-
-    def next_generation(self):
-        with self.generation_lock:
-            self.generation += 1
 
     def count_unreported(self):
         return sum(len(session.claims) for session in self.sessions.values())
@@ -4020,13 +4017,20 @@ class PipeLogHandler(logging.Handler):
         self.send = send
 
     def emit(self, record):
+        try:
+            self.send(LOGGED, self._fields(record))
+        except Exception:
+            self.handleError(record)
+
+    def _fields(self, record):
+        """The attributes of the record, as far as they can be sent, else as text."""
         fields = {
             name: value if isinstance(value, (str, int, float, type(None))) else repr(value)
             for name, value in vars(record).items()}
         fields.update(msg=record.getMessage(), args=None, exc_info=None)
         if record.exc_info:
             fields['exc_text'] = ''.join(traceback.format_exception(*record.exc_info)).rstrip()
-        self.send(LOGGED, fields)
+        return fields
 
 
 class Child:

@@ -7967,6 +7967,25 @@ def test_around_wants_a_generator_function():
         rw.App().around(lambda job: None)
 
 
+def test_any_record_of_an_isolated_handler_is_logged_or_fails_nothing(engine, work, q):
+    body = """
+        import logging
+        log = logging.getLogger("shop")
+        log.error("%d", "no number")
+        try:
+            raise ValueError("the cause")
+        except ValueError:
+            log.exception("with %s", {"a": 1}, extra={"lock": threading.Lock()})
+        return 1
+    """
+    job = engine.enqueue(q)
+    worker = work(isolated(q, body), run=BURST)
+    worker.wait()
+    assert engine.job(job)["result"] == 1
+    assert "with {'a': 1}" in worker.log()
+    assert "ValueError: the cause" in worker.log()
+
+
 def test_an_isolated_process_is_replaced_after_max_jobs(engine, work, q):
     jobs = [engine.enqueue(q) for _ in range(5)]
     work(isolated(q, "return os.getpid()", max_jobs=2), run=BURST).wait()
@@ -8057,13 +8076,21 @@ def test_run_reload_restarts_the_worker_when_a_module_changes(engine, tmp_path, 
         log.close()
 
 
-def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(engine, work, q):
-    job = engine.enqueue(q)
-    source = "rw.MAX_DELAY = 1e15\n" + handler(q, "raise rw.Retry('the reason', delay=1e12)")
-    work(source, run=BURST).wait()
-    job = engine.job(job)
-    assert (job["status"], job["retries"]) == ("pending", 1)
-    assert job["error"].startswith("the reason\n(the engine refused")
+def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(work, q):
+    reported = []
+
+    def answer(path, count, given):
+        if path == "/fail":
+            reported.extend(given["jobs"])
+            return 200, {"jobs": [{"id": "a", **({"error": "delay is too long", "code": 400} if count == 1 else {})}]}
+        return 200, [claim_of("a")] if (path, count) == ("/poll", 1) else []
+
+    with pretending(answer) as engine:
+        work(handler(q, "raise rw.Retry('the reason', delay=9)"), engine)
+        until(lambda: len(reported) == 2)
+    assert (reported[0]["error"], reported[0]["delay"]) == ("the reason", 9)
+    assert reported[1]["error"].startswith("the reason\n(the engine refused")
+    assert reported[1].get("delay") is None
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
@@ -11863,6 +11890,10 @@ class Evidence:
         self.tells = collections.defaultdict(list)
         for line in self.of("complete", "fail", "release", "heartbeat", "step"):
             self.tells[line["asked"]["id"]].append(line)
+        self.steered = collections.defaultdict(list)     # what an operator did, by id
+        for line in self.of("cancel", "retry"):
+            if line["status"] in (None, 200):
+                self.steered[line["asked"]["id"]].append(line)
         self.faults = collections.defaultdict(list)
         for line in self.of("fault"):
             self.faults[line.get("client") or line.get("id")].append(line)
@@ -11898,10 +11929,19 @@ class Evidence:
     def surely_ran(self, claim):
         """(begin, end) of a time in which the claim's job ran for sure: from the response to the
         first sign of its end, to the end of its lease, or to the next claim."""
-        id, attempt = claim["id"], claim["attempt"]
-        ends = [line["begin"] for line in self.said(id, attempt, "complete", "fail", "release")]
-        ends += [other["begin"] for other in self.claims[id] if other["attempt"] > attempt]
+        later = [other for other in self.claims[claim["id"]] if other["attempt"] > claim["attempt"]]
+        ends = [line["begin"] for line in self.ends_of(claim) + later]
         return claim["end"], min(ends + [self.lease_end(claim)])
+
+    def ends_of(self, claim):
+        """The calls that may have ended a claim."""
+        said = self.said(claim["id"], claim["attempt"], "complete", "fail", "release")
+        steered = self.steered[claim["id"]]
+        return said + [line for line in steered if self.is_after(line, claim)]
+
+    def is_after(self, line, claim):
+        """Might a call have been served after a claim was?"""
+        return line["end"] is None or line["end"] > claim["begin"]
 
     def groups(self):
         """The claims of each group, by queue and group."""
@@ -11995,11 +12035,8 @@ def an_attempt_that_is_over_is_refused(seen):
 
 def leases_do_not_overlap(seen):
     for claim, after in seen.neighbours():
-        ended = seen.said(claim["id"], claim["attempt"], "complete", "fail", "release")
-        if (
-            not any(line["begin"] <= after["end"] for line in ended)
-            and after["end"] < seen.lease_end(claim) - SLACK
-        ):
+        ended = any(line["begin"] <= after["end"] for line in seen.ends_of(claim))
+        if not ended and after["end"] < seen.lease_end(claim) - SLACK:
             yield "%s: attempt %d was handed out %.3f s before the lease of attempt %d was over" % (
                 claim["id"],
                 after["attempt"],
@@ -12050,7 +12087,14 @@ def promised(seen, claim):
         for line in heard
         if line["call"] != "complete"
     ]
-    return min(due if any(line["status"] == 200 for line in heard) else due + [lost], default=0)
+    if not any(line["status"] == 200 for line in heard):
+        due.append(lost)
+    due += [
+        line["begin"]
+        for line in seen.steered[claim["id"]]
+        if line["call"] == "retry" and seen.is_after(line, claim)
+    ]
+    return min(due, default=0)
 
 
 def no_backoff_is_cut_short(seen):
@@ -12079,6 +12123,7 @@ def second_runs_are_explained(seen):
                 seen.said(id, run["attempt"], "fail", "release")
                 + seen.faults[run["client"]]
                 + seen.faults[id]
+                + seen.steered[id]
             )
             if not any(since <= reason["begin"] <= again["begin"] for reason in reasons):
                 yield "%s ran as attempt %d and again as %d, and nothing had gone wrong" % (
@@ -12624,9 +12669,9 @@ class Rampage:
         self.slowest = 0.0  # seconds from a start to the first response
         self.urls = itertools.cycle([self.engine.url, self.engine.url, self.proxy.url])
         self.producers = []
-        for number in range(3):
-            witness = Witness(self.history, next(self.urls), "p%d" % number)
-            thread = threading.Thread(target=produce, args=(witness, self.over))
+        for name, target in PRODUCERS.items():
+            witness = Witness(self.history, next(self.urls), name)
+            thread = threading.Thread(target=target, args=(witness, self.over))
             self.producers.append((thread, witness))
         self._set_up(self.producers[0][1])
         for thread, _ in self.producers:
@@ -12810,6 +12855,7 @@ class Rampage:
             "calls": names["answer"],
             "steps": names["ran"],
             "rolled back": names["rolled back"],
+            "cancels and retries": names["cancel"] + names["retry"],
             "processes": self.hired,
             "stops": self.stops,
             "swallowed": self.swallowed,
@@ -12860,6 +12906,28 @@ def produce(witness, over):
         witness.insist("enqueue", **(orders[0] if len(orders) == 1 else {"jobs": orders}))
         known.extend(order["id"] for order in orders)
         time.sleep(dice.uniform(0, 0.02))
+
+
+def operate(witness, over):
+    """An operator who cancels and retries jobs, and pauses the queue for a moment."""
+    dice = random.Random(witness.name)
+    while not over.is_set():
+        time.sleep(dice.uniform(0, 0.3))
+        call, statuses = dice.choice(
+            [("cancel", ["pending", "running"]), ("retry", ["failed", "cancelled"])])
+        path = "/jobs?queue=load&brief=true&limit=30&status=" + dice.choice(statuses)
+        jobs = []
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            jobs = witness.api.call("GET", path)[1].get("jobs", [])
+        if jobs:
+            witness.insist(call, id=dice.choice(jobs)["id"])
+        if dice.random() < 0.1:
+            witness.insist("pause", queue="load")
+            time.sleep(0.05)
+            witness.insist("resume", queue="load")
+
+
+PRODUCERS = {"p0": produce, "p1": produce, "p2": produce, "operator": operate}
 
 
 def sell(path, name):
@@ -15548,11 +15616,16 @@ def test_nginx_and_caddy_as_in_the_readme(request, own, browser, work, q, proxy)
 
 
 def test_container_as_in_the_readme(tmp_path):
-    command = json.loads(re.search(r"^ENTRYPOINT (.*)$", readme_block("dockerfile"), re.M)[1])
+    command = json.loads(re.search(r"^CMD (\[.*)$", readme_block("Dockerfile"), re.M)[1])
     folder = volume(tmp_path)
-    places = {"python": sys.executable, "/app/rundown_engine.py": str(HERE / "rundown_engine.py")}
+    (tmp_path / "token").write_text("secret")
+    places = {
+        "python": sys.executable,
+        "/app/rundown_engine.py": str(HERE / "rundown_engine.py"),
+        "/run/secrets/token": str(tmp_path / "token"),
+    }
     command = [places.get(word, word).replace("/data", str(folder)) for word in command]
-    env = environment({"RUNDOWN_TOKEN": "secret", **NO_TEMPORARY_FOLDER})
+    env = environment(NO_TEMPORARY_FOLDER)
     command = [*namespace(READ_ONLY, folder), *command, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as engine:
         port = re.search(rb":(\d+)", engine.stdout.readline())[1].decode()
