@@ -175,7 +175,7 @@ from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence
 # -- Settings --------------------------------------------------------------------------------------
 VERSION = '1.0'
 PORT = 8181
-NEVER = float('inf')            # a time that does not come
+NEVER = float('inf')            # a deadline that is never reached
 
 DEFAULT_TIMEOUT = 300           # seconds a handler may take if neither job nor worker says
 GRACE = 5                       # seconds after the timeout until a worker is lost
@@ -191,52 +191,52 @@ MAX_ERROR = 64 << 10            # characters of an error; the middle is cut out
 MAX_ATTEMPTS = 10               # ended attempts that a job remembers
 MAX_ATTEMPT_ERROR = 4 << 10     # characters of the error of a remembered attempt
 MAX_WORKERS = 1000              # workers that are remembered
-MAX_AFTER = 1000                # jobs that a job waits for
-MAX_DEPENDENCIES = 20000        # jobs that all jobs of a request wait for
+MAX_AFTER = 1000                # dependencies of a job
+MAX_DEPENDENCIES = 20000        # dependencies of all jobs of a request together
 MAX_STEPS = 1000                # steps of a job
-MAX_STEPS_SIZE = 8 << 20        # characters of their names and results
-MAX_DEPENDENTS_LISTED = 100     # jobs that wait for a job and are named there
+MAX_STEPS_SIZE = 8 << 20        # characters of the names and results of a job's steps
+MAX_DEPENDENTS_LISTED = 100     # dependents that GET /jobs/{id} names
 MAX_UNSERVED_LISTED = 20        # queues in GET /queues that no worker polls
 WORKER_SILENCE = 120            # seconds without a poll until a queue counts as unserved
-MAX_RESPONSE = 16 << 20         # characters of the jobs that polls claim in a pass, and of a page
+MAX_RESPONSE = 16 << 20         # characters of jobs in a page, and claimed in one commit
 
 MAX_BODY = 8 << 20              # bytes in a request body
 MAX_HEAD = 32 << 10             # bytes in a request line and headers
 MAX_HEADERS = 100               # headers in a request
 MAX_QUERY = 16 << 10            # characters of a query
-MAX_KNOWN_HEADS = 1024          # request heads that are remembered once they are parsed
-MAX_KNOWN_HEAD_BYTES = 1024     # bytes of such a head
+MAX_KNOWN_HEADS = 1024          # parsed request heads in the cache
+MAX_KNOWN_HEAD_BYTES = 1024     # bytes of a request head that is cached
 KEEP_ALIVE_TIMEOUT = 120        # seconds until an idle connection is closed
 REQUEST_TIMEOUT = 30            # seconds a request may take to arrive, and a response to be taken
-MAX_HELD = 55                   # seconds until a poll or wait is answered; proxies give up after 60
+LONG_POLL_TIMEOUT = 55          # seconds until a poll or wait is answered; proxies allow 60
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
 MIN_DOWNLOAD_RATE = 256 << 10   # bytes per second at which a copy of the database has to be taken
 CHUNK_BYTES = 64 << 10          # bytes that are received, or read from a file, at a time
-RESERVED_BYTES = 64 << 10       # bytes of a request or response for which there is always room
+SMALL_MESSAGE_BYTES = 64 << 10  # requests and responses up to this size are never shed
 MAX_REQUEST_BUFFER = 64 << 20   # bytes of all requests that are not answered yet
 MAX_RESPONSE_BUFFER = 64 << 20  # bytes of all responses that are not taken yet
 DRAIN_TIMEOUT = 4               # seconds that requests in flight get when the engine stops
 
 LOCK_TIMEOUT = 5                # seconds to wait for another program's write lock
-LOCK_RETRY_INTERVAL = 0.005     # seconds between two tries for it
+LOCK_RETRY_INTERVAL = 0.005     # seconds between two attempts to get that lock
 MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases are extended
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
 # a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
-BATCH_ROWS = 500                # rows that one step of a long change touches at most
+BATCH_ROWS = 500                # rows that one slice of a long change touches at most
 MAX_ROWS_SEARCHED = 100000      # jobs that one page of GET /jobs looks at
-MAX_SEARCH_TIME = 0.1           # seconds after which a page looks at no more
-STEP_TIME = 0.02                # seconds after which a step begins nothing new
+MAX_SEARCH_TIME = 0.1           # seconds after which a page of GET /jobs ends early
+SLICE_TIME = 0.02               # seconds after which a slice of a long change begins no new row
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
 CHECKPOINT_PAGES = 4000         # pages in the write-ahead log that start a checkpoint
-NEARLY_FULL_LOG_PAGES = 250     # the same while the disk is nearly full
-MAX_LOG_BYTES = 64 << 20        # a longer log is cut to this once it was written to the database
-RESERVE_BYTES = 8 << 20         # kept free on the disk for the time when jobs have filled it
-SHRINK_PAGES = 500              # free pages that one step gives back to the disk
+NEARLY_FULL_LOG_PAGES = 250     # CHECKPOINT_PAGES while the disk is nearly full
+MAX_LOG_BYTES = 64 << 20        # a longer log is truncated to this after a checkpoint
+DISK_RESERVE_BYTES = 8 << 20    # kept free on the disk for the time when jobs have filled it
+SHRINK_PAGES = 500              # free pages that one slice gives back to the disk
 MIN_FREE_PAGES = 1000           # free pages that a database keeps for new jobs
 FULL_CHECK_MAX_BYTES = 64 << 20     # databases up to this size are checked in full at the start
 BACKUP_INFIX = '.backup-'       # in the names of copies that are being made
@@ -248,7 +248,7 @@ COMMIT_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)   # operations in 
 STATUSES = ('pending', 'running', 'done', 'failed', 'cancelled')
 ENDED = ('done', 'failed', 'cancelled')
 
-# Why a pending job is not handed out (the column `hold`). Only READY ones are.
+# The column `hold`: why a pending job is not handed out. Only READY jobs are handed out.
 READY = 0
 DELAYED = 1                     # next_run_at has not come
 BLOCKED = 2                     # it waits for other jobs
@@ -305,7 +305,7 @@ class Clock:
         return int((self.monotonic() + self.offset) * 1000000)
 
     def slew(self):
-        """Slew towards the wall clock; return the step in seconds if that jumped ahead, else 0."""
+        """Slew towards the wall clock; if that jumped ahead, return by how many seconds, else 0."""
         now = self.monotonic()
         slew = (now - self.last_checked) / 1000
         self.last_checked = now
@@ -369,7 +369,7 @@ class Unauthorized(HTTPError):
 
 
 class Forbidden(HTTPError):
-    """A page of another origin sends the request."""
+    """The request comes from a page of another origin."""
 
     status = 403
 
@@ -399,7 +399,7 @@ class Conflict(HTTPError):
 
 
 class LengthRequired(HTTPError):
-    """The length of the body is not known beforehand."""
+    """The request has neither Content-Length nor chunked coding."""
 
     status = 411
 
@@ -442,11 +442,11 @@ class Unavailable(HTTPError):
 
 
 class DiskFull(Unavailable):
-    """The disk was full: nothing was written, and the reserve has been given up for a next try."""
+    """The disk was full. Nothing was written; the reserve was freed, so a retry may succeed."""
 
 
 class Busy(Unavailable):
-    """Another program holds the write lock: nothing was begun."""
+    """Another program holds the write lock: no transaction was begun."""
 
 
 def require(row, message, name, error=NotFound):
@@ -514,7 +514,7 @@ def describe(value):
 
 
 class FieldRule(NamedTuple):
-    """What a field may hold, and how the engine keeps it."""
+    """The values that a field may have, and how they are converted for storage."""
 
     description: str                    # completes "FIELD must be ..."
     is_valid: Callable[[Any], Any]
@@ -543,7 +543,7 @@ def duration(low, high):
 
 
 def clamped_duration(low, high):
-    """A duration that is moved into its range, so that a report is not lost for it."""
+    """A duration that is clamped to its range: a report is not refused because of it."""
     rule = duration(low, high)
     return rule._replace(
         description='a number of seconds',
@@ -599,7 +599,7 @@ CRON_TEXT = FieldRule(
 FIELDS = {
     'replace': FLAG,
     'expires': duration(0.001, MAX_DELAY),
-    'after': NAME,              # where a page begins; POST /enqueue takes JOB_IDS
+    'after': NAME,              # the cursor of a page; in POST /enqueue the dependencies (JOB_IDS)
     'needed_by': NAME,
     'needs': NAME,
     'search': NAME,
@@ -620,14 +620,15 @@ FIELDS = {
         lambda value: type(value) is str and RFC3339.fullmatch(value),
         parse_time,
         {'type': 'string', 'format': 'date-time'}),
-    # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
+    # Valid nowhere else: validate_batch() has taken {"jobs": [...]} apart before.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-# numbers and flags in a query
+# fields of a query whose text is parsed as JSON: numbers and flags
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
-DEPENDENT = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))  # needs the other
+# the first needs the second
+REQUIRES = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))
 
 
 def validate(path, body):
@@ -648,7 +649,7 @@ def validate(path, body):
     for one, other in EXCLUSIVE:
         if one in params and other in params:
             raise BadRequest(f'{one} and {other} exclude each other')
-    for one, other in DEPENDENT:
+    for one, other in REQUIRES:
         if params.get(one) and other not in params:
             raise BadRequest(f'{one} needs {other}')
     return params
@@ -724,7 +725,7 @@ class CronField(NamedTuple):
     names: Tuple[str, ...] = ()         # from `low` on
 
 
-CRON = (        # POSIX crontab, and the additions of cron on Linux
+CRON_FIELDS = (        # POSIX crontab, and the additions of cron on Linux
     CronField('minute', 0, 59),
     CronField('hour', 0, 23),
     CronField('day of month', 1, 31),
@@ -746,16 +747,16 @@ DAY = datetime.timedelta(days=1)
 
 
 class Cron:
-    """A cron expression and a zone; BadRequest if either is none. It fires at whole minutes."""
+    """A cron expression in a time zone; BadRequest if either is invalid. Its ticks are minutes."""
 
     def __init__(self, expression, zone):
         parts = NICKNAMES.get(expression, expression).split()
-        if len(parts) != len(CRON):
+        if len(parts) != len(CRON_FIELDS):
             raise BadRequest(
                 f'cron: {describe(expression)} has not five fields (minute, hour, day of month, '
                 f'month, day of week), nor is it one of {", ".join(NICKNAMES)}')
         self.minutes, self.hours, self.days, self.months, weekdays = (
-            parse_cron_field(part, field) for part, field in zip(parts, CRON))
+            parse_cron_field(part, field) for part, field in zip(parts, CRON_FIELDS))
         self.weekdays = {day % 7 for day in weekdays}
         self.fires_twice = parts[1].startswith('*')     # in hours that the zone's clock shows twice
         self.either_day = not (parts[2].startswith('*') or parts[4].startswith('*'))
@@ -765,12 +766,12 @@ class Cron:
         self.zone = datetime.timezone.utc if zone == 'UTC' else load_zone(zone)
 
     def after(self, moment):
-        """The first time after a moment of UTC at which it fires."""
+        """The first tick after a moment in UTC."""
         tick = self._next_first_occurrence(moment)
         return self._repeated_before(tick, moment) or tick if self.fires_twice else tick
 
     def _repeated_before(self, tick, moment):
-        """The first time before the tick that the zone's clock shows for the second time."""
+        """The first match before `tick` in an hour that the zone's clock repeats, or None."""
         moment = moment.replace(second=0, microsecond=0) + MINUTE
         end = min(tick, moment + 3 * HOUR)      # no clock is set back by more
         first = moment.astimezone(self.zone)
@@ -789,7 +790,7 @@ class Cron:
 
     def _next_first_occurrence(self, moment):
         local = moment.astimezone(self.zone).replace(tzinfo=None, second=0, microsecond=0) + MINUTE
-        while True:     # from the largest unit to the smallest, skip what does not match
+        while True:     # from the largest unit to the smallest, skip to the next that matches
             if local.month not in self.months:
                 local = (local.replace(day=28, hour=0, minute=0) + 4 * DAY).replace(day=1)
             elif not self._fires_on(local):
@@ -807,9 +808,9 @@ class Cron:
         return day_of_month or weekday if self.either_day else day_of_month and weekday
 
     def _first_occurrence(self, local):
-        """When the zone's clock shows this first, or the first minute after a leap over it."""
+        """When the zone's clock first shows `local`; if it skips that, the first minute after."""
         moment = local.replace(tzinfo=self.zone).astimezone(datetime.timezone.utc)
-        while (moment - MINUTE).astimezone(self.zone).replace(tzinfo=None) >= local:    # it leaps
+        while (moment - MINUTE).astimezone(self.zone).replace(tzinfo=None) >= local:    # skipped
             moment -= MINUTE
         return moment
 
@@ -830,7 +831,7 @@ def parse_cron_field(text, field):
 
 
 def cron_range(field, first, last, step, single):
-    """The numbers of a range or of a single number, else all; None if out of range."""
+    """The numbers of a range, a single number or *; None if they are invalid."""
     start = cron_number(field, first or single or str(field.low))
     end = cron_number(field, last or single or str(field.high))
     if field.high == 7 and end == 0 and start:      # fri-sun
@@ -862,7 +863,7 @@ def load_cron(expression, zone):
 
 
 def first_tick(schedule, now):
-    """When the schedule fires first after `now`; both are microseconds since 1970."""
+    """The first tick of the schedule after `now`; both are microseconds since 1970."""
     if schedule['every']:
         return now // 1000000 * 1000000 + schedule['every']
     cron = load_cron(schedule['cron'], schedule['zone'])
@@ -873,7 +874,7 @@ def first_tick(schedule, now):
 
 
 def last_tick(schedule, now):
-    """The last tick of a schedule that is due, and the one after it."""
+    """(the last tick of the schedule that is due, the tick after that)"""
     last = schedule['next_run_at']
     every = schedule['every']
     if every:
@@ -903,10 +904,11 @@ class Column(NamedTuple):
     type: str                           # SQL
     json: Optional[Callable] = None     # value -> JSON text; None: clients do not see it
     brief: Optional[Callable] = None    # the same in brief pages
-    inserted: Union[bool, str] = False  # whether INSERT writes it; or the field that has it written
+    # True: every INSERT writes it; a field's name: only if the request has that field
+    inserted: Union[bool, str] = False
     optional: bool = False              # left out of the JSON while it is null
-    large: bool = False                 # may take many pages; stored behind the others
-    passive: bool = False               # not read by transitions: they need not know it
+    large: bool = False                 # may fill many pages; stored after the others
+    passive: bool = False               # transitions do not read it
     default: Any = None                 # in SQL and in the rows of new jobs
     of_row: bool = False                # `json` takes the row instead of the value
     rule: Optional[FieldRule] = None    # joins FIELDS
@@ -927,7 +929,7 @@ def json_string(text):
 
 
 def json_value(text):
-    """Of what is kept as JSON text."""
+    """A value that is stored as JSON text."""
     return text or 'null'
 
 
@@ -949,7 +951,7 @@ def json_last_line(text):
 
 
 def timeout_of(row):
-    """Microseconds: the job's own timeout, that of the worker, the default. 0 is like null."""
+    """Microseconds: the job's timeout, else the worker's, else the default. 0 counts as unset."""
     return row['timeout'] or row['worker_timeout'] or DEFAULT_TIMEOUT * 1000000
 
 
@@ -1022,7 +1024,8 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
 }
 SCHEDULE_COLUMNS = {
     'name': shown('TEXT PRIMARY KEY', json_string, rule=printable(150)),
-    'queue': shown('TEXT NOT NULL', json_string, inserted=True),    # inserted: given to its jobs
+    # `inserted` columns are copied into the schedule's jobs
+    'queue': shown('TEXT NOT NULL', json_string, inserted=True),
     'timeout': shown('INTEGER', json_duration, inserted=True),
     'max_retries': shown('INTEGER', json_number, inserted=True),
     'tag': shown('TEXT', json_string, inserted=True),
@@ -1047,7 +1050,7 @@ FIELDS.update(
 
 
 def definitions(columns):
-    """Large columns come last: to read a column, SQLite walks over all pages of those before it."""
+    """Large columns come last: to read a column, SQLite reads all pages of those before it."""
     in_order = sorted(columns.items(), key=lambda item: item[1].large)
     return ', '.join(column.definition(name) for name, column in in_order)
 
@@ -1066,7 +1069,7 @@ TABLES = {
 CREATE TABLE queues (
     queue TEXT PRIMARY KEY,
     paused INTEGER NOT NULL DEFAULT 0,
-    polled_at INTEGER,                      -- give or take a minute; null: never polled
+    polled_at INTEGER,                      -- exact to a minute; null: never polled
     pending INTEGER NOT NULL DEFAULT 0,     -- from here on COUNTS, kept by the triggers below
     running INTEGER NOT NULL DEFAULT 0,
     done INTEGER NOT NULL DEFAULT 0,
@@ -1086,11 +1089,11 @@ CREATE TABLE dependencies (
     dependent INTEGER NOT NULL,             -- seq of a job with `after`
     position INTEGER NOT NULL,              -- in `after`
     dependency INTEGER NOT NULL,            -- seq of the job that is named there
-    state INTEGER NOT NULL,                 -- as the dependent knows it: DEPENDENCY_STATE
+    state INTEGER NOT NULL,                 -- DEPENDENCY_STATE, once the dependent was updated
     PRIMARY KEY (dependent, position)
 ) WITHOUT ROWID''',
     'unresolved_ends': '''
-CREATE TABLE unresolved_ends (              -- jobs that ended, and have dependents that do not know
+CREATE TABLE unresolved_ends (              -- ended jobs whose dependents are not all updated
     job INTEGER PRIMARY KEY,                -- seq
     id TEXT NOT NULL,
     outcome TEXT NOT NULL                   -- a status, or purged
@@ -1104,7 +1107,7 @@ CREATE TABLE steps (
     PRIMARY KEY (job, name)
 ) WITHOUT ROWID''',
     'last_seq': '''
-CREATE TABLE last_seq (                     -- one row: no deleted job had a higher seq
+CREATE TABLE last_seq (                     -- one row: the highest seq of a deleted job
     seq INTEGER NOT NULL
 )''',
 }
@@ -1153,7 +1156,7 @@ HOLD_COUNTS = ('scheduled', 'waiting', 'grouped')
 
 
 def counting(columns, change):
-    """Assignments that change these counts of a queue."""
+    """Assignments to counts of a queue; `change` has {0} for the condition of a count."""
     return ', '.join(f'{column} = {column} {change.format(COUNTS[column])}' for column in columns)
 
 
@@ -1383,7 +1386,7 @@ def rename_column(db, table, old, new):
 
 # -- Database: connections, transactions, backup ---------------------------------------------------
 def is_storage_error(error):
-    """Whether it is the storage's, and not a mistake of the engine's own."""
+    """Whether the storage failed, rather than the engine's own statements."""
     mistakes = (sqlite3.ProgrammingError, sqlite3.IntegrityError)
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
@@ -1445,7 +1448,7 @@ def lock(path):
 
 
 def check_header(path):
-    """Refuse a file that is no database of ours, without touching it; create a missing one."""
+    """Refuse a file that is not a Rundown database, unchanged; create a missing one."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0)
     with os.fdopen(os.open(path, flags, 0o600), 'rb') as file:
         header = file.read(100)
@@ -1483,32 +1486,32 @@ class DiskReserve:
         # constant after start
         self.path = database_path + '-reserve'
         self.folder = os.path.dirname(database_path)
-        self.size = 0           # bytes; 0: this disk cannot be asked
+        self.size = 0           # bytes; 0: free space cannot be determined on this disk
         self.nearly_full = 0    # free bytes, more than jobs fill in a second
         # touched by the thread that writes, read by all
         self.is_held = False
-        self.free = 0           # bytes that others may use, when it looked last
+        self.free = 0           # free bytes besides the reserve, at the last update()
 
     def open(self):
-        """Find an old one, and give it up if the engine could not start on the full disk."""
+        """Adopt the file of an earlier run; free it if the disk is too full to start."""
         with contextlib.suppress(OSError):
-            self.size = min(RESERVE_BYTES, shutil.disk_usage(self.folder).total // 8)
+            self.size = min(DISK_RESERVE_BYTES, shutil.disk_usage(self.folder).total // 8)
             self.nearly_full = 32 * self.size
         self.is_held = os.path.exists(self.path)
-        self.look()
+        self.update()
         if self.is_held and self.free < self.size:
             self.give_up()
 
-    def look(self):
-        """See how much is free; take it if that is little, or leave it if that is plenty."""
+    def update(self):
+        """Measure the free space; allocate the reserve if that is little, free it if plenty."""
         with contextlib.suppress(OSError):
             self.free = shutil.disk_usage(self.folder).free
         if self.is_held and self.free > 2 * self.nearly_full:
             self.give_up()
         elif not self.is_held and 2 * self.size <= self.free < self.nearly_full:
-            self._take()
+            self._allocate()
 
-    def _take(self):
+    def _allocate(self):
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_BINARY', 0)
             with os.fdopen(os.open(self.path, flags, 0o600), 'wb') as file:
@@ -1530,10 +1533,10 @@ class DiskReserve:
         return held
 
     def has_room(self, db):
-        """Whether jobs may be added: it is not needed or held, or free pages take them."""
+        """Whether jobs may be added: the reserve is held or not needed, or there are free pages."""
         if self.is_held or self.free >= self.nearly_full:
             return True
-        self.look()
+        self.update()
         if self.is_held:
             return True
         return self.free + free_pages(db) * page_size(db) >= 2 * self.size
@@ -1563,8 +1566,8 @@ class Database:
         self.folder = os.path.dirname(self.path)
         self.sync = sync
         self.lock_file = None
-        self.inodes = None              # of database, log and lock file, see _check_files()
-        # safe by themselves
+        self.inodes = None              # of the database, log and lock file: _check_files()
+        # safe without a lock
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
         self.reserve = DiskReserve(self.path)
@@ -1637,7 +1640,7 @@ class Database:
         return db
 
     def _limit_log(self, db):
-        """Keep the log short while the disk is nearly full: it takes its size once more there."""
+        """Keep the log short while the disk is nearly full: it takes space besides the database."""
         nearly_full = self.reserve.free < self.reserve.nearly_full
         pages = NEARLY_FULL_LOG_PAGES if nearly_full else CHECKPOINT_PAGES
         if pages != self.checkpoint_pages:
@@ -1705,8 +1708,8 @@ class Database:
         self.unsynced = False
 
     def check_disk(self):
-        """Look how much is left, and at what may be given back; done every second."""
-        self.reserve.look()
+        """Measure the free space, and find out whether shrink() has work. Called every second."""
+        self.reserve.update()
         if self.db is None:
             return
         with contextlib.suppress(sqlite3.Error):
@@ -1720,10 +1723,10 @@ class Database:
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
     def shrink(self, tx):
-        """A step of giving free pages back to the disk, where a quarter of the file is free."""
-        for _ in range(SHRINK_PAGES):       # one at a time: Python 3.11 steps a PRAGMA just once
+        """A slice of giving free pages back to the disk, while more than a quarter is free."""
+        for _ in range(SHRINK_PAGES):       # one at a time: Python 3.11 steps a PRAGMA only once
             tx.fetch_all('PRAGMA incremental_vacuum(1)')
-            if tx.is_step_over():
+            if tx.is_slice_over():
                 break
         self._update_sparse(tx.db)
 
@@ -1737,7 +1740,7 @@ class Database:
         return None if self.takes_jobs else DISK_IS_FULL
 
     def warnings(self):
-        """Sentences about what is not trouble yet."""
+        """Sentences about conditions that may become trouble."""
         log_bytes = self.log_bytes()
         if log_bytes > 2 * MAX_LOG_BYTES:
             return [f'the write-ahead log has {log_bytes >> 20} MiB: another program has been '
@@ -1750,8 +1753,8 @@ class Database:
     def _check_files(self):
         """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
 
-        That changes their folder, so one look at the folder suffices after each commit, once its
-        last change is so old that no other can have the same time.
+        Deleting a file changes its folder's mtime. So after a commit the folder alone is checked,
+        unless its last change is so recent that the next could have the same mtime.
         """
         mtime = os.stat(self.folder).st_mtime
         if mtime == self.folder_mtime:
@@ -1763,7 +1766,7 @@ class Database:
             raise Unavailable(
                 f'the database {self.path} or its lock file was deleted or replaced while in use; '
                 'restart the engine')
-        resolution = 0.1 if mtime % 1 else 2     # some know whole seconds only
+        resolution = 0.1 if mtime % 1 else 2     # some file systems store whole seconds
         is_settled = os.name == 'posix' and mtime < time.time() - resolution
         self.folder_mtime = mtime if is_settled else None
 
@@ -1792,7 +1795,7 @@ class Database:
                 self.idle_readers.append(db)
 
     def close(self):
-        """Leave the file in order. Nobody writes any more."""
+        """Close all connections, and unlock the file. No transaction may be open."""
         for db in (self.db, *self.readers):
             if db:
                 db.close()
@@ -1803,20 +1806,20 @@ class Database:
 
 
 class Backups:
-    """Consistent copies of a database, beside the load; one at a time: each takes as much space."""
+    """Consistent copies of a database under load. One at a time: each needs as much space."""
 
     def __init__(self, database):
         self.database = database
-        self.being_made = threading.Lock()      # held until a copy is taken
+        self.in_progress = threading.Lock()     # held until the copy was sent and closed
 
     def make(self):
-        """An open file, which is deleted when it is closed."""
-        if not self.being_made.acquire(blocking=False):
+        """A copy as an open file, which is deleted when it is closed."""
+        if not self.in_progress.acquire(blocking=False):
             raise Unavailable('another copy is being made or taken; try again when that is done')
         try:
             return self._copy()
         except BaseException as error:
-            self.being_made.release()
+            self.in_progress.release()
             if not isinstance(error, OSError):
                 raise
             raise Unavailable(f'the copy could not be written: {error.strerror}') from None
@@ -1828,21 +1831,21 @@ class Backups:
         try:
             with self.database.reading() as db, contextlib.closing(sqlite3.connect(path)) as copy:
                 db.backup(copy)
-            return Copy(path, self.being_made.release)
+            return BackupFile(path, self.in_progress.release)
         finally:
             # Windows deletes it when it is closed
             with contextlib.suppress(PermissionError, FileNotFoundError):
                 os.unlink(path)
 
     def remove_left(self):
-        """Remove copies that were cut off."""
+        """Remove copies that an earlier run did not finish."""
         for path in glob.glob(glob.escape(self.database.path + BACKUP_INFIX) + '*'):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
 
-class Copy(io.FileIO):
-    """A copy of the database; on_close() is called when it is closed, by whatever."""
+class BackupFile(io.FileIO):
+    """A copy of the database; calls on_close() once when it is closed."""
 
     def __init__(self, path, on_close):
         super().__init__(path, 'r', opener=open_temporary)
@@ -1863,8 +1866,8 @@ def columns_where(wanted, columns=JOB_COLUMNS):
     return [name for name, column in columns.items() if wanted(column)]
 
 
-def names(columns):
-    """Quoted, since a column may be called like a word of SQL."""
+def column_list(columns):
+    """Quoted, since the name of a column may be a keyword of SQL."""
     return ', '.join(f'"{column}"' for column in columns)
 
 
@@ -1873,12 +1876,12 @@ TRANSITION_COLUMNS = columns_where(lambda column: not column.passive)
 BRIEF_COLUMNS = [*columns_where(lambda column: column.brief),
                  # which their JSON needs
                  'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
-NEW_JOB = {name: column.default for name, column in JOB_COLUMNS.items()}
+JOB_DEFAULTS = {name: column.default for name, column in JOB_COLUMNS.items()}
 
 # Named, in the order of the table: a migrated database may have its columns in another order.
-SELECT_JOB = f'SELECT {names(COLUMNS)} FROM jobs WHERE '
+SELECT_JOB = f'SELECT {column_list(COLUMNS)} FROM jobs WHERE '
 # All that a transition needs. The other columns may be large.
-FIND_JOB = f'SELECT {names(TRANSITION_COLUMNS)} FROM jobs WHERE '
+FIND_JOB = f'SELECT {column_list(TRANSITION_COLUMNS)} FROM jobs WHERE '
 FIND_BY_ID = FIND_JOB + 'id = ?'
 FIND_BY_SEQ = FIND_JOB + 'seq = ?'
 SELECT_QUEUE = 'SELECT * FROM queues WHERE queue = ?'
@@ -1902,13 +1905,14 @@ def insert_plan(rows, fields=INSERTING_FIELDS):
     columns = columns_where(lambda column: column.inserted is True or column.inserted in fields)
     values = ', ?' * len(columns)
     others = f', (NULL{values})' * (rows - 1)       # their seqs count on from the first one
-    statement = f'INSERT INTO jobs (seq, {names(columns)}) VALUES ({NEXT_SEQ}{values}){others}'
+    statement = (f'INSERT INTO jobs (seq, {column_list(columns)}) '
+                 f'VALUES ({NEXT_SEQ}{values}){others}')
     return statement, operator.itemgetter(*columns)
 
 
 CLAIMABLE = f"FROM jobs WHERE queue = :queue AND status = 'pending' AND hold = {READY}"
 CLAIM = f'''
-    SELECT {names(COLUMNS)} {CLAIMABLE}
+    SELECT {column_list(COLUMNS)} {CLAIMABLE}
         AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
     ORDER BY priority DESC, next_run_at, seq LIMIT :limit'''
 
@@ -1927,11 +1931,11 @@ def update_statement(columns):
 @functools.lru_cache(maxsize=64)
 def upsert_queue_statement(columns):
     values = ', '.join(f':{column}' for column in columns)
-    return (f'INSERT INTO queues (queue, {names(columns)}) VALUES (:queue, {values}) '
+    return (f'INSERT INTO queues (queue, {column_list(columns)}) VALUES (:queue, {values}) '
             f'ON CONFLICT (queue) DO UPDATE SET {assignments(columns)}')
 
 
-def compile_renderer(columns, of_page):
+def compile_renderer(columns, renderer_of):
     """A function of a row that gives the members of its JSON object.
 
     Compiled: to walk over the table for each job takes half as long again, which a batch feels.
@@ -1939,7 +1943,7 @@ def compile_renderer(columns, of_page):
     template = []
     values = []
     for name, column in columns.items():
-        renderer = of_page(column)
+        renderer = renderer_of(column)
         if renderer:
             value = f'{renderer.__name__}({"row" if column.of_row else f"row[{name!r}]"})'
             label = f'"{name}":' if not template else f',"{name}":'
@@ -2063,11 +2067,11 @@ class Transaction:
         # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
         self.topics = set()
         self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
-        self.losses = set()     # workers from whom a job was taken
+        self.deprived_workers = set()  # workers from whom a job was taken
         self.starved = set()    # queues whose polls got nothing for want of budget or of a token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # whether that holds for everything, not for this alone
-        self.step_ends = None           # the time.monotonic() from which paced() yields no more
+        self.slice_ends = None           # the time.monotonic() from which paced() yields no more
 
     def execute(self, statement, values=()):
         return self.db.execute(statement, values)
@@ -2086,7 +2090,7 @@ class Transaction:
 
         The last may be larger than what is left, so that any job can be in a response.
         """
-        if self.response_budget <= (0 if size > RESERVED_BYTES else -MAX_RESPONSE):
+        if self.response_budget <= (0 if size > SMALL_MESSAGE_BYTES else -MAX_RESPONSE):
             raise Unavailable('too much is being handed out at a time; try again')
         self.response_budget -= size
 
@@ -2096,15 +2100,15 @@ class Transaction:
         All steps in a transaction share their time, so others wait no longer for it, whatever the
         items cost.
         """
-        if self.step_ends is None:
-            self.step_ends = time.monotonic() + STEP_TIME
+        if self.slice_ends is None:
+            self.slice_ends = time.monotonic() + SLICE_TIME
         for item in items:
             yield item
-            if self.is_step_over():
+            if self.is_slice_over():
                 return
 
-    def is_step_over(self):
-        return self.step_ends is not None and time.monotonic() > self.step_ends
+    def is_slice_over(self):
+        return self.slice_ends is not None and time.monotonic() > self.slice_ends
 
     def wake_at(self, moment):
         """Something falls due at this time."""
@@ -2182,7 +2186,7 @@ class Jobs:
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
             if call in ('cancel', 'lose'):
-                tx.losses.add(job['worker'])
+                tx.deprived_workers.add(job['worker'])
                 tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
@@ -2291,13 +2295,13 @@ class Jobs:
         self.shift_deadlines(tx, by / 1000000)
 
     def release_due(self, tx):
-        """A step of handing out delayed jobs whose time has come."""
+        """A slice of handing out delayed jobs whose time has come."""
         for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS)):
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
 
     def expire(self, tx):
-        """A step of cancelling jobs that have not started in time."""
+        """A slice of cancelling jobs that have not started in time."""
         for seq, in tx.paced(tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS)):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.transition(tx, 'expire', job, 'cancelled', error='expired')
@@ -2310,13 +2314,13 @@ class Jobs:
         self._write(tx, job, columns)
 
     def delete(self, tx, job):
-        self._rule_of_purge(job)
+        self._require_purgeable(job)
         self.announce_end(tx, job, 'purged')
         tx.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
         if job['group'] is not None:
             self.advance_group(tx, job['queue'], job['group'])
 
-    def _rule_of_purge(self, job):
+    def _require_purgeable(self, job):
         if job['status'] not in TRANSITIONS['purge'].sources:
             raise AssertionError(f'purge does not lead from {job["status"]}')
 
@@ -2370,7 +2374,7 @@ def last_outcome(job):
 CREATED = 'created'
 EXISTING = 'existing'           # its id or key is taken
 REPLACED = 'replaced'           # the job that has its key got its values
-MEMBERS_OF = {                  # of the job in the answer
+CREATED_MEMBERS = {                  # of the job in the answer
     CREATED: ',"created":true',
     EXISTING: ',"created":false',
     REPLACED: ',"created":false,"replaced":true',
@@ -2424,7 +2428,7 @@ class Producers:
         return jobs
 
     def _new_row(self, tx, item):
-        row = NEW_JOB.copy()
+        row = JOB_DEFAULTS.copy()
         row.update(item)
         row['id'] = item.get('id') or new_id(tx.now)
         row['created_at'] = row['updated_at'] = tx.now
@@ -2491,7 +2495,7 @@ class Producers:
         known = () if first in last_polled else tuple(last_polled)[-20:]
         texts = []
         for row, done in jobs:
-            more = MEMBERS_OF[done]
+            more = CREATED_MEMBERS[done]
             queue = row['queue']
             if done is CREATED and queue not in last_polled:
                 warning = no_worker_warning(queue, known if queue == first else ())
@@ -2546,14 +2550,14 @@ class Claims:
             'worker_timeout': params.get('timeout'),
             'worker_max_retries': params.get('max_retries'),
         }
-        claims = self._take(tx, queue, limit, changes)
+        claims = self._select_claims(tx, queue, limit, changes)
         if claims:
             self.jobs.claim(tx, claims, (*changes, 'attempt'))
-            self.limits.take(tx, queue, len(claims))
-            self._complete_claims(tx, claims)
+            self.limits.take_tokens(tx, queue, len(claims))
+            self._prepare_claims(tx, claims)
         return claims
 
-    def _take(self, tx, queue, limit, changes):
+    def _select_claims(self, tx, queue, limit, changes):
         """The rows of due jobs as they will be once claimed; expired ones are cancelled."""
         rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
         expired = []
@@ -2566,7 +2570,7 @@ class Claims:
             tx.wake_at(tx.now)
         return claims
 
-    def _complete_claims(self, tx, claims):
+    def _prepare_claims(self, tx, claims):
         """Release keys that are held until the start, and add the steps of earlier attempts."""
         for claim in claims:
             if claim['key_until'] == 'start' and claim['key'] is not None:
@@ -2685,7 +2689,7 @@ class Claims:
             tx.signs_of_life.append((job['queue'], job['worker'], None))
 
     def lose_overdue(self, tx):
-        """A step of giving up the workers whose leases are over."""
+        """A slice of giving up the workers whose leases are over."""
         for seq, in tx.paced(tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
@@ -2707,7 +2711,7 @@ SET_DEPENDENCY_STATE = 'UPDATE dependencies SET state = ? WHERE dependent = ? AN
 NEXT_UNRESOLVED = '''
     SELECT job AS seq, id, outcome AS status, dependent, position
     FROM unresolved_ends LEFT JOIN dependencies ON dependency = job AND state = 0 LIMIT 1'''
-TOLD_DEPENDENTS = '''
+INFORMED_DEPENDENTS = '''
     SELECT dependent, position FROM dependencies WHERE dependency = ? AND state > 0 LIMIT ?'''
 DEPENDENCIES_OF = '''
     SELECT dependencies.*, id, status FROM dependencies LEFT JOIN jobs ON seq = dependency
@@ -2746,7 +2750,7 @@ class Dependencies:
         self.jobs.transition(tx, 'cancel', job, 'cancelled', error=self._reason(dependency))
 
     def resolve(self, tx):
-        """A step of telling the dependents of jobs that have ended."""
+        """A slice of telling the dependents of jobs that have ended."""
         for _ in tx.paced(range(BATCH_ROWS)):
             end = tx.fetch_one(NEXT_UNRESOLVED)
             if not end:
@@ -2801,7 +2805,7 @@ class Dependencies:
         Those that are beyond a bound are not told so; they find out by recheck().
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
-        for dependent, position in tx.fetch_all(TOLD_DEPENDENTS, job['seq'], BATCH_ROWS):
+        for dependent, position in tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], BATCH_ROWS):
             tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
             waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
             if waiting['status'] == 'pending' and waiting['waits_for']:
@@ -2876,7 +2880,7 @@ class Limits:
         tx.starved.add(limits['queue'])
         tx.wake_at(next_token(limits, tx.now))
 
-    def take(self, tx, queue, count):
+    def take_tokens(self, tx, queue, count):
         """Take so many tokens out of the bucket of the queue, if it has one."""
         if queue not in self.queues:
             return
@@ -2889,9 +2893,9 @@ class Limits:
 # -- Jobs: schedules -------------------------------------------------------------------------------
 GIVEN_TO_JOBS = columns_where(lambda column: column.inserted, SCHEDULE_COLUMNS)
 SCHEDULE_FIELDS = ('name', *GIVEN_TO_JOBS, 'cron', 'every', 'zone')
-NEW_SCHEDULE = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
-SELECT_SCHEDULE = f'SELECT {names(SCHEDULE_COLUMNS)} FROM schedules '
-REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({names(SCHEDULE_COLUMNS)}) '
+SCHEDULE_DEFAULTS = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
+SELECT_SCHEDULE = f'SELECT {column_list(SCHEDULE_COLUMNS)} FROM schedules '
+REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({column_list(SCHEDULE_COLUMNS)}) '
                     f'VALUES (:{", :".join(SCHEDULE_COLUMNS)})')
 
 
@@ -2906,7 +2910,7 @@ class Schedules:
         row = tx.fetch_one(SELECT_SCHEDULE + 'WHERE name = ?', wanted['name'])
         if row and all(row[field] == wanted[field] for field in SCHEDULE_FIELDS):
             return row, False
-        schedule = {**NEW_SCHEDULE, **dict(row or {}), **wanted}
+        schedule = {**SCHEDULE_DEFAULTS, **dict(row or {}), **wanted}
         schedule['next_run_at'] = first_tick(wanted, tx.now)
         tx.execute(REPLACE_SCHEDULE, schedule)
         tx.wake_at(schedule['next_run_at'])
@@ -2917,7 +2921,7 @@ class Schedules:
         return {'count': deleted}
 
     def run_due(self, tx):
-        """A step of making the jobs of the ticks that are due; they stay due on a full disk."""
+        """A slice of making the jobs of the ticks that are due; they stay due on a full disk."""
         if not tx.takes_jobs:
             return
         due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
@@ -3032,7 +3036,7 @@ class Operators:
         return {'queue': queue, 'paused': paused}
 
     def apply_to_items(self, tx, call, items):
-        """A step of a call over jobs that are named one by one: the results, and the items left."""
+        """A slice of a call over jobs named one by one: (results, items that are left)."""
         results = []
         apply_one = functools.partial(self.apply_to_item, call=call)
         for item in tx.paced(items):
@@ -3065,7 +3069,7 @@ class Operators:
             yield seqs
 
     def apply_to_batch(self, tx, method, seqs, statuses):
-        """A step of calling the method with the jobs that still have such a status.
+        """A slice of calling the method with the jobs that still have such a status.
 
         How many those were, and the seqs that are left.
         """
@@ -3115,7 +3119,7 @@ class Retention:
         self.tx = None          # the transaction of the current step
 
     def run_due(self, tx):
-        """A step of a round; the next round begins after RETENTION_INTERVAL."""
+        """A slice of a round; the next round begins after RETENTION_INTERVAL."""
         if self.next_round > tx.now:
             return
         self.tx = tx
@@ -3211,7 +3215,7 @@ UNFINISHED_DEPENDENCIES = '''
     WHERE dependent = ? AND state = 0 ORDER BY position LIMIT 4'''
 
 
-INDEX_OF_STATUS = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
+STATUS_INDEXES = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
 
 
 class Queries:
@@ -3255,7 +3259,7 @@ class Queries:
 
     def jobs(self, limit=50, brief=False, **params):
         """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
-        columns = names(BRIEF_COLUMNS if brief else COLUMNS)
+        columns = column_list(BRIEF_COLUMNS if brief else COLUMNS)
         render = functools.partial(job_json, brief=brief)
         if 'search' in params:
             params['text'] = like_pattern(params['search'])
@@ -3291,7 +3295,7 @@ class Queries:
     def _search(self, db, limit, params):
         """(seqs of jobs that match, newest first; the last one looked at, if it ended early).
 
-        An index leads to the jobs of a tag, a group, and of INDEX_OF_STATUS. Other conditions are
+        An index leads to the jobs of a tag, a group, and of STATUS_INDEXES. Other conditions are
         checked one job at a time, and a page looks at a bounded number of them.
         """
         indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
@@ -3302,8 +3306,8 @@ class Queries:
             ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
         status = params.get('status')
         table = 'jobs'
-        if status in INDEX_OF_STATUS and indexed.isdisjoint(params.keys() - {'after'}):
-            table = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
+        if status in STATUS_INDEXES and indexed.isdisjoint(params.keys() - {'after'}):
+            table = f'jobs INDEXED BY {STATUS_INDEXES[status]}'
             source += f" AND status = '{status}'"       # as text: a partial index needs it
         rows = db.execute(
             f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
@@ -3537,7 +3541,7 @@ class Workers:
             if worker:
                 _, known = self.seen.pop((worker, queue), (0, 0))
                 self.seen[worker, queue] = tx.now, known if hung is None else hung
-        for worker in tx.losses:
+        for worker in tx.deprived_workers:
             self.lost_at[worker] = tx.now
             self.lost_at.move_to_end(worker)
         for known in (self.seen, self.lost_at):
@@ -3560,14 +3564,15 @@ class Meter:
         self.lock = threading.Lock()            # guards all of it
         self.totals = collections.Counter()     # (event, queue) -> n
         self.seconds = {}                       # (event, queue) -> histogram with DURATION_BUCKETS
-        self.groups = [0] * (len(COMMIT_SIZE_BUCKETS) + 2)      # histogram: operations in a commit
+        # histogram: operations in a commit
+        self.commit_sizes = [0] * (len(COMMIT_SIZE_BUCKETS) + 2)
         self.minutes = collections.defaultdict(collections.Counter)     # minute -> totals
         self.requests = collections.Counter()   # (route, status) -> n
 
-    def record(self, now, events, group_size):
+    def record(self, now, events, operations):
         """Count the events of a transaction that is committed."""
         with self.lock:
-            observe(self.groups, COMMIT_SIZE_BUCKETS, group_size)
+            observe(self.commit_sizes, COMMIT_SIZE_BUCKETS, operations)
             minute = self.minutes[now // 60000000]
             for event, queue, took in events:
                 self.totals[event, queue] += 1
@@ -3660,7 +3665,7 @@ class Store:
             database, self.jobs, self.limits, self.dependencies, self.claims)
         self.retention = Retention(self.workers, self.meter, keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
-        self._follow_clock()
+        self._check_set_back()
         # the loop's
         self.next_deadline = 0      # when run_due() has something to do
         self.maintenance = collections.deque([
@@ -3668,7 +3673,7 @@ class Store:
             self.claims.lose_overdue, self.dependencies.resolve, self.retention.run_due])
         self.starved = set()        # queues whose polls run_due() wakes, see Transaction.starved
 
-    def _follow_clock(self):
+    def _check_set_back(self):
         """If the clock was set back since the last engine, move deadlines with it."""
         with self.database.reading() as db:
             before = db.execute(LAST_TIME).fetchone()[0] or 0
@@ -3681,7 +3686,7 @@ class Store:
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
 
-    def committed(self, tx, group_size):
+    def committed(self, tx, operations):
         """Make known what the transaction did, once it is on disk; it had so many operations."""
         if tx.signs_of_life or tx.starved:
             polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
@@ -3689,7 +3694,7 @@ class Store:
         self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
             self.next_deadline, tx.next_deadline)
         self.workers.record(tx)
-        self.meter.record(tx.now, tx.events, group_size)
+        self.meter.record(tx.now, tx.events, operations)
         for line in tx.log_lines:
             log(line)
 
@@ -3712,7 +3717,7 @@ class Store:
         tx.log_lines.append(f'the system clock went ahead by {ahead_seconds:.0f} s')
 
     def run_due(self, tx):
-        """A step of everything that is due: schedules, delayed jobs, lost workers, retention ..."""
+        """A slice of all work that is due: schedules, delayed jobs, lost workers, retention."""
         if min(self.next_deadline, tx.next_deadline) > tx.now:
             return
         for queue in self.starved:
@@ -3720,7 +3725,7 @@ class Store:
         for _ in range(len(self.maintenance)):
             self.maintenance[0](tx)
             self.maintenance.rotate(-1)     # so that each has its turn, however long another takes
-            if tx.is_step_over():
+            if tx.is_slice_over():
                 break
         tx.next_deadline = tx.fetch_one(NEXT_DEADLINE, self.retention.next_round)[0]
         tx.is_deadline_exact = True
@@ -3956,7 +3961,7 @@ class Budget:
 
     def require_capacity(self, size):
         """Refuse a large response or request while clients leave too many responses untaken."""
-        if size > RESERVED_BYTES and self.response_bytes + size > MAX_RESPONSE_BUFFER:
+        if size > SMALL_MESSAGE_BYTES and self.response_bytes + size > MAX_RESPONSE_BUFFER:
             raise Unavailable('too many answers wait to be taken; try again')
 
     def for_claims(self):
@@ -3966,7 +3971,7 @@ class Budget:
     def shed_load(self):
         """Too much is being received: refuse the newest of the large requests."""
         large = [connection for connection in self.connections
-                 if connection.is_receiving and connection.request_bytes > RESERVED_BYTES]
+                 if connection.is_receiving and connection.request_bytes > SMALL_MESSAGE_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
@@ -4401,7 +4406,7 @@ class RequestHead(NamedTuple):
     is_http_1_1: bool
     keep_alive: bool
     # known once it is authorized
-    rule: Optional['Route'] = None
+    entry: Optional['Route'] = None     # its row in ROUTES
     content_length: Optional[int] = 0       # None: the body is chunked
 
 
@@ -4461,7 +4466,7 @@ def parse_query(head):
         raise BadRequest('the query has more fields than there are, or is too long')
     pairs = urllib.parse.parse_qsl(head.query, keep_blank_values=True, errors='surrogateescape')
     if head.path_parameter:
-        pairs.append((head.rule.required[0][0], head.path_parameter))
+        pairs.append((head.entry.required[0][0], head.path_parameter))
     fields = {}
     for field, value in pairs:
         if field in fields:
@@ -4591,7 +4596,7 @@ class Connection(Client):
         self.sock = sock
         self.address = address
         self.received = bytearray()     # and not used yet; changed in place
-        self.steps = self._serve()
+        self.generator = self._serve()
         self.loop.connections.add(self)
         self.resume(None)
 
@@ -4604,9 +4609,9 @@ class Connection(Client):
             if event is SOCKET_READY and self.watched == READ:
                 event = self._receive()
             if isinstance(event, Exception):
-                events = self.steps.throw(event)
+                events = self.generator.throw(event)
             else:
-                events = self.steps.send(event)
+                events = self.generator.send(event)
             if events != self.watched:
                 self._watch(events)
             request_bytes = len(self.received) + (self.request.size if self.request else 0)
@@ -4631,7 +4636,7 @@ class Connection(Client):
     def close(self):
         if self.is_open:
             self.is_open = False
-            self.steps.close()
+            self.generator.close()
             self.loop.connections.discard(self)
             self.loop.timeouts.cancel(self)
             self._watch(0)
@@ -4641,7 +4646,7 @@ class Connection(Client):
             self.unsent = b''
 
     def _receive(self):
-        """Receive a piece: so little that pipelined requests take no more than RESERVED_BYTES."""
+        """Receive a piece that is small, so that pipelined requests are a small message."""
         try:
             data = self.sock.recv(MAX_HEAD)
         except NOT_READY:
@@ -4718,7 +4723,7 @@ class Connection(Client):
     def _dispatch(self, request):
         """The response of the handler, after the operation that it asks for."""
         head = request.head
-        if head.rule.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
+        if head.entry.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
             result = yield from self._offload(self.server.handle, request)
         else:
             result = self.server.handle(request)
@@ -4885,13 +4890,13 @@ def poll(server, params):
 
     claims = server.store.claims
     topic = ('queue', params['queue'])
-    wait = held_seconds(params)
+    wait = long_poll_seconds(params)
     return LongPoll(lambda tx: claims.poll(tx, params), render, topic, wait)
 
 
-def held_seconds(params):
+def long_poll_seconds(params):
     """How long a poll or wait is held: not as long as proxies wait for a response."""
-    return min(params.get('wait', 0) / 1000000, MAX_HELD)
+    return min(params.get('wait', 0) / 1000000, LONG_POLL_TIMEOUT)
 
 
 def write_call(name):
@@ -4970,7 +4975,7 @@ def get_job(server, params):
     if 'wait' not in params:
         return queries.job(id)
     return JobWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
-                   ('job', id), held_seconds(params))
+                   ('job', id), long_poll_seconds(params))
 
 
 def wait_for_loss(server, params):
@@ -4989,7 +4994,7 @@ def wait_for_loss(server, params):
         latest = max(since, lost_at.get(worker, 0))
         return {'lost': bool(was_woken) or latest > since, 'since': latest}
 
-    return JobWait(was_lost, render, ('worker', worker), held_seconds(params))
+    return JobWait(was_lost, render, ('worker', worker), long_poll_seconds(params))
 
 
 def list_jobs(server, params):
@@ -5224,7 +5229,7 @@ class Server(http.server.ThreadingHTTPServer):
             request.params = validate_batch(head.route, parse_json(request.body))
         else:
             request.params = parse_query(head)
-        return head.rule.handler(self, request.params)
+        return head.entry.handler(self, request.params)
 
     def remember_head(self, raw, head):
         """Keep an authorized head, since clients send the same one again and again."""
@@ -5244,18 +5249,18 @@ class Server(http.server.ThreadingHTTPServer):
             if not hmac.compare_digest(sent, b'Bearer ' + self.token):
                 raise Unauthorized(
                     'the token is missing or wrong: send Authorization: Bearer TOKEN')
-        rule = ROUTES.get(head.route)
-        if not rule:
+        entry = ROUTES.get(head.route)
+        if not entry:
             raise NotFound(f'there is no {describe(head.path)}; GET /docs lists what there is')
-        allowed = ('POST',) if rule.method == 'POST' else ('GET', 'HEAD')
+        allowed = ('POST',) if entry.method == 'POST' else ('GET', 'HEAD')
         if head.method not in allowed:
-            raise MethodNotAllowed(f'{head.route} takes {rule.method}', Allow=', '.join(allowed))
+            raise MethodNotAllowed(f'{head.route} takes {entry.method}', Allow=', '.join(allowed))
         self._check_origin(head)
-        if rule.method == 'POST' and not JSON_TYPE.fullmatch(head.headers.get('content-type', '')):
+        if entry.method == 'POST' and not JSON_TYPE.fullmatch(head.headers.get('content-type', '')):
             raise UnsupportedMediaType('Content-Type must be application/json')
-        if rule.method == 'POST' and head.query:
+        if entry.method == 'POST' and head.query:
             raise BadRequest(f'{head.route} takes its fields in the body, not in the query')
-        return head._replace(rule=rule, content_length=self._content_length(head))
+        return head._replace(entry=entry, content_length=self._content_length(head))
 
     def _is_own_name(self, host):
         """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
@@ -5475,7 +5480,7 @@ def meter_families(meter, named_queues):
     totals = collections.Counter()
     with meter.lock:
         requests = dict(meter.requests)
-        commit_sizes = list(meter.groups)
+        commit_sizes = list(meter.commit_sizes)
         histograms = {key: list(histogram) for key, histogram in meter.seconds.items()
                       if key[1] in named_queues}
         for (event, queue), count in meter.totals.items():
