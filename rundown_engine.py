@@ -1371,6 +1371,24 @@ def migrate(db, version):
                 db.execute(statement)
 
 
+def missing_from_schema(db):
+    """The tables, columns, indexes and triggers of SCHEMA that a database lacks."""
+    with contextlib.closing(sqlite3.connect(':memory:')) as model:
+        for statement in SCHEMA:
+            model.execute(statement)
+        return sorted(schema_names(model) - schema_names(db))
+
+
+def schema_names(db):
+    found = set()
+    for kind, name in db.execute('SELECT type, name FROM sqlite_master').fetchall():
+        found.add(name)
+        if kind == 'table':
+            columns = db.execute(f'PRAGMA table_info({name})').fetchall()
+            found.update(f'{name}.{column[1]}' for column in columns)
+    return found
+
+
 def rename_column(db, table, old, new):
     """RENAME COLUMN for SQLite 3.24, which lacks it: only the schema names columns."""
     db.execute('PRAGMA writable_schema = ON')
@@ -1618,11 +1636,9 @@ class Database:
                 db.execute(statement)
         else:
             migrate(db, version)
-        for table, columns in (('jobs', JOB_COLUMNS), ('schedules', SCHEDULE_COLUMNS)):
-            present = {row['name'] for row in db.execute(f'PRAGMA table_info({table})')}
-            missing = ', '.join(columns.keys() - present)
-            if missing:     # a migration was forgotten
-                raise StartupError(f'{self.path}: the table {table} lacks {missing}')
+        missing = missing_from_schema(db)
+        if missing:     # a migration forgot it
+            raise StartupError(f'{self.path}: its schema lacks {", ".join(missing)}')
         db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
         db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 

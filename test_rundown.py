@@ -3067,7 +3067,7 @@ def test_a_column_that_no_migration_adds_is_said_at_the_start(tmp_path, request)
     ClockedEngine(tmp_path).stop()
     module = request.getfixturevalue("next_version")
     module.MIGRATIONS[max(module.MIGRATIONS)] = ["ALTER TABLE jobs ADD COLUMN colour TEXT"]
-    with pytest.raises(module.StartupError, match="schedules lacks mood"):
+    with pytest.raises(module.StartupError, match="lacks jobs_colour, schedules.mood"):
         ClockedEngine(tmp_path)
     assert header_of(tmp_path / "jobs.db")[1] == rundown_engine.SCHEMA_VERSION
 
