@@ -1890,7 +1890,7 @@ def column_list(columns):
 COLUMNS = list(JOB_COLUMNS)
 TRANSITION_COLUMNS = columns_where(lambda column: not column.passive)
 BRIEF_COLUMNS = [*columns_where(lambda column: column.brief),
-                 # which their JSON needs
+                 # columns that `json_key` and the like read
                  'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
 JOB_DEFAULTS = {name: column.default for name, column in JOB_COLUMNS.items()}
 
@@ -1914,9 +1914,9 @@ INSERTING_FIELDS = frozenset(
 
 @functools.lru_cache(maxsize=256)
 def insert_plan(rows, fields=INSERTING_FIELDS):
-    """(statement, function of a row that gives its values) for so many rows.
+    """(statement, function of a row that returns its values) for this number of rows.
 
-    Only columns of these fields are written: each of the others would cost a bulk insert 3 %.
+    Of the columns with a field only those of `fields` are written: each costs a bulk insert 3 %.
     """
     columns = columns_where(lambda column: column.inserted is True or column.inserted in fields)
     values = ', ?' * len(columns)
@@ -1952,9 +1952,9 @@ def upsert_queue_statement(columns):
 
 
 def compile_renderer(columns, renderer_of):
-    """A function of a row that gives the members of its JSON object.
+    """A function of a row that returns the members of its JSON object.
 
-    Compiled: to walk over the table for each job takes half as long again, which a batch feels.
+    Compiled, since walking over the table for each job takes half as long again.
     """
     template = []
     values = []
@@ -1977,7 +1977,7 @@ render_schedule = compile_renderer(SCHEDULE_COLUMNS, operator.attrgetter('json')
 
 
 def job_json(row, more='', brief=False):
-    """A job as clients see it, as JSON text, with `more` (', "name": value' ...) at its end."""
+    """A job as clients see it, as JSON text. `more` (',"name":value') ends its members."""
     if brief:
         waits = f',"waits_for":{row["waits_for"]}' if row['waits_for'] else ''
         return f'{{{render_brief_job(row)}{waits}{more}}}'
@@ -1988,7 +1988,7 @@ def job_json(row, more='', brief=False):
 
 
 def claim_json(claim):
-    """A job that a poll gave, with its steps if it has any."""
+    """A claimed job, with its steps if it has any."""
     return job_json(claim, claim.get('steps_json', ''))
 
 
@@ -2011,27 +2011,28 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit, last=None):
+def json_page(name, key, rows, render, limit, resume_after=None):
     """A page as JSON text; `after` is null on the last one. One that grows large ends early.
 
-    `last` is where the next page begins, if there is one though this one is not full.
+    `resume_after` is the cursor of the next page if the search ended before this one was full.
     """
     texts = []
     size = 0
-    shown = None
+    last_key = None
     for row in rows:
         text = render(row)
         size += len(text)
         if size > MAX_RESPONSE and texts:
             break
         texts.append(text)
-        shown = row[key]
+        last_key = row[key]
     is_full = size > MAX_RESPONSE or len(texts) == limit
-    return f'{{"{name}":{json_list(texts)},"after":{json_string(shown if is_full else last)}}}'
+    after = json_string(last_key if is_full else resume_after)
+    return f'{{"{name}":{json_list(texts)},"after":{after}}}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
-    """The last attempts of a job: the recorded ones, and the current one with this outcome."""
+    """The last MAX_ATTEMPTS attempts: the recorded ones, and the current one with its outcome."""
     attempt = {
         'attempt': row['attempt'],
         'worker': row['worker'],
@@ -2052,13 +2053,14 @@ def size_of(row):
     return size
 
 
-# The random parts of this process's ids: the third group; the last two, with the variant on top.
+# The random parts of the ids that this process makes: of the third group, and of the last two,
+# which begin with the variant of RFC 9562 and are counted up.
 ID_SERIES = random.getrandbits(12)
 id_numbers = itertools.count(8 << 60 | random.getrandbits(61))
 
 
 def new_id(now):
-    """A UUID of version 7 (RFC 9562), greater than the one before: their index grows at its end."""
+    """A UUID of version 7 (RFC 9562). Each is greater than the last: the index grows at its end."""
     stamp = now // 1000
     number = next(id_numbers)
     return (f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{ID_SERIES:03x}-'
@@ -2082,12 +2084,13 @@ class Transaction:
         self.log_lines = []
         # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
         self.topics = set()
-        self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
+        # (queue, worker or None, hung threads; None: a heartbeat, not a poll)
+        self.signs_of_life = []
         self.deprived_workers = set()  # workers from whom a job was taken
-        self.starved = set()    # queues whose polls got nothing for want of budget or of a token
+        self.starved = set()    # queues whose polls lacked response budget or a rate token
         self.next_deadline = NEVER      # the earliest time at which this makes something due
-        self.is_deadline_exact = False  # whether that holds for everything, not for this alone
-        self.slice_ends = None           # the time.monotonic() from which paced() yields no more
+        self.is_deadline_exact = False  # True: next_deadline holds for the whole database
+        self.slice_ends = None   # time.monotonic() after which paced() ends
 
     def execute(self, statement, values=()):
         return self.db.execute(statement, values)
@@ -2102,19 +2105,18 @@ class Transaction:
         self.db.execute(upsert_queue_statement(tuple(columns)), dict(columns, queue=queue))
 
     def spend(self, size):
-        """Claim characters of the response budget for a row that goes into a response.
+        """Take `size` characters of the response budget; Unavailable if it is used up.
 
-        The last may be larger than what is left, so that any job can be in a response.
+        The last job may exceed the rest, so that a large one can be in a response at all.
         """
         if self.response_budget <= (0 if size > SMALL_MESSAGE_BYTES else -MAX_RESPONSE):
             raise Unavailable('too much is being handed out at a time; try again')
         self.response_budget -= size
 
     def paced(self, items):
-        """Yield items until the time of a step is over, but at least one.
+        """Yield items until the time slice is over, but at least one.
 
-        All steps in a transaction share their time, so others wait no longer for it, whatever the
-        items cost.
+        All slices of a transaction share one SLICE_TIME, which bounds how long others wait for it.
         """
         if self.slice_ends is None:
             self.slice_ends = time.monotonic() + SLICE_TIME
@@ -2127,7 +2129,7 @@ class Transaction:
         return self.slice_ends is not None and time.monotonic() > self.slice_ends
 
     def wake_at(self, moment):
-        """Something falls due at this time."""
+        """Lower the next deadline to this time, at which something falls due."""
         if moment < self.next_deadline:
             self.next_deadline = moment
 
@@ -2137,14 +2139,14 @@ class Transaction:
 
 LEASE_SPAN_SQL = '''
     COALESCE(lease, COALESCE(NULLIF(timeout, 0), NULLIF(worker_timeout, 0), :timeout) + :grace)'''
-# An overdue lease gets one more period, any other at least the grace, and at most a whole period.
-# Leases of twice the pause or more have not lost a sign of life that they depend on.
+# An overdue lease gets one more period. Any other then lasts at least the grace and at most one
+# period. Leases of twice the pause or more stay: they outlast the heartbeat that was missed.
 EXTEND_LEASES = f'''
     UPDATE jobs SET started_at = MIN(started_at, :now), lease_until =
         CASE WHEN lease_until <= :now THEN :now + MAX(:grace, COALESCE(lease, 0))
              ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, {LEASE_SPAN_SQL})) END
     WHERE status = 'running' AND {LEASE_SPAN_SQL} < 2 * :pause'''
-SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that somebody named
+SHIFT_DEADLINES = (     # deadlines that are counted in seconds; a time that was given stays
     "UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by "
     "WHERE status = 'running'",
     f"UPDATE jobs SET next_run_at = next_run_at + :by "
@@ -2157,7 +2159,7 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
-# What else is counted in seconds, and before that what was due by the old time.
+# After the clock was set back, besides SHIFT_DEADLINES. First, jobs that were due stay due.
 SET_BACK = (
     f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
     f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
@@ -2188,7 +2190,7 @@ class Jobs:
         self.limits = limits            # constant after start
 
     def transition(self, tx, call, job, target, next_run_at=None, **changes):
-        """Change the status of a job: write, record the event, wake waiters, set the deadline.
+        """Change a job's status: write it, record the event, wake waiters, set the next deadline.
 
         Raises AssertionError where TRANSITIONS has no such transition. `next_run_at` stays as it is
         if it is None.
@@ -2233,9 +2235,9 @@ class Jobs:
         return rule
 
     def place(self, tx, columns, queue, next_run_at, waits_for=0, queued=False):
-        """Set in `columns` when a pending job is handed out; wake polls or set a deadline.
+        """Set next_run_at and hold of a pending job in `columns`; wake polls or set the deadline.
 
-        `queued`: it is not for this method to make it the active job of its group.
+        With `queued` it stays QUEUED_IN_GROUP: only advance_group() makes it the active job.
         """
         columns['next_run_at'] = next_run_at
         if queued:
@@ -2250,10 +2252,10 @@ class Jobs:
             tx.wake_polls(queue)
 
     def advance_group(self, tx, queue, group):
-        """Have the right job of the group be the active one, after any change of one of them.
+        """Make the right job of a group the active one, after each change of one of its jobs.
 
         The active job is the running one, else the oldest that has not ended. All others are
-        QUEUED_IN_GROUP. It costs two index lookups, however many those are.
+        QUEUED_IN_GROUP. This costs two index lookups, however many jobs the group has.
         """
         active = tx.fetch_one(ACTIVE_IN_GROUP, queue, group)
         if active and active['status'] == 'running':
@@ -2276,7 +2278,7 @@ class Jobs:
         tx.db.execute(statement, columns)
 
     def claim(self, tx, claims, columns):
-        """Start jobs: `claims` are their rows as they are then, `columns` those that changed."""
+        """Start jobs. `claims` are their new rows as dicts, `columns` the columns that changed."""
         rule = self._rule('poll', 'pending', 'running')
         for claim in claims:
             claim['status'] = 'running'
@@ -2284,12 +2286,12 @@ class Jobs:
         self.set_leases(tx, claims, 'status', *columns)
 
     def set_leases(self, tx, jobs, *columns):
-        """Write `lease_until` of running jobs, and these columns; `jobs` are dicts with `seq`."""
+        """Write `lease_until` and other columns of running jobs; each is a dict with its `seq`."""
         tx.db.executemany(update_statement((*columns, 'lease_until')), jobs)
         tx.wake_at(min(job['lease_until'] for job in jobs))
 
     def extend_leases(self, tx, pause_seconds):
-        """Nobody could be heard for so long: leases shorter than twice that get one more period."""
+        """Extend leases shorter than twice the pause, in which no heartbeat could be received."""
         tx.execute(EXTEND_LEASES, {
             'now': tx.now,
             'grace': micros(GRACE),
@@ -2298,13 +2300,13 @@ class Jobs:
         })
 
     def shift_deadlines(self, tx, seconds):
-        """The clock went ahead or, before the start, back: what is counted in seconds moves too."""
+        """Move what is counted in seconds with the clock, which has stepped by this much."""
         by = micros(seconds)
         for statement in SHIFT_DEADLINES:
             tx.execute(statement, {'by': by, 'before': tx.now - by})
 
     def set_back(self, tx, before):
-        """The clock was set back since `before`, which the last engine had reached."""
+        """Move deadlines back with the clock; `before` is the time that the last engine reached."""
         by = tx.now - before
         for statement in SET_BACK:
             tx.execute(statement, {'by': by, 'now': tx.now, 'before': before})
@@ -2323,7 +2325,7 @@ class Jobs:
             self.transition(tx, 'expire', job, 'cancelled', error='expired')
 
     def update(self, tx, job, **columns):
-        """Write columns of a job that have no owner."""
+        """Write columns of a job that are not in OWNED_COLUMNS."""
         owned = OWNED_COLUMNS.intersection(columns)
         if owned:
             raise AssertionError(f'{", ".join(owned)}: Jobs has a method that writes it')
@@ -2341,16 +2343,16 @@ class Jobs:
             raise AssertionError(f'purge does not lead from {job["status"]}')
 
     def announce_end(self, tx, job, outcome):
-        """Wake the calls that wait for the job. Dependencies.resolve() tells the jobs, in steps."""
+        """Wake the calls that wait for the job. Dependencies.resolve() updates its dependents."""
         tx.topics.add(('job', job['id']))
-        unaware = 'SELECT 1 FROM dependencies WHERE dependency = ? AND state = 0 LIMIT 1'
-        if tx.fetch_one(unaware, job['seq']):
+        unresolved = 'SELECT 1 FROM dependencies WHERE dependency = ? AND state = 0 LIMIT 1'
+        if tx.fetch_one(unresolved, job['seq']):
             tx.execute('INSERT OR IGNORE INTO unresolved_ends VALUES (?, ?, ?)',
                        (job['seq'], job['id'], outcome))
             tx.wake_at(tx.now)
 
     def retry_or_fail(self, tx, call, job, again, error, delay=None, **changes):
-        """The attempt did not succeed: pending again after the backoff, or failed."""
+        """End an attempt without success: the job is pending after the backoff, or failed."""
         if not again:
             self.transition(tx, call, job, 'failed', error=error, **changes)
             return
@@ -2362,7 +2364,7 @@ class Jobs:
     def require_status(self, tx, call, params):
         """(job, True) if the call is possible; (job, False) if it is a replay; else Conflict.
 
-        A replay is the same call, with the same attempt, that has ended that attempt already.
+        A replay repeats the call that ended the current attempt, with the same `attempt`.
         """
         job = require(tx.fetch_one(FIND_BY_ID, params['id']), 'id: there is no job', params['id'])
         sources = TRANSITIONS[call].sources
@@ -2378,7 +2380,7 @@ class Jobs:
 
 
 def last_outcome(job):
-    """How its last attempt ended; '' if it has had none."""
+    """How the job's last attempt ended; '' if none has ended."""
     if job['status'] == 'done':
         return 'done'
     attempts = json.loads(job['attempts'] or '[]')
@@ -2386,11 +2388,11 @@ def last_outcome(job):
 
 
 # -- Jobs: producers -------------------------------------------------------------------------------
-# what enqueue did for a job
+# what enqueue did with an item
 CREATED = 'created'
 EXISTING = 'existing'           # its id or key is taken
-REPLACED = 'replaced'           # the job that has its key got its values
-CREATED_MEMBERS = {                  # of the job in the answer
+REPLACED = 'replaced'           # a pending job had its key, and got its values
+CREATED_MEMBERS = {             # members that are appended to the job in the answer
     CREATED: ',"created":true',
     EXISTING: ',"created":false',
     REPLACED: ',"created":false,"replaced":true',
@@ -2404,7 +2406,7 @@ DISK_IS_FULL = ('the disk is full: no jobs are added until there is room; '
 
 
 class Producers:
-    """Enqueue."""
+    """POST /enqueue."""
 
     def __init__(self, jobs, dependencies, workers):
         # constant after start
@@ -2413,7 +2415,7 @@ class Producers:
         self.workers = workers
 
     def enqueue(self, tx, items):
-        """Add the jobs, all or none. Of each (row, what was done): CREATED, EXISTING, REPLACED."""
+        """Add the jobs, all or none: a list of (row, CREATED, EXISTING or REPLACED)."""
         if not tx.takes_jobs:
             raise Unavailable(DISK_IS_FULL)
         if len(items) > 1:
@@ -2433,7 +2435,7 @@ class Producers:
             try:
                 jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields, aliases)
             except Unavailable:
-                if len(rows) > 1 and tx.response_budget < budget:       # its own jobs fill it
+                if len(rows) > 1 and tx.response_budget < budget:       # this request used it up
                     raise PayloadTooLarge(
                         'jobs: those that exist already are too large for one answer; '
                         'send fewer at a time') from None
@@ -2461,7 +2463,7 @@ class Producers:
         return row
 
     def _insert(self, tx, rows, fields, aliases):
-        """Insert them in one statement, in half the time of one each; one by one if one exists."""
+        """Insert the rows in one statement, which is twice as fast; one by one if a job exists."""
         statement, values_of = insert_plan(len(rows), fields)
         values = []
         is_plain = True
@@ -2482,7 +2484,7 @@ class Producers:
         return [pair for row in rows for pair in self._insert(tx, [row], fields, aliases)]
 
     def _insert_one(self, tx, row, aliases):
-        """The job that has the id or key of the row; else the row, which has `after`, inserted."""
+        """The existing job with the id or key of the row; else the row, inserted with `after`."""
         existing = tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
         if existing:
             tx.spend(size_of(existing))
@@ -2504,10 +2506,10 @@ class Producers:
         return tx.fetch_one(SELECT_JOB + 'seq = ?', existing['seq']), REPLACED
 
     def render_created(self, jobs):
-        """The JSON texts of the result of enqueue(), with a warning if nobody polls their queue."""
+        """The result of enqueue() as JSON texts, with a warning where no worker polls the queue."""
         last_polled = self.workers.last_polled
         first = jobs[0][0]['queue']
-        # comparing names takes time: only those of one queue are
+        # comparing names takes time: only one queue of a request gets a hint
         known = () if first in last_polled else tuple(last_polled)[-20:]
         texts = []
         for row, done in jobs:
@@ -2522,7 +2524,7 @@ class Producers:
 
 @functools.lru_cache(maxsize=1024)
 def no_worker_warning(queue, known):
-    """That no worker polls the queue, with the name that is perhaps meant; only short ones."""
+    """The warning that no worker polls the queue, with a similar name that does as a hint."""
     names = [name for name in known if abs(len(name) - len(queue)) < 4 and len(name) <= 40]
     near = difflib.get_close_matches(queue, names, 1)
     hint = f'; did you mean {describe(near[0])}?' if near else ''
@@ -2537,7 +2539,7 @@ SELECT_LOST = '''
 
 
 class Claims:
-    """The calls of workers: poll, and what a claim ends with or is kept by."""
+    """The calls of workers: poll, and those that end, extend or use a claim."""
 
     def __init__(self, jobs, limits, workers):
         # constant after start
@@ -2546,7 +2548,7 @@ class Claims:
         self.workers = workers
 
     def poll(self, tx, params):
-        """Claim jobs: their rows as they are then, within the response budget, but one at least."""
+        """Claim jobs; their new rows, as many as the response budget allows, but at least one."""
         queue = params['queue']
         self._record_poll(tx, queue, params)
         if tx.response_budget <= 0:     # waiters are woken when there is room again
@@ -2574,14 +2576,14 @@ class Claims:
         return claims
 
     def _select_claims(self, tx, queue, limit, changes):
-        """The rows of due jobs as they will be once claimed; expired ones are cancelled."""
+        """Due jobs as the rows that they will be once claimed. Expired ones are cancelled."""
         rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
         expired = []
         claims = self._within_budget(tx, rows, changes, expired)
         for job in expired:
             self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
         if expired and not claims:
-            # others may be due behind them: try again after the next step of Jobs.expire()
+            # others may be due behind them: try again after the next slice of Jobs.expire()
             tx.starved.add(queue)
             tx.wake_at(tx.now)
         return claims
@@ -2597,7 +2599,7 @@ class Claims:
                 claim['steps_json'] = steps_json(tx.db, claim)
 
     def _record_poll(self, tx, queue, params):
-        """A sign of life. `polled_at` is stored now and then; the workers' memory is exact."""
+        """Record a sign of life. `polled_at` is stored once a minute; Workers knows it exactly."""
         span = micros(POLL_TIME_RESOLUTION)
         if self.workers.last_polled.get(queue, 0) // span != tx.now // span:
             tx.upsert_queue(queue, polled_at=tx.now)
@@ -2625,7 +2627,7 @@ class Claims:
         return claims
 
     def apply_item(self, tx, method, item):
-        """The result of the method for an item of a batch; an error is a result like others."""
+        """The result of the method for an item of a batch; an HTTPError becomes a result."""
         try:
             if isinstance(item, HTTPError):
                 raise item
@@ -2670,7 +2672,7 @@ class Claims:
         return {'id': job['id'], 'status': 'running'}
 
     def step(self, tx, params):
-        """Keep the result of a step, as JSON text; the first one under a name stays."""
+        """Store the result of a step; the first under a name stays. Returns JSON text."""
         job, _ = self.jobs.require_status(tx, 'step', params)
         name = params['name']
         known = tx.fetch_one(SELECT_STEP, job['seq'], name)
@@ -2696,7 +2698,7 @@ class Claims:
         self._keep(tx, job, steps=job['steps'] + 1, steps_size=size)
 
     def _keep(self, tx, job, **changes):
-        """A sign of life of the worker: extend the lease, and change columns of the job."""
+        """Extend the lease after a sign of life, and write `changes` to the job."""
         changes['updated_at'] = tx.now
         until = min(tx.now + (job['lease'] or 0), latest_lease(job, job['started_at']))
         until = max(until, job['lease_until'])
@@ -2705,7 +2707,7 @@ class Claims:
             tx.signs_of_life.append((job['queue'], job['worker'], None))
 
     def lose_overdue(self, tx):
-        """A slice of giving up the workers whose leases are over."""
+        """A slice of ending the attempts whose leases are over."""
         for seq, in tx.paced(tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
@@ -2714,12 +2716,12 @@ class Claims:
 
 
 def latest_lease(job, started_at):
-    """When the worker of a claim is lost, whatever it sends."""
+    """When a claim expires even with heartbeats."""
     return started_at + timeout_of(job) + micros(GRACE)
 
 
 # -- Jobs: dependencies ----------------------------------------------------------------------------
-# `state` of a dependency, by the status of its job; 0: it has not ended
+# `state` of a dependency, by the status of the job depended on; 0: that has not ended
 DEPENDENCY_STATE = {'done': 1, 'failed': 2, 'cancelled': 2, 'purged': 2}
 SUCCEEDED = 1
 FAILED = 2
@@ -2735,7 +2737,7 @@ DEPENDENCIES_OF = '''
 
 
 class Dependencies:
-    """Jobs after jobs: `after`, and what the end of a job does to its dependents."""
+    """`after` of jobs, and the effect of a job's end on its dependents."""
 
     def __init__(self, jobs):
         self.jobs = jobs        # constant after start
@@ -2766,7 +2768,7 @@ class Dependencies:
         self.jobs.transition(tx, 'cancel', job, 'cancelled', error=self._reason(dependency))
 
     def resolve(self, tx):
-        """A slice of telling the dependents of jobs that have ended."""
+        """A slice of updating the dependents of jobs that have ended."""
         for _ in tx.paced(range(BATCH_ROWS)):
             end = tx.fetch_one(NEXT_UNRESOLVED)
             if not end:
@@ -2777,11 +2779,11 @@ class Dependencies:
                 tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (end['seq'],))
 
     def _dependency_ended(self, tx, end):
-        """A job has one dependency less to wait for."""
+        """A dependency has ended: its dependent is unblocked or cancelled, or waits for more."""
         state = DEPENDENCY_STATE[end['status']]
         tx.execute(SET_DEPENDENCY_STATE, (state, end['dependent'], end['position']))
         job = tx.fetch_one(FIND_BY_SEQ, end['dependent'])
-        # it was cancelled, or is due since before the dependency was retried
+        # it was cancelled, or was unblocked before the dependency was retried
         if job['status'] != 'pending' or not job['waits_for']:
             return
         if state != SUCCEEDED and not job['after_any']:
@@ -2794,7 +2796,7 @@ class Dependencies:
         self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=waits_for)
 
     def recheck(self, tx, job):
-        """How many jobs a job has to wait for as they are now; Conflict if that is in vain."""
+        """How many dependencies have not ended; Conflict if one has failed that must not."""
         dependencies = tx.fetch_all(DEPENDENCIES_OF, job['seq'])
         states = [self._current_state(dependency) for dependency in dependencies]
         if FAILED in states and not job['after_any']:
@@ -2805,7 +2807,7 @@ class Dependencies:
         return states.count(0)
 
     def _current_state(self, dependency):
-        """Of a purged job the state that is known; purged before its end was known is FAILED."""
+        """The state by the job's status now; of a purged job the stored one, else FAILED."""
         if dependency['id'] is None:
             return dependency['state'] or FAILED
         return DEPENDENCY_STATE.get(dependency['status'], 0)
@@ -2816,9 +2818,9 @@ class Dependencies:
         return f'it waits for the job {describe(dependency["id"])}, which is {dependency["status"]}'
 
     def reopen(self, tx, job):
-        """A job that had ended is retried: dependents that are blocked wait for it again.
+        """An ended job is retried: its dependents that are still blocked wait for it again.
 
-        Those that are beyond a bound are not told so; they find out by recheck().
+        At most BATCH_ROWS of them are updated here; the others notice by recheck().
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
         for dependent, position in tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], BATCH_ROWS):
