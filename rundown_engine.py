@@ -234,7 +234,7 @@ POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is st
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
 CHECKPOINT_PAGES = 4000         # pages in the write-ahead log that start a checkpoint
 NEARLY_FULL_LOG_PAGES = 250     # CHECKPOINT_PAGES while the disk is nearly full
-MAX_LOG_BYTES = 64 << 20        # a longer log is truncated to this after a checkpoint
+MAX_LOG_BYTES = 24 << 20        # a longer log is truncated to this after a checkpoint
 DISK_RESERVE_BYTES = 8 << 20    # kept free on the disk for the time when jobs have filled it
 SHRINK_PAGES = 500              # free pages that one slice gives back to the disk
 MIN_FREE_PAGES = 1000           # free pages that a database keeps for new jobs
@@ -2834,9 +2834,9 @@ class Dependencies:
 def bucket_full_at(queue, now):
     """When the token bucket is full again.
 
-    Each claim puts that off by per / rate: the theoretical arrival time of the generic cell rate
-    algorithm (GCRA). It is never later than an empty bucket allows, since a clock that was set back
-    leaves `full_at` far ahead.
+    Each claim delays that by per / rate: the theoretical arrival time of the generic cell rate
+    algorithm (GCRA). It is at most `per` from now: a clock that was set back leaves `full_at` far
+    ahead.
     """
     return min(max(queue['full_at'], now), now + queue['per'])
 
@@ -2850,7 +2850,7 @@ def round_up_division(dividend, divisor):
 
 
 def next_token(queue, now):
-    """When an empty bucket has a token."""
+    """When an empty bucket gets its next token."""
     token = round_up_division(queue['per'], queue['rate'])
     return bucket_full_at(queue, now) - queue['per'] + token
 
@@ -2859,10 +2859,11 @@ class Limits:
     """max_running and rate of queues: how many jobs a poll may claim at the moment."""
 
     def __init__(self, queues):
-        self.queues = queues    # that have a limit, or had one since the start; the loop's
+        # touched by the loop's thread only: queues that have a limit, or had one since the start
+        self.queues = queues
 
     def set(self, tx, params):
-        """Set or remove limits of a queue; the limits as they are then."""
+        """Set or remove limits of a queue; returns all its limits."""
         queue = params['queue']
         known = tx.fetch_one(SELECT_QUEUE, queue)
         limits = {limit: known[limit] if known else None for limit in NULLABLE}
@@ -2918,7 +2919,7 @@ REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({column_list(SCHEDULE_COLUMNS)}) '
 
 
 class Schedules:
-    """Jobs that are made by the clock."""
+    """Schedules, and the jobs that their ticks make."""
 
     def __init__(self, producers):
         self.producers = producers      # constant after start
@@ -2939,7 +2940,7 @@ class Schedules:
         return {'count': deleted}
 
     def run_due(self, tx):
-        """A slice of making the jobs of the ticks that are due; they stay due on a full disk."""
+        """A slice of making the jobs of ticks that are due. On a full disk they stay due."""
         if not tx.takes_jobs:
             return
         due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
@@ -2951,7 +2952,7 @@ class Schedules:
         """Make the job of the last tick that is due, and set the next one."""
         try:
             tick, upcoming = last_tick(row, tx.now)
-        except BadRequest as error:     # this machine is another one, and does not know the zone
+        except BadRequest as error:     # the database came from a machine that knew the zone
             tick = row['next_run_at']
             upcoming = tx.now + micros(3600)
             tx.log_lines.append(
@@ -2975,13 +2976,15 @@ class Schedules:
 # -- Jobs: operators -------------------------------------------------------------------------------
 FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     **{name: f'"{name}" = :{name}' for name, column in JOB_COLUMNS.items() if column.filter},
-    'status': '+status = :status',      # the plus: in the order of seq, not by jobs_finished
+    # the plus keeps SQLite from using jobs_finished: pages are in the order of seq
+    'status': '+status = :status',
     'search': (
         '(' + ' OR '.join(f"{column} LIKE :text ESCAPE '!'"
                           for column in ('id', 'tag', 'error', 'payload', 'result'))
         # texts in JSON are kept in ASCII, with escapes
-        + "OR payload LIKE :escaped ESCAPE '!' OR result LIKE :escaped ESCAPE '!')"),
-    'after': 'seq < :after',            # from here on the values are seqs of jobs
+        + " OR payload LIKE :escaped ESCAPE '!' OR result LIKE :escaped ESCAPE '!')"),
+    # from here on the values are seqs of jobs
+    'after': 'seq < :after',
     'beyond': 'seq > :beyond',
     'needed_by': 'dependent = :needed_by',
     'needs': 'seq IN (SELECT dependent FROM dependencies WHERE dependency = :needs)',
@@ -3000,7 +3003,7 @@ def where_clause(params):
 
 
 class Operators:
-    """The calls of people: pause, resume, cancel, retry, purge; and those over many jobs."""
+    """The calls of operators: pause, resume, cancel, retry, purge, also for many jobs at once."""
 
     def __init__(self, database, jobs, limits, dependencies, claims):
         # constant after start
@@ -3062,7 +3065,7 @@ class Operators:
         return results, items[len(results):]
 
     def apply_to_item(self, tx, params, call):
-        """Do it to the job `id`; Conflict if its status forbids that."""
+        """Run the call for the job `id`; Conflict if its status forbids that."""
         if 'id' not in params or len(params) > 1:
             raise BadRequest('id is needed, and stands alone')
         job, _ = self.require_status(tx, call, params)
@@ -3071,10 +3074,10 @@ class Operators:
         return {'id': params['id'], 'status': target}
 
     def seq_batches(self, params):
-        """The seqs of the jobs that a large change is about, in batches.
+        """Yield the seqs of the jobs that a large change applies to, in batches.
 
-        A reader finds them, so that the writer is not held up. Not their ids: a producer may use
-        those again.
+        A reader finds them, so that the writer is not held up. Seqs, because the id of a deleted
+        job may be enqueued again meanwhile.
         """
         params = {**params, 'beyond': 0, 'rows': BATCH_ROWS}
         query = f'SELECT seq FROM jobs {where_clause(params)} ORDER BY seq LIMIT :rows'
@@ -3087,9 +3090,9 @@ class Operators:
             yield seqs
 
     def apply_to_batch(self, tx, method, seqs, statuses):
-        """A slice of calling the method with the jobs that still have such a status.
+        """A slice of calling the method with those jobs that still have one of the statuses.
 
-        How many those were, and the seqs that are left.
+        Returns (how many were changed, the seqs that are left).
         """
         count = 0
         done = 0
@@ -3122,7 +3125,7 @@ NEXT_QUEUES = IS_UNUSED + ' WHERE queue > ? ORDER BY queue LIMIT ?'
 class Retention:
     """Deletes jobs that have been kept long enough, and forgets queues that nobody uses.
 
-    A round walks over all of them once, in steps. It is a generator: each `yield` is between two
+    A round walks over all of them once, in slices. It is a generator: each `yield` is between two
     pieces of work of bounded cost, and the next piece may be in another transaction.
     """
 
@@ -3131,8 +3134,8 @@ class Retention:
         self.workers = workers
         self.meter = meter
         self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # 0: for ever
-        # the loop's
-        self.next_round = 0
+        # touched by the loop's thread only
+        self.next_round = 0     # engine time in microseconds
         self.round = None       # the generator while one is under way
         self.tx = None          # the transaction of the current step
 
@@ -3158,7 +3161,7 @@ class Retention:
         self.round = None
 
     def _delete_ended(self, status, keep):
-        """Delete jobs of the status, but for those that a pending job waits or waited for."""
+        """Delete old jobs of the status, except dependencies of pending jobs."""
         position = (0, 0)
         while True:
             before = self.tx.now - keep
@@ -3202,7 +3205,7 @@ class Retention:
                 return
 
     def _forget(self, queue, before):
-        """Forget the queue, if it is unused still: this transaction may be a later one."""
+        """Forget the queue if it is still unused: an earlier transaction may have read it."""
         row = self.tx.fetch_one(IS_UNUSED + ' WHERE queue = ?', before, queue)
         if row and row[1]:
             self.tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
@@ -3237,7 +3240,7 @@ STATUS_INDEXES = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running'
 
 
 class Queries:
-    """The calls that read. They run in any thread, on what is committed."""
+    """The calls that read. They run in any thread, and see committed state only."""
 
     def __init__(self, database, clock, workers, meter):
         # constant after start
@@ -3264,7 +3267,7 @@ class Queries:
             return job_json(row, more)
 
     def has_ended(self, id):
-        """Whether there is nothing to wait for."""
+        """Whether the job has ended, or does not exist."""
         with self.database.reading() as db:
             job = db.execute(FIND_BY_ID, (id,)).fetchone()
         return job is None or job['status'] in ENDED
@@ -3276,7 +3279,7 @@ class Queries:
         return job_json(require(row, 'tag: there is no job tagged', tag))
 
     def jobs(self, limit=50, brief=False, **params):
-        """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
+        """A page of jobs, newest first; with `needed_by` a job's dependencies, in its order."""
         columns = column_list(BRIEF_COLUMNS if brief else COLUMNS)
         render = functools.partial(job_json, brief=brief)
         if 'search' in params:
@@ -3311,10 +3314,10 @@ class Queries:
             {**params, 'limit': limit})
 
     def _search(self, db, limit, params):
-        """(seqs of jobs that match, newest first; the last one looked at, if it ended early).
+        """(seqs of matching jobs, newest first; the last seq examined if the search ended early).
 
         An index leads to the jobs of a tag, a group, and of STATUS_INDEXES. Other conditions are
-        checked one job at a time, and a page looks at a bounded number of them.
+        checked job by job, and a page examines a bounded number of jobs.
         """
         indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
         conditions = {field: FILTERS[field] for field in FILTERS if field in params}
@@ -3332,12 +3335,12 @@ class Queries:
             {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
         ends = time.monotonic() + MAX_SEARCH_TIME
         found = []
-        for looked_at, (seq, is_match) in enumerate(rows, 1):
+        for examined, (seq, is_match) in enumerate(rows, 1):
             if is_match:
                 found.append(seq)
                 if len(found) == limit:
                     break
-            if looked_at == MAX_ROWS_SEARCHED or time.monotonic() > ends:
+            if examined == MAX_ROWS_SEARCHED or time.monotonic() > ends:
                 return found, seq
         return found, None
 
@@ -3346,14 +3349,14 @@ class Queries:
         return require(job, f'{field}: there is no job', id, BadRequest)['seq']
 
     def _may_have(self, db, queue, status):
-        """Whether the counts of the queues leave it open that there is such a job."""
+        """Whether there can be such a job, by the counts of the queues."""
         count = status if status in STATUSES else 1     # each status is a column
         total, = db.execute(f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)',
                             (queue,)).fetchone()
         return total
 
     def health(self):
-        """Whether jobs can be stored, and what may become trouble."""
+        """Whether jobs can be stored, and warnings."""
         trouble = self.database.trouble()
         return {
             'status': 'trouble' if trouble else 'ok',
@@ -3384,7 +3387,7 @@ class Queries:
             return rows, schedules.fetchall()
 
     def _why(self, db, row):
-        """Why the job is where it is, in a sentence; None once it has ended."""
+        """A sentence on why the job has its status and does not run; None once it has ended."""
         if row['status'] in ENDED:
             return None
         if row['status'] == 'running':
@@ -3503,7 +3506,7 @@ class Overview:
         }
 
     def _sums(self, db, now):
-        # the stored time of a poll may be older than the poll
+        # polled_at is stored once in POLL_TIME_RESOLUTION
         silence = {'silent_since': now - micros(WORKER_SILENCE + POLL_TIME_RESOLUTION)}
         totals = dict(db.execute(TOTALS, silence).fetchone())
         unserved = db.execute(UNSERVED, silence).fetchall() if totals['unserved'] else []
@@ -3544,7 +3547,7 @@ class Overview:
 
 # -- Jobs: known workers, counts, wiring -----------------------------------------------------------
 class Workers:
-    """Signs of life. Written by the loop after a commit; threads copy a whole dict at a time."""
+    """Signs of life. Only the loop writes them, after a commit; other threads copy a dict whole."""
 
     def __init__(self, last_polled):
         self.last_polled = last_polled          # queue -> time of its last poll
@@ -3568,7 +3571,7 @@ class Workers:
 
 
 METER_EVENTS = ['enqueued', *(rule.event for rule in TRANSITIONS.values() if rule.event)]
-HOURLY = {      # what a queue's last hour counts, and the events of each
+HOURLY = {      # counts of a queue's last hour, and the events that each sums up
     'enqueued': ('enqueued',),
     'done': ('completed',),
     'failed': ('failed', 'lost'),
@@ -3617,7 +3620,7 @@ class Meter:
                 self.seconds.pop((event, queue), None)
 
     def last_hour(self, now, queue=None):
-        """Of each of HOURLY 60 counts, the last one of the current minute; None: of all queues."""
+        """60 counts for each of HOURLY, the last for the current minute; of all queues if None."""
         with self.lock:
             minutes = self._last_minutes(now)
             return {
@@ -3636,12 +3639,12 @@ class Meter:
 
 
 def observe(histogram, buckets, value):
-    """Count a value. A histogram is the count of each bucket, of values beyond, and the sum."""
+    """Count a value. A histogram lists a count per bucket, the count beyond, and the sum."""
     histogram[bisect.bisect_left(buckets, value)] += 1
     histogram[-1] += value
 
 
-# An end that is not resolved is due at once: 1 is a time long ago.
+# An unresolved end is due at once: 1 is a time in 1970.
 NEXT_DEADLINE = f'''
     SELECT MIN(moment) FROM (
         SELECT MIN(next_run_at) AS moment FROM jobs WHERE status = 'pending' AND hold = {DELAYED}
@@ -3653,14 +3656,14 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT ?)'''
 
 
-# The latest time that the engine has reached for sure.
+# The latest engine time that is stored: the last engine has reached it.
 LAST_TIME = 'SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) FROM queues'
 
 
 class Store:
     """The jobs of one database: one object per concern, and what spans them.
 
-    Calls that write take the transaction of the loop's as their first argument.
+    Calls that write take the loop's current transaction as their first argument.
     """
 
     def __init__(self, database, clock=time, keep=0, keep_failed=0):
@@ -3684,12 +3687,12 @@ class Store:
         self.retention = Retention(self.workers, self.meter, keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
         self._check_set_back()
-        # the loop's
-        self.next_deadline = 0      # when run_due() has something to do
+        # touched by the loop's thread only
+        self.next_deadline = 0      # engine time at which run_due() has something to do
         self.maintenance = collections.deque([
             self.schedules.run_due, self.jobs.expire, self.jobs.release_due,
             self.claims.lose_overdue, self.dependencies.resolve, self.retention.run_due])
-        self.starved = set()        # queues whose polls run_due() wakes, see Transaction.starved
+        self.starved = set()        # see Transaction.starved; run_due() wakes their polls
 
     def _check_set_back(self):
         """If the clock was set back since the last engine, move deadlines with it."""
@@ -3705,7 +3708,7 @@ class Store:
         return Transaction(db, self.clock.now(), response_budget)
 
     def committed(self, tx, operations):
-        """Make known what the transaction did, once it is on disk; it had so many operations."""
+        """Publish the effects of a transaction of so many operations, once it is on disk."""
         if tx.signs_of_life or tx.starved:
             polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
             self.starved = self.starved - polled | tx.starved
@@ -3717,7 +3720,7 @@ class Store:
             log(line)
 
     def bulk_insert(self, tx, items):
-        """Add jobs of several requests at once: of each (row, created)."""
+        """Add jobs of several requests at once, as Producers.enqueue() does."""
         return self.producers.enqueue(tx, items)
 
     def extend_leases(self, tx, pause_seconds):
@@ -3727,7 +3730,7 @@ class Store:
         tx.wake_at(0)
 
     def shift_deadlines(self, tx, offset, ahead_seconds):
-        """The wall clock went ahead: what is counted in seconds moves with it."""
+        """Set the clock ahead, and move what is counted in seconds with it."""
         self.clock.offset = offset
         tx.now = self.clock.now()       # the rest of this transaction has the new time
         self.jobs.shift_deadlines(tx, ahead_seconds)
@@ -3742,7 +3745,7 @@ class Store:
             tx.wake_polls(queue)
         for _ in range(len(self.maintenance)):
             self.maintenance[0](tx)
-            self.maintenance.rotate(-1)     # so that each has its turn, however long another takes
+            self.maintenance.rotate(-1)     # each gets its turn, however long another takes
             if tx.is_slice_over():
                 break
         tx.next_deadline = tx.fetch_one(NEXT_DEADLINE, self.retention.next_round)[0]
@@ -3757,14 +3760,14 @@ NOTHING = ()                # the result of a poll or wait whose time is over
 
 
 class Client:
-    """The protocol between the event loop and those it works for; the loop's thread calls it.
+    """The protocol of objects that wait for the event loop; the loop's thread calls it.
 
     resume(event)   Continue. `event` is SOCKET_READY, the result of an operation or of a slow call,
                     or an exception, which is raised where the client waits.
     is_open         False once the client is known to be gone.
-    is_connected()  Look at this moment; it costs a system call.
+    is_connected()  Check the connection now; this costs a system call.
     set_timeout(s)  Have on_timeout() called in `s` seconds, instead of at the time set before.
-    on_timeout()    The time is over.
+    on_timeout()    That time has passed.
     """
     is_open = True
     deadline = NEVER        # the loop's time at which on_timeout() is called
@@ -3785,7 +3788,7 @@ class Client:
         raise NotImplementedError
 
     def is_connected(self):
-        """Look whether the client is still there, before it is given a job."""
+        """Whether the client is still there, checked before it is given a job."""
         return self.is_open
 
 
@@ -3811,12 +3814,12 @@ class ThreadWait(Client):
 
 
 class Operation:
-    """Work for a transaction, and how its result becomes a response."""
+    """Work to be done in a transaction, and the function that renders its result."""
     topic = None        # a LongPoll has one
     client = None       # gets the result by resume()
     submitted_at = 0    # the loop's time
     result = None
-    error = None        # an HTTPError; it fails for sure, so it is not run again
+    error = None        # an HTTPError: it has failed, and is not run again
 
     def __init__(self, work, render=identity, single_insert=None):
         self.work = work                        # (transaction) -> result; may be called again
@@ -3829,7 +3832,7 @@ class Operation:
         return True
 
     def finish(self):
-        """Give the client its result, and let go of it: an error's traceback refers to requests."""
+        """Give the client its result, and drop it: an error's traceback refers to requests."""
         event = self.result if self.error is None else self.error
         self.result = self.error = None
         self.client.resume(event)
@@ -3931,7 +3934,7 @@ class Waiters:
             del self.by_topic[operation.topic]
 
     def serve(self, topics, run):
-        """The waits that are over and the polls that find a job; run(poll) looks.
+        """The waits that are over and the polls that find a job; run(poll) runs one.
 
         A poll that finds nothing ends its topic: those behind it would find nothing either.
         """
@@ -3964,7 +3967,7 @@ class Waiters:
 
 
 class Budget:
-    """Bytes of requests in progress and of responses that are not taken, of all connections."""
+    """Bytes of unanswered requests and of unsent responses, of all connections."""
 
     def __init__(self, connections):
         self.connections = connections
