@@ -3929,8 +3929,8 @@ class Waiters:
         return True
 
     def withdraw(self, operation):
-        line = self.by_topic.get(operation.topic)
-        if line and line.pop(operation, False) and not line:
+        parked = self.by_topic.get(operation.topic)
+        if parked and parked.pop(operation, False) and not parked:
             del self.by_topic[operation.topic]
 
     def serve(self, topics, run):
@@ -3962,7 +3962,7 @@ class Waiters:
         return served
 
     def end_all(self):
-        for operation in [operation for line in self.by_topic.values() for operation in line]:
+        for operation in list(itertools.chain.from_iterable(self.by_topic.values())):
             operation.client.on_timeout()
 
 
@@ -4022,20 +4022,20 @@ class Committer:
         # touched by the loop's thread only; times are the loop's
         self.submitted = []                 # operations for the next transaction
         self.maintenance = Operation(self._maintain)    # part of each of them
-        self.lock_retry_at = 0              # another program has the write lock: no try before
-        self.maintenance_paused_until = 0   # after trouble
+        self.lock_retry_at = 0              # no transaction before: another program has the lock
+        self.maintenance_paused_until = 0   # after an error or while the disk is full
         self.clock_checked_at = -NEVER
         self.listening_until = -NEVER       # heartbeats could be received until then
         # read by other threads, too
         self.commits = 0
-        self.commit_seconds = 0             # that all of them took, from the begin on
+        self.commit_seconds = 0             # all their durations, from BEGIN to COMMIT
 
     def submit(self, operation):
         operation.submitted_at = self.loop.now
         self.submitted.append(operation)
 
     def check_clock(self):
-        """Compare the clocks in this pass, not in up to CLOCK_CHECK_INTERVAL seconds."""
+        """Have the clocks compared in this pass, without waiting for CLOCK_CHECK_INTERVAL."""
         self.clock_checked_at = -NEVER
 
     def is_listening(self, now):
@@ -4044,7 +4044,7 @@ class Committer:
                 and self.database.last_storage_error is None)
 
     def next_attempt(self, now):
-        """When there is something to do: an operation, or something due."""
+        """The loop's time at which an operation can run or something is due."""
         due = now + (self.store.next_deadline - self.store.clock.now()) / 1000000
         if self.database.is_sparse:
             due = now
@@ -4071,16 +4071,16 @@ class Committer:
         maintenance = self.maintenance if maintain else None
         try:
             tx, served = self._run_transaction(operations, maintenance, ahead)
-        except DiskFull:        # again at once, with the space of the reserve
+        except DiskFull:        # retried in the next pass, with the space of the reserve
             clock.offset = offset
             self.submitted[:0] = operations
             return
         except Unavailable as error:
-            clock.offset = offset       # the step of the clock is not on disk
+            clock.offset = offset       # the shifted deadlines are not on disk
             self._storage_failed(error, operations, now)
             return
         self.lock_retry_at = 0
-        # schedules whose jobs cannot be added stay due
+        # after an error, or while schedules stay due since no jobs can be added
         pause = self.maintenance.error or not tx.takes_jobs
         self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if pause else 0
         self.maintenance.error = None
@@ -4090,10 +4090,11 @@ class Committer:
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
-        self.store.committed(tx, len(served) + len(operations))    # nobody waits for this
+        # after the responses, which need not wait for this
+        self.store.committed(tx, len(served) + len(operations))
 
     def _storage_failed(self, error, operations, now):
-        """Keep the operations that still wait for a foreign lock; fail all others."""
+        """Keep operations that may still wait for another program's lock; fail all others."""
         is_locked = isinstance(error, Busy)
         last_try = self.loop.drain_deadline - 1
         waiting, failed = [], []
@@ -4114,7 +4115,7 @@ class Committer:
             operation.finish()
 
     def _run_transaction(self, operations, maintenance, ahead):
-        """Run it all in one transaction: (tx, the parked operations that got something).
+        """Run everything in one transaction: (tx, the parked operations that have a result now).
 
         A transaction that an operation poisons begins again without it.
         """
@@ -4141,9 +4142,9 @@ class Committer:
                     self._note_room(tx.takes_jobs)
                 return tx, served
             except PoisonedTransaction as error:
-                insert_in_bulk = False      # one by one it shows whose fault it is
+                insert_in_bulk = False      # one by one, the failing insert is found
                 if error.operation in writes:
-                    # those behind it have their turn in the next pass, so that none runs often
+                    # those after it wait for the next pass, so that none runs again and again
                     behind = operations.index(error.operation) + 1
                     self.submitted[:0] = operations[behind:]
                     del operations[behind:]
@@ -4183,7 +4184,7 @@ class Committer:
         return tx, began
 
     def _run(self, tx, operation):
-        """Set its result or its error, unless it is known to fail."""
+        """Set the result or the error of the operation, unless it has failed before."""
         if operation.error is not None:
             return
         changes = tx.db.total_changes
@@ -4212,15 +4213,15 @@ class Committer:
 
 
 class SlowCall(NamedTuple):
-    """A function that a thread of the server's calls for a client."""
+    """A function that one of the server's threads calls for a client."""
     client: Client
-    name: str                   # of the request, which a client that is gone has no more
+    name: str                   # of the request, for the log: the client may be gone by then
     function: Callable
     args: tuple
 
 
 class Offload:
-    """Slow calls, in order: at most OFFLOAD_THREADS threads of the server's run them.
+    """Slow calls, in order of arrival. At most OFFLOAD_THREADS of the server's threads run them.
 
     A thread takes the next call once the loop has taken its result, so that large results do not
     pile up between them. It ends when no call has come for a second.
@@ -4270,17 +4271,17 @@ class Offload:
 
 
 class EventLoop:
-    """One thread that does all that is quick, in passes: receive, commit, respond.
+    """One thread that does all quick work, in passes: receive, commit, respond.
 
     It owns the connections, the connection that writes the database, and the memory of the store,
-    without a lock. Other threads hand something in with call_soon_threadsafe() and
+    without a lock. Other threads submit work with call_soon_threadsafe() and
     run_in_transaction(), and read the committed state of the database.
     """
 
     def __init__(self, server, store):
         # constant after start
         self.server = server
-        self.selector = selectors.DefaultSelector()     # calls the data of what is ready
+        self.selector = selectors.DefaultSelector()     # the data of a key is its callback
         is_select = isinstance(self.selector, selectors.SelectSelector)
         self.max_connections = 500 if is_select else NEVER
         self.wakeup_reader, self.wakeup_writer = socket.socketpair()
@@ -4294,9 +4295,9 @@ class EventLoop:
         self.calls_from_threads = collections.deque()
         self.ended = False                  # written by the loop's thread, read by all
         # touched by the loop's thread only
-        self.now = time.monotonic()         # the time of this pass, taken when something happened
+        self.now = time.monotonic()         # time.monotonic() when select() of this pass returned
         self.draining = False               # the engine ends once no connection is left
-        self.drain_deadline = NEVER         # when it ends, whoever is still there
+        self.drain_deadline = NEVER         # when it ends even with connections left
         self.lags = [0, 0]                  # longest pass in seconds: in this minute, the last one
         self.lag_minute = 0
         self.connections = set()
@@ -4320,7 +4321,7 @@ class EventLoop:
         return operation.client.result()
 
     def drain(self):
-        """Answer what was received, end what waits, and come to an end."""
+        """Answer received requests, end long polls and waits, and stop the loop after that."""
         self.draining = True
         self.drain_deadline = time.monotonic() + DRAIN_TIMEOUT
         self.waiters.end_all()
@@ -4337,7 +4338,7 @@ class EventLoop:
                 self._run_once()
             for connection in list(self.connections):
                 connection.close()
-        except BaseException as error:      # supervisors start an engine again that ends
+        except BaseException as error:      # the process ends, so that a supervisor starts it again
             self.server.log_bug('the loop, the engine ends', error)
             self.server.failed = True
         self.ended = True
@@ -4366,7 +4367,7 @@ class EventLoop:
         self._note_lag(now)
 
     def _note_lag(self, now):
-        """Remember the longest pass, in which nobody was heard."""
+        """Remember the longest time without a select(): nothing is received in it."""
         lag = self.now - now
         if now >= self.lag_minute + 60:
             self.lag_minute = now
@@ -4406,7 +4407,7 @@ COMMON_HEADERS = ('Cache-Control: no-store', 'X-Content-Type-Options: nosniff')
 
 
 class Response(NamedTuple):
-    """What a handler returns; a dict or a string of JSON stands for one with status 200."""
+    """The result of a handler; a dict or JSON text stands for a Response with status 200."""
     body: object = b''      # bytes, text, a dict, or an open file
     status: int = 200
     content_type: str = 'application/json'
@@ -4417,7 +4418,7 @@ JSON_OK = Response()[1:]
 
 
 class RequestHead(NamedTuple):
-    """The parsed request line and headers. Immutable, since clients that repeat a head share it."""
+    """The parsed request line and headers. Immutable, since requests with equal heads share it."""
     method: str
     path: str
     route: str                  # a key of ROUTES, or 'other'
@@ -4432,7 +4433,7 @@ class RequestHead(NamedTuple):
 
 
 def check_head_bytes(head):
-    """Refuse what is no request, as soon as that is known."""
+    """Refuse bytes that cannot become a request, before all of them are here."""
     if len(head) > MAX_HEAD:
         raise HeadersTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
     if not head[:1].isalpha() or head.count(b'\n') != head.count(b'\r\n'):
@@ -4440,7 +4441,7 @@ def check_head_bytes(head):
 
 
 def parse_head(raw):
-    """Parse strictly: refuse everything that two programs could read in two ways."""
+    """Parse strictly: refuse whatever another program could read differently."""
     lines = raw.split(b'\r\n')
     if len(lines) > MAX_HEADERS + 1:
         raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} headers')
@@ -4462,7 +4463,7 @@ def parse_head(raw):
                 raise BadRequest(f'the header {name} is there twice')
     connection = headers.get('connection', '').lower()
     keep_alive = 'close' not in connection and (is_http_1_1 or 'keep-alive' in connection)
-    if request_line[2]:         # its host replaces that of the header (RFC 9112, 3.2.2)
+    if request_line[2]:         # the host of an absolute form overrides the header (RFC 9112, 3.2.2)
         headers['host'] = request_line[2].decode()
     path, _, query = request_line[3].decode().partition('?')
     route, path_parameter = split_path(path)
@@ -4471,7 +4472,7 @@ def parse_head(raw):
 
 
 def split_path(path):
-    """(route, parameter) of a path; the route is 'other' where there is none."""
+    """(route, parameter) of a path; the route is 'other' if ROUTES has none."""
     end = path.find('/', 1) + 1 or len(path)
     route = path[:end]
     parameter = urllib.parse.unquote(path[end:], errors='surrogateescape')
@@ -4504,12 +4505,12 @@ class Request:
 
     def __init__(self, connection):
         self.connection = connection
-        self.deadline = connection.deadline     # the loop's time at which it has to be here
+        self.deadline = connection.deadline     # the loop's time by which it has to arrive
         self.head = None            # a RequestHead; None until its end was received
         self.is_received = False
         self.body = None            # bytes, until they are parsed
         self.params = None          # the validated fields, of each item of a batch
-        self.size = 0               # bytes of the body, also of what it became
+        self.size = 0               # bytes of the body, counted until the response is ready
         self.operation = None       # an Operation or JobWait that it waits for
 
     @property
@@ -4517,7 +4518,7 @@ class Request:
         return self.head.route if self.head else 'a request head'
 
     def receive(self):
-        """Receive it, as a part of the connection's generator."""
+        """Receive the head and body; a part of the connection's generator."""
         received = self.connection.received
         end = received.find(END_OF_HEAD)
         while end < 0:
@@ -4603,12 +4604,12 @@ class Request:
 class Connection(Client):
     """A client's connection: requests are received, served and answered one after the other.
 
-    It is a generator that yields the events to wait for, 0 for none; see Client.resume().
+    Its generator yields the events to wait for, 0 for none; see Client.resume().
     """
     request = None              # a Request, from its first byte until its response is sent
     unsent = b''                # of the response
-    watched = 0                 # events that the selector looks for
-    request_bytes = 0           # what the budget knows of it
+    watched = 0                 # events that it is registered for in the selector
+    request_bytes = 0           # as the budget counts it
     response_bytes = 0
 
     def __init__(self, server, sock, address):
@@ -4616,7 +4617,7 @@ class Connection(Client):
         self.server = server
         self.sock = sock
         self.address = address
-        self.received = bytearray()     # and not used yet; changed in place
+        self.received = bytearray()     # bytes not consumed yet; changed in place
         self.generator = self._serve()
         self.loop.connections.add(self)
         self.resume(None)
@@ -4663,7 +4664,7 @@ class Connection(Client):
             self._watch(0)
             self.loop.budget.update(self, 0, 0)
             self.sock.close()
-            self.request = None     # it refers to this: the collector would free them much later
+            self.request = None     # a cycle, which the collector would free much later
             self.unsent = b''
 
     def _receive(self):
@@ -4716,14 +4717,14 @@ class Connection(Client):
             yield READ
 
     def _skip_blank_lines(self):
-        """They are no part of the request that follows (RFC 9112, 2.2). True if there is one."""
+        """Skip CR and LF before a request (RFC 9112, 2.2). True if bytes of a request are left."""
         if self.received[0] in b'\r\n':
             self.received[:] = self.received.lstrip(b'\r\n')
         return bool(self.received)
 
     def _serve_request(self, request):
         """Receive and answer it. True if another may follow."""
-        keep_alive = False      # after an error in the head or body the next request is not found
+        keep_alive = False      # after a bad head or body the next request cannot be found
         try:
             yield from request.receive()
             keep_alive = request.head.keep_alive
@@ -4742,7 +4743,7 @@ class Connection(Client):
         return keep_alive
 
     def _dispatch(self, request):
-        """The response of the handler, after the operation that it asks for."""
+        """The response of the handler, or of the operation that it returns."""
         head = request.head
         if head.entry.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
             result = yield from self._offload(self.server.handle, request)
@@ -4755,13 +4756,13 @@ class Connection(Client):
         return result
 
     def _run_operation(self, request, operation):
-        """The response once the operation has its result. A wait's job is read in a thread."""
+        """The response, once the operation has its result. A JobWait is rendered in a thread."""
         request.operation = operation
         request.body = None
         operation.client = self
         self.deadline = NEVER
         if operation.topic:
-            request.size = 0        # what waits needs no memory
+            request.size = 0        # a waiting request keeps no body
         try:
             waits = operation.submit(self.loop)
             result = (yield from self._wait_for_result()) if waits else None
@@ -4773,13 +4774,13 @@ class Connection(Client):
         return operation.render(result)
 
     def _offload(self, function, *args):
-        """Call the function in a thread of the server's."""
+        """The result of a function that one of the server's threads calls."""
         self.deadline = NEVER
         self.loop.offload.submit(SlowCall(self, self.request.name, function, args))
         return (yield from self._wait_for_result())
 
     def _wait_for_result(self):
-        """The event that is a result. Bytes that come meanwhile belong to the next request."""
+        """Wait for the event that is a result. Bytes received meanwhile are the next request."""
         event = SOCKET_READY
         at_end = False
         while event is SOCKET_READY:
@@ -4787,7 +4788,7 @@ class Connection(Client):
                 event = yield 0 if at_end or len(self.received) > MAX_HEAD else READ
             except EOFError:
                 if self.request.operation and self.request.operation.topic:
-                    raise       # a job is for a client that is still there
+                    raise       # no job is handed to a client that is gone
                 at_end = True
         return event
 
@@ -4841,7 +4842,7 @@ class Connection(Client):
             yield WRITE
 
     def _send_file(self, file, length):
-        """Send what is left of the response, then the file piece by piece."""
+        """Send the rest of the response, then the file piece by piece."""
         deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
         with file:
             while self.unsent:
@@ -4916,7 +4917,7 @@ def poll(server, params):
 
 
 def long_poll_seconds(params):
-    """How long a poll or wait is held: not as long as proxies wait for a response."""
+    """Seconds until a poll or wait is answered: before proxies give up."""
     return min(params.get('wait', 0) / 1000000, LONG_POLL_TIMEOUT)
 
 
@@ -4947,7 +4948,7 @@ def schedule(server, params):
 
 
 def change_call(call):
-    """The handler of cancel, retry and purge: of jobs by their ids, or of all that match."""
+    """The handler of cancel, retry or purge: for jobs by their ids, or for all that match."""
     def change_one(server, params):
         def work(tx):
             server.store.operators.apply_to_item(tx, params, call)
@@ -4990,7 +4991,7 @@ def change_call(call):
 
 
 def get_job(server, params):
-    """The job; with `wait`, once it has ended or the time is over."""
+    """The job; with `wait`, when it has ended or after that time."""
     queries = server.store.queries
     id = params['id']
     if 'wait' not in params:
@@ -5011,7 +5012,7 @@ def wait_for_loss(server, params):
     def was_lost():
         return lost_at.get(worker, 0) > since
 
-    def render(was_woken):      # before `lost_at` is written, perhaps
+    def render(was_woken):      # perhaps before Workers.record() sets `lost_at`
         latest = max(since, lost_at.get(worker, 0))
         return {'lost': bool(was_woken) or latest > since, 'since': latest}
 
@@ -5019,7 +5020,7 @@ def wait_for_loss(server, params):
 
 
 def list_jobs(server, params):
-    """A page of jobs; with `id`, which a path cannot hold if it is like `..`, that job."""
+    """A page of jobs; with `id` that job, since an id such as `..` cannot be in a path."""
     return get_job(server, params) if 'id' in params else server.store.queries.jobs(**params)
 
 
@@ -5031,7 +5032,7 @@ def backup(server, params):
 
 
 def health(server, params):
-    """Status 503 in trouble, for those that look at no more than that."""
+    """Status 503 in trouble, for probes that check the status alone."""
     state = server.store.queries.health()
     return Response(state, 200 if state['status'] == 'ok' else 503)
 
@@ -5061,13 +5062,13 @@ def dashboard(status=200):
 class Route(NamedTuple):
     method: str
     handler: Callable
-    required: Sequence[Sequence[str]]   # of each group at least one field
-    rules: Dict[str, 'FieldRule']       # of all fields that it takes
-    offload: bool                       # may take long: it is served in a thread
+    required: Sequence[Sequence[str]]   # groups of fields; each needs at least one of its fields
+    rules: Dict[str, 'FieldRule']       # all fields that it takes
+    offload: bool                       # it may take long, so a thread serves it
 
 
 def route(method, handler, required=(), optional='', offload=False, **rules):
-    """A Route; `required` is a list of fields, and of tuples of which one field is required.
+    """A Route. `required` lists fields, and tuples of fields of which one is required.
 
     `optional` lists fields, separated by blanks. `rules` replace those in FIELDS.
     """
@@ -5134,7 +5135,7 @@ ROUTES = {
 }
 
 
-# what operators do is logged, with these fields
+# the calls of operators are logged, with these fields
 AUDITED = frozenset(('/pause', '/resume', '/limit', '/cancel', '/retry', '/purge', '/reschedule',
                      '/schedule', '/unschedule'))
 AUDIT_FIELDS = ('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
@@ -5142,7 +5143,7 @@ AUDIT_FIELDS = ('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 
 
 
 def audit_line(address, path, params, result):
-    """Who did what to how many: the call, its fields, and the count in its result."""
+    """Address, call, its fields, and to how many jobs it applied."""
     if isinstance(params, dict):
         fields = [f'{field}={describe(params[field])}' for field in AUDIT_FIELDS if field in params]
     else:
@@ -5209,7 +5210,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.known_heads = {}       # bytes -> authorized RequestHead
         # safe without a lock
         self.change_slots = threading.Semaphore(OFFLOAD_THREADS - 1)    # a thread is left to read
-        self.failed = False         # the loop has come to a bad end
+        self.failed = False         # the loop has ended with an exception
         super().__init__(address, RequestHandler)
         host = f'[{address[0]}]' if ':' in address[0] else address[0]
         self.url = f'{"https" if tls else "http"}://{host}:{self.server_address[1]}'
@@ -5244,7 +5245,7 @@ class Server(http.server.ThreadingHTTPServer):
             super().shutdown_request(request)
 
     def handle(self, request):
-        """What the handler of the route makes of the request."""
+        """The result of the route's handler for the request."""
         head = request.head
         if head.method == 'POST':
             request.params = validate_batch(head.route, parse_json(request.body))
@@ -5253,16 +5254,16 @@ class Server(http.server.ThreadingHTTPServer):
         return head.entry.handler(self, request.params)
 
     def remember_head(self, raw, head):
-        """Keep an authorized head, since clients send the same one again and again."""
+        """Cache an authorized head, since clients send the same one again and again."""
         if len(raw) < MAX_KNOWN_HEAD_BYTES:
             if len(self.known_heads) >= MAX_KNOWN_HEADS:
                 self.known_heads.clear()
             self.known_heads[raw] = head
 
     def authorize(self, head):
-        """The head with its rule and content length, if this client may call it like this.
+        """The head with its entry and content length; an HTTPError if the client may not call it.
 
-        This depends on the head and on constants alone, so the result may be kept.
+        The result depends on the head and on constants alone, so it can be cached.
         """
         self._check_host(head)
         if self.token and head.route != '/health':
@@ -5284,8 +5285,10 @@ class Server(http.server.ThreadingHTTPServer):
         return head._replace(entry=entry, content_length=self._content_length(head))
 
     def _is_own_name(self, host):
-        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
-        the DNS of an attacker may have bound it to this address."""
+        """Whether a host, perhaps with a port, is a name of this engine.
+
+        Other names are refused, since the DNS of an attacker may point them here (DNS rebinding).
+        """
         name = re.sub(r':\d*$', '', host).strip('[]').lower()
         if name in self.allowed_hosts or is_loopback(name):
             return True
@@ -5298,11 +5301,11 @@ class Server(http.server.ThreadingHTTPServer):
                 f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
-        """Pages of other origins may link to the pages, and call nothing.
+        """Pages of other origins may link to the engine's pages, but may not call it.
 
-        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
-        that no page can set; the name must be the engine's all the same. Whoever knows the token
-        is no foreign page.
+        A proxy may have rewritten Host. A browser then still sends `Sec-Fetch-Site: same-origin`,
+        which no page can set; Origin must name the engine nevertheless. With a token there is no
+        check, since foreign pages do not know it.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
@@ -5319,7 +5322,7 @@ class Server(http.server.ThreadingHTTPServer):
                 'Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
 
     def _content_length(self, head):
-        """The length of the body; None if it is chunked. Two ways to tell it are none."""
+        """The length of the body; None if it is chunked. Both at once are refused."""
         length = head.headers.get('content-length')
         coding = head.headers.get('transfer-encoding')
         if coding is not None:
@@ -5359,7 +5362,7 @@ class Server(http.server.ThreadingHTTPServer):
                     log(part)
 
     def run_due_now(self):
-        """Do all that is due by now before this returns: for clocks that are moved by hand."""
+        """Do everything that is due, then return: for tests, which move the clock by hand."""
         def is_due(tx):
             return self.store.next_deadline <= self.store.clock.now()
 
@@ -5370,13 +5373,15 @@ class Server(http.server.ThreadingHTTPServer):
     tick = run_due_now      # what the SDK of version 1.1 calls it in testing()
 
     def server_close(self):
-        """Once serve_forever() has returned: let nobody in, answer what was received, and close
-        the database."""
+        """Close the listener, answer received requests, and close the database.
+
+        To be called once serve_forever() has returned.
+        """
         super().server_close()
         if self.loop:
             self.loop.call_soon_threadsafe(self.loop.drain)
             self.loop.thread.join(DRAIN_TIMEOUT + LOCK_TIMEOUT)
-            if not self.loop.thread.is_alive():     # else leave it as a crash would: SQLite copes
+            if not self.loop.thread.is_alive():     # else the next start recovers, as after a crash
                 self.store.database.close()
 
 
@@ -5390,14 +5395,15 @@ def is_loopback(name):
 
 
 def log(sentence):
-    """One line on stderr, whatever is in the sentence; nothing where stderr is gone."""
+    """Write one line to stderr, with control characters escaped; do nothing if it is closed."""
     line = UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', sentence)
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(time.strftime('%Y-%m-%d %H:%M:%S'), line, file=sys.stderr, flush=True)
 
 
 # -- Metrics --------------------------------------------------------------------------------------
-EVENTS = ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled', 'expired')
+# of METER_EVENTS; 'started' has a histogram, which counts it
+COUNTER_EVENTS = ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled', 'expired')
 LABEL_ESCAPES = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
 
 
@@ -5497,7 +5503,7 @@ def schedule_families(schedules, now):
 
 
 def meter_families(meter, named_queues):
-    """What happened since the start; queues without a name of their own are summed up."""
+    """Counts since the start. Queues that are not in `named_queues` are summed up."""
     totals = collections.Counter()
     with meter.lock:
         requests = dict(meter.requests)
@@ -5506,7 +5512,7 @@ def meter_families(meter, named_queues):
                       if key[1] in named_queues}
         for (event, queue), count in meter.totals.items():
             totals[event, queue if queue in named_queues else '(others)'] += count
-    for event in EVENTS:
+    for event in COUNTER_EVENTS:
         yield Family(
             f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.',
             [sample(count, queue=queue) for (name, queue), count in totals.items()
@@ -5544,7 +5550,7 @@ def sample(value, suffix='', **labels):
 
 
 # -- OpenAPI ---------------------------------------------------------------------------------------
-COLUMN_SCHEMAS = {      # function that writes a column -> what it writes, null aside
+COLUMN_SCHEMAS = {      # renderer of a column -> the JSON Schema of its output, without null
     json_string: {'type': 'string'},
     json_key: {'type': 'string'},
     json_number: {'type': 'integer'},
@@ -5581,7 +5587,7 @@ def page_schema(name, item):
 
 
 def table_schema(columns, **more):
-    """An object of the columns that clients see; what brief pages leave out is not required."""
+    """An object of the visible columns. Those that brief pages leave out are not required."""
     schema = object_schema()
     for name, column in columns.items():
         if column.json:
@@ -5643,7 +5649,7 @@ SCHEMAS = {
 
 
 class Call(NamedTuple):
-    """What OpenAPI says of a route beyond its fields."""
+    """The description of a route in OpenAPI, besides its fields."""
 
     name: str
     summary: str
@@ -5694,7 +5700,7 @@ CALLS = {       # a route that is not here is described by its fields alone
 
 @functools.lru_cache(maxsize=1)
 def openapi():
-    """What the calls take and answer, from ROUTES, FIELDS and the tables of columns."""
+    """The OpenAPI document, derived from ROUTES, FIELDS and the tables of columns."""
     requests = {}
     paths = {}
     for path, route in ROUTES.items():
@@ -5748,7 +5754,7 @@ def openapi_operation(path, route):
 
 
 def openapi_body(route, item):
-    """The schema of one item, and that of the body: an item, or where it may be, many."""
+    """The schema of one item, and that of the body: one item or, where allowed, many."""
     fields = {
         field: or_null(rule.schema) if field in NULLABLE else rule.schema
         for field, rule in route.rules.items() if field != 'jobs'}
@@ -5794,7 +5800,7 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
     tls = tls_context(cert, key) if cert else None
     ages = [parse_duration(keep), parse_duration(keep_failed)]
     try:
-        # first of all: a port that is taken leaves no file behind
+        # before the database: if the port is taken, no file is left behind
         server = Server((host, port), token, tls, allow_host, verbose)
     except (OSError, OverflowError) as error:
         raise StartupError(f'{host}:{port} cannot be listened on: {error}') from None
@@ -5918,7 +5924,7 @@ class StopSignals:
             threading.Thread(target=self.server.shutdown, daemon=True).start()
 
     def stop(self, server):
-        """Have them stop this server; at once, if one has come already."""
+        """Let the signals stop this server; at once if one has come already."""
         self.server = server
         if self.came:
             self._catch()
@@ -5933,7 +5939,7 @@ def print_greeting(server):
 
 
 def raise_file_limit():
-    """A waiting worker is an open file: take as many as the system lets us."""
+    """Raise the limit of open files, since each waiting worker is one."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
