@@ -2088,6 +2088,7 @@ class Transaction:
         self.signs_of_life = []
         self.deprived_workers = set()  # workers from whom a job was taken
         self.starved = set()    # queues whose polls lacked response budget or a rate token
+        self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # True: next_deadline holds for the whole database
         self.slice_ends = None   # time.monotonic() after which paced() ends
@@ -3129,10 +3130,8 @@ class Retention:
     pieces of work of bounded cost, and the next piece may be in another transaction.
     """
 
-    def __init__(self, workers, meter, keep, keep_failed):
+    def __init__(self, keep, keep_failed):
         # constant after start
-        self.workers = workers
-        self.meter = meter
         self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # 0: for ever
         # touched by the loop's thread only
         self.next_round = 0     # engine time in microseconds
@@ -3209,8 +3208,7 @@ class Retention:
         row = self.tx.fetch_one(IS_UNUSED + ' WHERE queue = ?', before, queue)
         if row and row[1]:
             self.tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
-            self.workers.last_polled.pop(queue, None)
-            self.meter.fold_into_others(queue)
+            self.tx.forgotten_queues.append(queue)
 
 
 # -- Jobs: queries ---------------------------------------------------------------------------------
@@ -3684,7 +3682,7 @@ class Store:
         self.schedules = Schedules(self.producers)
         self.operators = Operators(
             database, self.jobs, self.limits, self.dependencies, self.claims)
-        self.retention = Retention(self.workers, self.meter, keep, keep_failed)
+        self.retention = Retention(keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
         self._check_set_back()
         # touched by the loop's thread only
@@ -3714,6 +3712,9 @@ class Store:
             self.starved = self.starved - polled | tx.starved
         self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
             self.next_deadline, tx.next_deadline)
+        for queue in tx.forgotten_queues:
+            self.workers.last_polled.pop(queue, None)
+            self.meter.fold_into_others(queue)
         self.workers.record(tx)
         self.meter.record(tx.now, tx.events, operations)
         for line in tx.log_lines:
@@ -4463,7 +4464,7 @@ def parse_head(raw):
                 raise BadRequest(f'the header {name} is there twice')
     connection = headers.get('connection', '').lower()
     keep_alive = 'close' not in connection and (is_http_1_1 or 'keep-alive' in connection)
-    if request_line[2]:         # the host of an absolute form overrides the header (RFC 9112, 3.2.2)
+    if request_line[2]:         # the host of an absolute form holds (RFC 9112, 3.2.2)
         headers['host'] = request_line[2].decode()
     path, _, query = request_line[3].decode().partition('?')
     route, path_parameter = split_path(path)

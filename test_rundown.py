@@ -5155,6 +5155,28 @@ def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     assert there() == ["running"]
 
 
+def test_a_queue_is_not_forgotten_by_a_transaction_that_is_rolled_back(clocked, q):
+    retention = clocked.server.store.retention
+    retention.next_round = rundown_engine.NEVER     # this test alone makes rounds
+    clocked.poll(q)
+    polled_at = clocked.queue(q)["polled_at"]
+    clocked.advance(2 * rundown_engine.FORGET_QUEUE_AFTER)
+
+    def round_of_retention(tx, fail=True):
+        retention.next_round = 0
+        retention.run_due(tx)
+        retention.next_round = rundown_engine.NEVER
+        assert tx.fetch_one(rundown_engine.SELECT_QUEUE, q) is None
+        if fail:
+            raise rundown_engine.Conflict("so the transaction is rolled back")
+
+    with pytest.raises(rundown_engine.Conflict):
+        in_transaction(clocked, round_of_retention)
+    assert clocked.queue(q)["polled_at"] == polled_at
+    in_transaction(clocked, lambda tx: round_of_retention(tx, fail=False))
+    assert clocked.server.store.workers.last_polled == {}
+
+
 def test_retention_deletes_no_job_that_is_retried_between_two_of_its_steps(clocked, q, monkeypatch):
     retention = clocked.server.store.retention
     retention.next_round = rundown_engine.NEVER     # this test alone makes steps
