@@ -3279,8 +3279,8 @@ def test_a_target_in_absolute_form_is_served_and_its_host_is_the_one_that_counts
 
 
 def test_a_poll_and_a_wait_are_answered_before_proxies_give_up(own, q):
-    assert rundown_engine.MAX_HELD < 60
-    engine = own(constants={"MAX_HELD": 0.2})
+    assert rundown_engine.LONG_POLL_TIMEOUT < 60
+    engine = own(constants={"LONG_POLL_TIMEOUT": 0.2})
     job = engine.enqueue(q + "-other")
     began = time.monotonic()
     assert engine.poll(q, wait=60) is None
@@ -4900,7 +4900,7 @@ def test_the_claim_is_served_by_one_index_in_its_order(clocked, q):
 
 @pytest.mark.parametrize("name", [
     "ACTIVE_IN_GROUP", "FIRST_IN_GROUP", "SELECT_EXPIRED", "SELECT_LOST", "SELECT_DUE", "NEXT_DEADLINE", "NEXT_ENDED",
-    "NEXT_DEPENDENTS", "TOLD_DEPENDENTS", "DEPENDENCIES_OF", "JOB_WITH_KEY", "FIND_BY_ID", "SELECT_STEP"])
+    "NEXT_DEPENDENTS", "INFORMED_DEPENDENTS", "DEPENDENCIES_OF", "JOB_WITH_KEY", "FIND_BY_ID", "SELECT_STEP"])
 def test_what_runs_in_every_pass_looks_at_no_row_in_vain(clocked, name):
     statement = getattr(rundown_engine, name)
     with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
@@ -5155,19 +5155,46 @@ def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     assert there() == ["running"]
 
 
+def test_a_queue_is_not_forgotten_by_a_transaction_that_is_rolled_back(clocked, q):
+    retention = clocked.server.store.retention
+    retention.next_round = rundown_engine.NEVER     # this test alone makes rounds
+    clocked.poll(q)
+    polled_at = clocked.queue(q)["polled_at"]
+    clocked.advance(2 * rundown_engine.FORGET_QUEUE_AFTER)
+
+    def round_of_retention(tx, fail=True):
+        retention.next_round = 0
+        retention.run_due(tx)
+        retention.next_round = rundown_engine.NEVER
+        assert tx.fetch_one(rundown_engine.SELECT_QUEUE, q) is None
+        if fail:
+            raise rundown_engine.Conflict("so the transaction is rolled back")
+
+    with pytest.raises(rundown_engine.Conflict):
+        in_transaction(clocked, round_of_retention)
+    assert clocked.queue(q)["polled_at"] == polled_at
+    in_transaction(clocked, lambda tx: round_of_retention(tx, fail=False))
+    assert clocked.server.store.workers.last_polled == {}
+
+
 def test_retention_deletes_no_job_that_is_retried_between_two_of_its_steps(clocked, q, monkeypatch):
     retention = clocked.server.store.retention
-    retention.next_round = rundown_engine.NEVER
+    retention.next_round = rundown_engine.NEVER     # this test alone makes steps
     jobs = [failed_job(clocked, q)["id"] for _ in range(3)]
     there = lambda: [id for id in jobs if clocked.call("GET", "/jobs/" + id)[0] == 200]
     clocked.advance(31 * 86400)
-    retention.next_round = 0
-    monkeypatch.setattr(rundown_engine, "STEP_TIME", -1)      # each step deletes one job
-    in_transaction(clocked, retention.run_due)
+    monkeypatch.setattr(rundown_engine, "SLICE_TIME", -1)      # each step deletes one job
+
+    def step(tx):
+        retention.next_round = 0
+        retention.run_due(tx)
+        retention.next_round = rundown_engine.NEVER
+
+    in_transaction(clocked, step)
     assert there() == jobs[1:]
     clocked.post("/retry", id=jobs[1])
     for _ in range(6):
-        in_transaction(clocked, retention.run_due)
+        in_transaction(clocked, step)
     assert there() == jobs[1:2]
 
 
@@ -13804,7 +13831,7 @@ def move(times):
     server.loop.committer.check_clock()
 
 clock, server = Clock(0.0, 0.0), None
-rundown_engine.STEP_TIME = 60       # all that is due is done at once, also on a slow machine
+rundown_engine.SLICE_TIME = 60       # all that is due is done at once, also on a slow machine
 for line in sys.stdin:
     path, *times = line.split()
     times = tuple(map(float, times))
@@ -13836,7 +13863,7 @@ class KilledEngine:
         self._start_process()
 
     def _start_process(self):
-        require_names(rundown_engine, ["STEP_TIME"])
+        require_names(rundown_engine, ["SLICE_TIME"])
         with open(str(self.folder / "engine.log"), "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", CLOCKED_PROGRAM],
