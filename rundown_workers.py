@@ -936,8 +936,7 @@ class ProducerCalls(Caller):
         """Add a job, and return it. The call is idempotent: sending it again adds nothing.
 
         `created` in it is False if a job with its id or key existed before. A `run_at` without
-        a zone
-        is local time; durations are in seconds, or timedeltas.
+        a zone is local time; durations are in seconds, or timedeltas.
 
         The job waits until the jobs `after` (jobs or ids) are done; if one of them fails it is
         cancelled, unless `after_any` is True. Jobs of a `group` run one at a time, in order.
@@ -971,8 +970,8 @@ class ProducerCalls(Caller):
     ) -> list[Job]:
         """Add a job per payload, in requests of up to 1,000 jobs; return the jobs in order.
 
-        Each request is all or nothing. `ids` are one for each payload. The options are those of
-        enqueue() except `id` and `key`, and hold for all jobs.
+        Each request is all or nothing. `ids` has one id for each payload. The options are those
+        of enqueue() except `id` and `key`, and apply to all jobs.
         """
         if isinstance(payloads, (str, bytes, dict)):
             kind = type(payloads).__name__
@@ -1056,7 +1055,8 @@ class ProducerCalls(Caller):
         """Have a job made at each tick of `cron`, or `every` so many seconds.
 
         `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
-        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
+        changes nothing. With `key`, a tick is skipped while the job of an earlier one is pending
+        or running.
         """
         return self._post(
             '/schedule', name=name, queue=queue, cron=cron, every=every, zone=zone,
@@ -1104,7 +1104,7 @@ class WorkerCalls(Caller):
         retry: bool | None = None,
         delay: float | datetime.timedelta | None = None,
     ) -> dict[str, Any]:
-        """Report a failure. `retry` False: for good. `delay` replaces the engine's backoff."""
+        """Report a failure; `retry=False` makes it final, `delay` replaces the engine's backoff."""
         return self._post(
             '/fail', id=id, attempt=attempt, error=error, retry=retry, delay=clamp_delay(delay))
 
@@ -1123,11 +1123,11 @@ class WorkerCalls(Caller):
         wait: float | datetime.timedelta | None = None,
         since: int | None = None,
     ) -> dict[str, Any]:
-        """Wait until the worker loses a job that it runs; `since` is that of the last answer."""
+        """Wait until the worker loses a claim; `since` is the one of the previous answer."""
         return self._get('/lost', worker=worker, wait=wait, since=since)
 
     def release(self, id: str, attempt: int | None = None) -> dict[str, Any]:
-        """Give a claim back; nothing is counted."""
+        """Give a claim back; it counts as no failure."""
         return self._post('/release', id=id, attempt=attempt)
 
     def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
@@ -1138,10 +1138,10 @@ class WorkerCalls(Caller):
 class Client(ProducerCalls, WorkerCalls):
     """The calls of an engine, one method each; a method takes the fields of its call.
 
-    `host` may name several engines, separated by blanks: one is used until it does not answer
-    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
-    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
-    once. Safe to use from many threads, and after a fork.
+    `host` may name several engines, separated by blanks: one is used until it stops answering,
+    then the next. While none answers, a call is retried for `timeout` seconds; then it raises
+    EngineUnavailable. A call that the engine refuses raises Refused at once. Safe to use from
+    many threads, and after a fork.
     """
 
     def pause(self, queue: str) -> dict[str, Any]:
@@ -1162,7 +1162,7 @@ class Client(ProducerCalls, WorkerCalls):
     ) -> dict[str, Any]:
         """Change the time or the priority of a pending job; `delay` 0 means now.
 
-        With `jobs` (jobs or ids) of many: returns {"jobs": [...]}, a reply for each.
+        With `jobs` (jobs or ids), changes all of them: returns {"jobs": [...]}, a reply for each.
         """
         return self._change(
             '/reschedule', jobs, id=id, delay=delay, run_at=in_utc(run_at), priority=priority)
@@ -1177,7 +1177,7 @@ class Client(ProducerCalls, WorkerCalls):
     ) -> dict[str, Any]:
         """Cancel a job, or all of a queue, status and tag; returns {"count": n}.
 
-        With `jobs` (jobs or ids) many: returns {"jobs": [...]}, a reply for each.
+        With `jobs` (jobs or ids), cancels all of them: returns {"jobs": [...]}, a reply for each.
         """
         return self._change('/cancel', jobs, id=id, queue=queue, status=status, tag=tag)
 
@@ -1212,8 +1212,8 @@ class Client(ProducerCalls, WorkerCalls):
     ) -> dict[str, Any]:
         """Limit how many jobs of a queue run at a time, and how fast they are claimed.
 
-        At most `rate` are claimed at once, then one each `per / rate` seconds. None removes a
-        limit; omitted ones are unchanged. Returns the limits of the queue.
+        At most `rate` are claimed at once, then one every `per / rate` seconds. None removes a
+        limit; omitted limits are unchanged. Returns the limits of the queue.
         """
         fields = encode_durations(
             {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
@@ -1237,9 +1237,9 @@ class Client(ProducerCalls, WorkerCalls):
     ) -> dict[str, Any]:
         """A page of jobs, newest first; the answer's `after` asks for the next page.
 
-        `needed_by` is an id: the jobs that this job waits or waited for, in its order. `search`
-        is a text in the payload, error, result, tag or id; a page of these may be empty though
-        there is a next one.
+        `needed_by` is the id of a job: selects its dependencies, in the order of its `after`.
+        `search` is a text in the payload, error, result, tag or id; such a page may be empty
+        although there is a next one.
         """
         return self._get(
             '/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after,
@@ -1279,7 +1279,7 @@ class Waiting:
         self.give_up = client.timeout if give_up is None else in_seconds(give_up)
 
     def next_call(self, longest):
-        """The arguments of Client.call() for the next look, which lasts `longest` seconds."""
+        """The arguments of Client.call() for the next long poll, of `longest` seconds at most."""
         left = max(0, self.deadline - time.monotonic())
         wait = round(min(longest, left), 3)
         path = f'/jobs/{quote(self.id)}?wait={wait}'
@@ -1295,24 +1295,24 @@ class Waiting:
 
 
 class Job(Dict[str, Any], Generic[R]):
-    """A job as the engine described it: a dict that can ask for news."""
+    """A job as the engine described it last: a dict with methods that update it."""
 
     def __init__(self, fields: dict[str, Any], client: Client) -> None:
         super().__init__(fields)
         self.client = client
 
     def refresh(self) -> Job[R]:
-        """Bring it up to date, and return it."""
+        """Update it from the engine, and return it."""
         self.update(self.client.job(self['id']))
         return self
 
     def cancel(self) -> Job[R]:
-        """Cancel it, bring it up to date, and return it; Refused if it has ended."""
+        """Cancel it, update it, and return it; Refused if it has ended."""
         self.client.cancel(self['id'])
         return self.refresh()
 
     def retry(self) -> Job[R]:
-        """Make it pending again, bring it up to date, and return it; Refused if it is not over."""
+        """Make it pending again, update it, and return it; Refused if it has not ended."""
         self.client.retry(self['id'])
         return self.refresh()
 
@@ -1321,7 +1321,7 @@ class Job(Dict[str, Any], Generic[R]):
         timeout: float | datetime.timedelta | None = None,
         give_up: float | datetime.timedelta | None = None,
     ) -> Job[R]:
-        """Bring it up to date once it has ended, and return it; see Client.wait."""
+        """Wait until it has ended, update it, and return it; see Client.wait."""
         self.update(self.client.wait(self, timeout, give_up))
         return self
 
@@ -1354,7 +1354,7 @@ class Job(Dict[str, Any], Generic[R]):
         return self['result']
 
     def __reduce__(self):
-        """In another process, and in a copy, it is a plain dict."""
+        """Pickle and copy it as a plain dict: a client cannot be pickled."""
         return dict, (dict(self),)
 
 
@@ -1363,7 +1363,7 @@ def results(
     timeout: float | datetime.timedelta | None = None,
     give_up: float | datetime.timedelta | None = None,
 ) -> list[R]:
-    """The results of many jobs, in order: see Job.result. The timeout is that of all."""
+    """The results of many jobs, in order: see Job.result. The timeout is for all together."""
     deadline = deadline_after(timeout)
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
@@ -1379,7 +1379,7 @@ def encode_body(body):
 
 
 def parse_hosts(text):
-    """The URLs of engines, separated by blanks; Error for one that is none."""
+    """The URLs of engines, separated by blanks; raises Error for an invalid one."""
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
         if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
@@ -1392,15 +1392,15 @@ def tls_context(hosts, ca):
     if not any(url.startswith('https:') for url in hosts):
         return None
     context = ssl.create_default_context(cafile=ca)
-    if ca:      # home-made certificates rarely fulfil the conditions of Python 3.13
+    if ca:      # self-made certificates rarely pass the strict checks of Python 3.13
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
 
 def refusal(response):
-    """The exception for a response that is no success.
+    """The exception for an unsuccessful response.
 
-    Only an engine's own JSON is a verdict. Anything else comes from a proxy or a stranger.
+    Only the engine's own JSON is a refusal. Anything else is from a proxy or another server.
     """
     message = error_message(response)
     if message is None:
@@ -1430,7 +1430,7 @@ def error_message(response):
 
 
 def is_permanent(status):
-    """Is there no use in sending it again?"""
+    """Would the same request get the same answer again?"""
     return status < 500 and status != 429
 
 
@@ -1469,7 +1469,7 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
 
 
 def encode_durations(fields):
-    """Put numbers of seconds in place of timedeltas, and return the fields."""
+    """Convert timedeltas to seconds, in place; returns the fields."""
     for name in DURATIONS & fields.keys():
         fields[name] = in_seconds(fields[name])
     return fields
@@ -1493,28 +1493,29 @@ def batches(items, size):
     if batch:
         yield batch
 
+
 # -- asyncio: calls that never block an event loop -------------------------------------------------
 class AsyncCalls:
     """A thread whose event loop makes the calls of asyncio programs.
 
-    The loops of the programs only wait for a future. Nothing blocks them, not even the resolution
-    of a name, and their default executors stay free.
+    The event loops of the programs only wait for a future. Nothing blocks them, not even a DNS
+    lookup, and their default executors stay free.
     """
 
     def __init__(self):
-        import asyncio      # here, since it takes megabytes that most programs have no use for
-        self.process = os.getpid()      # constant: a fork has no such thread
+        import asyncio      # here, since it takes megabytes and most programs do not need it
+        self.process = os.getpid()      # constant; a fork needs a new instance: it has no thread
         self.loop = asyncio.new_event_loop()
         # used by the loop's thread only
         self.idle = {}          # (origin, TLS settings) -> deque of (reader, writer)
-        self.call_slots = None  # semaphores: short calls, and waits for a job
-        self.wait_slots = None
+        self.call_slots = None  # semaphore of short calls
+        self.wait_slots = None  # semaphore of long polls
         thread = threading.Thread(target=self._run, name='rundown-asyncio', daemon=True)
         contextvars.Context().run(thread.start)     # it belongs to no job
 
     def _run(self):
         import asyncio
-        asyncio.set_event_loop(self.loop)       # Python 3.8 takes that of the semaphores from there
+        asyncio.set_event_loop(self.loop)       # where semaphores of Python 3.8 look for it
         self.call_slots = asyncio.Semaphore(MAX_ASYNC_CALLS)
         self.wait_slots = asyncio.Semaphore(max_async_waits())
         self.loop.run_forever()
@@ -1537,7 +1538,7 @@ class AsyncCalls:
 
     async def _wait(self, client, waiting):
         while True:
-            # when connections are scarce, the waits take turns
+            # if all connections are in use, short polls let the others have a turn
             longest = CROWDED_POLL if self.wait_slots.locked() else LONG_POLL
             arguments = waiting.next_call(longest)
             job = await self._call(self.wait_slots, client, **arguments)
@@ -1596,13 +1597,12 @@ class AsyncCalls:
                 idle.append((reader, writer))
             return response
 
-
     def close_idle(self, hosts):
         """Close the idle connections to these engines."""
-        places = [urllib.parse.urlsplit(host)[:2] for host in hosts]
+        origins = [urllib.parse.urlsplit(host)[:2] for host in hosts]
         for key in list(self.idle):
             origin, _ = key
-            if origin in places:
+            if origin in origins:
                 for _, writer in self.idle.pop(key):
                     writer.close()
 
@@ -1616,8 +1616,8 @@ def close_idle_streams(hosts):
 
 async def connect_streams(origin, context):
     import asyncio
-    scheme, place = origin
-    parts = urllib.parse.urlsplit(f'{scheme}://{place}')
+    scheme, host_and_port = origin
+    parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
     if scheme == 'https':
         return await asyncio.open_connection(parts.hostname, parts.port or 443, ssl=context)
     return await asyncio.open_connection(parts.hostname, parts.port or 80)
@@ -1634,7 +1634,7 @@ async def receive_response(reader):
 
 
 class ReceivedBytes:
-    """Stands for a socket: http.client reads the bytes that have been received so far."""
+    """Acts as a socket from which http.client reads the bytes received so far."""
 
     def __init__(self, data):
         self.data = data
@@ -1644,7 +1644,7 @@ class ReceivedBytes:
 
 
 def parse_response(data, is_all):
-    """The response in the bytes; None if more of them are to come."""
+    """The response in the bytes; None if it is not complete. `is_all`: no more bytes will come."""
     if not is_all and not has_final_head(data):
         return None
     response = http.client.HTTPResponse(ReceivedBytes(data))
@@ -1663,7 +1663,7 @@ def parse_response(data, is_all):
 
 
 def has_final_head(data):
-    """Are the headers complete, those of a response that is not `100 Continue`?"""
+    """Are the headers of the final response complete, after any of `100 Continue`?"""
     heads = data[:MAX_RESPONSE_HEAD].replace(b'\r\n', b'\n').split(b'\n\n')[:-1]
     return len(data) > MAX_RESPONSE_HEAD or any(
         not re.match(rb'HTTP/1\.[01] 1', head) for head in heads)
@@ -1700,12 +1700,12 @@ def async_calls():
 
 
 # -- In a handler ----------------------------------------------------------------------------------
-# the claim that the handler of this context works on; in an isolated process a ChildClaim
+# the claim whose handler runs in this context; in an isolated process a ChildClaim
 current = contextvars.ContextVar('rundown_claim', default=None)
 
 
 def job() -> dict[str, Any]:
-    """The job that the running handler works on, a dict; None outside of handlers."""
+    """The job of the running handler, a dict; None outside of handlers."""
     claim = current.get()
     return claim and claim.job
 
@@ -1722,9 +1722,7 @@ def progress(value: Any) -> None:
 
 
 def inputs() -> list[Any]:
-    """The results of the jobs that this one waited for, in the order of `after`.
-
-    None stands for a job that is not done.
+    """The results of the job's dependencies, in the order of `after`; None for one not done.
     """
     claim = current.get()
     after = claim.job.get('after') if claim else None
@@ -1740,12 +1738,12 @@ T = TypeVar('T')
 
 
 def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Do a part of the job once: call the function and keep its result, or return the kept result.
+    """Run a part of the job once: return the saved result, or call the function and save it.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
-    It comes back as JSON gives it, the first time too. What the function raises is not kept. With
-    a coroutine function: `await step(...)`. While the worker stops this raises Lost, and the job is
-    given back. Outside of handlers it calls the function.
+    The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
+    With a coroutine function: `await step(...)`. If the worker is stopping, this raises Lost and
+    the job is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
     if inspect.iscoroutinefunction(function):
@@ -1773,7 +1771,7 @@ def checkpoint(value: Any) -> Any:
     """progress() that returns once the value is on disk.
 
     A later attempt finds it in `job()["progress"]`. In async handlers: `await checkpoint(value)`.
-    While the worker stops this raises Lost, after the value is saved, and the job is given back.
+    If the worker is stopping, this saves the value, raises Lost, and the job is released.
     """
     text = as_json(value, 'progress')
     claim = current.get()
@@ -1784,10 +1782,11 @@ def checkpoint(value: Any) -> Any:
 def track(
     iterable: Iterable[T], total: int | None = None, every: int | None = None
 ) -> Track[T]:
-    """The items, with {"done": n, "total": total} as the job's progress; `total` may be len().
+    """Iterate, and show {"done": n, "total": total} as the job's progress.
 
-    With `every` each so many items are a checkpoint() in place of that, and a later attempt
-    continues after the last one. In async handlers: `async for`.
+    `total` defaults to len(iterable). With `every`, a checkpoint() is made after every so many
+    items, and a later attempt skips the items before the last checkpoint. In async handlers:
+    `async for`.
     """
     return Track(iterable, total, every)
 
@@ -1832,7 +1831,7 @@ class Track(Generic[T]):
             await checkpoint(self._value(done))
 
     def _first(self):
-        """How many items an earlier attempt has done."""
+        """How many items are skipped, since an earlier attempt has done them."""
         claim = current.get()
         progress = claim.job.get('progress') if claim and self._every else None
         done = progress.get('done') if isinstance(progress, dict) else None
@@ -1863,9 +1862,9 @@ def run_in_thread(function, *args):
     loop = asyncio.get_running_loop()
     future = loop.create_future()
 
-    def resolve(set_it, value):
-        if not future.done():
-            set_it(value)
+    def resolve(set_outcome, value):
+        if not future.done():       # otherwise it was cancelled
+            set_outcome(value)
 
     def run():
         try:
@@ -1880,7 +1879,7 @@ def run_in_thread(function, *args):
 
 
 def warn_of_own_key(job):
-    """A handler has enqueued a job, and its own job holds the key: nothing was added."""
+    """Warn if a handler's enqueue() added nothing, since its own job holds the key."""
     claim = current.get()
     if claim and not job.get('created', True) and job.get('id') == claim.job.get('id'):
         note(logging.WARNING, 'the handler of %s enqueued a job with the key %s, which its own job '
@@ -1889,7 +1888,7 @@ def warn_of_own_key(job):
 
 
 def warn_of_deadlock(job):
-    """A handler waits for a job of its own queue, and holds the last slot for it."""
+    """Warn if a handler waits for a job of its own queue, and occupies the last slot."""
     claim = current.get()
     if claim and job.get('queue') == claim.job.get('queue') and claim.holds_last_slot():
         note(logging.WARNING, 'the handler of %s waits for the job %s of its own queue, which has '
@@ -1901,7 +1900,11 @@ def describe_job(job):
 
 
 class Saver:
-    """What a claim saves while its handler runs. A subclass has the attributes that are used."""
+    """Saves steps and checkpoints of a running handler.
+
+    Subclasses have the attributes steps, json_prefix, client and timeout, and the methods
+    leave_if_stopping() and drop_progress().
+    """
 
     def begin_step(self):
         self.leave_if_stopping()
@@ -1928,7 +1931,7 @@ class Saver:
 
 
 def json_prefix(job):
-    """How an item of a batch begins: a JSON object that is still open."""
+    """The start of an item of a batch: a JSON object without its closing brace."""
     return f'{{"id":{encode_json(job["id"])},"attempt":{job["attempt"]}'
 
 
@@ -1941,19 +1944,19 @@ class Outcome:
 
     def __init__(self, call, value=None, **fields):
         self.call = call        # 'complete', 'fail' or 'release'; None: nothing is reported
-        self.value = value      # what hooks get: the result or the exception
+        self.value = value      # the result or the exception, for hooks
         self.fields = fields    # each as JSON text
 
 
 def failure(error, text=None, retry=True, delay=None):
-    """The outcome of a job that failed; `text` is shown in place of the traceback."""
+    """The outcome of a job that failed; `text` replaces the traceback."""
     text = truncate_middle(text or error_text(error), MAX_ERROR)
     return Outcome('fail', error, error=encode_json(text), retry=encode_json(retry),
                    delay=encode_json(clamp_delay(delay)))
 
 
 def error_text(error):
-    """The traceback from the handler on; of Retry and Abort only their reason."""
+    """The traceback below our own frames; for Retry and Abort only the reason."""
     try:
         if isinstance(error, (Retry, Abort)) and not error.__cause__:
             return str(error) or type(error).__name__
@@ -1966,7 +1969,7 @@ def error_text(error):
 
 
 def last_line(error):
-    """The last line of an exception's traceback; of an exception group the line that names it."""
+    """The last line of a traceback; for an exception group the line with its message."""
     text = error_text(error).rstrip()
     if text.endswith('-----'):
         group = re.search(r'^  \| (\S.*)', text, re.M)
@@ -1977,15 +1980,15 @@ def last_line(error):
 
 
 class Policy:
-    """After which failures a job is tried again, and after how many seconds."""
+    """Which failures are retried, and after how many seconds."""
 
     def __init__(self, backoff=None, retry_on=None, abort_on=None):
         self.backoff = as_tuple(backoff)
         self.retry_on = as_tuple(retry_on)
         self.abort_on = as_tuple(abort_on)
         for name, classes in (('retry_on', self.retry_on), ('abort_on', self.abort_on)):
-            for one in classes:
-                if not isinstance(one, type) or not issubclass(one, BaseException):
+            for each in classes:
+                if not isinstance(each, type) or not issubclass(each, BaseException):
                     raise Misuse(f'{name} must be a class of exceptions or a tuple of them, '
                                  f'not {classes!r}')
         for step in self.backoff:
@@ -2010,7 +2013,7 @@ class Policy:
         if isinstance(error, (Abort, *self.abort_on)):
             return False
         if not self.retry_on or isinstance(error, (Retry, Timeout, Crashed)):
-            return True     # retry_on is about exceptions that the handler raises by itself
+            return True     # retry_on only selects among the handler's own exceptions
         return isinstance(error, self.retry_on)
 
     def _delay(self, retries):
@@ -2027,7 +2030,7 @@ def as_tuple(value):
 
 
 class HandlerTable:
-    """The functions that handle a queue's jobs: tasks by their names, or None: one for all jobs."""
+    """The functions that handle a queue's jobs, by task name; the name None handles all jobs."""
 
     def __init__(self, functions):
         self.functions = functions
@@ -2063,9 +2066,9 @@ class HandlerTable:
         raise Retry(f'this worker does not know the task {name}; near it are {", ".join(near)}')
 
     def retry_fields(self, error, job):
-        """What the policy of the job's function says about a failure.
+        """The fields `retry` and `delay` of /fail, by the policy of the job's function.
 
-        The handler may have changed the job, so nothing about it is taken for granted.
+        The handler may have changed the job, so its fields are checked.
         """
         try:
             function = self.resolve(job.get('payload'))[0]
@@ -2077,12 +2080,10 @@ class HandlerTable:
 
 
 def run_handler(handlers, job, around=()):
-    """Run a job's handler; returns the outcome.
-
-    It uses no network, and raises nothing, whatever the handler does.
+    """Run a job's handler; returns the outcome. Never raises, and sends nothing.
     """
     process = os.getpid()
-    result = None       # also if around() swallows an exception
+    result = None       # stays so if a function of around() suppresses an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         if around:
@@ -2108,7 +2109,7 @@ def call_handler(function, args, kwargs):
 async def run_async_handler(handlers, job, around=()):
     """run_handler() on an event loop, for a queue whose handlers are async."""
     process = os.getpid()
-    result = None       # also if around() swallows an exception
+    result = None       # stays so if a function of around() suppresses an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         with surroundings(around, job):
@@ -2155,9 +2156,9 @@ def run_with_claim(claim, function, /, *args, **kwargs):
 
 
 def pass_jobs_to_threads():
-    """From now on job() and progress() work in threads and thread pools that a handler uses.
+    """Make job() and progress() work in threads and thread pools that a handler uses.
 
-    Python does not pass context variables to threads, so this wraps the two methods that do.
+    Threads do not inherit context variables, so this wraps the methods that start them.
     """
     from concurrent.futures import ThreadPoolExecutor       # here, since only workers need it
     start = threading.Thread.start
@@ -2177,7 +2178,7 @@ def pass_jobs_to_threads():
         claim = current.get()
         if claim is None:
             return submit(self, function, *args, **kwargs)
-        # in an empty context, since the thread that it may start is for other jobs too
+        # in an empty context: a pool thread that this starts also serves other jobs
         empty = contextvars.Context()
         return empty.run(submit, self, run_with_claim, claim, function, *args, **kwargs)
 
@@ -2189,11 +2190,11 @@ def pass_jobs_to_threads():
 class Claim(Saver):
     """A claimed job on its way through the worker.
 
-    The first to finish it decides how it ends; what others report later is dropped.
+    Several threads may try to finish it: the first decides how it ends, the others are ignored.
     """
 
     def __init__(self, job, consumer, now):
-        # constant; the handler may change the job, so nothing else relies on it
+        # constant, except that the handler may change the dict `job`
         self.job = job
         self.consumer = consumer
         self.client = consumer.session.client
@@ -2207,7 +2208,7 @@ class Claim(Saver):
         self.outcome = None                 # None: not finished
         self.slot = None                    # the slot that runs it
         self.started_at = None              # None: waits for a slot
-        # a mailbox of one: JSON text that was not sent yet
+        # the latest progress that was not sent yet, as JSON text
         self.progress = collections.deque(maxlen=1)
         self.show_progress = self.progress.append
         # touched by the watcher only
@@ -2221,7 +2222,7 @@ class Claim(Saver):
         self.asyncio_task = None            # of an async handler, once it has begun
 
     def start(self, slot, now):
-        """True if the slot may run it: it was neither released nor lost meanwhile."""
+        """True if the slot may run it; False if it was released or lost meanwhile."""
         with self.lock:
             if self.outcome is not None:
                 return False
@@ -2230,13 +2231,13 @@ class Claim(Saver):
             return True
 
     def try_finish(self, outcome, interruption=None, unless_started=False):
-        """True if this outcome counts. With an interruption a handler that runs is stopped."""
+        """True if this was the first outcome. An interruption stops the handler if it runs."""
         with self.lock:
             if self.outcome is not None or (unless_started and self.slot):
                 return False
             self.outcome = outcome
             if self.slot and interruption:
-                # with the lock held, the slot cannot begin with another claim meanwhile
+                # with the lock held, so that the slot cannot start another claim meanwhile
                 self.slot.interrupt(self, interruption)
             return True
 
@@ -2246,16 +2247,16 @@ class Claim(Saver):
         self.report_item = f'{self.json_prefix}{fields}}}'
 
     def drop_progress(self):
-        """What is older than a checkpoint must not arrive after it."""
+        """Discard progress that is older than a checkpoint, and wait until none is in flight."""
         self.progress.clear()
         until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
-        """Raise Lost if the claim is over, or if the worker stops: then give the job back."""
+        """Raise Lost if the claim has ended. If the worker is stopping, release it first."""
         if self.outcome is None and self.consumer.worker.stopping.is_set():
             self.consumer.let_go(self)
         if self.outcome is not None:
-            raise Lost('the job was given back, or is not this worker\'s any more')
+            raise Lost('the job was released, or is no longer claimed by this worker')
 
     def holds_last_slot(self):
         """Whether no slot is free for another job of its queue."""
@@ -2277,7 +2278,7 @@ class Claim(Saver):
 class Slot:
     """A thread that runs claims of a queue, one after the other.
 
-    A handler that does not come back in time keeps the thread; a new slot takes its place.
+    A handler that was interrupted keeps the thread until it returns; a new slot takes its place.
     """
 
     # written by the slot's thread, except where noted
@@ -2297,7 +2298,7 @@ class Slot:
             if claim is None:
                 break
             if claim.start(self, time.monotonic()):
-                # a new context: what a job sets in context variables is not for the next one
+                # a new context: the next job must not see the context variables of this one
                 contextvars.Context().run(self._run_claim, claim)
         self.close()
 
@@ -2320,7 +2321,7 @@ class Slot:
         self.consumer.call_hooks(event, claim, value)
 
     def on_stop(self):
-        """The worker stops."""
+        """Called when the worker begins to stop."""
 
     def interrupt(self, claim, interruption):
         """Stop the handler, and continue with another slot. The claim's lock is held."""
@@ -2330,7 +2331,7 @@ class Slot:
         self.consumer.worker.interruptions.add(self, claim, interruption)
 
     def try_raise(self, claim, interruption):
-        """Raise it in the handler; False if that has to be tried again."""
+        """Raise an interruption in the handler; False if that has to be tried again."""
         if claim.asyncio_task:
             return self.consumer.worker.event_loop.cancel(claim.asyncio_task, interruption)
         return try_raise(self.thread, interruption)
@@ -2340,7 +2341,7 @@ class Slot:
         return self.thread.is_alive()
 
     def blocks_event_loop(self):
-        """Whether its async handler was to be stopped, and goes on without awaiting."""
+        """Whether its interrupted async handler still runs without awaiting."""
         task = self.interrupted_task
         return task is not None and task.get_coro().cr_running
 
@@ -2358,10 +2359,10 @@ class Slot:
         return thread_frames(self.thread.ident)
 
     def kill(self):
-        """End the slot's process, if it has one, at once."""
+        """Kill the slot's process, if it has one."""
 
     def close(self):
-        """The slot runs nothing any more."""
+        """Called when the slot runs no more claims."""
 
 
 def thread_frames(thread_id):
@@ -2385,7 +2386,7 @@ class EventLoop:
     """The event loop that the async handlers of a worker share, in a thread of its own."""
 
     def __init__(self, start_thread):
-        import asyncio      # here, since it takes megabytes that most workers have no use for
+        import asyncio      # here, since it takes megabytes and most workers do not need it
         # constant
         self.asyncio = asyncio
         self.loop = asyncio.new_event_loop()
@@ -2393,9 +2394,9 @@ class EventLoop:
         # safe without a lock: a dict whose single operations are atomic
         self.not_begun = {}         # the queues of threads whose coroutine has not begun
         self.is_abandoned = False
-        # touched by the watching thread, but for the last
-        self.probed_at = None       # when the loop was asked for a sign of life; None: it gave one
-        self.is_blocked = False     # by a handler that does not await; read by others
+        # written by the watcher; the loop's thread resets the first, any thread reads the other
+        self.probed_at = None       # when the pending probe was sent; None: it was answered
+        self.is_blocked = False     # by a handler that does not await
         self.thread = start_thread(self._run, 'asyncio')
 
     def _run(self):
@@ -2426,9 +2427,9 @@ class EventLoop:
         return task
 
     def run(self, coroutine, claim):
-        """Run a coroutine for another thread, which waits: its task, which is done.
+        """Run a coroutine while the calling thread waits; returns its finished task.
 
-        None if the loop was abandoned before it began.
+        None if the loop was abandoned before the coroutine began.
         """
         finished = SimpleQueue()
         context = contextvars.copy_context()
@@ -2449,13 +2450,13 @@ class EventLoop:
         return task
 
     def abandon(self):
-        """A handler blocks the loop, and does not stop: what has not begun is to run elsewhere."""
+        """Leave the loop to a handler that blocks it. Coroutines that have not begun move on."""
         self.is_abandoned = True
         for finished in list(self.not_begun):
-            with contextlib.suppress(KeyError):     # it begins just now
+            with contextlib.suppress(KeyError):     # it has just begun
                 self.not_begun.pop(finished)
                 finished.put(None)
-        self.stop()         # once it can
+        self.stop()         # takes effect when the handler returns
 
     def cancel(self, task, interruption):
         """Cancel a task. One that blocks the loop gets the interruption raised instead.
@@ -2476,7 +2477,7 @@ class EventLoop:
         return list(itertools.dropwhile(lambda pair: pair[0] is not coroutine.cr_frame, frames))
 
     def probe(self, now):
-        """Ask for a sign of life. True if the loop has just been found to be blocked."""
+        """Check that the loop still runs callbacks. True once when it is found to be blocked."""
         if self.probed_at is None:
             self.probed_at = now
             self.is_blocked = False
@@ -2493,7 +2494,7 @@ class EventLoop:
 def make_daemon_executor():
     """An executor for asyncio whose threads do not keep the process from ending.
 
-    A handler that is cancelled leaves what it runs in such a thread behind.
+    A cancelled handler cannot stop a function that it runs in such a thread.
     """
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -2526,7 +2527,7 @@ def make_daemon_executor():
                         future.set_result(call())
                     except BaseException as error:
                         future.set_exception(error)
-                del future, call        # while it waits it keeps nothing
+                del future, call        # so that an idle thread keeps no job's objects alive
                 with self.lock:
                     self.idle += 1
 
@@ -2610,17 +2611,17 @@ class AsyncSlot(Slot):
         return self.task is not None and not self.task.done()
 
     def frames(self):
-        return []       # the task has just ended
+        return []       # without a task there are none
 
 
 # -- Interrupting a handler ------------------------------------------------------------------------
 class Interruptions:
-    """Exceptions that have to be raised in handlers, as soon as it is safe there."""
+    """Interrupted slots, and the exceptions that wait until it is safe to raise them."""
 
     def __init__(self):
         # safe without a lock: a dict and a queue whose single operations are atomic
-        self.interrupted_at = {}        # by slot (monotonic), as long as its handler runs
-        self.pending = SimpleQueue()    # slot, claim and exception of those not raised yet
+        self.interrupted_at = {}        # slot -> time (monotonic), while its handler still runs
+        self.pending = SimpleQueue()    # (slot, claim, exception) of those not raised yet
 
     def add(self, slot, claim, interruption):
         self.interrupted_at[slot] = time.monotonic()
@@ -2628,14 +2629,14 @@ class Interruptions:
             self.pending.put((slot, claim, interruption))
 
     def retry(self):
-        """Try again to raise those that could not be raised yet."""
+        """Try again to raise the pending exceptions."""
         for _ in range(self.pending.qsize()):
             slot, claim, interruption = self.pending.get()
             if slot.is_alive() and not slot.try_raise(claim, interruption):
                 self.pending.put((slot, claim, interruption))
 
     def block_event_loop(self):
-        """Whether a handler blocks the event loop, and did not stop in HUNG_AFTER seconds."""
+        """Whether a handler still blocks the event loop HUNG_AFTER seconds after it was stopped."""
         latest = time.monotonic() - HUNG_AFTER
         return any(at <= latest and slot.blocks_event_loop()
                    for slot, at in list(self.interrupted_at.items()))
@@ -2646,29 +2647,30 @@ class Interruptions:
                 self.interrupted_at.pop(slot, None)
 
     def count(self, seconds):
-        """How many handlers did not come back within so many seconds."""
+        """How many handlers still run that were interrupted so many seconds ago or earlier."""
         latest = time.monotonic() - seconds
         items = list(self.interrupted_at.items())
         return sum(1 for slot, at in items if at <= latest and slot.is_alive())
 
 
+# Methods that acquire or release a lock.
 LOCK_WORDS = frozenset({
     'acquire', 'release', '__enter__', '__exit__', '_acquire_restore', '_release_save',
     '_acquireLock', '_releaseLock', 'acquire_lock', 'release_lock',
 })
-LOCK_WORD_BYTES = 60    # of code around the name of such a method, in which its lock may be held
+LOCK_WORD_BYTES = 60    # bytes of bytecode around such a call, where its lock may be held
 STDLIB = os.path.dirname(threading.__file__) + os.sep
 
 
 def try_raise(thread, error, within=None):
-    """Raise an exception in another thread, if that leaves no lock of the standard library locked.
+    """Raise an exception in another thread, unless that leaves a lock of the library locked.
 
-    False: the thread is at such a place now, so try again. `within` is a frame that has to be on
-    its stack. The exception is raised when the thread runs Python code again, so not while it
-    sleeps in C.
+    Returns False if the thread is at such a place now, and the caller has to try again. Does
+    nothing if the frame `within` is no longer on its stack. The exception is raised when the
+    thread next runs Python code, so not while it sleeps in C.
     """
     frame = sys._current_frames().get(thread.ident)
-    if frame is None or not thread.is_alive():      # after the frame: another may get its ident
+    if frame is None or not thread.is_alive():      # in this order: a new thread may get its ident
         return True
     instruction = frame.f_lasti
     stack = [one for one, _ in traceback.walk_stack(frame)]
@@ -2680,9 +2682,11 @@ def try_raise(thread, error, within=None):
 
 
 def raise_if_unmoved(thread_id, frame, instruction, error):
-    """Raise an exception in a thread that still is at this instruction of this frame.
+    """Raise an exception in a thread if it is still at this instruction of this frame.
 
-    Between the check and the call no Python code runs, hence no other thread does.
+    In plain terms: if frames[thread_id] is frame and frame.f_lasti == instruction, raise it.
+    It is a chain of iterators of C, since the interpreter may switch threads between any two
+    bytecode instructions, but not inside of one call into C.
     """
     arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
     once = itertools.islice(iter(sys._current_frames, None), 1)
@@ -2698,8 +2702,8 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
 def is_taking_lock(code, instruction):
     """Whether a lock of the standard library may stay locked if an exception is raised here.
 
-    That is so next to the name of a method that takes or gives back a lock, unless a `with` or
-    `try` handles the exception.
+    That is so close to a call that acquires or releases a lock, unless a `with` or `try` handles
+    the exception.
     """
     is_stdlib = code.co_filename.startswith(STDLIB) and 'site-packages' not in code.co_filename
     if not is_stdlib and not code.co_filename.startswith('<frozen '):
