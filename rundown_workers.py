@@ -2732,7 +2732,7 @@ def is_guarded(code, instruction):
 
 
 # -- Worker ----------------------------------------------------------------------------------------
-NEVER = float('inf')        # of a time
+NEVER = float('inf')        # a time or deadline that does not come
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in ('SIGTERM', 'SIGINT', 'SIGBREAK', 'SIGHUP', 'SIGQUIT')
@@ -2742,15 +2742,15 @@ KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 SIGHUP = getattr(signal, 'SIGHUP', None)
 RELEASED = Outcome('release')
 LOST = Outcome(None)
-REFUSALS = (400, 413)       # statuses that blame what was sent
-GONE = (404, 409)           # statuses that blame the claim
+REFUSALS = (400, 413)       # statuses: the request itself is wrong
+GONE = (404, 409)           # statuses: the claim no longer exists
 
 
 class LogWriter:
     """A thread that logs for the threads of a worker.
 
-    A handler may hold the lock of a log handler for long, or for ever. The worker's threads must
-    not wait for that: they only put lines into a queue.
+    A job's handler may hold the lock of a log handler for long, even for ever. The threads of the
+    worker must not wait for it: they only put lines into a queue.
     """
 
     def __init__(self):
@@ -2763,7 +2763,7 @@ class LogWriter:
             threading.Thread(target=self._run, name='rundown-log', daemon=True).start()
 
     def stop(self, seconds):
-        """Wait until everything is logged, so many seconds at most."""
+        """Wait until everything is logged, for `seconds` at most."""
         logged = SimpleQueue()
         self.calls.put(functools.partial(logged.put, None))
         with contextlib.suppress(Empty):
@@ -2773,7 +2773,7 @@ class LogWriter:
             self.calls.put(None)
 
     def put(self, function, *args):
-        """Have it called in the thread; here if there is none."""
+        """Have the function called in the thread; call it here if there is no thread."""
         if not self.users:
             function(*args)
         elif self.calls.qsize() < MAX_LOG_BACKLOG:
@@ -2809,7 +2809,7 @@ def write_record(fields):
 
 
 def note(level, text, *values):
-    """Log a line, whatever the values contain, and whatever a handler did to the log's streams."""
+    """Log a line. Never raises, not even if a handler of a job has closed the log's streams."""
     with contextlib.suppress(Exception):
         log_writer.put(write_line, level, printable(text % values), time.time())
 
@@ -2821,7 +2821,7 @@ def until(condition, deadline):
 
 
 def exit_process(code):
-    """End the process though handlers hang, which may hold locks of the log and of stdout."""
+    """End the process although handlers hang, which may hold locks of the log and of stdout."""
     def flush():
         for function in (logging.shutdown, sys.stdout.flush):
             with contextlib.suppress(Exception):
@@ -2835,7 +2835,7 @@ def exit_process(code):
 
 
 def end_at_sigterm():
-    """End the process at SIGTERM, until run() has a handler: PID 1 of a container ignores it."""
+    """Until run() sets a handler, end at SIGTERM also as PID 1, which ignores it by default."""
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
@@ -2843,7 +2843,7 @@ def end_at_sigterm():
 def open_standard_streams():
     """Open 0, 1 and 2 if they are closed.
 
-    Otherwise a pipe could get such a number, and a program or a process would write into it.
+    Otherwise a pipe could get one of these numbers, and programs would write their output into it.
     """
     with contextlib.suppress(OSError):
         number = os.open(os.devnull, os.O_RDWR)
@@ -2859,7 +2859,7 @@ replaced_signals = {}       # the handlers of signals before run() replaced them
 def restore_signals():
     """Give signals the handlers that they had before run().
 
-    Processes that a handler forks do so too: terminate() has to end them.
+    Also called in processes that a handler forks, so that terminate() ends them.
     """
     for number in list(replaced_signals):
         with contextlib.suppress(ValueError):       # not in the main thread
@@ -2871,9 +2871,9 @@ if hasattr(os, 'register_at_fork'):
 
 
 class Consumer:
-    """A queue at work: its slots, the claims that they run, and what is known about their pace.
+    """Runs the jobs of a queue: has its fetcher, its slots, and the claims in flight.
 
-    Claims arrive from the fetcher. They leave by on_finished() or finish().
+    Claims arrive from the fetcher by accept(), and leave by on_finished(), finish() or let_go().
     """
 
     def __init__(self, worker, session, config, concurrency):
@@ -2919,7 +2919,7 @@ class Consumer:
         return AsyncSlot if self.handlers.are_async() else Slot
 
     def accept(self, jobs):
-        """Hand jobs that were claimed just now to the slots, or back if the worker stops."""
+        """Hand newly claimed jobs to the slots, or release them if the worker is stopping."""
         now = time.monotonic()
         for job in jobs:
             claim = Claim(job, self, now)
@@ -2928,15 +2928,15 @@ class Consumer:
             if not self.worker.stopping.is_set():
                 self.ready.put(claim)
         if self.worker.stopping.is_set():
-            self.worker.release()       # the others may have been released before these came
+            self.worker.release()       # the release at the stop may have missed these
 
     def count_ready_slots(self):
         return sum(slot.is_ready for slot in self.slots)
 
     def prefetch_target(self, slots):
-        """How many claims so many slots should have.
+        """How many claims this number of slots should have in flight.
 
-        One for each, and those that the slots will start within PREFETCH_SECONDS.
+        One for each, and as many as the slots will start within PREFETCH_SECONDS.
         """
         if self.seconds_per_job is None:
             return slots
@@ -2944,7 +2944,7 @@ class Consumer:
         return slots + min(MAX_BATCH, ahead)
 
     def on_finished(self, claim, outcome):
-        """A slot has run a claim to its end. The report does not wait for the hooks."""
+        """Called when a slot has finished a claim. The report does not wait for the hooks."""
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -2969,9 +2969,9 @@ class Consumer:
             self.seconds_per_job += PACE_WEIGHT * (seconds - self.seconds_per_job)
 
     def finish(self, claim, outcome, interruption=None):
-        """End a claim from outside of its slot; True if that did it.
+        """Finish a claim from outside of its slot; True if this was its first outcome.
 
-        Without an interruption only a claim that has not started ends.
+        Without an interruption, only a claim that has not started is finished.
         """
         if not claim.try_finish(outcome, interruption, unless_started=not interruption):
             return False
@@ -2980,7 +2980,7 @@ class Consumer:
         return True
 
     def let_go(self, claim):
-        """Give a running job back whose handler has come to a step or checkpoint."""
+        """Release a running job whose handler has reached a step or checkpoint."""
         if claim.try_finish(RELEASED):
             self.report(claim, RELEASED)
             self._remove(claim)
@@ -2994,7 +2994,7 @@ class Consumer:
             self.session.forget(claim)
 
     def release_strays(self):
-        """Release the running jobs that bear the worker's name and that it does not know."""
+        """Release jobs that the engine thinks this worker runs, but whose claims never arrived."""
         path = f'/jobs?status=running&brief=true&limit=1000&queue={quote(self.name)}'
         page = self.session.client.send(path, None, REPORT_GRACE)
         known = {claim.json_prefix for claim in self.session.claims.copy()}
@@ -3009,8 +3009,8 @@ class Consumer:
         self.fetcher.on_capacity()
 
     def replace(self, slot):
-        """Continue with a new slot. The claim's lock is held, so no other thread does it too."""
-        if slot in self.slots:      # otherwise all were replaced
+        """Replace an interrupted slot. The claim's lock is held, so only one thread does it."""
+        if slot in self.slots:      # otherwise use_event_loop() has replaced all
             self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
@@ -3018,7 +3018,7 @@ class Consumer:
             call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
-        """Log an event and call its hooks, in a thread of their own, if the claim has started."""
+        """Log an event. If the claim has started, call its hooks in a new thread."""
         note(logging.WARNING, '%s ' + text, claim, *values)
         if self.hooks[event] and claim.started_at is not None:
             hooks = threading.Thread(
@@ -3034,13 +3034,13 @@ class Fetcher:
         self.consumer = consumer
         self.worker = consumer.worker
         self.session = consumer.session
-        self.client = self.session.client.clone()   # of its own, to be shut down by itself
+        self.client = self.session.client.clone()   # its own, so that it can be shut down alone
         self.thread = None
         # written by the fetching thread only
-        self.configured_host = None     # the engine that was sent the queue's limits and schedule
+        self.configured_host = None     # the engine that has the queue's limits and schedule
         self.low_watermark = 0          # it polls when no more claims than this are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
-        self.was_cut_off = False        # its last poll was ended by the worker's stop
+        self.was_cut_off = False        # the worker's stop ended the last poll: jobs may be lost
         # safe by itself
         self.capacity_freed = threading.Event()
 
@@ -3076,13 +3076,13 @@ class Fetcher:
         return min(target - in_flight, MAX_BATCH)
 
     def _fetch(self, limit):
-        """Poll once, and rest if there was nothing."""
+        """Poll once. Without jobs, wait until the next poll makes sense."""
         generation = self.worker.generation
         began = time.monotonic()
         wait = self._poll_wait()
         jobs = self._poll(limit, wait)
         self.consumer.accept(jobs)
-        time.sleep(0)           # lets the slots begin, before the next poll is put together
+        time.sleep(0)           # lets the slots start before the next poll is prepared
         self.session.on_up()
         if jobs:
             return
@@ -3090,17 +3090,17 @@ class Fetcher:
             if not self._is_rate_limited():
                 self.idle_generation = generation
                 until(self._may_have_jobs, NEVER)
-        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # it does not wait
+        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
     def _may_have_jobs(self):
-        """Whether a queue that was empty has to be polled again: a claim's end may add jobs."""
+        """Whether to poll an empty queue again: a claim that ended may have added jobs."""
         return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
 
     def _is_rate_limited(self):
-        """Whether the queue has jobs that are due, and a rate that does not allow a claim now.
+        """Whether the queue has due jobs that its rate limit holds back.
 
-        Waits until the rate allows one, at most a second.
+        If so, waits until the rate allows a claim, a second at most.
         """
         try:
             page = self.client.send(f'/queues?queue={quote(self.consumer.name)}', None,
@@ -3114,7 +3114,7 @@ class Fetcher:
         return False
 
     def _configure(self):
-        """Send the limits and the schedule of the queue to an engine that was not sent them yet."""
+        """Send the limits and the schedule of the queue, once to each engine."""
         host = self.client.host
         if self.configured_host != host:
             for path, body in self.consumer.config.setup_calls:
@@ -3122,7 +3122,7 @@ class Fetcher:
             self.configured_host = host
 
     def _poll_wait(self):
-        """Seconds of the next long poll; 0: the engine has to show that it is there."""
+        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away."""
         is_known = self.session.was_reached and not self.session.down_since
         return LONG_POLL if is_known and not self.worker.burst else 0
 
@@ -3149,7 +3149,7 @@ class Fetcher:
 
     def _on_error(self, error):
         if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
-            raise error         # asking again does not help: that ends the worker
+            raise error         # polling again would not help: this ends the worker
         self.was_cut_off = self.worker.stopping.is_set()
         if not self.was_cut_off:
             self.worker.stopping.wait(self.session.on_down(error))
@@ -3166,7 +3166,7 @@ def call_hook(event, function, *args):
 
 
 class EngineSession:
-    """What the consumers of one engine share: its client, their claims, reporter and heartbeat."""
+    """Shared by the consumers of one engine: a client, claims, reporter and heartbeat."""
 
     def __init__(self, worker, host):
         # constant
@@ -3176,18 +3176,18 @@ class EngineSession:
         self.reporter = Reporter(self)
         self.heartbeat = Heartbeat(self)
         # safe without a lock: a dict whose single operations are atomic
-        self.claims = {}            # those whose end the engine does not know yet
+        self.claims = {}            # claims that the engine still counts as running
         # races are harmless
-        self.is_backlogged = False  # outcomes were not taken at the last try
-        self.down_since = None      # None: the engine answered at the last try
-        self.was_reached = False    # an engine has answered
+        self.is_backlogged = False  # the last try to report outcomes failed
+        self.down_since = None      # monotonic; None: the engine answered the last request
+        self.was_reached = False    # the engine has answered at least once
 
     def start(self):
         self.worker.start_thread(self.reporter.run, 'report')
         self.worker.start_thread(self.heartbeat.run, 'heartbeat')
 
     def forget(self, claim):
-        """The claim is over, and the engine knows or does not care."""
+        """Drop a claim: the engine knows that it has ended, or no longer has it."""
         # in this order: a thread that finds the claim gone finds the new generation too
         self.worker.generation = self.worker.next_generation()
         self.claims.pop(claim, None)
@@ -3195,7 +3195,7 @@ class EngineSession:
     def on_down(self, error):
         """Log once that the engine is away; returns the seconds until the next try.
 
-        It ends a burst after CLIENT_TIMEOUT.
+        Stops a burst worker after CLIENT_TIMEOUT.
         """
         now = time.monotonic()
         since = self.down_since
@@ -3222,7 +3222,7 @@ class EngineSession:
     def send_batch(self, call, items, seconds):
         """Send pairs of a claim and its JSON text until the engine answers.
 
-        Yields each claim with its answer. What the engine refuses as a whole is sent item by item.
+        Yields each claim with its answer. A batch that is refused as a whole is sent item by item.
         """
         while not self.worker.closed.is_set():
             try:
@@ -3254,9 +3254,9 @@ class EngineSession:
 
 
 def is_verdict(error):
-    """Whether there is no use in sending the same request again.
+    """Whether sending the same request again would not help.
 
-    A proxy's error pages say nothing about a job; but what is too large for it has to be split.
+    A proxy's error page says nothing about the request, except that it is too large (413).
     """
     return error.status in REFUSALS if isinstance(error, Refused) else error.status == 413
 
@@ -3264,7 +3264,7 @@ def is_verdict(error):
 class Reporter:
     """The thread that reports outcomes and progress to an engine.
 
-    What comes while a request is in flight is sent together in the next one.
+    Claims that arrive while a request is in flight are sent together in the next one.
     """
 
     def __init__(self, session):
@@ -3336,9 +3336,9 @@ class Reporter:
 
 
 def refused_outcome(outcome, reason):
-    """What to report in place of an outcome that the engine refuses.
+    """The outcome to report in place of one that the engine refused.
 
-    A result fails the job for good. A failure is reported without its delay.
+    A refused result becomes a final failure. A refused failure is reported without its delay.
     """
     if outcome.call == 'complete':
         return failure(Error(reason), f'the engine refused the result: {reason}', retry=False)
@@ -3347,20 +3347,20 @@ def refused_outcome(outcome, reason):
 
 
 class Heartbeat:
-    """The thread that sends a sign of life for all claims of an engine, every third of the lease.
+    """The thread that extends the leases of all claims of an engine, every third of a lease.
 
-    It does so at once when the engine says that a claim was taken away; the answer tells which.
-    Claims whose outcome is not reported yet are among them.
+    It covers claims whose outcome is not reported yet. When the engine tells that some claim was
+    lost, it sends a heartbeat at once, whose answer tells which.
     """
 
     def __init__(self, session):
         # constant
         self.session = session
         self.worker = session.worker
-        self.client = session.client.clone()    # of its own, to be shut down by itself
+        self.client = session.client.clone()    # its own, so that it can be shut down alone
         # touched by the thread only
-        self.can_wait = True    # False: the engine does not know /lost
-        self.since = None       # of its last answer: it tells of losses after that
+        self.can_wait = True    # False: the engine has no call /lost
+        self.since = None       # `since` of its last answer; the next one tells of later losses
 
     def run(self):
         interval = LEASE / 3
@@ -3378,7 +3378,7 @@ class Heartbeat:
             if self.can_wait and not self.session.down_since:
                 if self._wait_for_loss(seconds):
                     return
-                seconds = min(1, seconds)       # if it answered early, it does not wait now
+                seconds = min(1, seconds)       # it answered early: do not call it in a tight loop
             self.worker.closed.wait(min(max(0, deadline - time.monotonic()), seconds))
 
     def _wait_for_loss(self, seconds):
@@ -3393,7 +3393,7 @@ class Heartbeat:
         except Refused:
             self.can_wait = False       # an older engine
         except EngineUnavailable:
-            pass                        # the fetchers notice, and say so
+            pass                        # the fetchers notice and log it
         return False
 
 
@@ -3410,7 +3410,7 @@ def on_heartbeat_answer(claim, answer):
 
 
 class Watcher:
-    """The thread that looks after claims that wait too long, time out, or have progress to show."""
+    """The thread that checks for claims that wait too long, time out, or have new progress."""
 
     def __init__(self, worker):
         self.worker = worker        # constant
@@ -3437,7 +3437,7 @@ class Watcher:
                 self.worker.stop(Hung(text))
 
     def _wait(self):
-        """Wait until the next look; True if it is the last one."""
+        """Wait until the next check; True if it is the last one."""
         deadline = time.monotonic() + WATCH_INTERVAL
         interruptions = self.worker.interruptions
         while not interruptions.pending.empty() and time.monotonic() < deadline:
@@ -3482,7 +3482,7 @@ class Watcher:
             consumer.log_and_notify('failure', claim, error, '%s; hung threads: %d', text, hung)
 
     def _count_lines(self, consumer):
-        """Log how many more jobs are done. A line for each would take longer than they do."""
+        """Log how many more jobs are done: a line for each could take longer than the jobs."""
         more = consumer.lines_this_tick - MAX_LOG_LINES_PER_TICK
         consumer.lines_this_tick = 0
         if more > 0:
@@ -3504,7 +3504,7 @@ class Worker:
         self.grace = grace              # seconds
         self.max_hung = max_hung
         self.process = os.getpid()
-        # unlike any other's, since release_strays() goes by it
+        # unique, since release_strays() finds the worker's jobs by this name
         suffix = f'{rng.getrandbits(16):04x}'
         self.name = f'{printable(socket.gethostname())[:150]}:{self.process}-{suffix}'
         self.sessions = {}              # by the engine's addresses
@@ -3539,11 +3539,11 @@ class Worker:
     def start_thread(self, loop, name):
         """Start a thread of the worker's own.
 
-        A fault in it ends the worker: it had better be started afresh than go on half alive.
+        An exception in it ends the worker, since a restart is better than a crippled worker.
         """
         def guarded():
             try:
-                # an interruption that comes too late for the handler: the thread ends anyway
+                # an interruption may be raised after its handler; the thread ends then anyway
                 with contextlib.suppress(Interruption):
                     loop()
             except BaseException as error:
@@ -3556,7 +3556,7 @@ class Worker:
         return thread
 
     def on_fault(self, name, error):
-        """A thread of the worker's own has failed; the frames are ours."""
+        """Log the exception of a thread of the worker with our own frames, and stop."""
         text = last_line(error)
         if not isinstance(error, Refused):
             text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -3565,14 +3565,14 @@ class Worker:
 
     @property
     def event_loop(self):
-        """The event loop of the async handlers; it is started when it is needed."""
+        """The event loop of the async handlers, started on first use."""
         with self.event_loop_lock:
             if self.started_event_loop is None:
                 self.started_event_loop = EventLoop(self.start_thread)
             return self.started_event_loop
 
     def replace_event_loop(self):
-        """Leave the event loop to a handler that blocks it, and does not stop."""
+        """Abandon an event loop that an interrupted handler still blocks, and start another."""
         abandoned = self.started_event_loop
         self.threads.pop(abandoned.thread, None)
         with self.event_loop_lock:
@@ -3592,11 +3592,11 @@ class Worker:
         return [slot for consumer in self.consumers for slot in consumer.slots]
 
     def count_hung(self, seconds=HUNG_AFTER):
-        """How many handlers did not come back within so many seconds of their interruption."""
+        """How many handlers still run `seconds` after their interruption."""
         return self.interruptions.count(seconds)
 
     def run(self):
-        """Work until told to stop, then end in good order. Raises what it was stopped by."""
+        """Work until a stop is requested, then shut down; raises the exception given to stop()."""
         open_standard_streams()
         log_writer.start()
         try:
@@ -3641,8 +3641,8 @@ class Worker:
             call_hook('stop_worker', function)
 
     def _wait(self):
-        """Wait until the worker has to stop; returns the exception that is the reason, or None."""
-        timeout = 0.005 if self.burst else 1    # on Windows signals are handled between two waits
+        """Wait until the worker has to stop; returns the exception given to stop(), or None."""
+        timeout = 0.005 if self.burst else 1    # Windows handles signals only between two waits
         while not (self.burst and self._is_idle()):
             with contextlib.suppress(Empty):
                 return self.stop_requests.get(timeout=timeout)
@@ -3656,12 +3656,12 @@ class Worker:
                    for consumer in self.consumers)
 
     def _on_signal(self, number, frame):
-        if os.getpid() != self.process:     # a handler forked, and the child is not set up yet
+        if os.getpid() != self.process:     # in a child that a handler has just forked
             restore_signals()
             os.kill(os.getpid(), number)
             return
         if self.was_signalled and number == SIGHUP:
-            return      # a terminal that is closed may send several
+            return      # closing a terminal may send it several times
         if self.was_signalled:
             for slot in self.slots():
                 slot.kill()
@@ -3670,7 +3670,7 @@ class Worker:
         self.stop()
 
     def _shut_down(self):
-        """Give running handlers the grace, report their outcomes, release the rest, end threads."""
+        """Wait for running handlers, report their outcomes, release the rest, end the threads."""
         deadline = time.monotonic() + self.grace
         self.stopping.set()
         self.release()
@@ -3691,9 +3691,9 @@ class Worker:
         self._end_threads()
 
     def _end_polls(self):
-        """Close the connections of the fetchers: first for sending, then altogether.
+        """Shut down the connections of the fetchers: first for sending, then both ways.
 
-        In between jobs that are on their way still arrive, to be released.
+        In between, responses in flight still arrive, and their jobs are released.
         """
         for how in (socket.SHUT_WR, socket.SHUT_RDWR):
             for consumer in self.consumers:
@@ -3701,9 +3701,9 @@ class Worker:
             until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
 
     def _release_strays(self):
-        """Give back what polls have claimed whose answers were lost.
+        """Release jobs of polls whose responses were lost.
 
-        A proxy that takes half a close for a close drops the answer to the poll.
+        Some proxies drop the response when the client half-closes its connection.
         """
         cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
         if cut_off:
@@ -3716,7 +3716,7 @@ class Worker:
         return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
 
     def release(self, interruption=None):
-        """Give claims back: those that have not started; with an interruption the others too."""
+        """Release the claims that have not started; with an interruption also the running ones."""
         for consumer in self.consumers:
             for claim in consumer.in_flight.copy():
                 if consumer.finish(claim, RELEASED, interruption):
@@ -3748,34 +3748,34 @@ class Worker:
 
 # -- Handlers in processes of their own ------------------------------------------------------------
 CHILD_NAME_PREFIX = 'rundown-child-'
-# Held to start or join a process: start() reaps any process of multiprocessing that has ended.
+# Held to start or join a process, since start() reaps all ended processes of multiprocessing.
 process_lock = threading.Lock()
 
 # Kinds of messages from the process of an isolated slot. Each is a pair of a kind and a value.
 READY = 'ready'             # the handler's module is imported
 STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
-DROP_PROGRESS = 'drop'      # it waits for an answer, the same, when none is sent any more
+DROP_PROGRESS = 'drop'      # discard older progress; echoed once none is being sent
 LOGGED = 'logged'           # the attributes of a log record
-LEFT = 'left'               # the worker stops, and the job is to be given back
+LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
 HOOKS_CALLED = 'hooks'      # the process can take the next job
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
-STOP = 'stop'               # a message to the process: the worker stops; None: it has to end
+STOP = 'stop'               # sent to the process when the worker stops; None: end now
 
 # the events of App.on() whose hooks run in the process of the handler
 CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
 
 
 class ChildSettings(NamedTuple):
-    """What a process needs to run the handlers of a queue. Functions are given as their places."""
-    handlers: dict          # names to places
-    surroundings: list      # places
-    hooks: dict             # events to lists of places
+    """Settings of a process that runs the handlers of a queue. For places, see place_of()."""
+    handlers: dict          # task name -> place
+    surroundings: list      # places of the functions of around()
+    hooks: dict             # event -> list of places
     client: tuple           # the arguments of Client
     concurrency: int        # of the queue
-    log_levels: dict        # names of loggers to levels
+    log_levels: dict        # name of a logger -> level
 
 
 def place_of(function):
@@ -3791,7 +3791,7 @@ def has_place(function):
 class IsolatedSlot(Slot):
     """A slot whose handlers run in a process of its own, one after the other."""
 
-    # touched by the slot's thread only, but for kill()
+    # written by the slot's thread only; kill() reads the process in any thread
     process = None
     pipe = None
     is_ready = False
@@ -3853,7 +3853,7 @@ class IsolatedSlot(Slot):
 
     def run(self, claim):
         kind, value = self._send(claim)
-        if claim.outcome:           # finished from outside, when there was no process to kill
+        if claim.outcome:           # it was finished from outside before a process had it
             return claim.outcome
         while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
             if kind == PROGRESS_MADE:
@@ -3886,7 +3886,7 @@ class IsolatedSlot(Slot):
                 break
             self._write(claim.job)
             message = HOOKS_CALLED, None
-            while message[0] == HOOKS_CALLED:       # of a job that was given back
+            while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
             if message[0] == STARTED or claim.outcome:
                 break
@@ -3924,7 +3924,7 @@ class IsolatedSlot(Slot):
 
     @property
     def is_terminating(self):
-        """Its process may have to call hooks at the end."""
+        """Whether its process may still be calling stop_worker hooks."""
         hooks = self.consumer.hooks['stop_worker']
         return bool(hooks) and self.process is not None and self.thread.is_alive()
 
@@ -3974,7 +3974,7 @@ def exit_text(code):
 
 
 class ChildClaim(Saver):
-    """What job(), progress(), step() and so on need of a claim, in an isolated process."""
+    """The claim that job(), progress(), step() and so on use in an isolated process."""
 
     asyncio_task = None
     outcome = None          # never set: a claim that ends has its process killed
@@ -3987,7 +3987,7 @@ class ChildClaim(Saver):
         self.timeout = job['timeout']
         self.json_prefix = json_prefix(job)
         self.steps = job.get('steps')
-        self.has_progress = False       # the worker may be sending some
+        self.has_progress = False       # some was sent to the worker, which may be reporting it
 
     def leave_if_stopping(self):
         if self.child.stopping.is_set():
@@ -4187,10 +4187,10 @@ class ProgramSlot(Slot):
     The program's streams are files: a pipe fills up, and ends only when all children have ended.
     """
 
-    # touched by the slot's thread only, but for kill() and stack_text()
+    # written by the slot's thread only; kill() and stack_text() read them in any thread
     process = None
     stderr = None
-    stderr_tail = b''       # the end of what was cut off from stderr
+    stderr_tail = b''       # the last bytes before stderr was truncated
 
     def prepare(self):
         # no interrupt() can come any more: the last claim is finished
@@ -4225,7 +4225,7 @@ class ProgramSlot(Slot):
     def _supervise(self, stdout):
         """Wait until the program ends, has to be terminated, or writes too much to stdout."""
         while not self.is_terminating and file_size(stdout) <= MAX_STDOUT:
-            if file_size(self.stderr) > MAX_STDOUT:     # only its end is wanted; disks are finite
+            if file_size(self.stderr) > MAX_STDOUT:     # only its end is needed: save disk space
                 self.stderr_tail = read_tail(self.stderr, MAX_ERROR // 2)
                 self.stderr.truncate(0)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -4233,7 +4233,7 @@ class ProgramSlot(Slot):
                 return
 
     def _terminate(self):
-        """SIGTERM if it still runs, then SIGKILL for those that are left of its group."""
+        """Send SIGTERM if it still runs, then SIGKILL to the remaining members of its group."""
         if self.process.returncode is None:
             signal_group(self.process, signal.SIGTERM)
             until(self._has_ended, time.monotonic() + TERM_GRACE)
@@ -4267,7 +4267,7 @@ class ProgramSlot(Slot):
         self.is_terminating = True      # the slot's thread sees it within WATCH_INTERVAL
 
     def stack_text(self, claim):
-        """The end of what the program wrote to stderr."""
+        """The end of the program's stderr."""
         # not started yet, or over already
         with contextlib.suppress(AttributeError, ValueError, OSError):
             end = self.stderr_tail + read_tail(self.stderr, MAX_ERROR // 2)
@@ -4295,7 +4295,7 @@ def read_tail(file, length):
 def set_append_mode(file):
     """Have programs write at the end of the file, also after it was truncated."""
     with contextlib.suppress(ImportError):
-        import fcntl    # not on Windows, where zeros stand for what was truncated
+        import fcntl    # not on Windows, where the truncated part reads as zeros
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
 
 
@@ -4327,9 +4327,9 @@ def is_too_deep(text):
 
 
 def reap_orphans(slots):
-    """Collect what programs left behind, for as long as this process runs.
+    """Reap orphaned children of programs, for as long as this process runs.
 
-    As PID 1 of a container it is their parent once their own has ended.
+    As PID 1 of a container this process becomes the parent of orphans.
     """
     while True:
         time.sleep(WATCH_INTERVAL)
@@ -4382,10 +4382,10 @@ class QueueConfig(NamedTuple):
     isolate: bool = False
     max_jobs: int | None = None
     functions: dict = {}        # task name -> function; the name None: it handles all jobs
-    setup_calls: list = []      # (path, fields): calls that tell an engine limits and schedule
+    setup_calls: list = []      # (path, fields) of calls that set limits and schedule
 
 
-TASK_SETTINGS = [       # settings of a queue that a task may give; the last one given holds
+TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
 NUMBER = (int, float)
@@ -4494,16 +4494,16 @@ class Registry:
     ) -> QueueDecorator:
         """Make the decorated function the handler of a queue.
 
-        It stays as it is, and gets `.enqueue(payload, **options)`. Durations are in seconds, or
-        timedeltas.
+        The function is unchanged, except that it gets `.enqueue(payload, **options)`. Durations
+        are in seconds, or timedeltas.
 
-        `max_retries` and `timeout` hold for jobs that were enqueued without their own.
+        `max_retries` and `timeout` apply to jobs that were enqueued without their own.
         `concurrency` handlers run at a time; with `isolate` each in a process of its own, which
         is replaced after `max_jobs` jobs. `poll_interval` is for engines without long polls.
 
-        `backoff` is the time until each retry (a number, a list whose last one holds for all
-        that follow, or a function of the retry's number). Exceptions that are not in `retry_on`,
-        where it is given, or that are in `abort_on` fail the job for good.
+        `backoff` is the time until a retry: a number, a list (its last item is used for all
+        further retries), or a function of the retry's number. Exceptions in `abort_on`, and
+        those not in `retry_on` if that is given, fail the job for good.
 
         run() tells the engine a schedule under the queue's name (`cron` in a `zone`, or `every`
         so many seconds), and limits over all workers: `max_running` jobs at a time, and a `rate`
@@ -4569,7 +4569,7 @@ class Registry:
         `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are
         sent with each job. `name` is the task's name for producers and workers; by default
         the one under which the function is imported. `settings` are those of the queue, as
-        queue() has them; the last one given holds.
+        queue() has them; tasks of one queue share them, and the last task's values are used.
         """
         if settings.keys() - set(TASK_SETTINGS):
             known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
@@ -4648,8 +4648,7 @@ class Registry:
 class App(Registry):
     """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
 
-    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
-    the time of each call.
+    If `host`, `token` or `ca` is None, each call reads RUNDOWN_URL, RUNDOWN_TOKEN or RUNDOWN_CA.
     """
 
     def __init__(
@@ -4990,7 +4989,7 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
 
 
 def report_undeclared(worker):
-    """Log the schedules and limits that decorators declared once, and do not any more."""
+    """Log the schedules and limits in the engine that no decorator declares."""
     for session in list(worker.sessions.values()):
         while not session.was_reached:
             if worker.stopping.wait(WATCH_INTERVAL):
@@ -5077,7 +5076,7 @@ CREATE_OUTBOX = (
     'CREATE TABLE rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
 )
-CREATE_INDEXES = [      # so that a look does not pass over the rows that are refused or kept
+CREATE_INDEXES = [      # so that reading pending rows does not scan refused or kept ones
     'CREATE INDEX rundown_outbox_pending ON rundown_outbox (number) '
     'WHERE error IS NULL AND taken_by IS NULL',
     'CREATE INDEX rundown_outbox_taken ON rundown_outbox (taken_at) '
@@ -5092,7 +5091,7 @@ ADD_COLUMNS = [     # to a table of the first version
 
 # When this process last wrote into an outbox: set by enqueue_in(), read by the threads of
 # forwarding(). A time and not an Event: an interrupted handler, or a fork, could leave the lock of
-# an Event locked. And it says for how long to look often, since nothing tells us of a commit.
+# an Event locked. The time also tells how long to read often: there is no signal of a commit.
 outbox_activity = types.SimpleNamespace(last_write=float('-inf'))
 
 
@@ -5179,8 +5178,8 @@ class Outbox:
         self.is_sqlite = is_sqlite(self.connection)
         # touched by the thread that forwards
         self.postponed = {}     # row number -> when a job too large for a proxy is sent again
-        self.checked_host = None    # the engine whose kept rows were last looked through
-        self.checked_at = 0     # monotonic seconds: when that was
+        self.checked_host = None    # the engine for which the kept rows were last searched
+        self.checked_at = 0     # monotonic seconds of that search
 
     def insert(self, text):
         """Add a job, as JSON text, to the open transaction."""
@@ -5232,11 +5231,11 @@ class Outbox:
         """Delete the rows that were taken `keep` seconds ago or earlier."""
         latest = int(time.time() - keep)
         where = 'FROM rundown_outbox WHERE taken_at <= ?'
-        if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # a look takes no write lock
+        if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # reading takes no write lock
             self.execute(f'DELETE {where}', latest)
 
     def find(self, id):
-        """The job with this id, with the fields that are known here; None if it is not here."""
+        """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
         rows = self.execute('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
         for text, error in rows:
             fields = json.loads(text)
@@ -5248,7 +5247,7 @@ class Outbox:
         self.connection.commit()
 
     def execute(self, statement, *values):
-        """The rows of a statement, as tuples. A table that is missing or old is put right first."""
+        """The rows of a statement, as tuples. Creates or upgrades the table if necessary."""
         try:
             return self._execute_guarded(statement, values)
         except Exception as error:          # each driver has its own classes
@@ -5265,7 +5264,7 @@ class Outbox:
                 # table in which others write could lead to a deadlock.
                 for change in [create, *CREATE_INDEXES]:
                     self._execute_guarded(change)
-        except Exception as error:          # perhaps since somebody else has just done the same
+        except Exception as error:          # another process may have just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
             return self._execute_guarded(statement, values)
@@ -5364,7 +5363,7 @@ def forward_pending(outbox, client, send, keep):
 
 
 def send_rows(outbox, client, send, keep, rows):
-    """Send rows in batches, and halve a batch that is refused until the culprit is alone."""
+    """Send rows in batches. A batch that is refused is halved until the bad row is alone."""
     count = 0
     waiting = list(batches(rows, lambda row: row[1]))
     while waiting:
@@ -5428,11 +5427,11 @@ def forwarding(
         yield
     finally:
         stopping.set()
-        thread.join(REPORT_GRACE)           # jobs that are not sent by then are sent next time
+        thread.join(REPORT_GRACE)           # the remaining jobs stay in the outbox
 
 
 def keep_forwarding(connect, host, keep, interval, stopping):
-    """Forward until `stopping` is set, and a last time then. Connect again after each failure."""
+    """Forward until `stopping` is set, and then once more. Reconnects after each failure."""
     failures = 0
     is_last = False
     while not is_last:
@@ -5455,7 +5454,7 @@ def keep_forwarding(connect, host, keep, interval, stopping):
 
 
 def wait_for_commits(interval, stopping):
-    """Wait until it is worth looking into the outbox again, or `stopping` is set."""
+    """Wait until the outbox should be read again, or `stopping` is set."""
     deadline = time.monotonic() + interval
     while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
         if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
@@ -5543,7 +5542,7 @@ class DjangoTasks:
         }
 
     def _enqueue_in_outbox(self, task, payload):
-        """The job, with the few fields that are known here."""
+        """Write the job; returns the fields of it that are known before the engine has it."""
         from django.db import connections, transaction
         connection = connections[self.database]
         options = self._enqueue_options(task)
@@ -5744,7 +5743,7 @@ def set_django_result(result, value):
 
 
 def set_django_error(result, error):
-    """Note a failure in a result. False if another attempt follows."""
+    """Set a result to FAILED; False, and unchanged, if another attempt follows."""
     from django.tasks import TaskResultStatus
     from django.tasks.base import TaskError
     from django.utils import timezone
@@ -5772,7 +5771,7 @@ def django_backend():
     return DjangoBackend
 
 
-if not TYPE_CHECKING:       # a checker would take any name for one that is here
+if not TYPE_CHECKING:       # otherwise type checkers would accept any name of this module
     def __getattr__(name):
         """Make DjangoBackend when it is asked for, so that only its users import Django."""
         if name != 'DjangoBackend':
@@ -5785,7 +5784,7 @@ if not TYPE_CHECKING:       # a checker would take any name for one that is here
 
 
 def command_django(client, options):
-    """Work on Django's tasks, and forward what is in the outboxes of their backends."""
+    """Work on Django's tasks, and forward the outboxes of their backends."""
     sys.path.insert(0, os.getcwd())
     if options.reload:
         reloader.start()
@@ -5935,11 +5934,12 @@ def show(answer):
     if not sys.stdout.isatty():
         print(json.dumps(answer))
         return
-    for key in TABLES.keys() & answer.keys():
+    key = next((key for key in TABLES if key in answer), None)
+    if key:
         print_table(TABLES[key], answer[key])
-        return
-    for field, value in answer.items():
-        show_field(field, value)
+    else:
+        for field, value in answer.items():
+            show_field(field, value)
 
 
 def show_field(field, value):
@@ -6086,7 +6086,7 @@ def command_top(client, options):
 
 
 def show_top(page, room):
-    """Print the totals, so many queues, first those that have work, and the workers."""
+    """Print the totals, up to `room` queues (those with work first), and the workers."""
     now = parse_time(page['now'])
     rows = page['queues']
     total = {
@@ -6097,7 +6097,7 @@ def show_top(page, room):
     print(f'{page["now"][:19]}Z  {counts}')
     hidden = len(rows) - max(room, MIN_TOP_ROWS)
     if hidden > 0:
-        rows = sorted(rows, key=lambda row: not row['pending'] + row['running'])[:-hidden]
+        rows = sorted(rows, key=has_no_work)[:-hidden]
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
@@ -6113,6 +6113,10 @@ def show_top(page, room):
     if page['workers']:
         print()
         print_table(WORKER_COLUMNS, page['workers'])
+
+
+def has_no_work(row):
+    return row['pending'] == 0 and row['running'] == 0
 
 
 def per_minute(counts, now):
@@ -6175,7 +6179,7 @@ def is_number(value):
 
 
 def command_purge(client, options):
-    """Delete jobs; over all queues only when somebody says so, if there is somebody."""
+    """Delete jobs. On a terminal it asks before it deletes those of all queues."""
     everywhere = options.id is None and options.queue is None
     if everywhere and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
         kind = ' '.join(filter(None, [options.status, options.tag and f'{options.tag!r}']))
@@ -6201,7 +6205,7 @@ def command_run(client, options):
     except Exception:
         if not options.reload:
             raise
-        traceback.print_exc()       # it may be a typing error, to be corrected now
+        traceback.print_exc()       # such as a syntax error that is being corrected
         reloader.wait_and_restart()
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
     reloader.restart_if_changed()
@@ -6264,7 +6268,7 @@ class Reloader:
         if not self.has_changed:
             return
         arguments = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]
-        if os.name == 'nt':         # there exec() ends the process for those who wait for it
+        if os.name == 'nt':         # exec() on Windows starts a new process and ends this one
             os._exit(subprocess.call([sys.executable, *arguments]))
         os.execv(sys.executable, [sys.executable, *arguments])
 
@@ -6279,7 +6283,7 @@ def is_of_project(path):
 
 
 def import_file(file):
-    """Import a file under the name that other programs import it by."""
+    """Import a file under the module name that other programs use for it."""
     folder, name = module_of_file(file)
     sys.path.insert(0, folder)
     if '.' in name:
@@ -6511,7 +6515,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def answer_to_other_names():
-    """Have task files that import this module meet this instance of it."""
+    """Register this module, run as a script, under the names by which task files import it."""
     names = ['rundown_workers', main_module_name(globals()), module_of_file(__file__)[1]]
     for name in filter(None, names):
         sys.modules.setdefault(name, sys.modules[__name__])
