@@ -31,7 +31,7 @@ PRODUCING
     enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
                                         result(timeout), refresh(), cancel(), retry()
         timeout, max_retries, tag       seconds of an attempt; retries after failures; a label
-        delay, run_at                   when it is due: in so many seconds; at a time
+        delay, run_at                   when it is due: seconds from now; a time
         expires                         seconds after that until it is cancelled if not started
         priority                        higher ones are claimed first
         after, after_any                jobs or ids that have to be done first; or only to end
@@ -352,7 +352,7 @@ class NotJSON(Error):
 
 
 class Misuse(Error, TypeError):
-    """A call or a setting that is wrong, whatever the state of the engine."""
+    """A call or a setting that is wrong in itself: the engine was not asked."""
 
 
 class Unfinished(Error, TimeoutError):
@@ -1052,7 +1052,7 @@ class ProducerCalls(Caller):
         key: str | None = None,
         group: str | None = None,
     ) -> dict[str, Any]:
-        """Have a job made at each tick of `cron`, or `every` so many seconds.
+        """Have a job made at each tick: of `cron`, or every `every` seconds.
 
         `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
         changes nothing. With `key`, a tick is skipped while the job of an earlier one is pending
@@ -1253,7 +1253,7 @@ class Client(ProducerCalls, WorkerCalls):
     def job(
         self, id: str, wait: float | datetime.timedelta | None = None,
     ) -> dict[str, Any]:
-        """The job; with `wait` as soon as it has ended, or after so many seconds (at most 60)."""
+        """The job; with `wait`, once it has ended or after `wait` seconds (60 at most)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
     def details(self, tag: str) -> dict[str, Any]:
@@ -1784,7 +1784,7 @@ def track(
 ) -> Track[T]:
     """Iterate, and show {"done": n, "total": total} as the job's progress.
 
-    `total` defaults to len(iterable). With `every`, a checkpoint() is made after every so many
+    `total` defaults to len(iterable). With `every`, a checkpoint() is made after each `every`
     items, and a later attempt skips the items before the last checkpoint. In async handlers:
     `async for`.
     """
@@ -1996,7 +1996,7 @@ class Policy:
                 check('backoff', step, 0, NUMBER)
 
     def retry_fields(self, error, retries):
-        """The fields `retry` and `delay` of /fail, for a job that was retried so many times."""
+        """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
         if not self._is_retried(error):
             return {'retry': False}
         if isinstance(error, Retry) and error.delay is not None:
@@ -2087,7 +2087,7 @@ def run_handler(handlers, job, around=()):
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         if around:
-            with surroundings(around, job):
+            with around_context(around, job):
                 result = call_handler(function, args, kwargs)
         else:
             result = call_handler(function, args, kwargs)
@@ -2112,7 +2112,7 @@ async def run_async_handler(handlers, job, around=()):
     result = None       # stays so if a function of around() suppresses an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
-        with surroundings(around, job):
+        with around_context(around, job):
             result = await function(*args, **kwargs)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
@@ -2122,7 +2122,7 @@ async def run_async_handler(handlers, job, around=()):
     return completion(result)
 
 
-def surroundings(around, job):
+def around_context(around, job):
     """A context manager made of the generator functions that wrap each run of a handler."""
     stack = contextlib.ExitStack()
     try:
@@ -2647,18 +2647,18 @@ class Interruptions:
                 self.interrupted_at.pop(slot, None)
 
     def count(self, seconds):
-        """How many handlers still run that were interrupted so many seconds ago or earlier."""
+        """How many handlers still run that were interrupted `seconds` ago or earlier."""
         latest = time.monotonic() - seconds
         items = list(self.interrupted_at.items())
         return sum(1 for slot, at in items if at <= latest and slot.is_alive())
 
 
 # Methods that acquire or release a lock.
-LOCK_WORDS = frozenset({
+LOCK_METHODS = frozenset({
     'acquire', 'release', '__enter__', '__exit__', '_acquire_restore', '_release_save',
     '_acquireLock', '_releaseLock', 'acquire_lock', 'release_lock',
 })
-LOCK_WORD_BYTES = 60    # bytes of bytecode around such a call, where its lock may be held
+LOCK_CALL_BYTES = 60    # bytes of bytecode around such a call, where its lock may be held
 STDLIB = os.path.dirname(threading.__file__) + os.sep
 
 
@@ -2673,10 +2673,10 @@ def try_raise(thread, error, within=None):
     if frame is None or not thread.is_alive():      # in this order: a new thread may get its ident
         return True
     instruction = frame.f_lasti
-    stack = [one for one, _ in traceback.walk_stack(frame)]
+    stack = [each for each, _ in traceback.walk_stack(frame)]
     if within and within not in stack:
         return True
-    if any(is_taking_lock(one.f_code, one.f_lasti) for one in stack):
+    if any(is_taking_lock(each.f_code, each.f_lasti) for each in stack):
         return False
     return raise_if_unmoved(thread.ident, frame, instruction, error)
 
@@ -2708,10 +2708,10 @@ def is_taking_lock(code, instruction):
     is_stdlib = code.co_filename.startswith(STDLIB) and 'site-packages' not in code.co_filename
     if not is_stdlib and not code.co_filename.startswith('<frozen '):
         return False
-    if LOCK_WORDS.isdisjoint(code.co_names):
+    if LOCK_METHODS.isdisjoint(code.co_names):
         return False
-    near = [one.offset for one in dis.get_instructions(code)
-            if one.argval in LOCK_WORDS and abs(one.offset - instruction) <= LOCK_WORD_BYTES]
+    near = [each.offset for each in dis.get_instructions(code)
+            if each.argval in LOCK_METHODS and abs(each.offset - instruction) <= LOCK_CALL_BYTES]
     return bool(near) and not is_guarded(code, instruction)
 
 
@@ -2721,12 +2721,12 @@ def is_guarded(code, instruction):
     if hasattr(bytecode, 'exception_entries'):      # Python 3.11 and newer
         return any(entry.start <= instruction < entry.end for entry in bytecode.exception_entries)
     blocks = 0
-    for one in bytecode:
-        if one.offset >= instruction:
+    for each in bytecode:
+        if each.offset >= instruction:
             break
-        if one.opname in ('SETUP_FINALLY', 'SETUP_WITH', 'SETUP_ASYNC_WITH'):
+        if each.opname in ('SETUP_FINALLY', 'SETUP_WITH', 'SETUP_ASYNC_WITH'):
             blocks += 1
-        elif one.opname == 'POP_BLOCK':
+        elif each.opname == 'POP_BLOCK':
             blocks = max(0, blocks - 1)
     return blocks > 0
 
@@ -2989,7 +2989,7 @@ class Consumer:
     def report(self, claim, outcome):
         claim.set_report(outcome)
         if outcome.call:
-            self.session.reporter.claims.put(claim)
+            self.session.reporter.to_report.put(claim)
         else:
             self.session.forget(claim)
 
@@ -3065,7 +3065,7 @@ class Fetcher:
 
     def _claim_limit(self):
         """How many jobs to claim now: 0 while enough are in flight or too many are unreported."""
-        if self.session.is_backlogged or self.session.reporter.claims.qsize() > MAX_BACKLOG:
+        if self.session.is_backlogged or self.session.reporter.to_report.qsize() > MAX_BACKLOG:
             return 0
         slots = self.consumer.count_ready_slots()
         target = self.consumer.prefetch_target(slots)
@@ -3217,7 +3217,7 @@ class EngineSession:
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
     def not_an_engine(self):
-        return EngineUnavailable(f'what answers at {self.client.host} is no engine')
+        return EngineUnavailable(f'the server at {self.client.host} is no Rundown engine')
 
     def send_batch(self, call, items, seconds):
         """Send pairs of a claim and its JSON text until the engine answers.
@@ -3270,7 +3270,7 @@ class Reporter:
     def __init__(self, session):
         self.session = session          # constant
         # safe by itself: claims with an outcome or progress to report; None ends the thread
-        self.claims = SimpleQueue()
+        self.to_report = SimpleQueue()
         # touched by the thread only
         self.was_put_off = False        # the engine could not take an outcome now
 
@@ -3288,10 +3288,10 @@ class Reporter:
                 self.session.worker.closed.wait(RETRY_PAUSE)
 
     def _next_claims(self):
-        claims = [self.claims.get()]
+        claims = [self.to_report.get()]
         with contextlib.suppress(Empty):
             while len(claims) < MAX_BATCH:
-                claims.append(self.claims.get_nowait())
+                claims.append(self.to_report.get_nowait())
         return claims
 
     def _requests(self, claims):
@@ -3319,7 +3319,7 @@ class Reporter:
             self.session.forget(claim)
             return
         if not is_permanent(code):
-            self.claims.put(claim)
+            self.to_report.put(claim)
             self.was_put_off = True
             return
         reason = answer.get('error')
@@ -3433,7 +3433,7 @@ class Watcher:
             self._check_event_loop(now)
             hung = self.worker.count_hung()
             if hung >= self.worker.max_hung:
-                text = f'{hung} handlers hang: the worker ends, to be started afresh'
+                text = f'{hung} handlers hang: the worker ends, and should be restarted'
                 self.worker.stop(Hung(text))
 
     def _wait(self):
@@ -3456,8 +3456,9 @@ class Watcher:
 
     def _log_block(self, event_loop):
         frames = thread_frames(event_loop.thread.ident)
-        place = traceback.StackSummary.extract(frames[-1:])
-        where = f'{place[0].filename}:{place[0].lineno} in {place[0].name}' if place else 'C code'
+        innermost = [f'{line.filename}:{line.lineno} in {line.name}'
+                     for line in traceback.StackSummary.extract(frames[-1:])]
+        where = innermost[0] if innermost else 'C code'
         names = [str(claim) for consumer in self.worker.consumers
                  for claim in consumer.in_flight.copy() if is_running_coroutine(claim)]
         note(logging.WARNING, 'the event loop has been blocked for %g s by %s, at %s',
@@ -3471,7 +3472,7 @@ class Watcher:
             self._time_out(consumer, claim)
         elif claim.progress and now - claim.progress_sent_at > PROGRESS_INTERVAL:
             claim.progress_sent_at = now
-            consumer.session.reporter.claims.put(claim)
+            consumer.session.reporter.to_report.put(claim)
 
     def _time_out(self, consumer, claim):
         text = f'timed out after {claim.timeout:g} s'
@@ -3727,7 +3728,7 @@ class Worker:
         for slot in self.slots():
             slot.consumer.ready.put(None)
         for session in self.sessions.values():
-            session.reporter.claims.put(None)
+            session.reporter.to_report.put(None)
             session.heartbeat.client.close()
             session.client.close()
         for consumer in self.consumers:
@@ -3967,9 +3968,9 @@ def signal_group(process, number):
 
 
 def exit_text(code):
-    for one in signal.Signals:
-        if one == -code:
-            return f'was killed by {one.name}'
+    for known in signal.Signals:
+        if known == -code:
+            return f'was killed by {known.name}'
     return f'ended with exit code {code}'
 
 
@@ -4164,11 +4165,11 @@ def import_function(module, file, name):
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError:
-        found = load(file, module)
+        found = import_file_as(file, module)
     return functools.reduce(getattr, name.split('.'), found)
 
 
-def load(file, name):
+def import_file_as(file, name):
     """Import a module from its file."""
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
@@ -4193,7 +4194,7 @@ class ProgramSlot(Slot):
     stderr_tail = b''       # the last bytes before stderr was truncated
 
     def prepare(self):
-        # no interrupt() can come any more: the last claim is finished
+        # the last claim is finished, so nobody calls interrupt() now
         self.is_terminating = False
 
     def execute(self, command, data, claim):
@@ -4253,7 +4254,7 @@ class ProgramSlot(Slot):
         try:
             text = output.decode()
         except UnicodeDecodeError as error:
-            reason = f'what the program wrote to stdout is not UTF-8: {error}'
+            reason = f'the stdout of the program is not UTF-8: {error}'
             raise Abort(reason) from None
         if text.count('[') + text.count('{') > MAX_STDOUT_LEVELS and is_too_deep(text):
             return text
@@ -4505,8 +4506,8 @@ class Registry:
         further retries), or a function of the retry's number. Exceptions in `abort_on`, and
         those not in `retry_on` if that is given, fail the job for good.
 
-        run() tells the engine a schedule under the queue's name (`cron` in a `zone`, or `every`
-        so many seconds), and limits over all workers: `max_running` jobs at a time, and a `rate`
+        run() sends the engine a schedule named like the queue (`cron` in a `zone`, or `every` in
+        seconds), and limits for all workers together: `max_running` jobs at a time, and a `rate`
         of (claims, seconds).
         """
         if not isinstance(name, str) or not name:
@@ -4606,15 +4607,15 @@ class Registry:
                 f'{function!r} cannot be isolated: its process has to find it by its name in a '
                 'module'
             )
-        place = (config.name, config.host)
-        known = self.registered.get(place, config).functions
+        key = (config.name, config.host)
+        known = self.registered.get(key, config).functions
         is_mixed = known and (None in known) != (task is None)
-        if is_mixed or source(known.get(task, function)) != source(function):
+        if is_mixed or source_of(known.get(task, function)) != source_of(function):
             raise Misuse(
                 f'the queue {config.name} has another handler already; only tasks, each of a '
                 'name, can share one'
             )
-        self.registered[place] = config._replace(functions={**known, task: function})
+        self.registered[key] = config._replace(functions={**known, task: function})
 
     def on(self, event: str) -> Callable[[F], F]:
         """Have the decorated function called at an event of each run of a handler.
@@ -4932,7 +4933,7 @@ def module_of_file(file):
     return folder, '.'.join(names)
 
 
-def source(function):
+def source_of(function):
     """Where a function is written: the same when its module, or a notebook's cell, runs again."""
     file = getattr(getattr(function, '__code__', None), 'co_filename', None)
     is_main = getattr(function, '__module__', None) == '__main__'
@@ -4994,7 +4995,7 @@ def report_undeclared(worker):
         while not session.was_reached:
             if worker.stopping.wait(WATCH_INTERVAL):
                 return
-        configs = [one.config for one in worker.consumers if one.session is session]
+        configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
         try:
             for setting, queue, remedy in undeclared_settings(session.client, configs):
                 note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
@@ -5112,7 +5113,7 @@ def enqueue_in(
     """
     check_names(options, ENQUEUE_OPTIONS)
     if 'give_up' in options:
-        raise Misuse('give_up is for what is sent now, not for an outbox')
+        raise Misuse('an outbox takes no give_up: its jobs are not sent at once')
     if run_at is not None and delay is not None:
         raise Misuse('a job has a delay or a run_at, not both')
     if run_at is None and (delay is not None or options.get('expires') is not None):
@@ -5292,7 +5293,7 @@ class Outbox:
         return rows
 
     def _execute(self, statement, values=()):
-        """The rows of a statement as tuples, whatever rows the connection is set to return."""
+        """The rows of a statement as tuples, also if the connection has a row factory."""
         with contextlib.closing(self.connection.cursor()) as cursor:
             if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
                 cursor.row_factory = None if self.is_sqlite else lambda cursor: tuple
@@ -5556,7 +5557,7 @@ class DjangoTasks:
     def get_result(self, result_id):
         from django.tasks.exceptions import TaskResultDoesNotExist
         client = default.client(self.host)
-        for _ in range(2):      # a job may move from the outbox to the engine between two looks
+        for _ in range(2):      # the job may move from the outbox to the engine between the reads
             with missing_job():
                 return self._stored_result(client.job(result_id))
             job = self._find_in_outbox(result_id)
@@ -6292,7 +6293,7 @@ def import_file(file):
     else:
         if not name.isidentifier() or name in sys.modules:
             name = 'tasks_' + re.sub(r'\W', '_', name)
-        load(file, name)
+        import_file_as(file, name)
 
 
 def command_demo(client, options):
@@ -6398,7 +6399,7 @@ COMMANDS = [
         argument('--minutes', action='store_true', help='with counts of the last hour'),
     ]),
     Command('top', command_top, 'watch queues and workers; once on a pipe', [
-        seconds_argument('--interval', help='seconds between two looks (1; a pipe: only one)'),
+        seconds_argument('--interval', help='seconds between refreshes (1; a pipe: no refresh)'),
     ]),
     Command('cancel', command_call, 'cancel a job, or all of a queue and status', [
         OPTIONAL_ID,
