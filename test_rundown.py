@@ -13328,9 +13328,9 @@ class Model:
         schedule["last_run_at"] = at
         id = "%s@%sZ" % (schedule["name"], micros_as_text(at)[:19])
         fields = {name: schedule[name] for name in SCHEDULED if schedule[name] is not None}
-        job, created = self.add({**fields, "id": id})
+        _, created = self.add({**fields, "id": id})
         self.advance_groups()
-        if created or job.id == id:
+        if created:
             schedule["last_id"] = id
         else:
             schedule["skipped"] += 1
