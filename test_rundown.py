@@ -7361,6 +7361,28 @@ def test_a_worker_that_stops_reports_to_the_engine_that_it_used(own, work, tmp_p
     assert (engine.job(job)["status"], engine.job(job)["result"]) == ("done", 7)
 
 
+def test_an_outcome_that_fails_inside_the_engine_is_not_reported_without_a_pause(monkeypatch):
+    reports = []
+
+    def send(client, path, body=None, seconds=None):
+        if path == "/complete":
+            reports.append(body)
+            return {"jobs": [{"code": 500, "error": "a bug"}]}
+        time.sleep(0.05)
+        if path == "/poll" and not reports:
+            return [{"id": "a", "attempt": 1, "timeout": 60, "payload": None}]
+        return {"jobs": [], "lost": False, "since": 1} if path != "/poll" else []
+
+    monkeypatch.setattr(rw.Client, "send", send)
+    monkeypatch.setattr(rw, "REPORT_GRACE", 0.3)
+    app = rw.App("http://127.0.0.1:1")
+    app.queue("q")(lambda payload: None)
+    stop = threading.Timer(0.5, app.stop)
+    stop.start()
+    app.run(grace=0)
+    assert 1 < len(reports) < 30
+
+
 # -- SDK: the engine is away ----------------------------------------------------------------------
 
 
@@ -7884,6 +7906,26 @@ def test_failing_async_handlers_do_not_keep_memory(engine, work, q):
     assert megabytes() < before + 50
 
 
+def test_a_coroutine_whose_claim_has_ended_before_it_began_does_not_run():
+    loop = rw.EventLoop(rw.start_daemon_thread)
+    is_free = threading.Event()
+    runs = []
+
+    async def handle():
+        runs.append("run")
+
+    claim = types.SimpleNamespace(asyncio_task=None, outcome=None)
+    loop.call(is_free.wait, 10)
+    waiting = threading.Thread(target=loop.run, args=(handle(), claim), daemon=True)
+    waiting.start()
+    until(lambda: loop.not_begun)
+    claim.outcome = rw.LOST
+    is_free.set()
+    waiting.join(10)
+    assert not waiting.is_alive() and not runs
+    loop.stop()
+
+
 # -- SDK: hooks, around, the log of isolated handlers ----------------------------------------------
 
 HOOKS = """
@@ -8113,6 +8155,18 @@ def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(work, q
     assert (reported[0]["error"], reported[0]["delay"]) == ("the reason", 9)
     assert reported[1]["error"].startswith("the reason\n(the engine refused")
     assert reported[1].get("delay") is None
+
+
+def test_a_log_call_with_wrong_arguments_does_not_fail_an_isolated_handler(engine, work, q):
+    worker = work("""
+        import logging
+        @rw.queue(%r, isolate=True, max_retries=0)
+        def handle(payload):
+            logging.getLogger("handler").warning("%%d items", "three")
+            return "done"
+    """ % q)
+    assert ended(engine, engine.enqueue(q))["result"] == "done"
+    assert worker.stop() == 0
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
@@ -9282,6 +9336,24 @@ rw.run(burst=True)
     assert [ended.stderr.count(job["id"]) for job in jobs] == [1, 1, 1], ended.stderr
 
 
+def test_a_task_takes_a_timedelta_as_its_poll_interval():
+    app = rw.App()
+    app.task(poll_interval=datetime.timedelta(seconds=2))(add_two)
+    assert app.registered["default", None].poll_interval == 2
+
+
+@pytest.mark.parametrize("option, value", [("concurrency", -1), ("concurrency", 0), ("max_hung", 0)])
+def test_run_refuses_numbers_with_which_it_could_not_work(option, value):
+    app = rw.App()
+    app.queue("q")(lambda payload: None)
+    with pytest.raises(rw.Misuse, match=option):
+        app.run(burst=True, **{option: value})
+
+
+def add_two(number):
+    return number + 2
+
+
 # -- SDK: command line, testing aid, demo ---------------------------------------------------------
 
 
@@ -9638,6 +9710,15 @@ def test_the_demo_works_on_a_folder_and_checks_its_digests(tmp_path):
     text = ended.stdout.decode()
     assert ended.returncode == 0, text
     assert re.search(r"\b30\b", text) and re.search("retries", text)
+
+
+def test_a_command_that_is_interrupted_says_so(monkeypatch, capsys):
+    def interrupted(client, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rw, "COMMANDS", [rw.Command("queues", interrupted, "", [])])
+    assert rw.main(["queues"]) == 1
+    assert capsys.readouterr().err == "rundown_workers: KeyboardInterrupt\n"
 
 
 # -- SDK: any program as a worker -----------------------------------------------------------------
@@ -13355,9 +13436,9 @@ class Model:
         schedule["last_run_at"] = at
         id = "%s@%sZ" % (schedule["name"], micros_as_text(at)[:19])
         fields = {name: schedule[name] for name in SCHEDULED if schedule[name] is not None}
-        job, created = self.add({**fields, "id": id})
+        _, created = self.add({**fields, "id": id})
         self.advance_groups()
-        if created or job.id == id:
+        if created:
             schedule["last_id"] = id
         else:
             schedule["skipped"] += 1
