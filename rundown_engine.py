@@ -1496,8 +1496,8 @@ def check_header(path):
 class DiskReserve:
     """A file that keeps a part of the disk free, for the time when jobs have filled the rest.
 
-    It is taken when the disk is nearly full, and given up when a write finds it full. From then on
-    no jobs are added, but they can be completed and purged, until there is room again.
+    It is allocated when the disk is nearly full, and freed when a write finds the disk full. From
+    then on no jobs are added, but they can be completed and purged, until there is room again.
     """
 
     def __init__(self, database_path):
@@ -1542,7 +1542,7 @@ class DiskReserve:
             self.give_up()
 
     def give_up(self):
-        """True if this makes room."""
+        """Free the reserve. True if it was held, so that there is room now."""
         held = self.is_held
         self.is_held = False
         with contextlib.suppress(OSError):
@@ -2086,7 +2086,7 @@ class Transaction:
         self.topics = set()
         # (queue, worker or None, hung threads; None: a heartbeat, not a poll)
         self.signs_of_life = []
-        self.deprived_workers = set()  # workers from whom a job was taken
+        self.deprived_workers = set()   # workers from whom a job was taken
         self.starved = set()    # queues whose polls lacked response budget or a rate token
         self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
