@@ -58,13 +58,13 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
-    GET  /lost       worker, wait, since (of the answer before): {"lost": true, "since": ...} as
+    GET  /lost       worker, wait, since (of the previous answer): {"lost": true, "since": ...} as
                      soon as a job that this worker runs is cancelled or given to others, so that it
                      need not wait for its heartbeat
     GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
                      oldest age, paused, workers seen, the last hour by the minute; totals=true:
                      also the sums of all queues, and those with due jobs that no worker polls
-    GET  /health     JSON; status 503 while jobs cannot be stored; warnings of what may come
+    GET  /health     JSON; status 503 while jobs cannot be stored; warnings before that
     GET  /metrics, /backup    Prometheus text; a consistent copy of the database, one at a time
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
@@ -103,19 +103,19 @@ GUARANTEES
   missed ticks make one, for the last of them. While its `key` is pending or running, a tick makes
   none and counts in `skipped`. Cron has five fields (minute, hour, day of month, month, day of
   week: *, lists, ranges, /step, names), or @hourly, @daily, @weekly, @monthly, @yearly. When both
-  days are restricted, either suffices. A time that the zone's clock leaps over fires at the first
-  minute after the leap. One that it shows twice fires the first time only, unless the hour field
-  begins with *: such a schedule goes on through both.
+  days are restricted, either suffices. A time that the zone's clock skips fires at the first
+  minute after the gap. One that it shows twice fires the first time only, unless the hour field
+  begins with *: then it fires both times.
 
 LIMITS
-One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at
-most 200 levels, an integer 4,300 digits; the jobs of one body wait for at most 20,000 others. A
-poll claims at most 16 MiB of jobs (one at least), and a page ends there. At most 64 MiB of requests
-and 64 MiB of responses are buffered; above that the newest large ones get 503. Done or cancelled
-jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that is set back is
-followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
-After a restart, deadlines that are counted in seconds have moved with the clock. A job has at most
-1,000 steps, of 8 MiB in all.
+One engine per database, on a local disk; the file has no other hard links. A body has at most 8
+MiB, JSON at most 200 levels, an integer 4,300 digits; the jobs of one request have at most
+20,000 dependencies. A poll claims at most 16 MiB of jobs (one at least), and a page ends there.
+At most 64 MiB of requests and 64 MiB of responses are buffered; above that the newest large
+ones get 503. Done or cancelled jobs are kept for --keep (7d), failed ones for --keep-failed
+(30d). A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is
+early by the difference that is left. After a restart, deadlines that are counted in seconds
+have moved with the clock. A job has at most 1,000 steps, of 8 MiB in all.
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
 purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
@@ -175,7 +175,7 @@ from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence
 # -- Settings --------------------------------------------------------------------------------------
 VERSION = '1.0'
 PORT = 8181
-NEVER = float('inf')            # a time that does not come
+NEVER = float('inf')            # a deadline that is never reached
 
 DEFAULT_TIMEOUT = 300           # seconds a handler may take if neither job nor worker says
 GRACE = 5                       # seconds after the timeout until a worker is lost
@@ -191,52 +191,52 @@ MAX_ERROR = 64 << 10            # characters of an error; the middle is cut out
 MAX_ATTEMPTS = 10               # ended attempts that a job remembers
 MAX_ATTEMPT_ERROR = 4 << 10     # characters of the error of a remembered attempt
 MAX_WORKERS = 1000              # workers that are remembered
-MAX_AFTER = 1000                # jobs that a job waits for
-MAX_DEPENDENCIES = 20000        # jobs that all jobs of a request wait for
+MAX_AFTER = 1000                # dependencies of a job
+MAX_DEPENDENCIES = 20000        # dependencies of all jobs of a request together
 MAX_STEPS = 1000                # steps of a job
-MAX_STEPS_SIZE = 8 << 20        # characters of their names and results
-MAX_DEPENDENTS_LISTED = 100     # jobs that wait for a job and are named there
+MAX_STEPS_SIZE = 8 << 20        # characters of the names and results of a job's steps
+MAX_DEPENDENTS_LISTED = 100     # dependents that GET /jobs/{id} names
 MAX_UNSERVED_LISTED = 20        # queues in GET /queues that no worker polls
 WORKER_SILENCE = 120            # seconds without a poll until a queue counts as unserved
-MAX_RESPONSE = 16 << 20         # characters of the jobs that polls claim in a pass, and of a page
+MAX_RESPONSE = 16 << 20         # characters of jobs in a page, and claimed in one commit
 
 MAX_BODY = 8 << 20              # bytes in a request body
 MAX_HEAD = 32 << 10             # bytes in a request line and headers
 MAX_HEADERS = 100               # headers in a request
 MAX_QUERY = 16 << 10            # characters of a query
-MAX_KNOWN_HEADS = 1024          # request heads that are remembered once they are parsed
-MAX_KNOWN_HEAD_BYTES = 1024     # bytes of such a head
+MAX_KNOWN_HEADS = 1024          # parsed request heads in the cache
+MAX_KNOWN_HEAD_BYTES = 1024     # bytes of a request head that is cached
 KEEP_ALIVE_TIMEOUT = 120        # seconds until an idle connection is closed
 REQUEST_TIMEOUT = 30            # seconds a request may take to arrive, and a response to be taken
-MAX_HELD = 55                   # seconds until a poll or wait is answered; proxies give up after 60
+LONG_POLL_TIMEOUT = 55          # seconds until a poll or wait is answered; proxies allow 60
 LINGER = 5                      # seconds to read on after the last response
 OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server thread
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
 MIN_DOWNLOAD_RATE = 256 << 10   # bytes per second at which a copy of the database has to be taken
 CHUNK_BYTES = 64 << 10          # bytes that are received, or read from a file, at a time
-RESERVED_BYTES = 64 << 10       # bytes of a request or response for which there is always room
+SMALL_MESSAGE_BYTES = 64 << 10  # requests and responses up to this size are never shed
 MAX_REQUEST_BUFFER = 64 << 20   # bytes of all requests that are not answered yet
 MAX_RESPONSE_BUFFER = 64 << 20  # bytes of all responses that are not taken yet
 DRAIN_TIMEOUT = 4               # seconds that requests in flight get when the engine stops
 
 LOCK_TIMEOUT = 5                # seconds to wait for another program's write lock
-LOCK_RETRY_INTERVAL = 0.005     # seconds between two tries for it
+LOCK_RETRY_INTERVAL = 0.005     # seconds between two attempts to get that lock
 MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases are extended
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
 # a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
-BATCH_ROWS = 500                # rows that one step of a long change touches at most
+BATCH_ROWS = 500                # rows that one slice of a long change touches at most
 MAX_ROWS_SEARCHED = 100000      # jobs that one page of GET /jobs looks at
-MAX_SEARCH_TIME = 0.1           # seconds after which a page looks at no more
-STEP_TIME = 0.02                # seconds after which a step begins nothing new
+MAX_SEARCH_TIME = 0.1           # seconds after which a page of GET /jobs ends early
+SLICE_TIME = 0.02               # seconds after which a slice of a long change begins no new row
 RETENTION_INTERVAL = 60         # seconds between rounds of retention
 POLL_TIME_RESOLUTION = 60       # seconds; the time of a queue's last poll is stored this exactly
 FORGET_QUEUE_AFTER = 600        # seconds until an unused queue is forgotten
 CHECKPOINT_PAGES = 4000         # pages in the write-ahead log that start a checkpoint
-NEARLY_FULL_LOG_PAGES = 250     # the same while the disk is nearly full
-MAX_LOG_BYTES = 64 << 20        # a longer log is cut to this once it was written to the database
-RESERVE_BYTES = 8 << 20         # kept free on the disk for the time when jobs have filled it
-SHRINK_PAGES = 500              # free pages that one step gives back to the disk
+NEARLY_FULL_LOG_PAGES = 250     # CHECKPOINT_PAGES while the disk is nearly full
+MAX_LOG_BYTES = 24 << 20        # a longer log is truncated to this after a checkpoint
+DISK_RESERVE_BYTES = 8 << 20    # kept free on the disk for the time when jobs have filled it
+SHRINK_PAGES = 500              # free pages that one slice gives back to the disk
 MIN_FREE_PAGES = 1000           # free pages that a database keeps for new jobs
 FULL_CHECK_MAX_BYTES = 64 << 20     # databases up to this size are checked in full at the start
 BACKUP_INFIX = '.backup-'       # in the names of copies that are being made
@@ -248,7 +248,7 @@ COMMIT_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)   # operations in 
 STATUSES = ('pending', 'running', 'done', 'failed', 'cancelled')
 ENDED = ('done', 'failed', 'cancelled')
 
-# Why a pending job is not handed out (the column `hold`). Only READY ones are.
+# The column `hold`: why a pending job is not handed out. Only READY jobs are handed out.
 READY = 0
 DELAYED = 1                     # next_run_at has not come
 BLOCKED = 2                     # it waits for other jobs
@@ -305,7 +305,7 @@ class Clock:
         return int((self.monotonic() + self.offset) * 1000000)
 
     def slew(self):
-        """Slew towards the wall clock; return the step in seconds if that jumped ahead, else 0."""
+        """Slew towards the wall clock; if that jumped ahead, return by how many seconds, else 0."""
         now = self.monotonic()
         slew = (now - self.last_checked) / 1000
         self.last_checked = now
@@ -356,7 +356,7 @@ class HTTPError(Exception):
 
 
 class BadRequest(HTTPError):
-    """The input is not what the call takes."""
+    """The call does not take this input."""
 
     status = 400
 
@@ -369,7 +369,7 @@ class Unauthorized(HTTPError):
 
 
 class Forbidden(HTTPError):
-    """A page of another origin sends the request."""
+    """The request comes from a page of another origin."""
 
     status = 403
 
@@ -399,7 +399,7 @@ class Conflict(HTTPError):
 
 
 class LengthRequired(HTTPError):
-    """The length of the body is not known beforehand."""
+    """The request has neither Content-Length nor chunked coding."""
 
     status = 411
 
@@ -442,11 +442,11 @@ class Unavailable(HTTPError):
 
 
 class DiskFull(Unavailable):
-    """The disk was full: nothing was written, and the reserve has been given up for a next try."""
+    """The disk was full. Nothing was written; the reserve was freed, so a retry may succeed."""
 
 
 class Busy(Unavailable):
-    """Another program holds the write lock: nothing was begun."""
+    """Another program holds the write lock: no transaction was begun."""
 
 
 def require(row, message, name, error=NotFound):
@@ -514,7 +514,7 @@ def describe(value):
 
 
 class FieldRule(NamedTuple):
-    """What a field may hold, and how the engine keeps it."""
+    """The values that a field may have, and how they are converted for storage."""
 
     description: str                    # completes "FIELD must be ..."
     is_valid: Callable[[Any], Any]
@@ -543,7 +543,7 @@ def duration(low, high):
 
 
 def clamped_duration(low, high):
-    """A duration that is moved into its range, so that a report is not lost for it."""
+    """A duration that is clamped to its range: a report is not refused because of it."""
     rule = duration(low, high)
     return rule._replace(
         description='a number of seconds',
@@ -599,7 +599,7 @@ CRON_TEXT = FieldRule(
 FIELDS = {
     'replace': FLAG,
     'expires': duration(0.001, MAX_DELAY),
-    'after': NAME,              # where a page begins; POST /enqueue takes JOB_IDS
+    'after': NAME,              # the cursor of a page; in POST /enqueue the dependencies (JOB_IDS)
     'needed_by': NAME,
     'needs': NAME,
     'search': NAME,
@@ -620,14 +620,15 @@ FIELDS = {
         lambda value: type(value) is str and RFC3339.fullmatch(value),
         parse_time,
         {'type': 'string', 'format': 'date-time'}),
-    # Nothing is valid: {"jobs": [...]} is taken apart before its items are validated.
+    # Valid nowhere else: validate_batch() has taken {"jobs": [...]} apart before.
     'jobs': FieldRule('at the top of the body', lambda value: False, identity, {}),
 }
-# numbers and flags in a query
+# fields of a query whose text is parsed as JSON: numbers and flags
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
-DEPENDENT = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))  # needs the other
+# the first needs the second
+REQUIRES = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))
 
 
 def validate(path, body):
@@ -648,7 +649,7 @@ def validate(path, body):
     for one, other in EXCLUSIVE:
         if one in params and other in params:
             raise BadRequest(f'{one} and {other} exclude each other')
-    for one, other in DEPENDENT:
+    for one, other in REQUIRES:
         if params.get(one) and other not in params:
             raise BadRequest(f'{one} needs {other}')
     return params
@@ -724,7 +725,7 @@ class CronField(NamedTuple):
     names: Tuple[str, ...] = ()         # from `low` on
 
 
-CRON = (        # POSIX crontab, and the additions of cron on Linux
+CRON_FIELDS = (        # POSIX crontab, and the additions of cron on Linux
     CronField('minute', 0, 59),
     CronField('hour', 0, 23),
     CronField('day of month', 1, 31),
@@ -746,16 +747,16 @@ DAY = datetime.timedelta(days=1)
 
 
 class Cron:
-    """A cron expression and a zone; BadRequest if either is none. It fires at whole minutes."""
+    """A cron expression in a time zone; BadRequest if either is invalid. Its ticks are minutes."""
 
     def __init__(self, expression, zone):
         parts = NICKNAMES.get(expression, expression).split()
-        if len(parts) != len(CRON):
+        if len(parts) != len(CRON_FIELDS):
             raise BadRequest(
                 f'cron: {describe(expression)} has not five fields (minute, hour, day of month, '
                 f'month, day of week), nor is it one of {", ".join(NICKNAMES)}')
         self.minutes, self.hours, self.days, self.months, weekdays = (
-            parse_cron_field(part, field) for part, field in zip(parts, CRON))
+            parse_cron_field(part, field) for part, field in zip(parts, CRON_FIELDS))
         self.weekdays = {day % 7 for day in weekdays}
         self.fires_twice = parts[1].startswith('*')     # in hours that the zone's clock shows twice
         self.either_day = not (parts[2].startswith('*') or parts[4].startswith('*'))
@@ -765,12 +766,12 @@ class Cron:
         self.zone = datetime.timezone.utc if zone == 'UTC' else load_zone(zone)
 
     def after(self, moment):
-        """The first time after a moment of UTC at which it fires."""
+        """The first tick after a moment in UTC."""
         tick = self._next_first_occurrence(moment)
         return self._repeated_before(tick, moment) or tick if self.fires_twice else tick
 
     def _repeated_before(self, tick, moment):
-        """The first time before the tick that the zone's clock shows for the second time."""
+        """The first match before `tick` in an hour that the zone's clock repeats, or None."""
         moment = moment.replace(second=0, microsecond=0) + MINUTE
         end = min(tick, moment + 3 * HOUR)      # no clock is set back by more
         first = moment.astimezone(self.zone)
@@ -789,7 +790,7 @@ class Cron:
 
     def _next_first_occurrence(self, moment):
         local = moment.astimezone(self.zone).replace(tzinfo=None, second=0, microsecond=0) + MINUTE
-        while True:     # from the largest unit to the smallest, skip what does not match
+        while True:     # from the largest unit to the smallest, skip to the next that matches
             if local.month not in self.months:
                 local = (local.replace(day=28, hour=0, minute=0) + 4 * DAY).replace(day=1)
             elif not self._fires_on(local):
@@ -807,9 +808,9 @@ class Cron:
         return day_of_month or weekday if self.either_day else day_of_month and weekday
 
     def _first_occurrence(self, local):
-        """When the zone's clock shows this first, or the first minute after a leap over it."""
+        """When the zone's clock first shows `local`; if it skips that, the first minute after."""
         moment = local.replace(tzinfo=self.zone).astimezone(datetime.timezone.utc)
-        while (moment - MINUTE).astimezone(self.zone).replace(tzinfo=None) >= local:    # it leaps
+        while (moment - MINUTE).astimezone(self.zone).replace(tzinfo=None) >= local:    # skipped
             moment -= MINUTE
         return moment
 
@@ -830,7 +831,7 @@ def parse_cron_field(text, field):
 
 
 def cron_range(field, first, last, step, single):
-    """The numbers of a range or of a single number, else all; None if out of range."""
+    """The numbers of a range, a single number or *; None if they are invalid."""
     start = cron_number(field, first or single or str(field.low))
     end = cron_number(field, last or single or str(field.high))
     if field.high == 7 and end == 0 and start:      # fri-sun
@@ -862,7 +863,7 @@ def load_cron(expression, zone):
 
 
 def first_tick(schedule, now):
-    """When the schedule fires first after `now`; both are microseconds since 1970."""
+    """The first tick of the schedule after `now`; both are microseconds since 1970."""
     if schedule['every']:
         return now // 1000000 * 1000000 + schedule['every']
     cron = load_cron(schedule['cron'], schedule['zone'])
@@ -873,7 +874,7 @@ def first_tick(schedule, now):
 
 
 def last_tick(schedule, now):
-    """The last tick of a schedule that is due, and the one after it."""
+    """(the last tick of the schedule that is due, the tick after that)"""
     last = schedule['next_run_at']
     every = schedule['every']
     if every:
@@ -903,10 +904,11 @@ class Column(NamedTuple):
     type: str                           # SQL
     json: Optional[Callable] = None     # value -> JSON text; None: clients do not see it
     brief: Optional[Callable] = None    # the same in brief pages
-    inserted: Union[bool, str] = False  # whether INSERT writes it; or the field that has it written
+    # True: every INSERT writes it; a field's name: only if the request has that field
+    inserted: Union[bool, str] = False
     optional: bool = False              # left out of the JSON while it is null
-    large: bool = False                 # may take many pages; stored behind the others
-    passive: bool = False               # not read by transitions: they need not know it
+    large: bool = False                 # may fill many pages; stored after the others
+    passive: bool = False               # transitions do not read it
     default: Any = None                 # in SQL and in the rows of new jobs
     of_row: bool = False                # `json` takes the row instead of the value
     rule: Optional[FieldRule] = None    # joins FIELDS
@@ -927,7 +929,7 @@ def json_string(text):
 
 
 def json_value(text):
-    """Of what is kept as JSON text."""
+    """A value that is stored as JSON text."""
     return text or 'null'
 
 
@@ -949,7 +951,7 @@ def json_last_line(text):
 
 
 def timeout_of(row):
-    """Microseconds: the job's own timeout, that of the worker, the default. 0 is like null."""
+    """Microseconds: the job's timeout, else the worker's, else the default. 0 counts as unset."""
     return row['timeout'] or row['worker_timeout'] or DEFAULT_TIMEOUT * 1000000
 
 
@@ -1022,7 +1024,8 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
 }
 SCHEDULE_COLUMNS = {
     'name': shown('TEXT PRIMARY KEY', json_string, rule=printable(150)),
-    'queue': shown('TEXT NOT NULL', json_string, inserted=True),    # inserted: given to its jobs
+    # `inserted` columns are copied into the schedule's jobs
+    'queue': shown('TEXT NOT NULL', json_string, inserted=True),
     'timeout': shown('INTEGER', json_duration, inserted=True),
     'max_retries': shown('INTEGER', json_number, inserted=True),
     'tag': shown('TEXT', json_string, inserted=True),
@@ -1047,7 +1050,7 @@ FIELDS.update(
 
 
 def definitions(columns):
-    """Large columns come last: to read a column, SQLite walks over all pages of those before it."""
+    """Large columns come last: to read a column, SQLite reads all pages of those before it."""
     in_order = sorted(columns.items(), key=lambda item: item[1].large)
     return ', '.join(column.definition(name) for name, column in in_order)
 
@@ -1066,7 +1069,7 @@ TABLES = {
 CREATE TABLE queues (
     queue TEXT PRIMARY KEY,
     paused INTEGER NOT NULL DEFAULT 0,
-    polled_at INTEGER,                      -- give or take a minute; null: never polled
+    polled_at INTEGER,                      -- exact to a minute; null: never polled
     pending INTEGER NOT NULL DEFAULT 0,     -- from here on COUNTS, kept by the triggers below
     running INTEGER NOT NULL DEFAULT 0,
     done INTEGER NOT NULL DEFAULT 0,
@@ -1086,11 +1089,11 @@ CREATE TABLE dependencies (
     dependent INTEGER NOT NULL,             -- seq of a job with `after`
     position INTEGER NOT NULL,              -- in `after`
     dependency INTEGER NOT NULL,            -- seq of the job that is named there
-    state INTEGER NOT NULL,                 -- as the dependent knows it: DEPENDENCY_STATE
+    state INTEGER NOT NULL,                 -- DEPENDENCY_STATE, once the dependent was updated
     PRIMARY KEY (dependent, position)
 ) WITHOUT ROWID''',
     'unresolved_ends': '''
-CREATE TABLE unresolved_ends (              -- jobs that ended, and have dependents that do not know
+CREATE TABLE unresolved_ends (              -- ended jobs whose dependents are not all updated
     job INTEGER PRIMARY KEY,                -- seq
     id TEXT NOT NULL,
     outcome TEXT NOT NULL                   -- a status, or purged
@@ -1104,7 +1107,7 @@ CREATE TABLE steps (
     PRIMARY KEY (job, name)
 ) WITHOUT ROWID''',
     'last_seq': '''
-CREATE TABLE last_seq (                     -- one row: no deleted job had a higher seq
+CREATE TABLE last_seq (                     -- one row: the highest seq of a deleted job
     seq INTEGER NOT NULL
 )''',
 }
@@ -1115,7 +1118,7 @@ INDEXES = {     # each with the query that it serves
     'jobs_claim': f'''
 CREATE INDEX jobs_claim ON jobs (queue, priority DESC, next_run_at)
     WHERE status = 'pending' AND hold = {READY}''',
-    # what has become due
+    # delayed jobs that have become due
     'jobs_due': f'''
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND hold = {DELAYED}''',
     # lost workers
@@ -1128,7 +1131,7 @@ CREATE UNIQUE INDEX jobs_key ON jobs (queue, key) WHERE key IS NOT NULL AND {UNF
     'jobs_group_next': f'''
 CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
     WHERE "group" IS NOT NULL AND {UNFINISHED}''',
-    # what has expired
+    # jobs that have expired
     'jobs_expiry': '''
 CREATE INDEX jobs_expiry ON jobs (expires_at)
     WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
@@ -1153,7 +1156,7 @@ HOLD_COUNTS = ('scheduled', 'waiting', 'grouped')
 
 
 def counting(columns, change):
-    """Assignments that change these counts of a queue."""
+    """Assignments to counts of a queue; `change` has {0} for the condition of a count."""
     return ', '.join(f'{column} = {column} {change.format(COUNTS[column])}' for column in columns)
 
 
@@ -1193,8 +1196,8 @@ END''',
 SCHEMA = [*TABLES.values(), *INDEXES.values(), 'INSERT INTO last_seq VALUES (0)',
           *TRIGGERS.values()]
 
-# From each version of the schema to the next. These texts are history: what is released never
-# changes, so none of them is derived from the tables above.
+# From each version of the schema to the next. These texts never change once they are
+# released, so none of them is derived from the tables above.
 MIGRATIONS = {
     1: [        # version 1.0: no dependencies, limits and schedules
         'ALTER TABLE jobs ADD COLUMN after TEXT',
@@ -1275,7 +1278,7 @@ END''',
         'ALTER TABLE schedules ADD COLUMN "group" TEXT',
         'ALTER TABLE queues ADD COLUMN grouped INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE queues ADD COLUMN changed_at INTEGER NOT NULL DEFAULT 0',
-        # times that were given cannot be told from delays any more; a retry is counted in seconds
+        # a given time cannot be told from a delay here, but a retry is always counted in seconds
         "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
         'CREATE INDEX jobs_failed ON jobs (status) '
@@ -1368,6 +1371,24 @@ def migrate(db, version):
                 db.execute(statement)
 
 
+def missing_from_schema(db):
+    """The tables, columns, indexes and triggers of SCHEMA that a database lacks."""
+    with contextlib.closing(sqlite3.connect(':memory:')) as model:
+        for statement in SCHEMA:
+            model.execute(statement)
+        return sorted(schema_names(model) - schema_names(db))
+
+
+def schema_names(db):
+    found = set()
+    for kind, name in db.execute('SELECT type, name FROM sqlite_master').fetchall():
+        found.add(name)
+        if kind == 'table':
+            columns = db.execute(f'PRAGMA table_info({name})').fetchall()
+            found.update(f'{name}.{column[1]}' for column in columns)
+    return found
+
+
 def rename_column(db, table, old, new):
     """RENAME COLUMN for SQLite 3.24, which lacks it: only the schema names columns."""
     db.execute('PRAGMA writable_schema = ON')
@@ -1383,7 +1404,7 @@ def rename_column(db, table, old, new):
 
 # -- Database: connections, transactions, backup ---------------------------------------------------
 def is_storage_error(error):
-    """Whether it is the storage's, and not a mistake of the engine's own."""
+    """Whether the storage failed, rather than the engine's own statements."""
     mistakes = (sqlite3.ProgrammingError, sqlite3.IntegrityError)
     return isinstance(error, (sqlite3.Error, OSError)) and not isinstance(error, mistakes)
 
@@ -1445,7 +1466,7 @@ def lock(path):
 
 
 def check_header(path):
-    """Refuse a file that is no database of ours, without touching it; create a missing one."""
+    """Refuse a file that is not a Rundown database, unchanged; create a missing one."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0)
     with os.fdopen(os.open(path, flags, 0o600), 'rb') as file:
         header = file.read(100)
@@ -1483,32 +1504,32 @@ class DiskReserve:
         # constant after start
         self.path = database_path + '-reserve'
         self.folder = os.path.dirname(database_path)
-        self.size = 0           # bytes; 0: this disk cannot be asked
+        self.size = 0           # bytes; 0: free space cannot be determined on this disk
         self.nearly_full = 0    # free bytes, more than jobs fill in a second
         # touched by the thread that writes, read by all
         self.is_held = False
-        self.free = 0           # bytes that others may use, when it looked last
+        self.free = 0           # free bytes besides the reserve, at the last update()
 
     def open(self):
-        """Find an old one, and give it up if the engine could not start on the full disk."""
+        """Adopt the file of an earlier run; free it if the disk is too full to start."""
         with contextlib.suppress(OSError):
-            self.size = min(RESERVE_BYTES, shutil.disk_usage(self.folder).total // 8)
+            self.size = min(DISK_RESERVE_BYTES, shutil.disk_usage(self.folder).total // 8)
             self.nearly_full = 32 * self.size
         self.is_held = os.path.exists(self.path)
-        self.look()
+        self.update()
         if self.is_held and self.free < self.size:
             self.give_up()
 
-    def look(self):
-        """See how much is free; take it if that is little, or leave it if that is plenty."""
+    def update(self):
+        """Measure the free space; allocate the reserve if that is little, free it if plenty."""
         with contextlib.suppress(OSError):
             self.free = shutil.disk_usage(self.folder).free
         if self.is_held and self.free > 2 * self.nearly_full:
             self.give_up()
         elif not self.is_held and 2 * self.size <= self.free < self.nearly_full:
-            self._take()
+            self._allocate()
 
-    def _take(self):
+    def _allocate(self):
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, 'O_BINARY', 0)
             with os.fdopen(os.open(self.path, flags, 0o600), 'wb') as file:
@@ -1530,10 +1551,10 @@ class DiskReserve:
         return held
 
     def has_room(self, db):
-        """Whether jobs may be added: it is not needed or held, or free pages take them."""
+        """Whether jobs may be added: the reserve is held or not needed, or there are free pages."""
         if self.is_held or self.free >= self.nearly_full:
             return True
-        self.look()
+        self.update()
         if self.is_held:
             return True
         return self.free + free_pages(db) * page_size(db) >= 2 * self.size
@@ -1563,8 +1584,8 @@ class Database:
         self.folder = os.path.dirname(self.path)
         self.sync = sync
         self.lock_file = None
-        self.inodes = None              # of database, log and lock file, see _check_files()
-        # safe by themselves
+        self.inodes = None              # of the database, log and lock file: _check_files()
+        # safe without a lock
         self.readers = []               # all connections that read
         self.idle_readers = []          # those that no thread uses at the moment
         self.reserve = DiskReserve(self.path)
@@ -1615,11 +1636,9 @@ class Database:
                 db.execute(statement)
         else:
             migrate(db, version)
-        for table, columns in (('jobs', JOB_COLUMNS), ('schedules', SCHEDULE_COLUMNS)):
-            present = {row['name'] for row in db.execute(f'PRAGMA table_info({table})')}
-            missing = ', '.join(columns.keys() - present)
-            if missing:     # a migration was forgotten
-                raise StartupError(f'{self.path}: the table {table} lacks {missing}')
+        missing = missing_from_schema(db)
+        if missing:     # a migration forgot it
+            raise StartupError(f'{self.path}: its schema lacks {", ".join(missing)}')
         db.execute(f'PRAGMA application_id = {APPLICATION_ID}')
         db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
@@ -1637,7 +1656,7 @@ class Database:
         return db
 
     def _limit_log(self, db):
-        """Keep the log short while the disk is nearly full: it takes its size once more there."""
+        """Keep the log short while the disk is nearly full: it takes space besides the database."""
         nearly_full = self.reserve.free < self.reserve.nearly_full
         pages = NEARLY_FULL_LOG_PAGES if nearly_full else CHECKPOINT_PAGES
         if pages != self.checkpoint_pages:
@@ -1705,8 +1724,8 @@ class Database:
         self.unsynced = False
 
     def check_disk(self):
-        """Look how much is left, and at what may be given back; done every second."""
-        self.reserve.look()
+        """Measure the free space, and find out whether shrink() has work. Called every second."""
+        self.reserve.update()
         if self.db is None:
             return
         with contextlib.suppress(sqlite3.Error):
@@ -1720,10 +1739,10 @@ class Database:
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
     def shrink(self, tx):
-        """A step of giving free pages back to the disk, where a quarter of the file is free."""
-        for _ in range(SHRINK_PAGES):       # one at a time: Python 3.11 steps a PRAGMA just once
+        """A slice of giving free pages back to the disk, while more than a quarter is free."""
+        for _ in range(SHRINK_PAGES):       # one at a time: Python 3.11 steps a PRAGMA only once
             tx.fetch_all('PRAGMA incremental_vacuum(1)')
-            if tx.is_step_over():
+            if tx.is_slice_over():
                 break
         self._update_sparse(tx.db)
 
@@ -1737,7 +1756,7 @@ class Database:
         return None if self.takes_jobs else DISK_IS_FULL
 
     def warnings(self):
-        """Sentences about what is not trouble yet."""
+        """Sentences about conditions that may become trouble."""
         log_bytes = self.log_bytes()
         if log_bytes > 2 * MAX_LOG_BYTES:
             return [f'the write-ahead log has {log_bytes >> 20} MiB: another program has been '
@@ -1750,8 +1769,8 @@ class Database:
     def _check_files(self):
         """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
 
-        That changes their folder, so one look at the folder suffices after each commit, once its
-        last change is so old that no other can have the same time.
+        Deleting a file changes its folder's mtime. So after a commit the folder alone is checked,
+        unless its last change is so recent that the next could have the same mtime.
         """
         mtime = os.stat(self.folder).st_mtime
         if mtime == self.folder_mtime:
@@ -1763,7 +1782,7 @@ class Database:
             raise Unavailable(
                 f'the database {self.path} or its lock file was deleted or replaced while in use; '
                 'restart the engine')
-        resolution = 0.1 if mtime % 1 else 2     # some know whole seconds only
+        resolution = 0.1 if mtime % 1 else 2     # some file systems store whole seconds
         is_settled = os.name == 'posix' and mtime < time.time() - resolution
         self.folder_mtime = mtime if is_settled else None
 
@@ -1792,7 +1811,7 @@ class Database:
                 self.idle_readers.append(db)
 
     def close(self):
-        """Leave the file in order. Nobody writes any more."""
+        """Close all connections, and unlock the file. No transaction may be open."""
         for db in (self.db, *self.readers):
             if db:
                 db.close()
@@ -1803,20 +1822,20 @@ class Database:
 
 
 class Backups:
-    """Consistent copies of a database, beside the load; one at a time: each takes as much space."""
+    """Consistent copies of a database under load. One at a time: each needs as much space."""
 
     def __init__(self, database):
         self.database = database
-        self.being_made = threading.Lock()      # held until a copy is taken
+        self.in_progress = threading.Lock()     # held until the copy was sent and closed
 
     def make(self):
-        """An open file, which is deleted when it is closed."""
-        if not self.being_made.acquire(blocking=False):
+        """A copy as an open file, which is deleted when it is closed."""
+        if not self.in_progress.acquire(blocking=False):
             raise Unavailable('another copy is being made or taken; try again when that is done')
         try:
             return self._copy()
         except BaseException as error:
-            self.being_made.release()
+            self.in_progress.release()
             if not isinstance(error, OSError):
                 raise
             raise Unavailable(f'the copy could not be written: {error.strerror}') from None
@@ -1828,21 +1847,21 @@ class Backups:
         try:
             with self.database.reading() as db, contextlib.closing(sqlite3.connect(path)) as copy:
                 db.backup(copy)
-            return Copy(path, self.being_made.release)
+            return BackupFile(path, self.in_progress.release)
         finally:
             # Windows deletes it when it is closed
             with contextlib.suppress(PermissionError, FileNotFoundError):
                 os.unlink(path)
 
     def remove_left(self):
-        """Remove copies that were cut off."""
+        """Remove copies that an earlier run did not finish."""
         for path in glob.glob(glob.escape(self.database.path + BACKUP_INFIX) + '*'):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
 
-class Copy(io.FileIO):
-    """A copy of the database; on_close() is called when it is closed, by whatever."""
+class BackupFile(io.FileIO):
+    """A copy of the database; calls on_close() once when it is closed."""
 
     def __init__(self, path, on_close):
         super().__init__(path, 'r', opener=open_temporary)
@@ -1863,22 +1882,22 @@ def columns_where(wanted, columns=JOB_COLUMNS):
     return [name for name, column in columns.items() if wanted(column)]
 
 
-def names(columns):
-    """Quoted, since a column may be called like a word of SQL."""
+def column_list(columns):
+    """Quoted, since the name of a column may be a keyword of SQL."""
     return ', '.join(f'"{column}"' for column in columns)
 
 
 COLUMNS = list(JOB_COLUMNS)
 TRANSITION_COLUMNS = columns_where(lambda column: not column.passive)
 BRIEF_COLUMNS = [*columns_where(lambda column: column.brief),
-                 # which their JSON needs
+                 # columns that `json_key` and the like read
                  'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
-NEW_JOB = {name: column.default for name, column in JOB_COLUMNS.items()}
+JOB_DEFAULTS = {name: column.default for name, column in JOB_COLUMNS.items()}
 
 # Named, in the order of the table: a migrated database may have its columns in another order.
-SELECT_JOB = f'SELECT {names(COLUMNS)} FROM jobs WHERE '
+SELECT_JOB = f'SELECT {column_list(COLUMNS)} FROM jobs WHERE '
 # All that a transition needs. The other columns may be large.
-FIND_JOB = f'SELECT {names(TRANSITION_COLUMNS)} FROM jobs WHERE '
+FIND_JOB = f'SELECT {column_list(TRANSITION_COLUMNS)} FROM jobs WHERE '
 FIND_BY_ID = FIND_JOB + 'id = ?'
 FIND_BY_SEQ = FIND_JOB + 'seq = ?'
 SELECT_QUEUE = 'SELECT * FROM queues WHERE queue = ?'
@@ -1895,20 +1914,21 @@ INSERTING_FIELDS = frozenset(
 
 @functools.lru_cache(maxsize=256)
 def insert_plan(rows, fields=INSERTING_FIELDS):
-    """(statement, function of a row that gives its values) for so many rows.
+    """(statement, function of a row that returns its values) for this number of rows.
 
-    Only columns of these fields are written: each of the others would cost a bulk insert 3 %.
+    Of the columns with a field only those of `fields` are written: each costs a bulk insert 3 %.
     """
     columns = columns_where(lambda column: column.inserted is True or column.inserted in fields)
     values = ', ?' * len(columns)
     others = f', (NULL{values})' * (rows - 1)       # their seqs count on from the first one
-    statement = f'INSERT INTO jobs (seq, {names(columns)}) VALUES ({NEXT_SEQ}{values}){others}'
+    statement = (f'INSERT INTO jobs (seq, {column_list(columns)}) '
+                 f'VALUES ({NEXT_SEQ}{values}){others}')
     return statement, operator.itemgetter(*columns)
 
 
 CLAIMABLE = f"FROM jobs WHERE queue = :queue AND status = 'pending' AND hold = {READY}"
 CLAIM = f'''
-    SELECT {names(COLUMNS)} {CLAIMABLE}
+    SELECT {column_list(COLUMNS)} {CLAIMABLE}
         AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
     ORDER BY priority DESC, next_run_at, seq LIMIT :limit'''
 
@@ -1927,19 +1947,19 @@ def update_statement(columns):
 @functools.lru_cache(maxsize=64)
 def upsert_queue_statement(columns):
     values = ', '.join(f':{column}' for column in columns)
-    return (f'INSERT INTO queues (queue, {names(columns)}) VALUES (:queue, {values}) '
+    return (f'INSERT INTO queues (queue, {column_list(columns)}) VALUES (:queue, {values}) '
             f'ON CONFLICT (queue) DO UPDATE SET {assignments(columns)}')
 
 
-def compile_renderer(columns, of_page):
-    """A function of a row that gives the members of its JSON object.
+def compile_renderer(columns, renderer_of):
+    """A function of a row that returns the members of its JSON object.
 
-    Compiled: to walk over the table for each job takes half as long again, which a batch feels.
+    Compiled, since walking over the table for each job takes half as long again.
     """
     template = []
     values = []
     for name, column in columns.items():
-        renderer = of_page(column)
+        renderer = renderer_of(column)
         if renderer:
             value = f'{renderer.__name__}({"row" if column.of_row else f"row[{name!r}]"})'
             label = f'"{name}":' if not template else f',"{name}":'
@@ -1957,7 +1977,7 @@ render_schedule = compile_renderer(SCHEDULE_COLUMNS, operator.attrgetter('json')
 
 
 def job_json(row, more='', brief=False):
-    """A job as clients see it, as JSON text, with `more` (', "name": value' ...) at its end."""
+    """A job as clients see it, as JSON text. `more` (',"name":value') ends its members."""
     if brief:
         waits = f',"waits_for":{row["waits_for"]}' if row['waits_for'] else ''
         return f'{{{render_brief_job(row)}{waits}{more}}}'
@@ -1968,7 +1988,7 @@ def job_json(row, more='', brief=False):
 
 
 def claim_json(claim):
-    """A job that a poll gave, with its steps if it has any."""
+    """A claimed job, with its steps if it has any."""
     return job_json(claim, claim.get('steps_json', ''))
 
 
@@ -1991,27 +2011,28 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit, last=None):
+def json_page(name, key, rows, render, limit, resume_after=None):
     """A page as JSON text; `after` is null on the last one. One that grows large ends early.
 
-    `last` is where the next page begins, if there is one though this one is not full.
+    `resume_after` is the cursor of the next page if the search ended before this one was full.
     """
     texts = []
     size = 0
-    shown = None
+    last_key = None
     for row in rows:
         text = render(row)
         size += len(text)
         if size > MAX_RESPONSE and texts:
             break
         texts.append(text)
-        shown = row[key]
+        last_key = row[key]
     is_full = size > MAX_RESPONSE or len(texts) == limit
-    return f'{{"{name}":{json_list(texts)},"after":{json_string(shown if is_full else last)}}}'
+    after = json_string(last_key if is_full else resume_after)
+    return f'{{"{name}":{json_list(texts)},"after":{after}}}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
-    """The last attempts of a job: the recorded ones, and the current one with this outcome."""
+    """The last MAX_ATTEMPTS attempts: the recorded ones, and the current one with its outcome."""
     attempt = {
         'attempt': row['attempt'],
         'worker': row['worker'],
@@ -2032,13 +2053,14 @@ def size_of(row):
     return size
 
 
-# The random parts of this process's ids: the third group; the last two, with the variant on top.
+# The random parts of the ids that this process makes: of the third group, and of the last two,
+# which begin with the variant of RFC 9562 and are counted up.
 ID_SERIES = random.getrandbits(12)
 id_numbers = itertools.count(8 << 60 | random.getrandbits(61))
 
 
 def new_id(now):
-    """A UUID of version 7 (RFC 9562), greater than the one before: their index grows at its end."""
+    """A UUID of version 7 (RFC 9562). Each is greater than the last: the index grows at its end."""
     stamp = now // 1000
     number = next(id_numbers)
     return (f'{stamp >> 16:08x}-{stamp & 0xffff:04x}-7{ID_SERIES:03x}-'
@@ -2047,7 +2069,7 @@ def new_id(now):
 
 # -- Jobs: transactions, transitions ---------------------------------------------------------------
 class Transaction:
-    """One write transaction: its connection and time, and what follows its commit.
+    """One write transaction: its connection and time, and the effects that follow its commit.
 
     Created for one pass of the event loop and dropped after it. Nothing here is visible to others
     before the commit, and nothing survives a rollback.
@@ -2062,12 +2084,14 @@ class Transaction:
         self.log_lines = []
         # ('queue', q), ('job', id) and ('worker', w) whose waiters may find something now
         self.topics = set()
-        self.signs_of_life = []     # (queue, worker or None, hung; None: a heartbeat, not a poll)
-        self.losses = set()     # workers from whom a job was taken
-        self.starved = set()    # queues whose polls got nothing for want of budget or of a token
+        # (queue, worker or None, hung threads; None: a heartbeat, not a poll)
+        self.signs_of_life = []
+        self.deprived_workers = set()  # workers from whom a job was taken
+        self.starved = set()    # queues whose polls lacked response budget or a rate token
+        self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
-        self.is_deadline_exact = False  # whether that holds for everything, not for this alone
-        self.step_ends = None           # the time.monotonic() from which paced() yields no more
+        self.is_deadline_exact = False  # True: next_deadline holds for the whole database
+        self.slice_ends = None   # time.monotonic() after which paced() ends
 
     def execute(self, statement, values=()):
         return self.db.execute(statement, values)
@@ -2082,32 +2106,31 @@ class Transaction:
         self.db.execute(upsert_queue_statement(tuple(columns)), dict(columns, queue=queue))
 
     def spend(self, size):
-        """Claim characters of the response budget for a row that goes into a response.
+        """Take `size` characters of the response budget; Unavailable if it is used up.
 
-        The last may be larger than what is left, so that any job can be in a response.
+        The last job may exceed the rest, so that a large one can be in a response at all.
         """
-        if self.response_budget <= (0 if size > RESERVED_BYTES else -MAX_RESPONSE):
+        if self.response_budget <= (0 if size > SMALL_MESSAGE_BYTES else -MAX_RESPONSE):
             raise Unavailable('too much is being handed out at a time; try again')
         self.response_budget -= size
 
     def paced(self, items):
-        """Yield items until the time of a step is over, but at least one.
+        """Yield items until the time slice is over, but at least one.
 
-        All steps in a transaction share their time, so others wait no longer for it, whatever the
-        items cost.
+        All slices of a transaction share one SLICE_TIME, which bounds how long others wait for it.
         """
-        if self.step_ends is None:
-            self.step_ends = time.monotonic() + STEP_TIME
+        if self.slice_ends is None:
+            self.slice_ends = time.monotonic() + SLICE_TIME
         for item in items:
             yield item
-            if self.is_step_over():
+            if self.is_slice_over():
                 return
 
-    def is_step_over(self):
-        return self.step_ends is not None and time.monotonic() > self.step_ends
+    def is_slice_over(self):
+        return self.slice_ends is not None and time.monotonic() > self.slice_ends
 
     def wake_at(self, moment):
-        """Something falls due at this time."""
+        """Lower the next deadline to this time, at which something falls due."""
         if moment < self.next_deadline:
             self.next_deadline = moment
 
@@ -2117,14 +2140,14 @@ class Transaction:
 
 LEASE_SPAN_SQL = '''
     COALESCE(lease, COALESCE(NULLIF(timeout, 0), NULLIF(worker_timeout, 0), :timeout) + :grace)'''
-# An overdue lease gets one more period, any other at least the grace, and at most a whole period.
-# Leases of twice the pause or more have not lost a sign of life that they depend on.
+# An overdue lease gets one more period. Any other then lasts at least the grace and at most one
+# period. Leases of twice the pause or more stay: they outlast the heartbeat that was missed.
 EXTEND_LEASES = f'''
     UPDATE jobs SET started_at = MIN(started_at, :now), lease_until =
         CASE WHEN lease_until <= :now THEN :now + MAX(:grace, COALESCE(lease, 0))
              ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, {LEASE_SPAN_SQL})) END
     WHERE status = 'running' AND {LEASE_SPAN_SQL} < 2 * :pause'''
-SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that somebody named
+SHIFT_DEADLINES = (     # deadlines that are counted in seconds; a time that was given stays
     "UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by "
     "WHERE status = 'running'",
     f"UPDATE jobs SET next_run_at = next_run_at + :by "
@@ -2137,7 +2160,7 @@ SHIFT_DEADLINES = (     # of all that is counted in seconds, and not a time that
     "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
-# What else is counted in seconds, and before that what was due by the old time.
+# After the clock was set back, besides SHIFT_DEADLINES. First, jobs that were due stay due.
 SET_BACK = (
     f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
     f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
@@ -2168,10 +2191,9 @@ class Jobs:
         self.limits = limits            # constant after start
 
     def transition(self, tx, call, job, target, next_run_at=None, **changes):
-        """Change the status of a job: write, record the event, wake waiters, set the deadline.
+        """Change a job's status: write it, record the event, wake waiters, set the next deadline.
 
-        Raises AssertionError where TRANSITIONS has no such transition. `next_run_at` stays as it is
-        if it is None.
+        Raises AssertionError if TRANSITIONS does not allow it. With None `next_run_at` stays.
         """
         rule = self._rule(call, job['status'], target)
         queue = job['queue']
@@ -2182,7 +2204,7 @@ class Jobs:
             if queue in self.limits.queues:
                 tx.wake_polls(queue)
             if call in ('cancel', 'lose'):
-                tx.losses.add(job['worker'])
+                tx.deprived_workers.add(job['worker'])
                 tx.topics.add(('worker', job['worker']))
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
@@ -2213,9 +2235,9 @@ class Jobs:
         return rule
 
     def place(self, tx, columns, queue, next_run_at, waits_for=0, queued=False):
-        """Set in `columns` when a pending job is handed out; wake polls or set a deadline.
+        """Set next_run_at and hold of a pending job in `columns`; wake polls or set the deadline.
 
-        `queued`: it is not for this method to make it the active job of its group.
+        With `queued` it stays QUEUED_IN_GROUP: only advance_group() makes it the active job.
         """
         columns['next_run_at'] = next_run_at
         if queued:
@@ -2230,10 +2252,10 @@ class Jobs:
             tx.wake_polls(queue)
 
     def advance_group(self, tx, queue, group):
-        """Have the right job of the group be the active one, after any change of one of them.
+        """Make the right job of a group the active one, after each change of one of its jobs.
 
         The active job is the running one, else the oldest that has not ended. All others are
-        QUEUED_IN_GROUP. It costs two index lookups, however many those are.
+        QUEUED_IN_GROUP. This costs two index lookups, however many jobs the group has.
         """
         active = tx.fetch_one(ACTIVE_IN_GROUP, queue, group)
         if active and active['status'] == 'running':
@@ -2256,7 +2278,7 @@ class Jobs:
         tx.db.execute(statement, columns)
 
     def claim(self, tx, claims, columns):
-        """Start jobs: `claims` are their rows as they are then, `columns` those that changed."""
+        """Start jobs. `claims` are their new rows as dicts, `columns` the columns that changed."""
         rule = self._rule('poll', 'pending', 'running')
         for claim in claims:
             claim['status'] = 'running'
@@ -2264,12 +2286,12 @@ class Jobs:
         self.set_leases(tx, claims, 'status', *columns)
 
     def set_leases(self, tx, jobs, *columns):
-        """Write `lease_until` of running jobs, and these columns; `jobs` are dicts with `seq`."""
+        """Write `lease_until` and other columns of running jobs; each is a dict with its `seq`."""
         tx.db.executemany(update_statement((*columns, 'lease_until')), jobs)
         tx.wake_at(min(job['lease_until'] for job in jobs))
 
     def extend_leases(self, tx, pause_seconds):
-        """Nobody could be heard for so long: leases shorter than twice that get one more period."""
+        """Extend leases shorter than twice the pause, in which no heartbeat could be received."""
         tx.execute(EXTEND_LEASES, {
             'now': tx.now,
             'grace': micros(GRACE),
@@ -2278,59 +2300,59 @@ class Jobs:
         })
 
     def shift_deadlines(self, tx, seconds):
-        """The clock went ahead or, before the start, back: what is counted in seconds moves too."""
+        """Move what is counted in seconds with the clock, which has stepped by this much."""
         by = micros(seconds)
         for statement in SHIFT_DEADLINES:
             tx.execute(statement, {'by': by, 'before': tx.now - by})
 
     def set_back(self, tx, before):
-        """The clock was set back since `before`, which the last engine had reached."""
+        """Move deadlines back with the clock; `before` is the time that the last engine reached."""
         by = tx.now - before
         for statement in SET_BACK:
             tx.execute(statement, {'by': by, 'now': tx.now, 'before': before})
         self.shift_deadlines(tx, by / 1000000)
 
     def release_due(self, tx):
-        """A step of handing out delayed jobs whose time has come."""
+        """A slice of handing out delayed jobs whose time has come."""
         for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS)):
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
 
     def expire(self, tx):
-        """A step of cancelling jobs that have not started in time."""
+        """A slice of cancelling jobs that have not started in time."""
         for seq, in tx.paced(tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS)):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.transition(tx, 'expire', job, 'cancelled', error='expired')
 
     def update(self, tx, job, **columns):
-        """Write columns of a job that have no owner."""
+        """Write columns of a job that are not in OWNED_COLUMNS."""
         owned = OWNED_COLUMNS.intersection(columns)
         if owned:
             raise AssertionError(f'{", ".join(owned)}: Jobs has a method that writes it')
         self._write(tx, job, columns)
 
     def delete(self, tx, job):
-        self._rule_of_purge(job)
+        self._require_purgeable(job)
         self.announce_end(tx, job, 'purged')
         tx.execute('DELETE FROM jobs WHERE seq = ?', (job['seq'],))
         if job['group'] is not None:
             self.advance_group(tx, job['queue'], job['group'])
 
-    def _rule_of_purge(self, job):
+    def _require_purgeable(self, job):
         if job['status'] not in TRANSITIONS['purge'].sources:
             raise AssertionError(f'purge does not lead from {job["status"]}')
 
     def announce_end(self, tx, job, outcome):
-        """Wake the calls that wait for the job. Dependencies.resolve() tells the jobs, in steps."""
+        """Wake the calls that wait for the job. Dependencies.resolve() updates its dependents."""
         tx.topics.add(('job', job['id']))
-        unaware = 'SELECT 1 FROM dependencies WHERE dependency = ? AND state = 0 LIMIT 1'
-        if tx.fetch_one(unaware, job['seq']):
+        unresolved = 'SELECT 1 FROM dependencies WHERE dependency = ? AND state = 0 LIMIT 1'
+        if tx.fetch_one(unresolved, job['seq']):
             tx.execute('INSERT OR IGNORE INTO unresolved_ends VALUES (?, ?, ?)',
                        (job['seq'], job['id'], outcome))
             tx.wake_at(tx.now)
 
     def retry_or_fail(self, tx, call, job, again, error, delay=None, **changes):
-        """The attempt did not succeed: pending again after the backoff, or failed."""
+        """End an attempt without success: the job is pending after the backoff, or failed."""
         if not again:
             self.transition(tx, call, job, 'failed', error=error, **changes)
             return
@@ -2342,7 +2364,7 @@ class Jobs:
     def require_status(self, tx, call, params):
         """(job, True) if the call is possible; (job, False) if it is a replay; else Conflict.
 
-        A replay is the same call, with the same attempt, that has ended that attempt already.
+        A replay repeats the call that ended the current attempt, with the same `attempt`.
         """
         job = require(tx.fetch_one(FIND_BY_ID, params['id']), 'id: there is no job', params['id'])
         sources = TRANSITIONS[call].sources
@@ -2358,7 +2380,7 @@ class Jobs:
 
 
 def last_outcome(job):
-    """How its last attempt ended; '' if it has had none."""
+    """How the job's last attempt ended; '' if none has ended."""
     if job['status'] == 'done':
         return 'done'
     attempts = json.loads(job['attempts'] or '[]')
@@ -2366,11 +2388,11 @@ def last_outcome(job):
 
 
 # -- Jobs: producers -------------------------------------------------------------------------------
-# what enqueue did for a job
+# the outcome of an item of an enqueue
 CREATED = 'created'
 EXISTING = 'existing'           # its id or key is taken
-REPLACED = 'replaced'           # the job that has its key got its values
-MEMBERS_OF = {                  # of the job in the answer
+REPLACED = 'replaced'           # a pending job had its key, and got its values
+CREATED_MEMBERS = {             # members that are appended to the job in the answer
     CREATED: ',"created":true',
     EXISTING: ',"created":false',
     REPLACED: ',"created":false,"replaced":true',
@@ -2384,7 +2406,7 @@ DISK_IS_FULL = ('the disk is full: no jobs are added until there is room; '
 
 
 class Producers:
-    """Enqueue."""
+    """POST /enqueue."""
 
     def __init__(self, jobs, dependencies, workers):
         # constant after start
@@ -2393,7 +2415,7 @@ class Producers:
         self.workers = workers
 
     def enqueue(self, tx, items):
-        """Add the jobs, all or none. Of each (row, what was done): CREATED, EXISTING, REPLACED."""
+        """Add the jobs, all or none: a list of (row, CREATED, EXISTING or REPLACED)."""
         if not tx.takes_jobs:
             raise Unavailable(DISK_IS_FULL)
         if len(items) > 1:
@@ -2413,7 +2435,7 @@ class Producers:
             try:
                 jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields, aliases)
             except Unavailable:
-                if len(rows) > 1 and tx.response_budget < budget:       # its own jobs fill it
+                if len(rows) > 1 and tx.response_budget < budget:       # this request used it up
                     raise PayloadTooLarge(
                         'jobs: those that exist already are too large for one answer; '
                         'send fewer at a time') from None
@@ -2424,7 +2446,7 @@ class Producers:
         return jobs
 
     def _new_row(self, tx, item):
-        row = NEW_JOB.copy()
+        row = JOB_DEFAULTS.copy()
         row.update(item)
         row['id'] = item.get('id') or new_id(tx.now)
         row['created_at'] = row['updated_at'] = tx.now
@@ -2441,7 +2463,7 @@ class Producers:
         return row
 
     def _insert(self, tx, rows, fields, aliases):
-        """Insert them in one statement, in half the time of one each; one by one if one exists."""
+        """Insert the rows in one statement, which is twice as fast; one by one if a job exists."""
         statement, values_of = insert_plan(len(rows), fields)
         values = []
         is_plain = True
@@ -2462,7 +2484,7 @@ class Producers:
         return [pair for row in rows for pair in self._insert(tx, [row], fields, aliases)]
 
     def _insert_one(self, tx, row, aliases):
-        """The job that has the id or key of the row; else the row, which has `after`, inserted."""
+        """The existing job with the id or key of the row; else the row, inserted with `after`."""
         existing = tx.fetch_one(SELECT_JOB + 'id = ?', row['id'])
         if existing:
             tx.spend(size_of(existing))
@@ -2484,14 +2506,14 @@ class Producers:
         return tx.fetch_one(SELECT_JOB + 'seq = ?', existing['seq']), REPLACED
 
     def render_created(self, jobs):
-        """The JSON texts of the result of enqueue(), with a warning if nobody polls their queue."""
+        """The result of enqueue() as JSON texts, with a warning where no worker polls the queue."""
         last_polled = self.workers.last_polled
         first = jobs[0][0]['queue']
-        # comparing names takes time: only those of one queue are
+        # comparing names takes time: only one queue of a request gets a hint
         known = () if first in last_polled else tuple(last_polled)[-20:]
         texts = []
         for row, done in jobs:
-            more = MEMBERS_OF[done]
+            more = CREATED_MEMBERS[done]
             queue = row['queue']
             if done is CREATED and queue not in last_polled:
                 warning = no_worker_warning(queue, known if queue == first else ())
@@ -2502,7 +2524,7 @@ class Producers:
 
 @functools.lru_cache(maxsize=1024)
 def no_worker_warning(queue, known):
-    """That no worker polls the queue, with the name that is perhaps meant; only short ones."""
+    """The warning that no worker polls the queue, with a similar name that does as a hint."""
     names = [name for name in known if abs(len(name) - len(queue)) < 4 and len(name) <= 40]
     near = difflib.get_close_matches(queue, names, 1)
     hint = f'; did you mean {describe(near[0])}?' if near else ''
@@ -2517,7 +2539,7 @@ SELECT_LOST = '''
 
 
 class Claims:
-    """The calls of workers: poll, and what a claim ends with or is kept by."""
+    """The calls of workers: poll, and those that end, extend or use a claim."""
 
     def __init__(self, jobs, limits, workers):
         # constant after start
@@ -2526,7 +2548,7 @@ class Claims:
         self.workers = workers
 
     def poll(self, tx, params):
-        """Claim jobs: their rows as they are then, within the response budget, but one at least."""
+        """Claim jobs; their new rows, as many as the response budget allows, but at least one."""
         queue = params['queue']
         self._record_poll(tx, queue, params)
         if tx.response_budget <= 0:     # waiters are woken when there is room again
@@ -2546,27 +2568,27 @@ class Claims:
             'worker_timeout': params.get('timeout'),
             'worker_max_retries': params.get('max_retries'),
         }
-        claims = self._take(tx, queue, limit, changes)
+        claims = self._select_claims(tx, queue, limit, changes)
         if claims:
             self.jobs.claim(tx, claims, (*changes, 'attempt'))
-            self.limits.take(tx, queue, len(claims))
-            self._complete_claims(tx, claims)
+            self.limits.take_tokens(tx, queue, len(claims))
+            self._prepare_claims(tx, claims)
         return claims
 
-    def _take(self, tx, queue, limit, changes):
-        """The rows of due jobs as they will be once claimed; expired ones are cancelled."""
+    def _select_claims(self, tx, queue, limit, changes):
+        """Due jobs as the rows that they will be once claimed. Expired ones are cancelled."""
         rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
         expired = []
         claims = self._within_budget(tx, rows, changes, expired)
         for job in expired:
             self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
         if expired and not claims:
-            # others may be due behind them: try again after the next step of Jobs.expire()
+            # others may be due behind them: try again after the next slice of Jobs.expire()
             tx.starved.add(queue)
             tx.wake_at(tx.now)
         return claims
 
-    def _complete_claims(self, tx, claims):
+    def _prepare_claims(self, tx, claims):
         """Release keys that are held until the start, and add the steps of earlier attempts."""
         for claim in claims:
             if claim['key_until'] == 'start' and claim['key'] is not None:
@@ -2577,7 +2599,7 @@ class Claims:
                 claim['steps_json'] = steps_json(tx.db, claim)
 
     def _record_poll(self, tx, queue, params):
-        """A sign of life. `polled_at` is stored now and then; the workers' memory is exact."""
+        """Record a sign of life. `polled_at` is stored once a minute; Workers knows it exactly."""
         span = micros(POLL_TIME_RESOLUTION)
         if self.workers.last_polled.get(queue, 0) // span != tx.now // span:
             tx.upsert_queue(queue, polled_at=tx.now)
@@ -2605,7 +2627,7 @@ class Claims:
         return claims
 
     def apply_item(self, tx, method, item):
-        """The result of the method for an item of a batch; an error is a result like others."""
+        """The result of the method for an item of a batch; an HTTPError becomes a result."""
         try:
             if isinstance(item, HTTPError):
                 raise item
@@ -2650,7 +2672,7 @@ class Claims:
         return {'id': job['id'], 'status': 'running'}
 
     def step(self, tx, params):
-        """Keep the result of a step, as JSON text; the first one under a name stays."""
+        """Store the result of a step; the first under a name stays. Returns JSON text."""
         job, _ = self.jobs.require_status(tx, 'step', params)
         name = params['name']
         known = tx.fetch_one(SELECT_STEP, job['seq'], name)
@@ -2676,7 +2698,7 @@ class Claims:
         self._keep(tx, job, steps=job['steps'] + 1, steps_size=size)
 
     def _keep(self, tx, job, **changes):
-        """A sign of life of the worker: extend the lease, and change columns of the job."""
+        """Extend the lease after a sign of life, and write `changes` to the job."""
         changes['updated_at'] = tx.now
         until = min(tx.now + (job['lease'] or 0), latest_lease(job, job['started_at']))
         until = max(until, job['lease_until'])
@@ -2685,7 +2707,7 @@ class Claims:
             tx.signs_of_life.append((job['queue'], job['worker'], None))
 
     def lose_overdue(self, tx):
-        """A step of giving up the workers whose leases are over."""
+        """A slice of ending the attempts whose leases are over."""
         for seq, in tx.paced(tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
@@ -2694,12 +2716,12 @@ class Claims:
 
 
 def latest_lease(job, started_at):
-    """When the worker of a claim is lost, whatever it sends."""
+    """When a claim expires even with heartbeats."""
     return started_at + timeout_of(job) + micros(GRACE)
 
 
 # -- Jobs: dependencies ----------------------------------------------------------------------------
-# `state` of a dependency, by the status of its job; 0: it has not ended
+# `state` of a dependency, by the status of the job depended on; 0: that has not ended
 DEPENDENCY_STATE = {'done': 1, 'failed': 2, 'cancelled': 2, 'purged': 2}
 SUCCEEDED = 1
 FAILED = 2
@@ -2707,7 +2729,7 @@ SET_DEPENDENCY_STATE = 'UPDATE dependencies SET state = ? WHERE dependent = ? AN
 NEXT_UNRESOLVED = '''
     SELECT job AS seq, id, outcome AS status, dependent, position
     FROM unresolved_ends LEFT JOIN dependencies ON dependency = job AND state = 0 LIMIT 1'''
-TOLD_DEPENDENTS = '''
+INFORMED_DEPENDENTS = '''
     SELECT dependent, position FROM dependencies WHERE dependency = ? AND state > 0 LIMIT ?'''
 DEPENDENCIES_OF = '''
     SELECT dependencies.*, id, status FROM dependencies LEFT JOIN jobs ON seq = dependency
@@ -2715,7 +2737,7 @@ DEPENDENCIES_OF = '''
 
 
 class Dependencies:
-    """Jobs after jobs: `after`, and what the end of a job does to its dependents."""
+    """`after` of jobs, and the effect of a job's end on its dependents."""
 
     def __init__(self, jobs):
         self.jobs = jobs        # constant after start
@@ -2746,7 +2768,7 @@ class Dependencies:
         self.jobs.transition(tx, 'cancel', job, 'cancelled', error=self._reason(dependency))
 
     def resolve(self, tx):
-        """A step of telling the dependents of jobs that have ended."""
+        """A slice of updating the dependents of jobs that have ended."""
         for _ in tx.paced(range(BATCH_ROWS)):
             end = tx.fetch_one(NEXT_UNRESOLVED)
             if not end:
@@ -2757,11 +2779,11 @@ class Dependencies:
                 tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (end['seq'],))
 
     def _dependency_ended(self, tx, end):
-        """A job has one dependency less to wait for."""
+        """A dependency has ended: its dependent is unblocked or cancelled, or waits for more."""
         state = DEPENDENCY_STATE[end['status']]
         tx.execute(SET_DEPENDENCY_STATE, (state, end['dependent'], end['position']))
         job = tx.fetch_one(FIND_BY_SEQ, end['dependent'])
-        # it was cancelled, or is due since before the dependency was retried
+        # it was cancelled, or was unblocked before the dependency was retried
         if job['status'] != 'pending' or not job['waits_for']:
             return
         if state != SUCCEEDED and not job['after_any']:
@@ -2774,7 +2796,7 @@ class Dependencies:
         self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=waits_for)
 
     def recheck(self, tx, job):
-        """How many jobs a job has to wait for as they are now; Conflict if that is in vain."""
+        """How many dependencies have not ended; Conflict if one has failed that must not."""
         dependencies = tx.fetch_all(DEPENDENCIES_OF, job['seq'])
         states = [self._current_state(dependency) for dependency in dependencies]
         if FAILED in states and not job['after_any']:
@@ -2785,7 +2807,7 @@ class Dependencies:
         return states.count(0)
 
     def _current_state(self, dependency):
-        """Of a purged job the state that is known; purged before its end was known is FAILED."""
+        """The state by the job's status now; of a purged job the stored one, else FAILED."""
         if dependency['id'] is None:
             return dependency['state'] or FAILED
         return DEPENDENCY_STATE.get(dependency['status'], 0)
@@ -2796,12 +2818,12 @@ class Dependencies:
         return f'it waits for the job {describe(dependency["id"])}, which is {dependency["status"]}'
 
     def reopen(self, tx, job):
-        """A job that had ended is retried: dependents that are blocked wait for it again.
+        """An ended job is retried: its dependents that are still blocked wait for it again.
 
-        Those that are beyond a bound are not told so; they find out by recheck().
+        At most BATCH_ROWS of them are updated here; the others notice by recheck().
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
-        for dependent, position in tx.fetch_all(TOLD_DEPENDENTS, job['seq'], BATCH_ROWS):
+        for dependent, position in tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], BATCH_ROWS):
             tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
             waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
             if waiting['status'] == 'pending' and waiting['waits_for']:
@@ -2812,9 +2834,9 @@ class Dependencies:
 def bucket_full_at(queue, now):
     """When the token bucket is full again.
 
-    Each claim puts that off by per / rate: the theoretical arrival time of the generic cell rate
-    algorithm (GCRA). It is never later than an empty bucket allows, since a clock that was set back
-    leaves `full_at` far ahead.
+    Each claim delays that by per / rate: the theoretical arrival time of the generic cell rate
+    algorithm (GCRA). It is at most `per` from now: a clock that was set back leaves `full_at` far
+    ahead.
     """
     return min(max(queue['full_at'], now), now + queue['per'])
 
@@ -2828,7 +2850,7 @@ def round_up_division(dividend, divisor):
 
 
 def next_token(queue, now):
-    """When an empty bucket has a token."""
+    """When an empty bucket gets its next token."""
     token = round_up_division(queue['per'], queue['rate'])
     return bucket_full_at(queue, now) - queue['per'] + token
 
@@ -2837,10 +2859,11 @@ class Limits:
     """max_running and rate of queues: how many jobs a poll may claim at the moment."""
 
     def __init__(self, queues):
-        self.queues = queues    # that have a limit, or had one since the start; the loop's
+        # touched by the loop's thread only: queues that have a limit, or had one since the start
+        self.queues = queues
 
     def set(self, tx, params):
-        """Set or remove limits of a queue; the limits as they are then."""
+        """Set or remove limits of a queue; returns all its limits."""
         queue = params['queue']
         known = tx.fetch_one(SELECT_QUEUE, queue)
         limits = {limit: known[limit] if known else None for limit in NULLABLE}
@@ -2876,8 +2899,8 @@ class Limits:
         tx.starved.add(limits['queue'])
         tx.wake_at(next_token(limits, tx.now))
 
-    def take(self, tx, queue, count):
-        """Take so many tokens out of the bucket of the queue, if it has one."""
+    def take_tokens(self, tx, queue, count):
+        """Take `count` tokens out of the queue's bucket, if it has one."""
         if queue not in self.queues:
             return
         limits = tx.fetch_one(SELECT_QUEUE, queue)
@@ -2889,14 +2912,14 @@ class Limits:
 # -- Jobs: schedules -------------------------------------------------------------------------------
 GIVEN_TO_JOBS = columns_where(lambda column: column.inserted, SCHEDULE_COLUMNS)
 SCHEDULE_FIELDS = ('name', *GIVEN_TO_JOBS, 'cron', 'every', 'zone')
-NEW_SCHEDULE = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
-SELECT_SCHEDULE = f'SELECT {names(SCHEDULE_COLUMNS)} FROM schedules '
-REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({names(SCHEDULE_COLUMNS)}) '
+SCHEDULE_DEFAULTS = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
+SELECT_SCHEDULE = f'SELECT {column_list(SCHEDULE_COLUMNS)} FROM schedules '
+REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({column_list(SCHEDULE_COLUMNS)}) '
                     f'VALUES (:{", :".join(SCHEDULE_COLUMNS)})')
 
 
 class Schedules:
-    """Jobs that are made by the clock."""
+    """Schedules, and the jobs that their ticks make."""
 
     def __init__(self, producers):
         self.producers = producers      # constant after start
@@ -2906,7 +2929,7 @@ class Schedules:
         row = tx.fetch_one(SELECT_SCHEDULE + 'WHERE name = ?', wanted['name'])
         if row and all(row[field] == wanted[field] for field in SCHEDULE_FIELDS):
             return row, False
-        schedule = {**NEW_SCHEDULE, **dict(row or {}), **wanted}
+        schedule = {**SCHEDULE_DEFAULTS, **dict(row or {}), **wanted}
         schedule['next_run_at'] = first_tick(wanted, tx.now)
         tx.execute(REPLACE_SCHEDULE, schedule)
         tx.wake_at(schedule['next_run_at'])
@@ -2917,7 +2940,7 @@ class Schedules:
         return {'count': deleted}
 
     def run_due(self, tx):
-        """A step of making the jobs of the ticks that are due; they stay due on a full disk."""
+        """A slice of making the jobs of ticks that are due. On a full disk they stay due."""
         if not tx.takes_jobs:
             return
         due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
@@ -2929,7 +2952,7 @@ class Schedules:
         """Make the job of the last tick that is due, and set the next one."""
         try:
             tick, upcoming = last_tick(row, tx.now)
-        except BadRequest as error:     # this machine is another one, and does not know the zone
+        except BadRequest as error:     # the database came from a machine that knew the zone
             tick = row['next_run_at']
             upcoming = tx.now + micros(3600)
             tx.log_lines.append(
@@ -2953,13 +2976,15 @@ class Schedules:
 # -- Jobs: operators -------------------------------------------------------------------------------
 FILTERS = {     # of GET /jobs, and of the calls that change many jobs
     **{name: f'"{name}" = :{name}' for name, column in JOB_COLUMNS.items() if column.filter},
-    'status': '+status = :status',      # the plus: in the order of seq, not by jobs_finished
+    # the plus keeps SQLite from using jobs_finished: pages are in the order of seq
+    'status': '+status = :status',
     'search': (
         '(' + ' OR '.join(f"{column} LIKE :text ESCAPE '!'"
                           for column in ('id', 'tag', 'error', 'payload', 'result'))
         # texts in JSON are kept in ASCII, with escapes
-        + "OR payload LIKE :escaped ESCAPE '!' OR result LIKE :escaped ESCAPE '!')"),
-    'after': 'seq < :after',            # from here on the values are seqs of jobs
+        + " OR payload LIKE :escaped ESCAPE '!' OR result LIKE :escaped ESCAPE '!')"),
+    # from here on the values are seqs of jobs
+    'after': 'seq < :after',
     'beyond': 'seq > :beyond',
     'needed_by': 'dependent = :needed_by',
     'needs': 'seq IN (SELECT dependent FROM dependencies WHERE dependency = :needs)',
@@ -2978,7 +3003,7 @@ def where_clause(params):
 
 
 class Operators:
-    """The calls of people: pause, resume, cancel, retry, purge; and those over many jobs."""
+    """The calls of operators: pause, resume, cancel, retry, purge, also for many jobs at once."""
 
     def __init__(self, database, jobs, limits, dependencies, claims):
         # constant after start
@@ -2986,7 +3011,7 @@ class Operators:
         self.database = database
         self.jobs = jobs
         self.dependencies = dependencies
-        self.limit = limits.set
+        self.limit = limits.set         # POST /limit, which write_call() finds here
         self.require_status = jobs.require_status
 
     def cancel(self, tx, job):
@@ -3031,16 +3056,16 @@ class Operators:
         tx.wake_polls(queue)
         return {'queue': queue, 'paused': paused}
 
-    def apply_to_items(self, tx, call, items):
-        """A step of a call over jobs that are named one by one: the results, and the items left."""
+    def change_items(self, tx, call, items):
+        """A slice of a call over jobs named one by one: (results, items that are left)."""
         results = []
-        apply_one = functools.partial(self.apply_to_item, call=call)
+        apply_one = functools.partial(self.change_item, call=call)
         for item in tx.paced(items):
             results.append(self.claims.apply_item(tx, apply_one, item))
         return results, items[len(results):]
 
-    def apply_to_item(self, tx, params, call):
-        """Do it to the job `id`; Conflict if its status forbids that."""
+    def change_item(self, tx, params, call):
+        """Run the call for the job `id`; Conflict if its status forbids that."""
         if 'id' not in params or len(params) > 1:
             raise BadRequest('id is needed, and stands alone')
         job, _ = self.require_status(tx, call, params)
@@ -3049,10 +3074,10 @@ class Operators:
         return {'id': params['id'], 'status': target}
 
     def seq_batches(self, params):
-        """The seqs of the jobs that a large change is about, in batches.
+        """Yield the seqs of the jobs that a large change applies to, in batches.
 
-        A reader finds them, so that the writer is not held up. Not their ids: a producer may use
-        those again.
+        A reader finds them, so that the writer is not held up. Seqs, because the id of a deleted
+        job may be enqueued again meanwhile.
         """
         params = {**params, 'beyond': 0, 'rows': BATCH_ROWS}
         query = f'SELECT seq FROM jobs {where_clause(params)} ORDER BY seq LIMIT :rows'
@@ -3064,10 +3089,10 @@ class Operators:
             params['beyond'] = seqs[-1]
             yield seqs
 
-    def apply_to_batch(self, tx, method, seqs, statuses):
-        """A step of calling the method with the jobs that still have such a status.
+    def change_batch(self, tx, method, seqs, statuses):
+        """A slice of calling the method with those jobs that still have one of the statuses.
 
-        How many those were, and the seqs that are left.
+        Returns (how many were changed, the seqs that are left).
         """
         count = 0
         done = 0
@@ -3100,22 +3125,20 @@ NEXT_QUEUES = IS_UNUSED + ' WHERE queue > ? ORDER BY queue LIMIT ?'
 class Retention:
     """Deletes jobs that have been kept long enough, and forgets queues that nobody uses.
 
-    A round walks over all of them once, in steps. It is a generator: each `yield` is between two
+    A round walks over all of them once, in slices. It is a generator: each `yield` is between two
     pieces of work of bounded cost, and the next piece may be in another transaction.
     """
 
-    def __init__(self, workers, meter, keep, keep_failed):
+    def __init__(self, keep, keep_failed):
         # constant after start
-        self.workers = workers
-        self.meter = meter
         self.keep = {'done': keep, 'cancelled': keep, 'failed': keep_failed}    # 0: for ever
-        # the loop's
-        self.next_round = 0
+        # touched by the loop's thread only
+        self.next_round = 0     # engine time in microseconds
         self.round = None       # the generator while one is under way
         self.tx = None          # the transaction of the current step
 
     def run_due(self, tx):
-        """A step of a round; the next round begins after RETENTION_INTERVAL."""
+        """A slice of a round; the next round begins after RETENTION_INTERVAL."""
         if self.next_round > tx.now:
             return
         self.tx = tx
@@ -3136,7 +3159,7 @@ class Retention:
         self.round = None
 
     def _delete_ended(self, status, keep):
-        """Delete jobs of the status, but for those that a pending job waits or waited for."""
+        """Delete old jobs of the status, except dependencies of pending jobs."""
         position = (0, 0)
         while True:
             before = self.tx.now - keep
@@ -3180,12 +3203,11 @@ class Retention:
                 return
 
     def _forget(self, queue, before):
-        """Forget the queue, if it is unused still: this transaction may be a later one."""
+        """Forget the queue if it is still unused: an earlier transaction may have read it."""
         row = self.tx.fetch_one(IS_UNUSED + ' WHERE queue = ?', before, queue)
         if row and row[1]:
             self.tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
-            self.workers.last_polled.pop(queue, None)
-            self.meter.fold_into_others(queue)
+            self.tx.forgotten_queues.append(queue)
 
 
 # -- Jobs: queries ---------------------------------------------------------------------------------
@@ -3211,18 +3233,18 @@ UNFINISHED_DEPENDENCIES = '''
     WHERE dependent = ? AND state = 0 ORDER BY position LIMIT 4'''
 
 
-INDEX_OF_STATUS = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
+STATUS_INDEXES = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
 
 
 class Queries:
-    """The calls that read. They run in any thread, on what is committed."""
+    """The calls that read. They run in any thread, and see committed state only."""
 
     def __init__(self, database, clock, workers, meter):
         # constant after start
         self.database = database
         self.clock = clock
         self.workers = workers
-        self.queues = Overview(database, clock, workers, meter).queues
+        self.queues = Overview(database, clock, workers, meter).queues      # GET /queues
 
     def job(self, id):
         """The job with its attempts, its dependents, and why it does not run."""
@@ -3242,7 +3264,7 @@ class Queries:
             return job_json(row, more)
 
     def has_ended(self, id):
-        """Whether there is nothing to wait for."""
+        """Whether the job has ended, or does not exist."""
         with self.database.reading() as db:
             job = db.execute(FIND_BY_ID, (id,)).fetchone()
         return job is None or job['status'] in ENDED
@@ -3254,8 +3276,8 @@ class Queries:
         return job_json(require(row, 'tag: there is no job tagged', tag))
 
     def jobs(self, limit=50, brief=False, **params):
-        """A page of jobs, newest first; with `needed_by` the dependencies of one, in its order."""
-        columns = names(BRIEF_COLUMNS if brief else COLUMNS)
+        """A page of jobs, newest first; with `needed_by` a job's dependencies, in its order."""
+        columns = column_list(BRIEF_COLUMNS if brief else COLUMNS)
         render = functools.partial(job_json, brief=brief)
         if 'search' in params:
             params['text'] = like_pattern(params['search'])
@@ -3289,10 +3311,10 @@ class Queries:
             {**params, 'limit': limit})
 
     def _search(self, db, limit, params):
-        """(seqs of jobs that match, newest first; the last one looked at, if it ended early).
+        """(seqs of matching jobs, newest first; the last seq examined if the search ended early).
 
-        An index leads to the jobs of a tag, a group, and of INDEX_OF_STATUS. Other conditions are
-        checked one job at a time, and a page looks at a bounded number of them.
+        An index leads to the jobs of a tag, a group, and of STATUS_INDEXES. Other conditions are
+        checked job by job, and a page examines a bounded number of jobs.
         """
         indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
         conditions = {field: FILTERS[field] for field in FILTERS if field in params}
@@ -3302,20 +3324,20 @@ class Queries:
             ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
         status = params.get('status')
         table = 'jobs'
-        if status in INDEX_OF_STATUS and indexed.isdisjoint(params.keys() - {'after'}):
-            table = f'jobs INDEXED BY {INDEX_OF_STATUS[status]}'
+        if status in STATUS_INDEXES and indexed.isdisjoint(params.keys() - {'after'}):
+            table = f'jobs INDEXED BY {STATUS_INDEXES[status]}'
             source += f" AND status = '{status}'"       # as text: a partial index needs it
         rows = db.execute(
             f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
             {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
         ends = time.monotonic() + MAX_SEARCH_TIME
         found = []
-        for looked_at, (seq, is_match) in enumerate(rows, 1):
+        for examined, (seq, is_match) in enumerate(rows, 1):
             if is_match:
                 found.append(seq)
                 if len(found) == limit:
                     break
-            if looked_at == MAX_ROWS_SEARCHED or time.monotonic() > ends:
+            if examined == MAX_ROWS_SEARCHED or time.monotonic() > ends:
                 return found, seq
         return found, None
 
@@ -3324,14 +3346,14 @@ class Queries:
         return require(job, f'{field}: there is no job', id, BadRequest)['seq']
 
     def _may_have(self, db, queue, status):
-        """Whether the counts of the queues leave it open that there is such a job."""
+        """Whether there can be such a job, by the counts of the queues."""
         count = status if status in STATUSES else 1     # each status is a column
         total, = db.execute(f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)',
                             (queue,)).fetchone()
         return total
 
     def health(self):
-        """Whether jobs can be stored, and what may become trouble."""
+        """Whether jobs can be stored, and warnings."""
         trouble = self.database.trouble()
         return {
             'status': 'trouble' if trouble else 'ok',
@@ -3362,7 +3384,7 @@ class Queries:
             return rows, schedules.fetchall()
 
     def _why(self, db, row):
-        """Why the job is where it is, in a sentence; None once it has ended."""
+        """A sentence on why the job has its status and does not run; None once it has ended."""
         if row['status'] in ENDED:
             return None
         if row['status'] == 'running':
@@ -3481,7 +3503,7 @@ class Overview:
         }
 
     def _sums(self, db, now):
-        # the stored time of a poll may be older than the poll
+        # polled_at is stored once in POLL_TIME_RESOLUTION
         silence = {'silent_since': now - micros(WORKER_SILENCE + POLL_TIME_RESOLUTION)}
         totals = dict(db.execute(TOTALS, silence).fetchone())
         unserved = db.execute(UNSERVED, silence).fetchall() if totals['unserved'] else []
@@ -3522,7 +3544,7 @@ class Overview:
 
 # -- Jobs: known workers, counts, wiring -----------------------------------------------------------
 class Workers:
-    """Signs of life. Written by the loop after a commit; threads copy a whole dict at a time."""
+    """Signs of life. Only the loop writes them, after a commit; other threads copy a dict whole."""
 
     def __init__(self, last_polled):
         self.last_polled = last_polled          # queue -> time of its last poll
@@ -3537,7 +3559,7 @@ class Workers:
             if worker:
                 _, known = self.seen.pop((worker, queue), (0, 0))
                 self.seen[worker, queue] = tx.now, known if hung is None else hung
-        for worker in tx.losses:
+        for worker in tx.deprived_workers:
             self.lost_at[worker] = tx.now
             self.lost_at.move_to_end(worker)
         for known in (self.seen, self.lost_at):
@@ -3546,7 +3568,7 @@ class Workers:
 
 
 METER_EVENTS = ['enqueued', *(rule.event for rule in TRANSITIONS.values() if rule.event)]
-HOURLY = {      # what a queue's last hour counts, and the events of each
+HOURLY = {      # counts of a queue's last hour, and the events that each sums up
     'enqueued': ('enqueued',),
     'done': ('completed',),
     'failed': ('failed', 'lost'),
@@ -3560,14 +3582,15 @@ class Meter:
         self.lock = threading.Lock()            # guards all of it
         self.totals = collections.Counter()     # (event, queue) -> n
         self.seconds = {}                       # (event, queue) -> histogram with DURATION_BUCKETS
-        self.groups = [0] * (len(COMMIT_SIZE_BUCKETS) + 2)      # histogram: operations in a commit
+        # histogram: operations in a commit
+        self.commit_sizes = [0] * (len(COMMIT_SIZE_BUCKETS) + 2)
         self.minutes = collections.defaultdict(collections.Counter)     # minute -> totals
         self.requests = collections.Counter()   # (route, status) -> n
 
-    def record(self, now, events, group_size):
+    def record(self, now, events, operations):
         """Count the events of a transaction that is committed."""
         with self.lock:
-            observe(self.groups, COMMIT_SIZE_BUCKETS, group_size)
+            observe(self.commit_sizes, COMMIT_SIZE_BUCKETS, operations)
             minute = self.minutes[now // 60000000]
             for event, queue, took in events:
                 self.totals[event, queue] += 1
@@ -3594,7 +3617,7 @@ class Meter:
                 self.seconds.pop((event, queue), None)
 
     def last_hour(self, now, queue=None):
-        """Of each of HOURLY 60 counts, the last one of the current minute; None: of all queues."""
+        """60 counts for each of HOURLY, the last for the current minute; of all queues if None."""
         with self.lock:
             minutes = self._last_minutes(now)
             return {
@@ -3613,12 +3636,12 @@ class Meter:
 
 
 def observe(histogram, buckets, value):
-    """Count a value. A histogram is the count of each bucket, of values beyond, and the sum."""
+    """Count a value. A histogram lists a count per bucket, the count beyond, and the sum."""
     histogram[bisect.bisect_left(buckets, value)] += 1
     histogram[-1] += value
 
 
-# An end that is not resolved is due at once: 1 is a time long ago.
+# An unresolved end is due at once: 1 is a time in 1970.
 NEXT_DEADLINE = f'''
     SELECT MIN(moment) FROM (
         SELECT MIN(next_run_at) AS moment FROM jobs WHERE status = 'pending' AND hold = {DELAYED}
@@ -3630,14 +3653,14 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT ?)'''
 
 
-# The latest time that the engine has reached for sure.
+# The latest engine time that is stored: the last engine has reached it.
 LAST_TIME = 'SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) FROM queues'
 
 
 class Store:
-    """The jobs of one database: one object per concern, and what spans them.
+    """The jobs of one database: one object per concern, and the calls that span them.
 
-    Calls that write take the transaction of the loop's as their first argument.
+    Calls that write take the loop's current transaction as their first argument.
     """
 
     def __init__(self, database, clock=time, keep=0, keep_failed=0):
@@ -3658,17 +3681,17 @@ class Store:
         self.schedules = Schedules(self.producers)
         self.operators = Operators(
             database, self.jobs, self.limits, self.dependencies, self.claims)
-        self.retention = Retention(self.workers, self.meter, keep, keep_failed)
+        self.retention = Retention(keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
-        self._follow_clock()
-        # the loop's
-        self.next_deadline = 0      # when run_due() has something to do
+        self._check_set_back()
+        # touched by the loop's thread only
+        self.next_deadline = 0      # engine time at which run_due() has something to do
         self.maintenance = collections.deque([
             self.schedules.run_due, self.jobs.expire, self.jobs.release_due,
             self.claims.lose_overdue, self.dependencies.resolve, self.retention.run_due])
-        self.starved = set()        # queues whose polls run_due() wakes, see Transaction.starved
+        self.starved = set()        # see Transaction.starved; run_due() wakes their polls
 
-    def _follow_clock(self):
+    def _check_set_back(self):
         """If the clock was set back since the last engine, move deadlines with it."""
         with self.database.reading() as db:
             before = db.execute(LAST_TIME).fetchone()[0] or 0
@@ -3681,20 +3704,23 @@ class Store:
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
 
-    def committed(self, tx, group_size):
-        """Make known what the transaction did, once it is on disk; it had so many operations."""
+    def committed(self, tx, operations):
+        """Publish the effects of a transaction of so many operations, once it is on disk."""
         if tx.signs_of_life or tx.starved:
             polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
             self.starved = self.starved - polled | tx.starved
         self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
             self.next_deadline, tx.next_deadline)
+        for queue in tx.forgotten_queues:
+            self.workers.last_polled.pop(queue, None)
+            self.meter.fold_into_others(queue)
         self.workers.record(tx)
-        self.meter.record(tx.now, tx.events, group_size)
+        self.meter.record(tx.now, tx.events, operations)
         for line in tx.log_lines:
             log(line)
 
     def bulk_insert(self, tx, items):
-        """Add jobs of several requests at once: of each (row, created)."""
+        """Add jobs of several requests at once, as Producers.enqueue() does."""
         return self.producers.enqueue(tx, items)
 
     def extend_leases(self, tx, pause_seconds):
@@ -3704,7 +3730,7 @@ class Store:
         tx.wake_at(0)
 
     def shift_deadlines(self, tx, offset, ahead_seconds):
-        """The wall clock went ahead: what is counted in seconds moves with it."""
+        """Set the clock ahead, and move what is counted in seconds with it."""
         self.clock.offset = offset
         tx.now = self.clock.now()       # the rest of this transaction has the new time
         self.jobs.shift_deadlines(tx, ahead_seconds)
@@ -3712,15 +3738,15 @@ class Store:
         tx.log_lines.append(f'the system clock went ahead by {ahead_seconds:.0f} s')
 
     def run_due(self, tx):
-        """A step of everything that is due: schedules, delayed jobs, lost workers, retention ..."""
+        """A slice of all work that is due: schedules, delayed jobs, lost workers, retention."""
         if min(self.next_deadline, tx.next_deadline) > tx.now:
             return
         for queue in self.starved:
             tx.wake_polls(queue)
         for _ in range(len(self.maintenance)):
             self.maintenance[0](tx)
-            self.maintenance.rotate(-1)     # so that each has its turn, however long another takes
-            if tx.is_step_over():
+            self.maintenance.rotate(-1)     # each gets its turn, however long another takes
+            if tx.is_slice_over():
                 break
         tx.next_deadline = tx.fetch_one(NEXT_DEADLINE, self.retention.next_round)[0]
         tx.is_deadline_exact = True
@@ -3734,14 +3760,14 @@ NOTHING = ()                # the result of a poll or wait whose time is over
 
 
 class Client:
-    """The protocol between the event loop and those it works for; the loop's thread calls it.
+    """The protocol of objects that wait for the event loop; the loop's thread calls it.
 
     resume(event)   Continue. `event` is SOCKET_READY, the result of an operation or of a slow call,
                     or an exception, which is raised where the client waits.
     is_open         False once the client is known to be gone.
-    is_connected()  Look at this moment; it costs a system call.
+    is_connected()  Check the connection now; this costs a system call.
     set_timeout(s)  Have on_timeout() called in `s` seconds, instead of at the time set before.
-    on_timeout()    The time is over.
+    on_timeout()    That time has passed.
     """
     is_open = True
     deadline = NEVER        # the loop's time at which on_timeout() is called
@@ -3762,7 +3788,7 @@ class Client:
         raise NotImplementedError
 
     def is_connected(self):
-        """Look whether the client is still there, before it is given a job."""
+        """Whether the client is still there, checked before it is given a job."""
         return self.is_open
 
 
@@ -3788,12 +3814,12 @@ class ThreadWait(Client):
 
 
 class Operation:
-    """Work for a transaction, and how its result becomes a response."""
+    """Work to be done in a transaction, and the function that renders its result."""
     topic = None        # a LongPoll has one
     client = None       # gets the result by resume()
     submitted_at = 0    # the loop's time
     result = None
-    error = None        # an HTTPError; it fails for sure, so it is not run again
+    error = None        # an HTTPError: it has failed, and is not run again
 
     def __init__(self, work, render=identity, single_insert=None):
         self.work = work                        # (transaction) -> result; may be called again
@@ -3806,7 +3832,7 @@ class Operation:
         return True
 
     def finish(self):
-        """Give the client its result, and let go of it: an error's traceback refers to requests."""
+        """Give the client its result, and drop it: an error's traceback refers to requests."""
         event = self.result if self.error is None else self.error
         self.result = self.error = None
         self.client.resume(event)
@@ -3821,7 +3847,7 @@ class LongPoll(Operation):
         self.wait = wait
 
 
-class JobWait:
+class EventWait:
     """A wait for an event: it looks once, without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
@@ -3903,12 +3929,12 @@ class Waiters:
         return True
 
     def withdraw(self, operation):
-        line = self.by_topic.get(operation.topic)
-        if line and line.pop(operation, False) and not line:
+        parked = self.by_topic.get(operation.topic)
+        if parked and parked.pop(operation, False) and not parked:
             del self.by_topic[operation.topic]
 
     def serve(self, topics, run):
-        """The waits that are over and the polls that find a job; run(poll) looks.
+        """The waits that are over and the polls that find a job; run(poll) runs one.
 
         A poll that finds nothing ends its topic: those behind it would find nothing either.
         """
@@ -3924,7 +3950,7 @@ class Waiters:
     def _serve_topic(self, topic, run):
         served = []
         for operation in self.by_topic.get(topic, ()):
-            if isinstance(operation, JobWait):
+            if isinstance(operation, EventWait):
                 operation.result = True
             elif not operation.client.is_connected():
                 continue
@@ -3936,12 +3962,12 @@ class Waiters:
         return served
 
     def end_all(self):
-        for operation in [operation for line in self.by_topic.values() for operation in line]:
+        for operation in list(itertools.chain.from_iterable(self.by_topic.values())):
             operation.client.on_timeout()
 
 
 class Budget:
-    """Bytes of requests in progress and of responses that are not taken, of all connections."""
+    """Bytes of unanswered requests and of unsent responses, of all connections."""
 
     def __init__(self, connections):
         self.connections = connections
@@ -3956,7 +3982,7 @@ class Budget:
 
     def require_capacity(self, size):
         """Refuse a large response or request while clients leave too many responses untaken."""
-        if size > RESERVED_BYTES and self.response_bytes + size > MAX_RESPONSE_BUFFER:
+        if size > SMALL_MESSAGE_BYTES and self.response_bytes + size > MAX_RESPONSE_BUFFER:
             raise Unavailable('too many answers wait to be taken; try again')
 
     def for_claims(self):
@@ -3966,7 +3992,7 @@ class Budget:
     def shed_load(self):
         """Too much is being received: refuse the newest of the large requests."""
         large = [connection for connection in self.connections
-                 if connection.is_receiving and connection.request_bytes > RESERVED_BYTES]
+                 if connection.is_receiving and connection.request_bytes > SMALL_MESSAGE_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
@@ -3996,20 +4022,20 @@ class Committer:
         # touched by the loop's thread only; times are the loop's
         self.submitted = []                 # operations for the next transaction
         self.maintenance = Operation(self._maintain)    # part of each of them
-        self.lock_retry_at = 0              # another program has the write lock: no try before
-        self.maintenance_paused_until = 0   # after trouble
+        self.lock_retry_at = 0              # no transaction before: another program has the lock
+        self.maintenance_paused_until = 0   # after an error or while the disk is full
         self.clock_checked_at = -NEVER
         self.listening_until = -NEVER       # heartbeats could be received until then
         # read by other threads, too
         self.commits = 0
-        self.commit_seconds = 0             # that all of them took, from the begin on
+        self.commit_seconds = 0             # all their durations, from BEGIN to COMMIT
 
     def submit(self, operation):
         operation.submitted_at = self.loop.now
         self.submitted.append(operation)
 
     def check_clock(self):
-        """Compare the clocks in this pass, not in up to CLOCK_CHECK_INTERVAL seconds."""
+        """Have the clocks compared in this pass, without waiting for CLOCK_CHECK_INTERVAL."""
         self.clock_checked_at = -NEVER
 
     def is_listening(self, now):
@@ -4018,7 +4044,7 @@ class Committer:
                 and self.database.last_storage_error is None)
 
     def next_attempt(self, now):
-        """When there is something to do: an operation, or something due."""
+        """The loop's time at which an operation can run or something is due."""
         due = now + (self.store.next_deadline - self.store.clock.now()) / 1000000
         if self.database.is_sparse:
             due = now
@@ -4026,7 +4052,7 @@ class Committer:
         return min(due, self.lock_retry_at) if self.submitted else due
 
     def commit_batch(self, now):
-        """Run what was submitted and what is due, and give the clients their results."""
+        """Run submitted operations and due maintenance, and give the clients their results."""
         if now < self.lock_retry_at:
             return
         clock = self.store.clock
@@ -4045,16 +4071,16 @@ class Committer:
         maintenance = self.maintenance if maintain else None
         try:
             tx, served = self._run_transaction(operations, maintenance, ahead)
-        except DiskFull:        # again at once, with the space of the reserve
+        except DiskFull:        # retried in the next pass, with the space of the reserve
             clock.offset = offset
             self.submitted[:0] = operations
             return
         except Unavailable as error:
-            clock.offset = offset       # the step of the clock is not on disk
+            clock.offset = offset       # the shifted deadlines are not on disk
             self._storage_failed(error, operations, now)
             return
         self.lock_retry_at = 0
-        # schedules whose jobs cannot be added stay due
+        # after an error, or while schedules stay due since no jobs can be added
         pause = self.maintenance.error or not tx.takes_jobs
         self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if pause else 0
         self.maintenance.error = None
@@ -4064,10 +4090,11 @@ class Committer:
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
-        self.store.committed(tx, len(served) + len(operations))    # nobody waits for this
+        # after the responses, which need not wait for this
+        self.store.committed(tx, len(served) + len(operations))
 
     def _storage_failed(self, error, operations, now):
-        """Keep the operations that still wait for a foreign lock; fail all others."""
+        """Keep operations that may still wait for another program's lock; fail all others."""
         is_locked = isinstance(error, Busy)
         last_try = self.loop.drain_deadline - 1
         waiting, failed = [], []
@@ -4088,9 +4115,10 @@ class Committer:
             operation.finish()
 
     def _run_transaction(self, operations, maintenance, ahead):
-        """Run it all in one transaction: (tx, the parked operations that got something).
+        """Run everything in one transaction: (tx, the parked operations that have a result now).
 
-        A transaction that an operation poisons begins again without it.
+        `ahead` is by how many seconds the wall clock has jumped ahead. A transaction that an
+        operation poisons begins again without it.
         """
         insert_in_bulk = True
         offset = self.store.clock.offset + ahead    # the same if the transaction begins again
@@ -4115,9 +4143,9 @@ class Committer:
                     self._note_room(tx.takes_jobs)
                 return tx, served
             except PoisonedTransaction as error:
-                insert_in_bulk = False      # one by one it shows whose fault it is
+                insert_in_bulk = False      # one by one, the failing insert is found
                 if error.operation in writes:
-                    # those behind it have their turn in the next pass, so that none runs often
+                    # those after it wait for the next pass, so that none runs again and again
                     behind = operations.index(error.operation) + 1
                     self.submitted[:0] = operations[behind:]
                     del operations[behind:]
@@ -4157,7 +4185,7 @@ class Committer:
         return tx, began
 
     def _run(self, tx, operation):
-        """Set its result or its error, unless it is known to fail."""
+        """Set the result or the error of the operation, unless it has failed before."""
         if operation.error is not None:
             return
         changes = tx.db.total_changes
@@ -4186,15 +4214,15 @@ class Committer:
 
 
 class SlowCall(NamedTuple):
-    """A function that a thread of the server's calls for a client."""
+    """A function that one of the server's threads calls for a client."""
     client: Client
-    name: str                   # of the request, which a client that is gone has no more
+    name: str                   # of the request, for the log: the client may be gone by then
     function: Callable
     args: tuple
 
 
 class Offload:
-    """Slow calls, in order: at most OFFLOAD_THREADS threads of the server's run them.
+    """Slow calls, in order of arrival. At most OFFLOAD_THREADS of the server's threads run them.
 
     A thread takes the next call once the loop has taken its result, so that large results do not
     pile up between them. It ends when no call has come for a second.
@@ -4244,17 +4272,17 @@ class Offload:
 
 
 class EventLoop:
-    """One thread that does all that is quick, in passes: receive, commit, respond.
+    """One thread that does all quick work, in passes: receive, commit, respond.
 
     It owns the connections, the connection that writes the database, and the memory of the store,
-    without a lock. Other threads hand something in with call_soon_threadsafe() and
+    without a lock. Other threads submit work with call_soon_threadsafe() and
     run_in_transaction(), and read the committed state of the database.
     """
 
     def __init__(self, server, store):
         # constant after start
         self.server = server
-        self.selector = selectors.DefaultSelector()     # calls the data of what is ready
+        self.selector = selectors.DefaultSelector()     # the data of a key is its callback
         is_select = isinstance(self.selector, selectors.SelectSelector)
         self.max_connections = 500 if is_select else NEVER
         self.wakeup_reader, self.wakeup_writer = socket.socketpair()
@@ -4268,9 +4296,9 @@ class EventLoop:
         self.calls_from_threads = collections.deque()
         self.ended = False                  # written by the loop's thread, read by all
         # touched by the loop's thread only
-        self.now = time.monotonic()         # the time of this pass, taken when something happened
+        self.now = time.monotonic()         # time.monotonic() when select() of this pass returned
         self.draining = False               # the engine ends once no connection is left
-        self.drain_deadline = NEVER         # when it ends, whoever is still there
+        self.drain_deadline = NEVER         # when it ends even with connections left
         self.lags = [0, 0]                  # longest pass in seconds: in this minute, the last one
         self.lag_minute = 0
         self.connections = set()
@@ -4294,7 +4322,7 @@ class EventLoop:
         return operation.client.result()
 
     def drain(self):
-        """Answer what was received, end what waits, and come to an end."""
+        """Answer received requests, end long polls and waits, and stop the loop after that."""
         self.draining = True
         self.drain_deadline = time.monotonic() + DRAIN_TIMEOUT
         self.waiters.end_all()
@@ -4311,7 +4339,7 @@ class EventLoop:
                 self._run_once()
             for connection in list(self.connections):
                 connection.close()
-        except BaseException as error:      # supervisors start an engine again that ends
+        except BaseException as error:      # the process ends, so that a supervisor starts it again
             self.server.log_bug('the loop, the engine ends', error)
             self.server.failed = True
         self.ended = True
@@ -4340,7 +4368,7 @@ class EventLoop:
         self._note_lag(now)
 
     def _note_lag(self, now):
-        """Remember the longest pass, in which nobody was heard."""
+        """Remember the longest time without a select(): nothing is received in it."""
         lag = self.now - now
         if now >= self.lag_minute + 60:
             self.lag_minute = now
@@ -4380,7 +4408,7 @@ COMMON_HEADERS = ('Cache-Control: no-store', 'X-Content-Type-Options: nosniff')
 
 
 class Response(NamedTuple):
-    """What a handler returns; a dict or a string of JSON stands for one with status 200."""
+    """The result of a handler; a dict or JSON text stands for a Response with status 200."""
     body: object = b''      # bytes, text, a dict, or an open file
     status: int = 200
     content_type: str = 'application/json'
@@ -4391,7 +4419,7 @@ JSON_OK = Response()[1:]
 
 
 class RequestHead(NamedTuple):
-    """The parsed request line and headers. Immutable, since clients that repeat a head share it."""
+    """The parsed request line and headers. Immutable, since requests with equal heads share it."""
     method: str
     path: str
     route: str                  # a key of ROUTES, or 'other'
@@ -4401,12 +4429,12 @@ class RequestHead(NamedTuple):
     is_http_1_1: bool
     keep_alive: bool
     # known once it is authorized
-    rule: Optional['Route'] = None
+    entry: Optional['Route'] = None     # its row in ROUTES
     content_length: Optional[int] = 0       # None: the body is chunked
 
 
 def check_head_bytes(head):
-    """Refuse what is no request, as soon as that is known."""
+    """Refuse bytes that cannot become a request, before all of them are here."""
     if len(head) > MAX_HEAD:
         raise HeadersTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
     if not head[:1].isalpha() or head.count(b'\n') != head.count(b'\r\n'):
@@ -4414,7 +4442,7 @@ def check_head_bytes(head):
 
 
 def parse_head(raw):
-    """Parse strictly: refuse everything that two programs could read in two ways."""
+    """Parse strictly: refuse whatever another program could read differently."""
     lines = raw.split(b'\r\n')
     if len(lines) > MAX_HEADERS + 1:
         raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} headers')
@@ -4436,7 +4464,7 @@ def parse_head(raw):
                 raise BadRequest(f'the header {name} is there twice')
     connection = headers.get('connection', '').lower()
     keep_alive = 'close' not in connection and (is_http_1_1 or 'keep-alive' in connection)
-    if request_line[2]:         # its host replaces that of the header (RFC 9112, 3.2.2)
+    if request_line[2]:         # the host of an absolute form holds (RFC 9112, 3.2.2)
         headers['host'] = request_line[2].decode()
     path, _, query = request_line[3].decode().partition('?')
     route, path_parameter = split_path(path)
@@ -4445,7 +4473,7 @@ def parse_head(raw):
 
 
 def split_path(path):
-    """(route, parameter) of a path; the route is 'other' where there is none."""
+    """(route, parameter) of a path; the route is 'other' if ROUTES has none."""
     end = path.find('/', 1) + 1 or len(path)
     route = path[:end]
     parameter = urllib.parse.unquote(path[end:], errors='surrogateescape')
@@ -4461,7 +4489,7 @@ def parse_query(head):
         raise BadRequest('the query has more fields than there are, or is too long')
     pairs = urllib.parse.parse_qsl(head.query, keep_blank_values=True, errors='surrogateescape')
     if head.path_parameter:
-        pairs.append((head.rule.required[0][0], head.path_parameter))
+        pairs.append((head.entry.required[0][0], head.path_parameter))
     fields = {}
     for field, value in pairs:
         if field in fields:
@@ -4478,20 +4506,20 @@ class Request:
 
     def __init__(self, connection):
         self.connection = connection
-        self.deadline = connection.deadline     # the loop's time at which it has to be here
+        self.deadline = connection.deadline     # the loop's time by which it has to arrive
         self.head = None            # a RequestHead; None until its end was received
         self.is_received = False
         self.body = None            # bytes, until they are parsed
         self.params = None          # the validated fields, of each item of a batch
-        self.size = 0               # bytes of the body, also of what it became
-        self.operation = None       # an Operation or JobWait that it waits for
+        self.size = 0               # bytes of the body, counted until the response is ready
+        self.operation = None       # an Operation or EventWait that it waits for
 
     @property
     def name(self):
         return self.head.route if self.head else 'a request head'
 
     def receive(self):
-        """Receive it, as a part of the connection's generator."""
+        """Receive the head and body; a part of the connection's generator."""
         received = self.connection.received
         end = received.find(END_OF_HEAD)
         while end < 0:
@@ -4577,12 +4605,12 @@ class Request:
 class Connection(Client):
     """A client's connection: requests are received, served and answered one after the other.
 
-    It is a generator that yields the events to wait for, 0 for none; see Client.resume().
+    Its generator yields the events to wait for, 0 for none; see Client.resume().
     """
     request = None              # a Request, from its first byte until its response is sent
     unsent = b''                # of the response
-    watched = 0                 # events that the selector looks for
-    request_bytes = 0           # what the budget knows of it
+    watched = 0                 # events that it is registered for in the selector
+    request_bytes = 0           # as the budget counts it
     response_bytes = 0
 
     def __init__(self, server, sock, address):
@@ -4590,8 +4618,8 @@ class Connection(Client):
         self.server = server
         self.sock = sock
         self.address = address
-        self.received = bytearray()     # and not used yet; changed in place
-        self.steps = self._serve()
+        self.received = bytearray()     # bytes not consumed yet; changed in place
+        self.generator = self._serve()
         self.loop.connections.add(self)
         self.resume(None)
 
@@ -4604,9 +4632,9 @@ class Connection(Client):
             if event is SOCKET_READY and self.watched == READ:
                 event = self._receive()
             if isinstance(event, Exception):
-                events = self.steps.throw(event)
+                events = self.generator.throw(event)
             else:
-                events = self.steps.send(event)
+                events = self.generator.send(event)
             if events != self.watched:
                 self._watch(events)
             request_bytes = len(self.received) + (self.request.size if self.request else 0)
@@ -4631,17 +4659,17 @@ class Connection(Client):
     def close(self):
         if self.is_open:
             self.is_open = False
-            self.steps.close()
+            self.generator.close()
             self.loop.connections.discard(self)
             self.loop.timeouts.cancel(self)
             self._watch(0)
             self.loop.budget.update(self, 0, 0)
             self.sock.close()
-            self.request = None     # it refers to this: the collector would free them much later
+            self.request = None     # a cycle, which the collector would free much later
             self.unsent = b''
 
     def _receive(self):
-        """Receive a piece: so little that pipelined requests take no more than RESERVED_BYTES."""
+        """Receive a piece that is small, so that pipelined requests are a small message."""
         try:
             data = self.sock.recv(MAX_HEAD)
         except NOT_READY:
@@ -4690,14 +4718,14 @@ class Connection(Client):
             yield READ
 
     def _skip_blank_lines(self):
-        """They are no part of the request that follows (RFC 9112, 2.2). True if there is one."""
+        """Skip CR and LF before a request (RFC 9112, 2.2). True if bytes of a request are left."""
         if self.received[0] in b'\r\n':
             self.received[:] = self.received.lstrip(b'\r\n')
         return bool(self.received)
 
     def _serve_request(self, request):
         """Receive and answer it. True if another may follow."""
-        keep_alive = False      # after an error in the head or body the next request is not found
+        keep_alive = False      # after a bad head or body the next request cannot be found
         try:
             yield from request.receive()
             keep_alive = request.head.keep_alive
@@ -4716,44 +4744,44 @@ class Connection(Client):
         return keep_alive
 
     def _dispatch(self, request):
-        """The response of the handler, after the operation that it asks for."""
+        """The response of the handler, or of the operation that it returns."""
         head = request.head
-        if head.rule.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
+        if head.entry.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
             result = yield from self._offload(self.server.handle, request)
         else:
             result = self.server.handle(request)
-        if isinstance(result, (Operation, JobWait)):
+        if isinstance(result, (Operation, EventWait)):
             result = yield from self._run_operation(request, result)
         if head.route in AUDITED:
             log(audit_line(self.address[0], head.route, request.params, result))
         return result
 
     def _run_operation(self, request, operation):
-        """The response once the operation has its result. A wait's job is read in a thread."""
+        """The response, once the operation has its result. A EventWait is rendered in a thread."""
         request.operation = operation
         request.body = None
         operation.client = self
         self.deadline = NEVER
         if operation.topic:
-            request.size = 0        # what waits needs no memory
+            request.size = 0        # a waiting request keeps no body
         try:
             waits = operation.submit(self.loop)
             result = (yield from self._wait_for_result()) if waits else None
         finally:
             if operation.topic:
                 self.loop.waiters.withdraw(operation)
-        if isinstance(operation, JobWait):
+        if isinstance(operation, EventWait):
             return (yield from self._offload(operation.render, result))
         return operation.render(result)
 
     def _offload(self, function, *args):
-        """Call the function in a thread of the server's."""
+        """The result of a function that one of the server's threads calls."""
         self.deadline = NEVER
         self.loop.offload.submit(SlowCall(self, self.request.name, function, args))
         return (yield from self._wait_for_result())
 
     def _wait_for_result(self):
-        """The event that is a result. Bytes that come meanwhile belong to the next request."""
+        """Wait for the event that is a result. Bytes received meanwhile are the next request."""
         event = SOCKET_READY
         at_end = False
         while event is SOCKET_READY:
@@ -4761,7 +4789,7 @@ class Connection(Client):
                 event = yield 0 if at_end or len(self.received) > MAX_HEAD else READ
             except EOFError:
                 if self.request.operation and self.request.operation.topic:
-                    raise       # a job is for a client that is still there
+                    raise       # no job is handed to a client that is gone
                 at_end = True
         return event
 
@@ -4799,7 +4827,7 @@ class Connection(Client):
         return None
 
     def _send(self):
-        """Send what the client takes at the moment. True once nothing is left."""
+        """Send as much as the socket takes now. True once nothing is left."""
         try:
             sent = self.sock.send(self.unsent)
         except NOT_READY:
@@ -4808,14 +4836,14 @@ class Connection(Client):
         return not self.unsent
 
     def _send_rest(self):
-        """Send what the client did not take at once."""
+        """Send the rest as the socket becomes writable."""
         self.set_timeout(REQUEST_TIMEOUT)
         yield WRITE
         while not self._send():
             yield WRITE
 
     def _send_file(self, file, length):
-        """Send what is left of the response, then the file piece by piece."""
+        """Send the rest of the response, then the file piece by piece."""
         deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
         with file:
             while self.unsent:
@@ -4862,7 +4890,7 @@ def date_header(second):
     return f'Date: {email.utils.formatdate(second, usegmt=True)}\r\n'.encode()
 
 
-# handlers: (server, params) -> a response, or an Operation or JobWait whose result becomes one
+# handlers: (server, params) -> a response, or an Operation or EventWait whose result becomes one
 
 def enqueue(server, params):
     producers = server.store.producers
@@ -4885,13 +4913,13 @@ def poll(server, params):
 
     claims = server.store.claims
     topic = ('queue', params['queue'])
-    wait = held_seconds(params)
+    wait = long_poll_seconds(params)
     return LongPoll(lambda tx: claims.poll(tx, params), render, topic, wait)
 
 
-def held_seconds(params):
-    """How long a poll or wait is held: not as long as proxies wait for a response."""
-    return min(params.get('wait', 0) / 1000000, MAX_HELD)
+def long_poll_seconds(params):
+    """Seconds until a poll or wait is answered: before proxies give up."""
+    return min(params.get('wait', 0) / 1000000, LONG_POLL_TIMEOUT)
 
 
 def write_call(name):
@@ -4921,10 +4949,10 @@ def schedule(server, params):
 
 
 def change_call(call):
-    """The handler of cancel, retry and purge: of jobs by their ids, or of all that match."""
+    """The handler of cancel, retry or purge: for jobs by their ids, or for all that match."""
     def change_one(server, params):
         def work(tx):
-            server.store.operators.apply_to_item(tx, params, call)
+            server.store.operators.change_item(tx, params, call)
             return {'count': 1}
         return Operation(work)
 
@@ -4932,7 +4960,7 @@ def change_call(call):
         results = []
         while items:
             some, items = server.loop.run_in_transaction(functools.partial(
-                server.store.operators.apply_to_items, call=call, items=items))
+                server.store.operators.change_items, call=call, items=items))
             results += some
         return {'jobs': results}
 
@@ -4944,7 +4972,7 @@ def change_call(call):
         for seqs in operators.seq_batches(params):
             while seqs:
                 changed, seqs = server.loop.run_in_transaction(functools.partial(
-                    operators.apply_to_batch, method=method, seqs=seqs, statuses=statuses))
+                    operators.change_batch, method=method, seqs=seqs, statuses=statuses))
                 count += changed
         return {'count': count}
 
@@ -4964,13 +4992,13 @@ def change_call(call):
 
 
 def get_job(server, params):
-    """The job; with `wait`, once it has ended or the time is over."""
+    """The job; with `wait`, when it has ended or after that time."""
     queries = server.store.queries
     id = params['id']
     if 'wait' not in params:
         return queries.job(id)
-    return JobWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
-                   ('job', id), held_seconds(params))
+    return EventWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
+                   ('job', id), long_poll_seconds(params))
 
 
 def wait_for_loss(server, params):
@@ -4985,15 +5013,15 @@ def wait_for_loss(server, params):
     def was_lost():
         return lost_at.get(worker, 0) > since
 
-    def render(was_woken):      # before `lost_at` is written, perhaps
+    def render(was_woken):      # perhaps before Workers.record() sets `lost_at`
         latest = max(since, lost_at.get(worker, 0))
         return {'lost': bool(was_woken) or latest > since, 'since': latest}
 
-    return JobWait(was_lost, render, ('worker', worker), held_seconds(params))
+    return EventWait(was_lost, render, ('worker', worker), long_poll_seconds(params))
 
 
 def list_jobs(server, params):
-    """A page of jobs; with `id`, which a path cannot hold if it is like `..`, that job."""
+    """A page of jobs; with `id` that job, since an id such as `..` cannot be in a path."""
     return get_job(server, params) if 'id' in params else server.store.queries.jobs(**params)
 
 
@@ -5005,7 +5033,7 @@ def backup(server, params):
 
 
 def health(server, params):
-    """Status 503 in trouble, for those that look at no more than that."""
+    """Status 503 in trouble, for probes that check the status alone."""
     state = server.store.queries.health()
     return Response(state, 200 if state['status'] == 'ok' else 503)
 
@@ -5035,13 +5063,13 @@ def dashboard(status=200):
 class Route(NamedTuple):
     method: str
     handler: Callable
-    required: Sequence[Sequence[str]]   # of each group at least one field
-    rules: Dict[str, 'FieldRule']       # of all fields that it takes
-    offload: bool                       # may take long: it is served in a thread
+    required: Sequence[Sequence[str]]   # groups of fields; each needs at least one of its fields
+    rules: Dict[str, 'FieldRule']       # all fields that it takes
+    offload: bool                       # it may take long, so a thread serves it
 
 
 def route(method, handler, required=(), optional='', offload=False, **rules):
-    """A Route; `required` is a list of fields, and of tuples of which one field is required.
+    """A Route. `required` lists fields, and tuples of fields of which one is required.
 
     `optional` lists fields, separated by blanks. `rules` replace those in FIELDS.
     """
@@ -5108,7 +5136,7 @@ ROUTES = {
 }
 
 
-# what operators do is logged, with these fields
+# the calls of operators are logged, with these fields
 AUDITED = frozenset(('/pause', '/resume', '/limit', '/cancel', '/retry', '/purge', '/reschedule',
                      '/schedule', '/unschedule'))
 AUDIT_FIELDS = ('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
@@ -5116,7 +5144,7 @@ AUDIT_FIELDS = ('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 
 
 
 def audit_line(address, path, params, result):
-    """Who did what to how many: the call, its fields, and the count in its result."""
+    """Address, call, its fields, and to how many jobs it applied."""
     if isinstance(params, dict):
         fields = [f'{field}={describe(params[field])}' for field in AUDIT_FIELDS if field in params]
     else:
@@ -5183,7 +5211,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.known_heads = {}       # bytes -> authorized RequestHead
         # safe without a lock
         self.change_slots = threading.Semaphore(OFFLOAD_THREADS - 1)    # a thread is left to read
-        self.failed = False         # the loop has come to a bad end
+        self.failed = False         # the loop has ended with an exception
         super().__init__(address, RequestHandler)
         host = f'[{address[0]}]' if ':' in address[0] else address[0]
         self.url = f'{"https" if tls else "http"}://{host}:{self.server_address[1]}'
@@ -5218,25 +5246,25 @@ class Server(http.server.ThreadingHTTPServer):
             super().shutdown_request(request)
 
     def handle(self, request):
-        """What the handler of the route makes of the request."""
+        """The result of the route's handler for the request."""
         head = request.head
         if head.method == 'POST':
             request.params = validate_batch(head.route, parse_json(request.body))
         else:
             request.params = parse_query(head)
-        return head.rule.handler(self, request.params)
+        return head.entry.handler(self, request.params)
 
     def remember_head(self, raw, head):
-        """Keep an authorized head, since clients send the same one again and again."""
+        """Cache an authorized head, since clients send the same one again and again."""
         if len(raw) < MAX_KNOWN_HEAD_BYTES:
             if len(self.known_heads) >= MAX_KNOWN_HEADS:
                 self.known_heads.clear()
             self.known_heads[raw] = head
 
     def authorize(self, head):
-        """The head with its rule and content length, if this client may call it like this.
+        """The head with its entry and content length; an HTTPError if the client may not call it.
 
-        This depends on the head and on constants alone, so the result may be kept.
+        The result depends on the head and on constants alone, so it can be cached.
         """
         self._check_host(head)
         if self.token and head.route != '/health':
@@ -5244,22 +5272,24 @@ class Server(http.server.ThreadingHTTPServer):
             if not hmac.compare_digest(sent, b'Bearer ' + self.token):
                 raise Unauthorized(
                     'the token is missing or wrong: send Authorization: Bearer TOKEN')
-        rule = ROUTES.get(head.route)
-        if not rule:
+        entry = ROUTES.get(head.route)
+        if not entry:
             raise NotFound(f'there is no {describe(head.path)}; GET /docs lists what there is')
-        allowed = ('POST',) if rule.method == 'POST' else ('GET', 'HEAD')
+        allowed = ('POST',) if entry.method == 'POST' else ('GET', 'HEAD')
         if head.method not in allowed:
-            raise MethodNotAllowed(f'{head.route} takes {rule.method}', Allow=', '.join(allowed))
+            raise MethodNotAllowed(f'{head.route} takes {entry.method}', Allow=', '.join(allowed))
         self._check_origin(head)
-        if rule.method == 'POST' and not JSON_TYPE.fullmatch(head.headers.get('content-type', '')):
+        if entry.method == 'POST' and not JSON_TYPE.fullmatch(head.headers.get('content-type', '')):
             raise UnsupportedMediaType('Content-Type must be application/json')
-        if rule.method == 'POST' and head.query:
+        if entry.method == 'POST' and head.query:
             raise BadRequest(f'{head.route} takes its fields in the body, not in the query')
-        return head._replace(rule=rule, content_length=self._content_length(head))
+        return head._replace(entry=entry, content_length=self._content_length(head))
 
     def _is_own_name(self, host):
-        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
-        the DNS of an attacker may have bound it to this address."""
+        """Whether a host, perhaps with a port, is a name of this engine.
+
+        Other names are refused, since the DNS of an attacker may point them here (DNS rebinding).
+        """
         name = re.sub(r':\d*$', '', host).strip('[]').lower()
         if name in self.allowed_hosts or is_loopback(name):
             return True
@@ -5272,11 +5302,11 @@ class Server(http.server.ThreadingHTTPServer):
                 f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
-        """Pages of other origins may link to the pages, and call nothing.
+        """Pages of other origins may link to the engine's pages, but may not call it.
 
-        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
-        that no page can set; the name must be the engine's all the same. Whoever knows the token
-        is no foreign page.
+        A proxy may have rewritten Host. A browser then still sends `Sec-Fetch-Site: same-origin`,
+        which no page can set; Origin must name the engine nevertheless. With a token there is no
+        check, since foreign pages do not know it.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
@@ -5293,7 +5323,7 @@ class Server(http.server.ThreadingHTTPServer):
                 'Origin or Sec-Fetch-Site: pages of other origins may not call this engine')
 
     def _content_length(self, head):
-        """The length of the body; None if it is chunked. Two ways to tell it are none."""
+        """The length of the body; None if it is chunked. Both at once are refused."""
         length = head.headers.get('content-length')
         coding = head.headers.get('transfer-encoding')
         if coding is not None:
@@ -5333,7 +5363,7 @@ class Server(http.server.ThreadingHTTPServer):
                     log(part)
 
     def run_due_now(self):
-        """Do all that is due by now before this returns: for clocks that are moved by hand."""
+        """Do everything that is due, then return: for tests, which move the clock by hand."""
         def is_due(tx):
             return self.store.next_deadline <= self.store.clock.now()
 
@@ -5341,16 +5371,18 @@ class Server(http.server.ThreadingHTTPServer):
         while self.loop.run_in_transaction(is_due):
             pass
 
-    tick = run_due_now      # what the SDK of version 1.1 calls it in testing()
+    tick = run_due_now      # its name in testing() of the SDK of version 1.1
 
     def server_close(self):
-        """Once serve_forever() has returned: let nobody in, answer what was received, and close
-        the database."""
+        """Close the listener, answer received requests, and close the database.
+
+        To be called once serve_forever() has returned.
+        """
         super().server_close()
         if self.loop:
             self.loop.call_soon_threadsafe(self.loop.drain)
             self.loop.thread.join(DRAIN_TIMEOUT + LOCK_TIMEOUT)
-            if not self.loop.thread.is_alive():     # else leave it as a crash would: SQLite copes
+            if not self.loop.thread.is_alive():     # else the next start recovers, as after a crash
                 self.store.database.close()
 
 
@@ -5364,14 +5396,15 @@ def is_loopback(name):
 
 
 def log(sentence):
-    """One line on stderr, whatever is in the sentence; nothing where stderr is gone."""
+    """Write one line to stderr, with control characters escaped; do nothing if it is closed."""
     line = UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', sentence)
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(time.strftime('%Y-%m-%d %H:%M:%S'), line, file=sys.stderr, flush=True)
 
 
 # -- Metrics --------------------------------------------------------------------------------------
-EVENTS = ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled', 'expired')
+# of METER_EVENTS; 'started' has a histogram, which counts it
+COUNTER_EVENTS = ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled', 'expired')
 LABEL_ESCAPES = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
 
 
@@ -5471,16 +5504,16 @@ def schedule_families(schedules, now):
 
 
 def meter_families(meter, named_queues):
-    """What happened since the start; queues without a name of their own are summed up."""
+    """Counts since the start. Queues that are not in `named_queues` are summed up."""
     totals = collections.Counter()
     with meter.lock:
         requests = dict(meter.requests)
-        commit_sizes = list(meter.groups)
+        commit_sizes = list(meter.commit_sizes)
         histograms = {key: list(histogram) for key, histogram in meter.seconds.items()
                       if key[1] in named_queues}
         for (event, queue), count in meter.totals.items():
             totals[event, queue if queue in named_queues else '(others)'] += count
-    for event in EVENTS:
+    for event in COUNTER_EVENTS:
         yield Family(
             f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.',
             [sample(count, queue=queue) for (name, queue), count in totals.items()
@@ -5518,7 +5551,7 @@ def sample(value, suffix='', **labels):
 
 
 # -- OpenAPI ---------------------------------------------------------------------------------------
-COLUMN_SCHEMAS = {      # function that writes a column -> what it writes, null aside
+COLUMN_SCHEMAS = {      # renderer of a column -> the JSON Schema of its output, without null
     json_string: {'type': 'string'},
     json_key: {'type': 'string'},
     json_number: {'type': 'integer'},
@@ -5555,7 +5588,7 @@ def page_schema(name, item):
 
 
 def table_schema(columns, **more):
-    """An object of the columns that clients see; what brief pages leave out is not required."""
+    """An object of the visible columns. Those that brief pages leave out are not required."""
     schema = object_schema()
     for name, column in columns.items():
         if column.json:
@@ -5617,7 +5650,7 @@ SCHEMAS = {
 
 
 class Call(NamedTuple):
-    """What OpenAPI says of a route beyond its fields."""
+    """The description of a route in OpenAPI, besides its fields."""
 
     name: str
     summary: str
@@ -5668,7 +5701,7 @@ CALLS = {       # a route that is not here is described by its fields alone
 
 @functools.lru_cache(maxsize=1)
 def openapi():
-    """What the calls take and answer, from ROUTES, FIELDS and the tables of columns."""
+    """The OpenAPI document, derived from ROUTES, FIELDS and the tables of columns."""
     requests = {}
     paths = {}
     for path, route in ROUTES.items():
@@ -5722,7 +5755,7 @@ def openapi_operation(path, route):
 
 
 def openapi_body(route, item):
-    """The schema of one item, and that of the body: an item, or where it may be, many."""
+    """The schema of one item, and that of the body: one item or, where allowed, many."""
     fields = {
         field: or_null(rule.schema) if field in NULLABLE else rule.schema
         for field, rule in route.rules.items() if field != 'jobs'}
@@ -5768,7 +5801,7 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
     tls = tls_context(cert, key) if cert else None
     ages = [parse_duration(keep), parse_duration(keep_failed)]
     try:
-        # first of all: a port that is taken leaves no file behind
+        # before the database: if the port is taken, no file is left behind
         server = Server((host, port), token, tls, allow_host, verbose)
     except (OSError, OverflowError) as error:
         raise StartupError(f'{host}:{port} cannot be listened on: {error}') from None
@@ -5892,7 +5925,7 @@ class StopSignals:
             threading.Thread(target=self.server.shutdown, daemon=True).start()
 
     def stop(self, server):
-        """Have them stop this server; at once, if one has come already."""
+        """Let the signals stop this server; at once if one has come already."""
         self.server = server
         if self.came:
             self._catch()
@@ -5907,7 +5940,7 @@ def print_greeting(server):
 
 
 def raise_file_limit():
-    """A waiting worker is an open file: take as many as the system lets us."""
+    """Raise the limit of open files, since each waiting worker is one."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -7153,7 +7186,7 @@ let refreshTimer = 0;
 let noticeTimer = 0;
 let clockSkew = 0;          // ms that the engine's clock is ahead of the browser's
 let token = readToken();
-let pointer = "";           // what moved last: mouse, pen or touch
+let pointer = "";           // the kind that moved last: mouse, pen or touch
 let hour = null;            // the counts of the last hour, by the minute
 let pointedMinute = null;   // index into them, null: none
 let selected = new Map();   // id -> status of the jobs whose boxes are checked
@@ -7161,7 +7194,7 @@ let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
 let found = null;           // the page of a costly search, to be kept: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
 let failures = noFailures();        // the newest failed jobs of the filter at `address`
-let lastPress = {what: "", time: 0};        // a double click is one press
+let lastPress = {button: "", time: 0};      // a double click is one press
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -8403,8 +8436,8 @@ function notify(text) {
 }
 
 async function press({action, about}) {
-  const isDouble = lastPress.what === action + about && Date.now() - lastPress.time < CLICK_GUARD;
-  lastPress = {what: action + about, time: Date.now()};
+  const isDouble = lastPress.button === action + about && Date.now() - lastPress.time < CLICK_GUARD;
+  lastPress = {button: action + about, time: Date.now()};
   if (isDouble) {
     return;
   }
@@ -9051,7 +9084,7 @@ export function queue(name, options, handler) {
  * Works on all registered queues until stop(), SIGTERM or SIGINT. Handlers that run then get
  * `grace` seconds; jobs that are not over by then are released to other workers. After a signal the
  * process exits with 0, at the latest 5 s after this resolves; after a second one at once.
- * With `burst` it works off what is due and resolves: for cron jobs and tests.
+ * With `burst` it runs all due jobs and resolves: for cron jobs and tests.
  * @param {{ grace?: number, burst?: boolean, log?: (line: string) => void }} [options]
  * @returns {Promise<void>}
  */
@@ -9096,7 +9129,7 @@ export async function stop() {
 /** A claimed job on its way through the worker. Its first outcome counts; others are dropped. */
 class Claim {
   outcome; // undefined until it is decided how the job ends: the call, its fields, and JSON
-  progress; // what the engine does not know yet
+  progress; // the value that the engine does not have yet
   isProgressDue = false;
   progressTimer;
   controller = new AbortController();
@@ -9214,7 +9247,7 @@ class Claim {
     this.controller.signal.throwIfAborted();
   }
 
-  /** What the engine is to be told next, if anything. */
+  /** The next report for the engine, if there is one. */
   nextReport() {
     const { outcome, progress } = this;
     if (progress && (outcome || this.isProgressDue)) {
@@ -9288,7 +9321,7 @@ class Worker {
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
-  error; // what run() throws
+  error; // run() throws it
   changes = 0; // claims that began or ended: each may make jobs due
   idle = new Map(); // queue -> `changes` when a poll that found nothing was sent
   isConsuming = true;

@@ -13,7 +13,7 @@
 One file without packages: copy it and import it. The engine (rundown_engine.py) keeps the jobs.
 RUNDOWN_URL says where it is (http://localhost:8181), RUNDOWN_TOKEN is its token, RUNDOWN_CA the
 file of a private certificate. If the URL names several engines, separated by blanks, a client
-uses one of them until it does not answer any more, then the next.
+uses one of them until it stops answering, then the next.
 
 A JOB'S WAY THROUGH A WORKER
     poll --> claimed --> slot: handler --> outcome --> report
@@ -22,19 +22,22 @@ A JOB'S WAY THROUGH A WORKER
                +--> release      | claim lost: dropped   | 404, 409: the claim is gone, dropped
 
 A queue has one long poll and `concurrency` slots; each slot is a thread, or a task of the event
-loop that all async handlers share. When jobs are short, the worker claims ahead: never more than
-its slots start within 100 ms at their recent pace. Outcomes gather into one request while another
-is in flight. One heartbeat for all claims, every third of the lease, keeps long jobs alive.
+loop that all async handlers share. When jobs are short, the worker prefetches: at most as many as
+its slots start within 100 ms at their recent pace. Outcomes are collected while a request is in
+flight, and sent together in the next one. Every third of the lease one heartbeat extends the
+leases of all claims.
 
 PRODUCING
     enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
                                         result(timeout), refresh(), cancel(), retry()
         timeout, max_retries, tag       seconds of an attempt; retries after failures; a label
-        delay, run_at, expires          not before; not after
-        priority, after, after_any      higher first; jobs or ids that have to be done first
+        delay, run_at                   when it is due: in so many seconds; at a time
+        expires                         seconds after that until it is cancelled if not started
+        priority                        higher ones are claimed first
+        after, after_any                jobs or ids that have to be done first; or only to end
         group                           its jobs run one at a time, in order
-        key, key_until, replace         a second job with the key of a pending or running one is
-                                        that one, or takes its place
+        key, key_until, replace         one job at a time has a key: enqueueing a second one
+                                        returns the first, or replaces it
         id, give_up                     see below
     enqueue_many(queue, payloads, ...)  many in few requests; each request is all or nothing
     get(id), wait(job, timeout)         a job; the finished job
@@ -44,23 +47,24 @@ PRODUCING
                                         loops are never blocked
     Client(host, token, timeout, ca)    one method per call of the engine
 
-An enqueue chooses the job's id. So it can be sent again for `give_up` seconds (30) while no
-engine answers, and still makes one job; then it raises EngineUnavailable. A call that the engine
-refuses raises Refused at once; the answer of a proxy is no refusal. A run_at without a zone is
-local time. A duration is a number of seconds or a timedelta.
+The client chooses the job's id, so enqueue() is idempotent: while no engine answers it is sent
+again for `give_up` seconds (30), and then raises EngineUnavailable. A call that the engine
+refuses raises Refused at once; a proxy's error page does not count as a refusal. A run_at without
+a zone is local time. A duration is a number of seconds or a timedelta.
 
 WORKING
     @queue(name, max_retries, timeout, concurrency, isolate, max_jobs, backoff, retry_on, abort_on,
            host, poll_interval, cron, every, zone, max_running, rate)
-                                        one handler of payloads for a queue; run() sends the last
-                                        five to the engine
+                                        one handler of payloads for a queue; run() sends cron,
+                                        every, zone, max_running and rate to the engine
     @task(queue="default", name, ...)   any number on a queue: add.delay(4, y=4), add.adelay(4),
                                         add.options(delay=60).delay(4), add.schedule(name, cron=...)
-    job(), inputs(), progress(value)    in a handler: the job; the results of the jobs that it
-                                        waited for; a JSON value to be shown
-    step(name, function, *args)         a part that is done once: later attempts get its result
-    checkpoint(value)                   progress that is on disk when it returns
-    track(items, total, every)          items whose number is the progress; it continues there
+    job(), inputs(), progress(value)    in a handler: the job; the results of its dependencies;
+                                        show a JSON value as its progress
+    step(name, function, *args)         run a part once: later attempts get its result
+    checkpoint(value)                   progress() that returns once the value is on disk
+    track(items, total, every)          iterate and report how many items are done; with `every` a
+                                        later attempt continues at the last checkpoint
     raise Retry(delay=60), Abort("why") fail and come back in 60 s; fail for good
     @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
     @on("start_worker" | "stop_worker") hook() in each process that runs handlers
@@ -73,38 +77,38 @@ The return value of a handler is the result. Any exception fails the job with it
 result that is not JSON fails it for good. A task's payload is {"task": name, "args": [],
 "kwargs": {}}; its name is the one under which it is imported, however its module is started.
 
-At its timeout a handler gets Timeout raised inside, when its claim is gone Lost (in async def
-handlers both are a cancellation). Its slot is free again, whatever the thread does. Threads that
-never come back are hung: after max_hung (10) the worker drains and exits with 1.
+At its timeout, Timeout is raised inside a handler; when its claim is lost, Lost is. Async handlers
+are cancelled instead. The slot is free at once, even if the thread does not react. Threads that
+never return are hung: when there are max_hung (10) the worker drains and exits with 1.
 
 With isolate=True the handler runs in a process of its own, which is killed with its children, and
 replaced after max_jobs. It is imported there by its name, so a script needs
 `if __name__ == "__main__":` around its run(). Isolate handlers that call C code which keeps the
-interpreter's lock for more than 30 s: no heartbeat leaves the worker meanwhile, and the job is
-given to another. Isolate handlers that start programs: the timeout of a thread does not end them,
-but a killed process takes them along.
+interpreter's lock for more than 30 s: it stops the worker's heartbeats, so another worker gets the
+job. Isolate handlers that start programs: interrupting a thread does not end its programs, but
+killing a process does.
 
-Async handlers must not block the event loop; one that does for more than a second is named in the
-log. In them it is `await step(...)`, `await checkpoint(...)`, `async for item in track(...)`. Each
-job has its own context variables. Threads and pools that a handler uses see its job.
+Async handlers must not block the event loop; one that does so for more than a second is logged.
+They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
+has its own context variables. job() also works in threads and thread pools of a handler.
 
 SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
-the others are released, and the worker exits with 0. A handler that comes to a step or checkpoint
-gets Lost there, and its job is given back at once. The second signal exits at once.
+the others are released, and the worker exits with 0. A handler that reaches a step or checkpoint
+gets Lost there, and its job is released at once. A second signal exits at once.
 
 The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
-each job; above 100 a second, the others are counted. Schedules and limits of decorators that are
-gone from the code stay in the engine; the log says so, with the command that removes them.
+each job, up to 100 a second; further ones are counted. The engine keeps the schedules and limits
+of decorators that were removed; the log names them, with the command that deletes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
 
-It runs once a job, in a process group of its own. Its stdin is the payload as JSON (a string as it
-is with --text); RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its environment, and
-RUNDOWN_TOKEN is not. Exit code 0: done, and stdout (UTF-8, 1 MB) is the result, as JSON or else as
-text. 65: failed for good. Any other: failed, with the end of stderr. At the timeout, when the
-claim is lost and at the end of the grace, its group gets SIGTERM, and SIGKILL after 5 s. Processes
-that it leaves in its group are killed.
+The program runs once for each job, in a process group of its own. Its stdin is the payload as JSON
+(with --text a string is not quoted). RUNDOWN_ID, RUNDOWN_QUEUE and RUNDOWN_ATTEMPT are in its
+environment, RUNDOWN_TOKEN is not. Exit code 0: done; stdout (UTF-8, up to 1 MiB) is the result,
+parsed as JSON if possible, otherwise text. 65: failed for good. Any other: failed, with the end of
+stderr. At the timeout, when the claim is lost and when the grace is over, the group gets SIGTERM,
+and SIGKILL after 5 s. Processes that the program leaves in its group are killed.
 
 PRODUCERS WITH A DATABASE OF THEIR OWN
     enqueue_in(connection, queue, payload, ...)
@@ -136,7 +140,7 @@ COMMAND LINE
 JSON on a pipe, a table on a terminal. Exit codes: 0, 1 refused or failed, 2 misused, 3 no engine.
 """
 # ruff: noqa: N818 - the names of the exceptions are public and older than that rule
-# What is public is annotated, for those who check their own programs. The rest is not:
+# Public names are annotated, for the type checkers of users. The rest is not:
 # mypy: ignore-errors
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -257,62 +261,62 @@ __all__ = [
 __version__ = '1.2'
 
 # -- Settings --------------------------------------------------------------------------------------
-DEFAULT_URL = 'http://localhost:8181'   # of the engine if neither `host` nor RUNDOWN_URL names one
-EXAMPLE_URL = 'http://127.0.0.1:8181'   # in messages; it depends on no resolver
+DEFAULT_URL = 'http://localhost:8181'   # the engine, if neither `host` nor RUNDOWN_URL is given
+EXAMPLE_URL = 'http://127.0.0.1:8181'   # in error messages
 
 # the client
-CLIENT_TIMEOUT = 30         # seconds that a call is tried again while no engine answers
-RESPONSE_TIMEOUT = 10       # seconds until a request counts as unanswered, beyond its own wait
-MIN_LAST_TRY = 1            # seconds that the last try of a call gets at least
-PROBE_TIMEOUT = 5           # seconds that an engine gets to show that it is there
-RETRY_PAUSE = 0.1           # seconds before the second try; doubled from try to try
-MAX_RETRY_PAUSE = 3         # seconds that this pause grows to
+CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engine answers
+RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
+MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
+PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
+RETRY_PAUSE = 0.1           # seconds before the second try; doubles with each try
+MAX_RETRY_PAUSE = 3         # seconds: the longest such pause
 STILL_TRYING_AFTER = 1      # seconds until a producer on a terminal says that no engine answers
-MAX_RETRY_AFTER = 60        # seconds of a Retry-After that are obeyed
-MAX_DELAY = 3650 * 86400    # seconds of a delay that an engine takes
+MAX_RETRY_AFTER = 60        # seconds: the longest Retry-After that is obeyed
+MAX_DELAY = 3650 * 86400    # seconds: the longest delay that an engine accepts
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
 MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
-MAX_ASYNC_CALLS = 100       # calls of asyncio programs that are made at a time
-MAX_ASYNC_WAITS = 2000      # connections on which asyncio programs wait for jobs
-CROWDED_POLL = 1            # seconds of a look at a job, if there are more waits than that
+MAX_ASYNC_CALLS = 100       # concurrent short calls of asyncio programs
+MAX_ASYNC_WAITS = 2000      # concurrent long polls of asyncio programs that wait for a job
+CROWDED_POLL = 1            # seconds of such a long poll while more of them are queued
 MAX_IDLE_STREAMS = 20       # idle connections of asyncio programs
-MAX_RESPONSE_HEAD = 1 << 17     # bytes in which the headers of a response have to end
-MAX_DEPTH = 100             # levels of a value that are searched for the part that is not JSON
+MAX_RESPONSE_HEAD = 1 << 17     # bytes in the status line and headers of a response
+MAX_DEPTH = 100             # levels of a value that are searched for a part that is not JSON
 
 # the worker
-LEASE = 30                  # seconds that the engine waits for a sign of life
-LONG_POLL = 25              # seconds that a poll waits for a job; some proxies end one after 30
-GRACE = 30                  # seconds that running handlers get when the worker stops
-REPORT_GRACE = 2            # seconds, at least, that their outcomes get to be reported
-STRAY_DELAY = 0.3           # seconds in which a proxy forwards a poll whose client has gone
-RELEASE_WINDOW = 0.5        # seconds in which jobs that arrive during a stop are released
-PREFETCH_SECONDS = 0.1      # seconds of work that are claimed ahead
+LEASE = 30                  # seconds until the engine gives a claim without heartbeat to others
+LONG_POLL = 25              # seconds that a poll waits for a job; some proxies cut it off at 30
+GRACE = 30                  # seconds that running handlers have when the worker stops
+REPORT_GRACE = 2            # seconds, at least, for reporting their outcomes
+STRAY_DELAY = 0.3           # seconds in which a proxy may still forward a poll that was cut off
+RELEASE_WINDOW = 0.5        # seconds in which a stopping worker releases jobs that arrive late
+PREFETCH_SECONDS = 0.1      # seconds of work that are prefetched
 MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before it is released
 HUNG_AFTER = 1              # seconds after its interruption until a thread counts as hung
-MAX_HUNG = 10               # hung threads that end the worker
-WATCH_INTERVAL = 0.1        # seconds between two looks at the running jobs
-MAX_LOG_LINES_PER_TICK = 10     # finished jobs of a queue that are logged one by one in that time
+MAX_HUNG = 10               # hung threads at which the worker ends
+WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
+MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
-MAX_RESULT = 8_000_000      # characters of a result as JSON
-MAX_ERROR = 16_000          # characters of a traceback; the middle is cut out
-REFUSED_PAUSE = 10          # seconds until a refused worker (token, queue) asks again
+MAX_RESULT = 8_000_000      # characters in a result as JSON
+MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
+REFUSED_PAUSE = 10          # seconds until a worker polls again that was refused (token, queue)
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
-MAX_LOOP_BLOCK = 1          # seconds that an async handler may go without awaiting
-MAX_EXECUTOR_THREADS = 64   # threads in which async handlers run functions that block
-MAX_LOG_BACKLOG = 10_000    # lines that wait to be logged, above which they are dropped
+MAX_LOOP_BLOCK = 1          # seconds until an event loop counts as blocked
+MAX_EXECUTOR_THREADS = 64   # threads in which async handlers run blocking functions
+MAX_LOG_BACKLOG = 10_000    # queued log lines, above which new ones are dropped
 RETRY_INTERRUPTION = 0.005  # seconds until an interruption is tried again
-RELOAD_INTERVAL = 0.3       # seconds between two looks at the project's files
+RELOAD_INTERVAL = 0.3       # seconds between two checks of the project's files
 
 # programs and the outbox
-MAX_STDOUT = 1 << 20        # bytes of a program's output
-MAX_STDOUT_LEVELS = 200     # levels of JSON that an engine takes; output with more is text
+MAX_STDOUT = 1 << 20        # bytes in a program's stdout
+MAX_STDOUT_LEVELS = 200     # levels of JSON that an engine accepts; deeper output is kept as text
 TERM_GRACE = 5              # seconds between SIGTERM and SIGKILL for a program
-OUTBOX_INTERVAL = 1         # seconds between two looks into an outbox
-DJANGO_OUTBOX_INTERVAL = 0.2    # the same of the worker of a Django project
-OUTBOX_BURST = 60           # seconds after a write in which there are more of them
-OUTBOX_BURST_INTERVAL = 0.05    # seconds between two looks in that time
-OUTBOX_PAGE = 500           # rows that are looked at together
+OUTBOX_INTERVAL = 1         # seconds between two reads of an outbox
+DJANGO_OUTBOX_INTERVAL = 0.2    # seconds between two reads by the worker of a Django project
+OUTBOX_BURST = 60           # seconds after a write in which the outbox is read more often
+OUTBOX_BURST_INTERVAL = 0.05    # seconds between two reads in that time
+OUTBOX_PAGE = 500           # rows that are read at a time
 OUTBOX_TOO_LARGE_PAUSE = 60     # seconds until a job that a proxy found too large is sent again
 
 log = logging.getLogger('rundown')
@@ -336,7 +340,7 @@ class EngineUnavailable(Error):
 
 
 class NotAnEngine(EngineUnavailable):
-    """A proxy or a stranger answers, with the HTTP status `status`; the engine is not reached."""
+    """A proxy or another server answers, with the HTTP status `status`, and not the engine."""
 
 
 class Refused(Error):
@@ -348,7 +352,7 @@ class NotJSON(Error):
 
 
 class Misuse(Error, TypeError):
-    """A call or a setting that makes no sense for any engine."""
+    """A call or a setting that is wrong, whatever the state of the engine."""
 
 
 class Unfinished(Error, TimeoutError):
@@ -356,7 +360,7 @@ class Unfinished(Error, TimeoutError):
 
 
 class Hung(Error):
-    """Too many handlers never came back. The worker has ended and should be restarted."""
+    """Too many handlers never returned. The worker has ended and should be restarted."""
 
 
 class Crashed(Error):
@@ -376,7 +380,7 @@ class Timeout(Interruption):
 
 
 class Lost(Interruption):
-    """The job does not belong to this worker any more: cancelled, released, or given to another."""
+    """The claim is lost: the job was cancelled, released, or given to another worker."""
 
 
 class Failed(Error):
@@ -409,7 +413,7 @@ encode_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
 quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
 rng = random.Random()       # our own, since a handler may seed the module's
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=rng.seed)    # else two processes would choose the same ids
+    os.register_at_fork(after_in_child=rng.seed)    # two processes must not choose the same ids
 
 
 def as_json(value, name):
@@ -494,7 +498,7 @@ def in_utc(moment):
 
 
 def clamp_delay(delay):
-    """A delay in seconds that an engine takes, so that a report is not refused for it."""
+    """The delay in seconds, limited to the range that an engine accepts."""
     delay = in_seconds(delay)
     return delay if delay is None else min(max(delay, 0), MAX_DELAY)
 
@@ -520,7 +524,7 @@ def deadline_after(timeout):
 
 
 def remaining(deadline):
-    """Seconds until the deadline; socket.timeout if it is over."""
+    """Seconds until the deadline; raises socket.timeout if it has passed."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise socket.timeout('timed out')
@@ -544,7 +548,7 @@ class DeadlineReader(io.RawIOBase):
 
     def __init__(self, connection, sock, raw):
         self.connection = connection
-        self.sock = sock        # kept here, since a response that announces the end closes it there
+        self.sock = sock        # kept: the connection drops its own after `Connection: close`
         self.raw = raw          # the unbuffered file of the socket
 
     def readable(self):
@@ -568,7 +572,7 @@ class DeadlineResponse(http.client.HTTPResponse):
 
 
 class BufferingConnection(http.client.HTTPConnection):
-    """Keeps the parts of a request, since two small packets cost more than one."""
+    """Collects the parts of a request, to be sent as one packet."""
 
     def __init__(self, host, **options):
         super().__init__(host, **options)
@@ -601,7 +605,7 @@ class PooledConnection(BufferingConnection):
         self.deadline = deadline
         data = self.request_bytes(request)
         self.sock.settimeout(remaining(deadline))
-        with contextlib.suppress(ConnectionError):      # a refusal may come before all is sent
+        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
             self.sock.sendall(data)
         response = self.getresponse()
         check_framing(response)
@@ -611,11 +615,11 @@ class PooledConnection(BufferingConnection):
 
 
 class PooledTLSConnection(PooledConnection, http.client.HTTPSConnection):
-    """The same with TLS."""
+    """A PooledConnection with TLS."""
 
 
 def check_framing(response):
-    """HTTPException for two kinds of responses that http.client lets pass."""
+    """Raise HTTPException for two kinds of broken responses that http.client accepts."""
     length_is_no_number = response.length is None and not response.chunked
     if length_is_no_number and 'content-length' in response.headers:
         raise http.client.HTTPException('its Content-Length is no number')
@@ -628,10 +632,10 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     def __init__(self, context=None):
         self.context = context              # constant: the settings of TLS
-        self.process = os.getpid()          # owner of the connections; a fork must not share them
+        self.process = os.getpid()          # owner of the connections: a fork must not use them
         self.closed = False                 # written by shutdown() in any thread
         # safe without a lock: single operations of a deque and a set are atomic
-        self.idle = collections.deque()     # connections without a request, the last used one last
+        self.idle = collections.deque()     # connections without a request; most recently used last
         self.active = set()                 # connections with a request in flight
 
     def http_open(self, request):
@@ -644,13 +648,13 @@ class ConnectionPool(urllib.request.BaseHandler):
             try:
                 return self._exchange(connection, request, deadline)
             except ConnectionError:
-                if not reused:      # else it was closed while it was idle; another one may do
+                if not reused:      # a reused one may have been closed while it was idle
                     raise
 
     https_open = http_open
 
     def _reuse(self, origin):
-        """An idle connection or None. Idle ones that are of no use any more are closed."""
+        """An idle connection or None. Closes the idle ones that cannot be reused."""
         if self.process != os.getpid():
             self.process = os.getpid()
             self.idle = collections.deque()
@@ -683,7 +687,7 @@ class ConnectionPool(urllib.request.BaseHandler):
         return response
 
     def shutdown(self, how=socket.SHUT_WR):
-        """Send nothing more. With SHUT_WR, responses that are on their way still arrive."""
+        """Send nothing more. With SHUT_WR, responses to requests in flight still arrive."""
         self.closed = True
         for connection in self.active.copy():
             # It has no socket if its own thread has just closed it.
@@ -697,7 +701,7 @@ class ConnectionPool(urllib.request.BaseHandler):
 
 # -- Client ----------------------------------------------------------------------------------------
 def check_names(given, known, problem='there is no option'):
-    """Misuse for a name that is not known, with the nearest one that is."""
+    """Raise Misuse for an unknown name, and suggest the most similar known one."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -706,7 +710,7 @@ def check_names(given, known, problem='there is no option'):
 
 
 def suggest_known_options(function: F) -> F:
-    """Have the error for an unknown option name the nearest known one."""
+    """Decorator: the error for an unknown option suggests the most similar known one."""
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
@@ -722,12 +726,12 @@ class ActiveHost:
 
     def __init__(self, hosts):
         self.hosts = hosts          # constant: URLs
-        # written by any thread; the worst that a race does is one more try
+        # written by any thread; a race costs one more try at most
         self.url = hosts[0]
         self.has_answered = len(hosts) == 1     # False: `url` may be one that never answers
 
     def move_on(self, failed):
-        """Use the next engine. When several threads see the same one fail, that counts once."""
+        """Use the engine after `failed`, unless another thread has already done so."""
         if failed == self.url and len(self.hosts) > 1:
             self.has_answered = False
             self.url = self.hosts[(self.hosts.index(failed) + 1) % len(self.hosts)]
@@ -738,22 +742,22 @@ class Retries:
 
     def __init__(self, hosts, wait, give_up):
         self.hosts = hosts
-        self.wait = wait                        # seconds that the engine may take to answer
+        self.wait = wait                        # seconds of the call's long poll
         self.give_up = in_seconds(give_up)
         self.tries = 0
         self.began = time.monotonic()
         self.deadline = self.began + self.give_up + wait
-        self.has_said = False                   # that it is still trying
+        self.has_said_so = False                # a message on the terminal: still trying
 
     def seconds(self):
-        """The time of the next try, which leaves some for the other engines."""
+        """Seconds for the next try: an equal share for each engine of the time that is left."""
         share = (self.deadline - time.monotonic()) / len(self.hosts)
         return max(share, self.wait + MIN_LAST_TRY)
 
     def pause_after(self, error):
         """Seconds until the next try; EngineUnavailable if there is none."""
         if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            raise error         # a proxy's limit, which the next try meets as well
+            raise error         # a proxy's limit: trying again would not help
         self.tries += 1
         rounds, turn = divmod(self.tries, len(self.hosts))
         pause = 0 if turn else max(retry_pause(rounds - 1), error.retry_after)
@@ -764,14 +768,14 @@ class Retries:
             final = type(error)(f'{hosts} was tried for {self.give_up:g} s: {error}')
             final.status = error.status
             raise final from None
-        if now + pause - self.began >= STILL_TRYING_AFTER and not self.has_said:
-            self.has_said = True
+        if now + pause - self.began >= STILL_TRYING_AFTER and not self.has_said_so:
+            self.has_said_so = True
             tell_terminal(f'no engine at {hosts}, still trying ({error})')
         return pause
 
 
 def tell_terminal(sentence):
-    """Write to stderr if somebody sits in front of it."""
+    """Write a message to stderr if it is a terminal."""
     with contextlib.suppress(OSError, ValueError, AttributeError):      # it may be closed, or None
         if sys.stderr.isatty():
             print(f'rundown_workers: {sentence}', file=sys.stderr, flush=True)
@@ -799,7 +803,7 @@ class Caller:
         self._open_pool(tls_context(self.hosts, ca or os.environ.get('RUNDOWN_CA')))
 
     def _open_pool(self, context):
-        """Connections, and an opener that knows no proxy and follows no redirect."""
+        """Set up a pool, and an opener that uses no proxy and follows no redirect."""
         self.pool = ConnectionPool(context)
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self.pool)
@@ -816,7 +820,7 @@ class Caller:
         return clone
 
     def send(self, path: str, body: Any = None, seconds: float = CLIENT_TIMEOUT) -> Any:
-        """Try a call once, for so many seconds, and return the answer.
+        """Try a call once, for up to `seconds`, and return the answer.
 
         `body` is a dict or JSON text and makes it a POST; without it the call is a GET.
         """
@@ -837,7 +841,7 @@ class Caller:
         return self.opener.open(self._request(url, data), timeout=seconds)
 
     def _read(self, host, response):
-        """The value of a response; raises its refusal."""
+        """The decoded body of a response; raises the error of an unsuccessful one."""
         if response.status == 200:
             return json.loads(response.content.decode())
         if response.status == 204:
@@ -849,7 +853,7 @@ class Caller:
 
     def _unreachable(self, host, error):
         """The exception for a failure to get a response; the next engine is used from now on."""
-        if not self.pool.closed:        # else nobody but us has ended the request
+        if not self.pool.closed:        # otherwise shutdown() has ended the request
             self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
         return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
@@ -863,8 +867,8 @@ class Caller:
     ) -> Any:
         """send(), tried again for `give_up` seconds (None: the client's timeout).
 
-        `wait` is how long the engine may take to answer. The last try gets at least a second
-        beyond that, so a silent engine is noticed that much later.
+        `wait` is the length of the long poll in seconds. The last try has at least `wait` and one
+        second, so a silent engine may be noticed that much later.
         """
         retries = Retries(self.hosts, wait, self.timeout if give_up is None else give_up)
         while True:
@@ -884,7 +888,7 @@ class Caller:
         return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
 
     def _change(self, path, jobs, **fields):
-        """A call about one job, about all that the fields describe, or about a list of jobs."""
+        """A call about one job, about all jobs that match the fields, or about a list of jobs."""
         if jobs is None:
             return self._post(path, **fields)
         fields = encode_durations(fields)
@@ -896,11 +900,11 @@ class Caller:
         return {'jobs': replies}
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """Send nothing more; with SHUT_WR, answers that are on their way still arrive."""
+        """Send nothing more; with SHUT_WR, answers to calls in flight still arrive."""
         self.pool.shutdown(how)
 
     def close(self) -> None:
-        """Close the connections, those in use too. Nothing can be sent after that."""
+        """Close all connections, also those in use. Nothing can be sent after that."""
         self.shutdown()
         close_idle_streams(self.hosts)
 
@@ -929,9 +933,10 @@ class ProducerCalls(Caller):
         replace: bool | None = None,
         expires: float | datetime.timedelta | None = None,
     ) -> Job:
-        """Add a job, once however often the call is sent, and return it.
+        """Add a job, and return it. The call is idempotent: sending it again adds nothing.
 
-        `created` in it is False if its id or its key was there before. A `run_at` without a zone
+        `created` in it is False if a job with its id or key existed before. A `run_at` without
+        a zone
         is local time; durations are in seconds, or timedeltas.
 
         The job waits until the jobs `after` (jobs or ids) are done; if one of them fails it is
@@ -2077,14 +2082,14 @@ def run_handler(handlers, job, around=()):
     It uses no network, and raises nothing, whatever the handler does.
     """
     process = os.getpid()
-    result = None       # also if around() swallows an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         if around:
-            with surroundings(around, job):
-                result = call_handler(function, args, kwargs)
+            result = call_surrounded(around, job, function, args, kwargs)
         else:
-            result = call_handler(function, args, kwargs)
+            result = function(*args, **kwargs)
+            if isinstance(result, types.CoroutineType):
+                result = current.get().run_coroutine(result)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
@@ -2093,10 +2098,12 @@ def run_handler(handlers, job, around=()):
     return completion(result)
 
 
-def call_handler(function, args, kwargs):
-    result = function(*args, **kwargs)
-    if isinstance(result, types.CoroutineType):
-        return current.get().run_coroutine(result)
+def call_surrounded(around, job, function, args, kwargs):
+    result = None       # also if around() swallows an exception
+    with surroundings(around, job):
+        result = function(*args, **kwargs)
+        if isinstance(result, types.CoroutineType):
+            result = current.get().run_coroutine(result)
     return result
 
 
@@ -2187,6 +2194,14 @@ class Claim(Saver):
     The first to finish it decides how it ends; what others report later is dropped.
     """
 
+    # written by the thread that finishes it, read by the reporter
+    report_item = None              # the item of the batch that reports the outcome
+    # written by the reporter only
+    is_sending_progress = False
+    was_refused = False             # the engine refused an outcome
+    # written by the event loop's thread
+    asyncio_task = None             # of an async handler, once it has begun
+
     def __init__(self, job, consumer, now):
         # constant; the handler may change the job, so nothing else relies on it
         self.job = job
@@ -2207,13 +2222,6 @@ class Claim(Saver):
         self.show_progress = self.progress.append
         # touched by the watcher only
         self.progress_sent_at = now
-        # written by the thread that finishes it, read by the reporter
-        self.report_item = None             # the item of the batch that reports the outcome
-        # written by the reporter only
-        self.is_sending_progress = False
-        self.was_refused = False            # the engine refused an outcome
-        # written by the event loop's thread
-        self.asyncio_task = None            # of an async handler, once it has begun
 
     def start(self, slot, now):
         """True if the slot may run it: it was neither released nor lost meanwhile."""
@@ -2234,11 +2242,6 @@ class Claim(Saver):
                 # with the lock held, the slot cannot begin with another claim meanwhile
                 self.slot.interrupt(self, interruption)
             return True
-
-    def set_report(self, outcome):
-        fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
-        self.outcome = outcome
-        self.report_item = f'{self.json_prefix}{fields}}}'
 
     def drop_progress(self):
         """What is older than a checkpoint must not arrive after it."""
@@ -2432,6 +2435,8 @@ class EventLoop:
             with contextlib.suppress(KeyError):     # the loop was abandoned
                 self.not_begun.pop(finished)
                 claim.asyncio_task = self.create_task(coroutine, context, finished.put)
+                if claim.outcome:       # it ended before there was a task to cancel
+                    claim.asyncio_task.cancel()
 
         self.not_begun[finished] = None
         self.loop.call_soon_threadsafe(start)
@@ -2576,7 +2581,7 @@ class AsyncSlot(Slot):
         context = contextvars.Context()
         self.task = self.event_loop.create_task(self._run_claim(claim), context, self._on_done)
         claim.asyncio_task = self.task
-        if claim.outcome:       # it was finished just now, when there was no task to cancel
+        if claim.outcome:       # it ended before there was a task to cancel
             self.task.cancel()
 
     async def _run_claim(self, claim):
@@ -2948,14 +2953,10 @@ class Consumer:
         if self.hooks[event]:
             claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
-        self._update_pace(time.monotonic() - claim.started_at)
+        seconds = time.monotonic() - claim.started_at       # with the hooks
+        pace = self.seconds_per_job
+        self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
         self._remove(claim)
-
-    def _update_pace(self, seconds):
-        if self.seconds_per_job is None:
-            self.seconds_per_job = seconds
-        else:
-            self.seconds_per_job += PACE_WEIGHT * (seconds - self.seconds_per_job)
 
     def finish(self, claim, outcome, interruption=None):
         """End a claim from outside of its slot; True if that did it.
@@ -2976,8 +2977,10 @@ class Consumer:
             note(logging.INFO, '%s released', claim)
 
     def report(self, claim, outcome):
-        claim.set_report(outcome)
+        claim.outcome = outcome
         if outcome.call:
+            fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
+            claim.report_item = f'{claim.json_prefix}{fields}}}'
             self.session.reporter.claims.put(claim)
         else:
             self.session.forget(claim)
@@ -2995,7 +2998,8 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
-        self.fetcher.on_capacity()
+        if len(self.in_flight) <= self.fetcher.low_watermark:
+            self.fetcher.capacity_freed.set()
 
     def replace(self, slot):
         """Continue with a new slot. The claim's lock is held, so no other thread does it too."""
@@ -3035,10 +3039,6 @@ class Fetcher:
 
     def start(self):
         self.thread = self.worker.start_thread(self._run, f'fetch-{self.consumer.name}')
-
-    def on_capacity(self):
-        if len(self.consumer.in_flight) <= self.low_watermark:
-            self.capacity_freed.set()
 
     def _run(self):
         while not self.worker.stopping.is_set():
@@ -3258,7 +3258,10 @@ class Reporter:
 
     def __init__(self, session):
         self.session = session          # constant
-        self.claims = SimpleQueue()     # safe by itself: claims with news; None ends the thread
+        # safe by itself: claims with an outcome or progress to report; None ends the thread
+        self.claims = SimpleQueue()
+        # touched by the thread only
+        self.was_put_off = False        # the engine could not take an outcome now
 
     def run(self):
         claims = []
@@ -3269,6 +3272,9 @@ class Reporter:
                 for batch in batches(items, lambda item: len(item[1])):
                     for claim, answer in self.session.send_batch(call, batch, CLIENT_TIMEOUT):
                         self._on_answer(call, claim, answer)
+            if self.was_put_off:
+                self.was_put_off = False
+                self.session.worker.closed.wait(RETRY_PAUSE)
 
     def _next_claims(self):
         claims = [self.claims.get()]
@@ -3295,16 +3301,15 @@ class Reporter:
     def _on_answer(self, call, claim, answer):
         if call == 'heartbeat':
             claim.is_sending_progress = False
-            on_heartbeat_answer(claim, answer)
-            if is_temporary(answer):
-                self.claims.put(claim)
+            on_heartbeat_answer(claim, answer)      # progress that was not taken is not sent again
             return
         code = answer.get('code')
         if not code:
             self.session.forget(claim)
             return
-        if is_temporary(answer):
+        if not is_permanent(code):
             self.claims.put(claim)
+            self.was_put_off = True
             return
         reason = answer.get('error')
         if code in GONE:
@@ -3379,11 +3384,6 @@ class Heartbeat:
         except EngineUnavailable:
             pass                        # the fetchers notice, and say so
         return False
-
-
-def is_temporary(answer):
-    """Whether an item of a batch was not taken, but may be if it is sent again."""
-    return bool(answer.get('code')) and not is_permanent(answer['code'])
 
 
 def on_heartbeat_answer(claim, answer):
@@ -3508,8 +3508,8 @@ class Worker:
         # created with the lock held
         self.event_loop_lock = threading.Lock()
         self.started_event_loop = None
-        # safe without a lock: the next number is taken in one operation. Two threads may store
-        # theirs in the wrong order; what counts is that it is another one.
+        # safe without a lock: taking the next number is atomic. Two threads may store theirs in
+        # the wrong order: only a difference counts.
         self.generation = 0             # changes whenever a claim is over
         self.next_generation = itertools.count(1).__next__
         # touched by the main thread only
@@ -3966,6 +3966,7 @@ class ChildClaim(Saver):
     """What job(), progress(), step() and so on need of a claim, in an isolated process."""
 
     asyncio_task = None
+    outcome = None          # never set: a claim that ends has its process killed
     was_left = False
 
     def __init__(self, job, child):
@@ -4563,6 +4564,8 @@ class Registry:
             known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
             check_names(settings, known, 'a task has no setting')
         host = settings.get('host')
+        if 'poll_interval' in settings:
+            settings['poll_interval'] = in_seconds(settings['poll_interval'])
         max_running = settings.pop('max_running', None)
         limits = engine_settings(queue, max_running, settings.pop('rate', None))
         timeout = in_seconds(timeout)
@@ -4769,6 +4772,9 @@ class App(Registry):
             )
         if not self.registered:
             raise Error('there is no handler: decorate a function with @queue("name")')
+        check('max_hung', max_hung, 1)
+        if concurrency is not None:
+            check('concurrency', concurrency, 1)
         set_up_log()
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
@@ -6487,7 +6493,7 @@ def main(argv: list[str] | None = None) -> int:
             os.environ['RUNDOWN_URL'] = options.host    # for imported tasks and isolated ones
         return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
-        print(f'rundown_workers: {error or type(error).__name__}', file=sys.stderr)
+        print(f'rundown_workers: {str(error) or type(error).__name__}', file=sys.stderr)
         if isinstance(error, EngineUnavailable):
             return 3
         return 2 if isinstance(error, Misuse) else 1

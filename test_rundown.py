@@ -3067,7 +3067,7 @@ def test_a_column_that_no_migration_adds_is_said_at_the_start(tmp_path, request)
     ClockedEngine(tmp_path).stop()
     module = request.getfixturevalue("next_version")
     module.MIGRATIONS[max(module.MIGRATIONS)] = ["ALTER TABLE jobs ADD COLUMN colour TEXT"]
-    with pytest.raises(module.StartupError, match="schedules lacks mood"):
+    with pytest.raises(module.StartupError, match="lacks jobs_colour, schedules.mood"):
         ClockedEngine(tmp_path)
     assert header_of(tmp_path / "jobs.db")[1] == rundown_engine.SCHEMA_VERSION
 
@@ -3279,8 +3279,8 @@ def test_a_target_in_absolute_form_is_served_and_its_host_is_the_one_that_counts
 
 
 def test_a_poll_and_a_wait_are_answered_before_proxies_give_up(own, q):
-    assert rundown_engine.MAX_HELD < 60
-    engine = own(constants={"MAX_HELD": 0.2})
+    assert rundown_engine.LONG_POLL_TIMEOUT < 60
+    engine = own(constants={"LONG_POLL_TIMEOUT": 0.2})
     job = engine.enqueue(q + "-other")
     began = time.monotonic()
     assert engine.poll(q, wait=60) is None
@@ -4518,8 +4518,8 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
                 steps.append(time.thread_time() - began)
         return run
 
-    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "apply_to_batch"),
-                        (rundown_engine.Operators, "apply_to_items")]:
+    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "change_batch"),
+                        (rundown_engine.Operators, "change_items")]:
         monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
     for attempt in range(3):        # another process may make everything slow
         folder = tmp_path / str(attempt)
@@ -4900,7 +4900,7 @@ def test_the_claim_is_served_by_one_index_in_its_order(clocked, q):
 
 @pytest.mark.parametrize("name", [
     "ACTIVE_IN_GROUP", "FIRST_IN_GROUP", "SELECT_EXPIRED", "SELECT_LOST", "SELECT_DUE", "NEXT_DEADLINE", "NEXT_ENDED",
-    "NEXT_DEPENDENTS", "TOLD_DEPENDENTS", "DEPENDENCIES_OF", "JOB_WITH_KEY", "FIND_BY_ID", "SELECT_STEP"])
+    "NEXT_DEPENDENTS", "INFORMED_DEPENDENTS", "DEPENDENCIES_OF", "JOB_WITH_KEY", "FIND_BY_ID", "SELECT_STEP"])
 def test_what_runs_in_every_pass_looks_at_no_row_in_vain(clocked, name):
     statement = getattr(rundown_engine, name)
     with contextlib.closing(sqlite3.connect(str(clocked.folder / "jobs.db"))) as db:
@@ -5155,19 +5155,46 @@ def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     assert there() == ["running"]
 
 
+def test_a_queue_is_not_forgotten_by_a_transaction_that_is_rolled_back(clocked, q):
+    retention = clocked.server.store.retention
+    retention.next_round = rundown_engine.NEVER     # this test alone makes rounds
+    clocked.poll(q)
+    polled_at = clocked.queue(q)["polled_at"]
+    clocked.advance(2 * rundown_engine.FORGET_QUEUE_AFTER)
+
+    def round_of_retention(tx, fail=True):
+        retention.next_round = 0
+        retention.run_due(tx)
+        retention.next_round = rundown_engine.NEVER
+        assert tx.fetch_one(rundown_engine.SELECT_QUEUE, q) is None
+        if fail:
+            raise rundown_engine.Conflict("so the transaction is rolled back")
+
+    with pytest.raises(rundown_engine.Conflict):
+        in_transaction(clocked, round_of_retention)
+    assert clocked.queue(q)["polled_at"] == polled_at
+    in_transaction(clocked, lambda tx: round_of_retention(tx, fail=False))
+    assert clocked.server.store.workers.last_polled == {}
+
+
 def test_retention_deletes_no_job_that_is_retried_between_two_of_its_steps(clocked, q, monkeypatch):
     retention = clocked.server.store.retention
-    retention.next_round = rundown_engine.NEVER
+    retention.next_round = rundown_engine.NEVER     # this test alone makes steps
     jobs = [failed_job(clocked, q)["id"] for _ in range(3)]
     there = lambda: [id for id in jobs if clocked.call("GET", "/jobs/" + id)[0] == 200]
     clocked.advance(31 * 86400)
-    retention.next_round = 0
-    monkeypatch.setattr(rundown_engine, "STEP_TIME", -1)      # each step deletes one job
-    in_transaction(clocked, retention.run_due)
+    monkeypatch.setattr(rundown_engine, "SLICE_TIME", -1)      # each step deletes one job
+
+    def step(tx):
+        retention.next_round = 0
+        retention.run_due(tx)
+        retention.next_round = rundown_engine.NEVER
+
+    in_transaction(clocked, step)
     assert there() == jobs[1:]
     clocked.post("/retry", id=jobs[1])
     for _ in range(6):
-        in_transaction(clocked, retention.run_due)
+        in_transaction(clocked, step)
     assert there() == jobs[1:2]
 
 
@@ -7334,6 +7361,28 @@ def test_a_worker_that_stops_reports_to_the_engine_that_it_used(own, work, tmp_p
     assert (engine.job(job)["status"], engine.job(job)["result"]) == ("done", 7)
 
 
+def test_an_outcome_that_fails_inside_the_engine_is_not_reported_without_a_pause(monkeypatch):
+    reports = []
+
+    def send(client, path, body=None, seconds=None):
+        if path == "/complete":
+            reports.append(body)
+            return {"jobs": [{"code": 500, "error": "a bug"}]}
+        time.sleep(0.05)
+        if path == "/poll" and not reports:
+            return [{"id": "a", "attempt": 1, "timeout": 60, "payload": None}]
+        return {"jobs": [], "lost": False, "since": 1} if path != "/poll" else []
+
+    monkeypatch.setattr(rw.Client, "send", send)
+    monkeypatch.setattr(rw, "REPORT_GRACE", 0.3)
+    app = rw.App("http://127.0.0.1:1")
+    app.queue("q")(lambda payload: None)
+    stop = threading.Timer(0.5, app.stop)
+    stop.start()
+    app.run(grace=0)
+    assert 1 < len(reports) < 30
+
+
 # -- SDK: the engine is away ----------------------------------------------------------------------
 
 
@@ -7857,6 +7906,26 @@ def test_failing_async_handlers_do_not_keep_memory(engine, work, q):
     assert megabytes() < before + 50
 
 
+def test_a_coroutine_whose_claim_has_ended_before_it_began_does_not_run():
+    loop = rw.EventLoop(rw.start_daemon_thread)
+    is_free = threading.Event()
+    runs = []
+
+    async def handle():
+        runs.append("run")
+
+    claim = types.SimpleNamespace(asyncio_task=None, outcome=None)
+    loop.call(is_free.wait, 10)
+    waiting = threading.Thread(target=loop.run, args=(handle(), claim), daemon=True)
+    waiting.start()
+    until(lambda: loop.not_begun)
+    claim.outcome = rw.LOST
+    is_free.set()
+    waiting.join(10)
+    assert not waiting.is_alive() and not runs
+    loop.stop()
+
+
 # -- SDK: hooks, around, the log of isolated handlers ----------------------------------------------
 
 HOOKS = """
@@ -8086,6 +8155,18 @@ def test_a_failure_that_the_engine_refuses_is_reported_without_its_delay(work, q
     assert (reported[0]["error"], reported[0]["delay"]) == ("the reason", 9)
     assert reported[1]["error"].startswith("the reason\n(the engine refused")
     assert reported[1].get("delay") is None
+
+
+def test_a_log_call_with_wrong_arguments_does_not_fail_an_isolated_handler(engine, work, q):
+    worker = work("""
+        import logging
+        @rw.queue(%r, isolate=True, max_retries=0)
+        def handle(payload):
+            logging.getLogger("handler").warning("%%d items", "three")
+            return "done"
+    """ % q)
+    assert ended(engine, engine.enqueue(q))["result"] == "done"
+    assert worker.stop() == 0
 
 
 # -- SDK: steps, checkpoints, track ----------------------------------------------------------------
@@ -9255,6 +9336,24 @@ rw.run(burst=True)
     assert [ended.stderr.count(job["id"]) for job in jobs] == [1, 1, 1], ended.stderr
 
 
+def test_a_task_takes_a_timedelta_as_its_poll_interval():
+    app = rw.App()
+    app.task(poll_interval=datetime.timedelta(seconds=2))(add_two)
+    assert app.registered["default", None].poll_interval == 2
+
+
+@pytest.mark.parametrize("option, value", [("concurrency", -1), ("concurrency", 0), ("max_hung", 0)])
+def test_run_refuses_numbers_with_which_it_could_not_work(option, value):
+    app = rw.App()
+    app.queue("q")(lambda payload: None)
+    with pytest.raises(rw.Misuse, match=option):
+        app.run(burst=True, **{option: value})
+
+
+def add_two(number):
+    return number + 2
+
+
 # -- SDK: command line, testing aid, demo ---------------------------------------------------------
 
 
@@ -9611,6 +9710,15 @@ def test_the_demo_works_on_a_folder_and_checks_its_digests(tmp_path):
     text = ended.stdout.decode()
     assert ended.returncode == 0, text
     assert re.search(r"\b30\b", text) and re.search("retries", text)
+
+
+def test_a_command_that_is_interrupted_says_so(monkeypatch, capsys):
+    def interrupted(client, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rw, "COMMANDS", [rw.Command("queues", interrupted, "", [])])
+    assert rw.main(["queues"]) == 1
+    assert capsys.readouterr().err == "rundown_workers: KeyboardInterrupt\n"
 
 
 # -- SDK: any program as a worker -----------------------------------------------------------------
@@ -13328,9 +13436,9 @@ class Model:
         schedule["last_run_at"] = at
         id = "%s@%sZ" % (schedule["name"], micros_as_text(at)[:19])
         fields = {name: schedule[name] for name in SCHEDULED if schedule[name] is not None}
-        job, created = self.add({**fields, "id": id})
+        _, created = self.add({**fields, "id": id})
         self.advance_groups()
-        if created or job.id == id:
+        if created:
             schedule["last_id"] = id
         else:
             schedule["skipped"] += 1
@@ -13723,7 +13831,7 @@ def move(times):
     server.loop.committer.check_clock()
 
 clock, server = Clock(0.0, 0.0), None
-rundown_engine.STEP_TIME = 60       # all that is due is done at once, also on a slow machine
+rundown_engine.SLICE_TIME = 60       # all that is due is done at once, also on a slow machine
 for line in sys.stdin:
     path, *times = line.split()
     times = tuple(map(float, times))
@@ -13755,7 +13863,7 @@ class KilledEngine:
         self._start_process()
 
     def _start_process(self):
-        require_names(rundown_engine, ["STEP_TIME"])
+        require_names(rundown_engine, ["SLICE_TIME"])
         with open(str(self.folder / "engine.log"), "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", CLOCKED_PROGRAM],
