@@ -173,7 +173,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
 
 # -- Settings --------------------------------------------------------------------------------------
-VERSION = '1.0'
+VERSION = '1.2'
 PORT = 8181
 NEVER = float('inf')            # a deadline that is never reached
 
