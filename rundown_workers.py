@@ -2080,17 +2080,16 @@ class HandlerTable:
 
 
 def run_handler(handlers, job, around=()):
-    """Run a job's handler; returns the outcome. Never raises, and sends nothing.
-    """
+    """Run a job's handler; returns the outcome. Never raises, and sends nothing."""
     process = os.getpid()
-    result = None       # stays so if a function of around() suppresses an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         if around:
-            with around_context(around, job):
-                result = call_handler(function, args, kwargs)
+            result = call_surrounded(around, job, function, args, kwargs)
         else:
-            result = call_handler(function, args, kwargs)
+            result = function(*args, **kwargs)
+            if isinstance(result, types.CoroutineType):
+                result = current.get().run_coroutine(result)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
@@ -2099,10 +2098,12 @@ def run_handler(handlers, job, around=()):
     return completion(result)
 
 
-def call_handler(function, args, kwargs):
-    result = function(*args, **kwargs)
-    if isinstance(result, types.CoroutineType):
-        return current.get().run_coroutine(result)
+def call_surrounded(around, job, function, args, kwargs):
+    result = None       # also if around() swallows an exception
+    with around_context(around, job):
+        result = function(*args, **kwargs)
+        if isinstance(result, types.CoroutineType):
+            result = current.get().run_coroutine(result)
     return result
 
 
@@ -2193,6 +2194,14 @@ class Claim(Saver):
     Several threads may try to finish it: the first decides how it ends, the others are ignored.
     """
 
+    # written by the thread that finishes it, read by the reporter
+    report_item = None              # the item of the batch that reports the outcome
+    # written by the reporter only
+    is_sending_progress = False
+    was_refused = False             # the engine refused an outcome
+    # written by the event loop's thread
+    asyncio_task = None             # of an async handler, once it has begun
+
     def __init__(self, job, consumer, now):
         # constant, except that the handler may change the dict `job`
         self.job = job
@@ -2213,13 +2222,6 @@ class Claim(Saver):
         self.show_progress = self.progress.append
         # touched by the watcher only
         self.progress_sent_at = now
-        # written by the thread that finishes it, read by the reporter
-        self.report_item = None             # the item of the batch that reports the outcome
-        # written by the reporter only
-        self.is_sending_progress = False
-        self.was_refused = False            # the engine refused an outcome
-        # written by the event loop's thread
-        self.asyncio_task = None            # of an async handler, once it has begun
 
     def start(self, slot, now):
         """True if the slot may run it; False if it was released or lost meanwhile."""
@@ -2240,11 +2242,6 @@ class Claim(Saver):
                 # with the lock held, so that the slot cannot start another claim meanwhile
                 self.slot.interrupt(self, interruption)
             return True
-
-    def set_report(self, outcome):
-        fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
-        self.outcome = outcome
-        self.report_item = f'{self.json_prefix}{fields}}}'
 
     def drop_progress(self):
         """Discard progress that is older than a checkpoint, and wait until none is in flight."""
@@ -2959,14 +2956,10 @@ class Consumer:
         if self.hooks[event]:
             claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
-        self._update_pace(time.monotonic() - claim.started_at)
+        seconds = time.monotonic() - claim.started_at       # with the hooks
+        pace = self.seconds_per_job
+        self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
         self._remove(claim)
-
-    def _update_pace(self, seconds):
-        if self.seconds_per_job is None:
-            self.seconds_per_job = seconds
-        else:
-            self.seconds_per_job += PACE_WEIGHT * (seconds - self.seconds_per_job)
 
     def finish(self, claim, outcome, interruption=None):
         """Finish a claim from outside of its slot; True if this was its first outcome.
@@ -2987,8 +2980,10 @@ class Consumer:
             note(logging.INFO, '%s released', claim)
 
     def report(self, claim, outcome):
-        claim.set_report(outcome)
+        claim.outcome = outcome
         if outcome.call:
+            fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
+            claim.report_item = f'{claim.json_prefix}{fields}}}'
             self.session.reporter.to_report.put(claim)
         else:
             self.session.forget(claim)
@@ -3006,7 +3001,8 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
-        self.fetcher.on_capacity()
+        if len(self.in_flight) <= self.fetcher.low_watermark:
+            self.fetcher.capacity_freed.set()
 
     def replace(self, slot):
         """Replace an interrupted slot. The claim's lock is held, so only one thread does it."""
@@ -3046,10 +3042,6 @@ class Fetcher:
 
     def start(self):
         self.thread = self.worker.start_thread(self._run, f'fetch-{self.consumer.name}')
-
-    def on_capacity(self):
-        if len(self.consumer.in_flight) <= self.low_watermark:
-            self.capacity_freed.set()
 
     def _run(self):
         while not self.worker.stopping.is_set():
