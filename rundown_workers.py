@@ -446,14 +446,14 @@ def find_unencodable(value, path):
 
 
 def parts_of(value):
-    """Pairs of key and part of a container; none of any other value."""
+    """(key, part) pairs of a container; none for any other value."""
     if isinstance(value, dict):
         return value.items()
     return enumerate(value) if isinstance(value, (list, tuple)) else ()
 
 
 def check_keys(value, name):
-    """NotJSON for a dictionary key that JSON would turn into a string."""
+    """Raise NotJSON for a dictionary key that JSON would turn into a string."""
     pending = [(value, None)]           # containers, each with its path: (path of its parent, key)
     while pending:
         container, path = pending.pop()
@@ -483,7 +483,7 @@ def in_seconds(span):
 
 
 def require_temporary_folder():
-    """Error if there is no folder for temporary files, such as on a read-only root."""
+    """Raise Error if there is no folder for temporary files, as on a read-only file system."""
     try:
         tempfile.gettempdir()
     except OSError as error:
@@ -491,7 +491,7 @@ def require_temporary_folder():
 
 
 def in_utc(moment):
-    """A datetime as RFC 3339 in UTC, where one without a zone is local time; text as it is."""
+    """A datetime (local time if it has no zone) as RFC 3339 text in UTC; text is unchanged."""
     if isinstance(moment, datetime.datetime):
         return moment.astimezone(datetime.timezone.utc).isoformat()
     return moment
@@ -852,7 +852,7 @@ class Caller:
         raise error
 
     def _unreachable(self, host, error):
-        """The exception for a failure to get a response; the next engine is used from now on."""
+        """The exception for a request without a response. Moves on to the next engine."""
         if not self.pool.closed:        # otherwise shutdown() has ended the request
             self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
@@ -1031,7 +1031,7 @@ class ProducerCalls(Caller):
         timeout: float | datetime.timedelta | None = None,
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
-        """wait() for asyncio programs; a thousand at a time are fine."""
+        """wait() for asyncio programs; thousands may run at a time."""
         if current.get() and not isinstance(job, str):
             warn_of_deadlock(job)
         return Job(await async_calls().wait(self, job, timeout, give_up), self)
@@ -1435,7 +1435,7 @@ def is_permanent(status):
 
 
 def is_claim(job):
-    """Is this, from the answer to a poll, a job that can be run?"""
+    """Is this item of a poll's answer a job that can be run?"""
     return (
         isinstance(job, dict)
         and isinstance(job.get('id'), str)
@@ -1446,7 +1446,7 @@ def is_claim(job):
 
 
 def is_item_reply(item):
-    """Is this, from the answer to a batch, the reply to one of its items?"""
+    """Is this item of a batch's answer a well-formed reply?"""
     return (
         isinstance(item, dict)
         and type(item.get('code', 0)) is int
@@ -1458,7 +1458,7 @@ DURATIONS = {'delay', 'every', 'expires', 'lease', 'per', 'timeout', 'wait'}    
 
 
 def encode_job(payload, id=None, run_at=None, after=None, **fields):
-    """A job to be enqueued, as JSON text. It gets its id here, so that it can be sent again."""
+    """A new job as JSON text. Its id is chosen here, so that enqueueing it is idempotent."""
     if after is not None:
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
@@ -1857,7 +1857,7 @@ def is_in_event_loop():
 
 
 def run_in_thread(function, *args):
-    """A future of the event loop that calls the function in a thread of its own."""
+    """Call a function in a new thread; returns a future of the running event loop."""
     import asyncio
     loop = asyncio.get_running_loop()
     future = loop.create_future()
@@ -2099,7 +2099,7 @@ def run_handler(handlers, job, around=()):
 
 
 def call_surrounded(around, job, function, args, kwargs):
-    result = None       # also if around() swallows an exception
+    result = None       # stays so if a function of around() suppresses an exception
     with around_context(around, job):
         result = function(*args, **kwargs)
         if isinstance(result, types.CoroutineType):
@@ -2532,7 +2532,7 @@ def make_daemon_executor():
 
 
 class AsyncReady:
-    """The claims that wait for a slot, and the slots that wait for a claim, of an async queue."""
+    """Matches the waiting claims of an async queue with its free slots."""
 
     def __init__(self, event_loop):
         self.event_loop = event_loop    # constant
@@ -2577,7 +2577,7 @@ class AsyncSlot(Slot):
         return not self.event_loop.is_blocked
 
     def begin(self, claim):
-        """Called in the loop's thread."""
+        """Start a claim. Called in the loop's thread."""
         context = contextvars.Context()
         self.task = self.event_loop.create_task(self._run_claim(claim), context, self._on_done)
         claim.asyncio_task = self.task
@@ -2854,7 +2854,7 @@ replaced_signals = {}       # the handlers of signals before run() replaced them
 
 
 def restore_signals():
-    """Give signals the handlers that they had before run().
+    """Restore the handlers that signals had before run().
 
     Also called in processes that a handler forks, so that terminate() ends them.
     """
@@ -3034,7 +3034,7 @@ class Fetcher:
         self.thread = None
         # written by the fetching thread only
         self.configured_host = None     # the engine that has the queue's limits and schedule
-        self.low_watermark = 0          # it polls when no more claims than this are in flight
+        self.low_watermark = 0          # polls when at most this many claims are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
         self.was_cut_off = False        # the worker's stop ended the last poll: jobs may be lost
         # safe by itself
@@ -3056,7 +3056,7 @@ class Fetcher:
                 self._on_error(error)
 
     def _claim_limit(self):
-        """How many jobs to claim now: 0 while enough are in flight or too many are unreported."""
+        """How many jobs to claim now; 0 if enough are in flight, or too many unreported."""
         if self.session.is_backlogged or self.session.reporter.to_report.qsize() > MAX_BACKLOG:
             return 0
         slots = self.consumer.count_ready_slots()
@@ -3180,7 +3180,7 @@ class EngineSession:
 
     def forget(self, claim):
         """Drop a claim: the engine knows that it has ended, or no longer has it."""
-        # in this order: a thread that finds the claim gone finds the new generation too
+        # in this order: a thread that no longer finds the claim must find the new generation
         self.worker.generation = self.worker.next_generation()
         self.claims.pop(claim, None)
 
@@ -3605,7 +3605,7 @@ class Worker:
     @contextlib.contextmanager
     def _signal_handlers(self):
         is_main = threading.current_thread() is threading.main_thread()
-        for number in STOP_SIGNALS if is_main else ():      # others may not set handlers
+        for number in STOP_SIGNALS if is_main else ():      # other threads cannot set handlers
             if signal.getsignal(number) != signal.SIG_IGN or number != SIGHUP:      # nohup
                 replaced_signals[number] = signal.signal(number, self._on_signal)
         try:
@@ -3642,7 +3642,7 @@ class Worker:
         return None
 
     def _is_idle(self):
-        """Whether no claim is left, and all queues were empty since the last one ended."""
+        """Whether no claim is left, and each queue was found empty after the last claim ended."""
         if self.count_unreported():
             return False
         return all(consumer.fetcher.idle_generation == self.generation
@@ -3782,7 +3782,7 @@ def has_place(function):
 
 
 class IsolatedSlot(Slot):
-    """A slot whose handlers run in a process of its own, one after the other."""
+    """A slot that runs its claims in a child process, one after the other."""
 
     # written by the slot's thread only; kill() reads the process in any thread
     process = None
@@ -3837,7 +3837,7 @@ class IsolatedSlot(Slot):
                     return kind, value
                 log_writer.put(write_record, value)
         except (EOFError, OSError):
-            self.kill()             # its children; it is exiting itself by now
+            self.kill()             # its children: the process itself is already exiting
         with process_lock:
             self.process.join(1)
         code = self.process.exitcode
@@ -3910,7 +3910,7 @@ class IsolatedSlot(Slot):
                 self.close()
 
     def interrupt(self, claim, interruption):
-        self.kill()                 # the slot's thread notices, and starts another process
+        self.kill()                 # the slot's thread then notices, and starts a new process
 
     def stack_text(self, claim):
         return 'its process was killed\n'
@@ -3926,7 +3926,7 @@ class IsolatedSlot(Slot):
         process = self.process
         signal_group(process, KILL)
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            process.kill()          # it may not lead its group yet
+            process.kill()          # it may not be a group leader yet
 
     def close(self):
         if self.process is None:
@@ -3949,7 +3949,7 @@ def signal_group(process, number):
 
     True if there was one to receive it.
     """
-    # not started yet, or over already
+    # the process may not have started, or may have ended
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         if os.name == 'nt':
             subprocess.run(['taskkill', '/T', '/F', '/PID', str(process.pid)], capture_output=True)
@@ -4144,16 +4144,16 @@ def import_all(places):
 
 def separate_from_worker(pipe):
     if hasattr(os, 'setsid'):
-        os.setsid()         # it leads a group, to be killed with the processes that it starts
-        # if these held the pipe open, the worker would not notice that this process has ended
+        os.setsid()         # lead a group, which is killed with all processes in it
+        # a child that held the pipe open would hide the end of this process from the worker
         os.set_inheritable(pipe.fileno(), False)
     for number in STOP_SIGNALS:
-        # the worker decides when to stop; programs that a handler starts would inherit SIG_IGN
+        # the worker decides when to stop; not SIG_IGN, which programs would inherit
         replaced_signals[number] = signal.signal(number, lambda *_: None)
 
 
 def import_function(module, file, name):
-    """The function of that name in a module, imported by the module's name or from its file."""
+    """The function with this qualified name; imports its module by name or from its file."""
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError:
@@ -4171,7 +4171,7 @@ def import_file_as(file, name):
 
 
 # -- Any program as a worker -----------------------------------------------------------------------
-EX_DATAERR = 65     # of sysexits.h: the input is wrong, so there is no use in trying again
+EX_DATAERR = 65     # of sysexits.h: the input is wrong, so a retry would not help
 
 
 class ProgramSlot(Slot):
@@ -4206,7 +4206,7 @@ class ProgramSlot(Slot):
             set_append_mode(self.stderr)
             stdin.write(data)
             stdin.seek(0)
-            with process_lock:      # reap_orphans() must find it in its slot
+            with process_lock:      # so that reap_orphans() knows the process as a slot's
                 self.process = subprocess.Popen(
                     command, stdin=stdin, stdout=stdout, stderr=self.stderr, env=env,
                     start_new_session=True)
@@ -4261,7 +4261,7 @@ class ProgramSlot(Slot):
 
     def stack_text(self, claim):
         """The end of the program's stderr."""
-        # not started yet, or over already
+        # the program may not have started, or its files may be closed
         with contextlib.suppress(AttributeError, ValueError, OSError):
             end = self.stderr_tail + read_tail(self.stderr, MAX_ERROR // 2)
             return end[-(MAX_ERROR // 2):].lstrip(b'\0').decode(errors='replace')
@@ -4277,7 +4277,7 @@ def file_size(file):
 
 
 def read_tail(file, length):
-    """The end of a file that a program writes. A seek() would move the place where it writes."""
+    """The end of a file that a program is writing; seek() would move the program's offset too."""
     offset = max(0, file_size(file) - length)
     if hasattr(os, 'pread'):
         return os.pread(file.fileno(), length, offset)
@@ -4293,7 +4293,7 @@ def set_append_mode(file):
 
 
 def has_members(group):
-    """Whether processes of this group run. Zombies do not: an init that reaps none may be PID 1."""
+    """Whether a process group has members. Zombies do not count: PID 1 may never reap them."""
     try:
         os.killpg(group, 0)
     except (OSError, AttributeError):       # none is left; Windows has no groups
@@ -4881,7 +4881,7 @@ class TaskSender:
             name, self.queue, cron=cron, every=every, zone=zone, payload=payload, **merged)
 
     def options(self, **options):
-        """The same with options of enqueue() for its jobs: add.options(delay=60).delay(4)."""
+        """A sender whose jobs have these options of enqueue(): add.options(delay=60).delay(4)."""
         check_names(options, inspect.signature(self.app.enqueue).parameters)
         merged = {**self.enqueue_options, **options}
         return TaskSender(self.app, self.function, self.task, self.queue, merged)
@@ -4926,7 +4926,7 @@ def module_of_file(file):
 
 
 def source_of(function):
-    """Where a function is written: the same when its module, or a notebook's cell, runs again."""
+    """Where a function is defined; the same after a reload, or in a notebook cell run again."""
     file = getattr(getattr(function, '__code__', None), 'co_filename', None)
     is_main = getattr(function, '__module__', None) == '__main__'
     if is_main and file and not os.path.isfile(file):
@@ -5038,7 +5038,7 @@ def iter_jobs(client, **filters):
 
 
 def set_up_log():
-    """Log to stderr, until somebody sets up logging."""
+    """Log to stderr, until the program sets up logging itself."""
     if not log.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
@@ -5391,7 +5391,7 @@ def is_about_body(error):
 
 
 def set_aside(outbox, number, error):
-    """Take a job out of the way of the others: for good if the engine itself refuses it."""
+    """Set a job aside so that the others go on: for good if the engine itself refused it."""
     if isinstance(error, Refused):
         note(logging.ERROR, 'the engine refused job %s of the outbox: %s', number, error)
         outbox.mark_refused(int(number), error)
@@ -5495,7 +5495,8 @@ class DjangoTasks:
         # constant
         self.job_options = dict(self.options)
         outbox = self.job_options.pop('outbox', False)
-        self.database = 'default' if outbox is True else outbox or None     # None: no outbox
+        # alias of the database with the outbox; None: no outbox
+        self.database = 'default' if outbox is True else (outbox or None)
         self.host = self.job_options.pop('host', None)                      # None: RUNDOWN_URL
         unknown = sorted(set(self.job_options) - {'max_retries', 'timeout'})
         if unknown:
@@ -6245,7 +6246,7 @@ class Reloader:
     def _files(self):
         """The source files of modules that are neither Python's nor installed.
 
-        All in their folders, so that one that cannot be imported is among them.
+        These are all files in their folders, including one that cannot be imported.
         """
         files = [getattr(module, '__file__', None) for module in list(sys.modules.values())]
         folders = {os.path.dirname(file) for file in files if file and is_of_project(file)}
