@@ -10,9 +10,9 @@
         rw.enqueue("images", "path/to/image.jpg")   # or make_thumbnail.enqueue("path/to/image.jpg")
         rw.run()                                    # works until SIGTERM or SIGINT
 
-One file without packages: copy it and import it. The engine (rundown_engine.py) keeps the jobs.
-RUNDOWN_URL says where it is (http://localhost:8181), RUNDOWN_TOKEN is its token, RUNDOWN_CA the
-file of a private certificate. If the URL names several engines, separated by blanks, a client
+One file without dependencies: copy and import it. The engine (rundown_engine.py) keeps the jobs.
+RUNDOWN_URL is its URL (http://localhost:8181), RUNDOWN_TOKEN its token, RUNDOWN_CA the file of a
+private certificate authority. If the URL names several engines, separated by blanks, a client
 uses one of them until it stops answering, then the next.
 
 A JOB'S WAY THROUGH A WORKER
@@ -31,15 +31,16 @@ PRODUCING
     enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
                                         result(timeout), refresh(), cancel(), retry()
         timeout, max_retries, tag       seconds of an attempt; retries after failures; a label
-        delay, run_at                   when it is due: seconds from now; a time
-        expires                         seconds after that until it is cancelled if not started
+        delay, run_at                   when it is due: seconds from now, or a time
+        expires                         seconds from then; cancelled if it has not started
         priority                        higher ones are claimed first
-        after, after_any                jobs or ids that have to be done first; or only to end
+        after, after_any                jobs or ids that have to be done first; with after_any=True
+                                        they only have to end
         group                           its jobs run one at a time, in order
         key, key_until, replace         one job at a time has a key: enqueueing a second one
                                         returns the first, or replaces it
         id, give_up                     see below
-    enqueue_many(queue, payloads, ...)  many in few requests; each request is all or nothing
+    enqueue_many(queue, payloads, ...)  a job for each payload; each request is all or nothing
     get(id), wait(job, timeout)         a job; the finished job
     results(jobs, timeout)              the results of many jobs
     schedule(name, queue, cron, every, zone, payload), unschedule(name)     a job at each tick
@@ -57,7 +58,7 @@ WORKING
            host, poll_interval, cron, every, zone, max_running, rate)
                                         one handler of payloads for a queue; run() sends cron,
                                         every, zone, max_running and rate to the engine
-    @task(queue="default", name, ...)   any number on a queue: add.delay(4, y=4), add.adelay(4),
+    @task(queue="default", name, ...)   one of a queue's tasks: add.delay(4, y=4), add.adelay(4),
                                         add.options(delay=60).delay(4), add.schedule(name, cron=...)
     job(), inputs(), progress(value)    in a handler: the job; the results of its dependencies;
                                         show a JSON value as its progress
@@ -65,8 +66,10 @@ WORKING
     checkpoint(value)                   progress() that returns once the value is on disk
     track(items, total, every)          iterate and report how many items are done; with `every` a
                                         later attempt continues at the last checkpoint
-    raise Retry(delay=60), Abort("why") fail and come back in 60 s; fail for good
-    @on("start" | "success" | "failure" | "lost")   hook(job, None | result | exception | exception)
+    raise Retry(delay=60)               fail this attempt; the next one follows in 60 s
+    raise Abort("why")                  fail for good
+    @on("start" | "success" | "failure" | "lost")   hook(job, value), with the value None,
+                                        the result, or the exception
     @on("start_worker" | "stop_worker") hook() in each process that runs handlers
     @around                             a generator that yields once, around each run of a handler
     run(burst, grace, max_hung), stop() burst: run the due jobs, and return
@@ -372,7 +375,7 @@ class Abort(Error):
 
 
 class Interruption(BaseException):
-    """Raised inside a handler from outside; `except Exception` does not catch it."""
+    """Raised in a handler by the worker; `except Exception` does not catch it."""
 
 
 class Timeout(Interruption):
@@ -995,7 +998,7 @@ class ProducerCalls(Caller):
         ]
 
     def _enqueue_batch(self, texts, give_up):
-        """The jobs of a batch; one that is too large for a proxy is sent in halves."""
+        """The jobs of a batch. A batch that is too large for a proxy is sent in halves."""
         try:
             body = '{"jobs":[' + ','.join(texts) + ']}'
             return self.call('/enqueue', body, give_up=give_up)['jobs']
@@ -5146,7 +5149,7 @@ def is_sqlite(connection):
 
 
 def is_from(connection, name):
-    """Has a module that defines the connection's class, or a base of it, this in its name?"""
+    """Is `name` in the module name of the connection's class, or of one of its bases?"""
     return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
