@@ -3212,7 +3212,7 @@ class EngineSession:
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
     def not_an_engine(self):
-        return EngineUnavailable(f'the server at {self.client.host} is no Rundown engine')
+        return EngineUnavailable(f'the server at {self.client.host} is no engine')
 
     def send_batch(self, call, items, seconds):
         """Send pairs of a claim and its JSON text until the engine answers.
