@@ -58,13 +58,13 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
                      leaves out payload, result and all but the last line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
-    GET  /lost       worker, wait, since (of the answer before): {"lost": true, "since": ...} as
+    GET  /lost       worker, wait, since (of the previous answer): {"lost": true, "since": ...} as
                      soon as a job that this worker runs is cancelled or given to others, so that it
                      need not wait for its heartbeat
     GET  /queues     limit, after, busy (work first), queue, search (a part of the name): counts,
                      oldest age, paused, workers seen, the last hour by the minute; totals=true:
                      also the sums of all queues, and those with due jobs that no worker polls
-    GET  /health     JSON; status 503 while jobs cannot be stored; warnings of what may come
+    GET  /health     JSON; status 503 while jobs cannot be stored; warnings before that
     GET  /metrics, /backup    Prometheus text; a consistent copy of the database, one at a time
     GET  /status/{id}, /details/{tag}  the job; the newest job with that tag
     GET  /, /docs    the dashboard; this text
@@ -103,19 +103,19 @@ GUARANTEES
   missed ticks make one, for the last of them. While its `key` is pending or running, a tick makes
   none and counts in `skipped`. Cron has five fields (minute, hour, day of month, month, day of
   week: *, lists, ranges, /step, names), or @hourly, @daily, @weekly, @monthly, @yearly. When both
-  days are restricted, either suffices. A time that the zone's clock leaps over fires at the first
-  minute after the leap. One that it shows twice fires the first time only, unless the hour field
-  begins with *: such a schedule goes on through both.
+  days are restricted, either suffices. A time that the zone's clock skips fires at the first
+  minute after the gap. One that it shows twice fires the first time only, unless the hour field
+  begins with *: then it fires both times.
 
 LIMITS
-One engine per database, on a local disk; the file has one name. A body has at most 8 MiB, JSON at
-most 200 levels, an integer 4,300 digits; the jobs of one body wait for at most 20,000 others. A
-poll claims at most 16 MiB of jobs (one at least), and a page ends there. At most 64 MiB of requests
-and 64 MiB of responses are buffered; above that the newest large ones get 503. Done or cancelled
-jobs are kept for --keep (7d), failed ones for --keep-failed (30d). A clock that is set back is
-followed slowly (1 ms a second) until a restart: run_at is early by the difference that is left.
-After a restart, deadlines that are counted in seconds have moved with the clock. A job has at most
-1,000 steps, of 8 MiB in all.
+One engine per database, on a local disk; the file has no other hard links. A body has at most 8
+MiB, JSON at most 200 levels, an integer 4,300 digits; the jobs of one request have at most
+20,000 dependencies. A poll claims at most 16 MiB of jobs (one at least), and a page ends there.
+At most 64 MiB of requests and 64 MiB of responses are buffered; above that the newest large
+ones get 503. Done or cancelled jobs are kept for --keep (7d), failed ones for --keep-failed
+(30d). A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is
+early by the difference that is left. After a restart, deadlines that are counted in seconds
+have moved with the clock. A job has at most 1,000 steps, of 8 MiB in all.
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
 purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
@@ -173,7 +173,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
 
 # -- Settings --------------------------------------------------------------------------------------
-VERSION = '1.0'
+VERSION = '1.2'
 PORT = 8181
 NEVER = float('inf')            # a deadline that is never reached
 
@@ -356,7 +356,7 @@ class HTTPError(Exception):
 
 
 class BadRequest(HTTPError):
-    """The input is not what the call takes."""
+    """The call does not take this input."""
 
     status = 400
 
@@ -1118,7 +1118,7 @@ INDEXES = {     # each with the query that it serves
     'jobs_claim': f'''
 CREATE INDEX jobs_claim ON jobs (queue, priority DESC, next_run_at)
     WHERE status = 'pending' AND hold = {READY}''',
-    # what has become due
+    # delayed jobs that have become due
     'jobs_due': f'''
 CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND hold = {DELAYED}''',
     # lost workers
@@ -1131,7 +1131,7 @@ CREATE UNIQUE INDEX jobs_key ON jobs (queue, key) WHERE key IS NOT NULL AND {UNF
     'jobs_group_next': f'''
 CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
     WHERE "group" IS NOT NULL AND {UNFINISHED}''',
-    # what has expired
+    # jobs that have expired
     'jobs_expiry': '''
 CREATE INDEX jobs_expiry ON jobs (expires_at)
     WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0''',
@@ -1196,8 +1196,8 @@ END''',
 SCHEMA = [*TABLES.values(), *INDEXES.values(), 'INSERT INTO last_seq VALUES (0)',
           *TRIGGERS.values()]
 
-# From each version of the schema to the next. These texts are history: what is released never
-# changes, so none of them is derived from the tables above.
+# From each version of the schema to the next. These texts never change once they are
+# released, so none of them is derived from the tables above.
 MIGRATIONS = {
     1: [        # version 1.0: no dependencies, limits and schedules
         'ALTER TABLE jobs ADD COLUMN after TEXT',
@@ -1278,7 +1278,7 @@ END''',
         'ALTER TABLE schedules ADD COLUMN "group" TEXT',
         'ALTER TABLE queues ADD COLUMN grouped INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE queues ADD COLUMN changed_at INTEGER NOT NULL DEFAULT 0',
-        # times that were given cannot be told from delays any more; a retry is counted in seconds
+        # a given time cannot be told from a delay here, but a retry is always counted in seconds
         "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
         'CREATE INDEX jobs_failed ON jobs (status) '
@@ -1496,8 +1496,8 @@ def check_header(path):
 class DiskReserve:
     """A file that keeps a part of the disk free, for the time when jobs have filled the rest.
 
-    It is taken when the disk is nearly full, and given up when a write finds it full. From then on
-    no jobs are added, but they can be completed and purged, until there is room again.
+    It is allocated when the disk is nearly full, and freed when a write finds the disk full. From
+    then on no jobs are added, but they can be completed and purged, until there is room again.
     """
 
     def __init__(self, database_path):
@@ -1542,7 +1542,7 @@ class DiskReserve:
             self.give_up()
 
     def give_up(self):
-        """True if this makes room."""
+        """Free the reserve. True if it was held, so that there is room now."""
         held = self.is_held
         self.is_held = False
         with contextlib.suppress(OSError):
@@ -2069,7 +2069,7 @@ def new_id(now):
 
 # -- Jobs: transactions, transitions ---------------------------------------------------------------
 class Transaction:
-    """One write transaction: its connection and time, and what follows its commit.
+    """One write transaction: its connection and time, and the effects that follow its commit.
 
     Created for one pass of the event loop and dropped after it. Nothing here is visible to others
     before the commit, and nothing survives a rollback.
@@ -2086,7 +2086,7 @@ class Transaction:
         self.topics = set()
         # (queue, worker or None, hung threads; None: a heartbeat, not a poll)
         self.signs_of_life = []
-        self.deprived_workers = set()  # workers from whom a job was taken
+        self.deprived_workers = set()   # workers from whom a job was taken
         self.starved = set()    # queues whose polls lacked response budget or a rate token
         self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
@@ -2193,8 +2193,7 @@ class Jobs:
     def transition(self, tx, call, job, target, next_run_at=None, **changes):
         """Change a job's status: write it, record the event, wake waiters, set the next deadline.
 
-        Raises AssertionError where TRANSITIONS has no such transition. `next_run_at` stays as it is
-        if it is None.
+        Raises AssertionError if TRANSITIONS does not allow it. With None `next_run_at` stays.
         """
         rule = self._rule(call, job['status'], target)
         queue = job['queue']
@@ -2389,7 +2388,7 @@ def last_outcome(job):
 
 
 # -- Jobs: producers -------------------------------------------------------------------------------
-# what enqueue did with an item
+# the outcome of an item of an enqueue
 CREATED = 'created'
 EXISTING = 'existing'           # its id or key is taken
 REPLACED = 'replaced'           # a pending job had its key, and got its values
@@ -2901,7 +2900,7 @@ class Limits:
         tx.wake_at(next_token(limits, tx.now))
 
     def take_tokens(self, tx, queue, count):
-        """Take so many tokens out of the bucket of the queue, if it has one."""
+        """Take `count` tokens out of the queue's bucket, if it has one."""
         if queue not in self.queues:
             return
         limits = tx.fetch_one(SELECT_QUEUE, queue)
@@ -3012,7 +3011,7 @@ class Operators:
         self.database = database
         self.jobs = jobs
         self.dependencies = dependencies
-        self.limit = limits.set
+        self.limit = limits.set         # POST /limit, which write_call() finds here
         self.require_status = jobs.require_status
 
     def cancel(self, tx, job):
@@ -3057,15 +3056,15 @@ class Operators:
         tx.wake_polls(queue)
         return {'queue': queue, 'paused': paused}
 
-    def apply_to_items(self, tx, call, items):
+    def change_items(self, tx, call, items):
         """A slice of a call over jobs named one by one: (results, items that are left)."""
         results = []
-        apply_one = functools.partial(self.apply_to_item, call=call)
+        apply_one = functools.partial(self.change_item, call=call)
         for item in tx.paced(items):
             results.append(self.claims.apply_item(tx, apply_one, item))
         return results, items[len(results):]
 
-    def apply_to_item(self, tx, params, call):
+    def change_item(self, tx, params, call):
         """Run the call for the job `id`; Conflict if its status forbids that."""
         if 'id' not in params or len(params) > 1:
             raise BadRequest('id is needed, and stands alone')
@@ -3090,7 +3089,7 @@ class Operators:
             params['beyond'] = seqs[-1]
             yield seqs
 
-    def apply_to_batch(self, tx, method, seqs, statuses):
+    def change_batch(self, tx, method, seqs, statuses):
         """A slice of calling the method with those jobs that still have one of the statuses.
 
         Returns (how many were changed, the seqs that are left).
@@ -3245,7 +3244,7 @@ class Queries:
         self.database = database
         self.clock = clock
         self.workers = workers
-        self.queues = Overview(database, clock, workers, meter).queues
+        self.queues = Overview(database, clock, workers, meter).queues      # GET /queues
 
     def job(self, id):
         """The job with its attempts, its dependents, and why it does not run."""
@@ -3659,7 +3658,7 @@ LAST_TIME = 'SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) FROM queues'
 
 
 class Store:
-    """The jobs of one database: one object per concern, and what spans them.
+    """The jobs of one database: one object per concern, and the calls that span them.
 
     Calls that write take the loop's current transaction as their first argument.
     """
@@ -3848,7 +3847,7 @@ class LongPoll(Operation):
         self.wait = wait
 
 
-class JobWait:
+class EventWait:
     """A wait for an event: it looks once, without a transaction, then waits for its topic."""
     result = error = None
     finish = Operation.finish
@@ -3951,7 +3950,7 @@ class Waiters:
     def _serve_topic(self, topic, run):
         served = []
         for operation in self.by_topic.get(topic, ()):
-            if isinstance(operation, JobWait):
+            if isinstance(operation, EventWait):
                 operation.result = True
             elif not operation.client.is_connected():
                 continue
@@ -4053,7 +4052,7 @@ class Committer:
         return min(due, self.lock_retry_at) if self.submitted else due
 
     def commit_batch(self, now):
-        """Run what was submitted and what is due, and give the clients their results."""
+        """Run submitted operations and due maintenance, and give the clients their results."""
         if now < self.lock_retry_at:
             return
         clock = self.store.clock
@@ -4118,7 +4117,8 @@ class Committer:
     def _run_transaction(self, operations, maintenance, ahead):
         """Run everything in one transaction: (tx, the parked operations that have a result now).
 
-        A transaction that an operation poisons begins again without it.
+        `ahead` is by how many seconds the wall clock has jumped ahead. A transaction that an
+        operation poisons begins again without it.
         """
         insert_in_bulk = True
         offset = self.store.clock.offset + ahead    # the same if the transaction begins again
@@ -4512,7 +4512,7 @@ class Request:
         self.body = None            # bytes, until they are parsed
         self.params = None          # the validated fields, of each item of a batch
         self.size = 0               # bytes of the body, counted until the response is ready
-        self.operation = None       # an Operation or JobWait that it waits for
+        self.operation = None       # an Operation or EventWait that it waits for
 
     @property
     def name(self):
@@ -4750,14 +4750,14 @@ class Connection(Client):
             result = yield from self._offload(self.server.handle, request)
         else:
             result = self.server.handle(request)
-        if isinstance(result, (Operation, JobWait)):
+        if isinstance(result, (Operation, EventWait)):
             result = yield from self._run_operation(request, result)
         if head.route in AUDITED:
             log(audit_line(self.address[0], head.route, request.params, result))
         return result
 
     def _run_operation(self, request, operation):
-        """The response, once the operation has its result. A JobWait is rendered in a thread."""
+        """The response, once the operation has its result. A EventWait is rendered in a thread."""
         request.operation = operation
         request.body = None
         operation.client = self
@@ -4770,7 +4770,7 @@ class Connection(Client):
         finally:
             if operation.topic:
                 self.loop.waiters.withdraw(operation)
-        if isinstance(operation, JobWait):
+        if isinstance(operation, EventWait):
             return (yield from self._offload(operation.render, result))
         return operation.render(result)
 
@@ -4827,7 +4827,7 @@ class Connection(Client):
         return None
 
     def _send(self):
-        """Send what the client takes at the moment. True once nothing is left."""
+        """Send as much as the socket takes now. True once nothing is left."""
         try:
             sent = self.sock.send(self.unsent)
         except NOT_READY:
@@ -4836,7 +4836,7 @@ class Connection(Client):
         return not self.unsent
 
     def _send_rest(self):
-        """Send what the client did not take at once."""
+        """Send the rest as the socket becomes writable."""
         self.set_timeout(REQUEST_TIMEOUT)
         yield WRITE
         while not self._send():
@@ -4890,7 +4890,7 @@ def date_header(second):
     return f'Date: {email.utils.formatdate(second, usegmt=True)}\r\n'.encode()
 
 
-# handlers: (server, params) -> a response, or an Operation or JobWait whose result becomes one
+# handlers: (server, params) -> a response, or an Operation or EventWait whose result becomes one
 
 def enqueue(server, params):
     producers = server.store.producers
@@ -4952,7 +4952,7 @@ def change_call(call):
     """The handler of cancel, retry or purge: for jobs by their ids, or for all that match."""
     def change_one(server, params):
         def work(tx):
-            server.store.operators.apply_to_item(tx, params, call)
+            server.store.operators.change_item(tx, params, call)
             return {'count': 1}
         return Operation(work)
 
@@ -4960,7 +4960,7 @@ def change_call(call):
         results = []
         while items:
             some, items = server.loop.run_in_transaction(functools.partial(
-                server.store.operators.apply_to_items, call=call, items=items))
+                server.store.operators.change_items, call=call, items=items))
             results += some
         return {'jobs': results}
 
@@ -4972,7 +4972,7 @@ def change_call(call):
         for seqs in operators.seq_batches(params):
             while seqs:
                 changed, seqs = server.loop.run_in_transaction(functools.partial(
-                    operators.apply_to_batch, method=method, seqs=seqs, statuses=statuses))
+                    operators.change_batch, method=method, seqs=seqs, statuses=statuses))
                 count += changed
         return {'count': count}
 
@@ -4997,7 +4997,7 @@ def get_job(server, params):
     id = params['id']
     if 'wait' not in params:
         return queries.job(id)
-    return JobWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
+    return EventWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
                    ('job', id), long_poll_seconds(params))
 
 
@@ -5017,7 +5017,7 @@ def wait_for_loss(server, params):
         latest = max(since, lost_at.get(worker, 0))
         return {'lost': bool(was_woken) or latest > since, 'since': latest}
 
-    return JobWait(was_lost, render, ('worker', worker), long_poll_seconds(params))
+    return EventWait(was_lost, render, ('worker', worker), long_poll_seconds(params))
 
 
 def list_jobs(server, params):
@@ -5371,7 +5371,7 @@ class Server(http.server.ThreadingHTTPServer):
         while self.loop.run_in_transaction(is_due):
             pass
 
-    tick = run_due_now      # what the SDK of version 1.1 calls it in testing()
+    tick = run_due_now      # its name in testing() of the SDK of version 1.1
 
     def server_close(self):
         """Close the listener, answer received requests, and close the database.
@@ -7186,7 +7186,7 @@ let refreshTimer = 0;
 let noticeTimer = 0;
 let clockSkew = 0;          // ms that the engine's clock is ahead of the browser's
 let token = readToken();
-let pointer = "";           // what moved last: mouse, pen or touch
+let pointer = "";           // the kind that moved last: mouse, pen or touch
 let hour = null;            // the counts of the last hour, by the minute
 let pointedMinute = null;   // index into them, null: none
 let selected = new Map();   // id -> status of the jobs whose boxes are checked
@@ -7194,7 +7194,7 @@ let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
 let found = null;           // the page of a costly search, to be kept: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
 let failures = noFailures();        // the newest failed jobs of the filter at `address`
-let lastPress = {what: "", time: 0};        // a double click is one press
+let lastPress = {button: "", time: 0};      // a double click is one press
 let lastRows = {};          // table -> the items in its rows
 let firstProgress = {};     // the first progress that was seen of an attempt: {claim, time, part}
 
@@ -8436,8 +8436,8 @@ function notify(text) {
 }
 
 async function press({action, about}) {
-  const isDouble = lastPress.what === action + about && Date.now() - lastPress.time < CLICK_GUARD;
-  lastPress = {what: action + about, time: Date.now()};
+  const isDouble = lastPress.button === action + about && Date.now() - lastPress.time < CLICK_GUARD;
+  lastPress = {button: action + about, time: Date.now()};
   if (isDouble) {
     return;
   }
@@ -9084,7 +9084,7 @@ export function queue(name, options, handler) {
  * Works on all registered queues until stop(), SIGTERM or SIGINT. Handlers that run then get
  * `grace` seconds; jobs that are not over by then are released to other workers. After a signal the
  * process exits with 0, at the latest 5 s after this resolves; after a second one at once.
- * With `burst` it works off what is due and resolves: for cron jobs and tests.
+ * With `burst` it runs all due jobs and resolves: for cron jobs and tests.
  * @param {{ grace?: number, burst?: boolean, log?: (line: string) => void }} [options]
  * @returns {Promise<void>}
  */
@@ -9129,7 +9129,7 @@ export async function stop() {
 /** A claimed job on its way through the worker. Its first outcome counts; others are dropped. */
 class Claim {
   outcome; // undefined until it is decided how the job ends: the call, its fields, and JSON
-  progress; // what the engine does not know yet
+  progress; // the value that the engine does not have yet
   isProgressDue = false;
   progressTimer;
   controller = new AbortController();
@@ -9247,7 +9247,7 @@ class Claim {
     this.controller.signal.throwIfAborted();
   }
 
-  /** What the engine is to be told next, if anything. */
+  /** The next report for the engine, if there is one. */
   nextReport() {
     const { outcome, progress } = this;
     if (progress && (outcome || this.isProgressDue)) {
@@ -9321,7 +9321,7 @@ class Worker {
   stopping = new AbortController(); // aborted: no more polls
   closing = new AbortController(); // aborted: no more reports
   stoppedAt;
-  error; // what run() throws
+  error; // run() throws it
   changes = 0; // claims that began or ended: each may make jobs due
   idle = new Map(); // queue -> `changes` when a poll that found nothing was sent
   isConsuming = true;

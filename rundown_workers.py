@@ -31,7 +31,7 @@ PRODUCING
     enqueue(queue, payload, ...)        add a job; returns it, a dict with wait(timeout),
                                         result(timeout), refresh(), cancel(), retry()
         timeout, max_retries, tag       seconds of an attempt; retries after failures; a label
-        delay, run_at                   when it is due: in so many seconds; at a time
+        delay, run_at                   when it is due: seconds from now; a time
         expires                         seconds after that until it is cancelled if not started
         priority                        higher ones are claimed first
         after, after_any                jobs or ids that have to be done first; or only to end
@@ -352,7 +352,7 @@ class NotJSON(Error):
 
 
 class Misuse(Error, TypeError):
-    """A call or a setting that is wrong, whatever the state of the engine."""
+    """A call or a setting that is wrong in itself: the engine was not asked."""
 
 
 class Unfinished(Error, TimeoutError):
@@ -936,8 +936,7 @@ class ProducerCalls(Caller):
         """Add a job, and return it. The call is idempotent: sending it again adds nothing.
 
         `created` in it is False if a job with its id or key existed before. A `run_at` without
-        a zone
-        is local time; durations are in seconds, or timedeltas.
+        a zone is local time; durations are in seconds, or timedeltas.
 
         The job waits until the jobs `after` (jobs or ids) are done; if one of them fails it is
         cancelled, unless `after_any` is True. Jobs of a `group` run one at a time, in order.
@@ -971,8 +970,8 @@ class ProducerCalls(Caller):
     ) -> list[Job]:
         """Add a job per payload, in requests of up to 1,000 jobs; return the jobs in order.
 
-        Each request is all or nothing. `ids` are one for each payload. The options are those of
-        enqueue() except `id` and `key`, and hold for all jobs.
+        Each request is all or nothing. `ids` has one id for each payload. The options are those
+        of enqueue() except `id` and `key`, and apply to all jobs.
         """
         if isinstance(payloads, (str, bytes, dict)):
             kind = type(payloads).__name__
@@ -1053,10 +1052,11 @@ class ProducerCalls(Caller):
         key: str | None = None,
         group: str | None = None,
     ) -> dict[str, Any]:
-        """Have a job made at each tick of `cron`, or `every` so many seconds.
+        """Have a job made at each tick: of `cron`, or every `every` seconds.
 
         `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
-        changes nothing. With `key`, a tick is skipped while the job of the last one is not over.
+        changes nothing. With `key`, a tick is skipped while the job of an earlier one is pending
+        or running.
         """
         return self._post(
             '/schedule', name=name, queue=queue, cron=cron, every=every, zone=zone,
@@ -1104,7 +1104,7 @@ class WorkerCalls(Caller):
         retry: bool | None = None,
         delay: float | datetime.timedelta | None = None,
     ) -> dict[str, Any]:
-        """Report a failure. `retry` False: for good. `delay` replaces the engine's backoff."""
+        """Report a failure; `retry=False` makes it final, `delay` replaces the engine's backoff."""
         return self._post(
             '/fail', id=id, attempt=attempt, error=error, retry=retry, delay=clamp_delay(delay))
 
@@ -1123,11 +1123,11 @@ class WorkerCalls(Caller):
         wait: float | datetime.timedelta | None = None,
         since: int | None = None,
     ) -> dict[str, Any]:
-        """Wait until the worker loses a job that it runs; `since` is that of the last answer."""
+        """Wait until the worker loses a claim; `since` is the one of the previous answer."""
         return self._get('/lost', worker=worker, wait=wait, since=since)
 
     def release(self, id: str, attempt: int | None = None) -> dict[str, Any]:
-        """Give a claim back; nothing is counted."""
+        """Give a claim back; it counts as no failure."""
         return self._post('/release', id=id, attempt=attempt)
 
     def step(self, id: str, attempt: int | None, name: str, result: Any) -> dict[str, Any]:
@@ -1138,10 +1138,10 @@ class WorkerCalls(Caller):
 class Client(ProducerCalls, WorkerCalls):
     """The calls of an engine, one method each; a method takes the fields of its call.
 
-    `host` may name several engines, separated by blanks: one is used until it does not answer
-    any more, then the next. `timeout` is how long, in seconds, a call is tried again while none
-    answers; then it raises EngineUnavailable. A call that the engine refuses raises Refused at
-    once. Safe to use from many threads, and after a fork.
+    `host` may name several engines, separated by blanks: one is used until it stops answering,
+    then the next. While none answers, a call is retried for `timeout` seconds; then it raises
+    EngineUnavailable. A call that the engine refuses raises Refused at once. Safe to use from
+    many threads, and after a fork.
     """
 
     def pause(self, queue: str) -> dict[str, Any]:
@@ -1162,7 +1162,7 @@ class Client(ProducerCalls, WorkerCalls):
     ) -> dict[str, Any]:
         """Change the time or the priority of a pending job; `delay` 0 means now.
 
-        With `jobs` (jobs or ids) of many: returns {"jobs": [...]}, a reply for each.
+        With `jobs` (jobs or ids), changes all of them: returns {"jobs": [...]}, a reply for each.
         """
         return self._change(
             '/reschedule', jobs, id=id, delay=delay, run_at=in_utc(run_at), priority=priority)
@@ -1177,7 +1177,7 @@ class Client(ProducerCalls, WorkerCalls):
     ) -> dict[str, Any]:
         """Cancel a job, or all of a queue, status and tag; returns {"count": n}.
 
-        With `jobs` (jobs or ids) many: returns {"jobs": [...]}, a reply for each.
+        With `jobs` (jobs or ids), cancels all of them: returns {"jobs": [...]}, a reply for each.
         """
         return self._change('/cancel', jobs, id=id, queue=queue, status=status, tag=tag)
 
@@ -1212,8 +1212,8 @@ class Client(ProducerCalls, WorkerCalls):
     ) -> dict[str, Any]:
         """Limit how many jobs of a queue run at a time, and how fast they are claimed.
 
-        At most `rate` are claimed at once, then one each `per / rate` seconds. None removes a
-        limit; omitted ones are unchanged. Returns the limits of the queue.
+        At most `rate` are claimed at once, then one every `per / rate` seconds. None removes a
+        limit; omitted limits are unchanged. Returns the limits of the queue.
         """
         fields = encode_durations(
             {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
@@ -1237,9 +1237,9 @@ class Client(ProducerCalls, WorkerCalls):
     ) -> dict[str, Any]:
         """A page of jobs, newest first; the answer's `after` asks for the next page.
 
-        `needed_by` is an id: the jobs that this job waits or waited for, in its order. `search`
-        is a text in the payload, error, result, tag or id; a page of these may be empty though
-        there is a next one.
+        `needed_by` is the id of a job: selects its dependencies, in the order of its `after`.
+        `search` is a text in the payload, error, result, tag or id; such a page may be empty
+        although there is a next one.
         """
         return self._get(
             '/jobs', queue=queue, status=status, tag=tag, limit=limit, after=after,
@@ -1253,7 +1253,7 @@ class Client(ProducerCalls, WorkerCalls):
     def job(
         self, id: str, wait: float | datetime.timedelta | None = None,
     ) -> dict[str, Any]:
-        """The job; with `wait` as soon as it has ended, or after so many seconds (at most 60)."""
+        """The job; with `wait`, once it has ended or after `wait` seconds (60 at most)."""
         return self._get('/jobs/' + quote(id), wait=wait)
 
     def details(self, tag: str) -> dict[str, Any]:
@@ -1279,7 +1279,7 @@ class Waiting:
         self.give_up = client.timeout if give_up is None else in_seconds(give_up)
 
     def next_call(self, longest):
-        """The arguments of Client.call() for the next look, which lasts `longest` seconds."""
+        """The arguments of Client.call() for the next long poll, of `longest` seconds at most."""
         left = max(0, self.deadline - time.monotonic())
         wait = round(min(longest, left), 3)
         path = f'/jobs/{quote(self.id)}?wait={wait}'
@@ -1295,24 +1295,24 @@ class Waiting:
 
 
 class Job(Dict[str, Any], Generic[R]):
-    """A job as the engine described it: a dict that can ask for news."""
+    """A job as the engine described it last: a dict with methods that update it."""
 
     def __init__(self, fields: dict[str, Any], client: Client) -> None:
         super().__init__(fields)
         self.client = client
 
     def refresh(self) -> Job[R]:
-        """Bring it up to date, and return it."""
+        """Update it from the engine, and return it."""
         self.update(self.client.job(self['id']))
         return self
 
     def cancel(self) -> Job[R]:
-        """Cancel it, bring it up to date, and return it; Refused if it has ended."""
+        """Cancel it, update it, and return it; Refused if it has ended."""
         self.client.cancel(self['id'])
         return self.refresh()
 
     def retry(self) -> Job[R]:
-        """Make it pending again, bring it up to date, and return it; Refused if it is not over."""
+        """Make it pending again, update it, and return it; Refused if it has not ended."""
         self.client.retry(self['id'])
         return self.refresh()
 
@@ -1321,7 +1321,7 @@ class Job(Dict[str, Any], Generic[R]):
         timeout: float | datetime.timedelta | None = None,
         give_up: float | datetime.timedelta | None = None,
     ) -> Job[R]:
-        """Bring it up to date once it has ended, and return it; see Client.wait."""
+        """Wait until it has ended, update it, and return it; see Client.wait."""
         self.update(self.client.wait(self, timeout, give_up))
         return self
 
@@ -1354,7 +1354,7 @@ class Job(Dict[str, Any], Generic[R]):
         return self['result']
 
     def __reduce__(self):
-        """In another process, and in a copy, it is a plain dict."""
+        """Pickle and copy it as a plain dict: a client cannot be pickled."""
         return dict, (dict(self),)
 
 
@@ -1363,7 +1363,7 @@ def results(
     timeout: float | datetime.timedelta | None = None,
     give_up: float | datetime.timedelta | None = None,
 ) -> list[R]:
-    """The results of many jobs, in order: see Job.result. The timeout is that of all."""
+    """The results of many jobs, in order: see Job.result. The timeout is for all together."""
     deadline = deadline_after(timeout)
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
@@ -1379,7 +1379,7 @@ def encode_body(body):
 
 
 def parse_hosts(text):
-    """The URLs of engines, separated by blanks; Error for one that is none."""
+    """The URLs of engines, separated by blanks; raises Error for an invalid one."""
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
         if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
@@ -1392,15 +1392,15 @@ def tls_context(hosts, ca):
     if not any(url.startswith('https:') for url in hosts):
         return None
     context = ssl.create_default_context(cafile=ca)
-    if ca:      # home-made certificates rarely fulfil the conditions of Python 3.13
+    if ca:      # self-made certificates rarely pass the strict checks of Python 3.13
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
 
 def refusal(response):
-    """The exception for a response that is no success.
+    """The exception for an unsuccessful response.
 
-    Only an engine's own JSON is a verdict. Anything else comes from a proxy or a stranger.
+    Only the engine's own JSON is a refusal. Anything else is from a proxy or another server.
     """
     message = error_message(response)
     if message is None:
@@ -1430,7 +1430,7 @@ def error_message(response):
 
 
 def is_permanent(status):
-    """Is there no use in sending it again?"""
+    """Would the same request get the same answer again?"""
     return status < 500 and status != 429
 
 
@@ -1469,7 +1469,7 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
 
 
 def encode_durations(fields):
-    """Put numbers of seconds in place of timedeltas, and return the fields."""
+    """Convert timedeltas to seconds, in place; returns the fields."""
     for name in DURATIONS & fields.keys():
         fields[name] = in_seconds(fields[name])
     return fields
@@ -1493,28 +1493,29 @@ def batches(items, size):
     if batch:
         yield batch
 
+
 # -- asyncio: calls that never block an event loop -------------------------------------------------
 class AsyncCalls:
     """A thread whose event loop makes the calls of asyncio programs.
 
-    The loops of the programs only wait for a future. Nothing blocks them, not even the resolution
-    of a name, and their default executors stay free.
+    The event loops of the programs only wait for a future. Nothing blocks them, not even a DNS
+    lookup, and their default executors stay free.
     """
 
     def __init__(self):
-        import asyncio      # here, since it takes megabytes that most programs have no use for
-        self.process = os.getpid()      # constant: a fork has no such thread
+        import asyncio      # here, since it takes megabytes and most programs do not need it
+        self.process = os.getpid()      # constant; a fork needs a new instance: it has no thread
         self.loop = asyncio.new_event_loop()
         # used by the loop's thread only
         self.idle = {}          # (origin, TLS settings) -> deque of (reader, writer)
-        self.call_slots = None  # semaphores: short calls, and waits for a job
-        self.wait_slots = None
+        self.call_slots = None  # semaphore of short calls
+        self.wait_slots = None  # semaphore of long polls
         thread = threading.Thread(target=self._run, name='rundown-asyncio', daemon=True)
         contextvars.Context().run(thread.start)     # it belongs to no job
 
     def _run(self):
         import asyncio
-        asyncio.set_event_loop(self.loop)       # Python 3.8 takes that of the semaphores from there
+        asyncio.set_event_loop(self.loop)       # where semaphores of Python 3.8 look for it
         self.call_slots = asyncio.Semaphore(MAX_ASYNC_CALLS)
         self.wait_slots = asyncio.Semaphore(max_async_waits())
         self.loop.run_forever()
@@ -1537,7 +1538,7 @@ class AsyncCalls:
 
     async def _wait(self, client, waiting):
         while True:
-            # when connections are scarce, the waits take turns
+            # if all connections are in use, short polls let the others have a turn
             longest = CROWDED_POLL if self.wait_slots.locked() else LONG_POLL
             arguments = waiting.next_call(longest)
             job = await self._call(self.wait_slots, client, **arguments)
@@ -1596,13 +1597,12 @@ class AsyncCalls:
                 idle.append((reader, writer))
             return response
 
-
     def close_idle(self, hosts):
         """Close the idle connections to these engines."""
-        places = [urllib.parse.urlsplit(host)[:2] for host in hosts]
+        origins = [urllib.parse.urlsplit(host)[:2] for host in hosts]
         for key in list(self.idle):
             origin, _ = key
-            if origin in places:
+            if origin in origins:
                 for _, writer in self.idle.pop(key):
                     writer.close()
 
@@ -1616,8 +1616,8 @@ def close_idle_streams(hosts):
 
 async def connect_streams(origin, context):
     import asyncio
-    scheme, place = origin
-    parts = urllib.parse.urlsplit(f'{scheme}://{place}')
+    scheme, host_and_port = origin
+    parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
     if scheme == 'https':
         return await asyncio.open_connection(parts.hostname, parts.port or 443, ssl=context)
     return await asyncio.open_connection(parts.hostname, parts.port or 80)
@@ -1634,7 +1634,7 @@ async def receive_response(reader):
 
 
 class ReceivedBytes:
-    """Stands for a socket: http.client reads the bytes that have been received so far."""
+    """Acts as a socket from which http.client reads the bytes received so far."""
 
     def __init__(self, data):
         self.data = data
@@ -1644,7 +1644,7 @@ class ReceivedBytes:
 
 
 def parse_response(data, is_all):
-    """The response in the bytes; None if more of them are to come."""
+    """The response in the bytes; None if it is not complete. `is_all`: no more bytes will come."""
     if not is_all and not has_final_head(data):
         return None
     response = http.client.HTTPResponse(ReceivedBytes(data))
@@ -1663,7 +1663,7 @@ def parse_response(data, is_all):
 
 
 def has_final_head(data):
-    """Are the headers complete, those of a response that is not `100 Continue`?"""
+    """Are the headers of the final response complete, after any of `100 Continue`?"""
     heads = data[:MAX_RESPONSE_HEAD].replace(b'\r\n', b'\n').split(b'\n\n')[:-1]
     return len(data) > MAX_RESPONSE_HEAD or any(
         not re.match(rb'HTTP/1\.[01] 1', head) for head in heads)
@@ -1700,12 +1700,12 @@ def async_calls():
 
 
 # -- In a handler ----------------------------------------------------------------------------------
-# the claim that the handler of this context works on; in an isolated process a ChildClaim
+# the claim whose handler runs in this context; in an isolated process a ChildClaim
 current = contextvars.ContextVar('rundown_claim', default=None)
 
 
 def job() -> dict[str, Any]:
-    """The job that the running handler works on, a dict; None outside of handlers."""
+    """The job of the running handler, a dict; None outside of handlers."""
     claim = current.get()
     return claim and claim.job
 
@@ -1722,9 +1722,7 @@ def progress(value: Any) -> None:
 
 
 def inputs() -> list[Any]:
-    """The results of the jobs that this one waited for, in the order of `after`.
-
-    None stands for a job that is not done.
+    """The results of the job's dependencies, in the order of `after`; None for one not done.
     """
     claim = current.get()
     after = claim.job.get('after') if claim else None
@@ -1740,12 +1738,12 @@ T = TypeVar('T')
 
 
 def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Do a part of the job once: call the function and keep its result, or return the kept result.
+    """Run a part of the job once: return the saved result, or call the function and save it.
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
-    It comes back as JSON gives it, the first time too. What the function raises is not kept. With
-    a coroutine function: `await step(...)`. While the worker stops this raises Lost, and the job is
-    given back. Outside of handlers it calls the function.
+    The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
+    With a coroutine function: `await step(...)`. If the worker is stopping, this raises Lost and
+    the job is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
     if inspect.iscoroutinefunction(function):
@@ -1773,7 +1771,7 @@ def checkpoint(value: Any) -> Any:
     """progress() that returns once the value is on disk.
 
     A later attempt finds it in `job()["progress"]`. In async handlers: `await checkpoint(value)`.
-    While the worker stops this raises Lost, after the value is saved, and the job is given back.
+    If the worker is stopping, this saves the value, raises Lost, and the job is released.
     """
     text = as_json(value, 'progress')
     claim = current.get()
@@ -1784,10 +1782,11 @@ def checkpoint(value: Any) -> Any:
 def track(
     iterable: Iterable[T], total: int | None = None, every: int | None = None
 ) -> Track[T]:
-    """The items, with {"done": n, "total": total} as the job's progress; `total` may be len().
+    """Iterate, and show {"done": n, "total": total} as the job's progress.
 
-    With `every` each so many items are a checkpoint() in place of that, and a later attempt
-    continues after the last one. In async handlers: `async for`.
+    `total` defaults to len(iterable). With `every`, a checkpoint() is made after each `every`
+    items, and a later attempt skips the items before the last checkpoint. In async handlers:
+    `async for`.
     """
     return Track(iterable, total, every)
 
@@ -1832,7 +1831,7 @@ class Track(Generic[T]):
             await checkpoint(self._value(done))
 
     def _first(self):
-        """How many items an earlier attempt has done."""
+        """How many items are skipped, since an earlier attempt has done them."""
         claim = current.get()
         progress = claim.job.get('progress') if claim and self._every else None
         done = progress.get('done') if isinstance(progress, dict) else None
@@ -1863,9 +1862,9 @@ def run_in_thread(function, *args):
     loop = asyncio.get_running_loop()
     future = loop.create_future()
 
-    def resolve(set_it, value):
-        if not future.done():
-            set_it(value)
+    def resolve(set_outcome, value):
+        if not future.done():       # otherwise it was cancelled
+            set_outcome(value)
 
     def run():
         try:
@@ -1880,7 +1879,7 @@ def run_in_thread(function, *args):
 
 
 def warn_of_own_key(job):
-    """A handler has enqueued a job, and its own job holds the key: nothing was added."""
+    """Warn if a handler's enqueue() added nothing, since its own job holds the key."""
     claim = current.get()
     if claim and not job.get('created', True) and job.get('id') == claim.job.get('id'):
         note(logging.WARNING, 'the handler of %s enqueued a job with the key %s, which its own job '
@@ -1889,7 +1888,7 @@ def warn_of_own_key(job):
 
 
 def warn_of_deadlock(job):
-    """A handler waits for a job of its own queue, and holds the last slot for it."""
+    """Warn if a handler waits for a job of its own queue, and occupies the last slot."""
     claim = current.get()
     if claim and job.get('queue') == claim.job.get('queue') and claim.holds_last_slot():
         note(logging.WARNING, 'the handler of %s waits for the job %s of its own queue, which has '
@@ -1901,7 +1900,11 @@ def describe_job(job):
 
 
 class Saver:
-    """What a claim saves while its handler runs. A subclass has the attributes that are used."""
+    """Saves steps and checkpoints of a running handler.
+
+    Subclasses have the attributes steps, json_prefix, client and timeout, and the methods
+    leave_if_stopping() and drop_progress().
+    """
 
     def begin_step(self):
         self.leave_if_stopping()
@@ -1928,7 +1931,7 @@ class Saver:
 
 
 def json_prefix(job):
-    """How an item of a batch begins: a JSON object that is still open."""
+    """The start of an item of a batch: a JSON object without its closing brace."""
     return f'{{"id":{encode_json(job["id"])},"attempt":{job["attempt"]}'
 
 
@@ -1941,19 +1944,19 @@ class Outcome:
 
     def __init__(self, call, value=None, **fields):
         self.call = call        # 'complete', 'fail' or 'release'; None: nothing is reported
-        self.value = value      # what hooks get: the result or the exception
+        self.value = value      # the result or the exception, for hooks
         self.fields = fields    # each as JSON text
 
 
 def failure(error, text=None, retry=True, delay=None):
-    """The outcome of a job that failed; `text` is shown in place of the traceback."""
+    """The outcome of a job that failed; `text` replaces the traceback."""
     text = truncate_middle(text or error_text(error), MAX_ERROR)
     return Outcome('fail', error, error=encode_json(text), retry=encode_json(retry),
                    delay=encode_json(clamp_delay(delay)))
 
 
 def error_text(error):
-    """The traceback from the handler on; of Retry and Abort only their reason."""
+    """The traceback below our own frames; for Retry and Abort only the reason."""
     try:
         if isinstance(error, (Retry, Abort)) and not error.__cause__:
             return str(error) or type(error).__name__
@@ -1966,7 +1969,7 @@ def error_text(error):
 
 
 def last_line(error):
-    """The last line of an exception's traceback; of an exception group the line that names it."""
+    """The last line of a traceback; for an exception group the line with its message."""
     text = error_text(error).rstrip()
     if text.endswith('-----'):
         group = re.search(r'^  \| (\S.*)', text, re.M)
@@ -1977,15 +1980,15 @@ def last_line(error):
 
 
 class Policy:
-    """After which failures a job is tried again, and after how many seconds."""
+    """Which failures are retried, and after how many seconds."""
 
     def __init__(self, backoff=None, retry_on=None, abort_on=None):
         self.backoff = as_tuple(backoff)
         self.retry_on = as_tuple(retry_on)
         self.abort_on = as_tuple(abort_on)
         for name, classes in (('retry_on', self.retry_on), ('abort_on', self.abort_on)):
-            for one in classes:
-                if not isinstance(one, type) or not issubclass(one, BaseException):
+            for each in classes:
+                if not isinstance(each, type) or not issubclass(each, BaseException):
                     raise Misuse(f'{name} must be a class of exceptions or a tuple of them, '
                                  f'not {classes!r}')
         for step in self.backoff:
@@ -1993,7 +1996,7 @@ class Policy:
                 check('backoff', step, 0, NUMBER)
 
     def retry_fields(self, error, retries):
-        """The fields `retry` and `delay` of /fail, for a job that was retried so many times."""
+        """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
         if not self._is_retried(error):
             return {'retry': False}
         if isinstance(error, Retry) and error.delay is not None:
@@ -2010,7 +2013,7 @@ class Policy:
         if isinstance(error, (Abort, *self.abort_on)):
             return False
         if not self.retry_on or isinstance(error, (Retry, Timeout, Crashed)):
-            return True     # retry_on is about exceptions that the handler raises by itself
+            return True     # retry_on only selects among the handler's own exceptions
         return isinstance(error, self.retry_on)
 
     def _delay(self, retries):
@@ -2027,7 +2030,7 @@ def as_tuple(value):
 
 
 class HandlerTable:
-    """The functions that handle a queue's jobs: tasks by their names, or None: one for all jobs."""
+    """The functions that handle a queue's jobs, by task name; the name None handles all jobs."""
 
     def __init__(self, functions):
         self.functions = functions
@@ -2063,9 +2066,9 @@ class HandlerTable:
         raise Retry(f'this worker does not know the task {name}; near it are {", ".join(near)}')
 
     def retry_fields(self, error, job):
-        """What the policy of the job's function says about a failure.
+        """The fields `retry` and `delay` of /fail, by the policy of the job's function.
 
-        The handler may have changed the job, so nothing about it is taken for granted.
+        The handler may have changed the job, so its fields are checked.
         """
         try:
             function = self.resolve(job.get('payload'))[0]
@@ -2077,10 +2080,7 @@ class HandlerTable:
 
 
 def run_handler(handlers, job, around=()):
-    """Run a job's handler; returns the outcome.
-
-    It uses no network, and raises nothing, whatever the handler does.
-    """
+    """Run a job's handler; returns the outcome. Never raises, and sends nothing."""
     process = os.getpid()
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
@@ -2100,7 +2100,7 @@ def run_handler(handlers, job, around=()):
 
 def call_surrounded(around, job, function, args, kwargs):
     result = None       # also if around() swallows an exception
-    with surroundings(around, job):
+    with around_context(around, job):
         result = function(*args, **kwargs)
         if isinstance(result, types.CoroutineType):
             result = current.get().run_coroutine(result)
@@ -2110,10 +2110,10 @@ def call_surrounded(around, job, function, args, kwargs):
 async def run_async_handler(handlers, job, around=()):
     """run_handler() on an event loop, for a queue whose handlers are async."""
     process = os.getpid()
-    result = None       # also if around() swallows an exception
+    result = None       # stays so if a function of around() suppresses an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
-        with surroundings(around, job):
+        with around_context(around, job):
             result = await function(*args, **kwargs)
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
@@ -2123,7 +2123,7 @@ async def run_async_handler(handlers, job, around=()):
     return completion(result)
 
 
-def surroundings(around, job):
+def around_context(around, job):
     """A context manager made of the generator functions that wrap each run of a handler."""
     stack = contextlib.ExitStack()
     try:
@@ -2157,9 +2157,9 @@ def run_with_claim(claim, function, /, *args, **kwargs):
 
 
 def pass_jobs_to_threads():
-    """From now on job() and progress() work in threads and thread pools that a handler uses.
+    """Make job() and progress() work in threads and thread pools that a handler uses.
 
-    Python does not pass context variables to threads, so this wraps the two methods that do.
+    Threads do not inherit context variables, so this wraps the methods that start them.
     """
     from concurrent.futures import ThreadPoolExecutor       # here, since only workers need it
     start = threading.Thread.start
@@ -2179,7 +2179,7 @@ def pass_jobs_to_threads():
         claim = current.get()
         if claim is None:
             return submit(self, function, *args, **kwargs)
-        # in an empty context, since the thread that it may start is for other jobs too
+        # in an empty context: a pool thread that this starts also serves other jobs
         empty = contextvars.Context()
         return empty.run(submit, self, run_with_claim, claim, function, *args, **kwargs)
 
@@ -2191,7 +2191,7 @@ def pass_jobs_to_threads():
 class Claim(Saver):
     """A claimed job on its way through the worker.
 
-    The first to finish it decides how it ends; what others report later is dropped.
+    Several threads may try to finish it: the first decides how it ends, the others are ignored.
     """
 
     # written by the thread that finishes it, read by the reporter
@@ -2203,7 +2203,7 @@ class Claim(Saver):
     asyncio_task = None             # of an async handler, once it has begun
 
     def __init__(self, job, consumer, now):
-        # constant; the handler may change the job, so nothing else relies on it
+        # constant, except that the handler may change the dict `job`
         self.job = job
         self.consumer = consumer
         self.client = consumer.session.client
@@ -2217,14 +2217,14 @@ class Claim(Saver):
         self.outcome = None                 # None: not finished
         self.slot = None                    # the slot that runs it
         self.started_at = None              # None: waits for a slot
-        # a mailbox of one: JSON text that was not sent yet
+        # the latest progress that was not sent yet, as JSON text
         self.progress = collections.deque(maxlen=1)
         self.show_progress = self.progress.append
         # touched by the watcher only
         self.progress_sent_at = now
 
     def start(self, slot, now):
-        """True if the slot may run it: it was neither released nor lost meanwhile."""
+        """True if the slot may run it; False if it was released or lost meanwhile."""
         with self.lock:
             if self.outcome is not None:
                 return False
@@ -2233,27 +2233,27 @@ class Claim(Saver):
             return True
 
     def try_finish(self, outcome, interruption=None, unless_started=False):
-        """True if this outcome counts. With an interruption a handler that runs is stopped."""
+        """True if this was the first outcome. An interruption stops the handler if it runs."""
         with self.lock:
             if self.outcome is not None or (unless_started and self.slot):
                 return False
             self.outcome = outcome
             if self.slot and interruption:
-                # with the lock held, the slot cannot begin with another claim meanwhile
+                # with the lock held, so that the slot cannot start another claim meanwhile
                 self.slot.interrupt(self, interruption)
             return True
 
     def drop_progress(self):
-        """What is older than a checkpoint must not arrive after it."""
+        """Discard progress that is older than a checkpoint, and wait until none is in flight."""
         self.progress.clear()
         until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
-        """Raise Lost if the claim is over, or if the worker stops: then give the job back."""
+        """Raise Lost if the claim has ended. If the worker is stopping, release it first."""
         if self.outcome is None and self.consumer.worker.stopping.is_set():
             self.consumer.let_go(self)
         if self.outcome is not None:
-            raise Lost('the job was given back, or is not this worker\'s any more')
+            raise Lost('the job was released, or is no longer claimed by this worker')
 
     def holds_last_slot(self):
         """Whether no slot is free for another job of its queue."""
@@ -2275,7 +2275,7 @@ class Claim(Saver):
 class Slot:
     """A thread that runs claims of a queue, one after the other.
 
-    A handler that does not come back in time keeps the thread; a new slot takes its place.
+    A handler that was interrupted keeps the thread until it returns; a new slot takes its place.
     """
 
     # written by the slot's thread, except where noted
@@ -2295,7 +2295,7 @@ class Slot:
             if claim is None:
                 break
             if claim.start(self, time.monotonic()):
-                # a new context: what a job sets in context variables is not for the next one
+                # a new context: the next job must not see the context variables of this one
                 contextvars.Context().run(self._run_claim, claim)
         self.close()
 
@@ -2318,7 +2318,7 @@ class Slot:
         self.consumer.call_hooks(event, claim, value)
 
     def on_stop(self):
-        """The worker stops."""
+        """Called when the worker begins to stop."""
 
     def interrupt(self, claim, interruption):
         """Stop the handler, and continue with another slot. The claim's lock is held."""
@@ -2328,7 +2328,7 @@ class Slot:
         self.consumer.worker.interruptions.add(self, claim, interruption)
 
     def try_raise(self, claim, interruption):
-        """Raise it in the handler; False if that has to be tried again."""
+        """Raise an interruption in the handler; False if that has to be tried again."""
         if claim.asyncio_task:
             return self.consumer.worker.event_loop.cancel(claim.asyncio_task, interruption)
         return try_raise(self.thread, interruption)
@@ -2338,7 +2338,7 @@ class Slot:
         return self.thread.is_alive()
 
     def blocks_event_loop(self):
-        """Whether its async handler was to be stopped, and goes on without awaiting."""
+        """Whether its interrupted async handler still runs without awaiting."""
         task = self.interrupted_task
         return task is not None and task.get_coro().cr_running
 
@@ -2356,10 +2356,10 @@ class Slot:
         return thread_frames(self.thread.ident)
 
     def kill(self):
-        """End the slot's process, if it has one, at once."""
+        """Kill the slot's process, if it has one."""
 
     def close(self):
-        """The slot runs nothing any more."""
+        """Called when the slot runs no more claims."""
 
 
 def thread_frames(thread_id):
@@ -2383,7 +2383,7 @@ class EventLoop:
     """The event loop that the async handlers of a worker share, in a thread of its own."""
 
     def __init__(self, start_thread):
-        import asyncio      # here, since it takes megabytes that most workers have no use for
+        import asyncio      # here, since it takes megabytes and most workers do not need it
         # constant
         self.asyncio = asyncio
         self.loop = asyncio.new_event_loop()
@@ -2391,9 +2391,9 @@ class EventLoop:
         # safe without a lock: a dict whose single operations are atomic
         self.not_begun = {}         # the queues of threads whose coroutine has not begun
         self.is_abandoned = False
-        # touched by the watching thread, but for the last
-        self.probed_at = None       # when the loop was asked for a sign of life; None: it gave one
-        self.is_blocked = False     # by a handler that does not await; read by others
+        # written by the watcher; the loop's thread resets the first, any thread reads the other
+        self.probed_at = None       # when the pending probe was sent; None: it was answered
+        self.is_blocked = False     # by a handler that does not await
         self.thread = start_thread(self._run, 'asyncio')
 
     def _run(self):
@@ -2424,9 +2424,9 @@ class EventLoop:
         return task
 
     def run(self, coroutine, claim):
-        """Run a coroutine for another thread, which waits: its task, which is done.
+        """Run a coroutine while the calling thread waits; returns its finished task.
 
-        None if the loop was abandoned before it began.
+        None if the loop was abandoned before the coroutine began.
         """
         finished = SimpleQueue()
         context = contextvars.copy_context()
@@ -2447,13 +2447,13 @@ class EventLoop:
         return task
 
     def abandon(self):
-        """A handler blocks the loop, and does not stop: what has not begun is to run elsewhere."""
+        """Leave the loop to a handler that blocks it. Coroutines that have not begun move on."""
         self.is_abandoned = True
         for finished in list(self.not_begun):
-            with contextlib.suppress(KeyError):     # it begins just now
+            with contextlib.suppress(KeyError):     # it has just begun
                 self.not_begun.pop(finished)
                 finished.put(None)
-        self.stop()         # once it can
+        self.stop()         # takes effect when the handler returns
 
     def cancel(self, task, interruption):
         """Cancel a task. One that blocks the loop gets the interruption raised instead.
@@ -2474,7 +2474,7 @@ class EventLoop:
         return list(itertools.dropwhile(lambda pair: pair[0] is not coroutine.cr_frame, frames))
 
     def probe(self, now):
-        """Ask for a sign of life. True if the loop has just been found to be blocked."""
+        """Check that the loop still runs callbacks. True once when it is found to be blocked."""
         if self.probed_at is None:
             self.probed_at = now
             self.is_blocked = False
@@ -2491,7 +2491,7 @@ class EventLoop:
 def make_daemon_executor():
     """An executor for asyncio whose threads do not keep the process from ending.
 
-    A handler that is cancelled leaves what it runs in such a thread behind.
+    A cancelled handler cannot stop a function that it runs in such a thread.
     """
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -2524,7 +2524,7 @@ def make_daemon_executor():
                         future.set_result(call())
                     except BaseException as error:
                         future.set_exception(error)
-                del future, call        # while it waits it keeps nothing
+                del future, call        # so that an idle thread keeps no job's objects alive
                 with self.lock:
                     self.idle += 1
 
@@ -2608,17 +2608,17 @@ class AsyncSlot(Slot):
         return self.task is not None and not self.task.done()
 
     def frames(self):
-        return []       # the task has just ended
+        return []       # without a task there are none
 
 
 # -- Interrupting a handler ------------------------------------------------------------------------
 class Interruptions:
-    """Exceptions that have to be raised in handlers, as soon as it is safe there."""
+    """Interrupted slots, and the exceptions that wait until it is safe to raise them."""
 
     def __init__(self):
         # safe without a lock: a dict and a queue whose single operations are atomic
-        self.interrupted_at = {}        # by slot (monotonic), as long as its handler runs
-        self.pending = SimpleQueue()    # slot, claim and exception of those not raised yet
+        self.interrupted_at = {}        # slot -> time (monotonic), while its handler still runs
+        self.pending = SimpleQueue()    # (slot, claim, exception) of those not raised yet
 
     def add(self, slot, claim, interruption):
         self.interrupted_at[slot] = time.monotonic()
@@ -2626,14 +2626,14 @@ class Interruptions:
             self.pending.put((slot, claim, interruption))
 
     def retry(self):
-        """Try again to raise those that could not be raised yet."""
+        """Try again to raise the pending exceptions."""
         for _ in range(self.pending.qsize()):
             slot, claim, interruption = self.pending.get()
             if slot.is_alive() and not slot.try_raise(claim, interruption):
                 self.pending.put((slot, claim, interruption))
 
     def block_event_loop(self):
-        """Whether a handler blocks the event loop, and did not stop in HUNG_AFTER seconds."""
+        """Whether a handler still blocks the event loop HUNG_AFTER seconds after it was stopped."""
         latest = time.monotonic() - HUNG_AFTER
         return any(at <= latest and slot.blocks_event_loop()
                    for slot, at in list(self.interrupted_at.items()))
@@ -2644,43 +2644,46 @@ class Interruptions:
                 self.interrupted_at.pop(slot, None)
 
     def count(self, seconds):
-        """How many handlers did not come back within so many seconds."""
+        """How many handlers still run that were interrupted `seconds` ago or earlier."""
         latest = time.monotonic() - seconds
         items = list(self.interrupted_at.items())
         return sum(1 for slot, at in items if at <= latest and slot.is_alive())
 
 
-LOCK_WORDS = frozenset({
+# Methods that acquire or release a lock.
+LOCK_METHODS = frozenset({
     'acquire', 'release', '__enter__', '__exit__', '_acquire_restore', '_release_save',
     '_acquireLock', '_releaseLock', 'acquire_lock', 'release_lock',
 })
-LOCK_WORD_BYTES = 60    # of code around the name of such a method, in which its lock may be held
+LOCK_CALL_BYTES = 60    # bytes of bytecode around such a call, where its lock may be held
 STDLIB = os.path.dirname(threading.__file__) + os.sep
 
 
 def try_raise(thread, error, within=None):
-    """Raise an exception in another thread, if that leaves no lock of the standard library locked.
+    """Raise an exception in another thread, unless that leaves a lock of the library locked.
 
-    False: the thread is at such a place now, so try again. `within` is a frame that has to be on
-    its stack. The exception is raised when the thread runs Python code again, so not while it
-    sleeps in C.
+    Returns False if the thread is at such a place now, and the caller has to try again. Does
+    nothing if the frame `within` is no longer on its stack. The exception is raised when the
+    thread next runs Python code, so not while it sleeps in C.
     """
     frame = sys._current_frames().get(thread.ident)
-    if frame is None or not thread.is_alive():      # after the frame: another may get its ident
+    if frame is None or not thread.is_alive():      # in this order: a new thread may get its ident
         return True
     instruction = frame.f_lasti
-    stack = [one for one, _ in traceback.walk_stack(frame)]
+    stack = [each for each, _ in traceback.walk_stack(frame)]
     if within and within not in stack:
         return True
-    if any(is_taking_lock(one.f_code, one.f_lasti) for one in stack):
+    if any(is_taking_lock(each.f_code, each.f_lasti) for each in stack):
         return False
     return raise_if_unmoved(thread.ident, frame, instruction, error)
 
 
 def raise_if_unmoved(thread_id, frame, instruction, error):
-    """Raise an exception in a thread that still is at this instruction of this frame.
+    """Raise an exception in a thread if it is still at this instruction of this frame.
 
-    Between the check and the call no Python code runs, hence no other thread does.
+    In plain terms: if frames[thread_id] is frame and frame.f_lasti == instruction, raise it.
+    It is a chain of iterators of C, since the interpreter may switch threads between any two
+    bytecode instructions, but not inside of one call into C.
     """
     arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
     once = itertools.islice(iter(sys._current_frames, None), 1)
@@ -2696,16 +2699,16 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
 def is_taking_lock(code, instruction):
     """Whether a lock of the standard library may stay locked if an exception is raised here.
 
-    That is so next to the name of a method that takes or gives back a lock, unless a `with` or
-    `try` handles the exception.
+    That is so close to a call that acquires or releases a lock, unless a `with` or `try` handles
+    the exception.
     """
     is_stdlib = code.co_filename.startswith(STDLIB) and 'site-packages' not in code.co_filename
     if not is_stdlib and not code.co_filename.startswith('<frozen '):
         return False
-    if LOCK_WORDS.isdisjoint(code.co_names):
+    if LOCK_METHODS.isdisjoint(code.co_names):
         return False
-    near = [one.offset for one in dis.get_instructions(code)
-            if one.argval in LOCK_WORDS and abs(one.offset - instruction) <= LOCK_WORD_BYTES]
+    near = [each.offset for each in dis.get_instructions(code)
+            if each.argval in LOCK_METHODS and abs(each.offset - instruction) <= LOCK_CALL_BYTES]
     return bool(near) and not is_guarded(code, instruction)
 
 
@@ -2715,18 +2718,18 @@ def is_guarded(code, instruction):
     if hasattr(bytecode, 'exception_entries'):      # Python 3.11 and newer
         return any(entry.start <= instruction < entry.end for entry in bytecode.exception_entries)
     blocks = 0
-    for one in bytecode:
-        if one.offset >= instruction:
+    for each in bytecode:
+        if each.offset >= instruction:
             break
-        if one.opname in ('SETUP_FINALLY', 'SETUP_WITH', 'SETUP_ASYNC_WITH'):
+        if each.opname in ('SETUP_FINALLY', 'SETUP_WITH', 'SETUP_ASYNC_WITH'):
             blocks += 1
-        elif one.opname == 'POP_BLOCK':
+        elif each.opname == 'POP_BLOCK':
             blocks = max(0, blocks - 1)
     return blocks > 0
 
 
 # -- Worker ----------------------------------------------------------------------------------------
-NEVER = float('inf')        # of a time
+NEVER = float('inf')        # a time or deadline that does not come
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in ('SIGTERM', 'SIGINT', 'SIGBREAK', 'SIGHUP', 'SIGQUIT')
@@ -2736,15 +2739,15 @@ KILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
 SIGHUP = getattr(signal, 'SIGHUP', None)
 RELEASED = Outcome('release')
 LOST = Outcome(None)
-REFUSALS = (400, 413)       # statuses that blame what was sent
-GONE = (404, 409)           # statuses that blame the claim
+REFUSALS = (400, 413)       # statuses: the request itself is wrong
+GONE = (404, 409)           # statuses: the claim no longer exists
 
 
 class LogWriter:
     """A thread that logs for the threads of a worker.
 
-    A handler may hold the lock of a log handler for long, or for ever. The worker's threads must
-    not wait for that: they only put lines into a queue.
+    A job's handler may hold the lock of a log handler for long, even for ever. The threads of the
+    worker must not wait for it: they only put lines into a queue.
     """
 
     def __init__(self):
@@ -2757,7 +2760,7 @@ class LogWriter:
             threading.Thread(target=self._run, name='rundown-log', daemon=True).start()
 
     def stop(self, seconds):
-        """Wait until everything is logged, so many seconds at most."""
+        """Wait until everything is logged, for `seconds` at most."""
         logged = SimpleQueue()
         self.calls.put(functools.partial(logged.put, None))
         with contextlib.suppress(Empty):
@@ -2767,7 +2770,7 @@ class LogWriter:
             self.calls.put(None)
 
     def put(self, function, *args):
-        """Have it called in the thread; here if there is none."""
+        """Have the function called in the thread; call it here if there is no thread."""
         if not self.users:
             function(*args)
         elif self.calls.qsize() < MAX_LOG_BACKLOG:
@@ -2803,7 +2806,7 @@ def write_record(fields):
 
 
 def note(level, text, *values):
-    """Log a line, whatever the values contain, and whatever a handler did to the log's streams."""
+    """Log a line. Never raises, not even if a handler of a job has closed the log's streams."""
     with contextlib.suppress(Exception):
         log_writer.put(write_line, level, printable(text % values), time.time())
 
@@ -2815,7 +2818,7 @@ def until(condition, deadline):
 
 
 def exit_process(code):
-    """End the process though handlers hang, which may hold locks of the log and of stdout."""
+    """End the process although handlers hang, which may hold locks of the log and of stdout."""
     def flush():
         for function in (logging.shutdown, sys.stdout.flush):
             with contextlib.suppress(Exception):
@@ -2829,7 +2832,7 @@ def exit_process(code):
 
 
 def end_at_sigterm():
-    """End the process at SIGTERM, until run() has a handler: PID 1 of a container ignores it."""
+    """Until run() sets a handler, end at SIGTERM also as PID 1, which ignores it by default."""
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
@@ -2837,7 +2840,7 @@ def end_at_sigterm():
 def open_standard_streams():
     """Open 0, 1 and 2 if they are closed.
 
-    Otherwise a pipe could get such a number, and a program or a process would write into it.
+    Otherwise a pipe could get one of these numbers, and programs would write their output into it.
     """
     with contextlib.suppress(OSError):
         number = os.open(os.devnull, os.O_RDWR)
@@ -2853,7 +2856,7 @@ replaced_signals = {}       # the handlers of signals before run() replaced them
 def restore_signals():
     """Give signals the handlers that they had before run().
 
-    Processes that a handler forks do so too: terminate() has to end them.
+    Also called in processes that a handler forks, so that terminate() ends them.
     """
     for number in list(replaced_signals):
         with contextlib.suppress(ValueError):       # not in the main thread
@@ -2865,9 +2868,9 @@ if hasattr(os, 'register_at_fork'):
 
 
 class Consumer:
-    """A queue at work: its slots, the claims that they run, and what is known about their pace.
+    """Runs the jobs of a queue: has its fetcher, its slots, and the claims in flight.
 
-    Claims arrive from the fetcher. They leave by on_finished() or finish().
+    Claims arrive from the fetcher by accept(), and leave by on_finished(), finish() or let_go().
     """
 
     def __init__(self, worker, session, config, concurrency):
@@ -2913,7 +2916,7 @@ class Consumer:
         return AsyncSlot if self.handlers.are_async() else Slot
 
     def accept(self, jobs):
-        """Hand jobs that were claimed just now to the slots, or back if the worker stops."""
+        """Hand newly claimed jobs to the slots, or release them if the worker is stopping."""
         now = time.monotonic()
         for job in jobs:
             claim = Claim(job, self, now)
@@ -2922,15 +2925,15 @@ class Consumer:
             if not self.worker.stopping.is_set():
                 self.ready.put(claim)
         if self.worker.stopping.is_set():
-            self.worker.release()       # the others may have been released before these came
+            self.worker.release()       # the release at the stop may have missed these
 
     def count_ready_slots(self):
         return sum(slot.is_ready for slot in self.slots)
 
     def prefetch_target(self, slots):
-        """How many claims so many slots should have.
+        """How many claims this number of slots should have in flight.
 
-        One for each, and those that the slots will start within PREFETCH_SECONDS.
+        One for each, and as many as the slots will start within PREFETCH_SECONDS.
         """
         if self.seconds_per_job is None:
             return slots
@@ -2938,7 +2941,7 @@ class Consumer:
         return slots + min(MAX_BATCH, ahead)
 
     def on_finished(self, claim, outcome):
-        """A slot has run a claim to its end. The report does not wait for the hooks."""
+        """Called when a slot has finished a claim. The report does not wait for the hooks."""
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -2959,9 +2962,9 @@ class Consumer:
         self._remove(claim)
 
     def finish(self, claim, outcome, interruption=None):
-        """End a claim from outside of its slot; True if that did it.
+        """Finish a claim from outside of its slot; True if this was its first outcome.
 
-        Without an interruption only a claim that has not started ends.
+        Without an interruption, only a claim that has not started is finished.
         """
         if not claim.try_finish(outcome, interruption, unless_started=not interruption):
             return False
@@ -2970,7 +2973,7 @@ class Consumer:
         return True
 
     def let_go(self, claim):
-        """Give a running job back whose handler has come to a step or checkpoint."""
+        """Release a running job whose handler has reached a step or checkpoint."""
         if claim.try_finish(RELEASED):
             self.report(claim, RELEASED)
             self._remove(claim)
@@ -2981,12 +2984,12 @@ class Consumer:
         if outcome.call:
             fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
             claim.report_item = f'{claim.json_prefix}{fields}}}'
-            self.session.reporter.claims.put(claim)
+            self.session.reporter.to_report.put(claim)
         else:
             self.session.forget(claim)
 
     def release_strays(self):
-        """Release the running jobs that bear the worker's name and that it does not know."""
+        """Release jobs that the engine thinks this worker runs, but whose claims never arrived."""
         path = f'/jobs?status=running&brief=true&limit=1000&queue={quote(self.name)}'
         page = self.session.client.send(path, None, REPORT_GRACE)
         known = {claim.json_prefix for claim in self.session.claims.copy()}
@@ -3002,8 +3005,8 @@ class Consumer:
             self.fetcher.capacity_freed.set()
 
     def replace(self, slot):
-        """Continue with a new slot. The claim's lock is held, so no other thread does it too."""
-        if slot in self.slots:      # otherwise all were replaced
+        """Replace an interrupted slot. The claim's lock is held, so only one thread does it."""
+        if slot in self.slots:      # otherwise use_event_loop() has replaced all
             self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
@@ -3011,7 +3014,7 @@ class Consumer:
             call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
-        """Log an event and call its hooks, in a thread of their own, if the claim has started."""
+        """Log an event. If the claim has started, call its hooks in a new thread."""
         note(logging.WARNING, '%s ' + text, claim, *values)
         if self.hooks[event] and claim.started_at is not None:
             hooks = threading.Thread(
@@ -3027,13 +3030,13 @@ class Fetcher:
         self.consumer = consumer
         self.worker = consumer.worker
         self.session = consumer.session
-        self.client = self.session.client.clone()   # of its own, to be shut down by itself
+        self.client = self.session.client.clone()   # its own, so that it can be shut down alone
         self.thread = None
         # written by the fetching thread only
-        self.configured_host = None     # the engine that was sent the queue's limits and schedule
+        self.configured_host = None     # the engine that has the queue's limits and schedule
         self.low_watermark = 0          # it polls when no more claims than this are in flight
         self.idle_generation = None     # worker.generation at the last poll that found nothing
-        self.was_cut_off = False        # its last poll was ended by the worker's stop
+        self.was_cut_off = False        # the worker's stop ended the last poll: jobs may be lost
         # safe by itself
         self.capacity_freed = threading.Event()
 
@@ -3054,7 +3057,7 @@ class Fetcher:
 
     def _claim_limit(self):
         """How many jobs to claim now: 0 while enough are in flight or too many are unreported."""
-        if self.session.is_backlogged or self.session.reporter.claims.qsize() > MAX_BACKLOG:
+        if self.session.is_backlogged or self.session.reporter.to_report.qsize() > MAX_BACKLOG:
             return 0
         slots = self.consumer.count_ready_slots()
         target = self.consumer.prefetch_target(slots)
@@ -3065,13 +3068,13 @@ class Fetcher:
         return min(target - in_flight, MAX_BATCH)
 
     def _fetch(self, limit):
-        """Poll once, and rest if there was nothing."""
+        """Poll once. Without jobs, wait until the next poll makes sense."""
         generation = self.worker.generation
         began = time.monotonic()
         wait = self._poll_wait()
         jobs = self._poll(limit, wait)
         self.consumer.accept(jobs)
-        time.sleep(0)           # lets the slots begin, before the next poll is put together
+        time.sleep(0)           # lets the slots start before the next poll is prepared
         self.session.on_up()
         if jobs:
             return
@@ -3079,17 +3082,17 @@ class Fetcher:
             if not self._is_rate_limited():
                 self.idle_generation = generation
                 until(self._may_have_jobs, NEVER)
-        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # it does not wait
+        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
     def _may_have_jobs(self):
-        """Whether a queue that was empty has to be polled again: a claim's end may add jobs."""
+        """Whether to poll an empty queue again: a claim that ended may have added jobs."""
         return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
 
     def _is_rate_limited(self):
-        """Whether the queue has jobs that are due, and a rate that does not allow a claim now.
+        """Whether the queue has due jobs that its rate limit holds back.
 
-        Waits until the rate allows one, at most a second.
+        If so, waits until the rate allows a claim, a second at most.
         """
         try:
             page = self.client.send(f'/queues?queue={quote(self.consumer.name)}', None,
@@ -3103,7 +3106,7 @@ class Fetcher:
         return False
 
     def _configure(self):
-        """Send the limits and the schedule of the queue to an engine that was not sent them yet."""
+        """Send the limits and the schedule of the queue, once to each engine."""
         host = self.client.host
         if self.configured_host != host:
             for path, body in self.consumer.config.setup_calls:
@@ -3111,7 +3114,7 @@ class Fetcher:
             self.configured_host = host
 
     def _poll_wait(self):
-        """Seconds of the next long poll; 0: the engine has to show that it is there."""
+        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away."""
         is_known = self.session.was_reached and not self.session.down_since
         return LONG_POLL if is_known and not self.worker.burst else 0
 
@@ -3138,7 +3141,7 @@ class Fetcher:
 
     def _on_error(self, error):
         if isinstance(error, Refused) and (self.worker.burst or error.status == 400):
-            raise error         # asking again does not help: that ends the worker
+            raise error         # polling again would not help: this ends the worker
         self.was_cut_off = self.worker.stopping.is_set()
         if not self.was_cut_off:
             self.worker.stopping.wait(self.session.on_down(error))
@@ -3155,7 +3158,7 @@ def call_hook(event, function, *args):
 
 
 class EngineSession:
-    """What the consumers of one engine share: its client, their claims, reporter and heartbeat."""
+    """Shared by the consumers of one engine: a client, claims, reporter and heartbeat."""
 
     def __init__(self, worker, host):
         # constant
@@ -3165,18 +3168,18 @@ class EngineSession:
         self.reporter = Reporter(self)
         self.heartbeat = Heartbeat(self)
         # safe without a lock: a dict whose single operations are atomic
-        self.claims = {}            # those whose end the engine does not know yet
+        self.claims = {}            # claims that the engine still counts as running
         # races are harmless
-        self.is_backlogged = False  # outcomes were not taken at the last try
-        self.down_since = None      # None: the engine answered at the last try
-        self.was_reached = False    # an engine has answered
+        self.is_backlogged = False  # the last try to report outcomes failed
+        self.down_since = None      # monotonic; None: the engine answered the last request
+        self.was_reached = False    # the engine has answered at least once
 
     def start(self):
         self.worker.start_thread(self.reporter.run, 'report')
         self.worker.start_thread(self.heartbeat.run, 'heartbeat')
 
     def forget(self, claim):
-        """The claim is over, and the engine knows or does not care."""
+        """Drop a claim: the engine knows that it has ended, or no longer has it."""
         # in this order: a thread that finds the claim gone finds the new generation too
         self.worker.generation = self.worker.next_generation()
         self.claims.pop(claim, None)
@@ -3184,7 +3187,7 @@ class EngineSession:
     def on_down(self, error):
         """Log once that the engine is away; returns the seconds until the next try.
 
-        It ends a burst after CLIENT_TIMEOUT.
+        Stops a burst worker after CLIENT_TIMEOUT.
         """
         now = time.monotonic()
         since = self.down_since
@@ -3206,12 +3209,12 @@ class EngineSession:
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
     def not_an_engine(self):
-        return EngineUnavailable(f'what answers at {self.client.host} is no engine')
+        return EngineUnavailable(f'the server at {self.client.host} is no Rundown engine')
 
     def send_batch(self, call, items, seconds):
         """Send pairs of a claim and its JSON text until the engine answers.
 
-        Yields each claim with its answer. What the engine refuses as a whole is sent item by item.
+        Yields each claim with its answer. A batch that is refused as a whole is sent item by item.
         """
         while not self.worker.closed.is_set():
             try:
@@ -3243,9 +3246,9 @@ class EngineSession:
 
 
 def is_verdict(error):
-    """Whether there is no use in sending the same request again.
+    """Whether sending the same request again would not help.
 
-    A proxy's error pages say nothing about a job; but what is too large for it has to be split.
+    A proxy's error page says nothing about the request, except that it is too large (413).
     """
     return error.status in REFUSALS if isinstance(error, Refused) else error.status == 413
 
@@ -3253,13 +3256,13 @@ def is_verdict(error):
 class Reporter:
     """The thread that reports outcomes and progress to an engine.
 
-    What comes while a request is in flight is sent together in the next one.
+    Claims that arrive while a request is in flight are sent together in the next one.
     """
 
     def __init__(self, session):
         self.session = session          # constant
         # safe by itself: claims with an outcome or progress to report; None ends the thread
-        self.claims = SimpleQueue()
+        self.to_report = SimpleQueue()
         # touched by the thread only
         self.was_put_off = False        # the engine could not take an outcome now
 
@@ -3277,10 +3280,10 @@ class Reporter:
                 self.session.worker.closed.wait(RETRY_PAUSE)
 
     def _next_claims(self):
-        claims = [self.claims.get()]
+        claims = [self.to_report.get()]
         with contextlib.suppress(Empty):
             while len(claims) < MAX_BATCH:
-                claims.append(self.claims.get_nowait())
+                claims.append(self.to_report.get_nowait())
         return claims
 
     def _requests(self, claims):
@@ -3308,7 +3311,7 @@ class Reporter:
             self.session.forget(claim)
             return
         if not is_permanent(code):
-            self.claims.put(claim)
+            self.to_report.put(claim)
             self.was_put_off = True
             return
         reason = answer.get('error')
@@ -3325,9 +3328,9 @@ class Reporter:
 
 
 def refused_outcome(outcome, reason):
-    """What to report in place of an outcome that the engine refuses.
+    """The outcome to report in place of one that the engine refused.
 
-    A result fails the job for good. A failure is reported without its delay.
+    A refused result becomes a final failure. A refused failure is reported without its delay.
     """
     if outcome.call == 'complete':
         return failure(Error(reason), f'the engine refused the result: {reason}', retry=False)
@@ -3336,20 +3339,20 @@ def refused_outcome(outcome, reason):
 
 
 class Heartbeat:
-    """The thread that sends a sign of life for all claims of an engine, every third of the lease.
+    """The thread that extends the leases of all claims of an engine, every third of a lease.
 
-    It does so at once when the engine says that a claim was taken away; the answer tells which.
-    Claims whose outcome is not reported yet are among them.
+    It covers claims whose outcome is not reported yet. When the engine tells that some claim was
+    lost, it sends a heartbeat at once, whose answer tells which.
     """
 
     def __init__(self, session):
         # constant
         self.session = session
         self.worker = session.worker
-        self.client = session.client.clone()    # of its own, to be shut down by itself
+        self.client = session.client.clone()    # its own, so that it can be shut down alone
         # touched by the thread only
-        self.can_wait = True    # False: the engine does not know /lost
-        self.since = None       # of its last answer: it tells of losses after that
+        self.can_wait = True    # False: the engine has no call /lost
+        self.since = None       # `since` of its last answer; the next one tells of later losses
 
     def run(self):
         interval = LEASE / 3
@@ -3367,7 +3370,7 @@ class Heartbeat:
             if self.can_wait and not self.session.down_since:
                 if self._wait_for_loss(seconds):
                     return
-                seconds = min(1, seconds)       # if it answered early, it does not wait now
+                seconds = min(1, seconds)       # it answered early: do not call it in a tight loop
             self.worker.closed.wait(min(max(0, deadline - time.monotonic()), seconds))
 
     def _wait_for_loss(self, seconds):
@@ -3382,7 +3385,7 @@ class Heartbeat:
         except Refused:
             self.can_wait = False       # an older engine
         except EngineUnavailable:
-            pass                        # the fetchers notice, and say so
+            pass                        # the fetchers notice and log it
         return False
 
 
@@ -3399,7 +3402,7 @@ def on_heartbeat_answer(claim, answer):
 
 
 class Watcher:
-    """The thread that looks after claims that wait too long, time out, or have progress to show."""
+    """The thread that checks for claims that wait too long, time out, or have new progress."""
 
     def __init__(self, worker):
         self.worker = worker        # constant
@@ -3422,11 +3425,11 @@ class Watcher:
             self._check_event_loop(now)
             hung = self.worker.count_hung()
             if hung >= self.worker.max_hung:
-                text = f'{hung} handlers hang: the worker ends, to be started afresh'
+                text = f'{hung} handlers hang: the worker ends, and should be restarted'
                 self.worker.stop(Hung(text))
 
     def _wait(self):
-        """Wait until the next look; True if it is the last one."""
+        """Wait until the next check; True if it is the last one."""
         deadline = time.monotonic() + WATCH_INTERVAL
         interruptions = self.worker.interruptions
         while not interruptions.pending.empty() and time.monotonic() < deadline:
@@ -3445,8 +3448,9 @@ class Watcher:
 
     def _log_block(self, event_loop):
         frames = thread_frames(event_loop.thread.ident)
-        place = traceback.StackSummary.extract(frames[-1:])
-        where = f'{place[0].filename}:{place[0].lineno} in {place[0].name}' if place else 'C code'
+        innermost = [f'{line.filename}:{line.lineno} in {line.name}'
+                     for line in traceback.StackSummary.extract(frames[-1:])]
+        where = innermost[0] if innermost else 'C code'
         names = [str(claim) for consumer in self.worker.consumers
                  for claim in consumer.in_flight.copy() if is_running_coroutine(claim)]
         note(logging.WARNING, 'the event loop has been blocked for %g s by %s, at %s',
@@ -3460,7 +3464,7 @@ class Watcher:
             self._time_out(consumer, claim)
         elif claim.progress and now - claim.progress_sent_at > PROGRESS_INTERVAL:
             claim.progress_sent_at = now
-            consumer.session.reporter.claims.put(claim)
+            consumer.session.reporter.to_report.put(claim)
 
     def _time_out(self, consumer, claim):
         text = f'timed out after {claim.timeout:g} s'
@@ -3471,7 +3475,7 @@ class Watcher:
             consumer.log_and_notify('failure', claim, error, '%s; hung threads: %d', text, hung)
 
     def _count_lines(self, consumer):
-        """Log how many more jobs are done. A line for each would take longer than they do."""
+        """Log how many more jobs are done: a line for each could take longer than the jobs."""
         more = consumer.lines_this_tick - MAX_LOG_LINES_PER_TICK
         consumer.lines_this_tick = 0
         if more > 0:
@@ -3493,7 +3497,7 @@ class Worker:
         self.grace = grace              # seconds
         self.max_hung = max_hung
         self.process = os.getpid()
-        # unlike any other's, since release_strays() goes by it
+        # unique, since release_strays() finds the worker's jobs by this name
         suffix = f'{rng.getrandbits(16):04x}'
         self.name = f'{printable(socket.gethostname())[:150]}:{self.process}-{suffix}'
         self.sessions = {}              # by the engine's addresses
@@ -3528,11 +3532,11 @@ class Worker:
     def start_thread(self, loop, name):
         """Start a thread of the worker's own.
 
-        A fault in it ends the worker: it had better be started afresh than go on half alive.
+        An exception in it ends the worker, since a restart is better than a crippled worker.
         """
         def guarded():
             try:
-                # an interruption that comes too late for the handler: the thread ends anyway
+                # an interruption may be raised after its handler; the thread ends then anyway
                 with contextlib.suppress(Interruption):
                     loop()
             except BaseException as error:
@@ -3545,7 +3549,7 @@ class Worker:
         return thread
 
     def on_fault(self, name, error):
-        """A thread of the worker's own has failed; the frames are ours."""
+        """Log the exception of a thread of the worker with our own frames, and stop."""
         text = last_line(error)
         if not isinstance(error, Refused):
             text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -3554,14 +3558,14 @@ class Worker:
 
     @property
     def event_loop(self):
-        """The event loop of the async handlers; it is started when it is needed."""
+        """The event loop of the async handlers, started on first use."""
         with self.event_loop_lock:
             if self.started_event_loop is None:
                 self.started_event_loop = EventLoop(self.start_thread)
             return self.started_event_loop
 
     def replace_event_loop(self):
-        """Leave the event loop to a handler that blocks it, and does not stop."""
+        """Abandon an event loop that an interrupted handler still blocks, and start another."""
         abandoned = self.started_event_loop
         self.threads.pop(abandoned.thread, None)
         with self.event_loop_lock:
@@ -3581,11 +3585,11 @@ class Worker:
         return [slot for consumer in self.consumers for slot in consumer.slots]
 
     def count_hung(self, seconds=HUNG_AFTER):
-        """How many handlers did not come back within so many seconds of their interruption."""
+        """How many handlers still run `seconds` after their interruption."""
         return self.interruptions.count(seconds)
 
     def run(self):
-        """Work until told to stop, then end in good order. Raises what it was stopped by."""
+        """Work until a stop is requested, then shut down; raises the exception given to stop()."""
         open_standard_streams()
         log_writer.start()
         try:
@@ -3630,8 +3634,8 @@ class Worker:
             call_hook('stop_worker', function)
 
     def _wait(self):
-        """Wait until the worker has to stop; returns the exception that is the reason, or None."""
-        timeout = 0.005 if self.burst else 1    # on Windows signals are handled between two waits
+        """Wait until the worker has to stop; returns the exception given to stop(), or None."""
+        timeout = 0.005 if self.burst else 1    # Windows handles signals only between two waits
         while not (self.burst and self._is_idle()):
             with contextlib.suppress(Empty):
                 return self.stop_requests.get(timeout=timeout)
@@ -3645,12 +3649,12 @@ class Worker:
                    for consumer in self.consumers)
 
     def _on_signal(self, number, frame):
-        if os.getpid() != self.process:     # a handler forked, and the child is not set up yet
+        if os.getpid() != self.process:     # in a child that a handler has just forked
             restore_signals()
             os.kill(os.getpid(), number)
             return
         if self.was_signalled and number == SIGHUP:
-            return      # a terminal that is closed may send several
+            return      # closing a terminal may send it several times
         if self.was_signalled:
             for slot in self.slots():
                 slot.kill()
@@ -3659,7 +3663,7 @@ class Worker:
         self.stop()
 
     def _shut_down(self):
-        """Give running handlers the grace, report their outcomes, release the rest, end threads."""
+        """Wait for running handlers, report their outcomes, release the rest, end the threads."""
         deadline = time.monotonic() + self.grace
         self.stopping.set()
         self.release()
@@ -3680,9 +3684,9 @@ class Worker:
         self._end_threads()
 
     def _end_polls(self):
-        """Close the connections of the fetchers: first for sending, then altogether.
+        """Shut down the connections of the fetchers: first for sending, then both ways.
 
-        In between jobs that are on their way still arrive, to be released.
+        In between, responses in flight still arrive, and their jobs are released.
         """
         for how in (socket.SHUT_WR, socket.SHUT_RDWR):
             for consumer in self.consumers:
@@ -3690,9 +3694,9 @@ class Worker:
             until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
 
     def _release_strays(self):
-        """Give back what polls have claimed whose answers were lost.
+        """Release jobs of polls whose responses were lost.
 
-        A proxy that takes half a close for a close drops the answer to the poll.
+        Some proxies drop the response when the client half-closes its connection.
         """
         cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
         if cut_off:
@@ -3705,7 +3709,7 @@ class Worker:
         return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
 
     def release(self, interruption=None):
-        """Give claims back: those that have not started; with an interruption the others too."""
+        """Release the claims that have not started; with an interruption also the running ones."""
         for consumer in self.consumers:
             for claim in consumer.in_flight.copy():
                 if consumer.finish(claim, RELEASED, interruption):
@@ -3716,7 +3720,7 @@ class Worker:
         for slot in self.slots():
             slot.consumer.ready.put(None)
         for session in self.sessions.values():
-            session.reporter.claims.put(None)
+            session.reporter.to_report.put(None)
             session.heartbeat.client.close()
             session.client.close()
         for consumer in self.consumers:
@@ -3737,34 +3741,34 @@ class Worker:
 
 # -- Handlers in processes of their own ------------------------------------------------------------
 CHILD_NAME_PREFIX = 'rundown-child-'
-# Held to start or join a process: start() reaps any process of multiprocessing that has ended.
+# Held to start or join a process, since start() reaps all ended processes of multiprocessing.
 process_lock = threading.Lock()
 
 # Kinds of messages from the process of an isolated slot. Each is a pair of a kind and a value.
 READY = 'ready'             # the handler's module is imported
 STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
-DROP_PROGRESS = 'drop'      # it waits for an answer, the same, when none is sent any more
+DROP_PROGRESS = 'drop'      # discard older progress; echoed once none is being sent
 LOGGED = 'logged'           # the attributes of a log record
-LEFT = 'left'               # the worker stops, and the job is to be given back
+LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
 HOOKS_CALLED = 'hooks'      # the process can take the next job
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
-STOP = 'stop'               # a message to the process: the worker stops; None: it has to end
+STOP = 'stop'               # sent to the process when the worker stops; None: end now
 
 # the events of App.on() whose hooks run in the process of the handler
 CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
 
 
 class ChildSettings(NamedTuple):
-    """What a process needs to run the handlers of a queue. Functions are given as their places."""
-    handlers: dict          # names to places
-    surroundings: list      # places
-    hooks: dict             # events to lists of places
+    """Settings of a process that runs the handlers of a queue. For places, see place_of()."""
+    handlers: dict          # task name -> place
+    surroundings: list      # places of the functions of around()
+    hooks: dict             # event -> list of places
     client: tuple           # the arguments of Client
     concurrency: int        # of the queue
-    log_levels: dict        # names of loggers to levels
+    log_levels: dict        # name of a logger -> level
 
 
 def place_of(function):
@@ -3780,7 +3784,7 @@ def has_place(function):
 class IsolatedSlot(Slot):
     """A slot whose handlers run in a process of its own, one after the other."""
 
-    # touched by the slot's thread only, but for kill()
+    # written by the slot's thread only; kill() reads the process in any thread
     process = None
     pipe = None
     is_ready = False
@@ -3842,7 +3846,7 @@ class IsolatedSlot(Slot):
 
     def run(self, claim):
         kind, value = self._send(claim)
-        if claim.outcome:           # finished from outside, when there was no process to kill
+        if claim.outcome:           # it was finished from outside before a process had it
             return claim.outcome
         while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
             if kind == PROGRESS_MADE:
@@ -3875,7 +3879,7 @@ class IsolatedSlot(Slot):
                 break
             self._write(claim.job)
             message = HOOKS_CALLED, None
-            while message[0] == HOOKS_CALLED:       # of a job that was given back
+            while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
             if message[0] == STARTED or claim.outcome:
                 break
@@ -3913,7 +3917,7 @@ class IsolatedSlot(Slot):
 
     @property
     def is_terminating(self):
-        """Its process may have to call hooks at the end."""
+        """Whether its process may still be calling stop_worker hooks."""
         hooks = self.consumer.hooks['stop_worker']
         return bool(hooks) and self.process is not None and self.thread.is_alive()
 
@@ -3956,14 +3960,14 @@ def signal_group(process, number):
 
 
 def exit_text(code):
-    for one in signal.Signals:
-        if one == -code:
-            return f'was killed by {one.name}'
+    for known in signal.Signals:
+        if known == -code:
+            return f'was killed by {known.name}'
     return f'ended with exit code {code}'
 
 
 class ChildClaim(Saver):
-    """What job(), progress(), step() and so on need of a claim, in an isolated process."""
+    """The claim that job(), progress(), step() and so on use in an isolated process."""
 
     asyncio_task = None
     outcome = None          # never set: a claim that ends has its process killed
@@ -3976,7 +3980,7 @@ class ChildClaim(Saver):
         self.timeout = job['timeout']
         self.json_prefix = json_prefix(job)
         self.steps = job.get('steps')
-        self.has_progress = False       # the worker may be sending some
+        self.has_progress = False       # some was sent to the worker, which may be reporting it
 
     def leave_if_stopping(self):
         if self.child.stopping.is_set():
@@ -4153,11 +4157,11 @@ def import_function(module, file, name):
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError:
-        found = load(file, module)
+        found = import_file_as(file, module)
     return functools.reduce(getattr, name.split('.'), found)
 
 
-def load(file, name):
+def import_file_as(file, name):
     """Import a module from its file."""
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
@@ -4176,13 +4180,13 @@ class ProgramSlot(Slot):
     The program's streams are files: a pipe fills up, and ends only when all children have ended.
     """
 
-    # touched by the slot's thread only, but for kill() and stack_text()
+    # written by the slot's thread only; kill() and stack_text() read them in any thread
     process = None
     stderr = None
-    stderr_tail = b''       # the end of what was cut off from stderr
+    stderr_tail = b''       # the last bytes before stderr was truncated
 
     def prepare(self):
-        # no interrupt() can come any more: the last claim is finished
+        # the last claim is finished, so nobody calls interrupt() now
         self.is_terminating = False
 
     def execute(self, command, data, claim):
@@ -4214,7 +4218,7 @@ class ProgramSlot(Slot):
     def _supervise(self, stdout):
         """Wait until the program ends, has to be terminated, or writes too much to stdout."""
         while not self.is_terminating and file_size(stdout) <= MAX_STDOUT:
-            if file_size(self.stderr) > MAX_STDOUT:     # only its end is wanted; disks are finite
+            if file_size(self.stderr) > MAX_STDOUT:     # only its end is needed: save disk space
                 self.stderr_tail = read_tail(self.stderr, MAX_ERROR // 2)
                 self.stderr.truncate(0)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -4222,7 +4226,7 @@ class ProgramSlot(Slot):
                 return
 
     def _terminate(self):
-        """SIGTERM if it still runs, then SIGKILL for those that are left of its group."""
+        """Send SIGTERM if it still runs, then SIGKILL to the remaining members of its group."""
         if self.process.returncode is None:
             signal_group(self.process, signal.SIGTERM)
             until(self._has_ended, time.monotonic() + TERM_GRACE)
@@ -4242,7 +4246,7 @@ class ProgramSlot(Slot):
         try:
             text = output.decode()
         except UnicodeDecodeError as error:
-            reason = f'what the program wrote to stdout is not UTF-8: {error}'
+            reason = f'the stdout of the program is not UTF-8: {error}'
             raise Abort(reason) from None
         if text.count('[') + text.count('{') > MAX_STDOUT_LEVELS and is_too_deep(text):
             return text
@@ -4256,7 +4260,7 @@ class ProgramSlot(Slot):
         self.is_terminating = True      # the slot's thread sees it within WATCH_INTERVAL
 
     def stack_text(self, claim):
-        """The end of what the program wrote to stderr."""
+        """The end of the program's stderr."""
         # not started yet, or over already
         with contextlib.suppress(AttributeError, ValueError, OSError):
             end = self.stderr_tail + read_tail(self.stderr, MAX_ERROR // 2)
@@ -4284,7 +4288,7 @@ def read_tail(file, length):
 def set_append_mode(file):
     """Have programs write at the end of the file, also after it was truncated."""
     with contextlib.suppress(ImportError):
-        import fcntl    # not on Windows, where zeros stand for what was truncated
+        import fcntl    # not on Windows, where the truncated part reads as zeros
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
 
 
@@ -4316,9 +4320,9 @@ def is_too_deep(text):
 
 
 def reap_orphans(slots):
-    """Collect what programs left behind, for as long as this process runs.
+    """Reap orphaned children of programs, for as long as this process runs.
 
-    As PID 1 of a container it is their parent once their own has ended.
+    As PID 1 of a container this process becomes the parent of orphans.
     """
     while True:
         time.sleep(WATCH_INTERVAL)
@@ -4371,10 +4375,10 @@ class QueueConfig(NamedTuple):
     isolate: bool = False
     max_jobs: int | None = None
     functions: dict = {}        # task name -> function; the name None: it handles all jobs
-    setup_calls: list = []      # (path, fields): calls that tell an engine limits and schedule
+    setup_calls: list = []      # (path, fields) of calls that set limits and schedule
 
 
-TASK_SETTINGS = [       # settings of a queue that a task may give; the last one given holds
+TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
 NUMBER = (int, float)
@@ -4483,19 +4487,19 @@ class Registry:
     ) -> QueueDecorator:
         """Make the decorated function the handler of a queue.
 
-        It stays as it is, and gets `.enqueue(payload, **options)`. Durations are in seconds, or
-        timedeltas.
+        The function is unchanged, except that it gets `.enqueue(payload, **options)`. Durations
+        are in seconds, or timedeltas.
 
-        `max_retries` and `timeout` hold for jobs that were enqueued without their own.
+        `max_retries` and `timeout` apply to jobs that were enqueued without their own.
         `concurrency` handlers run at a time; with `isolate` each in a process of its own, which
         is replaced after `max_jobs` jobs. `poll_interval` is for engines without long polls.
 
-        `backoff` is the time until each retry (a number, a list whose last one holds for all
-        that follow, or a function of the retry's number). Exceptions that are not in `retry_on`,
-        where it is given, or that are in `abort_on` fail the job for good.
+        `backoff` is the time until a retry: a number, a list (its last item is used for all
+        further retries), or a function of the retry's number. Exceptions in `abort_on`, and
+        those not in `retry_on` if that is given, fail the job for good.
 
-        run() tells the engine a schedule under the queue's name (`cron` in a `zone`, or `every`
-        so many seconds), and limits over all workers: `max_running` jobs at a time, and a `rate`
+        run() sends the engine a schedule named like the queue (`cron` in a `zone`, or `every` in
+        seconds), and limits for all workers together: `max_running` jobs at a time, and a `rate`
         of (claims, seconds).
         """
         if not isinstance(name, str) or not name:
@@ -4558,7 +4562,7 @@ class Registry:
         `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are
         sent with each job. `name` is the task's name for producers and workers; by default
         the one under which the function is imported. `settings` are those of the queue, as
-        queue() has them; the last one given holds.
+        queue() has them; tasks of one queue share them, and the last task's values are used.
         """
         if settings.keys() - set(TASK_SETTINGS):
             known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
@@ -4595,15 +4599,15 @@ class Registry:
                 f'{function!r} cannot be isolated: its process has to find it by its name in a '
                 'module'
             )
-        place = (config.name, config.host)
-        known = self.registered.get(place, config).functions
+        key = (config.name, config.host)
+        known = self.registered.get(key, config).functions
         is_mixed = known and (None in known) != (task is None)
-        if is_mixed or source(known.get(task, function)) != source(function):
+        if is_mixed or source_of(known.get(task, function)) != source_of(function):
             raise Misuse(
                 f'the queue {config.name} has another handler already; only tasks, each of a '
                 'name, can share one'
             )
-        self.registered[place] = config._replace(functions={**known, task: function})
+        self.registered[key] = config._replace(functions={**known, task: function})
 
     def on(self, event: str) -> Callable[[F], F]:
         """Have the decorated function called at an event of each run of a handler.
@@ -4637,8 +4641,7 @@ class Registry:
 class App(Registry):
     """Queues, their handlers, hooks, and an engine: the functions of this module are its methods.
 
-    Where `host`, `token` or `ca` are None, RUNDOWN_URL, RUNDOWN_TOKEN and RUNDOWN_CA count at
-    the time of each call.
+    If `host`, `token` or `ca` is None, each call reads RUNDOWN_URL, RUNDOWN_TOKEN or RUNDOWN_CA.
     """
 
     def __init__(
@@ -4922,7 +4925,7 @@ def module_of_file(file):
     return folder, '.'.join(names)
 
 
-def source(function):
+def source_of(function):
     """Where a function is written: the same when its module, or a notebook's cell, runs again."""
     file = getattr(getattr(function, '__code__', None), 'co_filename', None)
     is_main = getattr(function, '__module__', None) == '__main__'
@@ -4979,12 +4982,12 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
 
 
 def report_undeclared(worker):
-    """Log the schedules and limits that decorators declared once, and do not any more."""
+    """Log the schedules and limits in the engine that no decorator declares."""
     for session in list(worker.sessions.values()):
         while not session.was_reached:
             if worker.stopping.wait(WATCH_INTERVAL):
                 return
-        configs = [one.config for one in worker.consumers if one.session is session]
+        configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
         try:
             for setting, queue, remedy in undeclared_settings(session.client, configs):
                 note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
@@ -5066,7 +5069,7 @@ CREATE_OUTBOX = (
     'CREATE TABLE rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
 )
-CREATE_INDEXES = [      # so that a look does not pass over the rows that are refused or kept
+CREATE_INDEXES = [      # so that reading pending rows does not scan refused or kept ones
     'CREATE INDEX rundown_outbox_pending ON rundown_outbox (number) '
     'WHERE error IS NULL AND taken_by IS NULL',
     'CREATE INDEX rundown_outbox_taken ON rundown_outbox (taken_at) '
@@ -5081,7 +5084,7 @@ ADD_COLUMNS = [     # to a table of the first version
 
 # When this process last wrote into an outbox: set by enqueue_in(), read by the threads of
 # forwarding(). A time and not an Event: an interrupted handler, or a fork, could leave the lock of
-# an Event locked. And it says for how long to look often, since nothing tells us of a commit.
+# an Event locked. The time also tells how long to read often: there is no signal of a commit.
 outbox_activity = types.SimpleNamespace(last_write=float('-inf'))
 
 
@@ -5102,7 +5105,7 @@ def enqueue_in(
     """
     check_names(options, ENQUEUE_OPTIONS)
     if 'give_up' in options:
-        raise Misuse('give_up is for what is sent now, not for an outbox')
+        raise Misuse('an outbox takes no give_up: its jobs are not sent at once')
     if run_at is not None and delay is not None:
         raise Misuse('a job has a delay or a run_at, not both')
     if run_at is None and (delay is not None or options.get('expires') is not None):
@@ -5168,8 +5171,8 @@ class Outbox:
         self.is_sqlite = is_sqlite(self.connection)
         # touched by the thread that forwards
         self.postponed = {}     # row number -> when a job too large for a proxy is sent again
-        self.checked_host = None    # the engine whose kept rows were last looked through
-        self.checked_at = 0     # monotonic seconds: when that was
+        self.checked_host = None    # the engine for which the kept rows were last searched
+        self.checked_at = 0     # monotonic seconds of that search
 
     def insert(self, text):
         """Add a job, as JSON text, to the open transaction."""
@@ -5221,11 +5224,11 @@ class Outbox:
         """Delete the rows that were taken `keep` seconds ago or earlier."""
         latest = int(time.time() - keep)
         where = 'FROM rundown_outbox WHERE taken_at <= ?'
-        if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # a look takes no write lock
+        if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # reading takes no write lock
             self.execute(f'DELETE {where}', latest)
 
     def find(self, id):
-        """The job with this id, with the fields that are known here; None if it is not here."""
+        """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
         rows = self.execute('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
         for text, error in rows:
             fields = json.loads(text)
@@ -5237,7 +5240,7 @@ class Outbox:
         self.connection.commit()
 
     def execute(self, statement, *values):
-        """The rows of a statement, as tuples. A table that is missing or old is put right first."""
+        """The rows of a statement, as tuples. Creates or upgrades the table if necessary."""
         try:
             return self._execute_guarded(statement, values)
         except Exception as error:          # each driver has its own classes
@@ -5254,7 +5257,7 @@ class Outbox:
                 # table in which others write could lead to a deadlock.
                 for change in [create, *CREATE_INDEXES]:
                     self._execute_guarded(change)
-        except Exception as error:          # perhaps since somebody else has just done the same
+        except Exception as error:          # another process may have just done the same
             reasons.append(str(error).partition('\n')[0])
         try:
             return self._execute_guarded(statement, values)
@@ -5282,7 +5285,7 @@ class Outbox:
         return rows
 
     def _execute(self, statement, values=()):
-        """The rows of a statement as tuples, whatever rows the connection is set to return."""
+        """The rows of a statement as tuples, also if the connection has a row factory."""
         with contextlib.closing(self.connection.cursor()) as cursor:
             if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
                 cursor.row_factory = None if self.is_sqlite else lambda cursor: tuple
@@ -5353,7 +5356,7 @@ def forward_pending(outbox, client, send, keep):
 
 
 def send_rows(outbox, client, send, keep, rows):
-    """Send rows in batches, and halve a batch that is refused until the culprit is alone."""
+    """Send rows in batches. A batch that is refused is halved until the bad row is alone."""
     count = 0
     waiting = list(batches(rows, lambda row: row[1]))
     while waiting:
@@ -5417,11 +5420,11 @@ def forwarding(
         yield
     finally:
         stopping.set()
-        thread.join(REPORT_GRACE)           # jobs that are not sent by then are sent next time
+        thread.join(REPORT_GRACE)           # the remaining jobs stay in the outbox
 
 
 def keep_forwarding(connect, host, keep, interval, stopping):
-    """Forward until `stopping` is set, and a last time then. Connect again after each failure."""
+    """Forward until `stopping` is set, and then once more. Reconnects after each failure."""
     failures = 0
     is_last = False
     while not is_last:
@@ -5444,7 +5447,7 @@ def keep_forwarding(connect, host, keep, interval, stopping):
 
 
 def wait_for_commits(interval, stopping):
-    """Wait until it is worth looking into the outbox again, or `stopping` is set."""
+    """Wait until the outbox should be read again, or `stopping` is set."""
     deadline = time.monotonic() + interval
     while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
         if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
@@ -5532,7 +5535,7 @@ class DjangoTasks:
         }
 
     def _enqueue_in_outbox(self, task, payload):
-        """The job, with the few fields that are known here."""
+        """Write the job; returns the fields of it that are known before the engine has it."""
         from django.db import connections, transaction
         connection = connections[self.database]
         options = self._enqueue_options(task)
@@ -5546,7 +5549,7 @@ class DjangoTasks:
     def get_result(self, result_id):
         from django.tasks.exceptions import TaskResultDoesNotExist
         client = default.client(self.host)
-        for _ in range(2):      # a job may move from the outbox to the engine between two looks
+        for _ in range(2):      # the job may move from the outbox to the engine between the reads
             with missing_job():
                 return self._stored_result(client.job(result_id))
             job = self._find_in_outbox(result_id)
@@ -5733,7 +5736,7 @@ def set_django_result(result, value):
 
 
 def set_django_error(result, error):
-    """Note a failure in a result. False if another attempt follows."""
+    """Set a result to FAILED; False, and unchanged, if another attempt follows."""
     from django.tasks import TaskResultStatus
     from django.tasks.base import TaskError
     from django.utils import timezone
@@ -5761,7 +5764,7 @@ def django_backend():
     return DjangoBackend
 
 
-if not TYPE_CHECKING:       # a checker would take any name for one that is here
+if not TYPE_CHECKING:       # otherwise type checkers would accept any name of this module
     def __getattr__(name):
         """Make DjangoBackend when it is asked for, so that only its users import Django."""
         if name != 'DjangoBackend':
@@ -5774,7 +5777,7 @@ if not TYPE_CHECKING:       # a checker would take any name for one that is here
 
 
 def command_django(client, options):
-    """Work on Django's tasks, and forward what is in the outboxes of their backends."""
+    """Work on Django's tasks, and forward the outboxes of their backends."""
     sys.path.insert(0, os.getcwd())
     if options.reload:
         reloader.start()
@@ -5924,11 +5927,12 @@ def show(answer):
     if not sys.stdout.isatty():
         print(json.dumps(answer))
         return
-    for key in TABLES.keys() & answer.keys():
+    key = next((key for key in TABLES if key in answer), None)
+    if key:
         print_table(TABLES[key], answer[key])
-        return
-    for field, value in answer.items():
-        show_field(field, value)
+    else:
+        for field, value in answer.items():
+            show_field(field, value)
 
 
 def show_field(field, value):
@@ -6075,7 +6079,7 @@ def command_top(client, options):
 
 
 def show_top(page, room):
-    """Print the totals, so many queues, first those that have work, and the workers."""
+    """Print the totals, up to `room` queues (those with work first), and the workers."""
     now = parse_time(page['now'])
     rows = page['queues']
     total = {
@@ -6086,7 +6090,7 @@ def show_top(page, room):
     print(f'{page["now"][:19]}Z  {counts}')
     hidden = len(rows) - max(room, MIN_TOP_ROWS)
     if hidden > 0:
-        rows = sorted(rows, key=lambda row: not row['pending'] + row['running'])[:-hidden]
+        rows = sorted(rows, key=has_no_work)[:-hidden]
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
@@ -6102,6 +6106,10 @@ def show_top(page, room):
     if page['workers']:
         print()
         print_table(WORKER_COLUMNS, page['workers'])
+
+
+def has_no_work(row):
+    return row['pending'] == 0 and row['running'] == 0
 
 
 def per_minute(counts, now):
@@ -6164,7 +6172,7 @@ def is_number(value):
 
 
 def command_purge(client, options):
-    """Delete jobs; over all queues only when somebody says so, if there is somebody."""
+    """Delete jobs. On a terminal it asks before it deletes those of all queues."""
     everywhere = options.id is None and options.queue is None
     if everywhere and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
         kind = ' '.join(filter(None, [options.status, options.tag and f'{options.tag!r}']))
@@ -6190,7 +6198,7 @@ def command_run(client, options):
     except Exception:
         if not options.reload:
             raise
-        traceback.print_exc()       # it may be a typing error, to be corrected now
+        traceback.print_exc()       # such as a syntax error that is being corrected
         reloader.wait_and_restart()
     default.run(burst=options.burst, grace=options.grace, concurrency=options.concurrency)
     reloader.restart_if_changed()
@@ -6253,7 +6261,7 @@ class Reloader:
         if not self.has_changed:
             return
         arguments = getattr(sys, 'orig_argv', [sys.executable, *sys.argv])[1:]
-        if os.name == 'nt':         # there exec() ends the process for those who wait for it
+        if os.name == 'nt':         # exec() on Windows starts a new process and ends this one
             os._exit(subprocess.call([sys.executable, *arguments]))
         os.execv(sys.executable, [sys.executable, *arguments])
 
@@ -6268,7 +6276,7 @@ def is_of_project(path):
 
 
 def import_file(file):
-    """Import a file under the name that other programs import it by."""
+    """Import a file under the module name that other programs use for it."""
     folder, name = module_of_file(file)
     sys.path.insert(0, folder)
     if '.' in name:
@@ -6277,7 +6285,7 @@ def import_file(file):
     else:
         if not name.isidentifier() or name in sys.modules:
             name = 'tasks_' + re.sub(r'\W', '_', name)
-        load(file, name)
+        import_file_as(file, name)
 
 
 def command_demo(client, options):
@@ -6383,7 +6391,7 @@ COMMANDS = [
         argument('--minutes', action='store_true', help='with counts of the last hour'),
     ]),
     Command('top', command_top, 'watch queues and workers; once on a pipe', [
-        seconds_argument('--interval', help='seconds between two looks (1; a pipe: only one)'),
+        seconds_argument('--interval', help='seconds between refreshes (1; a pipe: no refresh)'),
     ]),
     Command('cancel', command_call, 'cancel a job, or all of a queue and status', [
         OPTIONAL_ID,
@@ -6500,7 +6508,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def answer_to_other_names():
-    """Have task files that import this module meet this instance of it."""
+    """Register this module, run as a script, under the names by which task files import it."""
     names = ['rundown_workers', main_module_name(globals()), module_of_file(__file__)[1]]
     for name in filter(None, names):
         sys.modules.setdefault(name, sys.modules[__name__])
