@@ -15178,7 +15178,7 @@ def test_whatever_a_worker_that_was_stopped_past_its_lease_says_gets_409_though_
 def claim_and_tell(url, path, queue):
     """A worker whose every word comes too late once it has been stopped: it goes on until it is told so."""
     witness = Witness(History(path), url, "slow")
-    job = witness.claims(queue=queue, limit=1, lease=0.5, worker="slow")[0]
+    job = witness.claims(queue=queue, limit=1, lease=2, worker="slow")[0]
     named = {"id": job["id"], "attempt": job["attempt"]}
     while witness.call("heartbeat", **named)[0] == 200:
         time.sleep(0.05)
