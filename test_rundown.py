@@ -14411,14 +14411,16 @@ def mutants_main(argv):
     print("%d of %d changes, seed %d" % (options.count, len(mutants), options.seed), flush=True)
     lines = source.splitlines()
     found = 0
-    for row, old, new, changed in random.Random(options.seed).sample(mutants, options.count):
+    chosen = random.Random(options.seed).sample(mutants, min(options.count, len(mutants)))
+    for number, (row, old, new, changed) in enumerate(chosen):
         with tempfile.TemporaryDirectory() as folder:
-            if is_found(Path(folder), changed, options.steps, options.seed):
+            # a seed of its own: some have clocks that never drift
+            if is_found(Path(folder), changed, options.steps, options.seed + number):
                 found += 1
             else:
                 line = lines[row - 1].strip()
                 print("not found, line %d, %r for %r: %s" % (row, new, old, line), flush=True)
-    print("%d of %d changes were found" % (found, options.count))
+    print("%d of %d changes were found" % (found, len(chosen)))
     return 0
 
 
@@ -15176,7 +15178,7 @@ def test_whatever_a_worker_that_was_stopped_past_its_lease_says_gets_409_though_
 def claim_and_tell(url, path, queue):
     """A worker whose every word comes too late once it has been stopped: it goes on until it is told so."""
     witness = Witness(History(path), url, "slow")
-    job = witness.claims(queue=queue, limit=1, lease=0.5, worker="slow")[0]
+    job = witness.claims(queue=queue, limit=1, lease=2, worker="slow")[0]
     named = {"id": job["id"], "attempt": job["attempt"]}
     while witness.call("heartbeat", **named)[0] == 200:
         time.sleep(0.05)
