@@ -1006,7 +1006,7 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'result': Column('TEXT', json_value, large=True, passive=True, rule=JSON_VALUE),
     'error': Column('TEXT', json_string, brief=json_last_line, large=True, passive=True,
                     rule=ERROR_TEXT),
-    'attempts': Column('TEXT', large=True),     # JSON: those that did not end in done
+    'attempts': Column('TEXT', large=True),     # JSON: all but one that is done
     'created_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
     'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=True),
@@ -1126,7 +1126,7 @@ CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND hold = 
     # enqueue with a key
     'jobs_key': f'''
 CREATE UNIQUE INDEX jobs_key ON jobs (queue, key) WHERE key IS NOT NULL AND {UNFINISHED}''',
-    # the jobs of a group; of those that have not ended the active one and the next
+    # the jobs of a group; the active one and the next of its unfinished jobs
     'jobs_group': 'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
     'jobs_group_next': f'''
 CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
@@ -1576,7 +1576,7 @@ def page_size(db):
 
 
 class Database:
-    """The file: its lock, the connection that writes, those that read, copies of it."""
+    """The file: its lock, the writing connection, the reading connections, its copies."""
 
     def __init__(self, path, sync):
         # constant after start
@@ -1587,7 +1587,7 @@ class Database:
         self.inodes = None              # of the database, log and lock file: _check_files()
         # safe without a lock
         self.readers = []               # all connections that read
-        self.idle_readers = []          # those that no thread uses at the moment
+        self.idle_readers = []          # connections that no thread uses at the moment
         self.reserve = DiskReserve(self.path)
         self.backups = Backups(self)
         # touched by the thread that writes only
@@ -1702,7 +1702,7 @@ class Database:
             is_full = 'full' in str(error) and self.reserve.give_up()
             if self.db and not begun and 'locked' in str(error):
                 raise Busy(f'{message}; nothing was changed, try again') from error
-            if self.db:     # after an I/O error only a fresh connection knows what is on disk
+            if self.db:     # after an I/O error only a fresh connection knows the disk's content
                 self.db.close()
                 self.db = None
             self.unsynced = self.unsynced or 'I/O' in str(error)
@@ -2300,7 +2300,7 @@ class Jobs:
         })
 
     def shift_deadlines(self, tx, seconds):
-        """Move what is counted in seconds with the clock, which has stepped by this much."""
+        """The clock has stepped by this much: move all deadlines that are counted in seconds."""
         by = micros(seconds)
         for statement in SHIFT_DEADLINES:
             tx.execute(statement, {'by': by, 'before': tx.now - by})
@@ -2539,7 +2539,7 @@ SELECT_LOST = '''
 
 
 class Claims:
-    """The calls of workers: poll, and those that end, extend or use a claim."""
+    """The calls of workers: poll, and the calls that end, extend or use a claim."""
 
     def __init__(self, jobs, limits, workers):
         # constant after start
@@ -3251,7 +3251,7 @@ class Queries:
         with self.database.reading() as db:
             row = db.execute(SELECT_JOB + 'id = ?', (id,)).fetchone()
             require(row, 'id: there is no job', id)
-            attempts = row['attempts'] or '[]'      # those that did not end in done
+            attempts = row['attempts'] or '[]'      # all but one that is done
             if row['status'] in ('running', 'done'):
                 attempts = attempts_json(row, row['status'], row['finished_at'])
             more = steps_json(db, row)
@@ -3730,7 +3730,7 @@ class Store:
         tx.wake_at(0)
 
     def shift_deadlines(self, tx, offset, ahead_seconds):
-        """Set the clock ahead, and move what is counted in seconds with it."""
+        """Set the clock ahead, and move all deadlines that are counted in seconds."""
         self.clock.offset = offset
         tx.now = self.clock.now()       # the rest of this transaction has the new time
         self.jobs.shift_deadlines(tx, ahead_seconds)
@@ -4009,7 +4009,7 @@ class PoisonedTransaction(Exception):      # noqa: N818 (it is a state, more tha
 class Committer:
     """Runs operations in transactions: all that arrived in a pass share one (group commit).
 
-    Writes come first, then maintenance (what is due), then the parked polls, in the order in which
+    Writes come first, then maintenance (all that is due), then the parked polls, in the order in which
     they came, then the new ones. So a job and the poll that takes it meet in one commit, whichever
     came first.
     """
@@ -4442,7 +4442,7 @@ def check_head_bytes(head):
 
 
 def parse_head(raw):
-    """Parse strictly: refuse whatever another program could read differently."""
+    """Parse strictly: refuse a head that another program could read differently."""
     lines = raw.split(b'\r\n')
     if len(lines) > MAX_HEADERS + 1:
         raise HeadersTooLarge(f'a request has at most {MAX_HEADERS} headers')
@@ -5189,7 +5189,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Listens, and knows who may come in. The event loop serves what is quick; threads that
+    """Listens, and knows who may come in. The event loop serves quick calls; threads that
     process_request() of socketserver begins serve slow calls."""
     daemon_threads = True
     block_on_close = False
@@ -5588,7 +5588,7 @@ def page_schema(name, item):
 
 
 def table_schema(columns, **more):
-    """An object of the visible columns. Those that brief pages leave out are not required."""
+    """An object of the visible columns. Columns that brief pages leave out are not required."""
     schema = object_schema()
     for name, column in columns.items():
         if column.json:

@@ -2372,7 +2372,7 @@ def thread_frames(thread_id):
 
 
 def coroutine_frames(coroutine):
-    """The frames of a coroutine that waits, and of those that it awaits."""
+    """The frames of a coroutine that waits, and of the coroutines that it awaits."""
     frames = []
     with contextlib.suppress(AttributeError):   # it waits for no coroutine, or has ended meanwhile
         while coroutine:
@@ -3510,7 +3510,7 @@ class Worker:
         self.stopping = threading.Event()       # no more jobs are taken
         self.closed = threading.Event()         # no more outcomes are reported
         # safe without a lock: a dict whose single operations are atomic
-        self.threads = {}               # those that run
+        self.threads = {}               # the running ones
         self.interruptions = Interruptions()
         # created with the lock held
         self.event_loop_lock = threading.Lock()
@@ -4663,7 +4663,7 @@ class App(Registry):
         self.ca = ca
         # safe without a lock: single operations of a dict and a list are atomic
         self.clients = {}               # (host, token, timeout, ca) -> Client
-        self.workers = []               # those that run
+        self.workers = []               # the running ones
 
     def client(self, host: str | None = None) -> Client:
         """The client for an engine; its connections are kept."""
@@ -5854,7 +5854,7 @@ class Testing:
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also those that are delayed or wait for a retry: the clock moves on to them.
+        With `delayed` also jobs that are delayed or wait for a retry: the clock moves on to them.
         """
         self.app.run(burst=True, **options)
         while delayed:
@@ -5876,7 +5876,7 @@ class Testing:
 
 
 def import_engine():
-    """The module rundown_engine, beside this one in a package or wherever it is importable."""
+    """The module rundown_engine, beside this one in a package, or on the import path."""
     names = ['rundown_engine']
     if __package__:
         names.insert(0, f'{__package__}.rundown_engine')
@@ -5920,7 +5920,7 @@ TOP_OTHER_LINES = 6     # lines of `top` that are neither queues nor workers
 MIN_TOP_ROWS = 5        # queues that it shows on any terminal
 WORKER_COLUMNS = ['worker', 'queue', 'running', 'hung', 'seen']
 MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
-FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # those that are shortened
+FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # the columns that are shortened
 BAR_WIDTH = 30          # characters of a progress bar
 CLEAR_SCREEN = '\x1b[H\x1b[2J'
 CLEAR_LINE = '\r\x1b[K'
