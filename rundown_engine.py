@@ -4009,7 +4009,7 @@ class PoisonedTransaction(Exception):      # noqa: N818 (it is a state, more tha
 class Committer:
     """Runs operations in transactions: all that arrived in a pass share one (group commit).
 
-    Writes come first, then maintenance (all that is due), then the parked polls, in the order in which
+    Writes come first, then maintenance, then the parked polls, in the order in which
     they came, then the new ones. So a job and the poll that takes it meet in one commit, whichever
     came first.
     """
