@@ -9286,7 +9286,7 @@ def test_a_producer_on_a_terminal_says_that_it_still_tries():
     program = """
 import rundown_workers as rw
 try:
-    rw.enqueue("q", give_up=1.5)
+    rw.enqueue("q", give_up=2.5)
 except rw.EngineUnavailable:
     pass
 """
