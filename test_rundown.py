@@ -7707,7 +7707,10 @@ def test_a_daemon_process_that_is_left_behind_does_not_keep_the_worker(engine, w
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGQUIT"])
 def test_other_signals_that_end_programs_stop_it_gracefully_too(engine, work, q, name):
     job = engine.enqueue(q)
-    worker = work(handler(q, "while True: time.sleep(0.01)"), run="rw.run(grace=0.1)")
+    # a test run under nohup hands down that SIGHUP is ignored
+    heeds = "import signal\nsignal.signal(signal.%s, signal.SIG_DFL)\n" % name
+    source = heeds + handler(q, "while True: time.sleep(0.01)")
+    worker = work(source, run="rw.run(grace=0.1)")
     until(lambda: engine.job(job)["status"] == "running")
     worker.process.send_signal(getattr(signal, name))
     assert worker.wait() == 0
