@@ -14664,7 +14664,7 @@ def test_on_a_disk_full_of_jobs_these_can_be_completed_and_purged_and_then_other
     assert engine.call("POST", "/purge", {"queue": q, "status": "pending"})[0] == 200
     assert engine.enqueue(q, "x" * 40000)
     until(lambda: engine.call("GET", "/health")[0] == 200, 10)
-    until(lambda: engine.queue(q + "-ticks")["pending"])
+    until(lambda: engine.count(q + "-ticks"))      # the queue comes with its first job
     assert count > 100
 
 
