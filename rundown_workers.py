@@ -5069,26 +5069,29 @@ testing = default.testing
 
 # -- Outbox ----------------------------------------------------------------------------------------
 CREATE_OUTBOX = (
-    'CREATE TABLE rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
+    'CREATE TABLE rundown_outbox (number {}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
 )
+CREATE_IN_POSTGRESQL = CREATE_OUTBOX.format('BIGSERIAL PRIMARY KEY')
+CREATE_IN_SQLITE = CREATE_OUTBOX.format('INTEGER PRIMARY KEY AUTOINCREMENT')
 CREATE_INDEXES = [      # so that reading pending rows does not scan refused or kept ones
     'CREATE INDEX rundown_outbox_pending ON rundown_outbox (number) '
     'WHERE error IS NULL AND taken_by IS NULL',
     'CREATE INDEX rundown_outbox_taken ON rundown_outbox (taken_at) '
     'WHERE taken_at IS NOT NULL',
 ]
-SQLITE_KEY = 'INTEGER PRIMARY KEY AUTOINCREMENT'
-POSTGRESQL_KEY = 'BIGSERIAL PRIMARY KEY'
 ADD_COLUMNS = [     # to a table of the first version
     'ALTER TABLE rundown_outbox ADD COLUMN taken_by TEXT',
     'ALTER TABLE rundown_outbox ADD COLUMN taken_at BIGINT',
 ]
-
-# When this process last wrote into an outbox: set by enqueue_in(), read by the threads of
-# forwarding(). A time and not an Event: an interrupted handler, or a fork, could leave the lock of
-# an Event locked. The time also tells how long to read often: there is no signal of a commit.
-outbox_activity = types.SimpleNamespace(last_write=float('-inf'))
+NUMBER_ROWS = [     # of a table that version 1.1 made through Django's connection to SQLite
+    'ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered',
+    CREATE_IN_SQLITE,
+    'INSERT INTO rundown_outbox (job, error, taken_by, taken_at) '
+    'SELECT job, error, taken_by, taken_at FROM rundown_outbox_unnumbered ORDER BY rowid',
+    'DROP TABLE rundown_outbox_unnumbered',
+    *CREATE_INDEXES,
+]
 
 
 def enqueue_in(
@@ -5117,7 +5120,7 @@ def enqueue_in(
         run_at = now + datetime.timedelta(seconds=clamp_delay(delay or 0))
     id = id or new_id()
     Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
-    outbox_activity.last_write = time.monotonic()
+    Forwarder.last_write = time.monotonic()
     return id
 
 
@@ -5132,37 +5135,121 @@ def driver_connection(connection):
         if not connection.in_transaction() and hasattr(connection, 'commit'):
             connection.begin()      # as its first statement would do; its commit() needs that
         connection = connection.connection
-    connection = getattr(connection, 'dbapi_connection', connection)
-    is_usable = (
-        hasattr(connection, 'cursor')
-        and not inspect.iscoroutinefunction(connection.commit)
-        and (is_sqlite(connection) or not is_from(connection, 'sqlite'))    # as aiosqlite is
+    return getattr(connection, 'dbapi_connection', connection)
+
+
+def database_of(connection):
+    """The Database of a connection; Misuse if it is of no supported kind."""
+    connection = driver_connection(connection)
+    if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
+        return SQLite(connection)
+    is_asynchronous = (
+        inspect.iscoroutinefunction(getattr(connection, 'commit', None))
+        or has_class_of(connection, 'sqlite')       # an adapter of aiosqlite
     )
-    if not is_usable:
+    if is_asynchronous or not hasattr(connection, 'cursor'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
-    return connection
+    return Database(connection)
 
 
-def is_sqlite(connection):
-    return hasattr(connection, 'total_changes')
-
-
-def is_from(connection, name):
+def has_class_of(connection, name):
     """Is `name` in the module name of the connection's class, or of one of its bases?"""
     return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
-def commits_each_statement(connection):
-    """Is no transaction open, and does the next statement not open one?"""
-    autocommit = getattr(connection, 'autocommit', None)
-    if is_sqlite(connection):
-        if connection.in_transaction:
+class Database:
+    """The connection of psycopg, psycopg2, or another driver that writes parameters as %s."""
+
+    parameter = '%s'
+    create_table = CREATE_IN_POSTGRESQL
+
+    def __init__(self, connection):
+        # constant
+        self.connection = connection
+        self.makes_table = has_class_of(connection, 'psycopg')      # others may have other types
+
+    def commits_each_statement(self):
+        """Is no transaction open, and does the next statement not open one?"""
+        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
+        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
+
+    def execute(self, statement, *values):
+        """The rows of a statement as tuples, also if the connection has a row factory."""
+        with contextlib.closing(self.connection.cursor()) as cursor:
+            self._have_plain_rows(cursor)
+            cursor.execute(statement.replace('?', self.parameter), values)
+            rows = cursor.fetchall() if cursor.description else []
+        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
+
+    def _have_plain_rows(self, cursor):
+        if hasattr(self.connection, 'row_factory'):     # psycopg
+            cursor.row_factory = lambda cursor: tuple
+
+    def execute_guarded(self, statement, *values):
+        """execute(). If it fails, the transaction can go on."""
+        if self.commits_each_statement():
+            return self.execute(statement, *values)
+        self.execute('SAVEPOINT rundown')
+        try:
+            rows = self.execute(statement, *values)
+        except Exception:
+            self.execute('ROLLBACK TO SAVEPOINT rundown')
+            self.execute('RELEASE SAVEPOINT rundown')
+            raise
+        self.execute('RELEASE SAVEPOINT rundown')
+        return rows
+
+    def repair(self):
+        """Mend a table that older versions made wrong, though no statement fails on it."""
+
+
+class SQLite(Database):
+    """A connection of sqlite3."""
+
+    parameter = '?'
+    create_table = CREATE_IN_SQLITE
+
+    def __init__(self, connection):
+        super().__init__(connection)
+        self.makes_table = True
+
+    def commits_each_statement(self):
+        if self.connection.in_transaction:
             return False
-        # True or False since Python 3.12; -1, or missing: isolation_level decides
-        return connection.isolation_level is None if autocommit in (None, -1) else autocommit
-    status = getattr(getattr(connection, 'info', None), 'transaction_status', 0)    # 0: idle
-    return autocommit is True and status == 0
+        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        return self.connection.isolation_level is None if autocommit == -1 else autocommit
+
+    def _have_plain_rows(self, cursor):
+        cursor.row_factory = None
+
+    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
+    execute_guarded = Database.execute
+
+    def repair(self):
+        """Number the rows of a table that lacks numbers.
+
+        Its jobs are all sent again, since it does not tell which of them the engine has. The
+        engine recognizes their ids.
+        """
+        if not self._lacks_numbers():
+            return
+        begins = not self.connection.in_transaction
+        if begins:
+            self.execute('BEGIN IMMEDIATE')
+        if self._lacks_numbers():       # still, now that no other forwarder can repair it
+            for statement in NUMBER_ROWS:
+                self.execute(statement)
+            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
+        if begins:
+            self.execute('COMMIT')
+        else:
+            self.connection.commit()
+
+    def _lacks_numbers(self):
+        return self.execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
+            "AND sql LIKE '%BIGSERIAL%'")
 
 
 class Outbox:
@@ -5170,27 +5257,142 @@ class Outbox:
 
     def __init__(self, connection):
         # constant
-        self.connection = driver_connection(connection)
-        self.is_sqlite = is_sqlite(self.connection)
-        # touched by the thread that forwards
-        self.postponed = {}     # row number -> when a job too large for a proxy is sent again
-        self.checked_host = None    # the engine for which the kept rows were last searched
-        self.checked_at = 0     # monotonic seconds of that search
+        self.database = database_of(connection)
+        self.connection = self.database.connection
+        self.execute = self.database.execute
 
     def insert(self, text):
-        """Add a job, as JSON text, to the open transaction."""
-        if commits_each_statement(self.connection):
+        """Add a job, as JSON text, to the producer's transaction."""
+        if self.database.commits_each_statement():
             raise Misuse('the connection is in autocommit mode, so the job would be enqueued '
                          'even if your other statements fail: begin a transaction first')
-        self.execute('INSERT INTO rundown_outbox (job) VALUES (?)', text)
+        self._execute_on_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
 
-    def pending(self, host):
-        """(number, characters) of the next rows that the engine at `host` has not taken.
+    def find(self, id):
+        """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
+        rows = self._execute_on_table(
+            'SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
+        for text, error in rows:
+            fields = json.loads(text)
+            if fields['id'] == id:
+                return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
+        return None
+
+    def prepare(self):
+        """Make the table, or bring one of an older version up to date, and commit."""
+        self._execute_on_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
+        self.connection.commit()
+        self.database.repair()
+
+    def _execute_on_table(self, statement, *values):
+        """The rows of a statement in a transaction that goes on if it fails.
+
+        If the table or a column is missing, it is made, and the statement is executed again.
+        """
+        try:
+            return self.database.execute_guarded(statement, *values)
+        except Exception as error:          # each driver has its own classes
+            problem = first_line(error)
+            if not re.search('rundown_outbox|taken_(at|by)', problem):
+                raise
+        problems = [problem, *self._make_missing(problem)]
+        try:
+            return self.database.execute_guarded(statement, *values)
+        except Exception as error:
+            problems.append(first_line(error))
+            raise Error('the table rundown_outbox cannot be used, nor made: '
+                        f'{"; ".join(problems)}. The statement that makes it: '
+                        f'{self.database.create_table}') from error
+
+    def _make_missing(self, problem):
+        """Make the table, or its columns. Returns problems in that: others may make it just now."""
+        changes = []
+        if 'taken_' in problem:
+            changes = ADD_COLUMNS
+        elif self.database.makes_table:
+            # The first fails if another producer has just made the table. Indexes on a table in
+            # which others write could lead to a deadlock.
+            changes = [self.database.create_table, *CREATE_INDEXES]
+        try:
+            for change in changes:
+                self.database.execute_guarded(change)
+        except Exception as error:
+            return [first_line(error)]
+        return []
+
+    def read(self, statement, *values):
+        """The rows of a statement in a transaction of its own."""
+        rows = self.execute(statement, *values)
+        self.connection.commit()
+        return rows
+
+    def change(self, statement, *values):
+        """Execute a statement in a transaction of its own.
+
+        PostgreSQL may abort it because of another forwarder; then it is tried once more.
+        """
+        try:
+            self.read(statement, *values)
+        except Exception:
+            self.connection.rollback()      # raises if the connection is lost
+            self.read(statement, *values)
+
+
+def first_line(error):
+    return str(error).partition('\n')[0]
+
+
+class Forwarder:
+    """Sends the committed jobs of an outbox to an engine, in order.
+
+    No transaction is open while it waits for the engine.
+    """
+
+    # When this process last wrote into an outbox: set by enqueue_in(), read by all forwarders. A
+    # time and not an Event: an interrupted handler, or a fork, could leave the lock of an Event
+    # locked. It also tells how long to read often: there is no signal of a commit.
+    last_write = float('-inf')
+
+    def __init__(self, connection, client, send, keep):
+        # constant
+        self.outbox = Outbox(connection)
+        self.client = client
+        self.send = send            # client.send or client.call
+        self.keep = keep            # seconds for which rows are kept that the engine took
+        # touched by the thread that forwards
+        self.postponed = {}         # row number -> when a job too large for a proxy is sent again
+        self.checked_host = None    # the engine for which the kept rows were last searched
+        self.checked_at = 0         # monotonic seconds of that search
+        self.outbox.prepare()
+
+    def send_all(self):
+        """Send all committed jobs; returns how many the engine took."""
+        if self.keep:
+            self.send('/health')    # if a standby has taken over, this changes client.host
+        count = 0
+        while True:
+            self._delete_taken()
+            rows = self._next_rows()
+            if not rows:
+                return count
+            for batch in batches(rows, lambda row: row[1]):
+                count += self._send(batch)
+
+    def _delete_taken(self):
+        """Delete the rows that were taken `keep` seconds ago or earlier."""
+        latest = int(time.time() - self.keep)
+        where = 'FROM rundown_outbox WHERE taken_at <= ?'
+        if self.outbox.read(f'SELECT 1 {where} LIMIT 1', latest):   # reading takes no write lock
+            self.outbox.change(f'DELETE {where}', latest)
+
+    def _next_rows(self):
+        """(number, characters) of the next rows that the engine in use has not taken.
 
         JSON text is ASCII, so characters are bytes. The texts are read later: a page of rows may
         be larger than the memory.
         """
         now = time.monotonic()
+        host = self.client.host
         self.postponed = {number: at for number, at in self.postponed.items() if at > now}
         if host != self.checked_host or now > self.checked_at + OUTBOX_INTERVAL:
             rows = self._select_rows('taken_by <> ?', host)     # passes over all that is kept
@@ -5202,130 +5404,59 @@ class Outbox:
 
     def _select_rows(self, condition, *values):
         postponed = ','.join(map(str, self.postponed)) or '0'
-        return self.execute(
+        return self.outbox.read(
             f'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL AND {condition} '
             f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}', *values)
 
-    def texts(self, numbers):
-        """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
-        rows = self.execute(
+    def _send(self, rows):
+        """Send rows in one request; returns how many the engine took."""
+        numbers = ','.join(str(number) for number, _ in rows)
+        texts = self.outbox.read(
             f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
-        return [text.decode() if isinstance(text, bytes) else text for (text,) in rows]
+        if not texts:       # another forwarder was faster
+            return 0
+        jobs = ','.join(as_text(text) for text, in texts)
+        host = self.client.host
+        try:
+            self.send('/enqueue', f'{{"jobs":[{jobs}]}}')
+        except (Refused, EngineUnavailable) as error:
+            if not is_verdict(error):
+                raise
+            problem = error
+        else:
+            # If the client has changed to another engine meanwhile, that one gets them again.
+            self._mark_taken(numbers, host)
+            return len(rows)
+        return self._isolate(rows, problem)
 
-    def mark_taken(self, numbers, host, keep):
-        if keep:
-            self.execute(
+    def _isolate(self, rows, problem):
+        """Halve the rows of a request that was refused, until the one at fault is alone."""
+        if len(rows) > 1:
+            middle = len(rows) // 2
+            return self._send(rows[:middle]) + self._send(rows[middle:])
+        number, _ = rows[0]
+        if isinstance(problem, Refused):
+            note(logging.ERROR, 'the engine refused job %s of the outbox: %s', number, problem)
+            self.outbox.change(
+                'UPDATE rundown_outbox SET error = ? WHERE number = ?', str(problem), number)
+        else:
+            note(logging.ERROR, 'job %s of the outbox is sent again in %g s: it is too large for '
+                 'a proxy before the engine: %s', number, OUTBOX_TOO_LARGE_PAUSE, problem)
+            self.postponed[number] = time.monotonic() + OUTBOX_TOO_LARGE_PAUSE
+        return 0
+
+    def _mark_taken(self, numbers, host):
+        if self.keep:
+            self.outbox.change(
                 f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
                 host, int(time.time()))
         else:
-            self.execute(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
+            self.outbox.change(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
 
-    def mark_refused(self, number, error):
-        self.execute('UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), number)
 
-    def delete_taken(self, keep):
-        """Delete the rows that were taken `keep` seconds ago or earlier."""
-        latest = int(time.time() - keep)
-        where = 'FROM rundown_outbox WHERE taken_at <= ?'
-        if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # reading takes no write lock
-            self.execute(f'DELETE {where}', latest)
-
-    def find(self, id):
-        """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
-        rows = self.execute('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
-        for text, error in rows:
-            fields = json.loads(text)
-            if fields['id'] == id:
-                return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
-        return None
-
-    def commit(self):
-        self.connection.commit()
-
-    def execute(self, statement, *values):
-        """The rows of a statement, as tuples. Creates or upgrades the table if necessary."""
-        try:
-            return self._execute_guarded(statement, values)
-        except Exception as error:          # each driver has its own classes
-            reasons = [str(error).partition('\n')[0]]
-            if not re.search('rundown_outbox|taken_(at|by)', reasons[0]):
-                raise
-        create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
-        try:
-            if 'taken_' in reasons[0]:
-                for change in ADD_COLUMNS:
-                    self._execute_guarded(change)
-            elif self.is_sqlite or is_from(self.connection, 'psycopg'):
-                # The first fails if another producer has just made the table. Indexes on a
-                # table in which others write could lead to a deadlock.
-                for change in [create, *CREATE_INDEXES]:
-                    self._execute_guarded(change)
-        except Exception as error:          # another process may have just done the same
-            reasons.append(str(error).partition('\n')[0])
-        try:
-            return self._execute_guarded(statement, values)
-        except Exception as error:
-            reasons.append(str(error).partition('\n')[0])
-            raise Error('the table rundown_outbox cannot be used, nor made: '
-                        f'{"; ".join(reasons)}. The statement that makes it: {create}') from error
-
-    def _execute_guarded(self, statement, values=()):
-        """Execute a statement; if it fails, the transaction can go on.
-
-        In PostgreSQL a failure aborts a transaction, so there is a savepoint. In SQLite it does
-        not, and releasing the outermost savepoint would commit.
-        """
-        if self.is_sqlite or commits_each_statement(self.connection):
-            return self._execute(statement, values)
-        self._execute('SAVEPOINT rundown')
-        try:
-            rows = self._execute(statement, values)
-        except Exception:
-            self._execute('ROLLBACK TO SAVEPOINT rundown')
-            self._execute('RELEASE SAVEPOINT rundown')
-            raise
-        self._execute('RELEASE SAVEPOINT rundown')
-        return rows
-
-    def _execute(self, statement, values=()):
-        """The rows of a statement as tuples, also if the connection has a row factory."""
-        with contextlib.closing(self.connection.cursor()) as cursor:
-            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
-                cursor.row_factory = None if self.is_sqlite else lambda cursor: tuple
-            cursor.execute(statement if self.is_sqlite else statement.replace('?', '%s'), values)
-            rows = cursor.fetchall() if cursor.description else []
-        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    def repair_numbers(self):
-        """Number the rows of a table that version 1.1 made through Django's SQLite connection.
-
-        Its jobs are all sent again, since it does not tell which of them the engine has. The
-        engine recognizes their ids.
-        """
-        if not self._lacks_numbers():
-            return
-        begins = not self.connection.in_transaction
-        if begins:
-            self._execute('BEGIN IMMEDIATE')
-        if self._lacks_numbers():       # still, now that no other forwarder can repair it
-            columns = 'job, error, taken_by, taken_at'
-            self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
-            self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
-            self._execute(f'INSERT INTO rundown_outbox ({columns}) '
-                          f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
-            self._execute('DROP TABLE rundown_outbox_unnumbered')
-            for statement in CREATE_INDEXES:
-                self._execute(statement)
-            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
-        if begins:
-            self._execute('COMMIT')
-        else:
-            self.commit()
-
-    def _lacks_numbers(self):
-        return self.is_sqlite and bool(self._execute(
-            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
-            "AND sql LIKE '%BIGSERIAL%'"))
+def as_text(value):
+    """Text from a database, whose connection may return it as bytes."""
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -5336,72 +5467,7 @@ def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0
     """
     client = default.client(host)
     with contextlib.closing(connect()) as connection:
-        outbox = Outbox(connection)
-        outbox.repair_numbers()
-        return forward_pending(outbox, client, client.call, keep)
-
-
-def forward_pending(outbox, client, send, keep):
-    """Send all committed jobs, in order; the number of jobs that the engine took.
-
-    `send` is client.send or client.call. No transaction is open while it waits for the engine.
-    """
-    if keep:
-        send('/health')     # if a standby has taken over, this changes client.host
-    count = 0
-    while True:
-        outbox.delete_taken(keep)
-        rows = outbox.pending(client.host)
-        outbox.commit()
-        if not rows:
-            return count
-        count += send_rows(outbox, client, send, keep, rows)
-
-
-def send_rows(outbox, client, send, keep, rows):
-    """Send rows in batches. A batch that is refused is halved until the bad row is alone."""
-    count = 0
-    waiting = list(batches(rows, lambda row: row[1]))
-    while waiting:
-        batch = waiting.pop(0)
-        numbers = ','.join(str(number) for number, _ in batch)
-        texts = outbox.texts(numbers)
-        outbox.commit()
-        if not texts:       # another forwarder was faster
-            continue
-        host = client.host
-        try:
-            send('/enqueue', f'{{"jobs":[{",".join(texts)}]}}')
-        except (Refused, EngineUnavailable) as error:
-            if not is_about_body(error):
-                raise
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                waiting[:0] = batch[:middle], batch[middle:]
-            else:
-                set_aside(outbox, numbers, error)
-        else:
-            # If the client has changed to another engine meanwhile, that one gets them again.
-            outbox.mark_taken(numbers, host, keep)
-            count += len(batch)
-        outbox.commit()
-    return count
-
-
-def is_about_body(error):
-    """Does an error blame the request's body? Of a proxy's errors only the 413 does."""
-    return getattr(error, 'status', None) in (REFUSALS if isinstance(error, Refused) else [413])
-
-
-def set_aside(outbox, number, error):
-    """Set a job aside so that the others go on: for good if the engine itself refused it."""
-    if isinstance(error, Refused):
-        note(logging.ERROR, 'the engine refused job %s of the outbox: %s', number, error)
-        outbox.mark_refused(int(number), error)
-    else:
-        note(logging.ERROR, 'job %s of the outbox is sent again in %g s: it is too large for a '
-             'proxy before the engine: %s', number, OUTBOX_TOO_LARGE_PAUSE, error)
-        outbox.postponed[int(number)] = time.monotonic() + OUTBOX_TOO_LARGE_PAUSE
+        return Forwarder(connection, client, client.call, keep).send_all()
 
 
 @contextlib.contextmanager
@@ -5433,12 +5499,11 @@ def keep_forwarding(connect, host, keep, interval, stopping):
     while not is_last:
         try:
             with contextlib.closing(connect()) as connection:
-                outbox = Outbox(connection)
-                outbox.repair_numbers()
+                client = default.client(host)
+                forwarder = Forwarder(connection, client, client.send, keep)
                 while not is_last:
                     is_last = stopping.is_set()
-                    client = default.client(host)
-                    forward_pending(outbox, client, client.send, keep)
+                    forwarder.send_all()
                     failures = 0
                     wait_for_commits(interval, stopping)
         except Exception as error:      # the database's or the engine's
@@ -5453,7 +5518,7 @@ def wait_for_commits(interval, stopping):
     """Wait until the outbox should be read again, or `stopping` is set."""
     deadline = time.monotonic() + interval
     while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
-        if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
+        if time.monotonic() < Forwarder.last_write + OUTBOX_BURST:
             return
 
 

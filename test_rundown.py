@@ -10431,10 +10431,11 @@ def test_a_look_into_an_outbox_does_not_pass_over_what_is_refused_or_kept(engine
         )
         box.commit()
         box.set_progress_handler(lambda: steps.append(1), 100)  # at each 100 instructions
-        outbox, client = rw.Outbox(box), rw.Client(engine.url)
-        assert rw.forward_pending(outbox, client, client.send, keep=60) == 1
+        client = rw.Client(engine.url)
+        forwarder = rw.Forwarder(box, client, client.send, keep=60)
+        assert forwarder.send_all() == 1
         steps.clear()
-        assert rw.forward_pending(outbox, client, client.send, keep=60) == 0
+        assert forwarder.send_all() == 0
     assert len(steps) < 10
 
 
