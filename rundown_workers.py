@@ -5536,6 +5536,7 @@ def command_forward(client, options):
 
 
 # -- Django ----------------------------------------------------------------------------------------
+DJANGO_OPTIONS = ['host', 'max_retries', 'outbox', 'timeout']
 DJANGO_STATUSES = {     # of a job -> of Django's TaskResult
     'pending': 'READY',
     'running': 'RUNNING',
@@ -5545,12 +5546,27 @@ DJANGO_STATUSES = {     # of a job -> of Django's TaskResult
 }
 
 
-class DjangoTasks:
-    """A backend for Django's tasks. DjangoBackend is this class and Django's BaseTaskBackend.
+def import_django():
+    """Import what this section uses of Django. Only its users pay for that."""
+    global asgiref, django
+    import asgiref.sync
+    import django.conf
+    import django.db
+    import django.tasks.backends.base
+    import django.tasks.exceptions
+    import django.tasks.signals
+    import django.utils.json
+    import django.utils.module_loading
+    import django.utils.timezone
 
-    With `"OPTIONS": {"outbox": True}` (or the alias of a database) jobs are written into the
-    transaction that is open there, or into one of their own. Other options are `host`, `timeout`
-    and `max_retries`. A task is READY again while it waits for a retry.
+
+class DjangoTasks:
+    """Sends Django's tasks as jobs, and finds their results.
+
+    DjangoBackend is this class and Django's BaseTaskBackend. With `"OPTIONS": {"outbox": True}`
+    (or the alias of a database) jobs are written into the transaction that is open there, or into
+    one of their own. Other options are `host`, `timeout` and `max_retries`. A task is READY again
+    while it waits for a retry.
     """
 
     supports_defer = True
@@ -5560,109 +5576,90 @@ class DjangoTasks:
 
     def __init__(self, alias, params):
         super().__init__(alias, params)
+        check_names(self.options, DJANGO_OPTIONS, f'TASKS[{alias!r}] has no option')
         # constant
-        self.job_options = dict(self.options)
-        outbox = self.job_options.pop('outbox', False)
-        # alias of the database with the outbox; None: no outbox
-        self.database = 'default' if outbox is True else (outbox or None)
-        self.host = self.job_options.pop('host', None)                      # None: RUNDOWN_URL
-        unknown = sorted(set(self.job_options) - {'max_retries', 'timeout'})
-        if unknown:
-            from django.core.exceptions import ImproperlyConfigured
-            raise ImproperlyConfigured(f'TASKS[{alias!r}]: there is no option {unknown[0]!r}')
+        outbox = self.options.get('outbox') or None
+        self.database = 'default' if outbox is True else outbox     # its alias; None: no outbox
+        self.host = self.options.get('host')                        # None: RUNDOWN_URL
 
     def enqueue(self, task, args, kwargs):
-        from django.tasks.signals import task_enqueued
-        self.validate_task(task)
-        payload = django_payload(task, args, kwargs)
+        options = self._enqueue_options(task, args, kwargs)
         if self.database:
-            job = self._enqueue_in_outbox(task, payload)
+            job = self._enqueue_in_outbox(options)
         else:
-            job = default.enqueue(payload=payload, **self._enqueue_options(task))
+            job = default.enqueue(host=self.host, **options)
         result = self._result(task, job)
-        task_enqueued.send(type(self), task_result=result)
+        django.tasks.signals.task_enqueued.send(type(self), task_result=result)
         return result
 
     async def aenqueue(self, task, args, kwargs):
-        from django.tasks.signals import task_enqueued
         if self.database:       # in the thread that has the connection
             return await super().aenqueue(task, args, kwargs)
-        self.validate_task(task)
-        payload = django_payload(task, args, kwargs)
-        job = await default.aenqueue(payload=payload, **self._enqueue_options(task))
-        result = self._result(task, job)
-        await task_enqueued.asend(type(self), task_result=result)
+        options = self._enqueue_options(task, args, kwargs)
+        result = self._result(task, await default.aenqueue(host=self.host, **options))
+        await django.tasks.signals.task_enqueued.asend(type(self), task_result=result)
         return result
 
-    def _enqueue_options(self, task):
+    def _enqueue_options(self, task, args, kwargs):
+        self.validate_task(task)
         return {
-            **self.job_options,
             'queue': task.queue_name,
-            'host': self.host,
+            'payload': {
+                'task': task.module_path,
+                'args': django.utils.json.normalize_json(args),
+                'kwargs': django.utils.json.normalize_json(kwargs),
+            },
             'priority': task.priority,
             'run_at': task.run_after,
+            'max_retries': self.options.get('max_retries'),
+            'timeout': self.options.get('timeout'),
         }
 
-    def _enqueue_in_outbox(self, task, payload):
+    def _enqueue_in_outbox(self, options):
         """Write the job; returns the fields of it that are known before the engine has it."""
-        from django.db import connections, transaction
-        connection = connections[self.database]
-        options = self._enqueue_options(task)
-        del options['host']
+        connection = django.db.connections[self.database]
         begins = connection.get_autocommit()
-        with transaction.atomic(self.database) if begins else contextlib.nullcontext():
-            id = enqueue_in(connection, payload=payload, **options)
+        with django.db.transaction.atomic(self.database) if begins else contextlib.nullcontext():
+            id = enqueue_in(connection, **options)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
-        return {'id': id, 'status': 'pending', 'payload': payload, 'created_at': now}
+        return {**options, 'id': id, 'status': 'pending', 'created_at': now}
 
+    # A result is looked for in the outbox first: from there a job moves to the engine.
     def get_result(self, result_id):
-        from django.tasks.exceptions import TaskResultDoesNotExist
-        client = default.client(self.host)
-        for _ in range(2):      # the job may move from the outbox to the engine between the reads
-            with missing_job():
-                return self._stored_result(client.job(result_id))
-            job = self._find_in_outbox(result_id)
-            if job:
-                return self._stored_result(job)
-        raise TaskResultDoesNotExist(result_id)
+        job = self._find_in_outbox(result_id)
+        if not job:
+            with missing_as_django_says(result_id):
+                job = default.client(self.host).job(result_id)
+        return self.stored_result(job)
 
     async def aget_result(self, result_id):
-        from asgiref.sync import sync_to_async
-        from django.tasks.exceptions import TaskResultDoesNotExist
-        client = default.client(self.host)
-        for _ in range(2):
-            with missing_job():
+        job = self.database and await asgiref.sync.sync_to_async(self._find_in_outbox)(result_id)
+        if not job:
+            with missing_as_django_says(result_id):
+                client = default.client(self.host)
                 job = await async_calls().call(client, '/jobs/' + quote(result_id))
-                return self._stored_result(job)
-            job = await sync_to_async(self._find_in_outbox)(result_id)
-            if job:
-                return self._stored_result(job)
-        raise TaskResultDoesNotExist(result_id)
+        return self.stored_result(job)
 
     def _find_in_outbox(self, id):
-        from django.db import connections
-        return self.database and Outbox(connections[self.database]).find(id)
+        return self.database and Outbox(django.db.connections[self.database]).find(id)
 
-    def _stored_result(self, job):
-        return self._result(self._task(job), job)
-
-    def _task(self, job):
-        """The task that a job is for, with the queue and the priority of the job."""
+    def stored_result(self, job):
+        """The TaskResult of a job as the engine or the outbox has it."""
         priority = max(-100, min(100, job.get('priority', 0)))      # operators may set others
         task = django_task(job['payload'])
-        return task.using(queue_name=job['queue'], priority=priority, backend=self.alias)
+        task = task.using(queue_name=job['queue'], priority=priority, backend=self.alias)
+        return self._result(task, job)
 
     def _result(self, task, job):
-        from django.tasks import TaskResult, TaskResultStatus
         attempts = job.get('attempts', [])
         workers = [attempt['worker'] for attempt in attempts]
         if job['status'] == 'running':
             workers.append(job['worker'])
         unknown = job.get('attempt', 0) - len(workers)      # the engine keeps the last ten
-        result = TaskResult(
+        result = django.tasks.TaskResult(
             task=task,
             id=job['id'],
-            status=TaskResultStatus[DJANGO_STATUSES[job['status']]],
+            status=django.tasks.TaskResultStatus[DJANGO_STATUSES[job['status']]],
             enqueued_at=django_time(job.get('created_at')),
             started_at=django_time((attempts or [job])[0].get('started_at')),
             last_attempted_at=django_time(job.get('started_at')),
@@ -5670,167 +5667,141 @@ class DjangoTasks:
             args=job['payload'].get('args', []),
             kwargs=job['payload'].get('kwargs', {}),
             backend=self.alias,
-            errors=django_errors(job),
+            errors=[django_error(text) for text in error_texts(job)],
             worker_ids=[''] * unknown + workers,
         )
-        object.__setattr__(result, '_return_value', job.get('result'))
+        set_fields(result, _return_value=job.get('result'))
         return result
 
-    def handler(self):
-        """A function that runs the tasks of a queue. For an async one it returns a coroutine."""
-        def run_task(payload):
-            task = django_task(payload)
-            run = self.arun if inspect.iscoroutinefunction(task.func) else self.run
-            return run(task, job())
 
-        return run_task
+class DjangoAttempt:
+    """One attempt of a task in a worker. Sends Django's signals, and closes old connections."""
 
-    def run(self, task, job):
-        from django.db import close_old_connections
-        from django.tasks.signals import task_finished, task_started
-        close_old_connections()
+    def __init__(self, backend, job):
+        # constant
+        self.sender = type(backend)
+        self.result = backend.stored_result(job)    # the fields in it change as the task ends
+        self.function = self.result.task.func
+
+    def run(self):
         try:
-            result = self._stored_result(job)
-            task_started.send(type(self), task_result=result)
-            try:
-                set_django_result(result, task.func(*django_args(result), **result.kwargs))
-            except BaseException as error:
-                if set_django_error(result, error):
-                    task_finished.send_robust(type(self), task_result=result)
-                raise
-            # robust: a receiver that fails must not have the task run again
-            task_finished.send_robust(type(self), task_result=result)
-            return result.return_value
-        finally:
-            close_old_connections()
+            value = as_django_json(self.function(*self._begin(), **self.result.kwargs))
+        except BaseException as error:
+            self._end(error=error)
+            raise
+        self._end(value)
+        return value
 
-    async def arun(self, task, job):
-        from asgiref.sync import sync_to_async
-        from django.db import close_old_connections
-        from django.tasks.signals import task_finished, task_started
-        await sync_to_async(close_old_connections)()
-        try:
-            result = self._stored_result(job)
-            await task_started.asend(type(self), task_result=result)
+    async def arun(self):
+        """run() for an async task. As in a request, it has a thread and connections of its own."""
+        async with asgiref.sync.ThreadSensitiveContext():
             try:
-                set_django_result(result, await task.func(*django_args(result), **result.kwargs))
+                args = await asgiref.sync.sync_to_async(self._begin)()
+                value = as_django_json(await self.function(*args, **self.result.kwargs))
             except BaseException as error:
-                if set_django_error(result, error):
-                    await task_finished.asend_robust(type(self), task_result=result)
+                await asgiref.sync.sync_to_async(self._end)(error=error)
                 raise
-            await task_finished.asend_robust(type(self), task_result=result)
-            return result.return_value
+            else:
+                await asgiref.sync.sync_to_async(self._end)(value)
+            finally:
+                await asgiref.sync.sync_to_async(django.db.connections.close_all)()
+        return value
+
+    def _begin(self):
+        """Send task_started; returns the positional arguments."""
+        django.db.close_old_connections()
+        django.tasks.signals.task_started.send(self.sender, task_result=self.result)
+        takes_context = self.result.task.takes_context
+        context = [django.tasks.TaskContext(task_result=self.result)] if takes_context else []
+        return context + self.result.args
+
+    def _end(self, value=None, error=None):
+        """Send task_finished, unless another attempt follows."""
+        status = 'FAILED' if error else 'SUCCESSFUL'
+        if error:
+            self.result.errors.append(django_error(error_text(error)))
+        try:
+            if not error or is_last_attempt(error):
+                set_fields(
+                    self.result,
+                    _return_value=value,
+                    finished_at=django.utils.timezone.now(),
+                    status=django.tasks.TaskResultStatus[status],
+                )
+                # robust: a receiver that fails must not have the task run again
+                django.tasks.signals.task_finished.send_robust(self.sender, task_result=self.result)
         finally:
-            await sync_to_async(close_old_connections)()
+            django.db.close_old_connections()
+
+
+def is_last_attempt(error):
+    """Does no other attempt of the current job follow the one that ended with this error?"""
+    claim = current.get()
+    is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
+    # the task may have changed the job
+    has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
+    return not is_lost and (isinstance(error, Abort) or not has_retries)
+
+
+def set_fields(result, **fields):
+    """Set fields of a TaskResult, which is frozen for users."""
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
 
 
 @contextlib.contextmanager
-def missing_job():
-    """Suppress the refusal of an engine that does not have the job."""
+def missing_as_django_says(id):
+    """Raise Django's exception if the engine does not have the job."""
     try:
         yield
     except Refused as error:
         if error.status != HTTPStatus.NOT_FOUND:
             raise
+        raise django.tasks.exceptions.TaskResultDoesNotExist(id) from None
 
 
-def django_payload(task, args, kwargs):
-    from django.utils.json import normalize_json
-    return {
-        'task': task.module_path,
-        'args': normalize_json(args),
-        'kwargs': normalize_json(kwargs),
-    }
+def as_django_json(value):
+    try:
+        return django.utils.json.normalize_json(value)
+    except (TypeError, ValueError) as error:
+        raise Abort(f'the return value is not JSON: {error}') from None
 
 
 def django_task(payload):
-    from django.tasks import Task
-    from django.utils.module_loading import import_string
     name = payload.get('task') if isinstance(payload, dict) else None
     if not isinstance(name, str):
         raise Abort('the payload of a task must be {"task": "its name", "args": [...], ...}')
-    task = import_string(name)
-    if not isinstance(task, Task):
+    task = django.utils.module_loading.import_string(name)
+    if not isinstance(task, django.tasks.Task):
         raise Abort(f'{name} is not a task of Django')
     return task
 
 
 def django_time(text):
     """The datetime of a time in the engine's JSON; naive if Django's times are."""
-    from django.conf import settings
-    from django.utils import timezone
     if text is None:
         return None
     moment = datetime.datetime.fromisoformat(text)
-    return moment if settings.USE_TZ else timezone.make_naive(moment)
+    return moment if django.conf.settings.USE_TZ else django.utils.timezone.make_naive(moment)
 
 
-def django_errors(job):
-    """A TaskError for each failed attempt; for a job that was cancelled, one for that."""
-    from django.tasks.base import TaskError
+def error_texts(job):
+    """The error of each failed attempt; for a job that was cancelled, also that of the job."""
     texts = [attempt['error'] for attempt in job.get('attempts', []) if attempt.get('error')]
     if job['status'] == 'failed':
         texts[-1:] = [job['error'] or 'failed']         # the whole text
     elif job['status'] == 'cancelled':
         texts.append(job['error'] or 'cancelled')
-    return [TaskError(exception_class_path=exception_path(text), traceback=text) for text in texts]
+    return texts
 
 
-def exception_path(error_text):
-    """The exception's class, as module.name, in a traceback's last line; Error if there is none."""
-    found = re.findall(r'^ .*\n([A-Za-z_][\w.]*)(?=:|$)', error_text, re.MULTILINE)
+def django_error(text):
+    """The TaskError of a traceback, whose last line names the class; without one it is Error."""
+    found = re.findall(r'^ .*\n([A-Za-z_][\w.]*)(?=:|$)', text, re.MULTILINE)
     name = found[-1] if found else 'Error'
-    if '.' in name:
-        return name
-    return f'builtins.{name}' if hasattr(builtins, name) else f'{__name__}.{name}'
-
-
-def django_args(result):
-    from django.tasks import TaskContext
-    context = [TaskContext(task_result=result)] if result.task.takes_context else []
-    return context + result.args
-
-
-def set_django_result(result, value):
-    from django.tasks import TaskResultStatus
-    from django.utils import timezone
-    from django.utils.json import normalize_json
-    try:
-        value = normalize_json(value)
-    except (TypeError, ValueError) as error:
-        raise Abort(f'the return value is not JSON: {error}') from None
-    object.__setattr__(result, '_return_value', value)
-    object.__setattr__(result, 'finished_at', timezone.now())
-    object.__setattr__(result, 'status', TaskResultStatus.SUCCESSFUL)
-
-
-def set_django_error(result, error):
-    """Set a result to FAILED; False, and unchanged, if another attempt follows."""
-    from django.tasks import TaskResultStatus
-    from django.tasks.base import TaskError
-    from django.utils import timezone
-    claim = current.get()
-    is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
-    # the task may have changed the job
-    has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
-    if is_lost or (has_retries and not isinstance(error, Abort)):
-        return False
-    text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
-    result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
-    object.__setattr__(result, 'finished_at', timezone.now())
-    object.__setattr__(result, 'status', TaskResultStatus.FAILED)
-    return True
-
-
-def django_backend():
-    """The class DjangoBackend."""
-    from django.tasks.backends.base import BaseTaskBackend
-
-    class DjangoBackend(DjangoTasks, BaseTaskBackend):
-        __doc__ = DjangoTasks.__doc__
-        __qualname__ = 'DjangoBackend'
-
-    return DjangoBackend
+    if '.' not in name:
+        name = f'builtins.{name}' if hasattr(builtins, name) else f'{__name__}.{name}'
+    return django.tasks.base.TaskError(exception_class_path=name, traceback=text)
 
 
 if not TYPE_CHECKING:       # otherwise type checkers would accept any name of this module
@@ -5839,9 +5810,11 @@ if not TYPE_CHECKING:       # otherwise type checkers would accept any name of t
         if name != 'DjangoBackend':
             raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
         try:
-            globals()[name] = django_backend()
+            import_django()
         except ImportError as error:
             raise AttributeError(f'DjangoBackend needs Django 6.0 or newer: {error}') from error
+        bases = (DjangoTasks, django.tasks.backends.base.BaseTaskBackend)
+        globals()[name] = type(name, bases, {'__doc__': DjangoTasks.__doc__})
         return globals()[name]
 
 
@@ -5851,12 +5824,11 @@ def command_django(client, options):
     if options.reload:
         reloader.start()
     backends = find_django_backends()
-    from django.db import connections
     register_django_queues(backends, options.queues)
     outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
     with contextlib.ExitStack() as forwarders:
         for database, host in outboxes:
-            connect = functools.partial(connections.create_connection, database)
+            connect = functools.partial(django.db.connections.create_connection, database)
             if options.burst:
                 forward(connect, host)      # before the worker finds that nothing is due
             forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
@@ -5868,17 +5840,14 @@ def command_django(client, options):
 def find_django_backends():
     """The backends of a project's setting TASKS that are DjangoBackends."""
     try:
-        import django
-        from django.tasks import task_backends
+        import_django()
     except ImportError as error:
         raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
     if not os.environ.get('DJANGO_SETTINGS_MODULE'):
-        raise Misuse("DJANGO_SETTINGS_MODULE has to name the project's settings")
+        raise Misuse("DJANGO_SETTINGS_MODULE has to name the project's settings, as in manage.py")
     django.setup()
-    backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
-    if not backends:
-        raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
-    return backends
+    backends = django.tasks.task_backends.all()
+    return [backend for backend in backends if isinstance(backend, DjangoTasks)]
 
 
 def register_django_queues(backends, names):
@@ -5887,13 +5856,21 @@ def register_django_queues(backends, names):
         for queue in names or sorted(backend.queues):
             is_allowed = not backend.queues or queue in backend.queues
             if is_allowed and (queue, backend.host) not in default.registered:
-                default.queue(queue, host=backend.host)(backend.handler())
-    registered = {queue for queue, host in default.registered}
-    unknown = [queue for queue in names if queue not in registered]
-    if unknown:
-        raise Misuse(f'no backend in the setting TASKS has {unknown[0]!r} among its QUEUES')
-    if not registered:
-        raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
+                default.queue(queue, host=backend.host)(django_handler(backend))
+    served = {queue for queue, _ in default.registered}
+    unknown = [repr(name) for name in names if name not in served]
+    if unknown or not served:
+        raise Misuse('no rundown_workers.DjangoBackend in the setting TASKS has '
+                     f'{", ".join(unknown) or "a queue"} among its QUEUES')
+
+
+def django_handler(backend):
+    """The handler of a queue. For an async task it returns a coroutine."""
+    def run_task(payload):
+        run = DjangoAttempt(backend, job())
+        return run.arun() if inspect.iscoroutinefunction(run.function) else run.run()
+
+    return run_task
 
 
 # -- Testing ---------------------------------------------------------------------------------------
