@@ -2142,6 +2142,8 @@ def around_context(around, job):
 def completion(result):
     """The outcome of a handler that returned. A result that is not JSON fails the job for good."""
     try:
+        if result is None:
+            return Outcome('complete')
         text = as_json(result, 'result')
         if len(text) > MAX_RESULT:
             raise NotJSON(f'result has {len(text)} characters of JSON; '
@@ -2197,10 +2199,15 @@ class Claim(Saver):
     Several threads may try to finish it: the first decides how it ends, the others are ignored.
     """
 
+    # changed with the lock held
+    outcome = None                  # None: not finished
+    slot = None                     # the slot that runs it
+    started_at = None               # None: waits for a slot
+    progress = None                 # the latest that was not sent yet, as JSON text
+    is_sending_progress = False
     # written by the thread that finishes it, read by the reporter
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
-    is_sending_progress = False
     was_refused = False             # the engine refused an outcome
     # written by the event loop's thread
     asyncio_task = None             # of an async handler, once it has begun
@@ -2213,16 +2220,9 @@ class Claim(Saver):
         self.claimed_at = now               # monotonic seconds, like the other times here
         self.timeout = job['timeout']       # seconds
         self.json_prefix = json_prefix(job)
+        self.lock = threading.Lock()
         # written by the handler's threads
         self.steps = job.get('steps')       # results by name; None: there are none
-        # changed with the lock held, once each
-        self.lock = threading.Lock()
-        self.outcome = None                 # None: not finished
-        self.slot = None                    # the slot that runs it
-        self.started_at = None              # None: waits for a slot
-        # the latest progress that was not sent yet, as JSON text
-        self.progress = collections.deque(maxlen=1)
-        self.show_progress = self.progress.append
         # touched by the watcher only
         self.progress_sent_at = now
 
@@ -2246,9 +2246,22 @@ class Claim(Saver):
                 self.slot.interrupt(self, interruption)
             return True
 
+    def show_progress(self, text):
+        with self.lock:
+            self.progress = text
+
+    def take_progress(self):
+        """The progress to send now, or None."""
+        with self.lock:
+            text = self.progress
+            self.progress = None
+            self.is_sending_progress = text is not None
+            return text
+
     def drop_progress(self):
         """Discard progress that is older than a checkpoint, and wait until none is in flight."""
-        self.progress.clear()
+        with self.lock:
+            self.progress = None
         until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
@@ -3004,8 +3017,9 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
-        if len(self.in_flight) <= self.fetcher.low_watermark:
-            self.fetcher.capacity_freed.set()
+        fetcher = self.fetcher
+        if len(self.in_flight) <= fetcher.low_watermark and not fetcher.capacity_freed.is_set():
+            fetcher.capacity_freed.set()
 
     def replace(self, slot):
         """Replace an interrupted slot. The claim's lock is held, so only one thread does it."""
@@ -3293,13 +3307,10 @@ class Reporter:
         """The items to send, by call: each a pair of a claim and JSON text."""
         requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
         for claim in claims:
-            if claim.progress:
-                claim.is_sending_progress = True    # before it is taken: see drop_progress()
-                try:
-                    text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
-                    requests['heartbeat'].append((claim, text))
-                except IndexError:
-                    claim.is_sending_progress = False
+            progress = claim.progress and claim.take_progress()
+            if progress:
+                text = f'{claim.json_prefix},"progress":{progress}}}'
+                requests['heartbeat'].append((claim, text))
             if claim.report_item:
                 requests[claim.outcome.call].append((claim, claim.report_item))
         return requests
@@ -3863,7 +3874,7 @@ class IsolatedSlot(Slot):
         if kind == FINISHED:
             self.jobs_run += 1
             call, fields, error = value
-            result = Crashed(error) if error else json.loads(fields['result'])
+            result = Crashed(error) if error else json.loads(fields.get('result', 'null'))
             return Outcome(call, result, **fields)
         self.close()
         error = Crashed(value)
