@@ -11286,7 +11286,7 @@ def test_a_client_that_is_generated_from_openapi_makes_calls(engine, tmp_path, q
 # -- Node SDK --------------------------------------------------------------------------------------
 
 NODE_PREAMBLE = """
-import { appendFileSync } from "node:fs";
+import { appendFileSync, existsSync } from "node:fs";
 import { queue, enqueue, wait, run, stop, call, Retry, Abort, Refused } from "./rundown.mjs";
 
 const say = (...words) => appendFileSync(process.env.DIARY, words.join(" ") + "\\n");
@@ -11623,11 +11623,20 @@ def test_a_node_outcome_whose_reply_was_swallowed_counts_once(engine, proxy, tmp
 def test_a_node_outcome_is_kept_while_the_engine_answers_503(own, tmp_path, q):
     engine = own(constants={"LOCK_TIMEOUT": 0.2})
     job = engine.enqueue(q)
-    source = "queue('%s', async () => { say('run'); await sleep(0.3); return 1; });" % q
+    source = (
+        """
+        queue("%s", async () => {
+          say("run");
+          while (!existsSync("locked")) await sleep(0.02);
+          return 1;
+        });"""
+        % q
+    )
     with node(tmp_path, engine, source) as worker:
         until(worker.said)
         with write_lock(engine):
-            time.sleep(1.5)
+            (worker.diary.parent / "locked").touch()
+            until(lambda: "engine away" in worker.log())
             assert engine.job(job)["status"] == "running"
         assert ended(engine, job)["result"] == 1
         assert worker.said() == ["run"]
