@@ -97,7 +97,8 @@ has its own context variables. job() also works in threads and thread pools of a
 
 SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
 the others are released, and the worker exits with 0. A handler that reaches a step or checkpoint
-gets Lost there, and its job is released at once. A second signal exits at once.
+gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
+A second signal exits at once.
 
 The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
 each job, up to 100 a second; further ones are counted. The engine keeps the schedules and limits
@@ -2319,9 +2320,7 @@ class Slot:
         current.set(claim)
         if self.consumer.hooks['start']:
             self.call_hooks('start', claim, None)
-        outcome = self.run(claim)
-        if claim.try_finish(outcome):
-            self.consumer.on_finished(claim, outcome)
+        self.consumer.on_ended(claim, self.run(claim))
 
     def prepare(self):
         """Get ready for the next claim."""
@@ -2607,8 +2606,7 @@ class AsyncSlot(Slot):
         around = consumer.worker.app.surroundings
         outcome = await run_async_handler(consumer.handlers, claim.job, around)
         claim.asyncio_task = None
-        if claim.try_finish(outcome):
-            consumer.on_finished(claim, outcome)
+        consumer.on_ended(claim, outcome)
 
     def _on_done(self, task):
         if not task.cancelled() and task.exception():
@@ -2886,7 +2884,7 @@ if hasattr(os, 'register_at_fork'):
 class Consumer:
     """Runs the jobs of a queue: has its fetcher, its slots, and the claims in flight.
 
-    Claims arrive from the fetcher by accept(), and leave by on_finished(), finish() or let_go().
+    Claims arrive from the fetcher by accept(), and leave by on_ended() or finish().
     """
 
     def __init__(self, worker, session, config, concurrency):
@@ -2901,7 +2899,7 @@ class Consumer:
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
         self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
-        self.in_flight = {}                 # claims that are not finished, in order
+        self.in_flight = {}                 # claims that wait, run or clean up, in order
         # replaced one by one, with the lock of the slot's claim held
         self.slots = []
         # races are harmless
@@ -2956,8 +2954,15 @@ class Consumer:
         ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
         return slots + min(MAX_BATCH, ahead)
 
-    def on_finished(self, claim, outcome):
-        """Called when a slot has finished a claim. The report does not wait for the hooks."""
+    def on_ended(self, claim, outcome):
+        """Called when a claim's handler has ended. The outcome is ignored if there was one."""
+        if claim.try_finish(outcome):
+            self._on_finished(claim, outcome)
+        self._remove(claim)
+
+    def _on_finished(self, claim, outcome):
+        """Report the outcome of a handler and call its hooks, for which the report does not wait.
+        """
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -2975,7 +2980,6 @@ class Consumer:
         seconds = time.monotonic() - claim.started_at       # with the hooks
         pace = self.seconds_per_job
         self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
-        self._remove(claim)
 
     def finish(self, claim, outcome, interruption=None):
         """Finish a claim from outside of its slot; True if this was its first outcome.
@@ -2989,10 +2993,12 @@ class Consumer:
         return True
 
     def let_go(self, claim):
-        """Release a running job whose handler has reached a step or checkpoint."""
+        """Release a running job whose handler has reached a step or checkpoint.
+
+        The claim stays in flight: its handler has the rest of the grace to clean up.
+        """
         if claim.try_finish(RELEASED):
             self.report(claim, RELEASED)
-            self._remove(claim)
             note(logging.INFO, '%s released', claim)
 
     def report(self, claim, outcome):
