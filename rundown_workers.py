@@ -2648,20 +2648,25 @@ class Interruptions:
 
     def block_event_loop(self):
         """Whether a handler still blocks the event loop HUNG_AFTER seconds after it was stopped."""
-        latest = time.monotonic() - HUNG_AFTER
-        return any(at <= latest and slot.blocks_event_loop()
-                   for slot, at in list(self.interrupted_at.items()))
+        return any(slot.blocks_event_loop() for slot in self.hung())
 
     def forget_ended(self):
         for slot in list(self.interrupted_at):
             if not slot.is_alive():
                 self.interrupted_at.pop(slot, None)
 
-    def count(self, seconds):
-        """How many handlers still run that were interrupted `seconds` ago or earlier."""
-        latest = time.monotonic() - seconds
-        items = list(self.interrupted_at.items())
-        return sum(1 for slot, at in items if at <= latest and slot.is_alive())
+    def running(self):
+        """The interrupted slots whose handlers still run."""
+        return [slot for slot in list(self.interrupted_at) if slot.is_alive()]
+
+    def hung(self):
+        """Those that still run HUNG_AFTER seconds after their interruption."""
+        latest = time.monotonic() - HUNG_AFTER
+        return [slot for slot in self.running() if self.interrupted_at.get(slot, NEVER) <= latest]
+
+    def have_taken_effect(self):
+        """Whether each interrupted handler has returned or hangs."""
+        return len(self.running()) == len(self.hung())
 
 
 # Methods that acquire or release a lock.
@@ -3604,9 +3609,8 @@ class Worker:
     def slots(self):
         return [slot for consumer in self.consumers for slot in consumer.slots]
 
-    def count_hung(self, seconds=HUNG_AFTER):
-        """How many handlers still run `seconds` after their interruption."""
-        return self.interruptions.count(seconds)
+    def count_hung(self):
+        return len(self.interruptions.hung())
 
     def run(self):
         """Work until a stop is requested, then shut down; raises the exception given to stop()."""
@@ -3701,6 +3705,7 @@ class Worker:
         if self.count_unreported():
             note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
                  'again', self.count_unreported())
+        until(self.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
         self._end_threads()
 
     def _end_polls(self):
@@ -3755,8 +3760,8 @@ class Worker:
         self._call_stop_hooks()
 
     def _threads_ended(self):
-        abandoned = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
-        return not set(self.threads.copy()).difference(abandoned)
+        hung = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
+        return not set(self.threads.copy()).difference(hung)
 
 
 # -- Handlers in processes of their own ------------------------------------------------------------
@@ -4813,7 +4818,7 @@ class App(Registry):
         finally:
             self.workers.remove(worker)
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if worker.count_hung(0) and not burst and in_main_thread:
+        if worker.interruptions.running() and not burst and in_main_thread:
             exit_process(code)
         if code:
             raise SystemExit(code)

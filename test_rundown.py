@@ -7289,6 +7289,25 @@ def test_what_does_not_finish_within_the_grace_is_released(engine, work, q):
 
 
 @posix_signals
+@pytest.mark.parametrize("kind", ["", "async "])
+def test_a_handler_that_is_interrupted_at_the_end_of_the_grace_can_clean_up(engine, work, q, kind):
+    engine.enqueue(q)
+    body = """
+        try:
+            say("begun")
+            for _ in range(6000): sleep(0.01)
+        finally:
+            sleep(0.4)
+            say("cleaned up")
+    """
+    source = handler(q, body.replace("sleep(", "await asyncio.sleep(" if kind else "time.sleep("))
+    worker = work("import asyncio\n" + source.replace("def ", kind + "def "), run="rw.run(grace=0.1)")
+    until(worker.said)
+    assert worker.stop() == 0
+    assert worker.said() == ["begun", "cleaned up"]
+
+
+@posix_signals
 def test_what_was_claimed_ahead_is_released_by_a_signal(engine, work, q):
     engine.post("/enqueue", jobs=[{"queue": q}] * 2000)
     worker = work(handler(q, "say(1); time.sleep(0.002)", concurrency=2))
