@@ -97,7 +97,8 @@ has its own context variables. job() also works in threads and thread pools of a
 
 SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
 the others are released, and the worker exits with 0. A handler that reaches a step or checkpoint
-gets Lost there, and its job is released at once. A second signal exits at once.
+gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
+A second signal exits at once.
 
 The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
 each job, up to 100 a second; further ones are counted. The engine keeps the schedules and limits
@@ -2142,6 +2143,8 @@ def around_context(around, job):
 def completion(result):
     """The outcome of a handler that returned. A result that is not JSON fails the job for good."""
     try:
+        if result is None:
+            return Outcome('complete')
         text = as_json(result, 'result')
         if len(text) > MAX_RESULT:
             raise NotJSON(f'result has {len(text)} characters of JSON; '
@@ -2197,10 +2200,15 @@ class Claim(Saver):
     Several threads may try to finish it: the first decides how it ends, the others are ignored.
     """
 
+    # changed with the lock held
+    outcome = None                  # None: not finished
+    slot = None                     # the slot that runs it
+    started_at = None               # None: waits for a slot
+    progress = None                 # the latest that was not sent yet, as JSON text
+    is_sending_progress = False
     # written by the thread that finishes it, read by the reporter
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
-    is_sending_progress = False
     was_refused = False             # the engine refused an outcome
     # written by the event loop's thread
     asyncio_task = None             # of an async handler, once it has begun
@@ -2213,16 +2221,9 @@ class Claim(Saver):
         self.claimed_at = now               # monotonic seconds, like the other times here
         self.timeout = job['timeout']       # seconds
         self.json_prefix = json_prefix(job)
+        self.lock = threading.Lock()
         # written by the handler's threads
         self.steps = job.get('steps')       # results by name; None: there are none
-        # changed with the lock held, once each
-        self.lock = threading.Lock()
-        self.outcome = None                 # None: not finished
-        self.slot = None                    # the slot that runs it
-        self.started_at = None              # None: waits for a slot
-        # the latest progress that was not sent yet, as JSON text
-        self.progress = collections.deque(maxlen=1)
-        self.show_progress = self.progress.append
         # touched by the watcher only
         self.progress_sent_at = now
 
@@ -2246,9 +2247,22 @@ class Claim(Saver):
                 self.slot.interrupt(self, interruption)
             return True
 
+    def show_progress(self, text):
+        with self.lock:
+            self.progress = text
+
+    def take_progress(self):
+        """The progress to send now, or None."""
+        with self.lock:
+            text = self.progress
+            self.progress = None
+            self.is_sending_progress = text is not None
+            return text
+
     def drop_progress(self):
         """Discard progress that is older than a checkpoint, and wait until none is in flight."""
-        self.progress.clear()
+        with self.lock:
+            self.progress = None
         until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
@@ -2306,9 +2320,7 @@ class Slot:
         current.set(claim)
         if self.consumer.hooks['start']:
             self.call_hooks('start', claim, None)
-        outcome = self.run(claim)
-        if claim.try_finish(outcome):
-            self.consumer.on_finished(claim, outcome)
+        self.consumer.on_ended(claim, self.run(claim))
 
     def prepare(self):
         """Get ready for the next claim."""
@@ -2594,8 +2606,7 @@ class AsyncSlot(Slot):
         around = consumer.worker.app.surroundings
         outcome = await run_async_handler(consumer.handlers, claim.job, around)
         claim.asyncio_task = None
-        if claim.try_finish(outcome):
-            consumer.on_finished(claim, outcome)
+        consumer.on_ended(claim, outcome)
 
     def _on_done(self, task):
         if not task.cancelled() and task.exception():
@@ -2637,20 +2648,25 @@ class Interruptions:
 
     def block_event_loop(self):
         """Whether a handler still blocks the event loop HUNG_AFTER seconds after it was stopped."""
-        latest = time.monotonic() - HUNG_AFTER
-        return any(at <= latest and slot.blocks_event_loop()
-                   for slot, at in list(self.interrupted_at.items()))
+        return any(slot.blocks_event_loop() for slot in self.hung())
 
     def forget_ended(self):
         for slot in list(self.interrupted_at):
             if not slot.is_alive():
                 self.interrupted_at.pop(slot, None)
 
-    def count(self, seconds):
-        """How many handlers still run that were interrupted `seconds` ago or earlier."""
-        latest = time.monotonic() - seconds
-        items = list(self.interrupted_at.items())
-        return sum(1 for slot, at in items if at <= latest and slot.is_alive())
+    def running(self):
+        """The interrupted slots whose handlers still run."""
+        return [slot for slot in list(self.interrupted_at) if slot.is_alive()]
+
+    def hung(self):
+        """Those that still run HUNG_AFTER seconds after their interruption."""
+        latest = time.monotonic() - HUNG_AFTER
+        return [slot for slot in self.running() if self.interrupted_at.get(slot, NEVER) <= latest]
+
+    def have_taken_effect(self):
+        """Whether each interrupted handler has returned or hangs."""
+        return len(self.running()) == len(self.hung())
 
 
 # Methods that acquire or release a lock.
@@ -2873,7 +2889,7 @@ if hasattr(os, 'register_at_fork'):
 class Consumer:
     """Runs the jobs of a queue: has its fetcher, its slots, and the claims in flight.
 
-    Claims arrive from the fetcher by accept(), and leave by on_finished(), finish() or let_go().
+    Claims arrive from the fetcher by accept(), and leave by on_ended() or finish().
     """
 
     def __init__(self, worker, session, config, concurrency):
@@ -2888,7 +2904,7 @@ class Consumer:
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
         self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
-        self.in_flight = {}                 # claims that are not finished, in order
+        self.in_flight = {}                 # claims that wait, run or clean up, in order
         # replaced one by one, with the lock of the slot's claim held
         self.slots = []
         # races are harmless
@@ -2943,8 +2959,15 @@ class Consumer:
         ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
         return slots + min(MAX_BATCH, ahead)
 
-    def on_finished(self, claim, outcome):
-        """Called when a slot has finished a claim. The report does not wait for the hooks."""
+    def on_ended(self, claim, outcome):
+        """Called when a claim's handler has ended. The outcome is ignored if there was one."""
+        if claim.try_finish(outcome):
+            self._on_finished(claim, outcome)
+        self._remove(claim)
+
+    def _on_finished(self, claim, outcome):
+        """Report the outcome of a handler and call its hooks, for which the report does not wait.
+        """
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -2962,7 +2985,6 @@ class Consumer:
         seconds = time.monotonic() - claim.started_at       # with the hooks
         pace = self.seconds_per_job
         self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
-        self._remove(claim)
 
     def finish(self, claim, outcome, interruption=None):
         """Finish a claim from outside of its slot; True if this was its first outcome.
@@ -2976,10 +2998,12 @@ class Consumer:
         return True
 
     def let_go(self, claim):
-        """Release a running job whose handler has reached a step or checkpoint."""
+        """Release a running job whose handler has reached a step or checkpoint.
+
+        The claim stays in flight: its handler has the rest of the grace to clean up.
+        """
         if claim.try_finish(RELEASED):
             self.report(claim, RELEASED)
-            self._remove(claim)
             note(logging.INFO, '%s released', claim)
 
     def report(self, claim, outcome):
@@ -3004,8 +3028,9 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
-        if len(self.in_flight) <= self.fetcher.low_watermark:
-            self.fetcher.capacity_freed.set()
+        fetcher = self.fetcher
+        if len(self.in_flight) <= fetcher.low_watermark and not fetcher.capacity_freed.is_set():
+            fetcher.capacity_freed.set()
 
     def replace(self, slot):
         """Replace an interrupted slot. The claim's lock is held, so only one thread does it."""
@@ -3293,13 +3318,10 @@ class Reporter:
         """The items to send, by call: each a pair of a claim and JSON text."""
         requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
         for claim in claims:
-            if claim.progress:
-                claim.is_sending_progress = True    # before it is taken: see drop_progress()
-                try:
-                    text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
-                    requests['heartbeat'].append((claim, text))
-                except IndexError:
-                    claim.is_sending_progress = False
+            progress = claim.progress and claim.take_progress()
+            if progress:
+                text = f'{claim.json_prefix},"progress":{progress}}}'
+                requests['heartbeat'].append((claim, text))
             if claim.report_item:
                 requests[claim.outcome.call].append((claim, claim.report_item))
         return requests
@@ -3587,9 +3609,8 @@ class Worker:
     def slots(self):
         return [slot for consumer in self.consumers for slot in consumer.slots]
 
-    def count_hung(self, seconds=HUNG_AFTER):
-        """How many handlers still run `seconds` after their interruption."""
-        return self.interruptions.count(seconds)
+    def count_hung(self):
+        return len(self.interruptions.hung())
 
     def run(self):
         """Work until a stop is requested, then shut down; raises the exception given to stop()."""
@@ -3684,6 +3705,7 @@ class Worker:
         if self.count_unreported():
             note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
                  'again', self.count_unreported())
+        until(self.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
         self._end_threads()
 
     def _end_polls(self):
@@ -3738,8 +3760,8 @@ class Worker:
         self._call_stop_hooks()
 
     def _threads_ended(self):
-        abandoned = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
-        return not set(self.threads.copy()).difference(abandoned)
+        hung = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
+        return not set(self.threads.copy()).difference(hung)
 
 
 # -- Handlers in processes of their own ------------------------------------------------------------
@@ -3863,7 +3885,7 @@ class IsolatedSlot(Slot):
         if kind == FINISHED:
             self.jobs_run += 1
             call, fields, error = value
-            result = Crashed(error) if error else json.loads(fields['result'])
+            result = Crashed(error) if error else json.loads(fields.get('result', 'null'))
             return Outcome(call, result, **fields)
         self.close()
         error = Crashed(value)
@@ -4796,7 +4818,7 @@ class App(Registry):
         finally:
             self.workers.remove(worker)
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if worker.count_hung(0) and not burst and in_main_thread:
+        if worker.interruptions.running() and not burst and in_main_thread:
             exit_process(code)
         if code:
             raise SystemExit(code)

@@ -7289,6 +7289,25 @@ def test_what_does_not_finish_within_the_grace_is_released(engine, work, q):
 
 
 @posix_signals
+@pytest.mark.parametrize("kind", ["", "async "])
+def test_a_handler_that_is_interrupted_at_the_end_of_the_grace_can_clean_up(engine, work, q, kind):
+    engine.enqueue(q)
+    body = """
+        try:
+            say("begun")
+            for _ in range(6000): sleep(0.01)
+        finally:
+            sleep(0.4)
+            say("cleaned up")
+    """
+    source = handler(q, body.replace("sleep(", "await asyncio.sleep(" if kind else "time.sleep("))
+    worker = work("import asyncio\n" + source.replace("def ", kind + "def "), run="rw.run(grace=0.1)")
+    until(worker.said)
+    assert worker.stop() == 0
+    assert worker.said() == ["begun", "cleaned up"]
+
+
+@posix_signals
 def test_what_was_claimed_ahead_is_released_by_a_signal(engine, work, q):
     engine.post("/enqueue", jobs=[{"queue": q}] * 2000)
     worker = work(handler(q, "say(1); time.sleep(0.002)", concurrency=2))
@@ -8262,23 +8281,32 @@ LONG = {
     """,
 }
 LONG["isolated"] = LONG["thread"]
+LEAVING = """
+try:
+%s
+except rw.Lost:
+    say("let go")
+    %s(0.5)
+    say("cleaned up")
+    raise
+"""
 
 
 @pytest.mark.parametrize("kind", LONG)
 def test_a_stopping_worker_lets_a_handler_go_at_its_next_checkpoint(engine, work, q, kind):
     job = engine.enqueue(q)
-    body = textwrap.dedent(LONG[kind])
-    body = "try:\n%s\nexcept rw.Lost:\n    say('let go')\n    raise\n" % textwrap.indent(body, "    ")
+    sleep = "await asyncio.sleep" if "async" in kind else "time.sleep"
+    body = LEAVING % (textwrap.indent(textwrap.dedent(LONG[kind]), "    "), sleep)
     source = handler(q, body, isolate=kind == "isolated", timeout=3600)
     worker = work(of_kind(kind.split()[0], source), run="rw.run(grace=30)")
     until(lambda: len(worker.said()) > 4)
     began = time.monotonic()
     assert worker.stop() == 0
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 15
     job = engine.job(job)
     assert (job["status"], job["retries"]) == ("pending", 0)
-    assert worker.said()[-1] == "let go"
-    last = int(worker.said()[-2])
+    assert worker.said()[-2:] == ["let go", "cleaned up"]
+    last = int(worker.said()[-3])
     if kind in ("thread", "async", "isolated"):
         assert job["progress"] == {"at": last}
     if "track" in kind:
@@ -11305,7 +11333,7 @@ def test_a_client_that_is_generated_from_openapi_makes_calls(engine, tmp_path, q
 # -- Node SDK --------------------------------------------------------------------------------------
 
 NODE_PREAMBLE = """
-import { appendFileSync } from "node:fs";
+import { appendFileSync, existsSync } from "node:fs";
 import { queue, enqueue, wait, run, stop, call, Retry, Abort, Refused } from "./rundown.mjs";
 
 const say = (...words) => appendFileSync(process.env.DIARY, words.join(" ") + "\\n");
@@ -11642,11 +11670,20 @@ def test_a_node_outcome_whose_reply_was_swallowed_counts_once(engine, proxy, tmp
 def test_a_node_outcome_is_kept_while_the_engine_answers_503(own, tmp_path, q):
     engine = own(constants={"LOCK_TIMEOUT": 0.2})
     job = engine.enqueue(q)
-    source = "queue('%s', async () => { say('run'); await sleep(0.3); return 1; });" % q
+    source = (
+        """
+        queue("%s", async () => {
+          say("run");
+          while (!existsSync("locked")) await sleep(0.02);
+          return 1;
+        });"""
+        % q
+    )
     with node(tmp_path, engine, source) as worker:
         until(worker.said)
         with write_lock(engine):
-            time.sleep(1.5)
+            (worker.diary.parent / "locked").touch()
+            until(lambda: "engine away" in worker.log())
             assert engine.job(job)["status"] == "running"
         assert ended(engine, job)["result"] == 1
         assert worker.said() == ["run"]
