@@ -10651,6 +10651,30 @@ def test_two_forwarders_at_once_do_no_harm(engine, shop, box, q):
     assert payloads(engine, q) == list(range(900)) and shop.rows() == []
 
 
+@pytest.mark.parametrize("shop", [POSTGRESQL], indirect=True)
+def test_a_forwarder_s_transaction_that_postgresql_aborts_is_tried_again(engine, shop, box, q):
+    def connect():
+        return connected(shop.connect(), isolation_level=psycopg.IsolationLevel.REPEATABLE_READ)
+
+    def waits_for_lock():
+        query = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        with contextlib.closing(shop.connect()) as watcher:
+            return watcher.execute(query).fetchall()
+
+    rw.enqueue_in(box, q, 1)
+    rw.enqueue_in(box, q, 2)
+    box.commit()
+    box.execute("DELETE FROM rundown_outbox WHERE number = 1")  # as another forwarder does
+    with ThreadPoolExecutor(1) as pool:
+        forwarder = pool.submit(rw.forward, connect, engine.url)
+        try:
+            until(waits_for_lock)
+        finally:
+            box.commit()
+        assert forwarder.result(10) == 2
+    assert payloads(engine, q) == [1, 2] and shop.rows() == []
+
+
 def test_what_this_process_commits_is_forwarded_within_100_ms(engine, shop, box, q):
     with rw.forwarding(shop.connect, engine.url):
         rw.enqueue_in(box, q)
