@@ -5106,7 +5106,7 @@ ADD_COLUMNS = [     # to a table of the first version
     'ALTER TABLE rundown_outbox ADD COLUMN taken_by TEXT',
     'ALTER TABLE rundown_outbox ADD COLUMN taken_at BIGINT',
 ]
-NUMBER_ROWS = [     # of a table that version 1.1 made through Django's connection to SQLite
+NUMBER_ROWS = [     # of a table of version 1.1 in SQLite
     'ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered',
     CREATE_IN_SQLITE,
     'INSERT INTO rundown_outbox (job, error, taken_by, taken_at) '
@@ -5141,7 +5141,7 @@ def enqueue_in(
         now = datetime.datetime.now(datetime.timezone.utc)
         run_at = now + datetime.timedelta(seconds=clamp_delay(delay or 0))
     id = id or new_id()
-    Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
+    outbox_of(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
     Forwarder.last_write = time.monotonic()
     return id
 
@@ -5160,11 +5160,11 @@ def driver_connection(connection):
     return getattr(connection, 'dbapi_connection', connection)
 
 
-def database_of(connection):
-    """The Database of a connection; Misuse if it is of no supported kind."""
+def outbox_of(connection):
+    """The Outbox in the database of a connection; Misuse if the connection is not supported."""
     connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
-        return SQLite(connection)
+        return SQLiteOutbox(connection)
     is_asynchronous = (
         inspect.iscoroutinefunction(getattr(connection, 'commit', None))
         or has_class_of(connection, 'sqlite')       # an adapter of aiosqlite
@@ -5172,7 +5172,7 @@ def database_of(connection):
     if is_asynchronous or not hasattr(connection, 'cursor'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
-    return Database(connection)
+    return Outbox(connection)
 
 
 def has_class_of(connection, name):
@@ -5180,8 +5180,8 @@ def has_class_of(connection, name):
     return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
-class Database:
-    """The connection of psycopg, psycopg2, or another driver that writes parameters as %s."""
+class Outbox:
+    """The table rundown_outbox, for psycopg, psycopg2, or another driver with parameters as %s."""
 
     parameter = '%s'
     create_table = CREATE_IN_POSTGRESQL
@@ -5191,156 +5191,61 @@ class Database:
         self.connection = connection
         self.makes_table = has_class_of(connection, 'psycopg')      # others may have other types
 
-    def commits_each_statement(self):
-        """Is no transaction open, and does the next statement not open one?"""
-        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
-        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
-
-    def execute(self, statement, *values):
-        """The rows of a statement as tuples, also if the connection has a row factory."""
-        with contextlib.closing(self.connection.cursor()) as cursor:
-            self._have_plain_rows(cursor)
-            cursor.execute(statement.replace('?', self.parameter), values)
-            rows = cursor.fetchall() if cursor.description else []
-        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    def _have_plain_rows(self, cursor):
-        if hasattr(self.connection, 'row_factory'):     # psycopg
-            cursor.row_factory = lambda cursor: tuple
-
-    def execute_guarded(self, statement, *values):
-        """execute(). If it fails, the transaction can go on."""
-        if self.commits_each_statement():
-            return self.execute(statement, *values)
-        self.execute('SAVEPOINT rundown')
-        try:
-            rows = self.execute(statement, *values)
-        except Exception:
-            self.execute('ROLLBACK TO SAVEPOINT rundown')
-            self.execute('RELEASE SAVEPOINT rundown')
-            raise
-        self.execute('RELEASE SAVEPOINT rundown')
-        return rows
-
-    def repair(self):
-        """Mend a table that older versions made wrong, though no statement fails on it."""
-
-
-class SQLite(Database):
-    """A connection of sqlite3."""
-
-    parameter = '?'
-    create_table = CREATE_IN_SQLITE
-
-    def __init__(self, connection):
-        super().__init__(connection)
-        self.makes_table = True
-
-    def commits_each_statement(self):
-        if self.connection.in_transaction:
-            return False
-        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
-        return self.connection.isolation_level is None if autocommit == -1 else autocommit
-
-    def _have_plain_rows(self, cursor):
-        cursor.row_factory = None
-
-    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
-    execute_guarded = Database.execute
-
-    def repair(self):
-        """Number the rows of a table that lacks numbers.
-
-        Its jobs are all sent again, since it does not tell which of them the engine has. The
-        engine recognizes their ids.
-        """
-        if not self._lacks_numbers():
-            return
-        begins = not self.connection.in_transaction
-        if begins:
-            self.execute('BEGIN IMMEDIATE')
-        if self._lacks_numbers():       # still, now that no other forwarder can repair it
-            for statement in NUMBER_ROWS:
-                self.execute(statement)
-            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
-        if begins:
-            self.execute('COMMIT')
-        else:
-            self.connection.commit()
-
-    def _lacks_numbers(self):
-        return self.execute(
-            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
-            "AND sql LIKE '%BIGSERIAL%'")
-
-
-class Outbox:
-    """The table rundown_outbox in the database of a connection."""
-
-    def __init__(self, connection):
-        # constant
-        self.database = database_of(connection)
-        self.connection = self.database.connection
-        self.execute = self.database.execute
-
+    # In the transaction of a producer, which goes on if a statement fails.
     def insert(self, text):
-        """Add a job, as JSON text, to the producer's transaction."""
-        if self.database.commits_each_statement():
+        """Add a job, as JSON text."""
+        if self.commits_each_statement():
             raise Misuse('the connection is in autocommit mode, so the job would be enqueued '
                          'even if your other statements fail: begin a transaction first')
-        self._execute_on_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
+        self.use_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
 
     def find(self, id):
         """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
-        rows = self._execute_on_table(
-            'SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
+        rows = self.use_table('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
         for text, error in rows:
             fields = json.loads(text)
             if fields['id'] == id:
                 return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
         return None
 
-    def prepare(self):
-        """Make the table, or bring one of an older version up to date, and commit."""
-        self._execute_on_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
-        self.connection.commit()
-        self.database.repair()
-
-    def _execute_on_table(self, statement, *values):
-        """The rows of a statement in a transaction that goes on if it fails.
-
-        If the table or a column is missing, it is made, and the statement is executed again.
-        """
+    def use_table(self, statement, *values):
+        """The rows of a statement. If the table or a column is missing, it is made."""
         try:
-            return self.database.execute_guarded(statement, *values)
+            return self.execute_guarded(statement, *values)
         except Exception as error:          # each driver has its own classes
             problem = first_line(error)
             if not re.search('rundown_outbox|taken_(at|by)', problem):
                 raise
         problems = [problem, *self._make_missing(problem)]
         try:
-            return self.database.execute_guarded(statement, *values)
+            return self.execute_guarded(statement, *values)
         except Exception as error:
             problems.append(first_line(error))
             raise Error('the table rundown_outbox cannot be used, nor made: '
                         f'{"; ".join(problems)}. The statement that makes it: '
-                        f'{self.database.create_table}') from error
+                        f'{self.create_table}') from error
 
     def _make_missing(self, problem):
         """Make the table, or its columns. Returns problems in that: others may make it just now."""
         changes = []
         if 'taken_' in problem:
             changes = ADD_COLUMNS
-        elif self.database.makes_table:
+        elif self.makes_table:
             # The first fails if another producer has just made the table. Indexes on a table in
             # which others write could lead to a deadlock.
-            changes = [self.database.create_table, *CREATE_INDEXES]
+            changes = [self.create_table, *CREATE_INDEXES]
         try:
             for change in changes:
-                self.database.execute_guarded(change)
+                self.execute_guarded(change)
         except Exception as error:
             return [first_line(error)]
         return []
+
+    # In transactions of a forwarder.
+    def prepare(self):
+        """Make the table, or bring one of an older version up to date."""
+        self.use_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
+        self.connection.commit()
 
     def read(self, statement, *values):
         """The rows of a statement in a transaction of its own."""
@@ -5358,6 +5263,87 @@ class Outbox:
         except Exception:
             self.connection.rollback()      # raises if the connection is lost
             self.read(statement, *values)
+
+    # Differences between drivers.
+    def commits_each_statement(self):
+        """Is no transaction open, and does the next statement not open one?"""
+        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
+        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
+
+    def execute_guarded(self, statement, *values):
+        """execute(). If it fails, the transaction can go on."""
+        if self.commits_each_statement():
+            return self.execute(statement, *values)
+        self.execute('SAVEPOINT rundown')
+        try:
+            rows = self.execute(statement, *values)
+        except Exception:
+            self.execute('ROLLBACK TO SAVEPOINT rundown')
+            self.execute('RELEASE SAVEPOINT rundown')
+            raise
+        self.execute('RELEASE SAVEPOINT rundown')
+        return rows
+
+    def execute(self, statement, *values):
+        """The rows of a statement as tuples, also if the connection has a row factory."""
+        with contextlib.closing(self.connection.cursor()) as cursor:
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                cursor.row_factory = self.row_factory
+            cursor.execute(statement.replace('?', self.parameter), values)
+            rows = cursor.fetchall() if cursor.description else []
+        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
+
+    @staticmethod
+    def row_factory(cursor):
+        return tuple
+
+
+class SQLiteOutbox(Outbox):
+    """The table in a database of sqlite3."""
+
+    parameter = '?'
+    create_table = CREATE_IN_SQLITE
+    row_factory = None
+    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
+    execute_guarded = Outbox.execute
+
+    def __init__(self, connection):
+        super().__init__(connection)
+        self.makes_table = True
+
+    def commits_each_statement(self):
+        if self.connection.in_transaction:
+            return False
+        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        return self.connection.isolation_level is None if autocommit == -1 else autocommit
+
+    def prepare(self):
+        super().prepare()
+        if self._lacks_numbers():
+            self._number_rows()
+
+    def _lacks_numbers(self):
+        return self.execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
+            "AND sql LIKE '%BIGSERIAL%'")
+
+    def _number_rows(self):
+        """Number the rows of a table that version 1.1 made through Django's connection.
+
+        Its jobs are all sent again, since it does not tell which of them the engine has. The
+        engine recognizes their ids.
+        """
+        begins = not self.connection.in_transaction
+        if begins:
+            self.execute('BEGIN IMMEDIATE')
+        if self._lacks_numbers():       # still, now that no other forwarder can change that
+            for statement in NUMBER_ROWS:
+                self.execute(statement)
+            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
+        if begins:
+            self.execute('COMMIT')
+        else:
+            self.connection.commit()
 
 
 def first_line(error):
@@ -5377,7 +5363,7 @@ class Forwarder:
 
     def __init__(self, connection, client, send, keep):
         # constant
-        self.outbox = Outbox(connection)
+        self.outbox = outbox_of(connection)
         self.client = client
         self.send = send            # client.send or client.call
         self.keep = keep            # seconds for which rows are kept that the engine took
@@ -5663,7 +5649,7 @@ class DjangoTasks:
         return self.stored_result(job)
 
     def _find_in_outbox(self, id):
-        return self.database and Outbox(django.db.connections[self.database]).find(id)
+        return self.database and outbox_of(django.db.connections[self.database]).find(id)
 
     def stored_result(self, job):
         """The TaskResult of a job as the engine or the outbox has it."""
