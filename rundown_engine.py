@@ -2914,6 +2914,13 @@ GIVEN_TO_JOBS = columns_where(lambda column: column.inserted, SCHEDULE_COLUMNS)
 SCHEDULE_FIELDS = ('name', *GIVEN_TO_JOBS, 'cron', 'every', 'zone')
 SCHEDULE_DEFAULTS = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
 SELECT_SCHEDULE = f'SELECT {column_list(SCHEDULE_COLUMNS)} FROM schedules '
+# A tick does without the payload, which may have 8 MiB: SQLite copies it by itself.
+SMALL_SCHEDULE_COLUMNS = columns_where(lambda column: not column.large, SCHEDULE_COLUMNS)
+SMALL_GIVEN_TO_JOBS = [name for name in GIVEN_TO_JOBS if name in SMALL_SCHEDULE_COLUMNS]
+SELECT_FOR_TICK = f'SELECT {column_list(SMALL_SCHEDULE_COLUMNS)} FROM schedules WHERE name = ?'
+COPY_PAYLOAD = '''
+    UPDATE jobs SET payload = (SELECT payload FROM schedules WHERE name = :schedule)
+    WHERE id = :id'''
 REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({column_list(SCHEDULE_COLUMNS)}) '
                     f'VALUES (:{", :".join(SCHEDULE_COLUMNS)})')
 
@@ -2946,7 +2953,7 @@ class Schedules:
         due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
                            'LIMIT ?', tx.now, BATCH_ROWS)
         for name, in tx.paced(due):
-            self._tick(tx, tx.fetch_one(SELECT_SCHEDULE + 'WHERE name = ?', name))
+            self._tick(tx, tx.fetch_one(SELECT_FOR_TICK, name))
 
     def _tick(self, tx, row):
         """Make the job of the last tick that is due, and set the next one."""
@@ -2957,14 +2964,16 @@ class Schedules:
             upcoming = tx.now + micros(3600)
             tx.log_lines.append(
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
-        item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
+        item = {field: row[field] for field in SMALL_GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
         tx.response_budget = budget
         is_skipped = done is EXISTING
-        if is_skipped and job['id'] == item['id']:
+        if not is_skipped:
+            tx.execute(COPY_PAYLOAD, {'schedule': row['name'], 'id': item['id']})
+        elif job['id'] == item['id']:
             tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
                                 f'the id {describe(item["id"])} is taken')
         tx.execute(
