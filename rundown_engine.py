@@ -1928,28 +1928,32 @@ def insert_plan(rows, fields=INSERTING_FIELDS):
 
 
 CLAIMABLE = f"FROM jobs WHERE queue = :queue AND status = 'pending' AND hold = {READY}"
+# A claim sets the first eight, and needs none of the others.
+NOT_CLAIMED = {
+    'status', 'worker', 'lease', 'lease_until', 'started_at', 'updated_at', 'worker_timeout',
+    'worker_max_retries', 'hold', 'losses', 'attempts', 'after_any', 'is_timed'}
+CLAIMED_COLUMNS = [name for name in JOB_COLUMNS if name not in NOT_CLAIMED]
 CLAIM = f'''
-    SELECT {column_list(COLUMNS)} {CLAIMABLE}
+    SELECT {column_list(CLAIMED_COLUMNS)} {CLAIMABLE}
         AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
     ORDER BY priority DESC, next_run_at, seq LIMIT :limit'''
 
 OWNED_COLUMNS = {'status', 'hold', 'next_run_at', 'lease_until'}        # written by Jobs alone
 
 
-def assignments(columns):
-    return ', '.join(f'"{column}" = :{column}' for column in columns)
-
-
 @functools.lru_cache(maxsize=64)
 def update_statement(columns):
-    return f'UPDATE jobs SET {assignments(columns)} WHERE seq = :seq'
+    """It takes the values in order, then the seq. Named ones would take half as long again."""
+    assignments = ', '.join(f'"{column}" = ?' for column in columns)
+    return f'UPDATE jobs SET {assignments} WHERE seq = ?'
 
 
 @functools.lru_cache(maxsize=64)
 def upsert_queue_statement(columns):
-    values = ', '.join(f':{column}' for column in columns)
-    return (f'INSERT INTO queues (queue, {column_list(columns)}) VALUES (:queue, {values}) '
-            f'ON CONFLICT (queue) DO UPDATE SET {assignments(columns)}')
+    """It takes the queue, then the values in order."""
+    assignments = ', '.join(f'{column} = excluded.{column}' for column in columns)
+    return (f'INSERT INTO queues (queue, {column_list(columns)}) VALUES (?{", ?" * len(columns)}) '
+            f'ON CONFLICT (queue) DO UPDATE SET {assignments}')
 
 
 def compile_renderer(columns, renderer_of):
@@ -2105,7 +2109,7 @@ class Transaction:
         return self.db.execute(statement, values).fetchall()
 
     def upsert_queue(self, queue, **columns):
-        self.db.execute(upsert_queue_statement(tuple(columns)), dict(columns, queue=queue))
+        self.db.execute(upsert_queue_statement(tuple(columns)), (queue, *columns.values()))
 
     def spend(self, size):
         """Take `size` characters of the response budget; Unavailable if it is used up.
@@ -2266,9 +2270,7 @@ class Jobs:
         self._write(tx, job, columns)
 
     def _write(self, tx, job, columns):
-        statement = update_statement(tuple(columns))
-        columns['seq'] = job['seq']
-        tx.db.execute(statement, columns)
+        tx.db.execute(update_statement(tuple(columns)), (*columns.values(), job['seq']))
 
     def claim(self, tx, claims, columns):
         """Start jobs. `claims` are their new rows as dicts, `columns` the columns that changed."""
@@ -2280,7 +2282,9 @@ class Jobs:
 
     def set_leases(self, tx, jobs, *columns):
         """Write `lease_until` and other columns of running jobs; each is a dict with its `seq`."""
-        tx.db.executemany(update_statement((*columns, 'lease_until')), jobs)
+        columns += ('lease_until',)
+        values_of = operator.itemgetter(*columns, 'seq')
+        tx.db.executemany(update_statement(columns), map(values_of, jobs))
         tx.wake_at(min(job['lease_until'] for job in jobs))
 
     def shift_deadlines(self, tx, seconds):
@@ -2562,9 +2566,10 @@ class Claims:
     def _select_claims(self, tx, queue, limit, changes):
         """Due jobs as the rows that they will be once claimed. Expired ones are cancelled."""
         rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
-        expired = []
+        expired = []        # their seqs
         claims = self._within_budget(tx, rows, changes, expired)
-        for job in expired:
+        for seq in expired:
+            job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
         if expired and not claims:
             # others may be due behind them: try again after the next slice of Jobs.expire()
@@ -2593,10 +2598,10 @@ class Claims:
         """The rows as they will be once claimed, as many as the response budget allows."""
         claims = []
         for row in rows:
-            claim = dict(zip(COLUMNS, row))     # five times as fast as dict(row)
+            claim = dict(zip(CLAIMED_COLUMNS, row))     # five times as fast as dict(row)
             expires_at = claim['expires_at']
             if expires_at is not None and expires_at <= tx.now and not claim['attempt']:
-                expired.append({column: claim[column] for column in TRANSITION_COLUMNS})
+                expired.append(claim['seq'])
                 continue
             size = size_of(claim)
             if claims and size > tx.response_budget:
