@@ -1958,7 +1958,7 @@ def test_a_long_chain_is_cancelled_in_bounded_steps(own, q):
 
 
 def test_a_cancelled_chain_goes_on_being_cancelled_after_kill_9(own, q):
-    engine, length = own(constants={"BATCH_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
+    engine, length = own(constants={"SLICE_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
     ids = ["%s-%d" % (q, number) for number in range(length)]
     engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
                                   for number, id in enumerate(ids)])
@@ -4559,7 +4559,7 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
                 steps.append(time.thread_time() - began)
         return run
 
-    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "change_batch"),
+    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "change_slice"),
                         (rundown_engine.Operators, "change_items"), (rundown_engine.Store, "note_pause"),
                         (rundown_engine.Store, "shift_deadlines")]:
         monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
