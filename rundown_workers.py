@@ -546,79 +546,64 @@ def new_id():
 
 
 # -- Connections -----------------------------------------------------------------------------------
-class DeadlineReader(io.RawIOBase):
-    """Reads from a connection's socket until its deadline, however slowly the bytes trickle in."""
-
-    def __init__(self, connection, sock, raw):
-        self.connection = connection
-        self.sock = sock        # kept: the connection drops its own after `Connection: close`
-        self.raw = raw          # the unbuffered file of the socket
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.sock.settimeout(remaining(self.connection.deadline))
-        return self.raw.readinto(buffer)
-
-    def close(self):
-        self.raw.close()
-        super().close()
+def request_bytes(request):
+    """A request of urllib.request as bytes, to be sent as one packet."""
+    if ' ' in request.selector or not request.selector.isprintable():
+        raise http.client.InvalidURL(f'{request.selector!r} is not the path of a call')
+    lines = [
+        f'{request.get_method()} {request.selector} HTTP/1.1',
+        f'Host: {request.host}',
+        'Accept-Encoding: identity',
+    ]
+    lines += [f'{name}: {value}' for name, value in request.headers.items()]
+    if request.data is None:
+        return '\r\n'.join([*lines, '', '']).encode('ascii')
+    lines += [f'Content-Length: {len(request.data)}', '', '']
+    return '\r\n'.join(lines).encode('ascii') + request.data
 
 
-class DeadlineResponse(http.client.HTTPResponse):
-    """A response that has to arrive before its connection's deadline."""
-
-    def __init__(self, connection, sock, *args, **kwargs):
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(DeadlineReader(connection, sock, self.fp.detach()))
-
-
-class BufferingConnection(http.client.HTTPConnection):
-    """Collects the parts of a request, to be sent as one packet."""
-
-    def __init__(self, host, **options):
-        super().__init__(host, **options)
-        self.outgoing = []      # parts of the request that are not sent yet
-
-    def send(self, data):
-        self.outgoing.append(data)
-
-    def request_bytes(self, request):
-        """A request of urllib.request as bytes."""
-        self.outgoing = []
-        self.request(request.get_method(), request.selector, request.data, request.headers)
-        return b''.join(self.outgoing)
+# the complete head of the final response, after any interim ones such as `100 Continue`
+FINAL_HEAD = re.compile(
+    rb'(HTTP/1\.[01] 1.*\n([^\r\n].*\n)*\r?\n)*'
+    rb'(?!HTTP/1\.[01] 1)([^\r\n].*\n)+\r?\n'
+)
 
 
-class PooledConnection(BufferingConnection):
-    """A connection that is used for one request after the other."""
+class ResponseReader:
+    """Collects the bytes of a response until http.client can read it to its end."""
 
-    def __init__(self, origin, deadline, **options):
-        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
-        super().__init__(origin[1], timeout=timeout, **options)
-        self.response_class = functools.partial(DeadlineResponse, self)
-        self.origin = origin        # (scheme, host and port), constant
-        self.reusable = False       # True once a response has been read to its end
-        self.deadline = deadline    # of the request in flight, time.monotonic()
-        self.connect()
+    def __init__(self):
+        self.received = bytearray()
+        self.size = None            # bytes in the whole response; None: its head is incomplete
+        self.is_chunked = False
 
-    def exchange(self, request, deadline):
-        """The response to a request, read to its end."""
-        self.deadline = deadline
-        data = self.request_bytes(request)
-        self.sock.settimeout(remaining(deadline))
-        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
-            self.sock.sendall(data)
-        response = self.getresponse()
-        check_framing(response)
-        response.content = response.read()
-        self.reusable = not response.will_close
+    def feed(self, data):
+        """The response, or None while it is incomplete. Empty `data`: no more will come."""
+        self.received += data
+        if data and not self._may_be_complete():
+            return None
+        file = io.BytesIO(self.received)
+        response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
+        try:
+            response.begin()
+            check_framing(response)
+            self.is_chunked = response.chunked
+            self.size = float('inf') if response.length is None else file.tell() + response.length
+            if data and not self._may_be_complete():
+                return None
+            response.content = response.read()
+        except (http.client.IncompleteRead, http.client.RemoteDisconnected):
+            if not data:
+                raise
+            return None
         return response
 
-
-class PooledTLSConnection(PooledConnection, http.client.HTTPSConnection):
-    """A PooledConnection with TLS."""
+    def _may_be_complete(self):
+        if self.is_chunked:
+            return self.received.endswith(b'\n\r\n')
+        if self.size is None:
+            return len(self.received) > MAX_RESPONSE_HEAD or FINAL_HEAD.match(self.received)
+        return len(self.received) >= self.size
 
 
 def check_framing(response):
@@ -628,6 +613,38 @@ def check_framing(response):
         raise http.client.HTTPException('its Content-Length is no number')
     if response.status < 200:
         raise http.client.HTTPException('it is not the final response')
+
+
+class PooledConnection:
+    """A connection that is used for one request after the other."""
+
+    def __init__(self, origin, deadline, context):
+        self.origin = origin        # (scheme, host and port), constant
+        self.reusable = False       # True once a response has been read to its end
+        scheme, host = origin
+        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
+        if scheme == 'https':
+            connection = http.client.HTTPSConnection(host, timeout=timeout, context=context)
+        else:
+            connection = http.client.HTTPConnection(host, timeout=timeout)
+        connection.connect()
+        self.sock = connection.sock
+
+    def exchange(self, data, deadline):
+        """The response to a request, which has to be complete before the deadline."""
+        self.sock.settimeout(remaining(deadline))
+        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
+            self.sock.sendall(data)
+        reader = ResponseReader()
+        response = None
+        while response is None:
+            self.sock.settimeout(remaining(deadline))   # again: the bytes may trickle in
+            response = reader.feed(self.sock.recv(1 << 16))
+        self.reusable = not response.will_close
+        return response
+
+    def close(self):
+        self.sock.close()
 
 
 class ConnectionPool(urllib.request.BaseHandler):
@@ -645,11 +662,12 @@ class ConnectionPool(urllib.request.BaseHandler):
         """The response, which has to be complete within request.timeout seconds."""
         deadline = time.monotonic() + request.timeout
         origin = (request.type, request.host)
+        data = request_bytes(request)
         while True:
-            connection = self._reuse(origin) or self._connect(origin, deadline)
+            connection = self._reuse(origin) or PooledConnection(origin, deadline, self.context)
             reused = connection.reusable
             try:
-                return self._exchange(connection, request, deadline)
+                return self._exchange(connection, data, deadline)
             except ConnectionError:
                 if not reused:      # a reused one may have been closed while it was idle
                     raise
@@ -670,17 +688,12 @@ class ConnectionPool(urllib.request.BaseHandler):
                 connection.close()
         return None
 
-    def _connect(self, origin, deadline):
-        if origin[0] == 'https':
-            return PooledTLSConnection(origin, deadline, context=self.context)
-        return PooledConnection(origin, deadline)
-
-    def _exchange(self, connection, request, deadline):
+    def _exchange(self, connection, data, deadline):
         self.active.add(connection)
         try:
             if self.closed:
                 raise ConnectionAbortedError('the connection was shut down')
-            response = connection.exchange(request, deadline)
+            response = connection.exchange(data, deadline)
         except BaseException:
             connection.close()
             raise
@@ -693,9 +706,8 @@ class ConnectionPool(urllib.request.BaseHandler):
         """Send nothing more. With SHUT_WR, responses to requests in flight still arrive."""
         self.closed = True
         for connection in self.active.copy():
-            # It has no socket if its own thread has just closed it.
             # SSLSocket.shutdown would drop the session keys, so the plain one is called.
-            with contextlib.suppress(OSError, TypeError):
+            with contextlib.suppress(OSError):      # its own thread may have just closed it
                 socket.socket.shutdown(connection.sock, how)
         with contextlib.suppress(IndexError):       # its own thread may take the last one
             while True:
@@ -882,21 +894,20 @@ class Caller:
             time.sleep(pause)
 
     def _post(self, path, **fields):
-        fields = encode_durations(fields)
-        return self.call(path, drop_none(**fields), fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(path, given, given.get('wait', 0))
 
     def _get(self, path, **fields):
-        fields = encode_durations(fields)
-        query = urllib.parse.urlencode(drop_none(**fields))
-        return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(f'{path}?{urllib.parse.urlencode(given)}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
         if jobs is None:
             return self._post(path, **fields)
-        fields = encode_durations(fields)
         ids = [job if isinstance(job, str) else job['id'] for job in jobs]
-        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        given = given_fields(fields)
+        texts = [as_json({**given, 'id': id}, 'the job') for id in ids]
         replies = []
         for batch in batches(texts, len):
             replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
@@ -1218,8 +1229,7 @@ class Client(ProducerCalls, WorkerCalls):
         At most `rate` are claimed at once, then one every `per / rate` seconds. None removes a
         limit; omitted limits are unchanged. Returns the limits of the queue.
         """
-        fields = encode_durations(
-            {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
+        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
@@ -1385,7 +1395,7 @@ def parse_hosts(text):
     """The URLs of engines, separated by blanks; raises Error for an invalid one."""
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
-        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
+        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url) or not url.isascii():
             raise Error(f'{url!r} is not the URL of an engine, such as {EXAMPLE_URL}')
     return hosts
 
@@ -1466,16 +1476,16 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
     id = new_id() if id is None else id
-    fields = encode_durations(fields)
-    fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
-    return as_json(fields, 'the job')
+    fields.update(payload=payload, id=id, run_at=in_utc(run_at), after=after)
+    return as_json(given_fields(fields), 'the job')
 
 
-def encode_durations(fields):
-    """Convert timedeltas to seconds, in place; returns the fields."""
-    for name in DURATIONS & fields.keys():
-        fields[name] = in_seconds(fields[name])
-    return fields
+def given_fields(fields):
+    """The fields that are not None, with durations in seconds."""
+    return {
+        name: in_seconds(value) if name in DURATIONS else value
+        for name, value in fields.items() if value is not None
+    }
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1582,19 +1592,20 @@ class AsyncCalls:
 
     async def _exchange(self, request, context):
         origin = (request.type, request.host)
+        data = request_bytes(request)
         idle = self.idle.setdefault((origin, context), collections.deque())
         while True:
             reused = bool(idle)
             reader, writer = idle.pop() if reused else await connect_streams(origin, context)
             try:
-                writer.write(BufferingConnection(request.host).request_bytes(request))
+                writer.write(data)
                 response = await receive_response(reader)
             except BaseException as error:
                 writer.close()
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close or response.chunked or len(idle) >= MAX_IDLE_STREAMS:
+            if response.will_close or len(idle) >= MAX_IDLE_STREAMS:
                 writer.close()
             else:
                 idle.append((reader, writer))
@@ -1627,49 +1638,11 @@ async def connect_streams(origin, context):
 
 
 async def receive_response(reader):
-    data = b''
-    while True:
-        part = await reader.read(1 << 16)
-        data += part
-        response = parse_response(data, is_all=not part)
-        if response is not None:
-            return response
-
-
-class ReceivedBytes:
-    """Acts as a socket from which http.client reads the bytes received so far."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def makefile(self, mode):
-        return io.BytesIO(self.data)
-
-
-def parse_response(data, is_all):
-    """The response in the bytes; None if it is not complete. `is_all`: no more bytes will come."""
-    if not is_all and not has_final_head(data):
-        return None
-    response = http.client.HTTPResponse(ReceivedBytes(data))
-    try:
-        response.begin()
-        check_framing(response)
-        lasts_until_close = response.length is None and not response.chunked
-        if lasts_until_close and not is_all:
-            return None
-        response.content = response.read()
-    except (http.client.IncompleteRead, http.client.RemoteDisconnected):
-        if is_all:
-            raise
-        return None
+    response_reader = ResponseReader()
+    response = None
+    while response is None:
+        response = response_reader.feed(await reader.read(1 << 16))
     return response
-
-
-def has_final_head(data):
-    """Are the headers of the final response complete, after any of `100 Continue`?"""
-    heads = data[:MAX_RESPONSE_HEAD].replace(b'\r\n', b'\n').split(b'\n\n')[:-1]
-    return len(data) > MAX_RESPONSE_HEAD or any(
-        not re.match(rb'HTTP/1\.[01] 1', head) for head in heads)
 
 
 def max_async_waits():
