@@ -95,6 +95,9 @@ Async handlers must not block the event loop; one that does so for more than a s
 They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
 has its own context variables. job() also works in threads and thread pools of a handler.
 
+A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
+queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
+
 SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
 the others are released, and the worker exits with 0. A handler that reaches a step or checkpoint
 gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
@@ -301,6 +304,7 @@ MAX_HUNG = 10               # hung threads at which the worker ends
 WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
 MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
+MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
@@ -1020,14 +1024,16 @@ class ProducerCalls(Caller):
 
         Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
         for `give_up` seconds, or until the timeout.
+
+        A handler that waits for a job of its own queue lends its slot to the queue's jobs, if no
+        other is free, and continues when it has it back.
         """
-        if current.get():
-            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
         waiting = Waiting(self, job, timeout, give_up)
-        while True:
-            job = self.call(**waiting.next_call(LONG_POLL))
-            if waiting.is_over(job):
-                return Job(job, self)
+        with waiting_in_handler(self, job):
+            while True:
+                job = self.call(**waiting.next_call(LONG_POLL))
+                if waiting.is_over(job):
+                    return Job(job, self)
 
     async def await_job(
         self,
@@ -1036,9 +1042,8 @@ class ProducerCalls(Caller):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
-        if current.get() and not isinstance(job, str):
-            warn_of_deadlock(job)
-        return Job(await async_calls().wait(self, job, timeout, give_up), self)
+        async with awaiting_in_handler(self, job):
+            return Job(await async_calls().wait(self, job, timeout, give_up), self)
 
     @suggest_known_options
     def schedule(
@@ -1737,6 +1742,32 @@ def inputs() -> list[Any]:
     return [results.get(id) for id in after]
 
 
+@contextlib.contextmanager
+def waiting_in_handler(client, job):
+    """Surrounds a wait for a job, or an id. In a handler, see Consumer.begin_wait()."""
+    claim = current.get()
+    has_lent = claim and claim.begin_wait(client.job(job) if isinstance(job, str) else job)
+    try:
+        yield
+    finally:
+        if has_lent:
+            claim.take_slot_back()
+
+
+@contextlib.asynccontextmanager
+async def awaiting_in_handler(client, job):
+    """waiting_in_handler() on an event loop."""
+    claim = current.get()
+    if claim and isinstance(job, str):
+        job = await async_calls().call(client, '/jobs/' + quote(job))
+    has_lent = claim and await run_in_thread(claim.begin_wait, job)
+    try:
+        yield
+    finally:
+        if has_lent:
+            await run_in_thread(claim.take_slot_back)
+
+
 # -- Steps and checkpoints -------------------------------------------------------------------------
 T = TypeVar('T')
 
@@ -1746,11 +1777,11 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
     The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
-    With a coroutine function: `await step(...)`. If the worker is stopping, this raises Lost and
-    the job is released. Outside of handlers it only calls the function.
+    In async code, and with a coroutine function: `await step(...)`. If the worker is stopping,
+    this raises Lost and the job is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
-    if inspect.iscoroutinefunction(function):
+    if is_in_event_loop() or inspect.iscoroutinefunction(function):
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
@@ -1762,11 +1793,15 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
 
 async def async_step(claim, name, function, args, kwargs):
+    async def call():
+        result = function(*args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
     if claim is None:
-        return await function(*args, **kwargs)
+        return await call()
     claim.begin_step()
     if name not in claim.steps:
-        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
+        text = as_json(await call(), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
     return copy.deepcopy(claim.steps[name])
 
@@ -1889,14 +1924,6 @@ def warn_of_own_key(job):
         note(logging.WARNING, 'the handler of %s enqueued a job with the key %s, which its own job '
              'holds until it ends: nothing was added. key_until="start" frees a key when its job '
              'begins', describe_job(claim.job), job.get('key'))
-
-
-def warn_of_deadlock(job):
-    """Warn if a handler waits for a job of its own queue, and occupies the last slot."""
-    claim = current.get()
-    if claim and job.get('queue') == claim.job.get('queue') and claim.holds_last_slot():
-        note(logging.WARNING, 'the handler of %s waits for the job %s of its own queue, which has '
-             'no free slot: it may wait for ever', describe_job(claim.job), job.get('id'))
 
 
 def describe_job(job):
@@ -2272,10 +2299,15 @@ class Claim(Saver):
         if self.outcome is not None:
             raise Lost('the job was released, or is no longer claimed by this worker')
 
-    def holds_last_slot(self):
-        """Whether no slot is free for another job of its queue."""
-        running = [claim for claim in self.consumer.in_flight.copy() if claim.slot]
-        return len(running) >= len(self.consumer.slots)
+    def begin_wait(self, job):
+        """See Consumer.begin_wait()."""
+        return self.consumer.begin_wait(self, job)
+
+    def take_slot_back(self):
+        """End a slot in place of the one that was lent, as soon as one is free."""
+        lent = LentSlot(self.consumer)
+        self.consumer.ready.put(lent)
+        until(lambda: lent.is_back or self.outcome, NEVER)
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
@@ -2289,6 +2321,20 @@ class Claim(Saver):
         return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
 
 
+class LentSlot:
+    """Waits among the claims of a queue for a free slot, and ends it."""
+
+    def __init__(self, consumer):
+        self.consumer = consumer
+        self.is_back = False
+
+    def start(self, slot, now):
+        slot.is_abandoned = True
+        self.consumer.drop_slot(slot)
+        self.is_back = True
+        return False        # there is nothing to run
+
+
 class Slot:
     """A thread that runs claims of a queue, one after the other.
 
@@ -2298,7 +2344,7 @@ class Slot:
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
     is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # it takes no more claims; set by interrupt()
+    is_abandoned = False    # it takes no more claims; set by interrupt() and by a LentSlot
     interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
@@ -2573,8 +2619,11 @@ class AsyncReady:
     def _dispatch(self):
         while self.slots and self.claims:
             claim = self.claims.popleft()
-            if claim.start(self.slots[-1], time.monotonic()):
+            slot = self.slots[-1]
+            if claim.start(slot, time.monotonic()):
                 self.slots.pop().begin(claim)
+            elif slot.is_abandoned:
+                self.slots.pop()
 
 
 class AsyncSlot(Slot):
@@ -2905,7 +2954,8 @@ class Consumer:
         # safe without a lock: a queue, and a dict whose single operations are atomic
         self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
         self.in_flight = {}                 # claims that wait, run or clean up, in order
-        # replaced one by one, with the lock of the slot's claim held
+        # changed with the lock held
+        self.slots_lock = threading.Lock()
         self.slots = []
         # races are harmless
         self.seconds_per_job = None         # a moving average; None: not known yet
@@ -2922,9 +2972,10 @@ class Consumer:
         """Continue with new slots on another event loop, if the handlers are async."""
         if isinstance(self.ready, AsyncReady):
             self.ready = AsyncReady(event_loop)
-            abandoned, self.slots = self.slots, [AsyncSlot(self) for _ in self.slots]
-            for slot in abandoned:
-                slot.is_abandoned = True
+            with self.slots_lock:
+                for slot in self.slots:
+                    slot.is_abandoned = True
+                self.slots = [AsyncSlot(self) for _ in range(self.concurrency)]
 
     def _slot_type(self):
         handler = self.config.functions.get(None)
@@ -3033,9 +3084,37 @@ class Consumer:
             fetcher.capacity_freed.set()
 
     def replace(self, slot):
-        """Replace an interrupted slot. The claim's lock is held, so only one thread does it."""
-        if slot in self.slots:      # otherwise use_event_loop() has replaced all
-            self.slots[self.slots.index(slot)] = type(slot)(self)
+        """Replace an interrupted slot."""
+        with self.slots_lock:
+            if slot in self.slots:      # otherwise use_event_loop() has replaced all
+                self.slots[self.slots.index(slot)] = type(slot)(self)
+
+    def drop_slot(self, slot):
+        with self.slots_lock:
+            if slot in self.slots:
+                self.slots.remove(slot)
+
+    def begin_wait(self, claim, job):
+        """Called when the handler of a claim waits for a job. True if it has lent its slot.
+
+        A job of its own queue could never start if all slots had handlers that wait. So if none
+        is free the queue gets another one, until the handler continues: see take_slot_back().
+        """
+        self.worker.generation = self.worker.next_generation()      # a burst polls again
+        if job.get('queue') != self.name or job.get('status') in ENDED:
+            return False
+        with self.slots_lock:
+            running = [each for each in self.in_flight.copy() if each.slot]
+            if len(running) < len(self.slots):
+                return False
+            if len(self.slots) >= self.concurrency + MAX_LENT_SLOTS:
+                raise Error(f'{MAX_LENT_SLOTS} more handlers wait for jobs of the queue {self.name}'
+                            ' than it has slots: use another queue, or `after`')
+            self.slots.append(type(claim.slot)(self))
+        self.fetcher.capacity_freed.set()
+        note(logging.WARNING, '%s waits for the job %s of its own queue, which has no free slot: '
+             'it lends its own until it continues', claim, job.get('id'))
+        return True
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -3775,12 +3854,17 @@ STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
 DROP_PROGRESS = 'drop'      # discard older progress; echoed once none is being sent
 LOGGED = 'logged'           # the attributes of a log record
+WAITING = 'waiting'         # the handler waits for a job; answered with whether it lent its slot
+RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
 HOOKS_CALLED = 'hooks'      # the process can take the next job
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
-STOP = 'stop'               # sent to the process when the worker stops; None: end now
+# Kinds of messages to that process, besides the answers to its own.
+JOB = 'job'                 # run this job
+STOP = 'stop'               # the worker stops
+END = 'end'                 # end, after the hooks
 
 # the events of App.on() whose hooks run in the process of the handler
 CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
@@ -3792,7 +3876,6 @@ class ChildSettings(NamedTuple):
     surroundings: list      # places of the functions of around()
     hooks: dict             # event -> list of places
     client: tuple           # the arguments of Client
-    concurrency: int        # of the queue
     log_levels: dict        # name of a logger -> level
 
 
@@ -3850,7 +3933,6 @@ class IsolatedSlot(Slot):
             {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
              for event in CHILD_EVENTS},
             self.consumer.session.settings,
-            self.consumer.concurrency,
             {logger.name: logger.level for logger in loggers if getattr(logger, 'level', 0)})
 
     def _receive(self):
@@ -3873,14 +3955,9 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # it was finished from outside before a process had it
             return claim.outcome
-        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
-            if kind == PROGRESS_MADE:
-                claim.show_progress(value)
-            if kind == DROP_PROGRESS:
-                claim.drop_progress()
-                self._write(DROP_PROGRESS)
-            if kind == LEFT:
-                self.consumer.let_go(claim)
+        while kind in (STARTED, *self.requests):
+            if kind != STARTED:
+                self.requests[kind](self, claim, value)
             kind, value = self._receive()
         if kind == FINISHED:
             self.jobs_run += 1
@@ -3890,6 +3967,36 @@ class IsolatedSlot(Slot):
         self.close()
         error = Crashed(value)
         return failure(error, value, **self.consumer.handlers.retry_fields(error, claim.job))
+
+    def _on_progress(self, claim, text):
+        claim.show_progress(text)
+
+    def _on_drop_progress(self, claim, _):
+        claim.drop_progress()
+        self._write((DROP_PROGRESS, None))
+
+    def _on_left(self, claim, _):
+        self.consumer.let_go(claim)
+
+    def _on_waiting(self, claim, job):
+        try:
+            answer = claim.begin_wait(job)
+        except Error as error:
+            answer = str(error)
+        self._write((WAITING, answer))
+
+    def _on_resuming(self, claim, _):
+        claim.take_slot_back()
+        self._write((RESUMING, None))
+
+    # of the running handler, by the kind of message
+    requests = {
+        PROGRESS_MADE: _on_progress,
+        DROP_PROGRESS: _on_drop_progress,
+        LEFT: _on_left,
+        WAITING: _on_waiting,
+        RESUMING: _on_resuming,
+    }
 
     def _send(self, claim):
         """Send the job; returns the first answer.
@@ -3902,7 +4009,7 @@ class IsolatedSlot(Slot):
                 self._start_process()
             if claim.outcome:
                 break
-            self._write(claim.job)
+            self._write((JOB, claim.job))
             message = HOOKS_CALLED, None
             while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
@@ -3916,7 +4023,7 @@ class IsolatedSlot(Slot):
             self.pipe.send(message)
 
     def on_stop(self):
-        self._write(STOP)
+        self._write((STOP, None))
 
     def call_hooks(self, event, claim, value):
         """Call the hooks that the process could not find, and wait until it has called the others.
@@ -3957,7 +4064,7 @@ class IsolatedSlot(Slot):
         if self.process is None:
             return
         if self.consumer.hooks['stop_worker']:
-            self._write(None)
+            self._write((END, None))
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
         self.kill()
@@ -4014,8 +4121,15 @@ class ChildClaim(Saver):
                 self.child.send(LEFT)
             raise Lost('the worker stops: the job is given back')
 
-    def holds_last_slot(self):
-        return self.child.settings.concurrency == 1
+    def begin_wait(self, job):
+        seen = {name: job.get(name) for name in ('id', 'queue', 'status')}
+        answer = self.child.ask(WAITING, seen)
+        if isinstance(answer, str):
+            raise Error(answer)
+        return answer
+
+    def take_slot_back(self):
+        self.child.ask(RESUMING)
 
     def show_progress(self, text):
         self.has_progress = True
@@ -4023,8 +4137,7 @@ class ChildClaim(Saver):
 
     def drop_progress(self):
         if self.has_progress:
-            self.child.send(DROP_PROGRESS)
-            self.child.progress_dropped.get()
+            self.child.ask(DROP_PROGRESS)
             self.has_progress = False
 
     def run_coroutine(self, coroutine):
@@ -4075,7 +4188,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
-        self.progress_dropped = SimpleQueue()
+        self.answers = {kind: SimpleQueue() for kind in (DROP_PROGRESS, WAITING, RESUMING)}
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -4088,6 +4201,11 @@ class Child:
     def send(self, kind, value=None):
         with self.send_lock:
             self.pipe.send((kind, value))
+
+    def ask(self, kind, value=None):
+        """Send a message to the worker, and wait for the answer."""
+        self.send(kind, value)
+        return self.answers[kind].get()
 
     def load(self):
         settings = self.settings
@@ -4145,13 +4263,13 @@ class Child:
     def _receive_jobs(self):
         with contextlib.suppress(EOFError, OSError):
             while True:
-                message = self.pipe.recv()
-                if message == STOP:
+                kind, value = self.pipe.recv()
+                if kind == STOP:
                     self.stopping.set()
-                elif message == DROP_PROGRESS:
-                    self.progress_dropped.put(None)
+                elif kind in self.answers:
+                    self.answers[kind].put(value)
                 else:
-                    self.jobs.put(message)
+                    self.jobs.put(value)        # END has None
         signal_group(multiprocessing.current_process(), KILL)
         os._exit(1)
 
