@@ -115,7 +115,8 @@ At most 64 MiB of requests and 64 MiB of responses are buffered; above that the 
 ones get 503. Done or cancelled jobs are kept for --keep (7d), failed ones for --keep-failed
 (30d). A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is
 early by the difference that is left. After a restart, deadlines that are counted in seconds
-have moved with the clock. A job has at most 1,000 steps, of 8 MiB in all.
+have moved with the clock. When it is set ahead, they move in one transaction, which takes about
+0.2 s per 100,000 running jobs and retries. A job has at most 1,000 steps, of 8 MiB in all.
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
 purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
@@ -2075,10 +2076,11 @@ class Transaction:
     before the commit, and nothing survives a rollback.
     """
 
-    def __init__(self, db, now, response_budget):
+    def __init__(self, db, now, response_budget, pauses=()):
         self.db = db
         self.now = now                          # microseconds since 1970, engine time
         self.response_budget = response_budget  # characters of jobs that polls may still claim
+        self.pauses = pauses                    # see Pause; those that still matter, oldest first
         self.takes_jobs = True                  # False: the disk is full
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
@@ -2091,7 +2093,7 @@ class Transaction:
         self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # True: next_deadline holds for the whole database
-        self.slice_ends = None   # time.monotonic() after which paced() ends
+        self.slice_ends = None          # time.monotonic() after which paced() ends
 
     def execute(self, statement, values=()):
         return self.db.execute(statement, values)
@@ -2138,18 +2140,9 @@ class Transaction:
         self.topics.add(('queue', queue))
 
 
-LEASE_SPAN_SQL = '''
-    COALESCE(lease, COALESCE(NULLIF(timeout, 0), NULLIF(worker_timeout, 0), :timeout) + :grace)'''
-# An overdue lease gets one more period. Any other then lasts at least the grace and at most one
-# period. Leases of twice the pause or more stay: they outlast the heartbeat that was missed.
-EXTEND_LEASES = f'''
-    UPDATE jobs SET started_at = MIN(started_at, :now), lease_until =
-        CASE WHEN lease_until <= :now THEN :now + MAX(:grace, COALESCE(lease, 0))
-             ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, {LEASE_SPAN_SQL})) END
-    WHERE status = 'running' AND {LEASE_SPAN_SQL} < 2 * :pause'''
 SHIFT_DEADLINES = (     # deadlines that are counted in seconds; a time that was given stays
-    "UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by "
-    "WHERE status = 'running'",
+    "UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by, "
+    "updated_at = updated_at + :by WHERE status = 'running'",
     f"UPDATE jobs SET next_run_at = next_run_at + :by "
     f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
     # a retry that is not the active job of its group
@@ -2289,15 +2282,6 @@ class Jobs:
         """Write `lease_until` and other columns of running jobs; each is a dict with its `seq`."""
         tx.db.executemany(update_statement((*columns, 'lease_until')), jobs)
         tx.wake_at(min(job['lease_until'] for job in jobs))
-
-    def extend_leases(self, tx, pause_seconds):
-        """Extend leases shorter than twice the pause, in which no heartbeat could be received."""
-        tx.execute(EXTEND_LEASES, {
-            'now': tx.now,
-            'grace': micros(GRACE),
-            'timeout': micros(DEFAULT_TIMEOUT),
-            'pause': micros(min(pause_seconds, 1e9)),
-        })
 
     def shift_deadlines(self, tx, seconds):
         """The clock has stepped by this much: move all deadlines that are counted in seconds."""
@@ -2707,12 +2691,58 @@ class Claims:
             tx.signs_of_life.append((job['queue'], job['worker'], None))
 
     def lose_overdue(self, tx):
-        """A slice of ending the attempts whose leases are over."""
-        for seq, in tx.paced(tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)):
+        """A slice of ending the attempts whose leases are over, or of extending the leases."""
+        overdue = tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)
+        done = 0
+        for seq, in tx.paced(overdue):
+            done += 1
             job = tx.fetch_one(FIND_BY_SEQ, seq)
-            again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
-            self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
-            tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
+            lease_until = extended_lease(job, tx.pauses)
+            if lease_until > tx.now:
+                self.jobs.set_leases(tx, [{'seq': seq, 'lease_until': lease_until}])
+            else:
+                self._lose(tx, job)
+        if done == len(overdue) < BATCH_ROWS:       # no other lease is over
+            tx.pauses = tuple(
+                pause for pause in tx.pauses if pause.ended_at + micros(GRACE) > tx.now)
+
+    def _lose(self, tx, job):
+        again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
+        self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
+        tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
+
+
+class Pause(NamedTuple):
+    """A time in which no heartbeat could be received.
+
+    It extends leases, but only once they are over: so it costs nothing, however many jobs run.
+    """
+
+    ended_at: int       # engine time
+    length: int         # microseconds
+
+
+def with_pause(pauses, ended_at, seconds):
+    """The pauses and one that has just ended. It makes the shorter ones before it redundant."""
+    length = micros(min(seconds, 1e9))
+    longer = [pause for pause in pauses if pause.length > length]
+    return (*longer, Pause(ended_at, length))
+
+
+def extended_lease(job, pauses):
+    """When the lease ends: one that was overdue after a pause gets one more period.
+
+    Any other lasts at least the grace. A lease of twice the pause or more is not extended: it
+    outlasts the heartbeat that was missed.
+    """
+    lease_until = job['lease_until']
+    longest = job['lease'] or timeout_of(job) + micros(GRACE)
+    for pause in pauses:
+        if job['started_at'] < pause.ended_at and longest < 2 * pause.length:
+            is_overdue = lease_until <= pause.ended_at
+            period = max(micros(GRACE), job['lease'] or 0) if is_overdue else micros(GRACE)
+            lease_until = max(lease_until, pause.ended_at + period)
+    return lease_until
 
 
 def latest_lease(job, started_at):
@@ -2914,6 +2944,13 @@ GIVEN_TO_JOBS = columns_where(lambda column: column.inserted, SCHEDULE_COLUMNS)
 SCHEDULE_FIELDS = ('name', *GIVEN_TO_JOBS, 'cron', 'every', 'zone')
 SCHEDULE_DEFAULTS = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
 SELECT_SCHEDULE = f'SELECT {column_list(SCHEDULE_COLUMNS)} FROM schedules '
+# A tick does without the payload, which may have 8 MiB: SQLite copies it by itself.
+SMALL_SCHEDULE_COLUMNS = columns_where(lambda column: not column.large, SCHEDULE_COLUMNS)
+SMALL_GIVEN_TO_JOBS = [name for name in GIVEN_TO_JOBS if name in SMALL_SCHEDULE_COLUMNS]
+SELECT_FOR_TICK = f'SELECT {column_list(SMALL_SCHEDULE_COLUMNS)} FROM schedules WHERE name = ?'
+COPY_PAYLOAD = '''
+    UPDATE jobs SET payload = (SELECT payload FROM schedules WHERE name = :schedule)
+    WHERE id = :id'''
 REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({column_list(SCHEDULE_COLUMNS)}) '
                     f'VALUES (:{", :".join(SCHEDULE_COLUMNS)})')
 
@@ -2946,7 +2983,7 @@ class Schedules:
         due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
                            'LIMIT ?', tx.now, BATCH_ROWS)
         for name, in tx.paced(due):
-            self._tick(tx, tx.fetch_one(SELECT_SCHEDULE + 'WHERE name = ?', name))
+            self._tick(tx, tx.fetch_one(SELECT_FOR_TICK, name))
 
     def _tick(self, tx, row):
         """Make the job of the last tick that is due, and set the next one."""
@@ -2957,14 +2994,16 @@ class Schedules:
             upcoming = tx.now + micros(3600)
             tx.log_lines.append(
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
-        item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
+        item = {field: row[field] for field in SMALL_GIVEN_TO_JOBS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
         tx.response_budget = budget
         is_skipped = done is EXISTING
-        if is_skipped and job['id'] == item['id']:
+        if not is_skipped:
+            tx.execute(COPY_PAYLOAD, {'schedule': row['name'], 'id': item['id']})
+        elif job['id'] == item['id']:
             tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
                                 f'the id {describe(item["id"])} is taken')
         tx.execute(
@@ -3654,7 +3693,10 @@ NEXT_DEADLINE = f'''
 
 
 # The latest engine time that is stored: the last engine has reached it.
-LAST_TIME = 'SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) FROM queues'
+LAST_TIME = '''
+    SELECT MAX(moment) FROM (
+        SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) AS moment FROM queues
+        UNION ALL SELECT MAX(updated_at) FROM jobs WHERE status = 'running')'''
 
 
 class Store:
@@ -3683,13 +3725,14 @@ class Store:
             database, self.jobs, self.limits, self.dependencies, self.claims)
         self.retention = Retention(keep, keep_failed)
         self.queries = Queries(database, self.clock, self.workers, self.meter)
-        self._check_set_back()
         # touched by the loop's thread only
+        self.pauses = ()            # as of the last commit
         self.next_deadline = 0      # engine time at which run_due() has something to do
         self.maintenance = collections.deque([
             self.schedules.run_due, self.jobs.expire, self.jobs.release_due,
             self.claims.lose_overdue, self.dependencies.resolve, self.retention.run_due])
         self.starved = set()        # see Transaction.starved; run_due() wakes their polls
+        self._check_set_back()
 
     def _check_set_back(self):
         """If the clock was set back since the last engine, move deadlines with it."""
@@ -3702,7 +3745,7 @@ class Store:
             log(f'the system clock was set back by {back / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
-        return Transaction(db, self.clock.now(), response_budget)
+        return Transaction(db, self.clock.now(), response_budget, self.pauses)
 
     def committed(self, tx, operations):
         """Publish the effects of a transaction of so many operations, once it is on disk."""
@@ -3711,6 +3754,7 @@ class Store:
             self.starved = self.starved - polled | tx.starved
         self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
             self.next_deadline, tx.next_deadline)
+        self.pauses = tx.pauses
         for queue in tx.forgotten_queues:
             self.workers.last_polled.pop(queue, None)
             self.meter.fold_into_others(queue)
@@ -3723,17 +3767,19 @@ class Store:
         """Add jobs of several requests at once, as Producers.enqueue() does."""
         return self.producers.enqueue(tx, items)
 
-    def extend_leases(self, tx, pause_seconds):
-        # written, so that a full disk fails this transaction even if no lease has to change
+    def note_pause(self, tx, seconds):
+        """No heartbeat could be received for so long: leases that ended meanwhile are extended."""
+        # written, so that a full disk fails this transaction, and the pause goes on
         tx.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
-        self.jobs.extend_leases(tx, pause_seconds)
-        tx.wake_at(0)
+        tx.pauses = with_pause(tx.pauses, tx.now, seconds)
 
     def shift_deadlines(self, tx, offset, ahead_seconds):
         """Set the clock ahead, and move all deadlines that are counted in seconds."""
         self.clock.offset = offset
         tx.now = self.clock.now()       # the rest of this transaction has the new time
         self.jobs.shift_deadlines(tx, ahead_seconds)
+        tx.pauses = tuple(
+            pause._replace(ended_at=pause.ended_at + micros(ahead_seconds)) for pause in tx.pauses)
         tx.wake_at(0)
         tx.log_lines.append(f'the system clock went ahead by {ahead_seconds:.0f} s')
 
@@ -4179,7 +4225,7 @@ class Committer:
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
-            self.store.extend_leases(tx, gap)
+            self.store.note_pause(tx, gap)
         if ahead:
             self.store.shift_deadlines(tx, offset, ahead)
         return tx, began
