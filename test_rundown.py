@@ -7343,7 +7343,7 @@ def test_a_handler_that_is_interrupted_at_the_end_of_the_grace_can_clean_up(engi
             say("cleaned up")
     """
     source = handler(q, body.replace("sleep(", "await asyncio.sleep(" if kind else "time.sleep("))
-    worker = work("import asyncio\n" + source.replace("def ", kind + "def "), run="rw.run(grace=0.1)")
+    worker = work(source.replace("def ", kind + "def "), run="rw.run(grace=0.1)")
     until(worker.said)
     assert worker.stop() == 0
     assert worker.said() == ["begun", "cleaned up"]
@@ -8150,12 +8150,52 @@ def test_a_handler_that_enqueues_under_its_own_key_is_warned(engine, work, q):
     assert "the key poller, which its own job holds" in worker.log()
 
 
+# A handler adds up the results of the jobs that it makes in its own queue.
+NESTED = {
+    "thread": """
+        busy.append(payload)
+        most = len(busy)
+        time.sleep(0.05)
+        busy.remove(payload)
+        if payload:
+            most = max(most, rw.enqueue(%r, payload - 1, priority=1).result())
+            busy.append(payload)
+            most = max(most, len(busy))
+            time.sleep(0.05)
+            busy.remove(payload)
+        return most
+    """,
+    "isolated": "return rw.enqueue(%r, payload - 1, priority=1).result() if payload else 1",
+}
+NESTED["async"] = (NESTED["thread"].replace("time.sleep", "await asyncio.sleep")
+                   .replace("rw.enqueue(%r, payload - 1, priority=1).result()",
+                            "await (await rw.aenqueue(%r, payload - 1, priority=1)).aresult()"))
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engine, work, q, kind):
+    source = "busy = []\n" + of_kind(kind, handler(q, NESTED[kind] % q, isolate=kind == "isolated"))
+    jobs = [engine.enqueue(q, n and 3, timeout=20, priority=n) for n in (1, 0, 0, 0, 0)]
+    worker = work(source)
+    # never two at a time, although handlers were waiting
+    assert [ended(engine, job)["result"] for job in jobs] == [1] * 5
+    assert "no free slot" in worker.log()
+
+
 @pytest.mark.parametrize("isolate", [False, True])
-def test_a_handler_that_waits_for_its_own_queue_in_its_last_slot_is_warned(engine, work, q, isolate):
-    body = "rw.wait(rw.enqueue(%r), timeout=0.5)" % q
-    engine.enqueue(q)
-    worker = work(isolated(q, body) if isolate else handler(q, body, max_retries=0))
-    until(lambda: "no free slot" in worker.log(), 10)
+def test_a_limited_number_of_slots_is_lent(engine, work, q, isolate):
+    body = "return payload and rw.enqueue(%r, payload - 1, max_retries=0).result()" % q
+    job = engine.enqueue(q, 3, timeout=20, max_retries=0)
+    work("rw.MAX_LENT_SLOTS = 1\n" + handler(q, body, isolate=isolate))
+    assert "use another queue" in ended(engine, job)["error"]
+
+
+def test_a_wait_for_a_job_works_in_a_burst(engine, work, q):
+    job = engine.enqueue(q, timeout=20)
+    other = handler(q + "2", "return 5", "other")
+    body = "time.sleep(0.3); return rw.enqueue(%r).result()" % (q + "2")    # after an empty poll
+    work(other + handler(q, body), run=BURST).wait()
+    assert engine.job(job)["result"] == 5
 
 
 CANCELLED = {
@@ -8248,6 +8288,12 @@ CHARGED = {
             raise rw.Retry(delay=0)
         return [first, await rw.step("charge", acharge, 7)]
     """,
+    "async, plain": """
+        first = await rw.step("charge", charge, 7)
+        if rw.job()["attempt"] == 1:
+            raise rw.Retry(delay=0)
+        return [first, await rw.step("charge", charge, 7)]
+    """,
 }
 CHARGED["isolated"] = CHARGED["thread"]
 CHARGE = """
@@ -8260,7 +8306,7 @@ async def acharge(amount):
 
 
 def of_kind(kind, source):
-    return source.replace("def handle", "async def handle") if kind == "async" else source
+    return source.replace("def handle", "async def handle") if kind.startswith("async") else source
 
 
 @pytest.mark.parametrize("kind", CHARGED)
