@@ -95,6 +95,9 @@ Async handlers must not block the event loop; one that does so for more than a s
 They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
 has its own context variables. job() also works in threads and thread pools of a handler.
 
+A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
+queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
+
 SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
 the others are released, and the worker exits with 0. A handler that reaches a step or checkpoint
 gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
@@ -301,6 +304,7 @@ MAX_HUNG = 10               # hung threads at which the worker ends
 WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
 MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
+MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
@@ -547,79 +551,64 @@ def new_id():
 
 
 # -- Connections -----------------------------------------------------------------------------------
-class DeadlineReader(io.RawIOBase):
-    """Reads from a connection's socket until its deadline, however slowly the bytes trickle in."""
-
-    def __init__(self, connection, sock, raw):
-        self.connection = connection
-        self.sock = sock        # kept: the connection drops its own after `Connection: close`
-        self.raw = raw          # the unbuffered file of the socket
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.sock.settimeout(remaining(self.connection.deadline))
-        return self.raw.readinto(buffer)
-
-    def close(self):
-        self.raw.close()
-        super().close()
+def request_bytes(request):
+    """A request of urllib.request as bytes, to be sent as one packet."""
+    if ' ' in request.selector or not request.selector.isprintable():
+        raise http.client.InvalidURL(f'{request.selector!r} is not the path of a call')
+    lines = [
+        f'{request.get_method()} {request.selector} HTTP/1.1',
+        f'Host: {request.host}',
+        'Accept-Encoding: identity',
+    ]
+    lines += [f'{name}: {value}' for name, value in request.headers.items()]
+    if request.data is None:
+        return '\r\n'.join([*lines, '', '']).encode('ascii')
+    lines += [f'Content-Length: {len(request.data)}', '', '']
+    return '\r\n'.join(lines).encode('ascii') + request.data
 
 
-class DeadlineResponse(http.client.HTTPResponse):
-    """A response that has to arrive before its connection's deadline."""
-
-    def __init__(self, connection, sock, *args, **kwargs):
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(DeadlineReader(connection, sock, self.fp.detach()))
-
-
-class BufferingConnection(http.client.HTTPConnection):
-    """Collects the parts of a request, to be sent as one packet."""
-
-    def __init__(self, host, **options):
-        super().__init__(host, **options)
-        self.outgoing = []      # parts of the request that are not sent yet
-
-    def send(self, data):
-        self.outgoing.append(data)
-
-    def request_bytes(self, request):
-        """A request of urllib.request as bytes."""
-        self.outgoing = []
-        self.request(request.get_method(), request.selector, request.data, request.headers)
-        return b''.join(self.outgoing)
+# the complete head of the final response, after any interim ones such as `100 Continue`
+FINAL_HEAD = re.compile(
+    rb'(HTTP/1\.[01] 1.*\n([^\r\n].*\n)*\r?\n)*'
+    rb'(?!HTTP/1\.[01] 1)([^\r\n].*\n)+\r?\n'
+)
 
 
-class PooledConnection(BufferingConnection):
-    """A connection that is used for one request after the other."""
+class ResponseReader:
+    """Collects the bytes of a response until http.client can read it to its end."""
 
-    def __init__(self, origin, deadline, **options):
-        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
-        super().__init__(origin[1], timeout=timeout, **options)
-        self.response_class = functools.partial(DeadlineResponse, self)
-        self.origin = origin        # (scheme, host and port), constant
-        self.reusable = False       # True once a response has been read to its end
-        self.deadline = deadline    # of the request in flight, time.monotonic()
-        self.connect()
+    def __init__(self):
+        self.received = bytearray()
+        self.size = None            # bytes in the whole response; None: its head is incomplete
+        self.is_chunked = False
 
-    def exchange(self, request, deadline):
-        """The response to a request, read to its end."""
-        self.deadline = deadline
-        data = self.request_bytes(request)
-        self.sock.settimeout(remaining(deadline))
-        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
-            self.sock.sendall(data)
-        response = self.getresponse()
-        check_framing(response)
-        response.content = response.read()
-        self.reusable = not response.will_close
+    def feed(self, data):
+        """The response, or None while it is incomplete. Empty `data`: no more will come."""
+        self.received += data
+        if data and not self._may_be_complete():
+            return None
+        file = io.BytesIO(self.received)
+        response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
+        try:
+            response.begin()
+            check_framing(response)
+            self.is_chunked = response.chunked
+            self.size = float('inf') if response.length is None else file.tell() + response.length
+            if data and not self._may_be_complete():
+                return None
+            response.content = response.read()
+        except (http.client.IncompleteRead, http.client.RemoteDisconnected):
+            if not data:
+                raise
+            return None
         return response
 
-
-class PooledTLSConnection(PooledConnection, http.client.HTTPSConnection):
-    """A PooledConnection with TLS."""
+    def _may_be_complete(self):
+        if self.is_chunked:
+            return self.received.endswith(b'\n\r\n')
+        if self.size is None:
+            return len(self.received) > MAX_RESPONSE_HEAD or FINAL_HEAD.match(self.received)
+        return len(self.received) >= self.size
 
 
 def check_framing(response):
@@ -629,6 +618,38 @@ def check_framing(response):
         raise http.client.HTTPException('its Content-Length is no number')
     if response.status < 200:
         raise http.client.HTTPException('it is not the final response')
+
+
+class PooledConnection:
+    """A connection that is used for one request after the other."""
+
+    def __init__(self, origin, deadline, context):
+        self.origin = origin        # (scheme, host and port), constant
+        self.reusable = False       # True once a response has been read to its end
+        scheme, host = origin
+        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
+        if scheme == 'https':
+            connection = http.client.HTTPSConnection(host, timeout=timeout, context=context)
+        else:
+            connection = http.client.HTTPConnection(host, timeout=timeout)
+        connection.connect()
+        self.sock = connection.sock
+
+    def exchange(self, data, deadline):
+        """The response to a request, which has to be complete before the deadline."""
+        self.sock.settimeout(remaining(deadline))
+        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
+            self.sock.sendall(data)
+        reader = ResponseReader()
+        response = None
+        while response is None:
+            self.sock.settimeout(remaining(deadline))   # again: the bytes may trickle in
+            response = reader.feed(self.sock.recv(1 << 16))
+        self.reusable = not response.will_close
+        return response
+
+    def close(self):
+        self.sock.close()
 
 
 class ConnectionPool(urllib.request.BaseHandler):
@@ -646,11 +667,12 @@ class ConnectionPool(urllib.request.BaseHandler):
         """The response, which has to be complete within request.timeout seconds."""
         deadline = time.monotonic() + request.timeout
         origin = (request.type, request.host)
+        data = request_bytes(request)
         while True:
-            connection = self._reuse(origin) or self._connect(origin, deadline)
+            connection = self._reuse(origin) or PooledConnection(origin, deadline, self.context)
             reused = connection.reusable
             try:
-                return self._exchange(connection, request, deadline)
+                return self._exchange(connection, data, deadline)
             except ConnectionError:
                 if not reused:      # a reused one may have been closed while it was idle
                     raise
@@ -671,17 +693,12 @@ class ConnectionPool(urllib.request.BaseHandler):
                 connection.close()
         return None
 
-    def _connect(self, origin, deadline):
-        if origin[0] == 'https':
-            return PooledTLSConnection(origin, deadline, context=self.context)
-        return PooledConnection(origin, deadline)
-
-    def _exchange(self, connection, request, deadline):
+    def _exchange(self, connection, data, deadline):
         self.active.add(connection)
         try:
             if self.closed:
                 raise ConnectionAbortedError('the connection was shut down')
-            response = connection.exchange(request, deadline)
+            response = connection.exchange(data, deadline)
         except BaseException:
             connection.close()
             raise
@@ -694,9 +711,8 @@ class ConnectionPool(urllib.request.BaseHandler):
         """Send nothing more. With SHUT_WR, responses to requests in flight still arrive."""
         self.closed = True
         for connection in self.active.copy():
-            # It has no socket if its own thread has just closed it.
             # SSLSocket.shutdown would drop the session keys, so the plain one is called.
-            with contextlib.suppress(OSError, TypeError):
+            with contextlib.suppress(OSError):      # its own thread may have just closed it
                 socket.socket.shutdown(connection.sock, how)
         with contextlib.suppress(IndexError):       # its own thread may take the last one
             while True:
@@ -883,21 +899,20 @@ class Caller:
             time.sleep(pause)
 
     def _post(self, path, **fields):
-        fields = encode_durations(fields)
-        return self.call(path, drop_none(**fields), fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(path, given, given.get('wait', 0))
 
     def _get(self, path, **fields):
-        fields = encode_durations(fields)
-        query = urllib.parse.urlencode(drop_none(**fields))
-        return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(f'{path}?{urllib.parse.urlencode(given)}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
         if jobs is None:
             return self._post(path, **fields)
-        fields = encode_durations(fields)
         ids = [job if isinstance(job, str) else job['id'] for job in jobs]
-        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        given = given_fields(fields)
+        texts = [as_json({**given, 'id': id}, 'the job') for id in ids]
         replies = []
         for batch in batches(texts, len):
             replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
@@ -1020,14 +1035,16 @@ class ProducerCalls(Caller):
 
         Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
         for `give_up` seconds, or until the timeout.
+
+        A handler that waits for a job of its own queue lends its slot to the queue's jobs, if no
+        other is free, and continues when it has it back.
         """
-        if current.get():
-            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
         waiting = Waiting(self, job, timeout, give_up)
-        while True:
-            job = self.call(**waiting.next_call(LONG_POLL))
-            if waiting.is_over(job):
-                return Job(job, self)
+        with waiting_in_handler(self, job):
+            while True:
+                job = self.call(**waiting.next_call(LONG_POLL))
+                if waiting.is_over(job):
+                    return Job(job, self)
 
     async def await_job(
         self,
@@ -1036,9 +1053,8 @@ class ProducerCalls(Caller):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
-        if current.get() and not isinstance(job, str):
-            warn_of_deadlock(job)
-        return Job(await async_calls().wait(self, job, timeout, give_up), self)
+        async with awaiting_in_handler(self, job):
+            return Job(await async_calls().wait(self, job, timeout, give_up), self)
 
     @suggest_known_options
     def schedule(
@@ -1219,8 +1235,7 @@ class Client(ProducerCalls, WorkerCalls):
         At most `rate` are claimed at once, then one every `per / rate` seconds. None removes a
         limit; omitted limits are unchanged. Returns the limits of the queue.
         """
-        fields = encode_durations(
-            {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
+        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
@@ -1386,7 +1401,7 @@ def parse_hosts(text):
     """The URLs of engines, separated by blanks; raises Error for an invalid one."""
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
-        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
+        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url) or not url.isascii():
             raise Error(f'{url!r} is not the URL of an engine, such as {EXAMPLE_URL}')
     return hosts
 
@@ -1467,16 +1482,16 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
     id = new_id() if id is None else id
-    fields = encode_durations(fields)
-    fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
-    return as_json(fields, 'the job')
+    fields.update(payload=payload, id=id, run_at=in_utc(run_at), after=after)
+    return as_json(given_fields(fields), 'the job')
 
 
-def encode_durations(fields):
-    """Convert timedeltas to seconds, in place; returns the fields."""
-    for name in DURATIONS & fields.keys():
-        fields[name] = in_seconds(fields[name])
-    return fields
+def given_fields(fields):
+    """The fields that are not None, with durations in seconds."""
+    return {
+        name: in_seconds(value) if name in DURATIONS else value
+        for name, value in fields.items() if value is not None
+    }
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1583,19 +1598,20 @@ class AsyncCalls:
 
     async def _exchange(self, request, context):
         origin = (request.type, request.host)
+        data = request_bytes(request)
         idle = self.idle.setdefault((origin, context), collections.deque())
         while True:
             reused = bool(idle)
             reader, writer = idle.pop() if reused else await connect_streams(origin, context)
             try:
-                writer.write(BufferingConnection(request.host).request_bytes(request))
+                writer.write(data)
                 response = await receive_response(reader)
             except BaseException as error:
                 writer.close()
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close or response.chunked or len(idle) >= MAX_IDLE_STREAMS:
+            if response.will_close or len(idle) >= MAX_IDLE_STREAMS:
                 writer.close()
             else:
                 idle.append((reader, writer))
@@ -1628,49 +1644,11 @@ async def connect_streams(origin, context):
 
 
 async def receive_response(reader):
-    data = b''
-    while True:
-        part = await reader.read(1 << 16)
-        data += part
-        response = parse_response(data, is_all=not part)
-        if response is not None:
-            return response
-
-
-class ReceivedBytes:
-    """Acts as a socket from which http.client reads the bytes received so far."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def makefile(self, mode):
-        return io.BytesIO(self.data)
-
-
-def parse_response(data, is_all):
-    """The response in the bytes; None if it is not complete. `is_all`: no more bytes will come."""
-    if not is_all and not has_final_head(data):
-        return None
-    response = http.client.HTTPResponse(ReceivedBytes(data))
-    try:
-        response.begin()
-        check_framing(response)
-        lasts_until_close = response.length is None and not response.chunked
-        if lasts_until_close and not is_all:
-            return None
-        response.content = response.read()
-    except (http.client.IncompleteRead, http.client.RemoteDisconnected):
-        if is_all:
-            raise
-        return None
+    response_reader = ResponseReader()
+    response = None
+    while response is None:
+        response = response_reader.feed(await reader.read(1 << 16))
     return response
-
-
-def has_final_head(data):
-    """Are the headers of the final response complete, after any of `100 Continue`?"""
-    heads = data[:MAX_RESPONSE_HEAD].replace(b'\r\n', b'\n').split(b'\n\n')[:-1]
-    return len(data) > MAX_RESPONSE_HEAD or any(
-        not re.match(rb'HTTP/1\.[01] 1', head) for head in heads)
 
 
 def max_async_waits():
@@ -1737,6 +1715,32 @@ def inputs() -> list[Any]:
     return [results.get(id) for id in after]
 
 
+@contextlib.contextmanager
+def waiting_in_handler(client, job):
+    """Surrounds a wait for a job, or an id. In a handler, see Consumer.begin_wait()."""
+    claim = current.get()
+    has_lent = claim and claim.begin_wait(client.job(job) if isinstance(job, str) else job)
+    try:
+        yield
+    finally:
+        if has_lent:
+            claim.take_slot_back()
+
+
+@contextlib.asynccontextmanager
+async def awaiting_in_handler(client, job):
+    """waiting_in_handler() on an event loop."""
+    claim = current.get()
+    if claim and isinstance(job, str):
+        job = await async_calls().call(client, '/jobs/' + quote(job))
+    has_lent = claim and await run_in_thread(claim.begin_wait, job)
+    try:
+        yield
+    finally:
+        if has_lent:
+            await run_in_thread(claim.take_slot_back)
+
+
 # -- Steps and checkpoints -------------------------------------------------------------------------
 T = TypeVar('T')
 
@@ -1746,11 +1750,11 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
     The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
-    With a coroutine function: `await step(...)`. If the worker is stopping, this raises Lost and
-    the job is released. Outside of handlers it only calls the function.
+    In async code, and with a coroutine function: `await step(...)`. If the worker is stopping,
+    this raises Lost and the job is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
-    if inspect.iscoroutinefunction(function):
+    if is_in_event_loop() or inspect.iscoroutinefunction(function):
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
@@ -1762,11 +1766,15 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
 
 async def async_step(claim, name, function, args, kwargs):
+    async def call():
+        result = function(*args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
     if claim is None:
-        return await function(*args, **kwargs)
+        return await call()
     claim.begin_step()
     if name not in claim.steps:
-        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
+        text = as_json(await call(), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
     return copy.deepcopy(claim.steps[name])
 
@@ -1889,14 +1897,6 @@ def warn_of_own_key(job):
         note(logging.WARNING, 'the handler of %s enqueued a job with the key %s, which its own job '
              'holds until it ends: nothing was added. key_until="start" frees a key when its job '
              'begins', describe_job(claim.job), job.get('key'))
-
-
-def warn_of_deadlock(job):
-    """Warn if a handler waits for a job of its own queue, and occupies the last slot."""
-    claim = current.get()
-    if claim and job.get('queue') == claim.job.get('queue') and claim.holds_last_slot():
-        note(logging.WARNING, 'the handler of %s waits for the job %s of its own queue, which has '
-             'no free slot: it may wait for ever', describe_job(claim.job), job.get('id'))
 
 
 def describe_job(job):
@@ -2272,10 +2272,15 @@ class Claim(Saver):
         if self.outcome is not None:
             raise Lost('the job was released, or is no longer claimed by this worker')
 
-    def holds_last_slot(self):
-        """Whether no slot is free for another job of its queue."""
-        running = [claim for claim in self.consumer.in_flight.copy() if claim.slot]
-        return len(running) >= len(self.consumer.slots)
+    def begin_wait(self, job):
+        """See Consumer.begin_wait()."""
+        return self.consumer.begin_wait(self, job)
+
+    def take_slot_back(self):
+        """End a slot in place of the one that was lent, as soon as one is free."""
+        lent = LentSlot(self.consumer)
+        self.consumer.ready.put(lent)
+        until(lambda: lent.is_back or self.outcome, NEVER)
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
@@ -2289,6 +2294,20 @@ class Claim(Saver):
         return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
 
 
+class LentSlot:
+    """Waits among the claims of a queue for a free slot, and ends it."""
+
+    def __init__(self, consumer):
+        self.consumer = consumer
+        self.is_back = False
+
+    def start(self, slot, now):
+        slot.is_abandoned = True
+        self.consumer.drop_slot(slot)
+        self.is_back = True
+        return False        # there is nothing to run
+
+
 class Slot:
     """A thread that runs claims of a queue, one after the other.
 
@@ -2298,7 +2317,7 @@ class Slot:
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
     is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # it takes no more claims; set by interrupt()
+    is_abandoned = False    # it takes no more claims; set by interrupt() and by a LentSlot
     interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
@@ -2573,8 +2592,11 @@ class AsyncReady:
     def _dispatch(self):
         while self.slots and self.claims:
             claim = self.claims.popleft()
-            if claim.start(self.slots[-1], time.monotonic()):
+            slot = self.slots[-1]
+            if claim.start(slot, time.monotonic()):
                 self.slots.pop().begin(claim)
+            elif slot.is_abandoned:
+                self.slots.pop()
 
 
 class AsyncSlot(Slot):
@@ -2905,7 +2927,8 @@ class Consumer:
         # safe without a lock: a queue, and a dict whose single operations are atomic
         self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
         self.in_flight = {}                 # claims that wait, run or clean up, in order
-        # replaced one by one, with the lock of the slot's claim held
+        # changed with the lock held
+        self.slots_lock = threading.Lock()
         self.slots = []
         # races are harmless
         self.seconds_per_job = None         # a moving average; None: not known yet
@@ -2922,9 +2945,10 @@ class Consumer:
         """Continue with new slots on another event loop, if the handlers are async."""
         if isinstance(self.ready, AsyncReady):
             self.ready = AsyncReady(event_loop)
-            abandoned, self.slots = self.slots, [AsyncSlot(self) for _ in self.slots]
-            for slot in abandoned:
-                slot.is_abandoned = True
+            with self.slots_lock:
+                for slot in self.slots:
+                    slot.is_abandoned = True
+                self.slots = [AsyncSlot(self) for _ in range(self.concurrency)]
 
     def _slot_type(self):
         handler = self.config.functions.get(None)
@@ -3033,9 +3057,37 @@ class Consumer:
             fetcher.capacity_freed.set()
 
     def replace(self, slot):
-        """Replace an interrupted slot. The claim's lock is held, so only one thread does it."""
-        if slot in self.slots:      # otherwise use_event_loop() has replaced all
-            self.slots[self.slots.index(slot)] = type(slot)(self)
+        """Replace an interrupted slot."""
+        with self.slots_lock:
+            if slot in self.slots:      # otherwise use_event_loop() has replaced all
+                self.slots[self.slots.index(slot)] = type(slot)(self)
+
+    def drop_slot(self, slot):
+        with self.slots_lock:
+            if slot in self.slots:
+                self.slots.remove(slot)
+
+    def begin_wait(self, claim, job):
+        """Called when the handler of a claim waits for a job. True if it has lent its slot.
+
+        A job of its own queue could never start if all slots had handlers that wait. So if none
+        is free the queue gets another one, until the handler continues: see take_slot_back().
+        """
+        self.worker.generation = self.worker.next_generation()      # a burst polls again
+        if job.get('queue') != self.name or job.get('status') in ENDED:
+            return False
+        with self.slots_lock:
+            running = [each for each in self.in_flight.copy() if each.slot]
+            if len(running) < len(self.slots):
+                return False
+            if len(self.slots) >= self.concurrency + MAX_LENT_SLOTS:
+                raise Error(f'{MAX_LENT_SLOTS} more handlers wait for jobs of the queue {self.name}'
+                            ' than it has slots: use another queue, or `after`')
+            self.slots.append(type(claim.slot)(self))
+        self.fetcher.capacity_freed.set()
+        note(logging.WARNING, '%s waits for the job %s of its own queue, which has no free slot: '
+             'it lends its own until it continues', claim, job.get('id'))
+        return True
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -3775,12 +3827,17 @@ STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
 DROP_PROGRESS = 'drop'      # discard older progress; echoed once none is being sent
 LOGGED = 'logged'           # the attributes of a log record
+WAITING = 'waiting'         # the handler waits for a job; answered with whether it lent its slot
+RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
 HOOKS_CALLED = 'hooks'      # the process can take the next job
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
-STOP = 'stop'               # sent to the process when the worker stops; None: end now
+# Kinds of messages to that process, besides the answers to its own.
+JOB = 'job'                 # run this job
+STOP = 'stop'               # the worker stops
+END = 'end'                 # end, after the hooks
 
 # the events of App.on() whose hooks run in the process of the handler
 CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
@@ -3792,7 +3849,6 @@ class ChildSettings(NamedTuple):
     surroundings: list      # places of the functions of around()
     hooks: dict             # event -> list of places
     client: tuple           # the arguments of Client
-    concurrency: int        # of the queue
     log_levels: dict        # name of a logger -> level
 
 
@@ -3850,7 +3906,6 @@ class IsolatedSlot(Slot):
             {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
              for event in CHILD_EVENTS},
             self.consumer.session.settings,
-            self.consumer.concurrency,
             {logger.name: logger.level for logger in loggers if getattr(logger, 'level', 0)})
 
     def _receive(self):
@@ -3873,14 +3928,9 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # it was finished from outside before a process had it
             return claim.outcome
-        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
-            if kind == PROGRESS_MADE:
-                claim.show_progress(value)
-            if kind == DROP_PROGRESS:
-                claim.drop_progress()
-                self._write(DROP_PROGRESS)
-            if kind == LEFT:
-                self.consumer.let_go(claim)
+        while kind in (STARTED, *self.requests):
+            if kind != STARTED:
+                self.requests[kind](self, claim, value)
             kind, value = self._receive()
         if kind == FINISHED:
             self.jobs_run += 1
@@ -3890,6 +3940,36 @@ class IsolatedSlot(Slot):
         self.close()
         error = Crashed(value)
         return failure(error, value, **self.consumer.handlers.retry_fields(error, claim.job))
+
+    def _on_progress(self, claim, text):
+        claim.show_progress(text)
+
+    def _on_drop_progress(self, claim, _):
+        claim.drop_progress()
+        self._write((DROP_PROGRESS, None))
+
+    def _on_left(self, claim, _):
+        self.consumer.let_go(claim)
+
+    def _on_waiting(self, claim, job):
+        try:
+            answer = claim.begin_wait(job)
+        except Error as error:
+            answer = str(error)
+        self._write((WAITING, answer))
+
+    def _on_resuming(self, claim, _):
+        claim.take_slot_back()
+        self._write((RESUMING, None))
+
+    # of the running handler, by the kind of message
+    requests = {
+        PROGRESS_MADE: _on_progress,
+        DROP_PROGRESS: _on_drop_progress,
+        LEFT: _on_left,
+        WAITING: _on_waiting,
+        RESUMING: _on_resuming,
+    }
 
     def _send(self, claim):
         """Send the job; returns the first answer.
@@ -3902,7 +3982,7 @@ class IsolatedSlot(Slot):
                 self._start_process()
             if claim.outcome:
                 break
-            self._write(claim.job)
+            self._write((JOB, claim.job))
             message = HOOKS_CALLED, None
             while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
@@ -3916,7 +3996,7 @@ class IsolatedSlot(Slot):
             self.pipe.send(message)
 
     def on_stop(self):
-        self._write(STOP)
+        self._write((STOP, None))
 
     def call_hooks(self, event, claim, value):
         """Call the hooks that the process could not find, and wait until it has called the others.
@@ -3957,7 +4037,7 @@ class IsolatedSlot(Slot):
         if self.process is None:
             return
         if self.consumer.hooks['stop_worker']:
-            self._write(None)
+            self._write((END, None))
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
         self.kill()
@@ -4014,8 +4094,15 @@ class ChildClaim(Saver):
                 self.child.send(LEFT)
             raise Lost('the worker stops: the job is given back')
 
-    def holds_last_slot(self):
-        return self.child.settings.concurrency == 1
+    def begin_wait(self, job):
+        seen = {name: job.get(name) for name in ('id', 'queue', 'status')}
+        answer = self.child.ask(WAITING, seen)
+        if isinstance(answer, str):
+            raise Error(answer)
+        return answer
+
+    def take_slot_back(self):
+        self.child.ask(RESUMING)
 
     def show_progress(self, text):
         self.has_progress = True
@@ -4023,8 +4110,7 @@ class ChildClaim(Saver):
 
     def drop_progress(self):
         if self.has_progress:
-            self.child.send(DROP_PROGRESS)
-            self.child.progress_dropped.get()
+            self.child.ask(DROP_PROGRESS)
             self.has_progress = False
 
     def run_coroutine(self, coroutine):
@@ -4075,7 +4161,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
-        self.progress_dropped = SimpleQueue()
+        self.answers = {kind: SimpleQueue() for kind in (DROP_PROGRESS, WAITING, RESUMING)}
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -4088,6 +4174,11 @@ class Child:
     def send(self, kind, value=None):
         with self.send_lock:
             self.pipe.send((kind, value))
+
+    def ask(self, kind, value=None):
+        """Send a message to the worker, and wait for the answer."""
+        self.send(kind, value)
+        return self.answers[kind].get()
 
     def load(self):
         settings = self.settings
@@ -4145,13 +4236,13 @@ class Child:
     def _receive_jobs(self):
         with contextlib.suppress(EOFError, OSError):
             while True:
-                message = self.pipe.recv()
-                if message == STOP:
+                kind, value = self.pipe.recv()
+                if kind == STOP:
                     self.stopping.set()
-                elif message == DROP_PROGRESS:
-                    self.progress_dropped.put(None)
+                elif kind in self.answers:
+                    self.answers[kind].put(value)
                 else:
-                    self.jobs.put(message)
+                    self.jobs.put(value)        # END has None
         signal_group(multiprocessing.current_process(), KILL)
         os._exit(1)
 

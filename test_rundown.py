@@ -1414,6 +1414,20 @@ def test_a_clock_set_back_by_an_hour_and_a_restart_delay_nothing_that_is_counted
     assert clocked.server.store.clock.now() < 1.8e15
 
 
+def test_a_heartbeat_tells_the_next_engine_that_the_clock_was_set_back(clocked, q):
+    held = claimed(clocked, q + "-held", timeout=10000)
+    clocked.enqueue(q, delay=7200)
+    clocked.advance(3600)
+    assert clocked.tell("heartbeat", held)[0] == 200
+    clocked.stop()
+    clocked.clock.wall -= 3600
+    clocked.start()
+    clocked.advance(3590)
+    assert clocked.poll(q) is None
+    clocked.advance(20)
+    assert clocked.poll(q)
+
+
 def test_a_clock_set_back_and_a_restart_keep_times_leases_and_jobs_that_run(clocked, q):
     at = (datetime.datetime(2027, 1, 15, 8) + datetime.timedelta(hours=2)).isoformat() + "Z"
     clocked.enqueue(q + "-timed", run_at=at)
@@ -1944,7 +1958,7 @@ def test_a_long_chain_is_cancelled_in_bounded_steps(own, q):
 
 
 def test_a_cancelled_chain_goes_on_being_cancelled_after_kill_9(own, q):
-    engine, length = own(constants={"BATCH_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
+    engine, length = own(constants={"SLICE_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
     ids = ["%s-%d" % (q, number) for number in range(length)]
     engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
                                   for number, id in enumerate(ids)])
@@ -4474,6 +4488,31 @@ def many_queues(api, q):
     api.post("/purge", status="pending")
 
 
+def many_running(api, q):
+    """60,000 jobs whose leases have just ended, as a stopped engine leaves them."""
+    api.enqueue(q, id=q)
+    api.stop()
+    with contextlib.closing(sqlite3.connect(str(api.database))) as db, db:
+        db.execute("""
+            WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 60000)
+            INSERT INTO jobs (id, queue, payload, created_at, updated_at, next_run_at, started_at, lease, lease_until)
+            SELECT 'r' || i, queue, payload, created_at, updated_at, created_at, created_at, 1000000, created_at
+            FROM n, jobs WHERE id = ?""", (q,))
+        db.execute("UPDATE jobs SET status = 'running', attempt = 1 WHERE id <> ?", (q,))
+
+
+def many_retries(api, q):
+    api.post("/enqueue", jobs=[{"queue": q, "max_retries": 1}] * 5000)
+    for _ in range(5):
+        claims = api.poll(q, limit=1000)
+        api.post("/fail", jobs=[{"id": claim["id"], "attempt": 1} for claim in claims])
+
+
+def set_ahead(api, q):
+    api.clock.wall += 3600
+    api.advance(1)
+
+
 def many_groups(api, q):
     api.post("/enqueue", jobs=[{"queue": q, "group": "g%d" % (number % 10)} for number in range(5000)])
 
@@ -4501,6 +4540,8 @@ LONG_CHANGES = [
     ("a job with many dependents is deleted by retention", lambda api, q: (dependents(api, q), api.post("/cancel", id=q), api.advance(1)),
      lambda api, q: api.advance(WEEKS)),
     ("unused queues are forgotten", many_queues, lambda api, q: api.advance(700)),
+    ("an engine starts beside many leases that are over", many_running, lambda api, q: (api.clock.move(1), api.start(), api.enqueue(q))),
+    ("the clock is set ahead beside retries", many_retries, set_ahead),
     ("cancel jobs of groups", many_groups, lambda api, q: api.post("/cancel", queue=q, status="pending")),
 ]
 
@@ -4518,8 +4559,9 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
                 steps.append(time.thread_time() - began)
         return run
 
-    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "change_batch"),
-                        (rundown_engine.Operators, "change_items")]:
+    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "change_slice"),
+                        (rundown_engine.Operators, "change_items"), (rundown_engine.Store, "note_pause"),
+                        (rundown_engine.Store, "shift_deadlines")]:
         monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
     for attempt in range(3):        # another process may make everything slow
         folder = tmp_path / str(attempt)
@@ -7301,7 +7343,7 @@ def test_a_handler_that_is_interrupted_at_the_end_of_the_grace_can_clean_up(engi
             say("cleaned up")
     """
     source = handler(q, body.replace("sleep(", "await asyncio.sleep(" if kind else "time.sleep("))
-    worker = work("import asyncio\n" + source.replace("def ", kind + "def "), run="rw.run(grace=0.1)")
+    worker = work(source.replace("def ", kind + "def "), run="rw.run(grace=0.1)")
     until(worker.said)
     assert worker.stop() == 0
     assert worker.said() == ["begun", "cleaned up"]
@@ -8108,12 +8150,52 @@ def test_a_handler_that_enqueues_under_its_own_key_is_warned(engine, work, q):
     assert "the key poller, which its own job holds" in worker.log()
 
 
+# A handler adds up the results of the jobs that it makes in its own queue.
+NESTED = {
+    "thread": """
+        busy.append(payload)
+        most = len(busy)
+        time.sleep(0.05)
+        busy.remove(payload)
+        if payload:
+            most = max(most, rw.enqueue(%r, payload - 1, priority=1).result())
+            busy.append(payload)
+            most = max(most, len(busy))
+            time.sleep(0.05)
+            busy.remove(payload)
+        return most
+    """,
+    "isolated": "return rw.enqueue(%r, payload - 1, priority=1).result() if payload else 1",
+}
+NESTED["async"] = (NESTED["thread"].replace("time.sleep", "await asyncio.sleep")
+                   .replace("rw.enqueue(%r, payload - 1, priority=1).result()",
+                            "await (await rw.aenqueue(%r, payload - 1, priority=1)).aresult()"))
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engine, work, q, kind):
+    source = "busy = []\n" + of_kind(kind, handler(q, NESTED[kind] % q, isolate=kind == "isolated"))
+    jobs = [engine.enqueue(q, n and 3, timeout=20, priority=n) for n in (1, 0, 0, 0, 0)]
+    worker = work(source)
+    # never two at a time, although handlers were waiting
+    assert [ended(engine, job)["result"] for job in jobs] == [1] * 5
+    assert "no free slot" in worker.log()
+
+
 @pytest.mark.parametrize("isolate", [False, True])
-def test_a_handler_that_waits_for_its_own_queue_in_its_last_slot_is_warned(engine, work, q, isolate):
-    body = "rw.wait(rw.enqueue(%r), timeout=0.5)" % q
-    engine.enqueue(q)
-    worker = work(isolated(q, body) if isolate else handler(q, body, max_retries=0))
-    until(lambda: "no free slot" in worker.log(), 10)
+def test_a_limited_number_of_slots_is_lent(engine, work, q, isolate):
+    body = "return payload and rw.enqueue(%r, payload - 1, max_retries=0).result()" % q
+    job = engine.enqueue(q, 3, timeout=20, max_retries=0)
+    work("rw.MAX_LENT_SLOTS = 1\n" + handler(q, body, isolate=isolate))
+    assert "use another queue" in ended(engine, job)["error"]
+
+
+def test_a_wait_for_a_job_works_in_a_burst(engine, work, q):
+    job = engine.enqueue(q, timeout=20)
+    other = handler(q + "2", "return 5", "other")
+    body = "time.sleep(0.3); return rw.enqueue(%r).result()" % (q + "2")    # after an empty poll
+    work(other + handler(q, body), run=BURST).wait()
+    assert engine.job(job)["result"] == 5
 
 
 CANCELLED = {
@@ -8206,6 +8288,12 @@ CHARGED = {
             raise rw.Retry(delay=0)
         return [first, await rw.step("charge", acharge, 7)]
     """,
+    "async, plain": """
+        first = await rw.step("charge", charge, 7)
+        if rw.job()["attempt"] == 1:
+            raise rw.Retry(delay=0)
+        return [first, await rw.step("charge", charge, 7)]
+    """,
 }
 CHARGED["isolated"] = CHARGED["thread"]
 CHARGE = """
@@ -8218,7 +8306,7 @@ async def acharge(amount):
 
 
 def of_kind(kind, source):
-    return source.replace("def handle", "async def handle") if kind == "async" else source
+    return source.replace("def handle", "async def handle") if kind.startswith("async") else source
 
 
 @pytest.mark.parametrize("kind", CHARGED)
@@ -13314,6 +13402,7 @@ READY, DELAYED, BLOCKED, QUEUED = range(4)
 MICRO = 1000000         # the times of the model are whole microseconds, as in the engine
 DEFAULT_TIMEOUT, GRACE, BACKOFF, MAX_LOSSES = 300 * MICRO, 5 * MICRO, 5 * MICRO, 3
 CRON = {"*/5 * * * *": 300 * MICRO, "@hourly": 3600 * MICRO}    # periods of crons
+RESTART_TIME = 0.001    # seconds; what was claimed before a restart is older than that
 
 
 class ModelError(Exception):
@@ -13479,22 +13568,18 @@ class Model:
         self.shift(by)
 
     def restart(self, before):
-        """The engine starts again: its clock is the wall clock, and leases are looked after.
+        """The engine starts again: its clock is the wall clock, and leases that end are extended.
 
         `before` is the time that it knows to have been before.
         """
-        self.clock = ModelClock(self.clock.steady, self.clock.wall)
+        self.clock = ModelClock(self.clock.steady + RESTART_TIME, self.clock.wall + RESTART_TIME)
         now = self.clock.now()
         if before > now + MICRO:
             self.set_back(now - before, before)
         for job in self.jobs.values():
             if job.status == "running":
-                job.started_at = min(job.started_at, now)
-                if job.lease_until <= now:
-                    job.lease_until = now + max(GRACE, job.lease or 0)
-                else:
-                    latest = now + max(GRACE, job.lease or job.span + GRACE)
-                    job.lease_until = min(max(job.lease_until, now + GRACE), latest)
+                period = max(GRACE, job.lease or 0) if job.lease_until <= now else GRACE
+                job.lease_until = max(job.lease_until, now + period)
         self.run_due()
 
     def run_due(self):
@@ -13992,6 +14077,7 @@ class KilledEngine:
             self.connection.close()
         self.process.kill()
         self.process.wait()
+        self.times = [time + RESTART_TIME for time in self.times]
         with contextlib.suppress(OSError):      # it did not read the last line
             self.process.stdin.close()
         self.process.stdout.close()
