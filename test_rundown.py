@@ -11320,6 +11320,51 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
     assert "working on default" in rundown(engine, "django", "default", "--burst", env=env)
 
 
+OLDER_DJANGO = """
+import sys
+import django
+from django.conf import settings
+database = {"ENGINE": "django.db.backends.sqlite3", "NAME": sys.argv[1]}
+settings.configure(DATABASES={"default": database})
+django.setup()
+from django.db import close_old_connections, connection, connections, transaction
+import rundown_workers as rw
+
+@rw.around
+def close_connections():
+    close_old_connections()
+    yield
+    close_old_connections()
+
+@rw.task(queue=sys.argv[2], name="was_open")
+def was_open():
+    was_open = connection.connection is not None
+    connection.ensure_connection()
+    return was_open
+
+with transaction.atomic():
+    ids = [rw.enqueue_in(connection, sys.argv[2], {"task": "was_open"}) for _ in range(3)]
+with transaction.atomic():
+    rw.enqueue_in(connection, sys.argv[2], {"task": "was_open"})
+    transaction.set_rollback(True)
+with rw.forwarding(lambda: connections.create_connection("default")):
+    pass
+rw.run(burst=True)
+print([rw.get(id).result(5) for id in ids])
+"""
+
+
+def test_in_an_older_django_tasks_of_our_own_do_as_the_readme_says(engine, tmp_path, q):
+    pytest.importorskip("django")
+    answer = subprocess.check_output(
+        [sys.executable, "-c", OLDER_DJANGO, str(tmp_path / "shop.db"), q],
+        cwd=str(HERE),
+        text=True,
+        env=environment({"RUNDOWN_URL": engine.url}),
+    )
+    assert answer == "[False, False, False]\n" and engine.count(q) == 3
+
+
 def test_without_django_nothing_of_it_is_imported_and_other_names_are_unknown():
     code = (
         "import sys, rundown_workers as rw; print('django' in sys.modules, hasattr(rw, 'enqeue'))"
