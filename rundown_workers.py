@@ -5727,14 +5727,14 @@ class DjangoTasks:
     def get_result(self, result_id):
         job = self._find_in_outbox(result_id)
         if not job:
-            with missing_as_django_says(result_id):
+            with missing_result(result_id):
                 job = default.client(self.host).job(result_id)
         return self.stored_result(job)
 
     async def aget_result(self, result_id):
         job = self.database and await asgiref.sync.sync_to_async(self._find_in_outbox)(result_id)
         if not job:
-            with missing_as_django_says(result_id):
+            with missing_result(result_id):
                 client = default.client(self.host)
                 job = await async_calls().call(client, '/jobs/' + quote(result_id))
         return self.stored_result(job)
@@ -5816,11 +5816,12 @@ class DjangoAttempt:
 
     def _end(self, value=None, error=None):
         """Send task_finished, unless another attempt follows."""
-        status = 'FAILED' if error else 'SUCCESSFUL'
-        if error:
+        succeeded = error is None       # an exception may be false, as an empty container is
+        if not succeeded:
             self.result.errors.append(django_error(error_text(error)))
         try:
-            if not error or is_last_attempt(error):
+            if succeeded or is_last_attempt(error):
+                status = 'SUCCESSFUL' if succeeded else 'FAILED'
                 set_fields(
                     self.result,
                     _return_value=value,
@@ -5849,8 +5850,8 @@ def set_fields(result, **fields):
 
 
 @contextlib.contextmanager
-def missing_as_django_says(id):
-    """Raise Django's exception if the engine does not have the job."""
+def missing_result(id):
+    """Raise Django's exception instead of the refusal of an engine that does not have the job."""
     try:
         yield
     except Refused as error:

@@ -10925,6 +10925,10 @@ DJANGO_PROJECT = {
         class Unhappy(Exception):
             pass
 
+        class EmptyError(Exception):
+            def __len__(self):
+                return 0
+
         @task
         def fail():
             raise rw.Abort("never") from Unhappy("with\\ntwo lines")
@@ -10932,6 +10936,10 @@ DJANGO_PROJECT = {
         @task
         def fail_always(seconds=0):
             raise Unhappy("with\\ntwo lines")
+
+        @task
+        def fail_with_false():
+            raise EmptyError
 
         @task
         async def afail():
@@ -11204,19 +11212,19 @@ def test_django_s_signals_are_sent_by_producer_and_worker(site):
     ]
 
 
-def test_django_tasks_that_fail_for_good_or_at_their_timeout_are_finished_with_a_signal(site):
+def test_django_tasks_that_fail_with_false_or_at_their_timeout_are_finished_with_a_signal(site):
     ends, signals = site.run("""
-        tasks_that_end = [tasks.afail, tasks.asleep, tasks.sleep]
+        tasks_that_end = [tasks.afail, tasks.asleep, tasks.sleep, tasks.fail_with_false]
         results = [ended(task.using(backend="brief").enqueue()) for task in tasks_that_end]
         ids = [result.id for result in results]
         signals_of = tasks.signals_of.using(backend="direct")
         deadline = time.monotonic() + 15
         lines = []      # the last signal may follow the report of the timeout
-        while len(lines) < 6 and time.monotonic() < deadline:
+        while len(lines) < 8 and time.monotonic() < deadline:
             lines = ended(signals_of.enqueue(ids)).return_value
         lines.sort(key=lambda line: ids.index(line[1]))
         answer = [[[result.status, result.errors[0].traceback] for result in results], lines]""")
-    assert [status for status, _ in ends] == ["FAILED"] * 3
+    assert [status for status, _ in ends] == ["FAILED"] * 4
     assert (
         "never" in ends[0][1]
         and "asyncio.sleep(60)" in ends[1][1]
@@ -11225,7 +11233,7 @@ def test_django_tasks_that_fail_for_good_or_at_their_timeout_are_finished_with_a
     assert [(line[0], line[2]) for line in signals] == [
         ("started", "RUNNING"),
         ("finished", "FAILED"),
-    ] * 3
+    ] * 4
 
 
 def test_django_a_task_belongs_to_the_transaction_of_its_backend_s_database(site):
