@@ -286,7 +286,7 @@ MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies oft
 MAX_ASYNC_CALLS = 100       # concurrent short calls of asyncio programs
 MAX_ASYNC_WAITS = 2000      # concurrent long polls of asyncio programs that wait for a job
 CROWDED_POLL = 1            # seconds of such a long poll while more of them are queued
-MAX_IDLE_STREAMS = 20       # idle connections of asyncio programs
+MAX_ASYNC_IDLE = 20         # idle connections of asyncio programs
 MAX_RESPONSE_HEAD = 1 << 17     # bytes in the status line and headers of a response
 MAX_DEPTH = 100             # levels of a value that are searched for a part that is not JSON
 
@@ -625,7 +625,6 @@ class PooledConnection:
 
     def __init__(self, origin, deadline, context):
         self.origin = origin        # (scheme, host and port), constant
-        self.reusable = False       # True once a response has been read to its end
         scheme, host = origin
         timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
         if scheme == 'https':
@@ -645,7 +644,6 @@ class PooledConnection:
         while response is None:
             self.sock.settimeout(remaining(deadline))   # again: the bytes may trickle in
             response = reader.feed(self.sock.recv(1 << 16))
-        self.reusable = not response.will_close
         return response
 
     def close(self):
@@ -669,8 +667,8 @@ class ConnectionPool(urllib.request.BaseHandler):
         origin = (request.type, request.host)
         data = request_bytes(request)
         while True:
-            connection = self._reuse(origin) or PooledConnection(origin, deadline, self.context)
-            reused = connection.reusable
+            reused = self._take_idle(origin)
+            connection = reused or PooledConnection(origin, deadline, self.context)
             try:
                 return self._exchange(connection, data, deadline)
             except ConnectionError:
@@ -679,8 +677,8 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    def _reuse(self, origin):
-        """An idle connection or None. Closes the idle ones that cannot be reused."""
+    def _take_idle(self, origin):
+        """The last used connection to the origin, or None. Closes those to other origins."""
         if self.process != os.getpid():
             self.process = os.getpid()
             self.idle = collections.deque()
@@ -688,7 +686,7 @@ class ConnectionPool(urllib.request.BaseHandler):
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
-                if connection.origin == origin and connection.reusable:
+                if connection.origin == origin:
                     return connection
                 connection.close()
         return None
@@ -704,7 +702,10 @@ class ConnectionPool(urllib.request.BaseHandler):
             raise
         finally:
             self.active.discard(connection)
-        self.idle.append(connection)
+        if response.will_close:
+            connection.close()
+        else:
+            self.idle.append(connection)
         return response
 
     def shutdown(self, how=socket.SHUT_WR):
@@ -770,8 +771,14 @@ class Retries:
         self.has_said_so = False                # a message on the terminal: still trying
 
     def seconds(self):
-        """Seconds for the next try: an equal share for each engine of the time that is left."""
+        """Seconds for the next try: an equal share for each engine of the time that is left.
+
+        With several engines less in the first rounds, so that a silent one costs little.
+        """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
+        if len(self.hosts) > 1:
+            rounds = self.tries // len(self.hosts)
+            share = min(share, self.wait + PROBE_TIMEOUT * 2 ** min(rounds, 10))
         return max(share, self.wait + MIN_LAST_TRY)
 
     def pause_after(self, error):
@@ -925,7 +932,7 @@ class Caller:
     def close(self) -> None:
         """Close all connections, also those in use. Nothing can be sent after that."""
         self.shutdown()
-        close_idle_streams(self.hosts)
+        async_calls.close_idle(self.pool)
 
 
 class ProducerCalls(Caller):
@@ -977,7 +984,7 @@ class ProducerCalls(Caller):
         give_up = options.pop('give_up', None)
         check_names(options, ENQUEUE_OPTIONS)
         text = encode_job(payload, queue=queue, **options)
-        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
+        return Job(await async_calls.call(self, '/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(
         self,
@@ -1054,7 +1061,7 @@ class ProducerCalls(Caller):
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
         async with awaiting_in_handler(self, job):
-            return Job(await async_calls().wait(self, job, timeout, give_up), self)
+            return Job(await async_calls.wait(self, job, timeout, give_up), self)
 
     @suggest_known_options
     def schedule(
@@ -1293,7 +1300,6 @@ class Waiting:
 
     def __init__(self, client, job, timeout, give_up):
         self.id = job if isinstance(job, str) else job['id']
-        self.timeout = in_seconds(timeout)
         self.deadline = deadline_after(timeout)
         self.give_up = client.timeout if give_up is None else in_seconds(give_up)
 
@@ -1309,7 +1315,7 @@ class Waiting:
         if job['status'] in ENDED:
             return True
         if time.monotonic() >= self.deadline:
-            raise Unfinished(f'job {self.id} is still {job["status"]} after {self.timeout:g} s')
+            raise Unfinished(f'job {self.id} is still {job["status"]}, and the timeout is over')
         return False
 
 
@@ -1522,26 +1528,38 @@ class AsyncCalls:
     """
 
     def __init__(self):
-        import asyncio      # here, since it takes megabytes and most programs do not need it
-        self.process = os.getpid()      # constant; a fork needs a new instance: it has no thread
-        self.loop = asyncio.new_event_loop()
-        # used by the loop's thread only
-        self.idle = {}          # (origin, TLS settings) -> deque of (reader, writer)
-        self.call_slots = None  # semaphore of short calls
-        self.wait_slots = None  # semaphore of long polls
-        thread = threading.Thread(target=self._run, name='rundown-asyncio', daemon=True)
-        contextvars.Context().run(thread.start)     # it belongs to no job
+        self._reset()
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(after_in_child=self._reset)     # a fork has no such thread
 
-    def _run(self):
+    def _reset(self):
+        self.lock = threading.Lock()    # held to start the thread
+        self.loop = None                # written with the lock; None: the thread is not started
+        # used by the loop's thread only
+        self.idle = collections.deque()     # connections without a request; last used last
+        self.call_slots = None          # semaphore of short calls
+        self.wait_slots = None          # semaphore of long polls
+
+    def _start(self):
+        import asyncio      # here, since it takes megabytes and most programs do not need it
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._run, args=[loop], name='rundown-asyncio', daemon=True)
+        contextvars.Context().run(thread.start)     # it belongs to no job
+        self.loop = loop
+
+    def _run(self, loop):
         import asyncio
-        asyncio.set_event_loop(self.loop)       # where semaphores of Python 3.8 look for it
+        asyncio.set_event_loop(loop)        # where semaphores of Python 3.8 look for it
         self.call_slots = asyncio.Semaphore(MAX_ASYNC_CALLS)
         self.wait_slots = asyncio.Semaphore(max_async_waits())
-        self.loop.run_forever()
+        loop.run_forever()
 
     def submit(self, coroutine):
         """A future of the running loop; cancelling it cancels the coroutine."""
         import asyncio
+        with self.lock:
+            if self.loop is None:
+                self._start()
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
     async def call(self, client, path, body=None, give_up=None):
@@ -1590,65 +1608,83 @@ class AsyncCalls:
 
     async def _open(self, client, url, data, seconds):
         import asyncio
-        exchange = self._exchange(client._request(url, data), client.pool.context)
+        exchange = self._exchange(client._request(url, data), client.pool)
         try:
             return await asyncio.wait_for(exchange, seconds)
         except asyncio.TimeoutError:
             raise socket.timeout('timed out') from None
 
-    async def _exchange(self, request, context):
+    async def _exchange(self, request, pool):
         origin = (request.type, request.host)
         data = request_bytes(request)
-        idle = self.idle.setdefault((origin, context), collections.deque())
         while True:
-            reused = bool(idle)
-            reader, writer = idle.pop() if reused else await connect_streams(origin, context)
+            reused = self._take_idle(pool, origin)
+            connection = reused or await AsyncConnection.open(pool, origin)
             try:
-                writer.write(data)
-                response = await receive_response(reader)
+                response = await connection.exchange(data)
             except BaseException as error:
-                writer.close()
+                connection.close()
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close or len(idle) >= MAX_IDLE_STREAMS:
-                writer.close()
+            if response.will_close:
+                connection.close()
             else:
-                idle.append((reader, writer))
+                self.idle.append(connection)
+            if len(self.idle) > MAX_ASYNC_IDLE:
+                self.idle.popleft().close()
             return response
 
-    def close_idle(self, hosts):
-        """Close the idle connections to these engines."""
-        origins = [urllib.parse.urlsplit(host)[:2] for host in hosts]
-        for key in list(self.idle):
-            origin, _ = key
-            if origin in origins:
-                for _, writer in self.idle.pop(key):
-                    writer.close()
+    def _take_idle(self, pool, origin):
+        """The last used connection of a client to the origin, or None."""
+        for connection in reversed(self.idle):
+            if connection.pool is pool and connection.origin == origin:
+                self.idle.remove(connection)
+                return connection
+        return None
+
+    def close_idle(self, pool):
+        """Close the idle connections of a client, from any thread."""
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self._close_idle, pool)
+
+    def _close_idle(self, pool):
+        for connection in [one for one in self.idle if one.pool is pool]:
+            self.idle.remove(connection)
+            connection.close()
 
 
-def close_idle_streams(hosts):
-    """Close the idle connections of asyncio calls to these engines, if there were any calls."""
-    for calls in async_calls_instance:
-        if calls.process == os.getpid():
-            calls.loop.call_soon_threadsafe(calls.close_idle, hosts)
+class AsyncConnection:
+    """A connection that asyncio calls use for one request after the other."""
 
+    def __init__(self, pool, origin, reader, writer):
+        self.pool = pool        # of the client that uses it
+        self.origin = origin    # (scheme, host and port)
+        self.reader = reader
+        self.writer = writer
 
-async def connect_streams(origin, context):
-    import asyncio
-    scheme, host_and_port = origin
-    parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
-    if scheme == 'https':
-        return await asyncio.open_connection(parts.hostname, parts.port or 443, ssl=context)
-    return await asyncio.open_connection(parts.hostname, parts.port or 80)
+    @classmethod
+    async def open(cls, pool, origin):
+        import asyncio
+        scheme, host_and_port = origin
+        parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
+        if scheme == 'https':
+            streams = asyncio.open_connection(parts.hostname, parts.port or 443, ssl=pool.context)
+        else:
+            streams = asyncio.open_connection(parts.hostname, parts.port or 80)
+        return cls(pool, origin, *await streams)
 
+    async def exchange(self, data):
+        """The response to a request."""
+        self.writer.write(data)
+        reader = ResponseReader()
+        response = None
+        while response is None:
+            response = reader.feed(await self.reader.read(1 << 16))
+        return response
 
-async def receive_response(reader):
-    response_reader = ResponseReader()
-    response = None
-    while response is None:
-        response = response_reader.feed(await reader.read(1 << 16))
-    return response
+    def close(self):
+        self.writer.close()
 
 
 def max_async_waits():
@@ -1661,24 +1697,7 @@ def max_async_waits():
     return MAX_ASYNC_WAITS if files < 0 else max(10, min(MAX_ASYNC_WAITS, files // 2))
 
 
-async_calls_lock = threading.Lock()
-async_calls_instance = []       # the AsyncCalls of this process, if it needed one
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(
-        before=async_calls_lock.acquire,
-        after_in_parent=async_calls_lock.release,
-        after_in_child=async_calls_lock.release,
-    )
-
-
-def async_calls():
-    """The AsyncCalls of this process."""
-    if async_calls_instance and async_calls_instance[0].process == os.getpid():
-        return async_calls_instance[0]
-    with async_calls_lock:
-        if not async_calls_instance or async_calls_instance[0].process != os.getpid():
-            async_calls_instance[:] = [AsyncCalls()]
-        return async_calls_instance[0]
+async_calls = AsyncCalls()
 
 
 # -- In a handler ----------------------------------------------------------------------------------
@@ -1732,7 +1751,7 @@ async def awaiting_in_handler(client, job):
     """waiting_in_handler() on an event loop."""
     claim = current.get()
     if claim and isinstance(job, str):
-        job = await async_calls().call(client, '/jobs/' + quote(job))
+        job = await async_calls.call(client, '/jobs/' + quote(job))
     has_lent = claim and await run_in_thread(claim.begin_wait, job)
     try:
         yield
@@ -5750,7 +5769,7 @@ class DjangoTasks:
         if not job:
             with missing_as_django_says(result_id):
                 client = default.client(self.host)
-                job = await async_calls().call(client, '/jobs/' + quote(result_id))
+                job = await async_calls.call(client, '/jobs/' + quote(result_id))
         return self.stored_result(job)
 
     def _find_in_outbox(self, id):

@@ -6603,11 +6603,13 @@ def test_the_next_engine_is_tried_after_a_stranger_s_answer(engine, q):
         assert heard
 
 
-def test_an_engine_that_never_answers_delays_a_call_by_the_probe_alone(engine, q, monkeypatch):
+@pytest.mark.parametrize("has_answered", [False, True], ids=["never", "no longer"])
+def test_a_silent_engine_delays_a_call_by_the_probe_alone(engine, q, monkeypatch, has_answered):
     assert rw.PROBE_TIMEOUT == 5
     monkeypatch.setattr(rw, "PROBE_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         client = rw.Client("http://127.0.0.1:%d %s" % (silent.getsockname()[1], engine.url))
+        client.active.has_answered = has_answered
         began = time.monotonic()
         assert client.enqueue(q)["queue"] == q
         assert time.monotonic() - began < 3
@@ -9035,9 +9037,33 @@ def test_asyncio_calls_go_over_tls_and_take_large_jobs(https, q):
 def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
     with rw.testing() as testing:
         arun(testing.client.aenqueue("q"))
-        idle, place = rw.async_calls().idle, ("http", testing.client.host.partition("//")[2])
-        assert any(origin == place and streams for (origin, _), streams in idle.items())
-    until(lambda: not any(origin == place for origin, _ in list(idle)), 5)
+        pool = testing.client.pool
+        connection = next(one for one in rw.async_calls.idle if one.pool is pool)
+    until(lambda: connection.writer.is_closing(), 5)
+
+
+def test_clients_that_are_never_closed_leave_a_bounded_number_of_connections(https, q, monkeypatch):
+    monkeypatch.setattr(rw, "MAX_ASYNC_IDLE", 3)
+    monkeypatch.setattr(rw, "async_calls", rw.AsyncCalls())
+    engine, cert = https()
+
+    async def main():
+        for number in range(8):
+            await rw.Client(engine.url, ca=cert).aenqueue(q, number)
+
+    arun(main())
+    assert len(rw.async_calls.idle) == 3
+
+
+def test_a_large_answer_to_an_asyncio_call_is_parsed_twice_at_most(monkeypatch):
+    text = json.dumps({"payload": "x" * 3000000}).encode()
+    heads = []
+    begin = http.client.HTTPResponse.begin
+    monkeypatch.setattr(
+        http.client.HTTPResponse, "begin", lambda self: heads.append(1) or begin(self))
+    with canned(OK + b"Content-Length: %d\r\n\r\n" % len(text) + text) as (url, _):
+        answer = arun(rw.async_calls.call(rw.Client(url), "/jobs/a"))
+    assert len(answer["payload"]) == 3000000 and len(heads) <= 2
 
 
 def test_nothing_blocks_an_event_loop_while_no_engine_answers():
@@ -9058,7 +9084,7 @@ def test_nothing_blocks_an_event_loop_while_no_engine_answers():
 
 def test_calls_of_asyncio_programs_give_up_in_time_however_many_there_are(monkeypatch):
     monkeypatch.setattr(rw, "MAX_ASYNC_CALLS", 3)
-    monkeypatch.setattr(rw, "async_calls_instance", [])
+    monkeypatch.setattr(rw, "async_calls", rw.AsyncCalls())
     client = rw.Client(unused(), timeout=0.5)
 
     async def main():
@@ -9082,13 +9108,13 @@ def test_a_cancelled_wait_leaves_nothing_behind(engine, q):
         assert all(isinstance(error, asyncio.CancelledError) for error in ended)
 
     arun(main())
-    until(lambda: not asyncio.all_tasks(rw.async_calls().loop), 5)
+    until(lambda: not asyncio.all_tasks(rw.async_calls.loop), 5)
 
 
 def test_more_waits_than_connections_take_turns(engine, q, monkeypatch):
     monkeypatch.setattr(rw, "MAX_ASYNC_WAITS", 10)
     monkeypatch.setattr(rw, "CROWDED_POLL", 0.05)
-    monkeypatch.setattr(rw, "async_calls_instance", [])
+    monkeypatch.setattr(rw, "async_calls", rw.AsyncCalls())
     client = rw.Client(engine.url)
 
     async def main():
@@ -9106,7 +9132,7 @@ def test_more_waits_than_connections_take_turns(engine, q, monkeypatch):
 def test_an_answer_to_asyncio_calls_may_come_in_any_form_and_in_pieces(answer):
     with canned(answer, pause=0.001) as (url, _):
         assert arun(
-            rw.async_calls().call(rw.Client(url, timeout=5), "/enqueue", {"queue": "q"})
+            rw.async_calls.call(rw.Client(url, timeout=5), "/enqueue", {"queue": "q"})
         ) == {"id": "a"}
 
 
@@ -9118,17 +9144,13 @@ def test_an_answer_that_is_none_is_an_error_of_the_sdk_in_asyncio_too(answer):
 
 def test_asyncio_calls_keep_their_connections_and_notice_that_one_was_closed(engine, q):
     client = rw.Client(engine.url)
-    idle = rw.async_calls().idle
     arun(client.aenqueue(q))
-    streams = [streams for (origin, _), streams in idle.items() if engine.url.endswith(origin[1])][
-        0
-    ]
-    first = streams[-1]
+    first = rw.async_calls.idle[-1]
     arun(client.aenqueue(q))
-    assert streams[-1][0] is first[0]
+    assert first.pool is client.pool and rw.async_calls.idle[-1] is first
     with canned(OK + b"Content-Length: 2\r\n\r\n{}") as (url, heard):
         for _ in range(3):
-            arun(rw.async_calls().call(rw.Client(url), "/x", {}))
+            arun(rw.async_calls.call(rw.Client(url), "/x", {}))
         assert len(heard) == 3
 
 
@@ -9338,6 +9360,8 @@ def test_durations_may_be_timedeltas_everywhere(engine, q):
     assert rw.Retry("no", delay=minute).delay == 60
     with pytest.raises(rw.Unfinished):
         job.wait(datetime.timedelta(seconds=0.1))
+    with pytest.raises(rw.Unfinished, match="is still pending, and the timeout is over"):
+        rw.results([job], timeout=0.1)
 
 
 def test_a_job_is_got_cancelled_and_retried(engine, q):
