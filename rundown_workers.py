@@ -1079,7 +1079,7 @@ class ProducerCalls(Caller):
         key: str | None = None,
         group: str | None = None,
     ) -> dict[str, Any]:
-        """Have a job made at each tick: of `cron`, or every `every` seconds.
+        """Make a job at each tick: of `cron`, or every `every` seconds.
 
         `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
         changes nothing. With `key`, a tick is skipped while the job of an earlier one is pending
@@ -1827,7 +1827,7 @@ class Track(Generic[T]):
 
     def __init__(self, iterable: Iterable[T], total: int | None, every: int | None) -> None:
         if every is not None:
-            check('every', every, 1)
+            check_number('every', every, 1)
         self._iterable = iterable
         self._every = every
         self._total = len(iterable) if total is None and hasattr(iterable, '__len__') else total
@@ -2016,7 +2016,7 @@ class Policy:
                                  f'not {classes!r}')
         for step in self.backoff:
             if not callable(step):
-                check('backoff', step, 0, NUMBER)
+                check_number('backoff', step, 0, NUMBER)
 
     def retry_fields(self, error, retries):
         """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
@@ -2042,7 +2042,7 @@ class Policy:
     def _delay(self, retries):
         step = self.backoff[min(retries, len(self.backoff) - 1)]
         delay = step(retries + 1) if callable(step) else step
-        check('backoff', delay, 0, NUMBER)
+        check_number('backoff', delay, 0, NUMBER)
         return delay
 
 
@@ -3178,7 +3178,7 @@ class Fetcher:
         if jobs:
             return
         if self.worker.burst:
-            if not self._is_rate_limited():
+            if not self.worker.app.waits_for_rates or not self._is_rate_limited():
                 self.idle_generation = generation
                 until(self._may_have_jobs, NEVER)
         elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
@@ -3199,7 +3199,7 @@ class Fetcher:
         except Refused:
             return False        # an older engine cannot tell
         for row in page['queues']:
-            if row['oldest_age'] is not None and row['rate'] and not row['paused']:
+            if is_held_back(row):
                 self.worker.stopping.wait(min(1, row['per'] / row['rate']))
                 return True
         return False
@@ -3614,7 +3614,7 @@ class Worker:
         self.next_generation = itertools.count(1).__next__
         # touched by the main thread only
         self.was_signalled = False
-        for config in app.registered.values():
+        for config in app.configs.values():
             self._add(config, concurrency or config.concurrency)
 
     def _add(self, config, concurrency):
@@ -4593,7 +4593,7 @@ class Registry:
 
     def __init__(self) -> None:
         # filled by decorators, before run()
-        self.registered = {}            # (queue, host) -> QueueConfig
+        self.configs = {}            # (queue, host) -> QueueConfig
         self.hooks = {
             'start': [], 'success': [], 'failure': [], 'lost': [],
             'start_worker': [], 'stop_worker': [],
@@ -4642,7 +4642,7 @@ class Registry:
         policy = Policy(backoff, retry_on, abort_on)
         timeout = in_seconds(timeout)
         poll_interval = in_seconds(poll_interval)
-        check_all(
+        check_settings(
             poll_interval=poll_interval, concurrency=concurrency,
             **drop_none(max_retries=max_retries, timeout=timeout, max_jobs=max_jobs),
         )
@@ -4694,7 +4694,7 @@ class Registry:
 
         `.delay(...)` sends its arguments as a job, `.adelay(...)` does so in asyncio programs.
         `.options(delay=60).delay(...)` gives the job options of enqueue(), and
-        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are
+        `.schedule(name, cron=...)` makes a job at each tick. `max_retries` and `timeout` are
         sent with each job. `name` is the task's name for producers and workers; by default
         the one under which the function is imported. `settings` are those of the queue, as
         queue() has them; tasks of one queue share them, and the last task's values are used.
@@ -4708,12 +4708,12 @@ class Registry:
         max_running = settings.pop('max_running', None)
         limits = engine_settings(queue, max_running, settings.pop('rate', None))
         timeout = in_seconds(timeout)
-        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
+        check_settings(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
         policy = Policy(backoff, retry_on, abort_on)
 
         def register(function):
             task = name or task_name(function)
-            known = self.registered.get((queue, host), QueueConfig(queue))
+            known = self.configs.get((queue, host), QueueConfig(queue))
             config = known._replace(setup_calls=limits or known.setup_calls, **settings)
             self._register(config, function, task)
             function.policy = policy
@@ -4725,7 +4725,7 @@ class Registry:
         return register if function is None else register(function)
 
     def _register(self, config, function, task=None):
-        """Have a function handle all jobs of a queue, or those for the task of that name."""
+        """Add a function that handles all jobs of a queue, or those for the task of that name."""
         if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
             raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
@@ -4735,17 +4735,17 @@ class Registry:
                 'module'
             )
         key = (config.name, config.host)
-        known = self.registered.get(key, config).functions
+        known = self.configs.get(key, config).functions
         is_mixed = known and (None in known) != (task is None)
         if is_mixed or source_of(known.get(task, function)) != source_of(function):
             raise Misuse(
                 f'the queue {config.name} has another handler already; only tasks, each of a '
                 'name, can share one'
             )
-        self.registered[key] = config._replace(functions={**known, task: function})
+        self.configs[key] = config._replace(functions={**known, task: function})
 
     def on(self, event: str) -> Callable[[F], F]:
-        """Have the decorated function called at an event of each run of a handler.
+        """Call the decorated function at an event of each run of a handler.
 
         hook(job, value) at "start" (None), "success" (the result), "failure" and "lost" (the
         exception). An exception in such a hook is logged and changes nothing. "start_worker" and
@@ -4761,7 +4761,7 @@ class Registry:
         return register
 
     def around(self, function: F) -> F:
-        """Have the decorated generator function, which yields once, wrap each run of a handler.
+        """Wrap each run of a handler in the decorated generator function, which yields once.
 
         It runs in the process of the handler: for database connections, tracing and the like.
         It gets the job if it has a parameter.
@@ -4789,6 +4789,7 @@ class App(Registry):
         super().__init__()
         # written by testing() alone
         self.host = host
+        self.waits_for_rates = True     # in a burst, for the next claims that a rate allows
         # constant
         self.token = token
         self.timeout = timeout
@@ -4811,7 +4812,6 @@ class App(Registry):
         self,
         queue: str,
         payload: Any = None,
-        *,
         host: str | None = None,
         timeout: float | datetime.timedelta | None = None,
         max_retries: int | None = None,
@@ -4820,6 +4820,7 @@ class App(Registry):
         run_at: str | datetime.datetime | None = None,
         priority: int | None = None,
         key: str | None = None,
+        *,
         id: str | None = None,
         after: Any = None,
         after_any: bool | None = None,
@@ -4867,11 +4868,10 @@ class App(Registry):
         every: float | datetime.timedelta | None = None,
         zone: str | None = None,
         payload: Any = None,
-        *,
         host: str | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Have a job made at each tick; see Client.schedule. Returns the schedule."""
+        """Make a job at each tick; see Client.schedule. Returns the schedule."""
         return self.client(host).schedule(
             name, queue, cron=cron, every=every, zone=zone, payload=payload, **options)
 
@@ -4897,7 +4897,7 @@ class App(Registry):
         max_hung: int = MAX_HUNG,
         concurrency: int | None = None,
     ) -> None:
-        """Work on the registered queues until SIGTERM, SIGINT or stop().
+        """Work on the declared queues until SIGTERM, SIGINT or stop().
 
         With `burst` until nothing is due. Returns after an orderly end. Raises SystemExit(1) if
         `max_hung` handlers hang. In the main thread, unless `burst`, it ends the process if
@@ -4908,11 +4908,11 @@ class App(Registry):
                 'run() runs where isolate=True imports the script: put it behind '
                 "if __name__ == '__main__':"
             )
-        if not self.registered:
+        if not self.configs:
             raise Error('there is no handler: decorate a function with @queue("name")')
-        check('max_hung', max_hung, 1)
+        check_number('max_hung', max_hung, 1)
         if concurrency is not None:
-            check('concurrency', concurrency, 1)
+            check_number('concurrency', concurrency, 1)
         set_up_log()
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
@@ -4935,7 +4935,7 @@ class App(Registry):
             raise SystemExit(code)
 
     def stop(self) -> None:
-        """Have run() end as after SIGTERM, from any thread."""
+        """End run() as SIGTERM does, from any thread."""
         for worker in list(self.workers):
             worker.stop()
 
@@ -4978,8 +4978,9 @@ def enqueue_method(app, queue, host):
             )
         return app.enqueue(queue, payload, **{'host': host, **options})
 
-    parameters = list(inspect.signature(app.enqueue).parameters.values())
-    enqueue.__signature__ = inspect.Signature(parameters[1:])
+    _, first, *options = inspect.signature(app.enqueue).parameters.values()
+    by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    enqueue.__signature__ = inspect.Signature([first, *by_name])
     return enqueue
 
 
@@ -5010,7 +5011,7 @@ class TaskSender:
         return await self.app.aenqueue(self.queue, payload, **self.enqueue_options)
 
     def schedule(self, name, cron=None, every=None, zone=None, args=(), kwargs=None, **options):
-        """Have the task called with these arguments at each tick; see rw.schedule()."""
+        """Call the task with these arguments at each tick; see rw.schedule()."""
         payload = self._payload(args, kwargs or {})
         merged = {**self.enqueue_options, **options}
         return self.app.schedule(
@@ -5070,7 +5071,7 @@ def source_of(function):
     return file, getattr(function, '__qualname__', function)
 
 
-def check(name, value, minimum, types=int):
+def check_number(name, value, minimum, types=int):
     """Misuse unless the setting is a number from `minimum`."""
     is_number = isinstance(value, types) and not isinstance(value, bool)
     if not is_number or not minimum <= value < float('inf'):
@@ -5078,10 +5079,10 @@ def check(name, value, minimum, types=int):
         raise Misuse(f'{name} must be a {kind} from {minimum:g}, not {value!r}')
 
 
-def check_all(**settings):
+def check_settings(**settings):
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
-        check(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
+        check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
 
 
 def check_call(function, args, kwargs=None):
@@ -5102,7 +5103,7 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     limits = drop_none(
         max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_all(**limits, **schedule)
+    check_settings(**limits, **schedule)
     is_cron = 'cron' in schedule or 'zone' in schedule
     if is_cron and ('every' in schedule or not isinstance(cron, str) or not cron):
         raise Misuse(
@@ -5177,6 +5178,11 @@ def return_free_memory():
     """Return memory to the system: compiling this file takes 9 MB, which glibc would keep."""
     with contextlib.suppress(AttributeError, OSError, TypeError):       # it is not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_held_back(row):
+    """Whether a rate holds back due jobs of a queue, given as the engine describes it."""
+    return row['oldest_age'] is not None and row['rate'] and not row['paused']
 
 
 def set_up_log():
@@ -5994,9 +6000,9 @@ def register_django_queues(backends, names):
     for backend in backends:
         for queue in names or sorted(backend.queues):
             is_allowed = not backend.queues or queue in backend.queues
-            if is_allowed and (queue, backend.host) not in default.registered:
+            if is_allowed and (queue, backend.host) not in default.configs:
                 default.queue(queue, host=backend.host)(django_handler(backend))
-    served = {queue for queue, _ in default.registered}
+    served = {queue for queue, _ in default.configs}
     unknown = [repr(name) for name in names if name not in served]
     if unknown or not served:
         raise Misuse('no rundown_workers.DjangoBackend in the setting TASKS has '
@@ -6035,25 +6041,34 @@ class Testing:
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also jobs that are delayed or wait for a retry: the clock moves on to them.
+        With `delayed` also jobs that are delayed, wait for a retry, or are held back by a rate:
+        the clock moves on to them.
         """
-        self.app.run(burst=True, **options)
-        while delayed:
-            later = self._next_run()
-            if later is None:
-                return
-            self.advance(later - self.clock.time() + 0.01)
+        self.app.waits_for_rates = not delayed
+        try:
             self.app.run(burst=True, **options)
+            while delayed:
+                pause = self._pause()
+                if pause is None:
+                    return
+                self.advance(pause)
+                self.app.run(burst=True, **options)
+        finally:
+            self.app.waits_for_rates = True
 
-    def _next_run(self):
-        """The earliest time at which a job of the registered queues is due; None: there is none."""
-        queues = {queue for queue, _ in self.app.registered}
-        times = [
-            datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')).timestamp()
-            for job in iter_jobs(self.client, status='pending')
-            if job['queue'] in queues
+    def _pause(self):
+        """Seconds until more jobs of the declared queues can be claimed; None: there are none."""
+        queues = {queue for queue, _ in self.app.configs}
+        now = self.clock.time()
+        pauses = [
+            parse_time(job['next_run_at']) - now + 0.01
+            for job in iter_jobs(self.client, status='pending') if job['queue'] in queues
         ]
-        return min((at for at in times if at > self.clock.time()), default=None)
+        pauses += [
+            row['per'] for row in iter_pages(self.client.queues, 'queues')
+            if row['queue'] in queues and is_held_back(row)
+        ]
+        return min((pause for pause in pauses if pause > 0), default=None)
 
 
 def import_engine():
@@ -6613,7 +6628,7 @@ COMMANDS = [
             '--per', type=limit_argument, metavar='S', default=argparse.SUPPRESS,
             help='seconds for --rate claims (1)'),
     ]),
-    Command('schedule', command_call, 'have a job made at each tick', [
+    Command('schedule', command_call, 'make a job at each tick', [
         argument('name'),
         argument('queue'),
         PAYLOAD,

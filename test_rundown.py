@@ -8641,7 +8641,7 @@ def test_a_function_may_come_anew_as_on_a_reload_but_no_other_may_take_its_name(
         (app.task(queue="q") if kind == "queue" else app.queue("q"))(made_in("a/tasks.py"))
     if kind == "task":
         register(made_in("b/tasks.py", "other"))
-        assert set(app.registered["q", None].functions) == {"tasks.work", "tasks.other"}
+        assert set(app.configs["q", None].functions) == {"tasks.work", "tasks.other"}
         return
     with pytest.raises(rw.Misuse):
         register(made_in("a/tasks.py", "other"))
@@ -9209,7 +9209,7 @@ def test_a_task_has_the_name_under_which_its_module_is_imported(own, tmp_path, h
     listed = [
         sys.executable,
         "-c",
-        "from app.tasks import add, rw; print(list(rw.default.registered.values())[0].functions)",
+        "from app.tasks import add, rw; print(list(rw.default.configs.values())[0].functions)",
     ]
     assert b"'app.tasks.add'" in subprocess.check_output(
         listed, cwd=str(tmp_path), env=environment()
@@ -9259,7 +9259,7 @@ def test_a_name_that_is_given_is_the_task_s():
     def charge():
         pass
 
-    assert list(app.registered["default", None].functions) == ["billing.charge"]
+    assert list(app.configs["default", None].functions) == ["billing.charge"]
 
 
 def test_a_notebook_s_cell_that_runs_again_replaces_the_handler(tmp_path):
@@ -9345,9 +9345,9 @@ def test_durations_may_be_timedeltas_everywhere(engine, q):
     def handle(payload):
         pass
 
-    calls = dict(app.registered[q, None].setup_calls)
+    calls = dict(app.configs[q, None].setup_calls)
     assert (
-        app.registered[q, None].timeout == 60
+        app.configs[q, None].timeout == 60
         and calls["/schedule"]["every"] == calls["/limit"]["per"] == 60
     )
     job = app.enqueue(q, timeout=minute, delay=minute, give_up=minute)
@@ -9362,6 +9362,24 @@ def test_durations_may_be_timedeltas_everywhere(engine, q):
         job.wait(datetime.timedelta(seconds=0.1))
     with pytest.raises(rw.Unfinished, match="is still pending, and the timeout is over"):
         rw.results([job], timeout=0.1)
+
+
+def test_a_delayed_run_moves_the_clock_to_the_next_claims_that_a_rate_allows():
+    app = rw.App()
+    done = []
+    app.queue("limited", rate=(2, 3600))(lambda payload: done.append(payload))
+    app.queue("late")(lambda payload: done.append(payload))
+    with app.testing() as testing:
+        app.enqueue("late", "late", delay=7200)
+        app.enqueue_many("limited", range(5))
+        testing.run(delayed=True)
+        assert sorted(done, key=str) == [0, 1, 2, 3, 4, "late"] and testing.seconds < 8000
+
+
+def test_the_options_of_the_published_client_are_taken_by_position(engine, q):
+    job = rw.enqueue(q, 1, engine.url, 9, 2, "tag")
+    assert (job["timeout"], job["max_retries"], job["tag"]) == (9, 2, "tag")
+    assert rw.schedule(q, q, None, 60, None, 1, engine.url)["payload"] == 1
 
 
 def test_a_job_is_got_cancelled_and_retried(engine, q):
@@ -9482,7 +9500,7 @@ rw.run(burst=True)
 def test_a_task_takes_a_timedelta_as_its_poll_interval():
     app = rw.App()
     app.task(poll_interval=datetime.timedelta(seconds=2))(add_two)
-    assert app.registered["default", None].poll_interval == 2
+    assert app.configs["default", None].poll_interval == 2
 
 
 @pytest.mark.parametrize("option, value", [("concurrency", -1), ("concurrency", 0), ("max_hung", 0)])
