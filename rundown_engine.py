@@ -3997,6 +3997,14 @@ class Budget:
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
 
+    def drop_untaken(self):
+        """Too much is not taken, in spite of require_capacity(): close the slowest connections."""
+        untaken = [connection for connection in self.connections if connection.response_bytes]
+        for connection in sorted(untaken, key=operator.attrgetter('deadline')):
+            if self.response_bytes <= MAX_RESPONSE_BUFFER:
+                break
+            connection.close()
+
 
 class PoisonedTransaction(Exception):      # noqa: N818 (it is a state, more than an error)
     """An operation failed and left changes behind: the others run again, without it."""
@@ -4213,6 +4221,10 @@ class Committer:
             operation.result = [job]
 
 
+SLOW = 'slow'       # kinds of calls that the server's threads serve: one that may take long,
+LARGE = 'large'     # and one whose response may be large
+
+
 class SlowCall(NamedTuple):
     """A function that one of the server's threads calls for a client."""
     client: Client
@@ -4222,15 +4234,16 @@ class SlowCall(NamedTuple):
 
 
 class Offload:
-    """Slow calls, in order of arrival. At most OFFLOAD_THREADS of the server's threads run them.
+    """Slow calls, in order of arrival. At most `max_threads` of the server's threads run them.
 
-    A thread takes the next call once the loop has taken its result, so that large results do not
-    pile up between them. It ends when no call has come for a second.
+    A thread takes the next call once the loop has taken its result, so that results do not pile
+    up between them. It ends when no call has come for a second.
     """
 
-    def __init__(self, server):
+    def __init__(self, server, max_threads):
         # constant after start
         self.server = server
+        self.max_threads = max_threads
         # safe without a lock
         self.calls = SimpleQueue()      # that no thread has taken
         # touched by the loop's thread only
@@ -4252,7 +4265,7 @@ class Offload:
         self._start_threads()       # for a call that came when the thread gave up
 
     def _start_threads(self):
-        while self.threads < min(self.unfinished, OFFLOAD_THREADS):
+        while self.threads < min(self.unfinished, self.max_threads):
             self.threads += 1
             try:
                 self.server.start_thread(self)
@@ -4306,7 +4319,10 @@ class EventLoop:
         self.budget = Budget(self.connections)
         self.waiters = Waiters(self)
         self.committer = Committer(self, store)
-        self.offload = Offload(server)
+        self.offloads = {
+            SLOW: Offload(server, OFFLOAD_THREADS),
+            LARGE: Offload(server, 1),      # so that one large response is rendered at a time
+        }
 
     def call_soon_threadsafe(self, function):
         """Have the loop's thread call it in this pass or the next."""
@@ -4365,6 +4381,8 @@ class EventLoop:
             self.calls_from_threads.popleft()()
         self.timeouts.fire(now)
         self.committer.commit_batch(now)
+        if self.budget.response_bytes > MAX_RESPONSE_BUFFER + MAX_RESPONSE:
+            self.budget.drop_untaken()
         self._note_lag(now)
 
     def _note_lag(self, now):
@@ -4518,6 +4536,13 @@ class Request:
     def name(self):
         return self.head.route if self.head else 'a request head'
 
+    def offload_kind(self):
+        """SLOW or LARGE if a thread serves it, None if the loop does."""
+        kind = self.head.entry.offload
+        if kind == LARGE and self.params.get('brief'):
+            return SLOW
+        return kind or (SLOW if len(self.body) >= OFFLOAD_BODY_BYTES else None)
+
     def receive(self):
         """Receive the head and body; a part of the connection's generator."""
         received = self.connection.received
@@ -4608,7 +4633,9 @@ class Connection(Client):
     Its generator yields the events to wait for, 0 for none; see Client.resume().
     """
     request = None              # a Request, from its first byte until its response is sent
-    unsent = b''                # of the response
+    unsent = b''                # the bytes of the response that are sent next
+    stream = None               # the rest of the response: a file, or a large body
+    stream_bytes = 0            # of it that are in memory
     watched = 0                 # events that it is registered for in the selector
     request_bytes = 0           # as the budget counts it
     response_bytes = 0
@@ -4638,7 +4665,8 @@ class Connection(Client):
             if events != self.watched:
                 self._watch(events)
             request_bytes = len(self.received) + (self.request.size if self.request else 0)
-            self.loop.budget.update(self, request_bytes, len(self.unsent))
+            response_bytes = len(self.unsent) + self.stream_bytes
+            self.loop.budget.update(self, request_bytes, response_bytes)
         except (StopIteration, OSError, EOFError, HTTPError):   # served, gone, or late
             self.close()
         except Exception as error:
@@ -4667,6 +4695,7 @@ class Connection(Client):
             self.sock.close()
             self.request = None     # a cycle, which the collector would free much later
             self.unsent = b''
+            self.stream = None
 
     def _receive(self):
         """Receive a piece that is small, so that pipelined requests are a small message."""
@@ -4729,16 +4758,15 @@ class Connection(Client):
         try:
             yield from request.receive()
             keep_alive = request.head.keep_alive
-            response = yield from self._dispatch(request)
-            file = self._begin_response(request, response, keep_alive)
+            self._begin_response(request, (yield from self._dispatch(request)), keep_alive)
         except (OSError, EOFError):     # the client is gone
             raise
         except Exception as error:
-            file = self._begin_error(request, error, keep_alive)
+            self._begin_error(request, error, keep_alive)
         request.operation = request.body = request.params = None
         request.size = 0
-        if file:
-            yield from self._send_file(file, os.fstat(file.fileno()).st_size)
+        if self.stream:
+            yield from self._send_stream()
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
@@ -4746,8 +4774,11 @@ class Connection(Client):
     def _dispatch(self, request):
         """The response of the handler, or of the operation that it returns."""
         head = request.head
-        if head.entry.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
-            result = yield from self._offload(self.server.handle, request)
+        if head.method != 'POST':
+            request.params = parse_query(head)
+        kind = request.offload_kind()
+        if kind:
+            result = yield from self._offload(kind, self.server.handle, request)
         else:
             result = self.server.handle(request)
         if isinstance(result, (Operation, EventWait)):
@@ -4757,7 +4788,7 @@ class Connection(Client):
         return result
 
     def _run_operation(self, request, operation):
-        """The response, once the operation has its result. A EventWait is rendered in a thread."""
+        """The response, once the operation has its result."""
         request.operation = operation
         request.body = None
         operation.client = self
@@ -4770,14 +4801,15 @@ class Connection(Client):
         finally:
             if operation.topic:
                 self.loop.waiters.withdraw(operation)
-        if isinstance(operation, EventWait):
-            return (yield from self._offload(operation.render, result))
+        kind = request.head.entry.offload
+        if kind:        # to render it, a EventWait reads
+            return (yield from self._offload(kind, operation.render, result))
         return operation.render(result)
 
-    def _offload(self, function, *args):
+    def _offload(self, kind, function, *args):
         """The result of a function that one of the server's threads calls."""
         self.deadline = NEVER
-        self.loop.offload.submit(SlowCall(self, self.request.name, function, args))
+        self.loop.offloads[kind].submit(SlowCall(self, self.request.name, function, args))
         return (yield from self._wait_for_result())
 
     def _wait_for_result(self):
@@ -4798,18 +4830,20 @@ class Connection(Client):
         response = Response({'error': str(error)}, error.status, headers=tuple(error.headers))
         if error.status == 401 and request.name == '/':
             response = dashboard(401)       # the page is no secret, and asks for the token
-        return self._begin_response(request, response, keep_alive)
+        self._begin_response(request, response, keep_alive)
 
     def _begin_response(self, request, response, keep_alive):
-        """Set `unsent` to the bytes of the response; returns the file that follows, or None."""
+        """Set `unsent` and `stream` to the bytes of the response."""
         method, route = ('-', 'other')
         if request.head:
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
             response = (response, *JSON_OK)
         status = response[1]
-        body, file, length = encode_body(response[0])
-        if method == 'GET' and not file:
+        body = encode_body(response[0])
+        is_file = isinstance(body, io.IOBase)
+        length = os.fstat(body.fileno()).st_size if is_file else len(body)
+        if method == 'GET' and not is_file:
             self.loop.budget.require_capacity(length)
         self.server.store.meter.request(route, status)
         if self.server.verbose:
@@ -4817,14 +4851,17 @@ class Connection(Client):
         connection = '' if keep_alive else 'close'
         if keep_alive and not request.head.is_http_1_1:
             connection = 'keep-alive'
-        head = encode_head(response, length, connection)
-        if method != 'HEAD':
-            self.unsent = head + body
-            return file
-        self.unsent = head
-        if file:
-            file.close()
-        return None
+        self.unsent = encode_head(response, length, connection)
+        if method == 'HEAD':
+            if is_file:
+                body.close()
+        elif is_file:
+            self.stream = body
+        elif length > CHUNK_BYTES:
+            self.stream = io.BytesIO(body)      # which does not copy it
+            self.stream_bytes = length
+        else:
+            self.unsent += body
 
     def _send(self):
         """Send as much as the socket takes now. True once nothing is left."""
@@ -4842,27 +4879,28 @@ class Connection(Client):
         while not self._send():
             yield WRITE
 
-    def _send_file(self, file, length):
-        """Send the rest of the response, then the file piece by piece."""
-        deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
-        with file:
+    def _send_stream(self):
+        """Send the rest of a response piece by piece, a piece in each pass of the loop."""
+        with self.stream as stream:
+            length = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
             while self.unsent:
-                if not self._send():
-                    yield from self._send_rest()
+                yield from self._send_rest()
                 if self.loop.now > deadline:
-                    raise RequestTimeout('the file was not taken in time')
-                self.unsent = file.read(CHUNK_BYTES)
+                    raise RequestTimeout('the response was not taken in time')
+                self.unsent = stream.read(CHUNK_BYTES)
+        self.stream = None
+        self.stream_bytes = 0
 
 
 def encode_body(body):
-    """(bytes, the file that follows or None, length); JSON and text end in one line feed."""
-    if isinstance(body, io.IOBase):
-        return b'', body, os.fstat(body.fileno()).st_size
+    """Bytes, or an open file as it is. JSON and text end in one line feed."""
     if isinstance(body, dict):
         body = encode(body)
     if isinstance(body, str):
         body = (body if body.endswith('\n') else body + '\n').encode()
-    return body, None, len(body)
+    return body
 
 
 def encode_head(response, length, connection):
@@ -5065,10 +5103,10 @@ class Route(NamedTuple):
     handler: Callable
     required: Sequence[Sequence[str]]   # groups of fields; each needs at least one of its fields
     rules: Dict[str, 'FieldRule']       # all fields that it takes
-    offload: bool                       # it may take long, so a thread serves it
+    offload: Optional[str]              # SLOW or LARGE: a thread serves it
 
 
-def route(method, handler, required=(), optional='', offload=False, **rules):
+def route(method, handler, required=(), optional='', offload=None, **rules):
     """A Route. `required` lists fields, and tuples of fields of which one is required.
 
     `optional` lists fields, separated by blanks. `rules` replace those in FIELDS.
@@ -5081,7 +5119,7 @@ def route(method, handler, required=(), optional='', offload=False, **rules):
 
 def change_route(call, *required):
     status = one_of(TRANSITIONS[call].sources)
-    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=True,
+    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=SLOW,
                  status=status)
 
 
@@ -5114,21 +5152,21 @@ ROUTES = {
         'POST', schedule, ['name', 'queue', ('cron', 'every')],
         'zone payload timeout max_retries tag priority key group'),
     '/unschedule': route('POST', write_call('schedules.unschedule'), ['name']),
-    '/schedules': route('GET', read_call('schedules'), optional='limit after', offload=True),
-    '/jobs/': route('GET', get_job, ['id'], 'wait', offload=True),
-    '/status/': route('GET', get_job, ['id'], 'wait', offload=True),
-    '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
+    '/schedules': route('GET', read_call('schedules'), optional='limit after', offload=LARGE),
+    '/jobs/': route('GET', get_job, ['id'], 'wait', offload=LARGE),
+    '/status/': route('GET', get_job, ['id'], 'wait', offload=LARGE),
+    '/details/': route('GET', read_call('newest'), ['tag'], offload=LARGE),
     '/jobs': route(
         'GET', list_jobs,
         optional='id queue status tag group search limit after brief needed_by needs',
-        offload=True),
+        offload=LARGE),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
         'GET', read_call('queues'), optional='limit after busy queue search totals',
-        offload=True),
-    '/metrics': route('GET', metrics, offload=True),
+        offload=SLOW),
+    '/metrics': route('GET', metrics, offload=SLOW),
     '/health': route('GET', health),
-    '/backup': route('GET', backup, offload=True),
+    '/backup': route('GET', backup, offload=SLOW),
     '/docs': route('GET', docs),
     '/openapi.json': route('GET', lambda server, params: openapi()),
     '/rundown.mjs': route('GET', node_sdk),
@@ -5162,9 +5200,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
     One after the other, as handlers of HTTP serve the requests of a connection that is kept.
     """
 
-    def setup(self):
-        self.taken = threading.Event()      # the loop has taken the result
-
     def handle(self):
         with contextlib.suppress(Empty):
             while True:
@@ -5173,12 +5208,16 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _serve(self, call):
         try:
             result = call.function(*call.args)
+            if isinstance(result, str):
+                result = encode_body(result)
         except Exception as error:
             result = self.server.as_http_error(call.name, error)
-        self.taken.clear()
-        self._tell_loop(self.request.finished, call, result, self.taken)
+        taken = threading.Event()       # the loop has taken the result
+        if isinstance(result, bytes) and len(result) <= SMALL_MESSAGE_BYTES:
+            taken.set()                 # small results may pile up
+        self._tell_loop(self.request.finished, call, result, taken)
         del call, result        # which may be large
-        while not self.taken.wait(1) and not self.server.loop.ended:
+        while not taken.wait(1) and not self.server.loop.ended:
             pass
 
     def finish(self):
@@ -5250,8 +5289,6 @@ class Server(http.server.ThreadingHTTPServer):
         head = request.head
         if head.method == 'POST':
             request.params = validate_batch(head.route, parse_json(request.body))
-        else:
-            request.params = parse_query(head)
         return head.entry.handler(self, request.params)
 
     def remember_head(self, raw, head):
