@@ -2550,12 +2550,12 @@ class Claims:
     def poll(self, tx, params):
         """Claim jobs; their new rows, as many as the response budget allows, but at least one."""
         queue = params['queue']
+        if tx.response_budget <= 0 and not params.get('wait'):
+            raise Unavailable('too much is being handed out at a time; try again')
         self._record_poll(tx, queue, params)
         if tx.response_budget <= 0:     # waiters are woken when there is room again
             tx.starved.add(queue)
             tx.wake_at(tx.now + micros(LOCK_RETRY_INTERVAL))
-            if not params.get('wait'):
-                raise Unavailable('too much is being handed out at a time; try again')
             return []
         limit = self.limits.claimable(tx, queue, params.get('limit', 1))
         if not limit:
@@ -5332,6 +5332,14 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         return address_of(name) is not None and not self.is_loopback_only
 
+    def _is_own_name(self, host):
+        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
+        the DNS of an attacker may have bound it to this address."""
+        name = re.sub(r':\d*$', '', host).strip('[]').lower()
+        if name in self.allowed_hosts or is_loopback(name):
+            return True
+        return address_of(name) is not None and not self.is_loopback_only
+
     def _check_host(self, head):
         host = head.headers.get('host', 'localhost')
         if not self._is_own_name(host):
@@ -5339,11 +5347,11 @@ class Server(http.server.ThreadingHTTPServer):
                 f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
-        """Pages of other origins may link to the engine's pages, but may not call it.
+        """Pages of other origins may link to the pages, and call nothing.
 
-        A proxy may have rewritten Host. A browser then still sends `Sec-Fetch-Site: same-origin`,
-        which no page can set; Origin must name the engine nevertheless. With a token there is no
-        check, since foreign pages do not know it.
+        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
+        that no page can set; the name must be the engine's all the same. Whoever knows the token
+        is no foreign page.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
@@ -5818,7 +5826,9 @@ def openapi_parameters(path, route):
         for field, rule in route.rules.items()]
 
 
-# -- Command line ---------------------------------------------------------------------------------
+# -- Command line ----------------------------------------------------------------------------------
+M_MMAP_THRESHOLD = -3       # of glibc's malloc.h: larger blocks are returned when they are freed
+
 
 def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None,
                 key=None, keep='7d', keep_failed='30d', allow_host=(), verbose=False, clock=time):
@@ -5925,6 +5935,7 @@ def main(argv=None):
     port = options.pop('port')
     token_file = options.pop('token_file')
     raise_file_limit()
+    return_free_memory()
     try:
         if not re.fullmatch('[0-9]{1,5}', port) or int(port) > 65535:
             raise StartupError(f'--port must be a number from 0 to 65535, not {port}')
@@ -5982,6 +5993,18 @@ def raise_file_limit():
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
+
+
+def return_free_memory():
+    """Have glibc give free memory back to the system: the compiler's now, later that of payloads.
+
+    By itself glibc keeps blocks of up to 32 MiB once it has freed one of that size.
+    """
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+        import ctypes
+        libc = ctypes.CDLL(None)        # TypeError: Windows; AttributeError: not glibc
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
 
 
 # -- Dashboard -------------------------------------------------------------------------------------

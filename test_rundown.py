@@ -3998,6 +3998,7 @@ LARGE_ANSWERS = [       # small requests about a job of 8 MB, and schedules and 
     ("GET /jobs?limit=1000", None),
     ("GET /jobs?queue=W", None),
     ("GET /schedules", None),
+    ("POST /complete", {"jobs": [{"id": "none"}] * 9999}),
 ]
 
 
@@ -4013,16 +4014,19 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
         line += " HTTP/1.1"
         data = request(engine, line, body=b"" if body is None else json.dumps(body).encode())
         with contextlib.ExitStack() as stack:
-            for _ in range(25):
+            clients = []
+            for _ in range(14):
                 client = stack.enter_context(socket.socket())
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.settimeout(20)
                 client.connect((engine.host, engine.port))
                 client.sendall(data)
-            assert engine.get("/health")
-            time.sleep(0.1)
-        status = Path("/proc/%d/status" % engine.process.pid).read_text()
+                clients.append(client)
+            began = {client.recv(12) for client in clients}     # the rest is not taken
+            assert began <= {b"HTTP/1.1 " + code for code in (b"200", b"204", b"413", b"503")}
+        print(line[:30], time.monotonic());         status = Path("/proc/%d/status" % engine.process.pid).read_text()
         peak = int(re.search(r"VmHWM:\s+([0-9]+)", status)[1]) >> 10
-        assert peak < 480, (line, peak)
+        assert peak < 300, (line, peak)     # 160 to 210 where this was measured
 
 
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
