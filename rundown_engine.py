@@ -50,7 +50,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority,
                      key, group -> the schedule
     POST /unschedule name -> {"count": n}; the jobs it made stay
-    GET  /schedules  by name, limit, after
+    GET  /schedules  limit, after, name; brief=true leaves out the payloads
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
     GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
                      limit, after: newest first, paged by `after`. A page looks at a bounded number
@@ -1890,8 +1890,9 @@ def column_list(columns):
 COLUMNS = list(JOB_COLUMNS)
 TRANSITION_COLUMNS = columns_where(lambda column: not column.passive)
 BRIEF_COLUMNS = [*columns_where(lambda column: column.brief),
-                 # columns that `json_key` and the like read
-                 'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
+                 # columns that `json_key`, `job_cursor` and the like read
+                 'seq', 'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
+BRIEF_SCHEDULE_COLUMNS = columns_where(lambda column: column.brief, SCHEDULE_COLUMNS)
 JOB_DEFAULTS = {name: column.default for name, column in JOB_COLUMNS.items()}
 
 # Named, in the order of the table: a migrated database may have its columns in another order.
@@ -1951,6 +1952,9 @@ def upsert_queue_statement(columns):
             f'ON CONFLICT (queue) DO UPDATE SET {assignments(columns)}')
 
 
+CURSOR = 'seq:'         # the cursor of a page of jobs: this, and a seq
+
+
 def compile_renderer(columns, renderer_of):
     """A function of a row that returns the members of its JSON object.
 
@@ -1974,6 +1978,7 @@ def compile_renderer(columns, renderer_of):
 render_job = compile_renderer(JOB_COLUMNS, operator.attrgetter('json'))
 render_brief_job = compile_renderer(JOB_COLUMNS, operator.attrgetter('brief'))
 render_schedule = compile_renderer(SCHEDULE_COLUMNS, operator.attrgetter('json'))
+render_brief_schedule = compile_renderer(SCHEDULE_COLUMNS, operator.attrgetter('brief'))
 
 
 def job_json(row, more='', brief=False):
@@ -2002,8 +2007,9 @@ def steps_json(db, row):
     return f',"steps":{{{members}}}'
 
 
-def schedule_json(row, **more):
-    members = [render_schedule(row)] + [f'"{name}":{encode(value)}' for name, value in more.items()]
+def schedule_json(row, brief=False, **more):
+    render = render_brief_schedule if brief else render_schedule
+    members = [render(row)] + [f'"{name}":{encode(value)}' for name, value in more.items()]
     return f'{{{",".join(members)}}}'
 
 
@@ -2011,24 +2017,29 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit, resume_after=None):
+def json_page(name, rows, render, limit, cursor_of, resume_after=None):
     """A page as JSON text; `after` is null on the last one. One that grows large ends early.
 
     `resume_after` is the cursor of the next page if the search ended before this one was full.
     """
     texts = []
     size = 0
-    last_key = None
+    last = None
     for row in rows:
         text = render(row)
         size += len(text)
         if size > MAX_RESPONSE and texts:
             break
         texts.append(text)
-        last_key = row[key]
+        last = cursor_of(row)
     is_full = size > MAX_RESPONSE or len(texts) == limit
-    after = json_string(last_key if is_full else resume_after)
-    return f'{{"{name}":{json_list(texts)},"after":{after}}}'
+    after = json_string(last if is_full else resume_after)
+    return ''.join((f'{{"{name}":[', ','.join(texts), f'],"after":{after}}}\n'))
+
+
+def job_cursor(row):
+    """The cursor of a page that ends in this job. It stays valid when the job is purged."""
+    return f'{CURSOR}{row["seq"]}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
@@ -3288,14 +3299,14 @@ class Queries:
                     params[field] = self._seq_of(db, field, params[field])
             if 'needed_by' in params or 'needs' in params:
                 rows = self._related(db, columns, limit, params)
-                return json_page('jobs', 'id', rows, render, limit)
+                return json_page('jobs', rows, render, limit, job_cursor)
             if not self._may_have(db, params.get('queue'), params.get('status')):
                 limit = 0
             seqs, last_seq = self._search(db, limit, params)
             rows = (db.execute(f'SELECT {columns} FROM jobs WHERE seq = ?', (seq,)).fetchone()
                     for seq in seqs)
-            last = last_seq and db.execute('SELECT id FROM jobs WHERE seq = ?', (last_seq,))
-            return json_page('jobs', 'id', rows, render, limit, last and last.fetchone()['id'])
+            resume_after = last_seq and job_cursor({'seq': last_seq})
+            return json_page('jobs', rows, render, limit, job_cursor, resume_after)
 
     def _related(self, db, columns, limit, params):
         """The rows of jobs that depend on one, or that it depends on."""
@@ -3342,6 +3353,9 @@ class Queries:
         return found, None
 
     def _seq_of(self, db, field, id):
+        """The seq of a job by its id, or of the job of a cursor, which may be purged."""
+        if field == 'after' and re.fullmatch(CURSOR + '[0-9]{1,18}', id):
+            return int(id[len(CURSOR):])
         job = db.execute(FIND_BY_ID, (id,)).fetchone()
         return require(job, f'{field}: there is no job', id, BadRequest)['seq']
 
@@ -3362,11 +3376,14 @@ class Queries:
             'version': VERSION,
         }
 
-    def schedules(self, limit=None, after=''):
+    def schedules(self, limit=None, after='', name=None, brief=False):
+        columns = column_list(BRIEF_SCHEDULE_COLUMNS if brief else SCHEDULE_COLUMNS)
         with self.database.reading() as db:
-            rows = db.execute(SELECT_SCHEDULE + 'WHERE name > ? ORDER BY name LIMIT ?',
-                              (after, limit or -1))
-            return json_page('schedules', 'name', rows, schedule_json, limit)
+            rows = db.execute(
+                f'SELECT {columns} FROM schedules WHERE name > ? AND name = COALESCE(?, name) '
+                'ORDER BY name LIMIT ?', (after, name, limit or -1))
+            render = functools.partial(schedule_json, brief=brief)
+            return json_page('schedules', rows, render, limit, operator.itemgetter('name'))
 
     def metric_counts(self):
         """The counts of the first queues, and of all others together; the first schedules."""
@@ -3380,7 +3397,9 @@ class Queries:
                     'FROM queues WHERE queue > ?', (rows[-1]['queue'],))]
             for row in rows:
                 row['oldest'] = db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0]
-            schedules = db.execute(SELECT_SCHEDULE + 'ORDER BY name LIMIT ?', (MAX_LIMIT,))
+            schedules = db.execute(
+                'SELECT name, next_run_at, skipped FROM schedules ORDER BY name LIMIT ?',
+                (MAX_LIMIT,))
             return rows, schedules.fetchall()
 
     def _why(self, db, row):
@@ -5152,7 +5171,8 @@ ROUTES = {
         'POST', schedule, ['name', 'queue', ('cron', 'every')],
         'zone payload timeout max_retries tag priority key group'),
     '/unschedule': route('POST', write_call('schedules.unschedule'), ['name']),
-    '/schedules': route('GET', read_call('schedules'), optional='limit after', offload=LARGE),
+    '/schedules': route(
+        'GET', read_call('schedules'), optional='limit after name brief', offload=LARGE),
     '/jobs/': route('GET', get_job, ['id'], 'wait', offload=LARGE),
     '/status/': route('GET', get_job, ['id'], 'wait', offload=LARGE),
     '/details/': route('GET', read_call('newest'), ['tag'], offload=LARGE),
@@ -8455,7 +8475,11 @@ async function pause(path, {queue}) {
 }
 
 async function runSchedule({name}) {
-  const schedule = lastRows.schedules.find(each => each.name === name);
+  const {schedules} = await call(query("schedules", {name}), {reviver: exactNumber});
+  if (!schedules.length) {
+    return `The schedule ${name} is gone`;
+  }
+  const schedule = schedules[0];
   const copied = ["queue", "payload", "timeout", "max_retries", "tag", "priority", "key", "group"];
   const given = copied.filter(field => (schedule[field] ?? null) !== null);
   const body = Object.fromEntries(given.map(field => [field, schedule[field]]));
@@ -8526,7 +8550,7 @@ async function fetchHealth() {
 const VIEWS = {
   overview: {
     queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
-    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES}), {reviver: exactNumber})],
+    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES, brief: true}))],
     draw: drawOverview,
   },
   jobs: {

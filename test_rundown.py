@@ -1509,6 +1509,29 @@ def test_jobs_come_newest_first_and_in_pages(engine, q):
     assert seen == [[6, 5, 4], [3, 2, 1], [0]]
 
 
+def test_paging_goes_on_when_the_last_job_of_a_page_is_purged(engine, q):
+    ids = [engine.enqueue(q, id="%s-%d" % (q, number))["id"] for number in range(6)]
+    by_id = engine.get("/jobs?limit=2&queue=%s&after=%s" % (q, ids[4]))
+    assert [job["id"] for job in by_id["jobs"]] == [ids[3], ids[2]]
+    waiting = engine.enqueue(q, after=ids)["id"]
+    for path, order in (("/jobs?limit=2&queue=" + q, [waiting, *ids[::-1]]), ("/jobs?limit=2&needed_by=" + waiting, ids)):
+        page = engine.get(path)
+        assert [job["id"] for job in page["jobs"]] == order[:2]
+        engine.post("/purge", id=order[1])
+        page = engine.get("%s&after=%s" % (path, page["after"]))
+        assert [job["id"] for job in page["jobs"]] == [id for id in order[2:] if engine.call("GET", "/jobs/" + id)[0] == 200][:2]
+
+
+def test_brief_schedules_are_without_payloads_and_one_can_be_asked_for_by_name(engine, q):
+    for name in ("a", "b"):
+        engine.post("/schedule", name=q + name, queue=q, every=60, payload=[1])
+    brief = {schedule["name"]: schedule for schedule in engine.get("/schedules?brief=true")["schedules"]}
+    one, = engine.get("/schedules?name=%sb" % q)["schedules"]
+    assert one["payload"] == [1]
+    assert brief[q + "b"] == {name: value for name, value in one.items() if name != "payload"}
+    assert engine.get("/schedules?name=none")["schedules"] == []
+
+
 def test_a_page_shows_one_state_of_the_database(clocked, q, monkeypatch):
     jobs = [clocked.enqueue(q)["id"] for _ in range(3)]
     queries = clocked.server.store.queries
@@ -3684,7 +3707,7 @@ def test_a_poll_claims_what_fits_into_an_answer_and_one_at_least(own, q):
     sizes = [len(engine.poll(q, limit=1000) or ()) for _ in range(3)]
     assert sizes == [2, 2, 0]
     page = engine.get("/jobs?limit=1000&queue=" + q)
-    assert 2 <= len(page["jobs"]) < 4 and page["after"] == page["jobs"][-1]["id"]
+    assert 2 <= len(page["jobs"]) < 4
     rest = engine.get("/jobs?limit=1000&queue=%s&after=%s" % (q, page["after"]))
     assert len(page["jobs"]) + len(rest["jobs"]) == 4 and rest["after"] is None
     brief = engine.get("/jobs?brief=true&limit=1000&queue=" + q)
