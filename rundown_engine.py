@@ -3723,8 +3723,8 @@ class Store:
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget)
 
-    def committed(self, tx, operations):
-        """Publish the effects of a transaction of so many operations, once it is on disk."""
+    def committed(self, tx):
+        """Publish the effects of a transaction, once it is on disk."""
         if tx.signs_of_life or tx.starved:
             polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
             self.starved = self.starved - polled | tx.starved
@@ -3732,8 +3732,12 @@ class Store:
             self.next_deadline, tx.next_deadline)
         for queue in tx.forgotten_queues:
             self.workers.last_polled.pop(queue, None)
-            self.meter.fold_into_others(queue)
         self.workers.record(tx)
+
+    def report(self, tx, operations):
+        """Count and log what a committed transaction of so many operations did."""
+        for queue in tx.forgotten_queues:
+            self.meter.fold_into_others(queue)
         self.meter.record(tx.now, tx.events, operations)
         for line in tx.log_lines:
             log(line)
@@ -3947,6 +3951,9 @@ class Waiters:
         operation.client.set_timeout(operation.wait)
         return True
 
+    def __contains__(self, operation):
+        return bool(operation) and operation in self.by_topic.get(operation.topic, ())
+
     def withdraw(self, operation):
         parked = self.by_topic.get(operation.topic)
         if parked and parked.pop(operation, False) and not parked:
@@ -4114,11 +4121,12 @@ class Committer:
         self.loop.now = time.monotonic()
         self.commits += 1
         self.commit_seconds += self.loop.now - self.listening_until     # which is its begin
+        self.store.committed(tx)        # first: the request behind a response may ask for it
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
         # after the responses, which need not wait for this
-        self.store.committed(tx, len(served) + len(operations))
+        self.store.report(tx, len(served) + len(operations))
 
     def _storage_failed(self, error, operations, now):
         """Keep operations that may still wait for another program's lock; fail all others."""
@@ -4176,6 +4184,8 @@ class Committer:
                     behind = operations.index(error.operation) + 1
                     self.submitted[:0] = operations[behind:]
                     del operations[behind:]
+                elif error.operation in self.loop.waiters:
+                    error.operation.finish()        # and it leaves the waiters
 
     def _sort(self, operations, insert_in_bulk):
         """(writes, single inserts that can share a statement, polls of clients still there)"""
@@ -4434,7 +4444,7 @@ HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
 SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin',
                   'transfer-encoding')
-CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~]*)?')      # size, extensions
+CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t -~]*)?')      # size, extensions
 MAX_CHUNK_LINE = 256            # bytes
 TLS_ALERT = b'\x15'             # the type of the record in which a client says goodbye
 END_OF_HEAD = b'\r\n\r\n'
@@ -5070,9 +5080,8 @@ def wait_for_loss(server, params):
     def was_lost():
         return lost_at.get(worker, 0) > since
 
-    def render(was_woken):      # perhaps before Workers.record() sets `lost_at`
-        latest = max(since, lost_at.get(worker, 0))
-        return {'lost': bool(was_woken) or latest > since, 'since': latest}
+    def render(was_woken):
+        return {'lost': bool(was_woken) or was_lost(), 'since': max(since, lost_at.get(worker, 0))}
 
     return EventWait(was_lost, render, ('worker', worker), long_poll_seconds(params))
 
@@ -5266,6 +5275,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.allowed_hosts = {'localhost', address[0].lower(), *(name.lower() for name in names)}
         self.store = None
         self.loop = None
+        self.ipv6_listener = None   # on ::1, if the server listens on 127.0.0.1
         # touched by the loop's thread only
         self.known_heads = {}       # bytes -> authorized RequestHead
         # safe without a lock
@@ -5278,6 +5288,9 @@ class Server(http.server.ThreadingHTTPServer):
     def start(self, store):
         self.store = store
         self.loop = EventLoop(self, store)
+        if self.server_address[0] == '127.0.0.1':
+            with contextlib.suppress(OSError):      # no IPv6 here, or the port is taken there
+                self.ipv6_listener = IPv6Listener(self)
         self.loop.thread.start()
         self.loop.run_in_transaction(lambda tx: None)  # extends leases before polls come
 
@@ -5445,10 +5458,51 @@ class Server(http.server.ThreadingHTTPServer):
         """
         super().server_close()
         if self.loop:
+            if self.ipv6_listener:
+                self.loop.call_soon_threadsafe(self.ipv6_listener.close)
             self.loop.call_soon_threadsafe(self.loop.drain)
             self.loop.thread.join(DRAIN_TIMEOUT + LOCK_TIMEOUT)
             if not self.loop.thread.is_alive():     # else the next start recovers, as after a crash
                 self.store.database.close()
+
+
+class IPv6Listener(Client):
+    """Accepts connections on ::1, too: some clients take localhost for that address alone."""
+
+    def __init__(self, server):
+        super().__init__(server.loop)
+        self.server = server
+        self.sock = socket.socket(socket.AF_INET6)
+        try:
+            self.sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, server.allow_reuse_address)
+            self.sock.bind(('::1', server.server_address[1]))
+            self.sock.listen(server.request_queue_size)
+        except OSError:
+            self.sock.close()
+            raise
+        self.sock.setblocking(False)
+        self.on_timeout()
+
+    def resume(self, event):
+        try:
+            if len(self.loop.connections) > self.loop.max_connections:
+                raise OSError
+            Connection(self.server, *self.sock.accept())
+        except NOT_READY:
+            pass
+        except OSError:     # out of file descriptors: connections stay in the backlog
+            self.loop.selector.unregister(self.sock)
+            self.set_timeout(0.1)
+
+    def on_timeout(self):
+        self.loop.selector.register(self.sock, READ, self.resume)
+
+    def close(self):
+        if self.deadline == NEVER:
+            self.loop.selector.unregister(self.sock)
+        self.loop.timeouts.cancel(self)
+        self.sock.close()
 
 
 def address_of(name):
