@@ -2233,6 +2233,7 @@ class Claim(Saver):
     started_at = None               # None: waits for a slot
     progress = None                 # the latest that was not sent yet, as JSON text
     is_sending_progress = False
+    lent_slots = 0                  # by waits of the handler that have not ended
     # written by the thread that finishes it, read by the reporter
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
@@ -2304,10 +2305,9 @@ class Claim(Saver):
         return self.consumer.begin_wait(self, job)
 
     def take_slot_back(self):
-        """End a slot in place of the one that was lent, as soon as one is free."""
-        lent = LentSlot(self.consumer)
-        self.consumer.ready.put(lent)
-        until(lambda: lent.is_back or self.outcome, NEVER)
+        """Wait until a slot is free, which is ended in place of the one that was lent."""
+        lent = self.consumer.return_slot(self)
+        until(lambda: lent is None or lent.is_back or self.outcome, NEVER)
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
@@ -2750,15 +2750,19 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
     """Raise an exception in a thread if it is still at this instruction of this frame.
 
     In plain terms: if frames[thread_id] is frame and frame.f_lasti == instruction, raise it.
-    It is a chain of iterators of C, since the interpreter may switch threads between any two
-    bytecode instructions, but not inside of one call into C.
+    The interpreter may switch threads between any two bytecode instructions, but not inside of one
+    call into C. So this builds a chain of iterators of C, which any() runs in one call.
     """
-    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
-    once = itertools.islice(iter(sys._current_frames, None), 1)
-    innermost = filter(functools.partial(operator.is_, frame),
-                       map(operator.methodcaller('get', thread_id), once))
+    # the frames by thread, once and only when any() asks for them
+    frames = itertools.islice(iter(sys._current_frames, None), 1)
+    # the thread's innermost frame, if it is still the same one
+    innermost = map(operator.methodcaller('get', thread_id), frames)
+    same_frame = filter(functools.partial(operator.is_, frame), innermost)
+    # whether that frame is still at the instruction
     is_there = map(functools.partial(operator.eq, instruction),
-                   map(operator.attrgetter('f_lasti'), innermost))
+                   map(operator.attrgetter('f_lasti'), same_frame))
+    # the arguments of the call that raises the exception, if it is
+    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
     calls = itertools.compress(itertools.repeat(arguments), is_there)
     return any(itertools.starmap(ctypes.pythonapi.PyThreadState_SetAsyncExc, calls))
 
@@ -3079,6 +3083,8 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
+        while claim.lent_slots:     # its handler was interrupted, or has a thread that waits
+            self.return_slot(claim)
         fetcher = self.fetcher
         if len(self.in_flight) <= fetcher.low_watermark and not fetcher.capacity_freed.is_set():
             fetcher.capacity_freed.set()
@@ -3111,10 +3117,22 @@ class Consumer:
                 raise Error(f'{MAX_LENT_SLOTS} more handlers wait for jobs of the queue {self.name}'
                             ' than it has slots: use another queue, or `after`')
             self.slots.append(type(claim.slot)(self))
+        with claim.lock:
+            claim.lent_slots += 1
         self.fetcher.capacity_freed.set()
         note(logging.WARNING, '%s waits for the job %s of its own queue, which has no free slot: '
              'it lends its own until it continues', claim, job.get('id'))
         return True
+
+    def return_slot(self, claim):
+        """Have the next free slot end for one that was lent. None if all have been returned."""
+        with claim.lock:
+            if not claim.lent_slots:
+                return None
+            claim.lent_slots -= 1
+        lent = LentSlot(self)
+        self.ready.put(lent)
+        return lent
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -3699,7 +3717,7 @@ class Worker:
             with self._signal_handlers():
                 self._start()
                 error = self._wait()
-                self._shut_down()
+                Shutdown(self).run()
         finally:
             log_writer.stop(REPORT_GRACE)
         if error is not None:
@@ -3732,7 +3750,7 @@ class Worker:
         """Whether handlers run in this process, and not only in processes of their own."""
         return not all(consumer.config.isolate for consumer in self.consumers)
 
-    def _call_stop_hooks(self):
+    def call_stop_hooks(self):
         for function in self.app.hooks['stop_worker'] if self._runs_handlers() else ():
             call_hook('stop_worker', function)
 
@@ -3765,53 +3783,6 @@ class Worker:
         self.was_signalled = True
         self.stop()
 
-    def _shut_down(self):
-        """Wait for running handlers, report their outcomes, release the rest, end the threads."""
-        deadline = time.monotonic() + self.grace
-        self.stopping.set()
-        self.release()
-        for slot in self.slots():
-            slot.on_stop()
-        running = sum(len(consumer.in_flight) for consumer in self.consumers)
-        if not self.burst or running:
-            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, self.grace)
-        self._end_polls()
-        until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
-        self.release(Lost)
-        self._release_strays()
-        report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
-        until(lambda: not self.count_unreported(), report_deadline)
-        if self.count_unreported():
-            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
-                 'again', self.count_unreported())
-        until(self.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
-        self._end_threads()
-
-    def _end_polls(self):
-        """Shut down the connections of the fetchers: first for sending, then both ways.
-
-        In between, responses in flight still arrive, and their jobs are released.
-        """
-        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
-            for consumer in self.consumers:
-                consumer.fetcher.client.shutdown(how)
-            until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
-
-    def _release_strays(self):
-        """Release jobs of polls whose responses were lost.
-
-        Some proxies drop the response when the client half-closes its connection.
-        """
-        cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
-        if cut_off:
-            time.sleep(STRAY_DELAY)
-        for consumer in cut_off:
-            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
-                consumer.release_strays()
-
-    def _fetchers_ended(self):
-        return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
-
     def release(self, interruption=None):
         """Release the claims that have not started; with an interruption also the running ones."""
         for consumer in self.consumers:
@@ -3819,28 +3790,98 @@ class Worker:
                 if consumer.finish(claim, RELEASED, interruption):
                     note(logging.INFO, '%s released', claim)
 
+
+class Shutdown:
+    """The orderly end of a worker: what runs may end, what does not is released."""
+
+    def __init__(self, worker):
+        # constant
+        self.worker = worker
+        self.deadline = time.monotonic() + worker.grace     # for the running handlers
+
+    def run(self):
+        self._stop_claiming()
+        self._wait_for_handlers()
+        self._wait_for_reports()
+        until(self.worker.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
+        self._end_threads()
+
+    def _stop_claiming(self):
+        worker = self.worker
+        worker.stopping.set()
+        worker.release()
+        for slot in worker.slots():
+            slot.on_stop()
+        running = sum(len(consumer.in_flight) for consumer in worker.consumers)
+        if not worker.burst or running:
+            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, worker.grace)
+        self._end_polls()
+
+    def _end_polls(self):
+        """Shut down the connections of the fetchers: first for sending, then both ways.
+
+        In between, responses in flight still arrive, and their jobs are released.
+        """
+        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+            for consumer in self.worker.consumers:
+                consumer.fetcher.client.shutdown(how)
+            until(self._have_fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _have_fetchers_ended(self):
+        return not any(consumer.fetcher.thread.is_alive() for consumer in self.worker.consumers)
+
+    def _wait_for_handlers(self):
+        """Wait until all have returned, and release those that have not at the deadline."""
+        consumers = self.worker.consumers
+        until(lambda: not any(consumer.in_flight for consumer in consumers), self.deadline)
+        self.worker.release(Lost)
+        self._release_strays()
+
+    def _release_strays(self):
+        """Release jobs of polls whose responses were lost.
+
+        Some proxies drop the response when the client half-closes its connection.
+        """
+        cut_off = [consumer for consumer in self.worker.consumers if consumer.fetcher.was_cut_off]
+        if cut_off:
+            time.sleep(STRAY_DELAY)
+        for consumer in cut_off:
+            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
+                consumer.release_strays()
+
+    def _wait_for_reports(self):
+        deadline = max(self.deadline, time.monotonic() + REPORT_GRACE)
+        until(lambda: not self.worker.count_unreported(), deadline)
+        unreported = self.worker.count_unreported()
+        if unreported:
+            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
+                 'again', unreported)
+
     def _end_threads(self):
-        self.closed.set()
-        for slot in self.slots():
+        worker = self.worker
+        worker.closed.set()
+        for slot in worker.slots():
             slot.consumer.ready.put(None)
-        for session in self.sessions.values():
+        for session in worker.sessions.values():
             session.reporter.to_report.put(None)
             session.heartbeat.client.close()
             session.client.close()
-        for consumer in self.consumers:
+        for consumer in worker.consumers:
             consumer.fetcher.client.close()
-        until(lambda: not any(slot.is_terminating for slot in self.slots()),
+        until(lambda: not any(slot.is_terminating for slot in worker.slots()),
               time.monotonic() + TERM_GRACE + 1)
-        for slot in self.slots():
+        for slot in worker.slots():
             slot.kill()
-        if self.started_event_loop:
-            self.started_event_loop.stop()
-        until(self._threads_ended, time.monotonic() + REPORT_GRACE)
-        self._call_stop_hooks()
+        if worker.started_event_loop:
+            worker.started_event_loop.stop()
+        until(self._have_threads_ended, time.monotonic() + REPORT_GRACE)
+        worker.call_stop_hooks()
 
-    def _threads_ended(self):
-        hung = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
-        return not set(self.threads.copy()).difference(hung)
+    def _have_threads_ended(self):
+        """Whether all have ended, except those of interrupted handlers, which may hang."""
+        interrupted = self.worker.interruptions.interrupted_at
+        abandoned = [getattr(slot, 'thread', None) for slot in interrupted]
+        return not set(self.worker.threads.copy()).difference(abandoned)
 
 
 # -- Handlers in processes of their own ------------------------------------------------------------
@@ -4482,23 +4523,32 @@ def program_slots():
     return [slot for worker in list(default.workers) for slot in worker.slots()]
 
 
-def command_exec(client, options):
-    """Work on a queue by running a program."""
-    if not shutil.which(options.program[0]):
-        raise Misuse(f'there is no program {options.program[0]}')
-    require_temporary_folder()
+class Program:
+    """The handler of a queue that runs a program for each job."""
 
-    def program(payload):
-        claim = current.get()
-        is_plain = options.text and isinstance(payload, str)
+    slot_type = ProgramSlot
+
+    def __init__(self, command, is_text):
+        self.command = command      # a list: the program and its arguments
+        self.is_text = is_text      # a payload that is a string is not quoted
+
+    def __call__(self, payload):
+        is_plain = self.is_text and isinstance(payload, str)
         text = payload if is_plain else as_json(payload, 'payload')
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise Abort(f'the payload cannot be written as UTF-8: {error}') from None
-        return claim.slot.execute(options.program, data, claim)
+        claim = current.get()
+        return claim.slot.execute(self.command, data, claim)
 
-    program.slot_type = ProgramSlot
+
+def command_exec(client, options):
+    """Work on a queue by running a program."""
+    if not shutil.which(options.program[0]):
+        raise Misuse(f'there is no program {options.program[0]}')
+    require_temporary_folder()
+    program = Program(options.program, options.text)
     default.queue(options.queue, timeout=options.timeout)(program)
     if hasattr(os, 'waitid'):
         threading.Thread(target=reap_orphans, args=(program_slots,), daemon=True).start()

@@ -8175,10 +8175,10 @@ NESTED["async"] = (NESTED["thread"].replace("time.sleep", "await asyncio.sleep")
 @pytest.mark.parametrize("kind", NESTED)
 def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engine, work, q, kind):
     source = "busy = []\n" + of_kind(kind, handler(q, NESTED[kind] % q, isolate=kind == "isolated"))
-    jobs = [engine.enqueue(q, n and 3, timeout=20, priority=n) for n in (1, 0, 0, 0, 0)]
+    jobs = [engine.enqueue(q, n and 2, timeout=20, priority=n) for n in (1, 0, 0, 0)]
     worker = work(source)
     # never two at a time, although handlers were waiting
-    assert [ended(engine, job)["result"] for job in jobs] == [1] * 5
+    assert [ended(engine, job)["result"] for job in jobs] == [1] * 4
     assert "no free slot" in worker.log()
 
 
@@ -8188,6 +8188,23 @@ def test_a_limited_number_of_slots_is_lent(engine, work, q, isolate):
     job = engine.enqueue(q, 3, timeout=20, max_retries=0)
     work("rw.MAX_LENT_SLOTS = 1\n" + handler(q, body, isolate=isolate))
     assert "use another queue" in ended(engine, job)["error"]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_lent_slot_is_returned_when_the_handler_is_interrupted(engine, work, q, isolate):
+    body = """
+        if payload:
+            rw.enqueue(%r, delay=3600).wait()
+        began = time.monotonic()
+        time.sleep(0.2)
+        return [began, time.monotonic()]
+    """ % q
+    waits = engine.enqueue(q, 1, timeout=1.5, max_retries=0)
+    worker = work(handler(q, body, isolate=isolate))
+    assert ended(engine, waits)["status"] == "failed"
+    assert "no free slot" in worker.log()
+    one, two = (ended(engine, job)["result"] for job in [engine.enqueue(q, 0) for _ in range(2)])
+    assert one[1] <= two[0]
 
 
 def test_a_wait_for_a_job_works_in_a_burst(engine, work, q):
