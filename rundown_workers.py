@@ -403,6 +403,8 @@ class Retry(Error):
     The delay is in seconds, or a timedelta; None stands for the engine's backoff.
     """
 
+    delay = None        # of a subclass that does not call this __init__
+
     def __init__(
         self,
         reason: str = 'the handler asked for a retry',
@@ -2028,15 +2030,11 @@ class Policy:
 
     def retry_fields(self, error, retries):
         """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
-        if not self._is_retried(error):
-            return {'retry': False}
-        if isinstance(error, Retry) and error.delay is not None:
-            return {'delay': error.delay}
-        if not self.backoff:
-            return {}
         try:
-            return {'delay': self._delay(retries)}
-        except Exception as problem:
+            if not self._is_retried(error):
+                return {'retry': False}
+            return {'delay': self._delay(error, retries)}
+        except BaseException as problem:    # classes and functions of users may raise anything
             note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, last_line(problem))
             return {}
 
@@ -2047,10 +2045,14 @@ class Policy:
             return True     # retry_on only selects among the handler's own exceptions
         return isinstance(error, self.retry_on)
 
-    def _delay(self, retries):
-        step = self.backoff[min(retries, len(self.backoff) - 1)]
-        delay = step(retries + 1) if callable(step) else step
-        check('backoff', delay, 0, NUMBER)
+    def _delay(self, error, retries):
+        """Seconds until the next attempt; None: the engine decides."""
+        delay = error.delay if isinstance(error, Retry) else None
+        if delay is None and self.backoff:
+            step = self.backoff[min(retries, len(self.backoff) - 1)]
+            delay = step(retries + 1) if callable(step) else step
+        if delay is not None:
+            check('backoff', delay, 0, NUMBER)
         return delay
 
 
@@ -2364,9 +2366,13 @@ class Slot:
 
     def _run_claim(self, claim):
         current.set(claim)
-        if self.consumer.hooks['start']:
-            self.call_hooks('start', claim, None)
-        self.consumer.on_ended(claim, self.run(claim))
+        try:
+            if self.consumer.hooks['start']:
+                self.call_hooks('start', claim, None)
+            outcome = self.run(claim)
+        except Interruption as error:       # in a hook
+            outcome = failure(error)
+        self.consumer.on_ended(claim, outcome)
 
     def prepare(self):
         """Get ready for the next claim."""
@@ -2651,9 +2657,12 @@ class AsyncSlot(Slot):
     async def _run_claim(self, claim):
         current.set(claim)
         consumer = self.consumer
-        consumer.call_hooks('start', claim, None)
         around = consumer.worker.app.surroundings
-        outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        try:
+            consumer.call_hooks('start', claim, None)
+            outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        except Interruption as error:       # in a hook
+            outcome = failure(error)
         claim.asyncio_task = None
         consumer.on_ended(claim, outcome)
 
@@ -3275,9 +3284,9 @@ class Fetcher:
 def call_hook(event, function, *args):
     try:
         function(*args)
-    except Interruption:
-        raise
     except BaseException as error:
+        if event == 'start' and isinstance(error, Interruption):
+            raise       # the handler must not run
         name = getattr(function, '__qualname__', function)
         note(logging.ERROR, 'the hook %r, %s, failed: %s', event, name, last_line(error))
 

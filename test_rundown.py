@@ -8182,6 +8182,48 @@ def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engi
     assert "no free slot" in worker.log()
 
 
+@pytest.mark.parametrize("event", ["start", "success", "failure"])
+def test_a_hook_that_is_interrupted_costs_no_slot(engine, work, q, event):
+    source = handler(q, "return 1 / payload", max_retries=0) + """
+@rw.on(%r)
+def hook(job, value):
+    if job["payload"] < 2:
+        raise rw.Lost("by a checkpoint")
+""" % event
+    jobs = [engine.enqueue(q, payload) for payload in (0, 1, 2)]
+    work(source)
+    assert ended(engine, jobs[2])["result"] == 0.5
+    assert [ended(engine, job)["status"] for job in jobs[:2]] == (
+        ["failed", "failed"] if event == "start" else ["failed", "done"])
+
+
+FAULTY = {      # what a handler raises, with classes that are wrong in some way
+    "no __init__ of Retry": "class Again(rw.Retry):\n    def __init__(self): pass",
+    "a delay that is text": "class Again(rw.Retry):\n    delay = property(lambda self: 'soon', lambda *_: None)",
+    "a delay that is no number": "class Again(rw.Retry):\n    def __init__(self): self.delay = float('nan')",
+    "a property that raises": "class Again(rw.Retry):\n    delay = property(lambda self: 1 / 0, lambda *_: None)",
+    "a class that is no class": "class Again(Exception): pass",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_faulty_exception_of_a_handler_does_not_end_the_worker(kind):
+    class Unknowable(type):
+        def __instancecheck__(cls, error):
+            raise SystemExit("no")
+
+    names = {"rw": rw}
+    exec(FAULTY[kind], names)
+
+    def handle(payload):
+        raise names["Again"]()
+
+    handle.policy = rw.Policy(retry_on=Unknowable("Never", (Exception,), {}))
+    outcome = rw.run_handler(rw.HandlerTable({None: handle}), {"payload": 1, "retries": 0})
+    assert (outcome.call, outcome.fields["retry"]) == ("fail", "true")
+    assert outcome.fields["delay"] == "null"
+
+
 @pytest.mark.parametrize("isolate", [False, True])
 def test_a_limited_number_of_slots_is_lent(engine, work, q, isolate):
     body = "return payload and rw.enqueue(%r, payload - 1, max_retries=0).result()" % q
