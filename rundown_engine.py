@@ -171,7 +171,7 @@ import time
 import traceback
 import urllib.parse
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple
 
 # -- Settings --------------------------------------------------------------------------------------
 VERSION = '1.2'
@@ -197,6 +197,7 @@ MAX_DEPENDENCIES = 20000        # dependencies of all jobs of a request together
 MAX_STEPS = 1000                # steps of a job
 MAX_STEPS_SIZE = 8 << 20        # characters of the names and results of a job's steps
 MAX_DEPENDENTS_LISTED = 100     # dependents that GET /jobs/{id} names
+MAX_PRIORITIES_SCANNED = 100    # in search of a queue's oldest job
 MAX_UNSERVED_LISTED = 20        # queues in GET /queues that no worker polls
 WORKER_SILENCE = 120            # seconds without a poll until a queue counts as unserved
 MAX_RESPONSE = 16 << 20         # characters of jobs in a page, and claimed in one commit
@@ -226,7 +227,7 @@ MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases a
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
 # a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
-BATCH_ROWS = 500                # rows that one slice of a long change touches at most
+SLICE_ROWS = 500                # rows that one slice of a long change touches at most
 MAX_ROWS_SEARCHED = 100000      # jobs that one page of GET /jobs looks at
 MAX_SEARCH_TIME = 0.1           # seconds after which a page of GET /jobs ends early
 SLICE_TIME = 0.02               # seconds after which a slice of a long change begins no new row
@@ -479,15 +480,15 @@ def is_deeper_than(value, levels):
     """Whether lists and objects are nested in more levels; walks level by level."""
     containers = [value] if isinstance(value, (dict, list)) else []
     for _ in range(levels):
-        containers = [
-            inner
-            for outer in containers
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
+        members = itertools.chain.from_iterable(map(members_of, containers))
+        containers = [member for member in members if isinstance(member, (dict, list))]
         if not containers:
             return False
     return True
+
+
+def members_of(container):
+    return container.values() if isinstance(container, dict) else container
 
 
 def parse_time(text):
@@ -769,7 +770,9 @@ class Cron:
     def after(self, moment):
         """The first tick after a moment in UTC."""
         tick = self._next_first_occurrence(moment)
-        return self._repeated_before(tick, moment) or tick if self.fires_twice else tick
+        if self.fires_twice:
+            return self._repeated_before(tick, moment) or tick
+        return tick
 
     def _repeated_before(self, tick, moment):
         """The first match before `tick` in an hour that the zone's clock repeats, or None."""
@@ -806,7 +809,9 @@ class Cron:
     def _fires_on(self, local):
         day_of_month = local.day in self.days
         weekday = local.isoweekday() % 7 in self.weekdays
-        return day_of_month or weekday if self.either_day else day_of_month and weekday
+        if self.either_day:
+            return day_of_month or weekday
+        return day_of_month and weekday
 
     def _first_occurrence(self, local):
         """When the zone's clock first shows `local`; if it skips that, the first minute after."""
@@ -899,14 +904,17 @@ def last_tick(schedule, now):
 APPLICATION_ID = 0x52554e44     # "RUND", in the header of the file
 
 
+ALWAYS = 'always'
+
+
 class Column(NamedTuple):
     """A column of `jobs` or `schedules`; schema, statements and JSON are derived from this."""
 
     type: str                           # SQL
     json: Optional[Callable] = None     # value -> JSON text; None: clients do not see it
     brief: Optional[Callable] = None    # the same in brief pages
-    # True: every INSERT writes it; a field's name: only if the request has that field
-    inserted: Union[bool, str] = False
+    inserted: Optional[str] = None      # INSERT writes it: ALWAYS, or if a request has this field
+    copied: bool = False                # of a schedule: its jobs get the value
     optional: bool = False              # left out of the JSON while it is null
     large: bool = False                 # may fill many pages; stored after the others
     passive: bool = False               # transitions do not read it
@@ -957,8 +965,9 @@ def timeout_of(row):
 
 
 def max_retries_of(row):
-    own = row['max_retries']
-    return row['worker_max_retries'] or 0 if own is None else own
+    if row['max_retries'] is not None:
+        return row['max_retries']
+    return row['worker_max_retries'] or 0
 
 
 def json_key(row):
@@ -978,12 +987,13 @@ def json_max_retries(row):
 
 JOB_COLUMNS = {     # in the order of the JSON; times and durations are in microseconds
     'seq': Column('INTEGER PRIMARY KEY'),       # the order of arrival; never used again
-    'id': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME),
-    'queue': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME, filter=True),
+    'id': shown('TEXT NOT NULL', json_string, inserted=ALWAYS, rule=NAME),
+    'queue': shown('TEXT NOT NULL', json_string, inserted=ALWAYS, rule=NAME, filter=True),
     'tag': shown('TEXT', json_string, inserted='tag', rule=NAME, filter=True, passive=True),
-    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True, rule=JSON_VALUE),
+    'payload': Column('TEXT', json_value, inserted=ALWAYS, large=True, passive=True,
+                      rule=JSON_VALUE),
     'status': shown('TEXT NOT NULL', json_string, default='pending', rule=one_of(STATUSES)),
-    'hold': Column('INTEGER NOT NULL', default=READY, inserted=True),   # why it is not handed out
+    'hold': Column('INTEGER NOT NULL', default=READY, inserted=ALWAYS),   # why it is not handed out
     'priority': shown('INTEGER NOT NULL', json_number, default=0, inserted='priority',
                       rule=whole_number(-2**31, 2**31 - 1)),
     'attempt': shown('INTEGER NOT NULL', json_number, default=0,        # how many claims
@@ -1008,15 +1018,15 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'error': Column('TEXT', json_string, brief=json_last_line, large=True, passive=True,
                     rule=ERROR_TEXT),
     'attempts': Column('TEXT', large=True),     # JSON: all but one that is done
-    'created_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
-    'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
-    'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=True),
+    'created_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS, passive=True),
+    'updated_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS, passive=True),
+    'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS),
     'started_at': shown('INTEGER', json_time),
     'finished_at': shown('INTEGER', json_time, passive=True),
     'group': shown('TEXT', json_string, optional=True, inserted='group', rule=NAME, filter=True),
     'expires_at': shown('INTEGER', json_time, optional=True, inserted='expires', passive=True),
-    'is_timed': Column('INTEGER NOT NULL', default=0, inserted='run_at',    # 1: a time was given
-                       passive=True),
+    'has_run_at': Column('INTEGER NOT NULL', default=0, inserted='run_at',  # 1: a time was given
+                         passive=True),
     'steps': Column('INTEGER NOT NULL', default=0),     # how many rows of `steps` it has
     'steps_size': Column('INTEGER NOT NULL', default=0),    # characters of those
     'after': Column('TEXT', large=True, passive=True),      # JSON: the ids of its dependencies
@@ -1025,14 +1035,13 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
 }
 SCHEDULE_COLUMNS = {
     'name': shown('TEXT PRIMARY KEY', json_string, rule=printable(150)),
-    # `inserted` columns are copied into the schedule's jobs
-    'queue': shown('TEXT NOT NULL', json_string, inserted=True),
-    'timeout': shown('INTEGER', json_duration, inserted=True),
-    'max_retries': shown('INTEGER', json_number, inserted=True),
-    'tag': shown('TEXT', json_string, inserted=True),
-    'priority': shown('INTEGER', json_number, inserted=True),
-    'key': shown('TEXT', json_string, inserted=True),
-    'group': shown('TEXT', json_string, optional=True, inserted=True),
+    'queue': shown('TEXT NOT NULL', json_string, copied=True),
+    'timeout': shown('INTEGER', json_duration, copied=True),
+    'max_retries': shown('INTEGER', json_number, copied=True),
+    'tag': shown('TEXT', json_string, copied=True),
+    'priority': shown('INTEGER', json_number, copied=True),
+    'key': shown('TEXT', json_string, copied=True),
+    'group': shown('TEXT', json_string, optional=True, copied=True),
     'cron': shown('TEXT', json_string, rule=CRON_TEXT),
     'every': shown('INTEGER', json_duration, rule=duration(1, 3650 * 86400)),
     'zone': shown('TEXT', json_string, rule=NAME),
@@ -1040,14 +1049,12 @@ SCHEDULE_COLUMNS = {
     'last_run_at': shown('INTEGER', json_time),
     'last_id': shown('TEXT', json_string),
     'skipped': shown('INTEGER NOT NULL', json_number, default=0),
-    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True),
+    'payload': Column('TEXT', json_value, copied=True, large=True, passive=True),
 }
 
 
-FIELDS.update(
-    (name, column.rule)
-    for columns in (JOB_COLUMNS, SCHEDULE_COLUMNS)
-    for name, column in columns.items() if column.rule)
+ALL_COLUMNS = [*JOB_COLUMNS.items(), *SCHEDULE_COLUMNS.items()]
+FIELDS.update((name, column.rule) for name, column in ALL_COLUMNS if column.rule)
 
 
 def definitions(columns):
@@ -1156,9 +1163,17 @@ CREATE INDEX dependencies_dependency ON dependencies (dependency, state)''',
 HOLD_COUNTS = ('scheduled', 'waiting', 'grouped')
 
 
-def counting(columns, change):
-    """Assignments to counts of a queue; `change` has {0} for the condition of a count."""
-    return ', '.join(f'{column} = {column} {change.format(COUNTS[column])}' for column in columns)
+def count_changes(columns):
+    """Assignments to counts of a queue, one of whose jobs was updated."""
+    return ', '.join(
+        f'{column} = {column} + (NEW.{COUNTS[column]}) - (OLD.{COUNTS[column]})'
+        for column in columns)
+
+
+def count_deletion():
+    """Assignments to counts of a queue, one of whose jobs was deleted."""
+    return ', '.join(
+        f'{column} = {column} - (OLD.{condition})' for column, condition in COUNTS.items())
 
 
 TRIGGERS = {
@@ -1173,16 +1188,16 @@ CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
 END''',
     'jobs_update': f'''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status ON jobs WHEN NEW.status <> OLD.status BEGIN
-    UPDATE queues SET {counting(STATUSES, '+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
+    UPDATE queues SET {count_changes(STATUSES)}, changed_at = NEW.updated_at
     WHERE queue = NEW.queue;
 END''',
     'jobs_hold': f'''
 CREATE TRIGGER jobs_hold AFTER UPDATE OF hold ON jobs WHEN NEW.hold <> OLD.hold BEGIN
-    UPDATE queues SET {counting(HOLD_COUNTS, '+ (NEW.{0}) - (OLD.{0})')} WHERE queue = NEW.queue;
+    UPDATE queues SET {count_changes(HOLD_COUNTS)} WHERE queue = NEW.queue;
 END''',
     'jobs_delete': f'''
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
-    UPDATE queues SET {counting(COUNTS, '- (OLD.{0})')} WHERE queue = OLD.queue;
+    UPDATE queues SET {count_deletion()} WHERE queue = OLD.queue;
     UPDATE last_seq SET seq = OLD.seq WHERE seq < OLD.seq;
 END''',
     'jobs_delete_dependencies': '''
@@ -1273,14 +1288,14 @@ END''',
         'ALTER TABLE jobs ADD COLUMN released_key TEXT',
         'ALTER TABLE jobs ADD COLUMN "group" TEXT',
         'ALTER TABLE jobs ADD COLUMN expires_at INTEGER',
-        'ALTER TABLE jobs ADD COLUMN is_timed INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE jobs ADD COLUMN has_run_at INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE jobs ADD COLUMN steps INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE jobs ADD COLUMN steps_size INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE schedules ADD COLUMN "group" TEXT',
         'ALTER TABLE queues ADD COLUMN grouped INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE queues ADD COLUMN changed_at INTEGER NOT NULL DEFAULT 0',
         # a given time cannot be told from a delay here, but a retry is always counted in seconds
-        "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
+        "UPDATE jobs SET has_run_at = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
         'CREATE INDEX jobs_failed ON jobs (status) '
         "WHERE status = 'failed' OR status = 'cancelled'",
@@ -1398,7 +1413,7 @@ def rename_column(db, table, old, new):
             (table,)).fetchall():
         db.execute('UPDATE sqlite_master SET sql = ? WHERE name = ?',
                    (re.sub(rf'\b{old}\b', new, sql), name))
-    version = db.execute('PRAGMA schema_version').fetchone()[0]
+    version = fetch_value(db, 'PRAGMA schema_version')
     db.execute(f'PRAGMA schema_version = {version + 1}')        # have the schema read again
     db.execute('PRAGMA writable_schema = OFF')
 
@@ -1442,9 +1457,13 @@ def is_mounted_alone(path):
         lines = pathlib.Path('/proc/self/mountinfo').read_bytes().splitlines()
     except OSError:
         return False
-    points = [re.sub(rb'\\([0-7]{3})', lambda code: bytes([int(code[1], 8)]), line.split(b' ')[4])
-              for line in lines]
-    return os.fsencode(path) in points
+    mount_points = [unescape_octal(line.split(b' ')[4]) for line in lines]
+    return os.fsencode(path) in mount_points
+
+
+def unescape_octal(name):
+    r"""The name without escapes like \040 for a blank."""
+    return re.sub(rb'\\([0-7]{3})', lambda code: bytes([int(code[1], 8)]), name)
 
 
 def lock(path):
@@ -1568,12 +1587,17 @@ def file_size(path):
     return 0
 
 
+def fetch_value(db, statement, values=()):
+    """The first column of the first row."""
+    return db.execute(statement, values).fetchone()[0]
+
+
 def free_pages(db):
-    return db.execute('PRAGMA freelist_count').fetchone()[0]
+    return fetch_value(db, 'PRAGMA freelist_count')
 
 
 def page_size(db):
-    return db.execute('PRAGMA page_size').fetchone()[0]
+    return fetch_value(db, 'PRAGMA page_size')
 
 
 class Database:
@@ -1625,9 +1649,9 @@ class Database:
             raise StartupError(f'{self.path} cannot be used: {reason}') from None
 
     def _create_or_migrate(self, db):
-        version, = db.execute('PRAGMA user_version').fetchone()
-        application, = db.execute('PRAGMA application_id').fetchone()
-        is_new = not db.execute('SELECT COUNT(*) FROM sqlite_master').fetchone()[0]
+        version = fetch_value(db, 'PRAGMA user_version')
+        application = fetch_value(db, 'PRAGMA application_id')
+        is_new = not fetch_value(db, 'SELECT COUNT(*) FROM sqlite_master')
         if not is_new and application != APPLICATION_ID:    # check_header() skips it with a journal
             raise StartupError(f'{self.path} is not a Rundown database; it was left as it is')
         if version == SCHEMA_VERSION:
@@ -1644,8 +1668,8 @@ class Database:
         db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
     def _check_integrity(self):
-        small = os.path.getsize(self.path) <= FULL_CHECK_MAX_BYTES
-        if small and self.db.execute('PRAGMA quick_check(1)').fetchone()[0] != 'ok':
+        is_small = os.path.getsize(self.path) <= FULL_CHECK_MAX_BYTES
+        if is_small and fetch_value(self.db, 'PRAGMA quick_check(1)') != 'ok':
             raise StartupError(f'{self.path} is damaged; restore a backup')
 
     def _connect_writer(self, lock_timeout):
@@ -1718,7 +1742,7 @@ class Database:
         It has to be on disk before a replay of it is acknowledged.
         """
         db = self._connect_writer(0)
-        if self.unsynced and db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
+        if self.unsynced and fetch_value(db, 'PRAGMA wal_checkpoint(TRUNCATE)'):    # it is busy
             db.close()
             raise sqlite3.OperationalError('the write-ahead log is locked')
         self.db = db
@@ -1735,8 +1759,8 @@ class Database:
 
     def _update_sparse(self, db):
         free = free_pages(db)
-        pages, = db.execute('PRAGMA page_count').fetchone()
-        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]   # 0: made by 1.1 or older
+        pages = fetch_value(db, 'PRAGMA page_count')
+        can_shrink = fetch_value(db, 'PRAGMA auto_vacuum')      # 0: made by 1.1 or older
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
     def shrink(self, tx):
@@ -1910,7 +1934,7 @@ NEXT_SEQ = ('(SELECT MAX(seq) + 1 FROM '
 
 
 INSERTING_FIELDS = frozenset(
-    {column.inserted for column in JOB_COLUMNS.values()} - {True, False})
+    {column.inserted for column in JOB_COLUMNS.values()} - {ALWAYS, None})
 
 
 @functools.lru_cache(maxsize=256)
@@ -1919,7 +1943,7 @@ def insert_plan(rows, fields=INSERTING_FIELDS):
 
     Of the columns with a field only those of `fields` are written: each costs a bulk insert 3 %.
     """
-    columns = columns_where(lambda column: column.inserted is True or column.inserted in fields)
+    columns = columns_where(lambda column: column.inserted == ALWAYS or column.inserted in fields)
     values = ', ?' * len(columns)
     others = f', (NULL{values})' * (rows - 1)       # their seqs count on from the first one
     statement = (f'INSERT INTO jobs (seq, {column_list(columns)}) '
@@ -1928,48 +1952,57 @@ def insert_plan(rows, fields=INSERTING_FIELDS):
 
 
 CLAIMABLE = f"FROM jobs WHERE queue = :queue AND status = 'pending' AND hold = {READY}"
+# A claim sets the first eight, and needs none of the others.
+NOT_CLAIMED = {
+    'status', 'worker', 'lease', 'lease_until', 'started_at', 'updated_at', 'worker_timeout',
+    'worker_max_retries', 'hold', 'losses', 'attempts', 'after_any', 'has_run_at'}
+CLAIMED_COLUMNS = [name for name in JOB_COLUMNS if name not in NOT_CLAIMED]
 CLAIM = f'''
-    SELECT {column_list(COLUMNS)} {CLAIMABLE}
+    SELECT {column_list(CLAIMED_COLUMNS)} {CLAIMABLE}
         AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
     ORDER BY priority DESC, next_run_at, seq LIMIT :limit'''
 
 OWNED_COLUMNS = {'status', 'hold', 'next_run_at', 'lease_until'}        # written by Jobs alone
 
 
-def assignments(columns):
-    return ', '.join(f'"{column}" = :{column}' for column in columns)
-
-
 @functools.lru_cache(maxsize=64)
 def update_statement(columns):
-    return f'UPDATE jobs SET {assignments(columns)} WHERE seq = :seq'
+    """It takes the values in order, then the seq. Named ones would take half as long again."""
+    assignments = ', '.join(f'"{column}" = ?' for column in columns)
+    return f'UPDATE jobs SET {assignments} WHERE seq = ?'
 
 
 @functools.lru_cache(maxsize=64)
 def upsert_queue_statement(columns):
-    values = ', '.join(f':{column}' for column in columns)
-    return (f'INSERT INTO queues (queue, {column_list(columns)}) VALUES (:queue, {values}) '
-            f'ON CONFLICT (queue) DO UPDATE SET {assignments(columns)}')
+    """It takes the queue, then the values in order."""
+    assignments = ', '.join(f'{column} = excluded.{column}' for column in columns)
+    return (f'INSERT INTO queues (queue, {column_list(columns)}) VALUES (?{", ?" * len(columns)}) '
+            f'ON CONFLICT (queue) DO UPDATE SET {assignments}')
 
 
 def compile_renderer(columns, renderer_of):
     """A function of a row that returns the members of its JSON object.
 
-    Compiled, since walking over the table for each job takes half as long again.
+    Its source is built and evaluated once. A loop over the columns, for each job, takes twice as
+    long as this, and rendering is a fifth of the time of a claim.
     """
-    template = []
+    template = ''
     values = []
     for name, column in columns.items():
         renderer = renderer_of(column)
-        if renderer:
-            value = f'{renderer.__name__}({"row" if column.of_row else f"row[{name!r}]"})'
-            label = f'"{name}":' if not template else f',"{name}":'
-            if column.optional:
-                value = f'"" if row[{name!r}] is None else {label!r} + {value}'
-                label = ''
-            template.append(label + '%s')
+        if renderer is None:
+            continue
+        comma = ',' if values else ''
+        member = f'{comma}"{name}":'
+        argument = 'row' if column.of_row else f'row[{name!r}]'
+        value = f'{renderer.__name__}({argument})'
+        if column.optional:
+            template += '%s'
+            values.append(f'"" if {argument} is None else {member!r} + {value}')
+        else:
+            template += f'{member}%s'
             values.append(value)
-    return eval(f'lambda row: {"".join(template)!r} % ({", ".join(values)})', globals())
+    return eval(f'lambda row: {template!r} % ({", ".join(values)})', globals())
 
 
 render_job = compile_renderer(JOB_COLUMNS, operator.attrgetter('json'))
@@ -2105,14 +2138,15 @@ class Transaction:
         return self.db.execute(statement, values).fetchall()
 
     def upsert_queue(self, queue, **columns):
-        self.db.execute(upsert_queue_statement(tuple(columns)), dict(columns, queue=queue))
+        self.db.execute(upsert_queue_statement(tuple(columns)), (queue, *columns.values()))
 
     def spend(self, size):
         """Take `size` characters of the response budget; Unavailable if it is used up.
 
         The last job may exceed the rest, so that a large one can be in a response at all.
         """
-        if self.response_budget <= (0 if size > SMALL_MESSAGE_BYTES else -MAX_RESPONSE):
+        lowest = 0 if size > SMALL_MESSAGE_BYTES else -MAX_RESPONSE
+        if self.response_budget <= lowest:
             raise Unavailable('too much is being handed out at a time; try again')
         self.response_budget -= size
 
@@ -2140,26 +2174,48 @@ class Transaction:
         self.topics.add(('queue', queue))
 
 
-SHIFT_DEADLINES = (     # deadlines that are counted in seconds; a time that was given stays
-    "UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by, "
-    "updated_at = updated_at + :by WHERE status = 'running'",
-    f"UPDATE jobs SET next_run_at = next_run_at + :by "
-    f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
+# The clock was set: deadlines that are counted in seconds move with it; times that were given stay.
+SHIFT_DEADLINES = (
+    # leases
+    '''
+    UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by,
+        updated_at = updated_at + :by
+    WHERE status = 'running'
+    ''',
+    # retries
+    f'''
+    UPDATE jobs SET next_run_at = next_run_at + :by
+    WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT has_run_at''',
     # a retry that is not the active job of its group
-    f'UPDATE jobs INDEXED BY jobs_group_next SET next_run_at = next_run_at + :by '
-    f'WHERE "group" IS NOT NULL AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP} AND attempt > 0 '
-    'AND NOT is_timed AND next_run_at > :before',
-    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
-    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
+    f'''
+    UPDATE jobs INDEXED BY jobs_group_next SET next_run_at = next_run_at + :by
+    WHERE "group" IS NOT NULL AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP} AND attempt > 0
+        AND NOT has_run_at AND next_run_at > :before''',
+    # `expires` of jobs without `run_at`
+    '''
+    UPDATE jobs SET expires_at = expires_at + :by
+    WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0 AND NOT has_run_at''',
+    # rates
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
-# After the clock was set back, besides SHIFT_DEADLINES. First, jobs that were due stay due.
+# The clock was set back before the start: these come before SHIFT_DEADLINES.
 SET_BACK = (
-    f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
-    f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
-    f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
-    f"AND (hold = {DELAYED} AND attempt = 0 OR hold = {BLOCKED} AND next_run_at > :before "
-    f"OR hold = {QUEUED_IN_GROUP} AND attempt = 0 AND next_run_at > :before)",
+    # jobs that were due stay due
+    f'''
+    UPDATE jobs SET next_run_at = MIN(next_run_at, :now)
+    WHERE status = 'pending' AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP})
+        AND next_run_at <= :before''',
+    # delays, of jobs that may wait for their group, too
+    f'''
+    UPDATE jobs SET next_run_at = next_run_at + :by
+    WHERE status = 'pending' AND hold IN ({DELAYED}, {QUEUED_IN_GROUP}) AND attempt = 0
+        AND NOT has_run_at AND next_run_at > :before''',
+    # delays and retries of jobs that wait for others
+    f'''
+    UPDATE jobs SET next_run_at = next_run_at + :by
+    WHERE status = 'pending' AND hold = {BLOCKED} AND NOT has_run_at
+        AND next_run_at > :before''',
+    # times that have not been yet
     'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
 )
 SELECT_DUE = f'''
@@ -2191,20 +2247,13 @@ class Jobs:
         rule = self._rule(call, job['status'], target)
         queue = job['queue']
         if job['status'] == 'running':
-            if target != 'done':
-                error = changes.get('error')
-                changes['attempts'] = attempts_json(job, rule.outcome, tx.now, error)
-            if queue in self.limits.queues:
-                tx.wake_polls(queue)
-            if call in ('cancel', 'lose'):
-                tx.deprived_workers.add(job['worker'])
-                tx.topics.add(('worker', job['worker']))
+            self._leave_running(tx, call, job, target, changes)
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
             waits_for = changes.get('waits_for', job['waits_for'])
             queued = job['group'] is not None and (
                 job['hold'] == QUEUED_IN_GROUP or job['status'] in ENDED)
-            self.place(tx, changes, queue, due, waits_for, queued)
+            self.set_hold(tx, changes, queue, due, waits_for, queued)
             changes['finished_at'] = None
         else:
             changes['finished_at'] = tx.now
@@ -2221,13 +2270,24 @@ class Jobs:
         if target in ENDED:
             self.announce_end(tx, job, target)
 
+    def _leave_running(self, tx, call, job, target, changes):
+        """An attempt ends: record it in `changes`; tell its worker if the job was taken away."""
+        if target != 'done':
+            outcome = TRANSITIONS[call].outcome
+            changes['attempts'] = attempts_json(job, outcome, tx.now, changes.get('error'))
+        if job['queue'] in self.limits.queues:
+            tx.wake_polls(job['queue'])
+        if call in ('cancel', 'lose'):
+            tx.deprived_workers.add(job['worker'])
+            tx.topics.add(('worker', job['worker']))
+
     def _rule(self, call, source, target):
         rule = TRANSITIONS[call]
         if source not in rule.sources or target not in rule.targets:
             raise AssertionError(f'{call} does not lead from {source} to {target}')
         return rule
 
-    def place(self, tx, columns, queue, next_run_at, waits_for=0, queued=False):
+    def set_hold(self, tx, columns, queue, next_run_at, waits_for=0, queued=False):
         """Set next_run_at and hold of a pending job in `columns`; wake polls or set the deadline.
 
         With `queued` it stays QUEUED_IN_GROUP: only advance_group() makes it the active job.
@@ -2257,18 +2317,16 @@ class Jobs:
         if not first or active and active['seq'] < first['seq']:
             return
         if active:      # an older job was retried
-            self._hold(tx, active, queued=True)
-        self._hold(tx, first, queued=False)
+            self._write_hold(tx, active, queued=True)
+        self._write_hold(tx, first, queued=False)
 
-    def _hold(self, tx, job, queued):
+    def _write_hold(self, tx, job, queued):
         columns = {}
-        self.place(tx, columns, job['queue'], job['next_run_at'], job['waits_for'], queued)
+        self.set_hold(tx, columns, job['queue'], job['next_run_at'], job['waits_for'], queued)
         self._write(tx, job, columns)
 
     def _write(self, tx, job, columns):
-        statement = update_statement(tuple(columns))
-        columns['seq'] = job['seq']
-        tx.db.execute(statement, columns)
+        tx.db.execute(update_statement(tuple(columns)), (*columns.values(), job['seq']))
 
     def claim(self, tx, claims, columns):
         """Start jobs. `claims` are their new rows as dicts, `columns` the columns that changed."""
@@ -2280,11 +2338,13 @@ class Jobs:
 
     def set_leases(self, tx, jobs, *columns):
         """Write `lease_until` and other columns of running jobs; each is a dict with its `seq`."""
-        tx.db.executemany(update_statement((*columns, 'lease_until')), jobs)
+        columns += ('lease_until',)
+        values_of = operator.itemgetter(*columns, 'seq')
+        tx.db.executemany(update_statement(columns), map(values_of, jobs))
         tx.wake_at(min(job['lease_until'] for job in jobs))
 
     def shift_deadlines(self, tx, seconds):
-        """The clock has stepped by this much: move all deadlines that are counted in seconds."""
+        """The clock was set by this much: move all deadlines that are counted in seconds."""
         by = micros(seconds)
         for statement in SHIFT_DEADLINES:
             tx.execute(statement, {'by': by, 'before': tx.now - by})
@@ -2298,13 +2358,13 @@ class Jobs:
 
     def release_due(self, tx):
         """A slice of handing out delayed jobs whose time has come."""
-        for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS)):
+        for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, SLICE_ROWS)):
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
 
     def expire(self, tx):
         """A slice of cancelling jobs that have not started in time."""
-        for seq, in tx.paced(tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS)):
+        for seq, in tx.paced(tx.fetch_all(SELECT_EXPIRED, tx.now, SLICE_ROWS)):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.transition(tx, 'expire', job, 'cancelled', error='expired')
 
@@ -2343,7 +2403,7 @@ class Jobs:
         retries = job['retries'] + 1
         wait = micros(BACKOFF * retries ** 2) if delay is None else delay
         self.transition(tx, call, job, 'pending', tx.now + wait, retries=retries, error=error,
-                        is_timed=0, **changes)
+                        has_run_at=0, **changes)
 
     def require_status(self, tx, call, params):
         """(job, True) if the call is possible; (job, False) if it is a replay; else Conflict.
@@ -2382,7 +2442,7 @@ CREATED_MEMBERS = {             # members that are appended to the job in the an
     REPLACED: ',"created":false,"replaced":true',
 }
 REPLACED_COLUMNS = ('payload', 'tag', 'priority', 'timeout', 'max_retries', 'key_until',
-                    'expires_at', 'is_timed')
+                    'expires_at', 'has_run_at')
 
 
 DISK_IS_FULL = ('the disk is full: no jobs are added until there is room; '
@@ -2438,12 +2498,12 @@ class Producers:
         start = tx.now      # from which `expires` counts
         if 'run_at' in item:
             due = start = item['run_at']
-            row['is_timed'] = 1
+            row['has_run_at'] = 1
         if 'expires' in item:
             row['expires_at'] = min(max(start, tx.now) + item['expires'], LATEST_TIME)
             tx.wake_at(row['expires_at'])
         # enqueue() makes the right job of the group the active one, once all are inserted
-        self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)
+        self.jobs.set_hold(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row
 
     def _insert(self, tx, rows, fields, aliases):
@@ -2562,9 +2622,10 @@ class Claims:
     def _select_claims(self, tx, queue, limit, changes):
         """Due jobs as the rows that they will be once claimed. Expired ones are cancelled."""
         rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
-        expired = []
+        expired = []        # their seqs
         claims = self._within_budget(tx, rows, changes, expired)
-        for job in expired:
+        for seq in expired:
+            job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
         if expired and not claims:
             # others may be due behind them: try again after the next slice of Jobs.expire()
@@ -2593,10 +2654,10 @@ class Claims:
         """The rows as they will be once claimed, as many as the response budget allows."""
         claims = []
         for row in rows:
-            claim = dict(zip(COLUMNS, row))     # five times as fast as dict(row)
+            claim = dict(zip(CLAIMED_COLUMNS, row))     # five times as fast as dict(row)
             expires_at = claim['expires_at']
             if expires_at is not None and expires_at <= tx.now and not claim['attempt']:
-                expired.append({column: claim[column] for column in TRANSITION_COLUMNS})
+                expired.append(claim['seq'])
                 continue
             size = size_of(claim)
             if claims and size > tx.response_budget:
@@ -2692,7 +2753,7 @@ class Claims:
 
     def lose_overdue(self, tx):
         """A slice of ending the attempts whose leases are over, or of extending the leases."""
-        overdue = tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)
+        overdue = tx.fetch_all(SELECT_LOST, tx.now, SLICE_ROWS)
         done = 0
         for seq, in tx.paced(overdue):
             done += 1
@@ -2702,7 +2763,7 @@ class Claims:
                 self.jobs.set_leases(tx, [{'seq': seq, 'lease_until': lease_until}])
             else:
                 self._lose(tx, job)
-        if done == len(overdue) < BATCH_ROWS:       # no other lease is over
+        if done == len(overdue) < SLICE_ROWS:       # no other lease is over
             tx.pauses = tuple(
                 pause for pause in tx.pauses if pause.ended_at + micros(GRACE) > tx.now)
 
@@ -2799,7 +2860,7 @@ class Dependencies:
 
     def resolve(self, tx):
         """A slice of updating the dependents of jobs that have ended."""
-        for _ in tx.paced(range(BATCH_ROWS)):
+        for _ in tx.paced(range(SLICE_ROWS)):
             end = tx.fetch_one(NEXT_UNRESOLVED)
             if not end:
                 break
@@ -2850,10 +2911,10 @@ class Dependencies:
     def reopen(self, tx, job):
         """An ended job is retried: its dependents that are still blocked wait for it again.
 
-        At most BATCH_ROWS of them are updated here; the others notice by recheck().
+        At most SLICE_ROWS of them are updated here; the others notice by recheck().
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
-        for dependent, position in tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], BATCH_ROWS):
+        for dependent, position in tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], SLICE_ROWS):
             tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
             waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
             if waiting['status'] == 'pending' and waiting['waits_for']:
@@ -2940,13 +3001,13 @@ class Limits:
 
 
 # -- Jobs: schedules -------------------------------------------------------------------------------
-GIVEN_TO_JOBS = columns_where(lambda column: column.inserted, SCHEDULE_COLUMNS)
-SCHEDULE_FIELDS = ('name', *GIVEN_TO_JOBS, 'cron', 'every', 'zone')
+COPIED_COLUMNS = columns_where(lambda column: column.copied, SCHEDULE_COLUMNS)
+SCHEDULE_FIELDS = ('name', *COPIED_COLUMNS, 'cron', 'every', 'zone')
 SCHEDULE_DEFAULTS = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
 SELECT_SCHEDULE = f'SELECT {column_list(SCHEDULE_COLUMNS)} FROM schedules '
 # A tick does without the payload, which may have 8 MiB: SQLite copies it by itself.
 SMALL_SCHEDULE_COLUMNS = columns_where(lambda column: not column.large, SCHEDULE_COLUMNS)
-SMALL_GIVEN_TO_JOBS = [name for name in GIVEN_TO_JOBS if name in SMALL_SCHEDULE_COLUMNS]
+SMALL_COPIED_COLUMNS = [name for name in COPIED_COLUMNS if name in SMALL_SCHEDULE_COLUMNS]
 SELECT_FOR_TICK = f'SELECT {column_list(SMALL_SCHEDULE_COLUMNS)} FROM schedules WHERE name = ?'
 COPY_PAYLOAD = '''
     UPDATE jobs SET payload = (SELECT payload FROM schedules WHERE name = :schedule)
@@ -2981,7 +3042,7 @@ class Schedules:
         if not tx.takes_jobs:
             return
         due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
-                           'LIMIT ?', tx.now, BATCH_ROWS)
+                           'LIMIT ?', tx.now, SLICE_ROWS)
         for name, in tx.paced(due):
             self._tick(tx, tx.fetch_one(SELECT_FOR_TICK, name))
 
@@ -2994,7 +3055,7 @@ class Schedules:
             upcoming = tx.now + micros(3600)
             tx.log_lines.append(
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
-        item = {field: row[field] for field in SMALL_GIVEN_TO_JOBS if row[field] is not None}
+        item = {field: row[field] for field in SMALL_COPIED_COLUMNS if row[field] is not None}
         item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
@@ -3044,14 +3105,13 @@ def where_clause(params):
 class Operators:
     """The calls of operators: pause, resume, cancel, retry, purge, also for many jobs at once."""
 
-    def __init__(self, database, jobs, limits, dependencies, claims):
+    def __init__(self, database, jobs, dependencies, claims):
         # constant after start
         self.claims = claims
         self.database = database
         self.jobs = jobs
         self.dependencies = dependencies
-        self.limit = limits.set         # POST /limit, which write_call() finds here
-        self.require_status = jobs.require_status
+        self.changes = {'cancel': self.cancel, 'retry': self.retry, 'purge': self.purge}
 
     def cancel(self, tx, job):
         self.jobs.transition(tx, 'cancel', job, 'cancelled')
@@ -3060,7 +3120,7 @@ class Operators:
         waits_for = self.dependencies.recheck(tx, job)
         try:
             self.jobs.transition(tx, 'retry', job, 'pending', tx.now, retries=0, losses=0,
-                                 waits_for=waits_for, expires_at=None, is_timed=0)
+                                 waits_for=waits_for, expires_at=None, has_run_at=0)
         except sqlite3.IntegrityError:
             raise Conflict('key: another job with the same key is pending or running in the '
                            'queue') from None
@@ -3071,15 +3131,15 @@ class Operators:
 
     def reschedule(self, tx, params):
         """Change when a pending job is due, or its priority."""
-        job, _ = self.require_status(tx, 'reschedule', params)
+        job, _ = self.jobs.require_status(tx, 'reschedule', params)
         changes = {'priority': params['priority']} if 'priority' in params else {}
         due = job['next_run_at']
         if 'run_at' in params:
             due = params['run_at']
-            changes['is_timed'] = 1
+            changes['has_run_at'] = 1
         elif 'delay' in params:
             due = tx.now + params['delay']
-            changes['is_timed'] = 0
+            changes['has_run_at'] = 0
         self.jobs.transition(tx, 'reschedule', job, 'pending', due, **changes)
         return {'id': job['id'], 'status': 'pending', 'next_run_at': rfc3339(due),
                 'priority': changes.get('priority', job['priority'])}
@@ -3107,18 +3167,18 @@ class Operators:
         """Run the call for the job `id`; Conflict if its status forbids that."""
         if 'id' not in params or len(params) > 1:
             raise BadRequest('id is needed, and stands alone')
-        job, _ = self.require_status(tx, call, params)
-        getattr(self, call)(tx, job)
-        target = (*TRANSITIONS[call].targets, 'purged')[0]
-        return {'id': params['id'], 'status': target}
+        job, _ = self.jobs.require_status(tx, call, params)
+        self.changes[call](tx, job)
+        targets = TRANSITIONS[call].targets
+        return {'id': params['id'], 'status': targets[0] if targets else 'purged'}
 
-    def seq_batches(self, params):
+    def matching_seqs(self, params):
         """Yield the seqs of the jobs that a large change applies to, in batches.
 
         A reader finds them, so that the writer is not held up. Seqs, because the id of a deleted
         job may be enqueued again meanwhile.
         """
-        params = {**params, 'beyond': 0, 'rows': BATCH_ROWS}
+        params = {**params, 'beyond': 0, 'rows': SLICE_ROWS}
         query = f'SELECT seq FROM jobs {where_clause(params)} ORDER BY seq LIMIT :rows'
         while True:
             with self.database.reading() as db:
@@ -3128,7 +3188,7 @@ class Operators:
             params['beyond'] = seqs[-1]
             yield seqs
 
-    def change_batch(self, tx, method, seqs, statuses):
+    def change_slice(self, tx, method, seqs, statuses):
         """A slice of calling the method with those jobs that still have one of the statuses.
 
         Returns (how many were changed, the seqs that are left).
@@ -3202,7 +3262,7 @@ class Retention:
         position = (0, 0)
         while True:
             before = self.tx.now - keep
-            rows = self.tx.fetch_all(NEXT_ENDED, status, before, *position, BATCH_ROWS)
+            rows = self.tx.fetch_all(NEXT_ENDED, status, before, *position, SLICE_ROWS)
             for finished_at, seq in rows:
                 position = (finished_at, seq)
                 if not (yield from self._is_needed(seq)):
@@ -3218,7 +3278,7 @@ class Retention:
         for state in (0, SUCCEEDED, FAILED):
             last = 0
             while True:
-                rows = self.tx.fetch_all(NEXT_DEPENDENTS, seq, state, last, BATCH_ROWS)
+                rows = self.tx.fetch_all(NEXT_DEPENDENTS, seq, state, last, SLICE_ROWS)
                 if not rows:
                     break
                 if any(row['waits'] for row in rows):
@@ -3231,7 +3291,7 @@ class Retention:
         last = ''
         while True:
             before = self.tx.now - micros(FORGET_QUEUE_AFTER)
-            rows = self.tx.fetch_all(NEXT_QUEUES, before, last, BATCH_ROWS)
+            rows = self.tx.fetch_all(NEXT_QUEUES, before, last, SLICE_ROWS)
             yield
             for queue, is_unused in rows:
                 last = queue
@@ -3250,14 +3310,6 @@ class Retention:
 
 
 # -- Jobs: queries ---------------------------------------------------------------------------------
-# Skip scan: the index gives the highest priority, then the next one, and the earliest job of each.
-OLDEST = f'''
-    WITH RECURSIVE levels (priority) AS (
-        SELECT MAX(priority) {CLAIMABLE}
-        UNION ALL
-        SELECT (SELECT MAX(priority) {CLAIMABLE} AND priority < levels.priority) FROM levels
-        WHERE priority IS NOT NULL LIMIT 100)
-    SELECT MIN((SELECT MIN(next_run_at) {CLAIMABLE} AND priority = levels.priority)) FROM levels'''
 AHEAD = f'''
     SELECT COUNT(*) FROM (
         SELECT 1 {CLAIMABLE} AND priority > :priority
@@ -3275,15 +3327,31 @@ UNFINISHED_DEPENDENCIES = '''
 STATUS_INDEXES = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
 
 
+def oldest_due(db, queue):
+    """When the job that has been due for longest fell due; None if none is due.
+
+    A skip scan: for each priority, the index has its earliest job first.
+    """
+    earliest = []
+    values = {'queue': queue, 'priority': 2**31}
+    while len(earliest) < MAX_PRIORITIES_SCANNED:
+        values['priority'] = fetch_value(
+            db, f'SELECT MAX(priority) {CLAIMABLE} AND priority < :priority', values)
+        if values['priority'] is None:
+            break
+        earliest.append(fetch_value(
+            db, f'SELECT MIN(next_run_at) {CLAIMABLE} AND priority = :priority', values))
+    return min(earliest, default=None)
+
+
 class Queries:
     """The calls that read. They run in any thread, and see committed state only."""
 
-    def __init__(self, database, clock, workers, meter):
+    def __init__(self, database, clock, workers):
         # constant after start
         self.database = database
         self.clock = clock
         self.workers = workers
-        self.queues = Overview(database, clock, workers, meter).queues      # GET /queues
 
     def job(self, id):
         """The job with its attempts, its dependents, and why it does not run."""
@@ -3331,10 +3399,12 @@ class Queries:
             if not self._may_have(db, params.get('queue'), params.get('status')):
                 limit = 0
             seqs, last_seq = self._search(db, limit, params)
-            rows = (db.execute(f'SELECT {columns} FROM jobs WHERE seq = ?', (seq,)).fetchone()
-                    for seq in seqs)
-            last = last_seq and db.execute('SELECT id FROM jobs WHERE seq = ?', (last_seq,))
-            return json_page('jobs', 'id', rows, render, limit, last and last.fetchone()['id'])
+            query = f'SELECT {columns} FROM jobs WHERE seq = ?'
+            rows = (db.execute(query, (seq,)).fetchone() for seq in seqs)
+            resume_after = None
+            if last_seq:
+                resume_after = fetch_value(db, 'SELECT id FROM jobs WHERE seq = ?', (last_seq,))
+            return json_page('jobs', 'id', rows, render, limit, resume_after)
 
     def _related(self, db, columns, limit, params):
         """The rows of jobs that depend on one, or that it depends on."""
@@ -3352,23 +3422,13 @@ class Queries:
     def _search(self, db, limit, params):
         """(seqs of matching jobs, newest first; the last seq examined if the search ended early).
 
-        An index leads to the jobs of a tag, a group, and of STATUS_INDEXES. Other conditions are
-        checked job by job, and a page examines a bounded number of jobs.
+        A page examines a bounded number of jobs.
         """
-        indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
-        conditions = {field: FILTERS[field] for field in FILTERS if field in params}
-        source = ' AND '.join(
-            ['1', *(condition for field, condition in conditions.items() if field in indexed)])
-        matches = ' AND '.join(
-            ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
-        status = params.get('status')
-        table = 'jobs'
-        if status in STATUS_INDEXES and indexed.isdisjoint(params.keys() - {'after'}):
-            table = f'jobs INDEXED BY {STATUS_INDEXES[status]}'
-            source += f" AND status = '{status}'"       # as text: a partial index needs it
+        source, condition = self._search_plan(params)
+        examined_at_most = MAX_ROWS_SEARCHED if limit else 0
         rows = db.execute(
-            f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
-            {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
+            f'SELECT seq, {condition} FROM {source} ORDER BY seq DESC LIMIT :rows',
+            {**params, 'rows': examined_at_most})
         ends = time.monotonic() + MAX_SEARCH_TIME
         found = []
         for examined, (seq, is_match) in enumerate(rows, 1):
@@ -3380,6 +3440,26 @@ class Queries:
                 return found, seq
         return found, None
 
+    def _search_plan(self, params):
+        """(the jobs that an index leads to, as the text behind FROM; the other conditions).
+
+        There are indexes for tags, groups and STATUS_INDEXES. The other conditions are checked job
+        by job.
+        """
+        indexed = {'after', 'tag'}
+        if 'group' in params:
+            indexed |= {'queue', 'group'}
+        used = indexed & params.keys()
+        found = {field: FILTERS[field] for field in FILTERS if field in params}
+        where = ['1'] + [found[field] for field in found if field in used]
+        conditions = ['1'] + [found[field] for field in found if field not in used]
+        table = 'jobs'
+        status = params.get('status')
+        if status in STATUS_INDEXES and used <= {'after'}:
+            table = f'jobs INDEXED BY {STATUS_INDEXES[status]}'
+            where.append(f"status = '{status}'")        # as text: a partial index needs it
+        return f'{table} WHERE {" AND ".join(where)}', ' AND '.join(conditions)
+
     def _seq_of(self, db, field, id):
         job = db.execute(FIND_BY_ID, (id,)).fetchone()
         return require(job, f'{field}: there is no job', id, BadRequest)['seq']
@@ -3387,9 +3467,8 @@ class Queries:
     def _may_have(self, db, queue, status):
         """Whether there can be such a job, by the counts of the queues."""
         count = status if status in STATUSES else 1     # each status is a column
-        total, = db.execute(f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)',
-                            (queue,)).fetchone()
-        return total
+        return fetch_value(
+            db, f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)', (queue,))
 
     def health(self):
         """Whether jobs can be stored, and warnings."""
@@ -3418,7 +3497,7 @@ class Queries:
                     f"SELECT '(others)' AS queue, {totals}, NULL AS max_running, NULL AS rate "
                     'FROM queues WHERE queue > ?', (rows[-1]['queue'],))]
             for row in rows:
-                row['oldest'] = db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0]
+                row['oldest'] = oldest_due(db, row['queue'])
             schedules = db.execute(SELECT_SCHEDULE + 'ORDER BY name LIMIT ?', (MAX_LIMIT,))
             return rows, schedules.fetchall()
 
@@ -3492,14 +3571,15 @@ class Queries:
         if row['hold'] != READY:
             return None
         position = {name: row[name] for name in ('queue', 'priority', 'next_run_at', 'seq')}
-        ahead = db.execute(AHEAD, position).fetchone()[0]
+        ahead = fetch_value(db, AHEAD, position)
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
 
 
 IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting + grouped
     AND COALESCE(polled_at, 0) < :silent_since)'''
-TOTALS = 'SELECT COUNT(*) AS queues, {}, COALESCE(SUM({}), 0) AS unserved FROM queues'.format(
-    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)), IS_UNSERVED)
+SUMS = ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS))
+TOTALS = f'''
+    SELECT COUNT(*) AS queues, {SUMS}, COALESCE(SUM({IS_UNSERVED}), 0) AS unserved FROM queues'''
 UNSERVED = f'''
     SELECT queue, pending - scheduled - waiting - grouped AS due FROM queues WHERE {IS_UNSERVED}
     ORDER BY queue LIMIT {MAX_UNSERVED_LISTED}'''
@@ -3535,7 +3615,7 @@ class Overview:
             'AND (:search IS NULL OR INSTR(LOWER(queue), LOWER(:search))) '
             f'ORDER BY {order} LIMIT :limit',
             {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
-        oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
+        oldest = [oldest_due(db, row['queue']) for row in rows]
         return {
             'queues': self._queues_json(rows, oldest, now),
             'after': rows[-1]['queue'] if len(rows) == limit and not busy else None,
@@ -3722,9 +3802,10 @@ class Store:
         self.claims = Claims(self.jobs, self.limits, self.workers)
         self.schedules = Schedules(self.producers)
         self.operators = Operators(
-            database, self.jobs, self.limits, self.dependencies, self.claims)
+            database, self.jobs, self.dependencies, self.claims)
         self.retention = Retention(keep, keep_failed)
-        self.queries = Queries(database, self.clock, self.workers, self.meter)
+        self.queries = Queries(database, self.clock, self.workers)
+        self.overview = Overview(database, self.clock, self.workers, self.meter)
         # touched by the loop's thread only
         self.pauses = ()            # as of the last commit
         self.next_deadline = 0      # engine time at which run_due() has something to do
@@ -3737,7 +3818,7 @@ class Store:
     def _check_set_back(self):
         """If the clock was set back since the last engine, move deadlines with it."""
         with self.database.reading() as db:
-            before = db.execute(LAST_TIME).fetchone()[0] or 0
+            before = fetch_value(db, LAST_TIME) or 0
         back = before - self.clock.now()
         if back > micros(1):
             with self.database.transaction() as db:
@@ -3751,7 +3832,8 @@ class Store:
         """Publish the effects of a transaction of so many operations, once it is on disk."""
         if tx.signs_of_life or tx.starved:
             polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
-            self.starved = self.starved - polled | tx.starved
+            self.starved -= polled
+            self.starved |= tx.starved
         self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
             self.next_deadline, tx.next_deadline)
         self.pauses = tx.pauses
@@ -5012,13 +5094,13 @@ def change_call(call):
 
     def change_many(server, params):
         operators = server.store.operators
-        method = getattr(operators, call)
+        method = operators.changes[call]
         statuses = [params['status']] if 'status' in params else TRANSITIONS[call].sources
         count = 0
-        for seqs in operators.seq_batches(params):
+        for seqs in operators.matching_seqs(params):
             while seqs:
                 changed, seqs = server.loop.run_in_transaction(functools.partial(
-                    operators.change_batch, method=method, seqs=seqs, statuses=statuses))
+                    operators.change_slice, method=method, seqs=seqs, statuses=statuses))
                 count += changed
         return {'count': count}
 
@@ -5085,8 +5167,9 @@ def health(server, params):
 
 
 def read_call(name):
-    """The handler that runs a method of the store's queries."""
-    return lambda server, params: getattr(server.store.queries, name)(**params)
+    """The handler that runs a method of the store, which reads."""
+    method_of = operator.attrgetter(name)
+    return lambda server, params: method_of(server.store)(**params)
 
 
 def metrics(server, params):
@@ -5155,22 +5238,23 @@ ROUTES = {
     '/purge': change_route('purge', ('id', 'queue', 'status', 'tag')),
     '/pause': route('POST', write_call('operators.pause'), ['queue']),
     '/resume': route('POST', write_call('operators.resume'), ['queue']),
-    '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
+    '/limit': route('POST', write_call('limits.set'), ['queue'], 'max_running rate per'),
     '/schedule': route(
         'POST', schedule, ['name', 'queue', ('cron', 'every')],
         'zone payload timeout max_retries tag priority key group'),
     '/unschedule': route('POST', write_call('schedules.unschedule'), ['name']),
-    '/schedules': route('GET', read_call('schedules'), optional='limit after', offload=True),
+    '/schedules': route(
+        'GET', read_call('queries.schedules'), optional='limit after', offload=True),
     '/jobs/': route('GET', get_job, ['id'], 'wait', offload=True),
     '/status/': route('GET', get_job, ['id'], 'wait', offload=True),
-    '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
+    '/details/': route('GET', read_call('queries.newest'), ['tag'], offload=True),
     '/jobs': route(
         'GET', list_jobs,
         optional='id queue status tag group search limit after brief needed_by needs',
         offload=True),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
-        'GET', read_call('queues'), optional='limit after busy queue search totals',
+        'GET', read_call('overview.queues'), optional='limit after busy queue search totals',
         offload=True),
     '/metrics': route('GET', metrics, offload=True),
     '/health': route('GET', health),

@@ -553,79 +553,64 @@ def new_id():
 
 
 # -- Connections -----------------------------------------------------------------------------------
-class DeadlineReader(io.RawIOBase):
-    """Reads from a connection's socket until its deadline, however slowly the bytes trickle in."""
-
-    def __init__(self, connection, sock, raw):
-        self.connection = connection
-        self.sock = sock        # kept: the connection drops its own after `Connection: close`
-        self.raw = raw          # the unbuffered file of the socket
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.sock.settimeout(remaining(self.connection.deadline))
-        return self.raw.readinto(buffer)
-
-    def close(self):
-        self.raw.close()
-        super().close()
+def request_bytes(request):
+    """A request of urllib.request as bytes, to be sent as one packet."""
+    if ' ' in request.selector or not request.selector.isprintable():
+        raise http.client.InvalidURL(f'{request.selector!r} is not the path of a call')
+    lines = [
+        f'{request.get_method()} {request.selector} HTTP/1.1',
+        f'Host: {request.host}',
+        'Accept-Encoding: identity',
+    ]
+    lines += [f'{name}: {value}' for name, value in request.headers.items()]
+    if request.data is None:
+        return '\r\n'.join([*lines, '', '']).encode('ascii')
+    lines += [f'Content-Length: {len(request.data)}', '', '']
+    return '\r\n'.join(lines).encode('ascii') + request.data
 
 
-class DeadlineResponse(http.client.HTTPResponse):
-    """A response that has to arrive before its connection's deadline."""
-
-    def __init__(self, connection, sock, *args, **kwargs):
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(DeadlineReader(connection, sock, self.fp.detach()))
-
-
-class BufferingConnection(http.client.HTTPConnection):
-    """Collects the parts of a request, to be sent as one packet."""
-
-    def __init__(self, host, **options):
-        super().__init__(host, **options)
-        self.outgoing = []      # parts of the request that are not sent yet
-
-    def send(self, data):
-        self.outgoing.append(data)
-
-    def request_bytes(self, request):
-        """A request of urllib.request as bytes."""
-        self.outgoing = []
-        self.request(request.get_method(), request.selector, request.data, request.headers)
-        return b''.join(self.outgoing)
+# the complete head of the final response, after any interim ones such as `100 Continue`
+FINAL_HEAD = re.compile(
+    rb'(HTTP/1\.[01] 1.*\n([^\r\n].*\n)*\r?\n)*'
+    rb'(?!HTTP/1\.[01] 1)([^\r\n].*\n)+\r?\n'
+)
 
 
-class PooledConnection(BufferingConnection):
-    """A connection that is used for one request after the other."""
+class ResponseReader:
+    """Collects the bytes of a response until http.client can read it to its end."""
 
-    def __init__(self, origin, deadline, **options):
-        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
-        super().__init__(origin[1], timeout=timeout, **options)
-        self.response_class = functools.partial(DeadlineResponse, self)
-        self.origin = origin        # (scheme, host and port), constant
-        self.reusable = False       # True once a response has been read to its end
-        self.deadline = deadline    # of the request in flight, time.monotonic()
-        self.connect()
+    def __init__(self):
+        self.received = bytearray()
+        self.size = None            # bytes in the whole response; None: its head is incomplete
+        self.is_chunked = False
 
-    def exchange(self, request, deadline):
-        """The response to a request, read to its end."""
-        self.deadline = deadline
-        data = self.request_bytes(request)
-        self.sock.settimeout(remaining(deadline))
-        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
-            self.sock.sendall(data)
-        response = self.getresponse()
-        check_framing(response)
-        response.content = response.read()
-        self.reusable = not response.will_close
+    def feed(self, data):
+        """The response, or None while it is incomplete. Empty `data`: no more will come."""
+        self.received += data
+        if data and not self._may_be_complete():
+            return None
+        file = io.BytesIO(self.received)
+        response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
+        try:
+            response.begin()
+            check_framing(response)
+            self.is_chunked = response.chunked
+            self.size = float('inf') if response.length is None else file.tell() + response.length
+            if data and not self._may_be_complete():
+                return None
+            response.content = response.read()
+        except (http.client.IncompleteRead, http.client.RemoteDisconnected):
+            if not data:
+                raise
+            return None
         return response
 
-
-class PooledTLSConnection(PooledConnection, http.client.HTTPSConnection):
-    """A PooledConnection with TLS."""
+    def _may_be_complete(self):
+        if self.is_chunked:
+            return self.received.endswith(b'\n\r\n')
+        if self.size is None:
+            return len(self.received) > MAX_RESPONSE_HEAD or FINAL_HEAD.match(self.received)
+        return len(self.received) >= self.size
 
 
 def check_framing(response):
@@ -635,6 +620,38 @@ def check_framing(response):
         raise http.client.HTTPException('its Content-Length is no number')
     if response.status < 200:
         raise http.client.HTTPException('it is not the final response')
+
+
+class PooledConnection:
+    """A connection that is used for one request after the other."""
+
+    def __init__(self, origin, deadline, context):
+        self.origin = origin        # (scheme, host and port), constant
+        self.reusable = False       # True once a response has been read to its end
+        scheme, host = origin
+        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
+        if scheme == 'https':
+            connection = http.client.HTTPSConnection(host, timeout=timeout, context=context)
+        else:
+            connection = http.client.HTTPConnection(host, timeout=timeout)
+        connection.connect()
+        self.sock = connection.sock
+
+    def exchange(self, data, deadline):
+        """The response to a request, which has to be complete before the deadline."""
+        self.sock.settimeout(remaining(deadline))
+        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
+            self.sock.sendall(data)
+        reader = ResponseReader()
+        response = None
+        while response is None:
+            self.sock.settimeout(remaining(deadline))   # again: the bytes may trickle in
+            response = reader.feed(self.sock.recv(1 << 16))
+        self.reusable = not response.will_close
+        return response
+
+    def close(self):
+        self.sock.close()
 
 
 class ConnectionPool(urllib.request.BaseHandler):
@@ -652,11 +669,12 @@ class ConnectionPool(urllib.request.BaseHandler):
         """The response, which has to be complete within request.timeout seconds."""
         deadline = time.monotonic() + request.timeout
         origin = (request.type, request.host)
+        data = request_bytes(request)
         while True:
-            connection = self._reuse(origin) or self._connect(origin, deadline)
+            connection = self._reuse(origin) or PooledConnection(origin, deadline, self.context)
             reused = connection.reusable
             try:
-                return self._exchange(connection, request, deadline)
+                return self._exchange(connection, data, deadline)
             except ConnectionError:
                 if not reused:      # a reused one may have been closed while it was idle
                     raise
@@ -677,17 +695,12 @@ class ConnectionPool(urllib.request.BaseHandler):
                 connection.close()
         return None
 
-    def _connect(self, origin, deadline):
-        if origin[0] == 'https':
-            return PooledTLSConnection(origin, deadline, context=self.context)
-        return PooledConnection(origin, deadline)
-
-    def _exchange(self, connection, request, deadline):
+    def _exchange(self, connection, data, deadline):
         self.active.add(connection)
         try:
             if self.closed:
                 raise ConnectionAbortedError('the connection was shut down')
-            response = connection.exchange(request, deadline)
+            response = connection.exchange(data, deadline)
         except BaseException:
             connection.close()
             raise
@@ -700,9 +713,8 @@ class ConnectionPool(urllib.request.BaseHandler):
         """Send nothing more. With SHUT_WR, responses to requests in flight still arrive."""
         self.closed = True
         for connection in self.active.copy():
-            # It has no socket if its own thread has just closed it.
             # SSLSocket.shutdown would drop the session keys, so the plain one is called.
-            with contextlib.suppress(OSError, TypeError):
+            with contextlib.suppress(OSError):      # its own thread may have just closed it
                 socket.socket.shutdown(connection.sock, how)
         with contextlib.suppress(IndexError):       # its own thread may take the last one
             while True:
@@ -889,21 +901,20 @@ class Caller:
             time.sleep(pause)
 
     def _post(self, path, **fields):
-        fields = encode_durations(fields)
-        return self.call(path, drop_none(**fields), fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(path, given, given.get('wait', 0))
 
     def _get(self, path, **fields):
-        fields = encode_durations(fields)
-        query = urllib.parse.urlencode(drop_none(**fields))
-        return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(f'{path}?{urllib.parse.urlencode(given)}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
         if jobs is None:
             return self._post(path, **fields)
-        fields = encode_durations(fields)
         ids = [job if isinstance(job, str) else job['id'] for job in jobs]
-        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        given = given_fields(fields)
+        texts = [as_json({**given, 'id': id}, 'the job') for id in ids]
         replies = []
         for batch in batches(texts, len):
             replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
@@ -1226,8 +1237,7 @@ class Client(ProducerCalls, WorkerCalls):
         At most `rate` are claimed at once, then one every `per / rate` seconds. None removes a
         limit; omitted limits are unchanged. Returns the limits of the queue.
         """
-        fields = encode_durations(
-            {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
+        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
@@ -1393,7 +1403,7 @@ def parse_hosts(text):
     """The URLs of engines, separated by blanks; raises Error for an invalid one."""
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
-        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
+        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url) or not url.isascii():
             raise Error(f'{url!r} is not the URL of an engine, such as {EXAMPLE_URL}')
     return hosts
 
@@ -1474,16 +1484,16 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
     id = new_id() if id is None else id
-    fields = encode_durations(fields)
-    fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
-    return as_json(fields, 'the job')
+    fields.update(payload=payload, id=id, run_at=in_utc(run_at), after=after)
+    return as_json(given_fields(fields), 'the job')
 
 
-def encode_durations(fields):
-    """Convert timedeltas to seconds, in place; returns the fields."""
-    for name in DURATIONS & fields.keys():
-        fields[name] = in_seconds(fields[name])
-    return fields
+def given_fields(fields):
+    """The fields that are not None, with durations in seconds."""
+    return {
+        name: in_seconds(value) if name in DURATIONS else value
+        for name, value in fields.items() if value is not None
+    }
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1590,19 +1600,20 @@ class AsyncCalls:
 
     async def _exchange(self, request, context):
         origin = (request.type, request.host)
+        data = request_bytes(request)
         idle = self.idle.setdefault((origin, context), collections.deque())
         while True:
             reused = bool(idle)
             reader, writer = idle.pop() if reused else await connect_streams(origin, context)
             try:
-                writer.write(BufferingConnection(request.host).request_bytes(request))
+                writer.write(data)
                 response = await receive_response(reader)
             except BaseException as error:
                 writer.close()
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close or response.chunked or len(idle) >= MAX_IDLE_STREAMS:
+            if response.will_close or len(idle) >= MAX_IDLE_STREAMS:
                 writer.close()
             else:
                 idle.append((reader, writer))
@@ -1635,49 +1646,11 @@ async def connect_streams(origin, context):
 
 
 async def receive_response(reader):
-    data = b''
-    while True:
-        part = await reader.read(1 << 16)
-        data += part
-        response = parse_response(data, is_all=not part)
-        if response is not None:
-            return response
-
-
-class ReceivedBytes:
-    """Acts as a socket from which http.client reads the bytes received so far."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def makefile(self, mode):
-        return io.BytesIO(self.data)
-
-
-def parse_response(data, is_all):
-    """The response in the bytes; None if it is not complete. `is_all`: no more bytes will come."""
-    if not is_all and not has_final_head(data):
-        return None
-    response = http.client.HTTPResponse(ReceivedBytes(data))
-    try:
-        response.begin()
-        check_framing(response)
-        lasts_until_close = response.length is None and not response.chunked
-        if lasts_until_close and not is_all:
-            return None
-        response.content = response.read()
-    except (http.client.IncompleteRead, http.client.RemoteDisconnected):
-        if is_all:
-            raise
-        return None
+    response_reader = ResponseReader()
+    response = None
+    while response is None:
+        response = response_reader.feed(await reader.read(1 << 16))
     return response
-
-
-def has_final_head(data):
-    """Are the headers of the final response complete, after any of `100 Continue`?"""
-    heads = data[:MAX_RESPONSE_HEAD].replace(b'\r\n', b'\n').split(b'\n\n')[:-1]
-    return len(data) > MAX_RESPONSE_HEAD or any(
-        not re.match(rb'HTTP/1\.[01] 1', head) for head in heads)
 
 
 def max_async_waits():
@@ -5283,7 +5256,7 @@ ADD_COLUMNS = [     # to a table of the first version
     'ALTER TABLE rundown_outbox ADD COLUMN taken_by TEXT',
     'ALTER TABLE rundown_outbox ADD COLUMN taken_at BIGINT',
 ]
-NUMBER_ROWS = [     # of a table that version 1.1 made through Django's connection to SQLite
+NUMBER_ROWS = [     # of a table of version 1.1 in SQLite
     'ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered',
     CREATE_IN_SQLITE,
     'INSERT INTO rundown_outbox (job, error, taken_by, taken_at) '
@@ -5318,7 +5291,7 @@ def enqueue_in(
         now = datetime.datetime.now(datetime.timezone.utc)
         run_at = now + datetime.timedelta(seconds=clamp_delay(delay or 0))
     id = id or new_id()
-    Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
+    outbox_of(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
     Forwarder.last_write = time.monotonic()
     return id
 
@@ -5337,11 +5310,11 @@ def driver_connection(connection):
     return getattr(connection, 'dbapi_connection', connection)
 
 
-def database_of(connection):
-    """The Database of a connection; Misuse if it is of no supported kind."""
+def outbox_of(connection):
+    """The Outbox in the database of a connection; Misuse if the connection is not supported."""
     connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
-        return SQLite(connection)
+        return SQLiteOutbox(connection)
     is_asynchronous = (
         inspect.iscoroutinefunction(getattr(connection, 'commit', None))
         or has_class_of(connection, 'sqlite')       # an adapter of aiosqlite
@@ -5349,7 +5322,7 @@ def database_of(connection):
     if is_asynchronous or not hasattr(connection, 'cursor'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
-    return Database(connection)
+    return Outbox(connection)
 
 
 def has_class_of(connection, name):
@@ -5357,8 +5330,8 @@ def has_class_of(connection, name):
     return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
-class Database:
-    """The connection of psycopg, psycopg2, or another driver that writes parameters as %s."""
+class Outbox:
+    """The table rundown_outbox, for psycopg, psycopg2, or another driver with parameters as %s."""
 
     parameter = '%s'
     create_table = CREATE_IN_POSTGRESQL
@@ -5368,156 +5341,61 @@ class Database:
         self.connection = connection
         self.makes_table = has_class_of(connection, 'psycopg')      # others may have other types
 
-    def commits_each_statement(self):
-        """Is no transaction open, and does the next statement not open one?"""
-        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
-        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
-
-    def execute(self, statement, *values):
-        """The rows of a statement as tuples, also if the connection has a row factory."""
-        with contextlib.closing(self.connection.cursor()) as cursor:
-            self._have_plain_rows(cursor)
-            cursor.execute(statement.replace('?', self.parameter), values)
-            rows = cursor.fetchall() if cursor.description else []
-        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    def _have_plain_rows(self, cursor):
-        if hasattr(self.connection, 'row_factory'):     # psycopg
-            cursor.row_factory = lambda cursor: tuple
-
-    def execute_guarded(self, statement, *values):
-        """execute(). If it fails, the transaction can go on."""
-        if self.commits_each_statement():
-            return self.execute(statement, *values)
-        self.execute('SAVEPOINT rundown')
-        try:
-            rows = self.execute(statement, *values)
-        except Exception:
-            self.execute('ROLLBACK TO SAVEPOINT rundown')
-            self.execute('RELEASE SAVEPOINT rundown')
-            raise
-        self.execute('RELEASE SAVEPOINT rundown')
-        return rows
-
-    def repair(self):
-        """Mend a table that older versions made wrong, though no statement fails on it."""
-
-
-class SQLite(Database):
-    """A connection of sqlite3."""
-
-    parameter = '?'
-    create_table = CREATE_IN_SQLITE
-
-    def __init__(self, connection):
-        super().__init__(connection)
-        self.makes_table = True
-
-    def commits_each_statement(self):
-        if self.connection.in_transaction:
-            return False
-        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
-        return self.connection.isolation_level is None if autocommit == -1 else autocommit
-
-    def _have_plain_rows(self, cursor):
-        cursor.row_factory = None
-
-    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
-    execute_guarded = Database.execute
-
-    def repair(self):
-        """Number the rows of a table that lacks numbers.
-
-        Its jobs are all sent again, since it does not tell which of them the engine has. The
-        engine recognizes their ids.
-        """
-        if not self._lacks_numbers():
-            return
-        begins = not self.connection.in_transaction
-        if begins:
-            self.execute('BEGIN IMMEDIATE')
-        if self._lacks_numbers():       # still, now that no other forwarder can repair it
-            for statement in NUMBER_ROWS:
-                self.execute(statement)
-            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
-        if begins:
-            self.execute('COMMIT')
-        else:
-            self.connection.commit()
-
-    def _lacks_numbers(self):
-        return self.execute(
-            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
-            "AND sql LIKE '%BIGSERIAL%'")
-
-
-class Outbox:
-    """The table rundown_outbox in the database of a connection."""
-
-    def __init__(self, connection):
-        # constant
-        self.database = database_of(connection)
-        self.connection = self.database.connection
-        self.execute = self.database.execute
-
+    # In the transaction of a producer, which goes on if a statement fails.
     def insert(self, text):
-        """Add a job, as JSON text, to the producer's transaction."""
-        if self.database.commits_each_statement():
+        """Add a job, as JSON text."""
+        if self.commits_each_statement():
             raise Misuse('the connection is in autocommit mode, so the job would be enqueued '
                          'even if your other statements fail: begin a transaction first')
-        self._execute_on_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
+        self.use_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
 
     def find(self, id):
         """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
-        rows = self._execute_on_table(
-            'SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
+        rows = self.use_table('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
         for text, error in rows:
             fields = json.loads(text)
             if fields['id'] == id:
                 return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
         return None
 
-    def prepare(self):
-        """Make the table, or bring one of an older version up to date, and commit."""
-        self._execute_on_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
-        self.connection.commit()
-        self.database.repair()
-
-    def _execute_on_table(self, statement, *values):
-        """The rows of a statement in a transaction that goes on if it fails.
-
-        If the table or a column is missing, it is made, and the statement is executed again.
-        """
+    def use_table(self, statement, *values):
+        """The rows of a statement. If the table or a column is missing, it is made."""
         try:
-            return self.database.execute_guarded(statement, *values)
+            return self.execute_guarded(statement, *values)
         except Exception as error:          # each driver has its own classes
             problem = first_line(error)
             if not re.search('rundown_outbox|taken_(at|by)', problem):
                 raise
         problems = [problem, *self._make_missing(problem)]
         try:
-            return self.database.execute_guarded(statement, *values)
+            return self.execute_guarded(statement, *values)
         except Exception as error:
             problems.append(first_line(error))
             raise Error('the table rundown_outbox cannot be used, nor made: '
                         f'{"; ".join(problems)}. The statement that makes it: '
-                        f'{self.database.create_table}') from error
+                        f'{self.create_table}') from error
 
     def _make_missing(self, problem):
         """Make the table, or its columns. Returns problems in that: others may make it just now."""
         changes = []
         if 'taken_' in problem:
             changes = ADD_COLUMNS
-        elif self.database.makes_table:
+        elif self.makes_table:
             # The first fails if another producer has just made the table. Indexes on a table in
             # which others write could lead to a deadlock.
-            changes = [self.database.create_table, *CREATE_INDEXES]
+            changes = [self.create_table, *CREATE_INDEXES]
         try:
             for change in changes:
-                self.database.execute_guarded(change)
+                self.execute_guarded(change)
         except Exception as error:
             return [first_line(error)]
         return []
+
+    # In transactions of a forwarder.
+    def prepare(self):
+        """Make the table, or bring one of an older version up to date."""
+        self.use_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
+        self.connection.commit()
 
     def read(self, statement, *values):
         """The rows of a statement in a transaction of its own."""
@@ -5535,6 +5413,87 @@ class Outbox:
         except Exception:
             self.connection.rollback()      # raises if the connection is lost
             self.read(statement, *values)
+
+    # Differences between drivers.
+    def commits_each_statement(self):
+        """Is no transaction open, and does the next statement not open one?"""
+        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
+        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
+
+    def execute_guarded(self, statement, *values):
+        """execute(). If it fails, the transaction can go on."""
+        if self.commits_each_statement():
+            return self.execute(statement, *values)
+        self.execute('SAVEPOINT rundown')
+        try:
+            rows = self.execute(statement, *values)
+        except Exception:
+            self.execute('ROLLBACK TO SAVEPOINT rundown')
+            self.execute('RELEASE SAVEPOINT rundown')
+            raise
+        self.execute('RELEASE SAVEPOINT rundown')
+        return rows
+
+    def execute(self, statement, *values):
+        """The rows of a statement as tuples, also if the connection has a row factory."""
+        with contextlib.closing(self.connection.cursor()) as cursor:
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                cursor.row_factory = self.row_factory
+            cursor.execute(statement.replace('?', self.parameter), values)
+            rows = cursor.fetchall() if cursor.description else []
+        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
+
+    @staticmethod
+    def row_factory(cursor):
+        return tuple
+
+
+class SQLiteOutbox(Outbox):
+    """The table in a database of sqlite3."""
+
+    parameter = '?'
+    create_table = CREATE_IN_SQLITE
+    row_factory = None
+    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
+    execute_guarded = Outbox.execute
+
+    def __init__(self, connection):
+        super().__init__(connection)
+        self.makes_table = True
+
+    def commits_each_statement(self):
+        if self.connection.in_transaction:
+            return False
+        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        return self.connection.isolation_level is None if autocommit == -1 else autocommit
+
+    def prepare(self):
+        super().prepare()
+        if self._lacks_numbers():
+            self._number_rows()
+
+    def _lacks_numbers(self):
+        return self.execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
+            "AND sql LIKE '%BIGSERIAL%'")
+
+    def _number_rows(self):
+        """Number the rows of a table that version 1.1 made through Django's connection.
+
+        Its jobs are all sent again, since it does not tell which of them the engine has. The
+        engine recognizes their ids.
+        """
+        begins = not self.connection.in_transaction
+        if begins:
+            self.execute('BEGIN IMMEDIATE')
+        if self._lacks_numbers():       # still, now that no other forwarder can change that
+            for statement in NUMBER_ROWS:
+                self.execute(statement)
+            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
+        if begins:
+            self.execute('COMMIT')
+        else:
+            self.connection.commit()
 
 
 def first_line(error):
@@ -5554,7 +5513,7 @@ class Forwarder:
 
     def __init__(self, connection, client, send, keep):
         # constant
-        self.outbox = Outbox(connection)
+        self.outbox = outbox_of(connection)
         self.client = client
         self.send = send            # client.send or client.call
         self.keep = keep            # seconds for which rows are kept that the engine took
@@ -5840,7 +5799,7 @@ class DjangoTasks:
         return self.stored_result(job)
 
     def _find_in_outbox(self, id):
-        return self.database and Outbox(django.db.connections[self.database]).find(id)
+        return self.database and outbox_of(django.db.connections[self.database]).find(id)
 
     def stored_result(self, job):
         """The TaskResult of a job as the engine or the outbox has it."""

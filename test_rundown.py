@@ -1958,7 +1958,7 @@ def test_a_long_chain_is_cancelled_in_bounded_steps(own, q):
 
 
 def test_a_cancelled_chain_goes_on_being_cancelled_after_kill_9(own, q):
-    engine, length = own(constants={"BATCH_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
+    engine, length = own(constants={"SLICE_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
     ids = ["%s-%d" % (q, number) for number in range(length)]
     engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
                                   for number, id in enumerate(ids)])
@@ -4559,7 +4559,7 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
                 steps.append(time.thread_time() - began)
         return run
 
-    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "change_batch"),
+    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "change_slice"),
                         (rundown_engine.Operators, "change_items"), (rundown_engine.Store, "note_pause"),
                         (rundown_engine.Store, "shift_deadlines")]:
         monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
@@ -10798,6 +10798,30 @@ def test_two_forwarders_at_once_do_no_harm(engine, shop, box, q):
     assert payloads(engine, q) == list(range(900)) and shop.rows() == []
 
 
+@pytest.mark.parametrize("shop", [POSTGRESQL], indirect=True)
+def test_a_forwarder_s_transaction_that_postgresql_aborts_is_tried_again(engine, shop, box, q):
+    def connect():
+        return connected(shop.connect(), isolation_level=psycopg.IsolationLevel.REPEATABLE_READ)
+
+    def waits_for_lock():
+        query = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        with contextlib.closing(shop.connect()) as watcher:
+            return watcher.execute(query).fetchall()
+
+    rw.enqueue_in(box, q, 1)
+    rw.enqueue_in(box, q, 2)
+    box.commit()
+    box.execute("DELETE FROM rundown_outbox WHERE number = 1")  # as another forwarder does
+    with ThreadPoolExecutor(1) as pool:
+        forwarder = pool.submit(rw.forward, connect, engine.url)
+        try:
+            until(waits_for_lock)
+        finally:
+            box.commit()
+        assert forwarder.result(10) == 2
+    assert payloads(engine, q) == [1, 2] and shop.rows() == []
+
+
 def test_what_this_process_commits_is_forwarded_within_100_ms(engine, shop, box, q):
     with rw.forwarding(shop.connect, engine.url):
         rw.enqueue_in(box, q)
@@ -11353,6 +11377,51 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
     env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)}
     assert "'other' among its QUEUES" in rundown(engine, "django", "other", code=2, env=env)
     assert "working on default" in rundown(engine, "django", "default", "--burst", env=env)
+
+
+OLDER_DJANGO = """
+import sys
+import django
+from django.conf import settings
+database = {"ENGINE": "django.db.backends.sqlite3", "NAME": sys.argv[1]}
+settings.configure(DATABASES={"default": database})
+django.setup()
+from django.db import close_old_connections, connection, connections, transaction
+import rundown_workers as rw
+
+@rw.around
+def close_connections():
+    close_old_connections()
+    yield
+    close_old_connections()
+
+@rw.task(queue=sys.argv[2], name="was_open")
+def was_open():
+    was_open = connection.connection is not None
+    connection.ensure_connection()
+    return was_open
+
+with transaction.atomic():
+    ids = [rw.enqueue_in(connection, sys.argv[2], {"task": "was_open"}) for _ in range(3)]
+with transaction.atomic():
+    rw.enqueue_in(connection, sys.argv[2], {"task": "was_open"})
+    transaction.set_rollback(True)
+with rw.forwarding(lambda: connections.create_connection("default")):
+    pass
+rw.run(burst=True)
+print([rw.get(id).result(5) for id in ids])
+"""
+
+
+def test_in_an_older_django_tasks_of_our_own_do_as_the_readme_says(engine, tmp_path, q):
+    pytest.importorskip("django")
+    answer = subprocess.check_output(
+        [sys.executable, "-c", OLDER_DJANGO, str(tmp_path / "shop.db"), q],
+        cwd=str(HERE),
+        text=True,
+        env=environment({"RUNDOWN_URL": engine.url}),
+    )
+    assert answer == "[False, False, False]\n" and engine.count(q) == 3
 
 
 def test_without_django_nothing_of_it_is_imported_and_other_names_are_unknown():
