@@ -8208,11 +8208,53 @@ NESTED["async"] = (NESTED["thread"].replace("time.sleep", "await asyncio.sleep")
 @pytest.mark.parametrize("kind", NESTED)
 def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engine, work, q, kind):
     source = "busy = []\n" + of_kind(kind, handler(q, NESTED[kind] % q, isolate=kind == "isolated"))
-    jobs = [engine.enqueue(q, n and 3, timeout=20, priority=n) for n in (1, 0, 0, 0, 0)]
+    jobs = [engine.enqueue(q, n and 2, timeout=20, priority=n) for n in (1, 0, 0, 0)]
     worker = work(source)
     # never two at a time, although handlers were waiting
-    assert [ended(engine, job)["result"] for job in jobs] == [1] * 5
+    assert [ended(engine, job)["result"] for job in jobs] == [1] * 4
     assert "no free slot" in worker.log()
+
+
+@pytest.mark.parametrize("event", ["start", "success", "failure"])
+def test_a_hook_that_is_interrupted_costs_no_slot(engine, work, q, event):
+    source = handler(q, "return 1 / payload", max_retries=0) + """
+@rw.on(%r)
+def hook(job, value):
+    if job["payload"] < 2:
+        raise rw.Lost("by a checkpoint")
+""" % event
+    jobs = [engine.enqueue(q, payload) for payload in (0, 1, 2)]
+    work(source)
+    assert ended(engine, jobs[2])["result"] == 0.5
+    assert [ended(engine, job)["status"] for job in jobs[:2]] == (
+        ["failed", "failed"] if event == "start" else ["failed", "done"])
+
+
+FAULTY = {      # what a handler raises, with classes that are wrong in some way
+    "no __init__ of Retry": "class Again(rw.Retry):\n    def __init__(self): pass",
+    "a delay that is text": "class Again(rw.Retry):\n    delay = property(lambda self: 'soon', lambda *_: None)",
+    "a delay that is no number": "class Again(rw.Retry):\n    def __init__(self): self.delay = float('nan')",
+    "a property that raises": "class Again(rw.Retry):\n    delay = property(lambda self: 1 / 0, lambda *_: None)",
+    "a class that is no class": "class Again(Exception): pass",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_faulty_exception_of_a_handler_does_not_end_the_worker(kind):
+    class Unknowable(type):
+        def __instancecheck__(cls, error):
+            raise SystemExit("no")
+
+    names = {"rw": rw}
+    exec(FAULTY[kind], names)
+
+    def handle(payload):
+        raise names["Again"]()
+
+    handle.policy = rw.Policy(retry_on=Unknowable("Never", (Exception,), {}))
+    outcome = rw.run_handler(rw.HandlerTable({None: handle}), {"payload": 1, "retries": 0})
+    assert (outcome.call, outcome.fields["retry"]) == ("fail", "true")
+    assert outcome.fields["delay"] == "null"
 
 
 @pytest.mark.parametrize("isolate", [False, True])
@@ -8221,6 +8263,23 @@ def test_a_limited_number_of_slots_is_lent(engine, work, q, isolate):
     job = engine.enqueue(q, 3, timeout=20, max_retries=0)
     work("rw.MAX_LENT_SLOTS = 1\n" + handler(q, body, isolate=isolate))
     assert "use another queue" in ended(engine, job)["error"]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_lent_slot_is_returned_when_the_handler_is_interrupted(engine, work, q, isolate):
+    body = """
+        if payload:
+            rw.enqueue(%r, delay=3600).wait()
+        began = time.monotonic()
+        time.sleep(0.2)
+        return [began, time.monotonic()]
+    """ % q
+    waits = engine.enqueue(q, 1, timeout=1.5, max_retries=0)
+    worker = work(handler(q, body, isolate=isolate))
+    assert ended(engine, waits)["status"] == "failed"
+    assert "no free slot" in worker.log()
+    one, two = (ended(engine, job)["result"] for job in [engine.enqueue(q, 0) for _ in range(2)])
+    assert one[1] <= two[0]
 
 
 def test_a_wait_for_a_job_works_in_a_burst(engine, work, q):
@@ -10772,6 +10831,30 @@ def test_two_forwarders_at_once_do_no_harm(engine, shop, box, q):
     assert payloads(engine, q) == list(range(900)) and shop.rows() == []
 
 
+@pytest.mark.parametrize("shop", [POSTGRESQL], indirect=True)
+def test_a_forwarder_s_transaction_that_postgresql_aborts_is_tried_again(engine, shop, box, q):
+    def connect():
+        return connected(shop.connect(), isolation_level=psycopg.IsolationLevel.REPEATABLE_READ)
+
+    def waits_for_lock():
+        query = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        with contextlib.closing(shop.connect()) as watcher:
+            return watcher.execute(query).fetchall()
+
+    rw.enqueue_in(box, q, 1)
+    rw.enqueue_in(box, q, 2)
+    box.commit()
+    box.execute("DELETE FROM rundown_outbox WHERE number = 1")  # as another forwarder does
+    with ThreadPoolExecutor(1) as pool:
+        forwarder = pool.submit(rw.forward, connect, engine.url)
+        try:
+            until(waits_for_lock)
+        finally:
+            box.commit()
+        assert forwarder.result(10) == 2
+    assert payloads(engine, q) == [1, 2] and shop.rows() == []
+
+
 def test_what_this_process_commits_is_forwarded_within_100_ms(engine, shop, box, q):
     with rw.forwarding(shop.connect, engine.url):
         rw.enqueue_in(box, q)
@@ -11327,6 +11410,51 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
     env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)}
     assert "'other' among its QUEUES" in rundown(engine, "django", "other", code=2, env=env)
     assert "working on default" in rundown(engine, "django", "default", "--burst", env=env)
+
+
+OLDER_DJANGO = """
+import sys
+import django
+from django.conf import settings
+database = {"ENGINE": "django.db.backends.sqlite3", "NAME": sys.argv[1]}
+settings.configure(DATABASES={"default": database})
+django.setup()
+from django.db import close_old_connections, connection, connections, transaction
+import rundown_workers as rw
+
+@rw.around
+def close_connections():
+    close_old_connections()
+    yield
+    close_old_connections()
+
+@rw.task(queue=sys.argv[2], name="was_open")
+def was_open():
+    was_open = connection.connection is not None
+    connection.ensure_connection()
+    return was_open
+
+with transaction.atomic():
+    ids = [rw.enqueue_in(connection, sys.argv[2], {"task": "was_open"}) for _ in range(3)]
+with transaction.atomic():
+    rw.enqueue_in(connection, sys.argv[2], {"task": "was_open"})
+    transaction.set_rollback(True)
+with rw.forwarding(lambda: connections.create_connection("default")):
+    pass
+rw.run(burst=True)
+print([rw.get(id).result(5) for id in ids])
+"""
+
+
+def test_in_an_older_django_tasks_of_our_own_do_as_the_readme_says(engine, tmp_path, q):
+    pytest.importorskip("django")
+    answer = subprocess.check_output(
+        [sys.executable, "-c", OLDER_DJANGO, str(tmp_path / "shop.db"), q],
+        cwd=str(HERE),
+        text=True,
+        env=environment({"RUNDOWN_URL": engine.url}),
+    )
+    assert answer == "[False, False, False]\n" and engine.count(q) == 3
 
 
 def test_without_django_nothing_of_it_is_imported_and_other_names_are_unknown():
