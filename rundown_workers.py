@@ -403,6 +403,8 @@ class Retry(Error):
     The delay is in seconds, or a timedelta; None stands for the engine's backoff.
     """
 
+    delay = None        # of a subclass that does not call this __init__
+
     def __init__(
         self,
         reason: str = 'the handler asked for a retry',
@@ -1543,7 +1545,8 @@ class AsyncCalls:
     def _start(self):
         import asyncio      # here, since it takes megabytes and most programs do not need it
         loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._run, args=[loop], name='rundown-asyncio', daemon=True)
+        thread = threading.Thread(
+            target=self._run, args=[loop], name='rundown-asyncio', daemon=True)
         contextvars.Context().run(thread.start)     # it belongs to no job
         self.loop = loop
 
@@ -2020,15 +2023,11 @@ class Policy:
 
     def retry_fields(self, error, retries):
         """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
-        if not self._is_retried(error):
-            return {'retry': False}
-        if isinstance(error, Retry) and error.delay is not None:
-            return {'delay': error.delay}
-        if not self.backoff:
-            return {}
         try:
-            return {'delay': self._delay(retries)}
-        except Exception as problem:
+            if not self._is_retried(error):
+                return {'retry': False}
+            return {'delay': self._delay(error, retries)}
+        except BaseException as problem:    # classes and functions of users may raise anything
             note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, last_line(problem))
             return {}
 
@@ -2039,10 +2038,14 @@ class Policy:
             return True     # retry_on only selects among the handler's own exceptions
         return isinstance(error, self.retry_on)
 
-    def _delay(self, retries):
-        step = self.backoff[min(retries, len(self.backoff) - 1)]
-        delay = step(retries + 1) if callable(step) else step
-        check_number('backoff', delay, 0, NUMBER)
+    def _delay(self, error, retries):
+        """Seconds until the next attempt; None: the engine decides."""
+        delay = error.delay if isinstance(error, Retry) else None
+        if delay is None and self.backoff:
+            step = self.backoff[min(retries, len(self.backoff) - 1)]
+            delay = step(retries + 1) if callable(step) else step
+        if delay is not None:
+            check_number('backoff', delay, 0, NUMBER)
         return delay
 
 
@@ -2225,6 +2228,7 @@ class Claim(Saver):
     started_at = None               # None: waits for a slot
     progress = None                 # the latest that was not sent yet, as JSON text
     is_sending_progress = False
+    lent_slots = 0                  # by waits of the handler that have not ended
     # written by the thread that finishes it, read by the reporter
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
@@ -2296,10 +2300,9 @@ class Claim(Saver):
         return self.consumer.begin_wait(self, job)
 
     def take_slot_back(self):
-        """End a slot in place of the one that was lent, as soon as one is free."""
-        lent = LentSlot(self.consumer)
-        self.consumer.ready.put(lent)
-        until(lambda: lent.is_back or self.outcome, NEVER)
+        """Wait until a slot is free, which is ended in place of the one that was lent."""
+        lent = self.consumer.return_slot(self)
+        until(lambda: lent is None or lent.is_back or self.outcome, NEVER)
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
@@ -2356,9 +2359,13 @@ class Slot:
 
     def _run_claim(self, claim):
         current.set(claim)
-        if self.consumer.hooks['start']:
-            self.call_hooks('start', claim, None)
-        self.consumer.on_ended(claim, self.run(claim))
+        try:
+            if self.consumer.hooks['start']:
+                self.call_hooks('start', claim, None)
+            outcome = self.run(claim)
+        except Interruption as error:       # in a hook
+            outcome = failure(error)
+        self.consumer.on_ended(claim, outcome)
 
     def prepare(self):
         """Get ready for the next claim."""
@@ -2643,9 +2650,12 @@ class AsyncSlot(Slot):
     async def _run_claim(self, claim):
         current.set(claim)
         consumer = self.consumer
-        consumer.call_hooks('start', claim, None)
         around = consumer.worker.app.surroundings
-        outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        try:
+            consumer.call_hooks('start', claim, None)
+            outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        except Interruption as error:       # in a hook
+            outcome = failure(error)
         claim.asyncio_task = None
         consumer.on_ended(claim, outcome)
 
@@ -2742,15 +2752,19 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
     """Raise an exception in a thread if it is still at this instruction of this frame.
 
     In plain terms: if frames[thread_id] is frame and frame.f_lasti == instruction, raise it.
-    It is a chain of iterators of C, since the interpreter may switch threads between any two
-    bytecode instructions, but not inside of one call into C.
+    The interpreter may switch threads between any two bytecode instructions, but not inside of one
+    call into C. So this builds a chain of iterators of C, which any() runs in one call.
     """
-    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
-    once = itertools.islice(iter(sys._current_frames, None), 1)
-    innermost = filter(functools.partial(operator.is_, frame),
-                       map(operator.methodcaller('get', thread_id), once))
+    # the frames by thread, once and only when any() asks for them
+    frames = itertools.islice(iter(sys._current_frames, None), 1)
+    # the thread's innermost frame, if it is still the same one
+    innermost = map(operator.methodcaller('get', thread_id), frames)
+    same_frame = filter(functools.partial(operator.is_, frame), innermost)
+    # whether that frame is still at the instruction
     is_there = map(functools.partial(operator.eq, instruction),
-                   map(operator.attrgetter('f_lasti'), innermost))
+                   map(operator.attrgetter('f_lasti'), same_frame))
+    # the arguments of the call that raises the exception, if it is
+    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
     calls = itertools.compress(itertools.repeat(arguments), is_there)
     return any(itertools.starmap(ctypes.pythonapi.PyThreadState_SetAsyncExc, calls))
 
@@ -3071,6 +3085,8 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
+        while claim.lent_slots:     # its handler was interrupted, or has a thread that waits
+            self.return_slot(claim)
         fetcher = self.fetcher
         if len(self.in_flight) <= fetcher.low_watermark and not fetcher.capacity_freed.is_set():
             fetcher.capacity_freed.set()
@@ -3103,10 +3119,22 @@ class Consumer:
                 raise Error(f'{MAX_LENT_SLOTS} more handlers wait for jobs of the queue {self.name}'
                             ' than it has slots: use another queue, or `after`')
             self.slots.append(type(claim.slot)(self))
+        with claim.lock:
+            claim.lent_slots += 1
         self.fetcher.capacity_freed.set()
         note(logging.WARNING, '%s waits for the job %s of its own queue, which has no free slot: '
              'it lends its own until it continues', claim, job.get('id'))
         return True
+
+    def return_slot(self, claim):
+        """Have the next free slot end for one that was lent. None if all have been returned."""
+        with claim.lock:
+            if not claim.lent_slots:
+                return None
+            claim.lent_slots -= 1
+        lent = LentSlot(self)
+        self.ready.put(lent)
+        return lent
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -3249,9 +3277,9 @@ class Fetcher:
 def call_hook(event, function, *args):
     try:
         function(*args)
-    except Interruption:
-        raise
     except BaseException as error:
+        if event == 'start' and isinstance(error, Interruption):
+            raise       # the handler must not run
         name = getattr(function, '__qualname__', function)
         note(logging.ERROR, 'the hook %r, %s, failed: %s', event, name, last_line(error))
 
@@ -3691,7 +3719,7 @@ class Worker:
             with self._signal_handlers():
                 self._start()
                 error = self._wait()
-                self._shut_down()
+                Shutdown(self).run()
         finally:
             log_writer.stop(REPORT_GRACE)
         if error is not None:
@@ -3724,7 +3752,7 @@ class Worker:
         """Whether handlers run in this process, and not only in processes of their own."""
         return not all(consumer.config.isolate for consumer in self.consumers)
 
-    def _call_stop_hooks(self):
+    def call_stop_hooks(self):
         for function in self.app.hooks['stop_worker'] if self._runs_handlers() else ():
             call_hook('stop_worker', function)
 
@@ -3757,53 +3785,6 @@ class Worker:
         self.was_signalled = True
         self.stop()
 
-    def _shut_down(self):
-        """Wait for running handlers, report their outcomes, release the rest, end the threads."""
-        deadline = time.monotonic() + self.grace
-        self.stopping.set()
-        self.release()
-        for slot in self.slots():
-            slot.on_stop()
-        running = sum(len(consumer.in_flight) for consumer in self.consumers)
-        if not self.burst or running:
-            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, self.grace)
-        self._end_polls()
-        until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
-        self.release(Lost)
-        self._release_strays()
-        report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
-        until(lambda: not self.count_unreported(), report_deadline)
-        if self.count_unreported():
-            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
-                 'again', self.count_unreported())
-        until(self.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
-        self._end_threads()
-
-    def _end_polls(self):
-        """Shut down the connections of the fetchers: first for sending, then both ways.
-
-        In between, responses in flight still arrive, and their jobs are released.
-        """
-        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
-            for consumer in self.consumers:
-                consumer.fetcher.client.shutdown(how)
-            until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
-
-    def _release_strays(self):
-        """Release jobs of polls whose responses were lost.
-
-        Some proxies drop the response when the client half-closes its connection.
-        """
-        cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
-        if cut_off:
-            time.sleep(STRAY_DELAY)
-        for consumer in cut_off:
-            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
-                consumer.release_strays()
-
-    def _fetchers_ended(self):
-        return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
-
     def release(self, interruption=None):
         """Release the claims that have not started; with an interruption also the running ones."""
         for consumer in self.consumers:
@@ -3811,28 +3792,98 @@ class Worker:
                 if consumer.finish(claim, RELEASED, interruption):
                     note(logging.INFO, '%s released', claim)
 
+
+class Shutdown:
+    """The orderly end of a worker: what runs may end, what does not is released."""
+
+    def __init__(self, worker):
+        # constant
+        self.worker = worker
+        self.deadline = time.monotonic() + worker.grace     # for the running handlers
+
+    def run(self):
+        self._stop_claiming()
+        self._wait_for_handlers()
+        self._wait_for_reports()
+        until(self.worker.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
+        self._end_threads()
+
+    def _stop_claiming(self):
+        worker = self.worker
+        worker.stopping.set()
+        worker.release()
+        for slot in worker.slots():
+            slot.on_stop()
+        running = sum(len(consumer.in_flight) for consumer in worker.consumers)
+        if not worker.burst or running:
+            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, worker.grace)
+        self._end_polls()
+
+    def _end_polls(self):
+        """Shut down the connections of the fetchers: first for sending, then both ways.
+
+        In between, responses in flight still arrive, and their jobs are released.
+        """
+        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+            for consumer in self.worker.consumers:
+                consumer.fetcher.client.shutdown(how)
+            until(self._have_fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _have_fetchers_ended(self):
+        return not any(consumer.fetcher.thread.is_alive() for consumer in self.worker.consumers)
+
+    def _wait_for_handlers(self):
+        """Wait until all have returned, and release those that have not at the deadline."""
+        consumers = self.worker.consumers
+        until(lambda: not any(consumer.in_flight for consumer in consumers), self.deadline)
+        self.worker.release(Lost)
+        self._release_strays()
+
+    def _release_strays(self):
+        """Release jobs of polls whose responses were lost.
+
+        Some proxies drop the response when the client half-closes its connection.
+        """
+        cut_off = [consumer for consumer in self.worker.consumers if consumer.fetcher.was_cut_off]
+        if cut_off:
+            time.sleep(STRAY_DELAY)
+        for consumer in cut_off:
+            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
+                consumer.release_strays()
+
+    def _wait_for_reports(self):
+        deadline = max(self.deadline, time.monotonic() + REPORT_GRACE)
+        until(lambda: not self.worker.count_unreported(), deadline)
+        unreported = self.worker.count_unreported()
+        if unreported:
+            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
+                 'again', unreported)
+
     def _end_threads(self):
-        self.closed.set()
-        for slot in self.slots():
+        worker = self.worker
+        worker.closed.set()
+        for slot in worker.slots():
             slot.consumer.ready.put(None)
-        for session in self.sessions.values():
+        for session in worker.sessions.values():
             session.reporter.to_report.put(None)
             session.heartbeat.client.close()
             session.client.close()
-        for consumer in self.consumers:
+        for consumer in worker.consumers:
             consumer.fetcher.client.close()
-        until(lambda: not any(slot.is_terminating for slot in self.slots()),
+        until(lambda: not any(slot.is_terminating for slot in worker.slots()),
               time.monotonic() + TERM_GRACE + 1)
-        for slot in self.slots():
+        for slot in worker.slots():
             slot.kill()
-        if self.started_event_loop:
-            self.started_event_loop.stop()
-        until(self._threads_ended, time.monotonic() + REPORT_GRACE)
-        self._call_stop_hooks()
+        if worker.started_event_loop:
+            worker.started_event_loop.stop()
+        until(self._have_threads_ended, time.monotonic() + REPORT_GRACE)
+        worker.call_stop_hooks()
 
-    def _threads_ended(self):
-        hung = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
-        return not set(self.threads.copy()).difference(hung)
+    def _have_threads_ended(self):
+        """Whether all have ended, except those of interrupted handlers, which may hang."""
+        interrupted = self.worker.interruptions.interrupted_at
+        abandoned = [getattr(slot, 'thread', None) for slot in interrupted]
+        return not set(self.worker.threads.copy()).difference(abandoned)
 
 
 # -- Handlers in processes of their own ------------------------------------------------------------
@@ -4474,23 +4525,32 @@ def program_slots():
     return [slot for worker in list(default.workers) for slot in worker.slots()]
 
 
-def command_exec(client, options):
-    """Work on a queue by running a program."""
-    if not shutil.which(options.program[0]):
-        raise Misuse(f'there is no program {options.program[0]}')
-    require_temporary_folder()
+class Program:
+    """The handler of a queue that runs a program for each job."""
 
-    def program(payload):
-        claim = current.get()
-        is_plain = options.text and isinstance(payload, str)
+    slot_type = ProgramSlot
+
+    def __init__(self, command, is_text):
+        self.command = command      # a list: the program and its arguments
+        self.is_text = is_text      # a payload that is a string is not quoted
+
+    def __call__(self, payload):
+        is_plain = self.is_text and isinstance(payload, str)
         text = payload if is_plain else as_json(payload, 'payload')
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise Abort(f'the payload cannot be written as UTF-8: {error}') from None
-        return claim.slot.execute(options.program, data, claim)
+        claim = current.get()
+        return claim.slot.execute(self.command, data, claim)
 
-    program.slot_type = ProgramSlot
+
+def command_exec(client, options):
+    """Work on a queue by running a program."""
+    if not shutil.which(options.program[0]):
+        raise Misuse(f'there is no program {options.program[0]}')
+    require_temporary_folder()
+    program = Program(options.program, options.text)
     default.queue(options.queue, timeout=options.timeout)(program)
     if hasattr(os, 'waitid'):
         threading.Thread(target=reap_orphans, args=(program_slots,), daemon=True).start()
@@ -5229,7 +5289,7 @@ ADD_COLUMNS = [     # to a table of the first version
     'ALTER TABLE rundown_outbox ADD COLUMN taken_by TEXT',
     'ALTER TABLE rundown_outbox ADD COLUMN taken_at BIGINT',
 ]
-NUMBER_ROWS = [     # of a table that version 1.1 made through Django's connection to SQLite
+NUMBER_ROWS = [     # of a table of version 1.1 in SQLite
     'ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered',
     CREATE_IN_SQLITE,
     'INSERT INTO rundown_outbox (job, error, taken_by, taken_at) '
@@ -5264,7 +5324,7 @@ def enqueue_in(
         now = datetime.datetime.now(datetime.timezone.utc)
         run_at = now + datetime.timedelta(seconds=clamp_delay(delay or 0))
     id = id or new_id()
-    Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
+    outbox_of(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
     Forwarder.last_write = time.monotonic()
     return id
 
@@ -5283,11 +5343,11 @@ def driver_connection(connection):
     return getattr(connection, 'dbapi_connection', connection)
 
 
-def database_of(connection):
-    """The Database of a connection; Misuse if it is of no supported kind."""
+def outbox_of(connection):
+    """The Outbox in the database of a connection; Misuse if the connection is not supported."""
     connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
-        return SQLite(connection)
+        return SQLiteOutbox(connection)
     is_asynchronous = (
         inspect.iscoroutinefunction(getattr(connection, 'commit', None))
         or has_class_of(connection, 'sqlite')       # an adapter of aiosqlite
@@ -5295,7 +5355,7 @@ def database_of(connection):
     if is_asynchronous or not hasattr(connection, 'cursor'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
-    return Database(connection)
+    return Outbox(connection)
 
 
 def has_class_of(connection, name):
@@ -5303,8 +5363,8 @@ def has_class_of(connection, name):
     return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
-class Database:
-    """The connection of psycopg, psycopg2, or another driver that writes parameters as %s."""
+class Outbox:
+    """The table rundown_outbox, for psycopg, psycopg2, or another driver with parameters as %s."""
 
     parameter = '%s'
     create_table = CREATE_IN_POSTGRESQL
@@ -5314,156 +5374,61 @@ class Database:
         self.connection = connection
         self.makes_table = has_class_of(connection, 'psycopg')      # others may have other types
 
-    def commits_each_statement(self):
-        """Is no transaction open, and does the next statement not open one?"""
-        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
-        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
-
-    def execute(self, statement, *values):
-        """The rows of a statement as tuples, also if the connection has a row factory."""
-        with contextlib.closing(self.connection.cursor()) as cursor:
-            self._have_plain_rows(cursor)
-            cursor.execute(statement.replace('?', self.parameter), values)
-            rows = cursor.fetchall() if cursor.description else []
-        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    def _have_plain_rows(self, cursor):
-        if hasattr(self.connection, 'row_factory'):     # psycopg
-            cursor.row_factory = lambda cursor: tuple
-
-    def execute_guarded(self, statement, *values):
-        """execute(). If it fails, the transaction can go on."""
-        if self.commits_each_statement():
-            return self.execute(statement, *values)
-        self.execute('SAVEPOINT rundown')
-        try:
-            rows = self.execute(statement, *values)
-        except Exception:
-            self.execute('ROLLBACK TO SAVEPOINT rundown')
-            self.execute('RELEASE SAVEPOINT rundown')
-            raise
-        self.execute('RELEASE SAVEPOINT rundown')
-        return rows
-
-    def repair(self):
-        """Mend a table that older versions made wrong, though no statement fails on it."""
-
-
-class SQLite(Database):
-    """A connection of sqlite3."""
-
-    parameter = '?'
-    create_table = CREATE_IN_SQLITE
-
-    def __init__(self, connection):
-        super().__init__(connection)
-        self.makes_table = True
-
-    def commits_each_statement(self):
-        if self.connection.in_transaction:
-            return False
-        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
-        return self.connection.isolation_level is None if autocommit == -1 else autocommit
-
-    def _have_plain_rows(self, cursor):
-        cursor.row_factory = None
-
-    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
-    execute_guarded = Database.execute
-
-    def repair(self):
-        """Number the rows of a table that lacks numbers.
-
-        Its jobs are all sent again, since it does not tell which of them the engine has. The
-        engine recognizes their ids.
-        """
-        if not self._lacks_numbers():
-            return
-        begins = not self.connection.in_transaction
-        if begins:
-            self.execute('BEGIN IMMEDIATE')
-        if self._lacks_numbers():       # still, now that no other forwarder can repair it
-            for statement in NUMBER_ROWS:
-                self.execute(statement)
-            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
-        if begins:
-            self.execute('COMMIT')
-        else:
-            self.connection.commit()
-
-    def _lacks_numbers(self):
-        return self.execute(
-            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
-            "AND sql LIKE '%BIGSERIAL%'")
-
-
-class Outbox:
-    """The table rundown_outbox in the database of a connection."""
-
-    def __init__(self, connection):
-        # constant
-        self.database = database_of(connection)
-        self.connection = self.database.connection
-        self.execute = self.database.execute
-
+    # In the transaction of a producer, which goes on if a statement fails.
     def insert(self, text):
-        """Add a job, as JSON text, to the producer's transaction."""
-        if self.database.commits_each_statement():
+        """Add a job, as JSON text."""
+        if self.commits_each_statement():
             raise Misuse('the connection is in autocommit mode, so the job would be enqueued '
                          'even if your other statements fail: begin a transaction first')
-        self._execute_on_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
+        self.use_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
 
     def find(self, id):
         """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
-        rows = self._execute_on_table(
-            'SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
+        rows = self.use_table('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
         for text, error in rows:
             fields = json.loads(text)
             if fields['id'] == id:
                 return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
         return None
 
-    def prepare(self):
-        """Make the table, or bring one of an older version up to date, and commit."""
-        self._execute_on_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
-        self.connection.commit()
-        self.database.repair()
-
-    def _execute_on_table(self, statement, *values):
-        """The rows of a statement in a transaction that goes on if it fails.
-
-        If the table or a column is missing, it is made, and the statement is executed again.
-        """
+    def use_table(self, statement, *values):
+        """The rows of a statement. If the table or a column is missing, it is made."""
         try:
-            return self.database.execute_guarded(statement, *values)
+            return self.execute_guarded(statement, *values)
         except Exception as error:          # each driver has its own classes
             problem = first_line(error)
             if not re.search('rundown_outbox|taken_(at|by)', problem):
                 raise
         problems = [problem, *self._make_missing(problem)]
         try:
-            return self.database.execute_guarded(statement, *values)
+            return self.execute_guarded(statement, *values)
         except Exception as error:
             problems.append(first_line(error))
             raise Error('the table rundown_outbox cannot be used, nor made: '
                         f'{"; ".join(problems)}. The statement that makes it: '
-                        f'{self.database.create_table}') from error
+                        f'{self.create_table}') from error
 
     def _make_missing(self, problem):
         """Make the table, or its columns. Returns problems in that: others may make it just now."""
         changes = []
         if 'taken_' in problem:
             changes = ADD_COLUMNS
-        elif self.database.makes_table:
+        elif self.makes_table:
             # The first fails if another producer has just made the table. Indexes on a table in
             # which others write could lead to a deadlock.
-            changes = [self.database.create_table, *CREATE_INDEXES]
+            changes = [self.create_table, *CREATE_INDEXES]
         try:
             for change in changes:
-                self.database.execute_guarded(change)
+                self.execute_guarded(change)
         except Exception as error:
             return [first_line(error)]
         return []
+
+    # In transactions of a forwarder.
+    def prepare(self):
+        """Make the table, or bring one of an older version up to date."""
+        self.use_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
+        self.connection.commit()
 
     def read(self, statement, *values):
         """The rows of a statement in a transaction of its own."""
@@ -5481,6 +5446,87 @@ class Outbox:
         except Exception:
             self.connection.rollback()      # raises if the connection is lost
             self.read(statement, *values)
+
+    # Differences between drivers.
+    def commits_each_statement(self):
+        """Is no transaction open, and does the next statement not open one?"""
+        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
+        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
+
+    def execute_guarded(self, statement, *values):
+        """execute(). If it fails, the transaction can go on."""
+        if self.commits_each_statement():
+            return self.execute(statement, *values)
+        self.execute('SAVEPOINT rundown')
+        try:
+            rows = self.execute(statement, *values)
+        except Exception:
+            self.execute('ROLLBACK TO SAVEPOINT rundown')
+            self.execute('RELEASE SAVEPOINT rundown')
+            raise
+        self.execute('RELEASE SAVEPOINT rundown')
+        return rows
+
+    def execute(self, statement, *values):
+        """The rows of a statement as tuples, also if the connection has a row factory."""
+        with contextlib.closing(self.connection.cursor()) as cursor:
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                cursor.row_factory = self.row_factory
+            cursor.execute(statement.replace('?', self.parameter), values)
+            rows = cursor.fetchall() if cursor.description else []
+        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
+
+    @staticmethod
+    def row_factory(cursor):
+        return tuple
+
+
+class SQLiteOutbox(Outbox):
+    """The table in a database of sqlite3."""
+
+    parameter = '?'
+    create_table = CREATE_IN_SQLITE
+    row_factory = None
+    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
+    execute_guarded = Outbox.execute
+
+    def __init__(self, connection):
+        super().__init__(connection)
+        self.makes_table = True
+
+    def commits_each_statement(self):
+        if self.connection.in_transaction:
+            return False
+        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        return self.connection.isolation_level is None if autocommit == -1 else autocommit
+
+    def prepare(self):
+        super().prepare()
+        if self._lacks_numbers():
+            self._number_rows()
+
+    def _lacks_numbers(self):
+        return self.execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
+            "AND sql LIKE '%BIGSERIAL%'")
+
+    def _number_rows(self):
+        """Number the rows of a table that version 1.1 made through Django's connection.
+
+        Its jobs are all sent again, since it does not tell which of them the engine has. The
+        engine recognizes their ids.
+        """
+        begins = not self.connection.in_transaction
+        if begins:
+            self.execute('BEGIN IMMEDIATE')
+        if self._lacks_numbers():       # still, now that no other forwarder can change that
+            for statement in NUMBER_ROWS:
+                self.execute(statement)
+            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
+        if begins:
+            self.execute('COMMIT')
+        else:
+            self.connection.commit()
 
 
 def first_line(error):
@@ -5500,7 +5546,7 @@ class Forwarder:
 
     def __init__(self, connection, client, send, keep):
         # constant
-        self.outbox = Outbox(connection)
+        self.outbox = outbox_of(connection)
         self.client = client
         self.send = send            # client.send or client.call
         self.keep = keep            # seconds for which rows are kept that the engine took
@@ -5786,7 +5832,7 @@ class DjangoTasks:
         return self.stored_result(job)
 
     def _find_in_outbox(self, id):
-        return self.database and Outbox(django.db.connections[self.database]).find(id)
+        return self.database and outbox_of(django.db.connections[self.database]).find(id)
 
     def stored_result(self, job):
         """The TaskResult of a job as the engine or the outbox has it."""
