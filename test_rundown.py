@@ -10456,6 +10456,11 @@ ODD_ROWS = [  # connections that return rows or text of another kind
     (
         "sqlite",
         "sqlite3",
+        lambda shop: connected(sqlite3.connect(shop.file), text_factory=bytearray),
+    ),
+    (
+        "sqlite",
+        "sqlite3",
         lambda shop: connected(sqlite3.connect(shop.file), row_factory=sqlite3.Row),
     ),
     (
@@ -10560,13 +10565,17 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
         async def commit(self):
             pass
 
-    adapted = type(
-        "AdaptedConnection", (), dict(__module__="somewhere.aiosqlite", cursor=None, commit=print)
-    )()
-    for odd in Asynchronous(), adapted, object(), None:
-        with pytest.raises(
-            rw.Misuse, match="psycopg2, SQLAlchemy or Django that is not for asyncio"
-        ):
+    class AsyncSession(Asynchronous):
+        async def connection(self):
+            pass
+
+    adapted = [
+        type("Adapted", (), dict(__module__="somewhere." + name, cursor=None, commit=print))()
+        for name in ("aiosqlite", "asyncpg")
+    ]
+    sentence = "psycopg2, SQLAlchemy or Django that is not for asyncio, not a %s$"
+    for odd in Asynchronous(), AsyncSession(), *adapted, object(), None:
+        with pytest.raises(rw.Misuse, match=sentence % type(odd).__name__):
             rw.enqueue_in(odd, q)
 
 
