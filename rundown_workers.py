@@ -5775,6 +5775,9 @@ class DjangoTasks:
         outbox = self.options.get('outbox') or None
         self.database = 'default' if outbox is True else outbox     # its alias; None: no outbox
         self.host = self.options.get('host')                        # None: RUNDOWN_URL
+        if self.database:
+            aliases = list(django.db.connections)
+            check_names([self.database], aliases, f'TASKS[{alias!r}]: there is no database')
 
     def enqueue(self, task, args, kwargs):
         options = self._enqueue_options(task, args, kwargs)

@@ -11469,6 +11469,12 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
     env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)}
     assert "'other' among its QUEUES" in rundown(engine, "django", "other", code=2, env=env)
     assert "working on default" in rundown(engine, "django", "default", "--burst", env=env)
+    for option, sentence in (("outbox", "no database other"), ("outbux", "did you mean outbox")):
+        (tmp_path / "settings.py").write_text(
+            "TASKS = {'default': {'BACKEND': 'rundown_workers.DjangoBackend', "
+            "'OPTIONS': {%r: 'other'}}}" % option
+        )
+        assert sentence in rundown(engine, "django", code=2, env=env)
 
 
 OLDER_DJANGO = """
