@@ -2495,13 +2495,13 @@ class Producers:
         row['id'] = item.get('id') or new_id(tx.now)
         row['created_at'] = row['updated_at'] = tx.now
         due = tx.now + item.get('delay', 0)
-        start = tx.now      # from which `expires` counts
+        expiry_counts_from = tx.now
         if 'run_at' in item:
-            due = start = item['run_at']
+            due = expiry_counts_from = item['run_at']
             row['has_run_at'] = 1
         if 'expires' in item:
-            row['expires_at'] = min(max(start, tx.now) + item['expires'], LATEST_TIME)
-            tx.wake_at(row['expires_at'])
+            row['expires_at'] = min(expiry_counts_from + item['expires'], LATEST_TIME)
+            tx.wake_at(row['expires_at'])       # if it has passed, Jobs.expire() cancels the job
         # enqueue() makes the right job of the group the active one, once all are inserted
         self.jobs.set_hold(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row

@@ -2392,6 +2392,14 @@ def test_a_clock_set_ahead_expires_nothing_and_shortens_no_backoff_in_a_group(cl
     assert clocked.poll(q + "g")["id"] == q + "gB"
 
 
+def test_a_job_expires_by_its_run_at_even_if_that_was_before_it_came(clocked, q):
+    run_at = datetime.datetime.utcfromtimestamp(clocked.clock.wall - 100).isoformat() + "Z"
+    late = clocked.enqueue(q, run_at=run_at, expires=60)
+    good = clocked.enqueue(q, run_at=run_at, expires=160)
+    assert (clocked.job(late)["status"], clocked.job(late)["error"]) == ("cancelled", "expired")
+    assert clocked.poll(q)["id"] == good["id"] and clocked.poll(q) is None
+
+
 def test_a_job_that_has_not_started_in_time_expires(clocked, q):
     late, started = clocked.enqueue(q, expires=5), clocked.enqueue(q + "-b", expires=5, max_retries=1)
     timed = clocked.enqueue(q + "-c", run_at="2027-01-15T08:01:00Z", expires=5)
@@ -13440,7 +13448,7 @@ class ModelJob:
         self.is_timed = "run_at" in fields
         self.next_run_at = start + (micros(fields.get("delay")) or 0)
         expires = fields.get("expires")
-        self.expires_at = None if expires is None else max(start, now) + micros(expires)
+        self.expires_at = None if expires is None else start + micros(expires)
 
     def set_key(self, fields):
         self.key_until = fields.get("key_until")
@@ -13563,11 +13571,7 @@ class Model:
         due = [one for one in self.schedules.values() if one["next_run_at"] <= now]
         for schedule in sorted(due, key=lambda one: (one["next_run_at"], one["name"])):
             self.tick(schedule)
-        for job in self.jobs.values():
-            is_late = job.expires_at is not None and job.expires_at <= now
-            if is_late and job.status == "pending" and not job.attempt:
-                job.error = "expired"
-                self.move_to(job, "cancelled", None)
+        self.expire()
         for job in self.jobs.values():
             if job.status == "pending" and job.hold == DELAYED and job.next_run_at <= now:
                 job.hold = READY
@@ -13578,6 +13582,13 @@ class Model:
             job.losses += 1
             self.give_back(job, "lost", again, "worker lost")
         self.resolve()
+
+    def expire(self):
+        for job in self.jobs.values():
+            is_late = job.expires_at is not None and job.expires_at <= self.clock.now()
+            if is_late and job.status == "pending" and not job.attempt:
+                job.error = "expired"
+                self.move_to(job, "cancelled", None)
 
     def tick(self, schedule):
         now, period = self.clock.now(), schedule["period"]
@@ -14108,6 +14119,7 @@ def model_answers(model, call, fields):
         answer = model_answer(model, call, fields)
     except ModelError as error:
         return error.args[0], {}
+    model.expire()
     model.resolve()
     return (204, None) if call == "poll" and not answer else (200, answer)
 
