@@ -627,8 +627,9 @@ FIELDS = {
 }
 # fields of a query whose text is parsed as JSON: numbers and flags
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
-NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
-EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
+LIMITS = ('max_running', 'rate', 'per')
+NULLABLE = (*LIMITS, 'progress')        # null is a value; in other fields it is the same as omitted
+EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'), ('replace', 'after'))
 # the first needs the second
 REQUIRES = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))
 
@@ -649,7 +650,7 @@ def validate(path, body):
         if params.keys().isdisjoint(alternatives):
             raise BadRequest(f'{" or ".join(alternatives)} is missing: {path} needs it')
     for one, other in EXCLUSIVE:
-        if one in params and other in params:
+        if one in params and other in params and params[one] is not False:
             raise BadRequest(f'{one} and {other} exclude each other')
     for one, other in REQUIRES:
         if params.get(one) and other not in params:
@@ -2545,6 +2546,9 @@ class Producers:
         """Give the job that holds the key the values of the row, unless it has started."""
         if existing['status'] != 'pending' or existing['attempt']:
             return existing, EXISTING
+        if row['group'] not in (None, existing['group']):
+            raise Conflict('group: the pending job with this key is not in this group; replace '
+                           'does not move it')
         values = {field: row[field] for field in REPLACED_COLUMNS}
         self.jobs.transition(tx, 'replace', existing, 'pending', row['next_run_at'], **values)
         return tx.fetch_one(SELECT_JOB + 'seq = ?', existing['seq']), REPLACED

@@ -2372,6 +2372,18 @@ def test_replace_leaves_a_job_that_has_started_as_it_is(clocked, q):
         clocked.tell("fail", claim)
 
 
+@pytest.mark.parametrize("more, status, named", [
+    ({"after": ["a"]}, 400, "after"),
+    ({"group": "other"}, 409, "group"),
+    ({"group": "g"}, 200, None),
+])
+def test_replace_does_not_drop_what_it_cannot_change(engine, q, more, status, named):
+    job = engine.enqueue(q, 1, key="k", group="g")
+    code, answer = engine.call("POST", "/enqueue", {"queue": q, "payload": 2, "key": "k", "replace": True, **more})
+    assert code == status and (named is None or named in answer["error"])
+    assert engine.job(job)["payload"] == (1 if named else 2)
+
+
 @pytest.mark.parametrize("field, value", [("replace", True), ("key_until", "start"), ("after_any", True)])
 def test_what_needs_another_field_is_refused_without_it(engine, q, field, value):
     code, answer = engine.call("POST", "/enqueue", {"queue": q, field: value})
@@ -13699,6 +13711,8 @@ class Model:
         if not known and "key" in fields:
             known = self.holder(fields["queue"], fields["key"])
             if known and fields.get("replace") and known.status == "pending" and not known.attempt:
+                if fields.get("group") not in (None, known.group):
+                    raise ModelError(409)
                 self.replace(known, fields)
         if known:
             return known, False
@@ -14299,7 +14313,7 @@ class Chance:
         }
         if "key" in job:
             job.update(self.some(key_until=["start", "end"], replace=[True, False]))
-        if known and self.dice.random() < 0.25:
+        if known and not job.get("replace") and self.dice.random() < 0.25:
             job["after"] = self.dice.sample(known, min(len(known), self.dice.choice([1, 1, 2, 3])))
             job.update(self.some(after_any=[True, False]))
             if self.dice.random() < 0.03:
