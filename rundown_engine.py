@@ -3020,6 +3020,11 @@ REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({column_list(SCHEDULE_COLUMNS)}) '
                     f'VALUES (:{", :".join(SCHEDULE_COLUMNS)})')
 
 
+def tick_id(name, tick):
+    """The id of the job that a tick of the schedule makes."""
+    return f'{name}@{rfc3339(tick)[:19]}Z'
+
+
 class Schedules:
     """Schedules, and the jobs that their ticks make."""
 
@@ -3050,6 +3055,15 @@ class Schedules:
         for name, in tx.paced(due):
             self._tick(tx, tx.fetch_one(SELECT_FOR_TICK, name))
 
+    def set_back(self, tx):
+        """The clock was set back: no schedule with `every` waits for longer than that."""
+        waiting = tx.fetch_all(SELECT_SCHEDULE + 'WHERE next_run_at > ? + every', tx.now)
+        for row in waiting:
+            tick = first_tick(row, tx.now)
+            while tx.fetch_one(FIND_BY_ID, tick_id(row['name'], tick)):     # a second time around
+                tick += micros(1)
+            tx.execute('UPDATE schedules SET next_run_at = ? WHERE name = ?', (tick, row['name']))
+
     def _tick(self, tx, row):
         """Make the job of the last tick that is due, and set the next one."""
         try:
@@ -3060,7 +3074,7 @@ class Schedules:
             tx.log_lines.append(
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
         item = {field: row[field] for field in SMALL_COPIED_COLUMNS if row[field] is not None}
-        item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
+        item['id'] = tick_id(row['name'], tick)
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
@@ -3826,7 +3840,9 @@ class Store:
         back = before - self.clock.now()
         if back > micros(1):
             with self.database.transaction() as db:
-                self.jobs.set_back(self.begin(db), before)
+                tx = self.begin(db)
+                self.jobs.set_back(tx, before)
+                self.schedules.set_back(tx)
             log(f'the system clock was set back by {back / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):

@@ -1428,6 +1428,20 @@ def test_a_heartbeat_tells_the_next_engine_that_the_clock_was_set_back(clocked, 
     assert clocked.poll(q)
 
 
+@pytest.mark.parametrize("back", [3600, 1800.5])
+def test_a_clock_set_back_and_a_restart_keep_a_schedule_going(clocked, q, back):
+    clocked.post("/schedule", name=q, queue=q, every=600)
+    for _ in range(7):
+        clocked.advance(600)
+    assert clocked.count(q) == 7
+    clocked.stop()
+    clocked.clock.wall -= back
+    clocked.start()
+    for _ in range(4):
+        clocked.advance(602)
+    assert clocked.count(q) == 11
+
+
 def test_a_clock_set_back_and_a_restart_keep_times_leases_and_jobs_that_run(clocked, q):
     at = (datetime.datetime(2027, 1, 15, 8) + datetime.timedelta(hours=2)).isoformat() + "Z"
     clocked.enqueue(q + "-timed", run_at=at)
@@ -13401,6 +13415,10 @@ CRON = {"*/5 * * * *": 300 * MICRO, "@hourly": 3600 * MICRO}    # periods of cro
 RESTART_TIME = 0.001    # seconds; what was claimed before a restart is older than that
 
 
+def tick_id(schedule, at):
+    return "%s@%sZ" % (schedule["name"], micros_as_text(at)[:19])
+
+
 class ModelError(Exception):
     """A call that the model refuses with this status."""
 
@@ -13561,6 +13579,12 @@ class Model:
                     job.next_run_at = min(job.next_run_at, self.clock.now())
                 elif not job.is_timed and (job.hold == BLOCKED or job.hold in (DELAYED, QUEUED) and not job.attempt):
                     job.next_run_at += by
+        now = self.clock.now()
+        for schedule in self.schedules.values():
+            if not schedule["cron"] and schedule["next_run_at"] > now + schedule["period"]:
+                schedule["next_run_at"] = now // MICRO * MICRO + schedule["period"]
+                while tick_id(schedule, schedule["next_run_at"]) in self.jobs:
+                    schedule["next_run_at"] += MICRO
         self.shift(by)
 
     def restart(self, before):
@@ -13610,7 +13634,7 @@ class Model:
             at = schedule["next_run_at"] + (now - schedule["next_run_at"]) // period * period
         schedule["next_run_at"] = at + period
         schedule["last_run_at"] = at
-        id = "%s@%sZ" % (schedule["name"], micros_as_text(at)[:19])
+        id = tick_id(schedule, at)
         fields = {name: schedule[name] for name in SCHEDULED if schedule[name] is not None}
         _, created = self.add({**fields, "id": id})
         self.advance_groups()
