@@ -511,7 +511,7 @@ def describe(value):
     if isinstance(value, dict):
         return 'an object'
     if isinstance(value, list):
-        return 'a list'
+        return f'a list of {len(value)}'
     return truncate_middle(json.dumps(value), 60).replace('\n', ' ')
 
 
@@ -689,6 +689,8 @@ def validate_batch(path, body):
     batch = []
     for number, item in enumerate(items):
         try:
+            if type(item) is not dict:
+                raise BadRequest(f'it must be a JSON object, not {describe(item)}')
             batch.append(validate(path, item))
         except BadRequest as error:
             refusal = BadRequest(f'jobs[{number}]: {error}')
@@ -2961,8 +2963,8 @@ class Limits:
         """Set or remove limits of a queue; returns all its limits."""
         queue = params['queue']
         known = tx.fetch_one(SELECT_QUEUE, queue)
-        limits = {limit: known[limit] if known else None for limit in NULLABLE}
-        limits.update((limit, params[limit]) for limit in NULLABLE if limit in params)
+        limits = {limit: known[limit] if known else None for limit in LIMITS}
+        limits.update((limit, params[limit]) for limit in LIMITS if limit in params)
         if limits['rate'] is None:
             if params.get('per') is not None:
                 raise BadRequest('per needs a rate')
