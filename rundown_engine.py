@@ -2158,12 +2158,15 @@ class Transaction:
 
         All slices of a transaction share one SLICE_TIME, which bounds how long others wait for it.
         """
-        if self.slice_ends is None:
-            self.slice_ends = time.monotonic() + SLICE_TIME
+        self.begin_slice()
         for item in items:
             yield item
             if self.is_slice_over():
                 return
+
+    def begin_slice(self):
+        if self.slice_ends is None:
+            self.slice_ends = time.monotonic() + SLICE_TIME
 
     def is_slice_over(self):
         return self.slice_ends is not None and time.monotonic() > self.slice_ends
@@ -2630,7 +2633,7 @@ class Claims:
         rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
         expired = []        # their seqs
         claims = self._within_budget(tx, rows, changes, expired)
-        for seq in expired:
+        for seq in tx.paced(expired):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
         if expired and not claims:
@@ -2664,6 +2667,9 @@ class Claims:
             expires_at = claim['expires_at']
             if expires_at is not None and expires_at <= tx.now and not claim['attempt']:
                 expired.append(claim['seq'])
+                tx.begin_slice()
+                if tx.is_slice_over():
+                    break
                 continue
             size = size_of(claim)
             if claims and size > tx.response_budget:
@@ -2917,10 +2923,11 @@ class Dependencies:
     def reopen(self, tx, job):
         """An ended job is retried: its dependents that are still blocked wait for it again.
 
-        At most SLICE_ROWS of them are updated here; the others notice by recheck().
+        A slice of them is updated here; the others notice by recheck().
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
-        for dependent, position in tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], SLICE_ROWS):
+        informed = tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], SLICE_ROWS)
+        for dependent, position in tx.paced(informed):
             tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
             waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
             if waiting['status'] == 'pending' and waiting['waits_for']:
@@ -3788,7 +3795,7 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT MIN(next_run_at) FROM schedules
         UNION ALL SELECT MIN(expires_at) FROM jobs
             WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0
-        UNION ALL SELECT MIN(1) FROM unresolved_ends
+        UNION ALL SELECT (SELECT 1 FROM unresolved_ends LIMIT 1)
         UNION ALL SELECT ?)'''
 
 
@@ -3995,6 +4002,29 @@ class LongPoll(Operation):
         super().__init__(work, render)
         self.topic = topic
         self.wait = wait
+
+
+class BatchOperation(Operation):
+    """One call for each of many items, in slices: the rest waits for the next transaction."""
+
+    def __init__(self, apply, items):
+        super().__init__(self._apply_slice)
+        self.apply = apply      # (transaction, item) -> result
+        self.items = items
+        self.results = []       # of the items whose transactions are committed
+
+    def _apply_slice(self, tx):
+        items = self.items[len(self.results):]
+        return [self.apply(tx, item) for item in tx.paced(items)]
+
+    def finish(self):
+        if self.error is None:
+            self.results += self.result
+            if len(self.results) < len(self.items):
+                self.submit(self.client.loop)
+                return
+            self.result = {'jobs': self.results}
+        super().finish()
 
 
 class EventWait:
@@ -5081,8 +5111,7 @@ def write_call(name):
         if isinstance(params, dict):
             return Operation(lambda tx: method(tx, params))
         apply_item = server.store.claims.apply_item
-        return Operation(lambda tx: {
-            'jobs': [apply_item(tx, method, item) for item in params]})
+        return BatchOperation(lambda tx, item: apply_item(tx, method, item), params)
     return handler
 
 

@@ -4479,10 +4479,10 @@ def test_slow_calls_that_fail_for_clients_that_are_gone_give_their_threads_back(
 STEP_LIMIT = 0.05       # seconds of processor time
 
 
-def large(api, q, count=40, **fields):
-    """Jobs of 500 kB each."""
+def large(api, q, count=40, size=500000, **fields):
+    """Jobs of so many bytes each."""
     for number in range(count):
-        api.enqueue(q, "x" * 500000, id="%s-%d" % (q, number), **fields)
+        api.enqueue(q, "x" * size, id="%s-%d" % (q, number), **fields)
 
 
 def wide(api, q, count=40, **fields):
@@ -4547,6 +4547,30 @@ def set_ahead(api, q):
     api.advance(1)
 
 
+def claims_of(api, q):
+    return [{"id": job["id"], "attempt": 1} for job in api.get("/jobs?brief=true&limit=1000&status=running&queue=" + q)["jobs"]]
+
+
+def large_claims(api, q):
+    large(api, q, 100)
+    while api.poll(q, limit=100):
+        pass
+
+
+def large_dependents(api, q):
+    """One job that 100 large ones wait for, and one more."""
+    api.post("/enqueue", jobs=[{"queue": q + "-first", "id": id} for id in [q, q + "-other"]])
+    large(api, q, 100, after=[q, q + "-other"], after_any=True)
+    api.post("/cancel", id=q)
+    api.advance(1)
+
+
+def late(api, q):
+    """Jobs that have expired, and that the engine has not looked at yet."""
+    large(api, q, 1000, size=90000, expires=9)
+    api.clock.move(10)
+
+
 def many_groups(api, q):
     api.post("/enqueue", jobs=[{"queue": q, "group": "g%d" % (number % 10)} for number in range(5000)])
 
@@ -4575,6 +4599,11 @@ LONG_CHANGES = [
      lambda api, q: api.advance(WEEKS)),
     ("unused queues are forgotten", many_queues, lambda api, q: api.advance(700)),
     ("an engine starts beside many leases that are over", many_running, lambda api, q: (api.clock.move(1), api.start(), api.enqueue(q))),
+    ("a job is retried for which large ones wait", large_dependents, lambda api, q: api.post("/retry", id=q)),
+    ("a poll finds large jobs that have expired", late, lambda api, q: api.poll(q, limit=1000)),
+    ("a batch of large jobs is completed", large_claims, lambda api, q: api.post("/complete", jobs=claims_of(api, q))),
+    ("a batch of large jobs sends heartbeats", large_claims, lambda api, q: api.post("/heartbeat", jobs=[
+        {"progress": "x" * 5000, **claim} for claim in claims_of(api, q)])),
     ("the clock is set ahead beside retries", many_retries, set_ahead),
     ("cancel jobs of groups", many_groups, lambda api, q: api.post("/cancel", queue=q, status="pending")),
 ]
@@ -4593,8 +4622,7 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
                 steps.append(time.thread_time() - began)
         return run
 
-    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "change_slice"),
-                        (rundown_engine.Operators, "change_items"), (rundown_engine.Store, "note_pause"),
+    for owner, name in [(rundown_engine.Committer, "_run"), (rundown_engine.Store, "note_pause"),
                         (rundown_engine.Store, "shift_deadlines")]:
         monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
     for attempt in range(3):        # another process may make everything slow
