@@ -95,6 +95,9 @@ Async handlers must not block the event loop; one that does so for more than a s
 They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
 has its own context variables. job() also works in threads and thread pools of a handler.
 
+A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
+queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
+
 SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
 the others are released, and the worker exits with 0. A handler that reaches a step or checkpoint
 gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
@@ -283,7 +286,7 @@ MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies oft
 MAX_ASYNC_CALLS = 100       # concurrent short calls of asyncio programs
 MAX_ASYNC_WAITS = 2000      # concurrent long polls of asyncio programs that wait for a job
 CROWDED_POLL = 1            # seconds of such a long poll while more of them are queued
-MAX_IDLE_STREAMS = 20       # idle connections of asyncio programs
+MAX_ASYNC_IDLE = 20         # idle connections of asyncio programs
 MAX_RESPONSE_HEAD = 1 << 17     # bytes in the status line and headers of a response
 MAX_DEPTH = 100             # levels of a value that are searched for a part that is not JSON
 
@@ -301,6 +304,7 @@ MAX_HUNG = 10               # hung threads at which the worker ends
 WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
 MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
+MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
@@ -398,6 +402,8 @@ class Retry(Error):
 
     The delay is in seconds, or a timedelta; None stands for the engine's backoff.
     """
+
+    delay = None        # of a subclass that does not call this __init__
 
     def __init__(
         self,
@@ -547,79 +553,64 @@ def new_id():
 
 
 # -- Connections -----------------------------------------------------------------------------------
-class DeadlineReader(io.RawIOBase):
-    """Reads from a connection's socket until its deadline, however slowly the bytes trickle in."""
-
-    def __init__(self, connection, sock, raw):
-        self.connection = connection
-        self.sock = sock        # kept: the connection drops its own after `Connection: close`
-        self.raw = raw          # the unbuffered file of the socket
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.sock.settimeout(remaining(self.connection.deadline))
-        return self.raw.readinto(buffer)
-
-    def close(self):
-        self.raw.close()
-        super().close()
+def request_bytes(request):
+    """A request of urllib.request as bytes, to be sent as one packet."""
+    if ' ' in request.selector or not request.selector.isprintable():
+        raise http.client.InvalidURL(f'{request.selector!r} is not the path of a call')
+    lines = [
+        f'{request.get_method()} {request.selector} HTTP/1.1',
+        f'Host: {request.host}',
+        'Accept-Encoding: identity',
+    ]
+    lines += [f'{name}: {value}' for name, value in request.headers.items()]
+    if request.data is None:
+        return '\r\n'.join([*lines, '', '']).encode('ascii')
+    lines += [f'Content-Length: {len(request.data)}', '', '']
+    return '\r\n'.join(lines).encode('ascii') + request.data
 
 
-class DeadlineResponse(http.client.HTTPResponse):
-    """A response that has to arrive before its connection's deadline."""
-
-    def __init__(self, connection, sock, *args, **kwargs):
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(DeadlineReader(connection, sock, self.fp.detach()))
-
-
-class BufferingConnection(http.client.HTTPConnection):
-    """Collects the parts of a request, to be sent as one packet."""
-
-    def __init__(self, host, **options):
-        super().__init__(host, **options)
-        self.outgoing = []      # parts of the request that are not sent yet
-
-    def send(self, data):
-        self.outgoing.append(data)
-
-    def request_bytes(self, request):
-        """A request of urllib.request as bytes."""
-        self.outgoing = []
-        self.request(request.get_method(), request.selector, request.data, request.headers)
-        return b''.join(self.outgoing)
+# the complete head of the final response, after any interim ones such as `100 Continue`
+FINAL_HEAD = re.compile(
+    rb'(HTTP/1\.[01] 1.*\n([^\r\n].*\n)*\r?\n)*'
+    rb'(?!HTTP/1\.[01] 1)([^\r\n].*\n)+\r?\n'
+)
 
 
-class PooledConnection(BufferingConnection):
-    """A connection that is used for one request after the other."""
+class ResponseReader:
+    """Collects the bytes of a response until http.client can read it to its end."""
 
-    def __init__(self, origin, deadline, **options):
-        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
-        super().__init__(origin[1], timeout=timeout, **options)
-        self.response_class = functools.partial(DeadlineResponse, self)
-        self.origin = origin        # (scheme, host and port), constant
-        self.reusable = False       # True once a response has been read to its end
-        self.deadline = deadline    # of the request in flight, time.monotonic()
-        self.connect()
+    def __init__(self):
+        self.received = bytearray()
+        self.size = None            # bytes in the whole response; None: its head is incomplete
+        self.is_chunked = False
 
-    def exchange(self, request, deadline):
-        """The response to a request, read to its end."""
-        self.deadline = deadline
-        data = self.request_bytes(request)
-        self.sock.settimeout(remaining(deadline))
-        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
-            self.sock.sendall(data)
-        response = self.getresponse()
-        check_framing(response)
-        response.content = response.read()
-        self.reusable = not response.will_close
+    def feed(self, data):
+        """The response, or None while it is incomplete. Empty `data`: no more will come."""
+        self.received += data
+        if data and not self._may_be_complete():
+            return None
+        file = io.BytesIO(self.received)
+        response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
+        try:
+            response.begin()
+            check_framing(response)
+            self.is_chunked = response.chunked
+            self.size = float('inf') if response.length is None else file.tell() + response.length
+            if data and not self._may_be_complete():
+                return None
+            response.content = response.read()
+        except (http.client.IncompleteRead, http.client.RemoteDisconnected):
+            if not data:
+                raise
+            return None
         return response
 
-
-class PooledTLSConnection(PooledConnection, http.client.HTTPSConnection):
-    """A PooledConnection with TLS."""
+    def _may_be_complete(self):
+        if self.is_chunked:
+            return self.received.endswith(b'\n\r\n')
+        if self.size is None:
+            return len(self.received) > MAX_RESPONSE_HEAD or FINAL_HEAD.match(self.received)
+        return len(self.received) >= self.size
 
 
 def check_framing(response):
@@ -629,6 +620,36 @@ def check_framing(response):
         raise http.client.HTTPException('its Content-Length is no number')
     if response.status < 200:
         raise http.client.HTTPException('it is not the final response')
+
+
+class PooledConnection:
+    """A connection that is used for one request after the other."""
+
+    def __init__(self, origin, deadline, context):
+        self.origin = origin        # (scheme, host and port), constant
+        scheme, host = origin
+        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
+        if scheme == 'https':
+            connection = http.client.HTTPSConnection(host, timeout=timeout, context=context)
+        else:
+            connection = http.client.HTTPConnection(host, timeout=timeout)
+        connection.connect()
+        self.sock = connection.sock
+
+    def exchange(self, data, deadline):
+        """The response to a request, which has to be complete before the deadline."""
+        self.sock.settimeout(remaining(deadline))
+        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
+            self.sock.sendall(data)
+        reader = ResponseReader()
+        response = None
+        while response is None:
+            self.sock.settimeout(remaining(deadline))   # again: the bytes may trickle in
+            response = reader.feed(self.sock.recv(1 << 16))
+        return response
+
+    def close(self):
+        self.sock.close()
 
 
 class ConnectionPool(urllib.request.BaseHandler):
@@ -646,19 +667,20 @@ class ConnectionPool(urllib.request.BaseHandler):
         """The response, which has to be complete within request.timeout seconds."""
         deadline = time.monotonic() + request.timeout
         origin = (request.type, request.host)
+        data = request_bytes(request)
         while True:
-            connection = self._reuse(origin) or self._connect(origin, deadline)
-            reused = connection.reusable
+            reused = self._take_idle(origin)
+            connection = reused or PooledConnection(origin, deadline, self.context)
             try:
-                return self._exchange(connection, request, deadline)
+                return self._exchange(connection, data, deadline)
             except ConnectionError:
                 if not reused:      # a reused one may have been closed while it was idle
                     raise
 
     https_open = http_open
 
-    def _reuse(self, origin):
-        """An idle connection or None. Closes the idle ones that cannot be reused."""
+    def _take_idle(self, origin):
+        """The last used connection to the origin, or None. Closes those to other origins."""
         if self.process != os.getpid():
             self.process = os.getpid()
             self.idle = collections.deque()
@@ -666,37 +688,34 @@ class ConnectionPool(urllib.request.BaseHandler):
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
-                if connection.origin == origin and connection.reusable:
+                if connection.origin == origin:
                     return connection
                 connection.close()
         return None
 
-    def _connect(self, origin, deadline):
-        if origin[0] == 'https':
-            return PooledTLSConnection(origin, deadline, context=self.context)
-        return PooledConnection(origin, deadline)
-
-    def _exchange(self, connection, request, deadline):
+    def _exchange(self, connection, data, deadline):
         self.active.add(connection)
         try:
             if self.closed:
                 raise ConnectionAbortedError('the connection was shut down')
-            response = connection.exchange(request, deadline)
+            response = connection.exchange(data, deadline)
         except BaseException:
             connection.close()
             raise
         finally:
             self.active.discard(connection)
-        self.idle.append(connection)
+        if response.will_close:
+            connection.close()
+        else:
+            self.idle.append(connection)
         return response
 
     def shutdown(self, how=socket.SHUT_WR):
         """Send nothing more. With SHUT_WR, responses to requests in flight still arrive."""
         self.closed = True
         for connection in self.active.copy():
-            # It has no socket if its own thread has just closed it.
             # SSLSocket.shutdown would drop the session keys, so the plain one is called.
-            with contextlib.suppress(OSError, TypeError):
+            with contextlib.suppress(OSError):      # its own thread may have just closed it
                 socket.socket.shutdown(connection.sock, how)
         with contextlib.suppress(IndexError):       # its own thread may take the last one
             while True:
@@ -754,8 +773,14 @@ class Retries:
         self.has_said_so = False                # a message on the terminal: still trying
 
     def seconds(self):
-        """Seconds for the next try: an equal share for each engine of the time that is left."""
+        """Seconds for the next try: an equal share for each engine of the time that is left.
+
+        With several engines less in the first rounds, so that a silent one costs little.
+        """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
+        if len(self.hosts) > 1:
+            rounds = self.tries // len(self.hosts)
+            share = min(share, self.wait + PROBE_TIMEOUT * 2 ** min(rounds, 10))
         return max(share, self.wait + MIN_LAST_TRY)
 
     def pause_after(self, error):
@@ -883,21 +908,20 @@ class Caller:
             time.sleep(pause)
 
     def _post(self, path, **fields):
-        fields = encode_durations(fields)
-        return self.call(path, drop_none(**fields), fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(path, given, given.get('wait', 0))
 
     def _get(self, path, **fields):
-        fields = encode_durations(fields)
-        query = urllib.parse.urlencode(drop_none(**fields))
-        return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(f'{path}?{urllib.parse.urlencode(given)}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
         if jobs is None:
             return self._post(path, **fields)
-        fields = encode_durations(fields)
         ids = [job if isinstance(job, str) else job['id'] for job in jobs]
-        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+        given = given_fields(fields)
+        texts = [as_json({**given, 'id': id}, 'the job') for id in ids]
         replies = []
         for batch in batches(texts, len):
             replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
@@ -910,7 +934,7 @@ class Caller:
     def close(self) -> None:
         """Close all connections, also those in use. Nothing can be sent after that."""
         self.shutdown()
-        close_idle_streams(self.hosts)
+        async_calls.close_idle(self.pool)
 
 
 class ProducerCalls(Caller):
@@ -962,7 +986,7 @@ class ProducerCalls(Caller):
         give_up = options.pop('give_up', None)
         check_names(options, ENQUEUE_OPTIONS)
         text = encode_job(payload, queue=queue, **options)
-        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
+        return Job(await async_calls.call(self, '/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(
         self,
@@ -1020,14 +1044,16 @@ class ProducerCalls(Caller):
 
         Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
         for `give_up` seconds, or until the timeout.
+
+        A handler that waits for a job of its own queue lends its slot to the queue's jobs, if no
+        other is free, and continues when it has it back.
         """
-        if current.get():
-            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
         waiting = Waiting(self, job, timeout, give_up)
-        while True:
-            job = self.call(**waiting.next_call(LONG_POLL))
-            if waiting.is_over(job):
-                return Job(job, self)
+        with waiting_in_handler(self, job):
+            while True:
+                job = self.call(**waiting.next_call(LONG_POLL))
+                if waiting.is_over(job):
+                    return Job(job, self)
 
     async def await_job(
         self,
@@ -1036,9 +1062,8 @@ class ProducerCalls(Caller):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
-        if current.get() and not isinstance(job, str):
-            warn_of_deadlock(job)
-        return Job(await async_calls().wait(self, job, timeout, give_up), self)
+        async with awaiting_in_handler(self, job):
+            return Job(await async_calls.wait(self, job, timeout, give_up), self)
 
     @suggest_known_options
     def schedule(
@@ -1056,7 +1081,7 @@ class ProducerCalls(Caller):
         key: str | None = None,
         group: str | None = None,
     ) -> dict[str, Any]:
-        """Have a job made at each tick: of `cron`, or every `every` seconds.
+        """Make a job at each tick: of `cron`, or every `every` seconds.
 
         `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
         changes nothing. With `key`, a tick is skipped while the job of an earlier one is pending
@@ -1219,8 +1244,7 @@ class Client(ProducerCalls, WorkerCalls):
         At most `rate` are claimed at once, then one every `per / rate` seconds. None removes a
         limit; omitted limits are unchanged. Returns the limits of the queue.
         """
-        fields = encode_durations(
-            {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
+        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
@@ -1278,7 +1302,6 @@ class Waiting:
 
     def __init__(self, client, job, timeout, give_up):
         self.id = job if isinstance(job, str) else job['id']
-        self.timeout = in_seconds(timeout)
         self.deadline = deadline_after(timeout)
         self.give_up = client.timeout if give_up is None else in_seconds(give_up)
 
@@ -1294,7 +1317,7 @@ class Waiting:
         if job['status'] in ENDED:
             return True
         if time.monotonic() >= self.deadline:
-            raise Unfinished(f'job {self.id} is still {job["status"]} after {self.timeout:g} s')
+            raise Unfinished(f'job {self.id} is still {job["status"]}, and the timeout is over')
         return False
 
 
@@ -1386,7 +1409,7 @@ def parse_hosts(text):
     """The URLs of engines, separated by blanks; raises Error for an invalid one."""
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
-        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
+        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url) or not url.isascii():
             raise Error(f'{url!r} is not the URL of an engine, such as {EXAMPLE_URL}')
     return hosts
 
@@ -1467,16 +1490,16 @@ def encode_job(payload, id=None, run_at=None, after=None, **fields):
         after = [after] if isinstance(after, (str, dict)) else after
         after = [job['id'] if isinstance(job, dict) else job for job in after]
     id = new_id() if id is None else id
-    fields = encode_durations(fields)
-    fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
-    return as_json(fields, 'the job')
+    fields.update(payload=payload, id=id, run_at=in_utc(run_at), after=after)
+    return as_json(given_fields(fields), 'the job')
 
 
-def encode_durations(fields):
-    """Convert timedeltas to seconds, in place; returns the fields."""
-    for name in DURATIONS & fields.keys():
-        fields[name] = in_seconds(fields[name])
-    return fields
+def given_fields(fields):
+    """The fields that are not None, with durations in seconds."""
+    return {
+        name: in_seconds(value) if name in DURATIONS else value
+        for name, value in fields.items() if value is not None
+    }
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
@@ -1507,26 +1530,39 @@ class AsyncCalls:
     """
 
     def __init__(self):
-        import asyncio      # here, since it takes megabytes and most programs do not need it
-        self.process = os.getpid()      # constant; a fork needs a new instance: it has no thread
-        self.loop = asyncio.new_event_loop()
-        # used by the loop's thread only
-        self.idle = {}          # (origin, TLS settings) -> deque of (reader, writer)
-        self.call_slots = None  # semaphore of short calls
-        self.wait_slots = None  # semaphore of long polls
-        thread = threading.Thread(target=self._run, name='rundown-asyncio', daemon=True)
-        contextvars.Context().run(thread.start)     # it belongs to no job
+        self._reset()
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(after_in_child=self._reset)     # a fork has no such thread
 
-    def _run(self):
+    def _reset(self):
+        self.lock = threading.Lock()    # held to start the thread
+        self.loop = None                # written with the lock; None: the thread is not started
+        # used by the loop's thread only
+        self.idle = collections.deque()     # connections without a request; last used last
+        self.call_slots = None          # semaphore of short calls
+        self.wait_slots = None          # semaphore of long polls
+
+    def _start(self):
+        import asyncio      # here, since it takes megabytes and most programs do not need it
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(
+            target=self._run, args=[loop], name='rundown-asyncio', daemon=True)
+        contextvars.Context().run(thread.start)     # it belongs to no job
+        self.loop = loop
+
+    def _run(self, loop):
         import asyncio
-        asyncio.set_event_loop(self.loop)       # where semaphores of Python 3.8 look for it
+        asyncio.set_event_loop(loop)        # where semaphores of Python 3.8 look for it
         self.call_slots = asyncio.Semaphore(MAX_ASYNC_CALLS)
         self.wait_slots = asyncio.Semaphore(max_async_waits())
-        self.loop.run_forever()
+        loop.run_forever()
 
     def submit(self, coroutine):
         """A future of the running loop; cancelling it cancels the coroutine."""
         import asyncio
+        with self.lock:
+            if self.loop is None:
+                self._start()
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
     async def call(self, client, path, body=None, give_up=None):
@@ -1575,102 +1611,83 @@ class AsyncCalls:
 
     async def _open(self, client, url, data, seconds):
         import asyncio
-        exchange = self._exchange(client._request(url, data), client.pool.context)
+        exchange = self._exchange(client._request(url, data), client.pool)
         try:
             return await asyncio.wait_for(exchange, seconds)
         except asyncio.TimeoutError:
             raise socket.timeout('timed out') from None
 
-    async def _exchange(self, request, context):
+    async def _exchange(self, request, pool):
         origin = (request.type, request.host)
-        idle = self.idle.setdefault((origin, context), collections.deque())
+        data = request_bytes(request)
         while True:
-            reused = bool(idle)
-            reader, writer = idle.pop() if reused else await connect_streams(origin, context)
+            reused = self._take_idle(pool, origin)
+            connection = reused or await AsyncConnection.open(pool, origin)
             try:
-                writer.write(BufferingConnection(request.host).request_bytes(request))
-                response = await receive_response(reader)
+                response = await connection.exchange(data)
             except BaseException as error:
-                writer.close()
+                connection.close()
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close or response.chunked or len(idle) >= MAX_IDLE_STREAMS:
-                writer.close()
+            if response.will_close:
+                connection.close()
             else:
-                idle.append((reader, writer))
+                self.idle.append(connection)
+            if len(self.idle) > MAX_ASYNC_IDLE:
+                self.idle.popleft().close()
             return response
 
-    def close_idle(self, hosts):
-        """Close the idle connections to these engines."""
-        origins = [urllib.parse.urlsplit(host)[:2] for host in hosts]
-        for key in list(self.idle):
-            origin, _ = key
-            if origin in origins:
-                for _, writer in self.idle.pop(key):
-                    writer.close()
-
-
-def close_idle_streams(hosts):
-    """Close the idle connections of asyncio calls to these engines, if there were any calls."""
-    for calls in async_calls_instance:
-        if calls.process == os.getpid():
-            calls.loop.call_soon_threadsafe(calls.close_idle, hosts)
-
-
-async def connect_streams(origin, context):
-    import asyncio
-    scheme, host_and_port = origin
-    parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
-    if scheme == 'https':
-        return await asyncio.open_connection(parts.hostname, parts.port or 443, ssl=context)
-    return await asyncio.open_connection(parts.hostname, parts.port or 80)
-
-
-async def receive_response(reader):
-    data = b''
-    while True:
-        part = await reader.read(1 << 16)
-        data += part
-        response = parse_response(data, is_all=not part)
-        if response is not None:
-            return response
-
-
-class ReceivedBytes:
-    """Acts as a socket from which http.client reads the bytes received so far."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def makefile(self, mode):
-        return io.BytesIO(self.data)
-
-
-def parse_response(data, is_all):
-    """The response in the bytes; None if it is not complete. `is_all`: no more bytes will come."""
-    if not is_all and not has_final_head(data):
+    def _take_idle(self, pool, origin):
+        """The last used connection of a client to the origin, or None."""
+        for connection in reversed(self.idle):
+            if connection.pool is pool and connection.origin == origin:
+                self.idle.remove(connection)
+                return connection
         return None
-    response = http.client.HTTPResponse(ReceivedBytes(data))
-    try:
-        response.begin()
-        check_framing(response)
-        lasts_until_close = response.length is None and not response.chunked
-        if lasts_until_close and not is_all:
-            return None
-        response.content = response.read()
-    except (http.client.IncompleteRead, http.client.RemoteDisconnected):
-        if is_all:
-            raise
-        return None
-    return response
+
+    def close_idle(self, pool):
+        """Close the idle connections of a client, from any thread."""
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self._close_idle, pool)
+
+    def _close_idle(self, pool):
+        for connection in [one for one in self.idle if one.pool is pool]:
+            self.idle.remove(connection)
+            connection.close()
 
 
-def has_final_head(data):
-    """Are the headers of the final response complete, after any of `100 Continue`?"""
-    heads = data[:MAX_RESPONSE_HEAD].replace(b'\r\n', b'\n').split(b'\n\n')[:-1]
-    return len(data) > MAX_RESPONSE_HEAD or any(
-        not re.match(rb'HTTP/1\.[01] 1', head) for head in heads)
+class AsyncConnection:
+    """A connection that asyncio calls use for one request after the other."""
+
+    def __init__(self, pool, origin, reader, writer):
+        self.pool = pool        # of the client that uses it
+        self.origin = origin    # (scheme, host and port)
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def open(cls, pool, origin):
+        import asyncio
+        scheme, host_and_port = origin
+        parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
+        if scheme == 'https':
+            streams = asyncio.open_connection(parts.hostname, parts.port or 443, ssl=pool.context)
+        else:
+            streams = asyncio.open_connection(parts.hostname, parts.port or 80)
+        return cls(pool, origin, *await streams)
+
+    async def exchange(self, data):
+        """The response to a request."""
+        self.writer.write(data)
+        reader = ResponseReader()
+        response = None
+        while response is None:
+            response = reader.feed(await self.reader.read(1 << 16))
+        return response
+
+    def close(self):
+        self.writer.close()
 
 
 def max_async_waits():
@@ -1683,24 +1700,7 @@ def max_async_waits():
     return MAX_ASYNC_WAITS if files < 0 else max(10, min(MAX_ASYNC_WAITS, files // 2))
 
 
-async_calls_lock = threading.Lock()
-async_calls_instance = []       # the AsyncCalls of this process, if it needed one
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(
-        before=async_calls_lock.acquire,
-        after_in_parent=async_calls_lock.release,
-        after_in_child=async_calls_lock.release,
-    )
-
-
-def async_calls():
-    """The AsyncCalls of this process."""
-    if async_calls_instance and async_calls_instance[0].process == os.getpid():
-        return async_calls_instance[0]
-    with async_calls_lock:
-        if not async_calls_instance or async_calls_instance[0].process != os.getpid():
-            async_calls_instance[:] = [AsyncCalls()]
-        return async_calls_instance[0]
+async_calls = AsyncCalls()
 
 
 # -- In a handler ----------------------------------------------------------------------------------
@@ -1737,6 +1737,32 @@ def inputs() -> list[Any]:
     return [results.get(id) for id in after]
 
 
+@contextlib.contextmanager
+def waiting_in_handler(client, job):
+    """Surrounds a wait for a job, or an id. In a handler, see Consumer.begin_wait()."""
+    claim = current.get()
+    has_lent = claim and claim.begin_wait(client.job(job) if isinstance(job, str) else job)
+    try:
+        yield
+    finally:
+        if has_lent:
+            claim.take_slot_back()
+
+
+@contextlib.asynccontextmanager
+async def awaiting_in_handler(client, job):
+    """waiting_in_handler() on an event loop."""
+    claim = current.get()
+    if claim and isinstance(job, str):
+        job = await async_calls.call(client, '/jobs/' + quote(job))
+    has_lent = claim and await run_in_thread(claim.begin_wait, job)
+    try:
+        yield
+    finally:
+        if has_lent:
+            await run_in_thread(claim.take_slot_back)
+
+
 # -- Steps and checkpoints -------------------------------------------------------------------------
 T = TypeVar('T')
 
@@ -1746,11 +1772,11 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
     The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
-    With a coroutine function: `await step(...)`. If the worker is stopping, this raises Lost and
-    the job is released. Outside of handlers it only calls the function.
+    In async code, and with a coroutine function: `await step(...)`. If the worker is stopping,
+    this raises Lost and the job is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
-    if inspect.iscoroutinefunction(function):
+    if is_in_event_loop() or inspect.iscoroutinefunction(function):
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
@@ -1762,11 +1788,15 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
 
 async def async_step(claim, name, function, args, kwargs):
+    async def call():
+        result = function(*args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
     if claim is None:
-        return await function(*args, **kwargs)
+        return await call()
     claim.begin_step()
     if name not in claim.steps:
-        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
+        text = as_json(await call(), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
     return copy.deepcopy(claim.steps[name])
 
@@ -1800,7 +1830,7 @@ class Track(Generic[T]):
 
     def __init__(self, iterable: Iterable[T], total: int | None, every: int | None) -> None:
         if every is not None:
-            check('every', every, 1)
+            check_number('every', every, 1)
         self._iterable = iterable
         self._every = every
         self._total = len(iterable) if total is None and hasattr(iterable, '__len__') else total
@@ -1889,14 +1919,6 @@ def warn_of_own_key(job):
         note(logging.WARNING, 'the handler of %s enqueued a job with the key %s, which its own job '
              'holds until it ends: nothing was added. key_until="start" frees a key when its job '
              'begins', describe_job(claim.job), job.get('key'))
-
-
-def warn_of_deadlock(job):
-    """Warn if a handler waits for a job of its own queue, and occupies the last slot."""
-    claim = current.get()
-    if claim and job.get('queue') == claim.job.get('queue') and claim.holds_last_slot():
-        note(logging.WARNING, 'the handler of %s waits for the job %s of its own queue, which has '
-             'no free slot: it may wait for ever', describe_job(claim.job), job.get('id'))
 
 
 def describe_job(job):
@@ -1997,19 +2019,15 @@ class Policy:
                                  f'not {classes!r}')
         for step in self.backoff:
             if not callable(step):
-                check('backoff', step, 0, NUMBER)
+                check_number('backoff', step, 0, NUMBER)
 
     def retry_fields(self, error, retries):
         """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
-        if not self._is_retried(error):
-            return {'retry': False}
-        if isinstance(error, Retry) and error.delay is not None:
-            return {'delay': error.delay}
-        if not self.backoff:
-            return {}
         try:
-            return {'delay': self._delay(retries)}
-        except Exception as problem:
+            if not self._is_retried(error):
+                return {'retry': False}
+            return {'delay': self._delay(error, retries)}
+        except BaseException as problem:    # classes and functions of users may raise anything
             note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, last_line(problem))
             return {}
 
@@ -2020,10 +2038,14 @@ class Policy:
             return True     # retry_on only selects among the handler's own exceptions
         return isinstance(error, self.retry_on)
 
-    def _delay(self, retries):
-        step = self.backoff[min(retries, len(self.backoff) - 1)]
-        delay = step(retries + 1) if callable(step) else step
-        check('backoff', delay, 0, NUMBER)
+    def _delay(self, error, retries):
+        """Seconds until the next attempt; None: the engine decides."""
+        delay = error.delay if isinstance(error, Retry) else None
+        if delay is None and self.backoff:
+            step = self.backoff[min(retries, len(self.backoff) - 1)]
+            delay = step(retries + 1) if callable(step) else step
+        if delay is not None:
+            check_number('backoff', delay, 0, NUMBER)
         return delay
 
 
@@ -2206,6 +2228,7 @@ class Claim(Saver):
     started_at = None               # None: waits for a slot
     progress = None                 # the latest that was not sent yet, as JSON text
     is_sending_progress = False
+    lent_slots = 0                  # by waits of the handler that have not ended
     # written by the thread that finishes it, read by the reporter
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
@@ -2272,10 +2295,14 @@ class Claim(Saver):
         if self.outcome is not None:
             raise Lost('the job was released, or is no longer claimed by this worker')
 
-    def holds_last_slot(self):
-        """Whether no slot is free for another job of its queue."""
-        running = [claim for claim in self.consumer.in_flight.copy() if claim.slot]
-        return len(running) >= len(self.consumer.slots)
+    def begin_wait(self, job):
+        """See Consumer.begin_wait()."""
+        return self.consumer.begin_wait(self, job)
+
+    def take_slot_back(self):
+        """Wait until a slot is free, which is ended in place of the one that was lent."""
+        lent = self.consumer.return_slot(self)
+        until(lambda: lent is None or lent.is_back or self.outcome, NEVER)
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
@@ -2289,6 +2316,20 @@ class Claim(Saver):
         return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
 
 
+class LentSlot:
+    """Waits among the claims of a queue for a free slot, and ends it."""
+
+    def __init__(self, consumer):
+        self.consumer = consumer
+        self.is_back = False
+
+    def start(self, slot, now):
+        slot.is_abandoned = True
+        self.consumer.drop_slot(slot)
+        self.is_back = True
+        return False        # there is nothing to run
+
+
 class Slot:
     """A thread that runs claims of a queue, one after the other.
 
@@ -2298,7 +2339,7 @@ class Slot:
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
     is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # it takes no more claims; set by interrupt()
+    is_abandoned = False    # it takes no more claims; set by interrupt() and by a LentSlot
     interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
@@ -2318,9 +2359,13 @@ class Slot:
 
     def _run_claim(self, claim):
         current.set(claim)
-        if self.consumer.hooks['start']:
-            self.call_hooks('start', claim, None)
-        self.consumer.on_ended(claim, self.run(claim))
+        try:
+            if self.consumer.hooks['start']:
+                self.call_hooks('start', claim, None)
+            outcome = self.run(claim)
+        except Interruption as error:       # in a hook
+            outcome = failure(error)
+        self.consumer.on_ended(claim, outcome)
 
     def prepare(self):
         """Get ready for the next claim."""
@@ -2573,8 +2618,11 @@ class AsyncReady:
     def _dispatch(self):
         while self.slots and self.claims:
             claim = self.claims.popleft()
-            if claim.start(self.slots[-1], time.monotonic()):
+            slot = self.slots[-1]
+            if claim.start(slot, time.monotonic()):
                 self.slots.pop().begin(claim)
+            elif slot.is_abandoned:
+                self.slots.pop()
 
 
 class AsyncSlot(Slot):
@@ -2602,9 +2650,12 @@ class AsyncSlot(Slot):
     async def _run_claim(self, claim):
         current.set(claim)
         consumer = self.consumer
-        consumer.call_hooks('start', claim, None)
         around = consumer.worker.app.surroundings
-        outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        try:
+            consumer.call_hooks('start', claim, None)
+            outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        except Interruption as error:       # in a hook
+            outcome = failure(error)
         claim.asyncio_task = None
         consumer.on_ended(claim, outcome)
 
@@ -2701,15 +2752,19 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
     """Raise an exception in a thread if it is still at this instruction of this frame.
 
     In plain terms: if frames[thread_id] is frame and frame.f_lasti == instruction, raise it.
-    It is a chain of iterators of C, since the interpreter may switch threads between any two
-    bytecode instructions, but not inside of one call into C.
+    The interpreter may switch threads between any two bytecode instructions, but not inside of one
+    call into C. So this builds a chain of iterators of C, which any() runs in one call.
     """
-    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
-    once = itertools.islice(iter(sys._current_frames, None), 1)
-    innermost = filter(functools.partial(operator.is_, frame),
-                       map(operator.methodcaller('get', thread_id), once))
+    # the frames by thread, once and only when any() asks for them
+    frames = itertools.islice(iter(sys._current_frames, None), 1)
+    # the thread's innermost frame, if it is still the same one
+    innermost = map(operator.methodcaller('get', thread_id), frames)
+    same_frame = filter(functools.partial(operator.is_, frame), innermost)
+    # whether that frame is still at the instruction
     is_there = map(functools.partial(operator.eq, instruction),
-                   map(operator.attrgetter('f_lasti'), innermost))
+                   map(operator.attrgetter('f_lasti'), same_frame))
+    # the arguments of the call that raises the exception, if it is
+    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
     calls = itertools.compress(itertools.repeat(arguments), is_there)
     return any(itertools.starmap(ctypes.pythonapi.PyThreadState_SetAsyncExc, calls))
 
@@ -2905,7 +2960,8 @@ class Consumer:
         # safe without a lock: a queue, and a dict whose single operations are atomic
         self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
         self.in_flight = {}                 # claims that wait, run or clean up, in order
-        # replaced one by one, with the lock of the slot's claim held
+        # changed with the lock held
+        self.slots_lock = threading.Lock()
         self.slots = []
         # races are harmless
         self.seconds_per_job = None         # a moving average; None: not known yet
@@ -2922,9 +2978,10 @@ class Consumer:
         """Continue with new slots on another event loop, if the handlers are async."""
         if isinstance(self.ready, AsyncReady):
             self.ready = AsyncReady(event_loop)
-            abandoned, self.slots = self.slots, [AsyncSlot(self) for _ in self.slots]
-            for slot in abandoned:
-                slot.is_abandoned = True
+            with self.slots_lock:
+                for slot in self.slots:
+                    slot.is_abandoned = True
+                self.slots = [AsyncSlot(self) for _ in range(self.concurrency)]
 
     def _slot_type(self):
         handler = self.config.functions.get(None)
@@ -3028,14 +3085,56 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
+        while claim.lent_slots:     # its handler was interrupted, or has a thread that waits
+            self.return_slot(claim)
         fetcher = self.fetcher
         if len(self.in_flight) <= fetcher.low_watermark and not fetcher.capacity_freed.is_set():
             fetcher.capacity_freed.set()
 
     def replace(self, slot):
-        """Replace an interrupted slot. The claim's lock is held, so only one thread does it."""
-        if slot in self.slots:      # otherwise use_event_loop() has replaced all
-            self.slots[self.slots.index(slot)] = type(slot)(self)
+        """Replace an interrupted slot."""
+        with self.slots_lock:
+            if slot in self.slots:      # otherwise use_event_loop() has replaced all
+                self.slots[self.slots.index(slot)] = type(slot)(self)
+
+    def drop_slot(self, slot):
+        with self.slots_lock:
+            if slot in self.slots:
+                self.slots.remove(slot)
+
+    def begin_wait(self, claim, job):
+        """Called when the handler of a claim waits for a job. True if it has lent its slot.
+
+        A job of its own queue could never start if all slots had handlers that wait. So if none
+        is free the queue gets another one, until the handler continues: see take_slot_back().
+        """
+        self.worker.generation = self.worker.next_generation()      # a burst polls again
+        if job.get('queue') != self.name or job.get('status') in ENDED:
+            return False
+        with self.slots_lock:
+            running = [each for each in self.in_flight.copy() if each.slot]
+            if len(running) < len(self.slots):
+                return False
+            if len(self.slots) >= self.concurrency + MAX_LENT_SLOTS:
+                raise Error(f'{MAX_LENT_SLOTS} more handlers wait for jobs of the queue {self.name}'
+                            ' than it has slots: use another queue, or `after`')
+            self.slots.append(type(claim.slot)(self))
+        with claim.lock:
+            claim.lent_slots += 1
+        self.fetcher.capacity_freed.set()
+        note(logging.WARNING, '%s waits for the job %s of its own queue, which has no free slot: '
+             'it lends its own until it continues', claim, job.get('id'))
+        return True
+
+    def return_slot(self, claim):
+        """Have the next free slot end for one that was lent. None if all have been returned."""
+        with claim.lock:
+            if not claim.lent_slots:
+                return None
+            claim.lent_slots -= 1
+        lent = LentSlot(self)
+        self.ready.put(lent)
+        return lent
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -3107,7 +3206,7 @@ class Fetcher:
         if jobs:
             return
         if self.worker.burst:
-            if not self._is_rate_limited():
+            if not self.worker.app.waits_for_rates or not self._is_rate_limited():
                 self.idle_generation = generation
                 until(self._may_have_jobs, NEVER)
         elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
@@ -3128,7 +3227,7 @@ class Fetcher:
         except Refused:
             return False        # an older engine cannot tell
         for row in page['queues']:
-            if row['oldest_age'] is not None and row['rate'] and not row['paused']:
+            if is_held_back(row):
                 self.worker.stopping.wait(min(1, row['per'] / row['rate']))
                 return True
         return False
@@ -3178,9 +3277,9 @@ class Fetcher:
 def call_hook(event, function, *args):
     try:
         function(*args)
-    except Interruption:
-        raise
     except BaseException as error:
+        if event == 'start' and isinstance(error, Interruption):
+            raise       # the handler must not run
         name = getattr(function, '__qualname__', function)
         note(logging.ERROR, 'the hook %r, %s, failed: %s', event, name, last_line(error))
 
@@ -3543,7 +3642,7 @@ class Worker:
         self.next_generation = itertools.count(1).__next__
         # touched by the main thread only
         self.was_signalled = False
-        for config in app.registered.values():
+        for config in app.configs.values():
             self._add(config, concurrency or config.concurrency)
 
     def _add(self, config, concurrency):
@@ -3620,7 +3719,7 @@ class Worker:
             with self._signal_handlers():
                 self._start()
                 error = self._wait()
-                self._shut_down()
+                Shutdown(self).run()
         finally:
             log_writer.stop(REPORT_GRACE)
         if error is not None:
@@ -3653,7 +3752,7 @@ class Worker:
         """Whether handlers run in this process, and not only in processes of their own."""
         return not all(consumer.config.isolate for consumer in self.consumers)
 
-    def _call_stop_hooks(self):
+    def call_stop_hooks(self):
         for function in self.app.hooks['stop_worker'] if self._runs_handlers() else ():
             call_hook('stop_worker', function)
 
@@ -3686,53 +3785,6 @@ class Worker:
         self.was_signalled = True
         self.stop()
 
-    def _shut_down(self):
-        """Wait for running handlers, report their outcomes, release the rest, end the threads."""
-        deadline = time.monotonic() + self.grace
-        self.stopping.set()
-        self.release()
-        for slot in self.slots():
-            slot.on_stop()
-        running = sum(len(consumer.in_flight) for consumer in self.consumers)
-        if not self.burst or running:
-            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, self.grace)
-        self._end_polls()
-        until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
-        self.release(Lost)
-        self._release_strays()
-        report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
-        until(lambda: not self.count_unreported(), report_deadline)
-        if self.count_unreported():
-            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
-                 'again', self.count_unreported())
-        until(self.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
-        self._end_threads()
-
-    def _end_polls(self):
-        """Shut down the connections of the fetchers: first for sending, then both ways.
-
-        In between, responses in flight still arrive, and their jobs are released.
-        """
-        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
-            for consumer in self.consumers:
-                consumer.fetcher.client.shutdown(how)
-            until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
-
-    def _release_strays(self):
-        """Release jobs of polls whose responses were lost.
-
-        Some proxies drop the response when the client half-closes its connection.
-        """
-        cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
-        if cut_off:
-            time.sleep(STRAY_DELAY)
-        for consumer in cut_off:
-            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
-                consumer.release_strays()
-
-    def _fetchers_ended(self):
-        return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
-
     def release(self, interruption=None):
         """Release the claims that have not started; with an interruption also the running ones."""
         for consumer in self.consumers:
@@ -3740,28 +3792,98 @@ class Worker:
                 if consumer.finish(claim, RELEASED, interruption):
                     note(logging.INFO, '%s released', claim)
 
+
+class Shutdown:
+    """The orderly end of a worker: what runs may end, what does not is released."""
+
+    def __init__(self, worker):
+        # constant
+        self.worker = worker
+        self.deadline = time.monotonic() + worker.grace     # for the running handlers
+
+    def run(self):
+        self._stop_claiming()
+        self._wait_for_handlers()
+        self._wait_for_reports()
+        until(self.worker.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
+        self._end_threads()
+
+    def _stop_claiming(self):
+        worker = self.worker
+        worker.stopping.set()
+        worker.release()
+        for slot in worker.slots():
+            slot.on_stop()
+        running = sum(len(consumer.in_flight) for consumer in worker.consumers)
+        if not worker.burst or running:
+            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, worker.grace)
+        self._end_polls()
+
+    def _end_polls(self):
+        """Shut down the connections of the fetchers: first for sending, then both ways.
+
+        In between, responses in flight still arrive, and their jobs are released.
+        """
+        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+            for consumer in self.worker.consumers:
+                consumer.fetcher.client.shutdown(how)
+            until(self._have_fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _have_fetchers_ended(self):
+        return not any(consumer.fetcher.thread.is_alive() for consumer in self.worker.consumers)
+
+    def _wait_for_handlers(self):
+        """Wait until all have returned, and release those that have not at the deadline."""
+        consumers = self.worker.consumers
+        until(lambda: not any(consumer.in_flight for consumer in consumers), self.deadline)
+        self.worker.release(Lost)
+        self._release_strays()
+
+    def _release_strays(self):
+        """Release jobs of polls whose responses were lost.
+
+        Some proxies drop the response when the client half-closes its connection.
+        """
+        cut_off = [consumer for consumer in self.worker.consumers if consumer.fetcher.was_cut_off]
+        if cut_off:
+            time.sleep(STRAY_DELAY)
+        for consumer in cut_off:
+            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
+                consumer.release_strays()
+
+    def _wait_for_reports(self):
+        deadline = max(self.deadline, time.monotonic() + REPORT_GRACE)
+        until(lambda: not self.worker.count_unreported(), deadline)
+        unreported = self.worker.count_unreported()
+        if unreported:
+            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
+                 'again', unreported)
+
     def _end_threads(self):
-        self.closed.set()
-        for slot in self.slots():
+        worker = self.worker
+        worker.closed.set()
+        for slot in worker.slots():
             slot.consumer.ready.put(None)
-        for session in self.sessions.values():
+        for session in worker.sessions.values():
             session.reporter.to_report.put(None)
             session.heartbeat.client.close()
             session.client.close()
-        for consumer in self.consumers:
+        for consumer in worker.consumers:
             consumer.fetcher.client.close()
-        until(lambda: not any(slot.is_terminating for slot in self.slots()),
+        until(lambda: not any(slot.is_terminating for slot in worker.slots()),
               time.monotonic() + TERM_GRACE + 1)
-        for slot in self.slots():
+        for slot in worker.slots():
             slot.kill()
-        if self.started_event_loop:
-            self.started_event_loop.stop()
-        until(self._threads_ended, time.monotonic() + REPORT_GRACE)
-        self._call_stop_hooks()
+        if worker.started_event_loop:
+            worker.started_event_loop.stop()
+        until(self._have_threads_ended, time.monotonic() + REPORT_GRACE)
+        worker.call_stop_hooks()
 
-    def _threads_ended(self):
-        hung = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
-        return not set(self.threads.copy()).difference(hung)
+    def _have_threads_ended(self):
+        """Whether all have ended, except those of interrupted handlers, which may hang."""
+        interrupted = self.worker.interruptions.interrupted_at
+        abandoned = [getattr(slot, 'thread', None) for slot in interrupted]
+        return not set(self.worker.threads.copy()).difference(abandoned)
 
 
 # -- Handlers in processes of their own ------------------------------------------------------------
@@ -3775,12 +3897,17 @@ STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
 DROP_PROGRESS = 'drop'      # discard older progress; echoed once none is being sent
 LOGGED = 'logged'           # the attributes of a log record
+WAITING = 'waiting'         # the handler waits for a job; answered with whether it lent its slot
+RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
 HOOKS_CALLED = 'hooks'      # the process can take the next job
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
-STOP = 'stop'               # sent to the process when the worker stops; None: end now
+# Kinds of messages to that process, besides the answers to its own.
+JOB = 'job'                 # run this job
+STOP = 'stop'               # the worker stops
+END = 'end'                 # end, after the hooks
 
 # the events of App.on() whose hooks run in the process of the handler
 CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
@@ -3792,7 +3919,6 @@ class ChildSettings(NamedTuple):
     surroundings: list      # places of the functions of around()
     hooks: dict             # event -> list of places
     client: tuple           # the arguments of Client
-    concurrency: int        # of the queue
     log_levels: dict        # name of a logger -> level
 
 
@@ -3850,7 +3976,6 @@ class IsolatedSlot(Slot):
             {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
              for event in CHILD_EVENTS},
             self.consumer.session.settings,
-            self.consumer.concurrency,
             {logger.name: logger.level for logger in loggers if getattr(logger, 'level', 0)})
 
     def _receive(self):
@@ -3873,14 +3998,9 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # it was finished from outside before a process had it
             return claim.outcome
-        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
-            if kind == PROGRESS_MADE:
-                claim.show_progress(value)
-            if kind == DROP_PROGRESS:
-                claim.drop_progress()
-                self._write(DROP_PROGRESS)
-            if kind == LEFT:
-                self.consumer.let_go(claim)
+        while kind in (STARTED, *self.requests):
+            if kind != STARTED:
+                self.requests[kind](self, claim, value)
             kind, value = self._receive()
         if kind == FINISHED:
             self.jobs_run += 1
@@ -3890,6 +4010,36 @@ class IsolatedSlot(Slot):
         self.close()
         error = Crashed(value)
         return failure(error, value, **self.consumer.handlers.retry_fields(error, claim.job))
+
+    def _on_progress(self, claim, text):
+        claim.show_progress(text)
+
+    def _on_drop_progress(self, claim, _):
+        claim.drop_progress()
+        self._write((DROP_PROGRESS, None))
+
+    def _on_left(self, claim, _):
+        self.consumer.let_go(claim)
+
+    def _on_waiting(self, claim, job):
+        try:
+            answer = claim.begin_wait(job)
+        except Error as error:
+            answer = str(error)
+        self._write((WAITING, answer))
+
+    def _on_resuming(self, claim, _):
+        claim.take_slot_back()
+        self._write((RESUMING, None))
+
+    # of the running handler, by the kind of message
+    requests = {
+        PROGRESS_MADE: _on_progress,
+        DROP_PROGRESS: _on_drop_progress,
+        LEFT: _on_left,
+        WAITING: _on_waiting,
+        RESUMING: _on_resuming,
+    }
 
     def _send(self, claim):
         """Send the job; returns the first answer.
@@ -3902,7 +4052,7 @@ class IsolatedSlot(Slot):
                 self._start_process()
             if claim.outcome:
                 break
-            self._write(claim.job)
+            self._write((JOB, claim.job))
             message = HOOKS_CALLED, None
             while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
@@ -3916,7 +4066,7 @@ class IsolatedSlot(Slot):
             self.pipe.send(message)
 
     def on_stop(self):
-        self._write(STOP)
+        self._write((STOP, None))
 
     def call_hooks(self, event, claim, value):
         """Call the hooks that the process could not find, and wait until it has called the others.
@@ -3957,7 +4107,7 @@ class IsolatedSlot(Slot):
         if self.process is None:
             return
         if self.consumer.hooks['stop_worker']:
-            self._write(None)
+            self._write((END, None))
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
         self.kill()
@@ -4014,8 +4164,15 @@ class ChildClaim(Saver):
                 self.child.send(LEFT)
             raise Lost('the worker stops: the job is given back')
 
-    def holds_last_slot(self):
-        return self.child.settings.concurrency == 1
+    def begin_wait(self, job):
+        seen = {name: job.get(name) for name in ('id', 'queue', 'status')}
+        answer = self.child.ask(WAITING, seen)
+        if isinstance(answer, str):
+            raise Error(answer)
+        return answer
+
+    def take_slot_back(self):
+        self.child.ask(RESUMING)
 
     def show_progress(self, text):
         self.has_progress = True
@@ -4023,8 +4180,7 @@ class ChildClaim(Saver):
 
     def drop_progress(self):
         if self.has_progress:
-            self.child.send(DROP_PROGRESS)
-            self.child.progress_dropped.get()
+            self.child.ask(DROP_PROGRESS)
             self.has_progress = False
 
     def run_coroutine(self, coroutine):
@@ -4075,7 +4231,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
-        self.progress_dropped = SimpleQueue()
+        self.answers = {kind: SimpleQueue() for kind in (DROP_PROGRESS, WAITING, RESUMING)}
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -4088,6 +4244,11 @@ class Child:
     def send(self, kind, value=None):
         with self.send_lock:
             self.pipe.send((kind, value))
+
+    def ask(self, kind, value=None):
+        """Send a message to the worker, and wait for the answer."""
+        self.send(kind, value)
+        return self.answers[kind].get()
 
     def load(self):
         settings = self.settings
@@ -4145,13 +4306,13 @@ class Child:
     def _receive_jobs(self):
         with contextlib.suppress(EOFError, OSError):
             while True:
-                message = self.pipe.recv()
-                if message == STOP:
+                kind, value = self.pipe.recv()
+                if kind == STOP:
                     self.stopping.set()
-                elif message == DROP_PROGRESS:
-                    self.progress_dropped.put(None)
+                elif kind in self.answers:
+                    self.answers[kind].put(value)
                 else:
-                    self.jobs.put(message)
+                    self.jobs.put(value)        # END has None
         signal_group(multiprocessing.current_process(), KILL)
         os._exit(1)
 
@@ -4364,23 +4525,32 @@ def program_slots():
     return [slot for worker in list(default.workers) for slot in worker.slots()]
 
 
-def command_exec(client, options):
-    """Work on a queue by running a program."""
-    if not shutil.which(options.program[0]):
-        raise Misuse(f'there is no program {options.program[0]}')
-    require_temporary_folder()
+class Program:
+    """The handler of a queue that runs a program for each job."""
 
-    def program(payload):
-        claim = current.get()
-        is_plain = options.text and isinstance(payload, str)
+    slot_type = ProgramSlot
+
+    def __init__(self, command, is_text):
+        self.command = command      # a list: the program and its arguments
+        self.is_text = is_text      # a payload that is a string is not quoted
+
+    def __call__(self, payload):
+        is_plain = self.is_text and isinstance(payload, str)
         text = payload if is_plain else as_json(payload, 'payload')
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise Abort(f'the payload cannot be written as UTF-8: {error}') from None
-        return claim.slot.execute(options.program, data, claim)
+        claim = current.get()
+        return claim.slot.execute(self.command, data, claim)
 
-    program.slot_type = ProgramSlot
+
+def command_exec(client, options):
+    """Work on a queue by running a program."""
+    if not shutil.which(options.program[0]):
+        raise Misuse(f'there is no program {options.program[0]}')
+    require_temporary_folder()
+    program = Program(options.program, options.text)
     default.queue(options.queue, timeout=options.timeout)(program)
     if hasattr(os, 'waitid'):
         threading.Thread(target=reap_orphans, args=(program_slots,), daemon=True).start()
@@ -4483,7 +4653,7 @@ class Registry:
 
     def __init__(self) -> None:
         # filled by decorators, before run()
-        self.registered = {}            # (queue, host) -> QueueConfig
+        self.configs = {}            # (queue, host) -> QueueConfig
         self.hooks = {
             'start': [], 'success': [], 'failure': [], 'lost': [],
             'start_worker': [], 'stop_worker': [],
@@ -4532,7 +4702,7 @@ class Registry:
         policy = Policy(backoff, retry_on, abort_on)
         timeout = in_seconds(timeout)
         poll_interval = in_seconds(poll_interval)
-        check_all(
+        check_settings(
             poll_interval=poll_interval, concurrency=concurrency,
             **drop_none(max_retries=max_retries, timeout=timeout, max_jobs=max_jobs),
         )
@@ -4584,7 +4754,7 @@ class Registry:
 
         `.delay(...)` sends its arguments as a job, `.adelay(...)` does so in asyncio programs.
         `.options(delay=60).delay(...)` gives the job options of enqueue(), and
-        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are
+        `.schedule(name, cron=...)` makes a job at each tick. `max_retries` and `timeout` are
         sent with each job. `name` is the task's name for producers and workers; by default
         the one under which the function is imported. `settings` are those of the queue, as
         queue() has them; tasks of one queue share them, and the last task's values are used.
@@ -4598,12 +4768,12 @@ class Registry:
         max_running = settings.pop('max_running', None)
         limits = engine_settings(queue, max_running, settings.pop('rate', None))
         timeout = in_seconds(timeout)
-        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
+        check_settings(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
         policy = Policy(backoff, retry_on, abort_on)
 
         def register(function):
             task = name or task_name(function)
-            known = self.registered.get((queue, host), QueueConfig(queue))
+            known = self.configs.get((queue, host), QueueConfig(queue))
             config = known._replace(setup_calls=limits or known.setup_calls, **settings)
             self._register(config, function, task)
             function.policy = policy
@@ -4615,7 +4785,7 @@ class Registry:
         return register if function is None else register(function)
 
     def _register(self, config, function, task=None):
-        """Have a function handle all jobs of a queue, or those for the task of that name."""
+        """Add a function that handles all jobs of a queue, or those for the task of that name."""
         if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
             raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
@@ -4625,17 +4795,17 @@ class Registry:
                 'module'
             )
         key = (config.name, config.host)
-        known = self.registered.get(key, config).functions
+        known = self.configs.get(key, config).functions
         is_mixed = known and (None in known) != (task is None)
         if is_mixed or source_of(known.get(task, function)) != source_of(function):
             raise Misuse(
                 f'the queue {config.name} has another handler already; only tasks, each of a '
                 'name, can share one'
             )
-        self.registered[key] = config._replace(functions={**known, task: function})
+        self.configs[key] = config._replace(functions={**known, task: function})
 
     def on(self, event: str) -> Callable[[F], F]:
-        """Have the decorated function called at an event of each run of a handler.
+        """Call the decorated function at an event of each run of a handler.
 
         hook(job, value) at "start" (None), "success" (the result), "failure" and "lost" (the
         exception). An exception in such a hook is logged and changes nothing. "start_worker" and
@@ -4651,7 +4821,7 @@ class Registry:
         return register
 
     def around(self, function: F) -> F:
-        """Have the decorated generator function, which yields once, wrap each run of a handler.
+        """Wrap each run of a handler in the decorated generator function, which yields once.
 
         It runs in the process of the handler: for database connections, tracing and the like.
         It gets the job if it has a parameter.
@@ -4679,6 +4849,7 @@ class App(Registry):
         super().__init__()
         # written by testing() alone
         self.host = host
+        self.waits_for_rates = True     # in a burst, for the next claims that a rate allows
         # constant
         self.token = token
         self.timeout = timeout
@@ -4701,7 +4872,6 @@ class App(Registry):
         self,
         queue: str,
         payload: Any = None,
-        *,
         host: str | None = None,
         timeout: float | datetime.timedelta | None = None,
         max_retries: int | None = None,
@@ -4710,6 +4880,7 @@ class App(Registry):
         run_at: str | datetime.datetime | None = None,
         priority: int | None = None,
         key: str | None = None,
+        *,
         id: str | None = None,
         after: Any = None,
         after_any: bool | None = None,
@@ -4757,11 +4928,10 @@ class App(Registry):
         every: float | datetime.timedelta | None = None,
         zone: str | None = None,
         payload: Any = None,
-        *,
         host: str | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Have a job made at each tick; see Client.schedule. Returns the schedule."""
+        """Make a job at each tick; see Client.schedule. Returns the schedule."""
         return self.client(host).schedule(
             name, queue, cron=cron, every=every, zone=zone, payload=payload, **options)
 
@@ -4787,7 +4957,7 @@ class App(Registry):
         max_hung: int = MAX_HUNG,
         concurrency: int | None = None,
     ) -> None:
-        """Work on the registered queues until SIGTERM, SIGINT or stop().
+        """Work on the declared queues until SIGTERM, SIGINT or stop().
 
         With `burst` until nothing is due. Returns after an orderly end. Raises SystemExit(1) if
         `max_hung` handlers hang. In the main thread, unless `burst`, it ends the process if
@@ -4798,15 +4968,16 @@ class App(Registry):
                 'run() runs where isolate=True imports the script: put it behind '
                 "if __name__ == '__main__':"
             )
-        if not self.registered:
+        if not self.configs:
             raise Error('there is no handler: decorate a function with @queue("name")')
-        check('max_hung', max_hung, 1)
+        check_number('max_hung', max_hung, 1)
         if concurrency is not None:
-            check('concurrency', concurrency, 1)
+            check_number('concurrency', concurrency, 1)
         set_up_log()
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
         if not burst:
+            return_free_memory()
             report = functools.partial(report_undeclared, worker)
             threading.Thread(target=report, daemon=True).start()
         self.workers.append(worker)
@@ -4824,7 +4995,7 @@ class App(Registry):
             raise SystemExit(code)
 
     def stop(self) -> None:
-        """Have run() end as after SIGTERM, from any thread."""
+        """End run() as SIGTERM does, from any thread."""
         for worker in list(self.workers):
             worker.stop()
 
@@ -4867,8 +5038,9 @@ def enqueue_method(app, queue, host):
             )
         return app.enqueue(queue, payload, **{'host': host, **options})
 
-    parameters = list(inspect.signature(app.enqueue).parameters.values())
-    enqueue.__signature__ = inspect.Signature(parameters[1:])
+    _, first, *options = inspect.signature(app.enqueue).parameters.values()
+    by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    enqueue.__signature__ = inspect.Signature([first, *by_name])
     return enqueue
 
 
@@ -4899,7 +5071,7 @@ class TaskSender:
         return await self.app.aenqueue(self.queue, payload, **self.enqueue_options)
 
     def schedule(self, name, cron=None, every=None, zone=None, args=(), kwargs=None, **options):
-        """Have the task called with these arguments at each tick; see rw.schedule()."""
+        """Call the task with these arguments at each tick; see rw.schedule()."""
         payload = self._payload(args, kwargs or {})
         merged = {**self.enqueue_options, **options}
         return self.app.schedule(
@@ -4959,7 +5131,7 @@ def source_of(function):
     return file, getattr(function, '__qualname__', function)
 
 
-def check(name, value, minimum, types=int):
+def check_number(name, value, minimum, types=int):
     """Misuse unless the setting is a number from `minimum`."""
     is_number = isinstance(value, types) and not isinstance(value, bool)
     if not is_number or not minimum <= value < float('inf'):
@@ -4967,10 +5139,10 @@ def check(name, value, minimum, types=int):
         raise Misuse(f'{name} must be a {kind} from {minimum:g}, not {value!r}')
 
 
-def check_all(**settings):
+def check_settings(**settings):
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
-        check(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
+        check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
 
 
 def check_call(function, args, kwargs=None):
@@ -4991,7 +5163,7 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     limits = drop_none(
         max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_all(**limits, **schedule)
+    check_settings(**limits, **schedule)
     is_cron = 'cron' in schedule or 'zone' in schedule
     if is_cron and ('every' in schedule or not isinstance(cron, str) or not cron):
         raise Misuse(
@@ -5062,6 +5234,17 @@ def iter_jobs(client, **filters):
     return iter_pages(client.jobs, 'jobs', limit=1000, **filters)
 
 
+def return_free_memory():
+    """Return memory to the system: compiling this file takes 9 MB, which glibc would keep."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # it is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_held_back(row):
+    """Whether a rate holds back due jobs of a queue, given as the engine describes it."""
+    return row['oldest_age'] is not None and row['rate'] and not row['paused']
+
+
 def set_up_log():
     """Log to stderr, until the program sets up logging itself."""
     if not log.hasHandlers():
@@ -5106,7 +5289,7 @@ ADD_COLUMNS = [     # to a table of the first version
     'ALTER TABLE rundown_outbox ADD COLUMN taken_by TEXT',
     'ALTER TABLE rundown_outbox ADD COLUMN taken_at BIGINT',
 ]
-NUMBER_ROWS = [     # of a table that version 1.1 made through Django's connection to SQLite
+NUMBER_ROWS = [     # of a table of version 1.1 in SQLite
     'ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered',
     CREATE_IN_SQLITE,
     'INSERT INTO rundown_outbox (job, error, taken_by, taken_at) '
@@ -5141,7 +5324,7 @@ def enqueue_in(
         now = datetime.datetime.now(datetime.timezone.utc)
         run_at = now + datetime.timedelta(seconds=clamp_delay(delay or 0))
     id = id or new_id()
-    Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
+    outbox_of(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
     Forwarder.last_write = time.monotonic()
     return id
 
@@ -5160,11 +5343,11 @@ def driver_connection(connection):
     return getattr(connection, 'dbapi_connection', connection)
 
 
-def database_of(connection):
-    """The Database of a connection; Misuse if it is of no supported kind."""
+def outbox_of(connection):
+    """The Outbox in the database of a connection; Misuse if the connection is not supported."""
     connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
-        return SQLite(connection)
+        return SQLiteOutbox(connection)
     is_asynchronous = (
         inspect.iscoroutinefunction(getattr(connection, 'commit', None))
         or has_class_of(connection, 'sqlite')       # an adapter of aiosqlite
@@ -5172,7 +5355,7 @@ def database_of(connection):
     if is_asynchronous or not hasattr(connection, 'cursor'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
-    return Database(connection)
+    return Outbox(connection)
 
 
 def has_class_of(connection, name):
@@ -5180,8 +5363,8 @@ def has_class_of(connection, name):
     return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
-class Database:
-    """The connection of psycopg, psycopg2, or another driver that writes parameters as %s."""
+class Outbox:
+    """The table rundown_outbox, for psycopg, psycopg2, or another driver with parameters as %s."""
 
     parameter = '%s'
     create_table = CREATE_IN_POSTGRESQL
@@ -5191,156 +5374,61 @@ class Database:
         self.connection = connection
         self.makes_table = has_class_of(connection, 'psycopg')      # others may have other types
 
-    def commits_each_statement(self):
-        """Is no transaction open, and does the next statement not open one?"""
-        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
-        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
-
-    def execute(self, statement, *values):
-        """The rows of a statement as tuples, also if the connection has a row factory."""
-        with contextlib.closing(self.connection.cursor()) as cursor:
-            self._have_plain_rows(cursor)
-            cursor.execute(statement.replace('?', self.parameter), values)
-            rows = cursor.fetchall() if cursor.description else []
-        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    def _have_plain_rows(self, cursor):
-        if hasattr(self.connection, 'row_factory'):     # psycopg
-            cursor.row_factory = lambda cursor: tuple
-
-    def execute_guarded(self, statement, *values):
-        """execute(). If it fails, the transaction can go on."""
-        if self.commits_each_statement():
-            return self.execute(statement, *values)
-        self.execute('SAVEPOINT rundown')
-        try:
-            rows = self.execute(statement, *values)
-        except Exception:
-            self.execute('ROLLBACK TO SAVEPOINT rundown')
-            self.execute('RELEASE SAVEPOINT rundown')
-            raise
-        self.execute('RELEASE SAVEPOINT rundown')
-        return rows
-
-    def repair(self):
-        """Mend a table that older versions made wrong, though no statement fails on it."""
-
-
-class SQLite(Database):
-    """A connection of sqlite3."""
-
-    parameter = '?'
-    create_table = CREATE_IN_SQLITE
-
-    def __init__(self, connection):
-        super().__init__(connection)
-        self.makes_table = True
-
-    def commits_each_statement(self):
-        if self.connection.in_transaction:
-            return False
-        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
-        return self.connection.isolation_level is None if autocommit == -1 else autocommit
-
-    def _have_plain_rows(self, cursor):
-        cursor.row_factory = None
-
-    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
-    execute_guarded = Database.execute
-
-    def repair(self):
-        """Number the rows of a table that lacks numbers.
-
-        Its jobs are all sent again, since it does not tell which of them the engine has. The
-        engine recognizes their ids.
-        """
-        if not self._lacks_numbers():
-            return
-        begins = not self.connection.in_transaction
-        if begins:
-            self.execute('BEGIN IMMEDIATE')
-        if self._lacks_numbers():       # still, now that no other forwarder can repair it
-            for statement in NUMBER_ROWS:
-                self.execute(statement)
-            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
-        if begins:
-            self.execute('COMMIT')
-        else:
-            self.connection.commit()
-
-    def _lacks_numbers(self):
-        return self.execute(
-            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
-            "AND sql LIKE '%BIGSERIAL%'")
-
-
-class Outbox:
-    """The table rundown_outbox in the database of a connection."""
-
-    def __init__(self, connection):
-        # constant
-        self.database = database_of(connection)
-        self.connection = self.database.connection
-        self.execute = self.database.execute
-
+    # In the transaction of a producer, which goes on if a statement fails.
     def insert(self, text):
-        """Add a job, as JSON text, to the producer's transaction."""
-        if self.database.commits_each_statement():
+        """Add a job, as JSON text."""
+        if self.commits_each_statement():
             raise Misuse('the connection is in autocommit mode, so the job would be enqueued '
                          'even if your other statements fail: begin a transaction first')
-        self._execute_on_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
+        self.use_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
 
     def find(self, id):
         """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
-        rows = self._execute_on_table(
-            'SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
+        rows = self.use_table('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
         for text, error in rows:
             fields = json.loads(text)
             if fields['id'] == id:
                 return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
         return None
 
-    def prepare(self):
-        """Make the table, or bring one of an older version up to date, and commit."""
-        self._execute_on_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
-        self.connection.commit()
-        self.database.repair()
-
-    def _execute_on_table(self, statement, *values):
-        """The rows of a statement in a transaction that goes on if it fails.
-
-        If the table or a column is missing, it is made, and the statement is executed again.
-        """
+    def use_table(self, statement, *values):
+        """The rows of a statement. If the table or a column is missing, it is made."""
         try:
-            return self.database.execute_guarded(statement, *values)
+            return self.execute_guarded(statement, *values)
         except Exception as error:          # each driver has its own classes
             problem = first_line(error)
             if not re.search('rundown_outbox|taken_(at|by)', problem):
                 raise
         problems = [problem, *self._make_missing(problem)]
         try:
-            return self.database.execute_guarded(statement, *values)
+            return self.execute_guarded(statement, *values)
         except Exception as error:
             problems.append(first_line(error))
             raise Error('the table rundown_outbox cannot be used, nor made: '
                         f'{"; ".join(problems)}. The statement that makes it: '
-                        f'{self.database.create_table}') from error
+                        f'{self.create_table}') from error
 
     def _make_missing(self, problem):
         """Make the table, or its columns. Returns problems in that: others may make it just now."""
         changes = []
         if 'taken_' in problem:
             changes = ADD_COLUMNS
-        elif self.database.makes_table:
+        elif self.makes_table:
             # The first fails if another producer has just made the table. Indexes on a table in
             # which others write could lead to a deadlock.
-            changes = [self.database.create_table, *CREATE_INDEXES]
+            changes = [self.create_table, *CREATE_INDEXES]
         try:
             for change in changes:
-                self.database.execute_guarded(change)
+                self.execute_guarded(change)
         except Exception as error:
             return [first_line(error)]
         return []
+
+    # In transactions of a forwarder.
+    def prepare(self):
+        """Make the table, or bring one of an older version up to date."""
+        self.use_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
+        self.connection.commit()
 
     def read(self, statement, *values):
         """The rows of a statement in a transaction of its own."""
@@ -5358,6 +5446,87 @@ class Outbox:
         except Exception:
             self.connection.rollback()      # raises if the connection is lost
             self.read(statement, *values)
+
+    # Differences between drivers.
+    def commits_each_statement(self):
+        """Is no transaction open, and does the next statement not open one?"""
+        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
+        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
+
+    def execute_guarded(self, statement, *values):
+        """execute(). If it fails, the transaction can go on."""
+        if self.commits_each_statement():
+            return self.execute(statement, *values)
+        self.execute('SAVEPOINT rundown')
+        try:
+            rows = self.execute(statement, *values)
+        except Exception:
+            self.execute('ROLLBACK TO SAVEPOINT rundown')
+            self.execute('RELEASE SAVEPOINT rundown')
+            raise
+        self.execute('RELEASE SAVEPOINT rundown')
+        return rows
+
+    def execute(self, statement, *values):
+        """The rows of a statement as tuples, also if the connection has a row factory."""
+        with contextlib.closing(self.connection.cursor()) as cursor:
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                cursor.row_factory = self.row_factory
+            cursor.execute(statement.replace('?', self.parameter), values)
+            rows = cursor.fetchall() if cursor.description else []
+        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
+
+    @staticmethod
+    def row_factory(cursor):
+        return tuple
+
+
+class SQLiteOutbox(Outbox):
+    """The table in a database of sqlite3."""
+
+    parameter = '?'
+    create_table = CREATE_IN_SQLITE
+    row_factory = None
+    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
+    execute_guarded = Outbox.execute
+
+    def __init__(self, connection):
+        super().__init__(connection)
+        self.makes_table = True
+
+    def commits_each_statement(self):
+        if self.connection.in_transaction:
+            return False
+        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        return self.connection.isolation_level is None if autocommit == -1 else autocommit
+
+    def prepare(self):
+        super().prepare()
+        if self._lacks_numbers():
+            self._number_rows()
+
+    def _lacks_numbers(self):
+        return self.execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
+            "AND sql LIKE '%BIGSERIAL%'")
+
+    def _number_rows(self):
+        """Number the rows of a table that version 1.1 made through Django's connection.
+
+        Its jobs are all sent again, since it does not tell which of them the engine has. The
+        engine recognizes their ids.
+        """
+        begins = not self.connection.in_transaction
+        if begins:
+            self.execute('BEGIN IMMEDIATE')
+        if self._lacks_numbers():       # still, now that no other forwarder can change that
+            for statement in NUMBER_ROWS:
+                self.execute(statement)
+            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
+        if begins:
+            self.execute('COMMIT')
+        else:
+            self.connection.commit()
 
 
 def first_line(error):
@@ -5377,7 +5546,7 @@ class Forwarder:
 
     def __init__(self, connection, client, send, keep):
         # constant
-        self.outbox = Outbox(connection)
+        self.outbox = outbox_of(connection)
         self.client = client
         self.send = send            # client.send or client.call
         self.keep = keep            # seconds for which rows are kept that the engine took
@@ -5650,20 +5819,20 @@ class DjangoTasks:
     def get_result(self, result_id):
         job = self._find_in_outbox(result_id)
         if not job:
-            with missing_as_django_says(result_id):
+            with missing_result(result_id):
                 job = default.client(self.host).job(result_id)
         return self.stored_result(job)
 
     async def aget_result(self, result_id):
         job = self.database and await asgiref.sync.sync_to_async(self._find_in_outbox)(result_id)
         if not job:
-            with missing_as_django_says(result_id):
+            with missing_result(result_id):
                 client = default.client(self.host)
-                job = await async_calls().call(client, '/jobs/' + quote(result_id))
+                job = await async_calls.call(client, '/jobs/' + quote(result_id))
         return self.stored_result(job)
 
     def _find_in_outbox(self, id):
-        return self.database and Outbox(django.db.connections[self.database]).find(id)
+        return self.database and outbox_of(django.db.connections[self.database]).find(id)
 
     def stored_result(self, job):
         """The TaskResult of a job as the engine or the outbox has it."""
@@ -5739,11 +5908,12 @@ class DjangoAttempt:
 
     def _end(self, value=None, error=None):
         """Send task_finished, unless another attempt follows."""
-        status = 'FAILED' if error else 'SUCCESSFUL'
-        if error:
+        succeeded = error is None       # an exception may be false, as an empty container is
+        if not succeeded:
             self.result.errors.append(django_error(error_text(error)))
         try:
-            if not error or is_last_attempt(error):
+            if succeeded or is_last_attempt(error):
+                status = 'SUCCESSFUL' if succeeded else 'FAILED'
                 set_fields(
                     self.result,
                     _return_value=value,
@@ -5772,8 +5942,8 @@ def set_fields(result, **fields):
 
 
 @contextlib.contextmanager
-def missing_as_django_says(id):
-    """Raise Django's exception if the engine does not have the job."""
+def missing_result(id):
+    """Raise Django's exception instead of the refusal of an engine that does not have the job."""
     try:
         yield
     except Refused as error:
@@ -5877,9 +6047,9 @@ def register_django_queues(backends, names):
     for backend in backends:
         for queue in names or sorted(backend.queues):
             is_allowed = not backend.queues or queue in backend.queues
-            if is_allowed and (queue, backend.host) not in default.registered:
+            if is_allowed and (queue, backend.host) not in default.configs:
                 default.queue(queue, host=backend.host)(django_handler(backend))
-    served = {queue for queue, _ in default.registered}
+    served = {queue for queue, _ in default.configs}
     unknown = [repr(name) for name in names if name not in served]
     if unknown or not served:
         raise Misuse('no rundown_workers.DjangoBackend in the setting TASKS has '
@@ -5918,25 +6088,34 @@ class Testing:
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also jobs that are delayed or wait for a retry: the clock moves on to them.
+        With `delayed` also jobs that are delayed, wait for a retry, or are held back by a rate:
+        the clock moves on to them.
         """
-        self.app.run(burst=True, **options)
-        while delayed:
-            later = self._next_run()
-            if later is None:
-                return
-            self.advance(later - self.clock.time() + 0.01)
+        self.app.waits_for_rates = not delayed
+        try:
             self.app.run(burst=True, **options)
+            while delayed:
+                pause = self._pause()
+                if pause is None:
+                    return
+                self.advance(pause)
+                self.app.run(burst=True, **options)
+        finally:
+            self.app.waits_for_rates = True
 
-    def _next_run(self):
-        """The earliest time at which a job of the registered queues is due; None: there is none."""
-        queues = {queue for queue, _ in self.app.registered}
-        times = [
-            datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')).timestamp()
-            for job in iter_jobs(self.client, status='pending')
-            if job['queue'] in queues
+    def _pause(self):
+        """Seconds until more jobs of the declared queues can be claimed; None: there are none."""
+        queues = {queue for queue, _ in self.app.configs}
+        now = self.clock.time()
+        pauses = [
+            parse_time(job['next_run_at']) - now + 0.01
+            for job in iter_jobs(self.client, status='pending') if job['queue'] in queues
         ]
-        return min((at for at in times if at > self.clock.time()), default=None)
+        pauses += [
+            row['per'] for row in iter_pages(self.client.queues, 'queues')
+            if row['queue'] in queues and is_held_back(row)
+        ]
+        return min((pause for pause in pauses if pause > 0), default=None)
 
 
 def import_engine():
@@ -6496,7 +6675,7 @@ COMMANDS = [
             '--per', type=limit_argument, metavar='S', default=argparse.SUPPRESS,
             help='seconds for --rate claims (1)'),
     ]),
-    Command('schedule', command_call, 'have a job made at each tick', [
+    Command('schedule', command_call, 'make a job at each tick', [
         argument('name'),
         argument('queue'),
         PAYLOAD,

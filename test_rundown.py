@@ -1482,6 +1482,20 @@ def test_a_heartbeat_tells_the_next_engine_that_the_clock_was_set_back(clocked, 
     assert clocked.poll(q)
 
 
+@pytest.mark.parametrize("back", [3600, 1800.5])
+def test_a_clock_set_back_and_a_restart_keep_a_schedule_going(clocked, q, back):
+    clocked.post("/schedule", name=q, queue=q, every=600)
+    for _ in range(7):
+        clocked.advance(600)
+    assert clocked.count(q) == 7
+    clocked.stop()
+    clocked.clock.wall -= back
+    clocked.start()
+    for _ in range(4):
+        clocked.advance(602)
+    assert clocked.count(q) == 11
+
+
 def test_a_clock_set_back_and_a_restart_keep_times_leases_and_jobs_that_run(clocked, q):
     at = (datetime.datetime(2027, 1, 15, 8) + datetime.timedelta(hours=2)).isoformat() + "Z"
     clocked.enqueue(q + "-timed", run_at=at)
@@ -1575,6 +1589,29 @@ def test_jobs_come_newest_first_and_in_pages(engine, q):
             break
         page = engine.get("/jobs?limit=3&queue=%s&after=%s" % (q, after))
     assert seen == [[6, 5, 4], [3, 2, 1], [0]]
+
+
+def test_paging_goes_on_when_the_last_job_of_a_page_is_purged(engine, q):
+    ids = [engine.enqueue(q, id="%s-%d" % (q, number))["id"] for number in range(6)]
+    by_id = engine.get("/jobs?limit=2&queue=%s&after=%s" % (q, ids[4]))
+    assert [job["id"] for job in by_id["jobs"]] == [ids[3], ids[2]]
+    waiting = engine.enqueue(q, after=ids)["id"]
+    for path, order in (("/jobs?limit=2&queue=" + q, [waiting, *ids[::-1]]), ("/jobs?limit=2&needed_by=" + waiting, ids)):
+        page = engine.get(path)
+        assert [job["id"] for job in page["jobs"]] == order[:2]
+        engine.post("/purge", id=order[1])
+        page = engine.get("%s&after=%s" % (path, page["after"]))
+        assert [job["id"] for job in page["jobs"]] == [id for id in order[2:] if engine.call("GET", "/jobs/" + id)[0] == 200][:2]
+
+
+def test_brief_schedules_are_without_payloads_and_one_can_be_asked_for_by_name(engine, q):
+    for name in ("a", "b"):
+        engine.post("/schedule", name=q + name, queue=q, every=60, payload=[1])
+    brief = {schedule["name"]: schedule for schedule in engine.get("/schedules?brief=true")["schedules"]}
+    one, = engine.get("/schedules?name=%sb" % q)["schedules"]
+    assert one["payload"] == [1]
+    assert brief[q + "b"] == {name: value for name, value in one.items() if name != "payload"}
+    assert engine.get("/schedules?name=none")["schedules"] == []
 
 
 def test_a_page_shows_one_state_of_the_database(clocked, q, monkeypatch):
@@ -2010,7 +2047,7 @@ def test_a_long_chain_is_cancelled_in_bounded_steps(own, q):
 
 
 def test_a_cancelled_chain_goes_on_being_cancelled_after_kill_9(own, q):
-    engine, length = own(constants={"BATCH_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
+    engine, length = own(constants={"SLICE_ROWS": 1, "CLOCK_CHECK_INTERVAL": 0.05}), 300
     ids = ["%s-%d" % (q, number) for number in range(length)]
     engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
                                   for number, id in enumerate(ids)])
@@ -2424,6 +2461,18 @@ def test_replace_leaves_a_job_that_has_started_as_it_is(clocked, q):
         clocked.tell("fail", claim)
 
 
+@pytest.mark.parametrize("more, status, named", [
+    ({"after": ["a"]}, 400, "after"),
+    ({"group": "other"}, 409, "group"),
+    ({"group": "g"}, 200, None),
+])
+def test_replace_does_not_drop_what_it_cannot_change(engine, q, more, status, named):
+    job = engine.enqueue(q, 1, key="k", group="g")
+    code, answer = engine.call("POST", "/enqueue", {"queue": q, "payload": 2, "key": "k", "replace": True, **more})
+    assert code == status and (named is None or named in answer["error"])
+    assert engine.job(job)["payload"] == (1 if named else 2)
+
+
 @pytest.mark.parametrize("field, value", [("replace", True), ("key_until", "start"), ("after_any", True)])
 def test_what_needs_another_field_is_refused_without_it(engine, q, field, value):
     code, answer = engine.call("POST", "/enqueue", {"queue": q, field: value})
@@ -2442,6 +2491,14 @@ def test_a_clock_set_ahead_expires_nothing_and_shortens_no_backoff_in_a_group(cl
     assert clocked.poll(q + "g") is None
     clocked.advance(91)
     assert clocked.poll(q + "g")["id"] == q + "gB"
+
+
+def test_a_job_expires_by_its_run_at_even_if_that_was_before_it_came(clocked, q):
+    run_at = datetime.datetime.utcfromtimestamp(clocked.clock.wall - 100).isoformat() + "Z"
+    late = clocked.enqueue(q, run_at=run_at, expires=60)
+    good = clocked.enqueue(q, run_at=run_at, expires=160)
+    assert (clocked.job(late)["status"], clocked.job(late)["error"]) == ("cancelled", "expired")
+    assert clocked.poll(q)["id"] == good["id"] and clocked.poll(q) is None
 
 
 def test_a_job_that_has_not_started_in_time_expires(clocked, q):
@@ -3302,6 +3359,8 @@ BAD_CHUNKS = {      # pieces, headers, version
     "a sign": ([b"+5\r\nabcde\r\n0\r\n\r\n"],),
     "0x": ([b"0x5\r\nabcde\r\n0\r\n\r\n"],),
     "a blank before": ([b" 5\r\nabcde\r\n0\r\n\r\n"],),
+    "a blank behind": ([b"5 \r\nabcde\r\n0\r\n\r\n"],),
+    "a tab behind the last": ([b"5\r\nabcde\r\n0\t\r\n\r\n"],),
     "an empty line": ([b"\r\n5\r\nabcde\r\n0\r\n\r\n"],),
     "LF alone": ([b"5\nabcde\n0\n\n"],),
     "LF in an extension": ([b"5;a\nb\r\nabcde\r\n0\r\n\r\n"],),
@@ -3752,7 +3811,7 @@ def test_a_poll_claims_what_fits_into_an_answer_and_one_at_least(own, q):
     sizes = [len(engine.poll(q, limit=1000) or ()) for _ in range(3)]
     assert sizes == [2, 2, 0]
     page = engine.get("/jobs?limit=1000&queue=" + q)
-    assert 2 <= len(page["jobs"]) < 4 and page["after"] == page["jobs"][-1]["id"]
+    assert 2 <= len(page["jobs"]) < 4
     rest = engine.get("/jobs?limit=1000&queue=%s&after=%s" % (q, page["after"]))
     assert len(page["jobs"]) + len(rest["jobs"]) == 4 and rest["after"] is None
     brief = engine.get("/jobs?brief=true&limit=1000&queue=" + q)
@@ -4051,10 +4110,12 @@ def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
 LARGE_ANSWERS = [       # small requests about a job of 8 MB, and schedules and jobs like it
     ("POST /enqueue", {"queue": "Q", "id": "L"}),
     ("POST /enqueue", {"queue": "Q", "key": "L"}),
+    ("POST /enqueue", {"queue": "Q", "key": "P", "replace": True, "payload": 1}),
     ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}] * 60}),
     ("POST /enqueue", {"jobs": [{"queue": "Q", "id": "L"}, {"queue": "Q", "key": "L"}]}),
     ("POST /poll", {"queue": "W", "limit": 9}),
-    ("POST /poll", {"queue": "W", "wait": 1}),
+    ("POST /poll", {"queue": "W", "wait": 0.2}),
+    ("POST /step", {"id": "S", "attempt": 1, "name": "large"}),
     ("POST /schedule", {"name": "L1", "queue": "Q", "every": 9999, "payload": 1}),
     ("GET /jobs/L", None),
     ("GET /jobs/L?wait=0.1", None),
@@ -4064,6 +4125,7 @@ LARGE_ANSWERS = [       # small requests about a job of 8 MB, and schedules and 
     ("GET /jobs?limit=1000", None),
     ("GET /jobs?queue=W", None),
     ("GET /schedules", None),
+    ("POST /complete", {"jobs": [{"id": "none"}] * 9999}),
 ]
 
 
@@ -4072,23 +4134,28 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
     engine = own("--sync", "normal")
     payload = "x" * ((8 << 20) - 1000)
     engine.enqueue("Q", payload, id="L", key="L", tag="L")
+    engine.enqueue("Q", payload, key="P", delay=9999)
+    engine.enqueue("S", id="S")
+    engine.post("/step", id=engine.poll("S")["id"], attempt=1, name="large", result=payload)
     for number in range(3):
-        engine.enqueue("W", payload)
         engine.post("/schedule", name="L%d" % number, queue="Q", every=9999, payload=payload)
+    for _ in range(9):
+        engine.enqueue("W", payload)
     for line, body in LARGE_ANSWERS:
         line += " HTTP/1.1"
         data = request(engine, line, body=b"" if body is None else json.dumps(body).encode())
         with contextlib.ExitStack() as stack:
-            for _ in range(25):
+            clients = []
+            for _ in range(14):
                 client = stack.enter_context(socket.socket())
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.settimeout(20)
                 client.connect((engine.host, engine.port))
                 client.sendall(data)
-            assert engine.get("/health")
-            time.sleep(0.1)
-        status = Path("/proc/%d/status" % engine.process.pid).read_text()
-        peak = int(re.search(r"VmHWM:\s+([0-9]+)", status)[1]) >> 10
-        assert peak < 480, (line, peak)
+                clients.append(client)
+            began = {client.recv(12) for client in clients}     # the rest is not taken
+            assert began <= {b"HTTP/1.1 " + code for code in (b"200", b"204", b"413", b"503")}
+        print(line[:30], time.monotonic());         assert peak(engine) < 300, line     # 160 to 210 where this was measured
 
 
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
@@ -4122,6 +4189,30 @@ def test_batches_that_are_refused_half_way_do_not_hold_up_the_good_ones_beside_t
         assert time.monotonic() - began < 4
     assert answers == [b"HTTP/1.1 200" if number % 9 == 0 else b"HTTP/1.1 400" for number in range(45)]
     assert engine.queue(q)["pending"] == 25000
+
+
+def test_a_parked_poll_that_breaks_a_transaction_is_told_at_once(clocked, q, monkeypatch):
+    """Even if nothing wakes it in the transaction that runs again without it."""
+    breaks = []
+    poll = clocked.server.store.claims.poll
+
+    def breaking(tx, params):
+        if breaks:
+            tx.upsert_queue(q, polled_at=breaks.pop())
+            raise KeyError("a bug")
+        return poll(tx, params)
+
+    def wake(tx):
+        if breaks:
+            tx.wake_polls(q)
+
+    monkeypatch.setattr(clocked.server.store.claims, "poll", breaking)
+    with socket.create_connection((clocked.host, clocked.port), timeout=5) as connection:
+        connection.sendall(packed("/poll", queue=q, wait=20))
+        time.sleep(0.2)
+        breaks.append(0)
+        clocked.server.loop.run_in_transaction(wake)
+        assert connection.recv(12) == b"HTTP/1.1 500"
 
 
 def test_timeouts_come_in_order_move_back_and_forget_clients_that_are_gone():
@@ -4432,46 +4523,6 @@ def test_a_job_with_an_id_that_a_path_cannot_hold_is_there(engine, q):
     assert engine.get("/jobs?id=..")["queue"] == q and "why" in engine.get("/jobs?id=..")
 
 
-SMALL_REQUESTS = [      # whose answer holds a job of 4 MB, or a step's result
-    ("/enqueue", {"queue": "big", "id": "big"}),
-    ("/enqueue", {"queue": "big", "key": "big"}),
-    ("/enqueue", {"jobs": [{"queue": "big", "id": "big"}] * 4}),
-    ("/enqueue", {"queue": "big", "key": "pending", "replace": True, "payload": 1}),
-    ("/step", {"id": "claimed", "attempt": 1, "name": "big"}),
-    ("/poll", {"queue": "many", "wait": 1}),
-    ("/jobs/big", None),
-    ("/jobs/big?wait=0.2", None),
-    ("/jobs?queue=big", None),
-    ("/details/big", None),
-    ("/schedules", None),
-]
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
-def test_small_requests_with_large_answers_that_nobody_takes_need_bounded_memory_whatever_the_call(own, q):
-    engine, large = own("--sync", "normal"), "x" * 4000000
-    engine.enqueue("big", large, id="big", key="big", tag="big", delay=1000)
-    engine.enqueue("big", large, key="pending", delay=1000)
-    engine.post("/schedule", name="big", queue="big", every=1000, payload=large)
-    for _ in range(30):
-        engine.enqueue("many", large)
-    engine.enqueue(q, id="claimed")
-    engine.post("/step", id=engine.poll(q)["id"], attempt=1, name="big", result=large)
-    before = peak(engine)
-    for path, body in SMALL_REQUESTS:
-        with contextlib.ExitStack() as stack:
-            for _ in range(30):
-                client = stack.enter_context(socket.socket())
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                client.connect((engine.host, engine.port))
-                line = ("GET %s HTTP/1.1" if body is None else "POST %s HTTP/1.1") % path
-                client.sendall(request(engine, line, body=b"" if body is None else json.dumps(body).encode()))
-            time.sleep(0.3)
-            until(lambda: engine.get("/health")["version"])
-            assert peak(engine) - before < 350, path
-    until(lambda: engine.enqueue(q)["created"])         # the memory of clients that have left is free
-
-
 def peak(engine):
     """The most memory that the engine has had, in MB."""
     status = Path("/proc/%d/status" % engine.process.pid).read_text()
@@ -4497,10 +4548,10 @@ def test_slow_calls_that_fail_for_clients_that_are_gone_give_their_threads_back(
 STEP_LIMIT = 0.05       # seconds of processor time
 
 
-def large(api, q, count=40, **fields):
-    """Jobs of 500 kB each."""
+def large(api, q, count=40, size=500000, **fields):
+    """Jobs of so many bytes each."""
     for number in range(count):
-        api.enqueue(q, "x" * 500000, id="%s-%d" % (q, number), **fields)
+        api.enqueue(q, "x" * size, id="%s-%d" % (q, number), **fields)
 
 
 def wide(api, q, count=40, **fields):
@@ -4565,6 +4616,30 @@ def set_ahead(api, q):
     api.advance(1)
 
 
+def claims_of(api, q):
+    return [{"id": job["id"], "attempt": 1} for job in api.get("/jobs?brief=true&limit=1000&status=running&queue=" + q)["jobs"]]
+
+
+def large_claims(api, q):
+    large(api, q, 100)
+    while api.poll(q, limit=100):
+        pass
+
+
+def large_dependents(api, q):
+    """One job that 100 large ones wait for, and one more."""
+    api.post("/enqueue", jobs=[{"queue": q + "-first", "id": id} for id in [q, q + "-other"]])
+    large(api, q, 100, after=[q, q + "-other"], after_any=True)
+    api.post("/cancel", id=q)
+    api.advance(1)
+
+
+def late(api, q):
+    """Jobs that have expired, and that the engine has not looked at yet."""
+    large(api, q, 1000, size=90000, expires=9)
+    api.clock.move(10)
+
+
 def many_groups(api, q):
     api.post("/enqueue", jobs=[{"queue": q, "group": "g%d" % (number % 10)} for number in range(5000)])
 
@@ -4593,6 +4668,11 @@ LONG_CHANGES = [
      lambda api, q: api.advance(WEEKS)),
     ("unused queues are forgotten", many_queues, lambda api, q: api.advance(700)),
     ("an engine starts beside many leases that are over", many_running, lambda api, q: (api.clock.move(1), api.start(), api.enqueue(q))),
+    ("a job is retried for which large ones wait", large_dependents, lambda api, q: api.post("/retry", id=q)),
+    ("a poll finds large jobs that have expired", late, lambda api, q: api.poll(q, limit=1000)),
+    ("a batch of large jobs is completed", large_claims, lambda api, q: api.post("/complete", jobs=claims_of(api, q))),
+    ("a batch of large jobs sends heartbeats", large_claims, lambda api, q: api.post("/heartbeat", jobs=[
+        {"progress": "x" * 5000, **claim} for claim in claims_of(api, q)])),
     ("the clock is set ahead beside retries", many_retries, set_ahead),
     ("cancel jobs of groups", many_groups, lambda api, q: api.post("/cancel", queue=q, status="pending")),
 ]
@@ -4611,8 +4691,7 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
                 steps.append(time.thread_time() - began)
         return run
 
-    for owner, name in [(rundown_engine.Store, "run_due"), (rundown_engine.Operators, "change_batch"),
-                        (rundown_engine.Operators, "change_items"), (rundown_engine.Store, "note_pause"),
+    for owner, name in [(rundown_engine.Committer, "_run"), (rundown_engine.Store, "note_pause"),
                         (rundown_engine.Store, "shift_deadlines")]:
         monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
     for attempt in range(3):        # another process may make everything slow
@@ -6403,6 +6482,22 @@ def test_a_worker_is_told_at_once_that_a_job_was_taken_from_it(engine, q, end):
     assert engine.get("/lost?worker=other-%s&since=0" % q)["lost"] is False
 
 
+def test_a_wait_for_losses_behind_a_poll_is_told_of_those_in_the_transaction_of_the_poll(engine, q):
+    engine.post("/limit", queue=q, max_running=1)
+    engine.enqueue(q)
+    first = engine.poll(q, worker=q)
+    engine.enqueue(q)
+    with contextlib.closing(socket.create_connection((engine.host, engine.port), timeout=10)) as connection:
+        connection.sendall(packed("/poll", queue=q, worker=q, wait=20)
+                           + request(engine, "GET /lost?worker=%s&wait=20&since=0 HTTP/1.1" % q))
+        time.sleep(0.2)
+        engine.post("/cancel", id=first["id"])      # wakes the poll, too
+        answers = b""
+        while answers.count(b"HTTP/1.1 200") < 2:
+            answers += connection.recv(65536)
+    assert b'"lost":true' in answers
+
+
 def test_a_worker_is_told_of_a_job_whose_lease_is_over(clocked, q):
     clocked.enqueue(q)
     clocked.poll(q, worker="w", lease=5)
@@ -6665,11 +6760,13 @@ def test_the_next_engine_is_tried_after_a_stranger_s_answer(engine, q):
         assert heard
 
 
-def test_an_engine_that_never_answers_delays_a_call_by_the_probe_alone(engine, q, monkeypatch):
+@pytest.mark.parametrize("has_answered", [False, True], ids=["never", "no longer"])
+def test_a_silent_engine_delays_a_call_by_the_probe_alone(engine, q, monkeypatch, has_answered):
     assert rw.PROBE_TIMEOUT == 5
     monkeypatch.setattr(rw, "PROBE_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         client = rw.Client("http://127.0.0.1:%d %s" % (silent.getsockname()[1], engine.url))
+        client.active.has_answered = has_answered
         began = time.monotonic()
         assert client.enqueue(q)["queue"] == q
         assert time.monotonic() - began < 3
@@ -7406,7 +7503,7 @@ def test_a_handler_that_is_interrupted_at_the_end_of_the_grace_can_clean_up(engi
             say("cleaned up")
     """
     source = handler(q, body.replace("sleep(", "await asyncio.sleep(" if kind else "time.sleep("))
-    worker = work("import asyncio\n" + source.replace("def ", kind + "def "), run="rw.run(grace=0.1)")
+    worker = work(source.replace("def ", kind + "def "), run="rw.run(grace=0.1)")
     until(worker.said)
     assert worker.stop() == 0
     assert worker.said() == ["begun", "cleaned up"]
@@ -8214,12 +8311,111 @@ def test_a_handler_that_enqueues_under_its_own_key_is_warned(engine, work, q):
     assert "the key poller, which its own job holds" in worker.log()
 
 
+# A handler adds up the results of the jobs that it makes in its own queue.
+NESTED = {
+    "thread": """
+        busy.append(payload)
+        most = len(busy)
+        time.sleep(0.05)
+        busy.remove(payload)
+        if payload:
+            most = max(most, rw.enqueue(%r, payload - 1, priority=1).result())
+            busy.append(payload)
+            most = max(most, len(busy))
+            time.sleep(0.05)
+            busy.remove(payload)
+        return most
+    """,
+    "isolated": "return rw.enqueue(%r, payload - 1, priority=1).result() if payload else 1",
+}
+NESTED["async"] = (NESTED["thread"].replace("time.sleep", "await asyncio.sleep")
+                   .replace("rw.enqueue(%r, payload - 1, priority=1).result()",
+                            "await (await rw.aenqueue(%r, payload - 1, priority=1)).aresult()"))
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engine, work, q, kind):
+    source = "busy = []\n" + of_kind(kind, handler(q, NESTED[kind] % q, isolate=kind == "isolated"))
+    jobs = [engine.enqueue(q, n and 2, timeout=20, priority=n) for n in (1, 0, 0, 0)]
+    worker = work(source)
+    # never two at a time, although handlers were waiting
+    assert [ended(engine, job)["result"] for job in jobs] == [1] * 4
+    assert "no free slot" in worker.log()
+
+
+@pytest.mark.parametrize("event", ["start", "success", "failure"])
+def test_a_hook_that_is_interrupted_costs_no_slot(engine, work, q, event):
+    source = handler(q, "return 1 / payload", max_retries=0) + """
+@rw.on(%r)
+def hook(job, value):
+    if job["payload"] < 2:
+        raise rw.Lost("by a checkpoint")
+""" % event
+    jobs = [engine.enqueue(q, payload) for payload in (0, 1, 2)]
+    work(source)
+    assert ended(engine, jobs[2])["result"] == 0.5
+    assert [ended(engine, job)["status"] for job in jobs[:2]] == (
+        ["failed", "failed"] if event == "start" else ["failed", "done"])
+
+
+FAULTY = {      # what a handler raises, with classes that are wrong in some way
+    "no __init__ of Retry": "class Again(rw.Retry):\n    def __init__(self): pass",
+    "a delay that is text": "class Again(rw.Retry):\n    delay = property(lambda self: 'soon', lambda *_: None)",
+    "a delay that is no number": "class Again(rw.Retry):\n    def __init__(self): self.delay = float('nan')",
+    "a property that raises": "class Again(rw.Retry):\n    delay = property(lambda self: 1 / 0, lambda *_: None)",
+    "a class that is no class": "class Again(Exception): pass",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_faulty_exception_of_a_handler_does_not_end_the_worker(kind):
+    class Unknowable(type):
+        def __instancecheck__(cls, error):
+            raise SystemExit("no")
+
+    names = {"rw": rw}
+    exec(FAULTY[kind], names)
+
+    def handle(payload):
+        raise names["Again"]()
+
+    handle.policy = rw.Policy(retry_on=Unknowable("Never", (Exception,), {}))
+    outcome = rw.run_handler(rw.HandlerTable({None: handle}), {"payload": 1, "retries": 0})
+    assert (outcome.call, outcome.fields["retry"]) == ("fail", "true")
+    assert outcome.fields["delay"] == "null"
+
+
 @pytest.mark.parametrize("isolate", [False, True])
-def test_a_handler_that_waits_for_its_own_queue_in_its_last_slot_is_warned(engine, work, q, isolate):
-    body = "rw.wait(rw.enqueue(%r), timeout=0.5)" % q
-    engine.enqueue(q)
-    worker = work(isolated(q, body) if isolate else handler(q, body, max_retries=0))
-    until(lambda: "no free slot" in worker.log(), 10)
+def test_a_limited_number_of_slots_is_lent(engine, work, q, isolate):
+    body = "return payload and rw.enqueue(%r, payload - 1, max_retries=0).result()" % q
+    job = engine.enqueue(q, 3, timeout=20, max_retries=0)
+    work("rw.MAX_LENT_SLOTS = 1\n" + handler(q, body, isolate=isolate))
+    assert "use another queue" in ended(engine, job)["error"]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_lent_slot_is_returned_when_the_handler_is_interrupted(engine, work, q, isolate):
+    body = """
+        if payload:
+            rw.enqueue(%r, delay=3600).wait()
+        began = time.monotonic()
+        time.sleep(0.2)
+        return [began, time.monotonic()]
+    """ % q
+    waits = engine.enqueue(q, 1, timeout=1.5, max_retries=0)
+    worker = work(handler(q, body, isolate=isolate))
+    assert ended(engine, waits)["status"] == "failed"
+    assert "no free slot" in worker.log()
+    one, two = (ended(engine, job)["result"] for job in [engine.enqueue(q, 0) for _ in range(2)])
+    assert one[1] <= two[0]
+
+
+def test_a_wait_for_a_job_works_in_a_burst(engine, work, q):
+    job = engine.enqueue(q, timeout=20)
+    other = handler(q + "2", "return 5", "other")
+    body = "time.sleep(0.3); return rw.enqueue(%r).result()" % (q + "2")    # after an empty poll
+    work(other + handler(q, body), run=BURST).wait()
+    assert engine.job(job)["result"] == 5
 
 
 CANCELLED = {
@@ -8312,6 +8508,12 @@ CHARGED = {
             raise rw.Retry(delay=0)
         return [first, await rw.step("charge", acharge, 7)]
     """,
+    "async, plain": """
+        first = await rw.step("charge", charge, 7)
+        if rw.job()["attempt"] == 1:
+            raise rw.Retry(delay=0)
+        return [first, await rw.step("charge", charge, 7)]
+    """,
 }
 CHARGED["isolated"] = CHARGED["thread"]
 CHARGE = """
@@ -8324,7 +8526,7 @@ async def acharge(amount):
 
 
 def of_kind(kind, source):
-    return source.replace("def handle", "async def handle") if kind == "async" else source
+    return source.replace("def handle", "async def handle") if kind.startswith("async") else source
 
 
 @pytest.mark.parametrize("kind", CHARGED)
@@ -8657,7 +8859,7 @@ def test_a_function_may_come_anew_as_on_a_reload_but_no_other_may_take_its_name(
         (app.task(queue="q") if kind == "queue" else app.queue("q"))(made_in("a/tasks.py"))
     if kind == "task":
         register(made_in("b/tasks.py", "other"))
-        assert set(app.registered["q", None].functions) == {"tasks.work", "tasks.other"}
+        assert set(app.configs["q", None].functions) == {"tasks.work", "tasks.other"}
         return
     with pytest.raises(rw.Misuse):
         register(made_in("a/tasks.py", "other"))
@@ -9053,9 +9255,33 @@ def test_asyncio_calls_go_over_tls_and_take_large_jobs(https, q):
 def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
     with rw.testing() as testing:
         arun(testing.client.aenqueue("q"))
-        idle, place = rw.async_calls().idle, ("http", testing.client.host.partition("//")[2])
-        assert any(origin == place and streams for (origin, _), streams in idle.items())
-    until(lambda: not any(origin == place for origin, _ in list(idle)), 5)
+        pool = testing.client.pool
+        connection = next(one for one in rw.async_calls.idle if one.pool is pool)
+    until(lambda: connection.writer.is_closing(), 5)
+
+
+def test_clients_that_are_never_closed_leave_a_bounded_number_of_connections(https, q, monkeypatch):
+    monkeypatch.setattr(rw, "MAX_ASYNC_IDLE", 3)
+    monkeypatch.setattr(rw, "async_calls", rw.AsyncCalls())
+    engine, cert = https()
+
+    async def main():
+        for number in range(8):
+            await rw.Client(engine.url, ca=cert).aenqueue(q, number)
+
+    arun(main())
+    assert len(rw.async_calls.idle) == 3
+
+
+def test_a_large_answer_to_an_asyncio_call_is_parsed_twice_at_most(monkeypatch):
+    text = json.dumps({"payload": "x" * 3000000}).encode()
+    heads = []
+    begin = http.client.HTTPResponse.begin
+    monkeypatch.setattr(
+        http.client.HTTPResponse, "begin", lambda self: heads.append(1) or begin(self))
+    with canned(OK + b"Content-Length: %d\r\n\r\n" % len(text) + text) as (url, _):
+        answer = arun(rw.async_calls.call(rw.Client(url), "/jobs/a"))
+    assert len(answer["payload"]) == 3000000 and len(heads) <= 2
 
 
 def test_nothing_blocks_an_event_loop_while_no_engine_answers():
@@ -9076,7 +9302,7 @@ def test_nothing_blocks_an_event_loop_while_no_engine_answers():
 
 def test_calls_of_asyncio_programs_give_up_in_time_however_many_there_are(monkeypatch):
     monkeypatch.setattr(rw, "MAX_ASYNC_CALLS", 3)
-    monkeypatch.setattr(rw, "async_calls_instance", [])
+    monkeypatch.setattr(rw, "async_calls", rw.AsyncCalls())
     client = rw.Client(unused(), timeout=0.5)
 
     async def main():
@@ -9100,13 +9326,13 @@ def test_a_cancelled_wait_leaves_nothing_behind(engine, q):
         assert all(isinstance(error, asyncio.CancelledError) for error in ended)
 
     arun(main())
-    until(lambda: not asyncio.all_tasks(rw.async_calls().loop), 5)
+    until(lambda: not asyncio.all_tasks(rw.async_calls.loop), 5)
 
 
 def test_more_waits_than_connections_take_turns(engine, q, monkeypatch):
     monkeypatch.setattr(rw, "MAX_ASYNC_WAITS", 10)
     monkeypatch.setattr(rw, "CROWDED_POLL", 0.05)
-    monkeypatch.setattr(rw, "async_calls_instance", [])
+    monkeypatch.setattr(rw, "async_calls", rw.AsyncCalls())
     client = rw.Client(engine.url)
 
     async def main():
@@ -9124,7 +9350,7 @@ def test_more_waits_than_connections_take_turns(engine, q, monkeypatch):
 def test_an_answer_to_asyncio_calls_may_come_in_any_form_and_in_pieces(answer):
     with canned(answer, pause=0.001) as (url, _):
         assert arun(
-            rw.async_calls().call(rw.Client(url, timeout=5), "/enqueue", {"queue": "q"})
+            rw.async_calls.call(rw.Client(url, timeout=5), "/enqueue", {"queue": "q"})
         ) == {"id": "a"}
 
 
@@ -9136,17 +9362,13 @@ def test_an_answer_that_is_none_is_an_error_of_the_sdk_in_asyncio_too(answer):
 
 def test_asyncio_calls_keep_their_connections_and_notice_that_one_was_closed(engine, q):
     client = rw.Client(engine.url)
-    idle = rw.async_calls().idle
     arun(client.aenqueue(q))
-    streams = [streams for (origin, _), streams in idle.items() if engine.url.endswith(origin[1])][
-        0
-    ]
-    first = streams[-1]
+    first = rw.async_calls.idle[-1]
     arun(client.aenqueue(q))
-    assert streams[-1][0] is first[0]
+    assert first.pool is client.pool and rw.async_calls.idle[-1] is first
     with canned(OK + b"Content-Length: 2\r\n\r\n{}") as (url, heard):
         for _ in range(3):
-            arun(rw.async_calls().call(rw.Client(url), "/x", {}))
+            arun(rw.async_calls.call(rw.Client(url), "/x", {}))
         assert len(heard) == 3
 
 
@@ -9205,7 +9427,7 @@ def test_a_task_has_the_name_under_which_its_module_is_imported(own, tmp_path, h
     listed = [
         sys.executable,
         "-c",
-        "from app.tasks import add, rw; print(list(rw.default.registered.values())[0].functions)",
+        "from app.tasks import add, rw; print(list(rw.default.configs.values())[0].functions)",
     ]
     assert b"'app.tasks.add'" in subprocess.check_output(
         listed, cwd=str(tmp_path), env=environment()
@@ -9255,7 +9477,7 @@ def test_a_name_that_is_given_is_the_task_s():
     def charge():
         pass
 
-    assert list(app.registered["default", None].functions) == ["billing.charge"]
+    assert list(app.configs["default", None].functions) == ["billing.charge"]
 
 
 def test_a_notebook_s_cell_that_runs_again_replaces_the_handler(tmp_path):
@@ -9341,9 +9563,9 @@ def test_durations_may_be_timedeltas_everywhere(engine, q):
     def handle(payload):
         pass
 
-    calls = dict(app.registered[q, None].setup_calls)
+    calls = dict(app.configs[q, None].setup_calls)
     assert (
-        app.registered[q, None].timeout == 60
+        app.configs[q, None].timeout == 60
         and calls["/schedule"]["every"] == calls["/limit"]["per"] == 60
     )
     job = app.enqueue(q, timeout=minute, delay=minute, give_up=minute)
@@ -9356,6 +9578,26 @@ def test_durations_may_be_timedeltas_everywhere(engine, q):
     assert rw.Retry("no", delay=minute).delay == 60
     with pytest.raises(rw.Unfinished):
         job.wait(datetime.timedelta(seconds=0.1))
+    with pytest.raises(rw.Unfinished, match="is still pending, and the timeout is over"):
+        rw.results([job], timeout=0.1)
+
+
+def test_a_delayed_run_moves_the_clock_to_the_next_claims_that_a_rate_allows():
+    app = rw.App()
+    done = []
+    app.queue("limited", rate=(2, 3600))(lambda payload: done.append(payload))
+    app.queue("late")(lambda payload: done.append(payload))
+    with app.testing() as testing:
+        app.enqueue("late", "late", delay=7200)
+        app.enqueue_many("limited", range(5))
+        testing.run(delayed=True)
+        assert sorted(done, key=str) == [0, 1, 2, 3, 4, "late"] and testing.seconds < 8000
+
+
+def test_the_options_of_the_published_client_are_taken_by_position(engine, q):
+    job = rw.enqueue(q, 1, engine.url, 9, 2, "tag")
+    assert (job["timeout"], job["max_retries"], job["tag"]) == (9, 2, "tag")
+    assert rw.schedule(q, q, None, 60, None, 1, engine.url)["payload"] == 1
 
 
 def test_a_job_is_got_cancelled_and_retried(engine, q):
@@ -9476,7 +9718,7 @@ rw.run(burst=True)
 def test_a_task_takes_a_timedelta_as_its_poll_interval():
     app = rw.App()
     app.task(poll_interval=datetime.timedelta(seconds=2))(add_two)
-    assert app.registered["default", None].poll_interval == 2
+    assert app.configs["default", None].poll_interval == 2
 
 
 @pytest.mark.parametrize("option, value", [("concurrency", -1), ("concurrency", 0), ("max_hung", 0)])
@@ -10764,6 +11006,30 @@ def test_two_forwarders_at_once_do_no_harm(engine, shop, box, q):
     assert payloads(engine, q) == list(range(900)) and shop.rows() == []
 
 
+@pytest.mark.parametrize("shop", [POSTGRESQL], indirect=True)
+def test_a_forwarder_s_transaction_that_postgresql_aborts_is_tried_again(engine, shop, box, q):
+    def connect():
+        return connected(shop.connect(), isolation_level=psycopg.IsolationLevel.REPEATABLE_READ)
+
+    def waits_for_lock():
+        query = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        with contextlib.closing(shop.connect()) as watcher:
+            return watcher.execute(query).fetchall()
+
+    rw.enqueue_in(box, q, 1)
+    rw.enqueue_in(box, q, 2)
+    box.commit()
+    box.execute("DELETE FROM rundown_outbox WHERE number = 1")  # as another forwarder does
+    with ThreadPoolExecutor(1) as pool:
+        forwarder = pool.submit(rw.forward, connect, engine.url)
+        try:
+            until(waits_for_lock)
+        finally:
+            box.commit()
+        assert forwarder.result(10) == 2
+    assert payloads(engine, q) == [1, 2] and shop.rows() == []
+
+
 def test_what_this_process_commits_is_forwarded_within_100_ms(engine, shop, box, q):
     with rw.forwarding(shop.connect, engine.url):
         rw.enqueue_in(box, q)
@@ -10926,6 +11192,10 @@ DJANGO_PROJECT = {
         class Unhappy(Exception):
             pass
 
+        class EmptyError(Exception):
+            def __len__(self):
+                return 0
+
         @task
         def fail():
             raise rw.Abort("never") from Unhappy("with\\ntwo lines")
@@ -10933,6 +11203,10 @@ DJANGO_PROJECT = {
         @task
         def fail_always(seconds=0):
             raise Unhappy("with\\ntwo lines")
+
+        @task
+        def fail_with_false():
+            raise EmptyError
 
         @task
         async def afail():
@@ -11205,19 +11479,19 @@ def test_django_s_signals_are_sent_by_producer_and_worker(site):
     ]
 
 
-def test_django_tasks_that_fail_for_good_or_at_their_timeout_are_finished_with_a_signal(site):
+def test_django_tasks_that_fail_with_false_or_at_their_timeout_are_finished_with_a_signal(site):
     ends, signals = site.run("""
-        tasks_that_end = [tasks.afail, tasks.asleep, tasks.sleep]
+        tasks_that_end = [tasks.afail, tasks.asleep, tasks.sleep, tasks.fail_with_false]
         results = [ended(task.using(backend="brief").enqueue()) for task in tasks_that_end]
         ids = [result.id for result in results]
         signals_of = tasks.signals_of.using(backend="direct")
         deadline = time.monotonic() + 15
         lines = []      # the last signal may follow the report of the timeout
-        while len(lines) < 6 and time.monotonic() < deadline:
+        while len(lines) < 8 and time.monotonic() < deadline:
             lines = ended(signals_of.enqueue(ids)).return_value
         lines.sort(key=lambda line: ids.index(line[1]))
         answer = [[[result.status, result.errors[0].traceback] for result in results], lines]""")
-    assert [status for status, _ in ends] == ["FAILED"] * 3
+    assert [status for status, _ in ends] == ["FAILED"] * 4
     assert (
         "never" in ends[0][1]
         and "asyncio.sleep(60)" in ends[1][1]
@@ -11226,7 +11500,7 @@ def test_django_tasks_that_fail_for_good_or_at_their_timeout_are_finished_with_a
     assert [(line[0], line[2]) for line in signals] == [
         ("started", "RUNNING"),
         ("finished", "FAILED"),
-    ] * 3
+    ] * 4
 
 
 def test_django_a_task_belongs_to_the_transaction_of_its_backend_s_database(site):
@@ -11319,6 +11593,51 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
     env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)}
     assert "'other' among its QUEUES" in rundown(engine, "django", "other", code=2, env=env)
     assert "working on default" in rundown(engine, "django", "default", "--burst", env=env)
+
+
+OLDER_DJANGO = """
+import sys
+import django
+from django.conf import settings
+database = {"ENGINE": "django.db.backends.sqlite3", "NAME": sys.argv[1]}
+settings.configure(DATABASES={"default": database})
+django.setup()
+from django.db import close_old_connections, connection, connections, transaction
+import rundown_workers as rw
+
+@rw.around
+def close_connections():
+    close_old_connections()
+    yield
+    close_old_connections()
+
+@rw.task(queue=sys.argv[2], name="was_open")
+def was_open():
+    was_open = connection.connection is not None
+    connection.ensure_connection()
+    return was_open
+
+with transaction.atomic():
+    ids = [rw.enqueue_in(connection, sys.argv[2], {"task": "was_open"}) for _ in range(3)]
+with transaction.atomic():
+    rw.enqueue_in(connection, sys.argv[2], {"task": "was_open"})
+    transaction.set_rollback(True)
+with rw.forwarding(lambda: connections.create_connection("default")):
+    pass
+rw.run(burst=True)
+print([rw.get(id).result(5) for id in ids])
+"""
+
+
+def test_in_an_older_django_tasks_of_our_own_do_as_the_readme_says(engine, tmp_path, q):
+    pytest.importorskip("django")
+    answer = subprocess.check_output(
+        [sys.executable, "-c", OLDER_DJANGO, str(tmp_path / "shop.db"), q],
+        cwd=str(HERE),
+        text=True,
+        env=environment({"RUNDOWN_URL": engine.url}),
+    )
+    assert answer == "[False, False, False]\n" and engine.count(q) == 3
 
 
 def test_without_django_nothing_of_it_is_imported_and_other_names_are_unknown():
@@ -13406,6 +13725,10 @@ CRON = {"*/5 * * * *": 300 * MICRO, "@hourly": 3600 * MICRO}    # periods of cro
 RESTART_TIME = 0.001    # seconds; what was claimed before a restart is older than that
 
 
+def tick_id(schedule, at):
+    return "%s@%sZ" % (schedule["name"], micros_as_text(at)[:19])
+
+
 class ModelError(Exception):
     """A call that the model refuses with this status."""
 
@@ -13465,7 +13788,7 @@ class ModelJob:
         self.is_timed = "run_at" in fields
         self.next_run_at = start + (micros(fields.get("delay")) or 0)
         expires = fields.get("expires")
-        self.expires_at = None if expires is None else max(start, now) + micros(expires)
+        self.expires_at = None if expires is None else start + micros(expires)
 
     def set_key(self, fields):
         self.key_until = fields.get("key_until")
@@ -13566,6 +13889,12 @@ class Model:
                     job.next_run_at = min(job.next_run_at, self.clock.now())
                 elif not job.is_timed and (job.hold == BLOCKED or job.hold in (DELAYED, QUEUED) and not job.attempt):
                     job.next_run_at += by
+        now = self.clock.now()
+        for schedule in self.schedules.values():
+            if not schedule["cron"] and schedule["next_run_at"] > now + schedule["period"]:
+                schedule["next_run_at"] = now // MICRO * MICRO + schedule["period"]
+                while tick_id(schedule, schedule["next_run_at"]) in self.jobs:
+                    schedule["next_run_at"] += MICRO
         self.shift(by)
 
     def restart(self, before):
@@ -13588,11 +13917,7 @@ class Model:
         due = [one for one in self.schedules.values() if one["next_run_at"] <= now]
         for schedule in sorted(due, key=lambda one: (one["next_run_at"], one["name"])):
             self.tick(schedule)
-        for job in self.jobs.values():
-            is_late = job.expires_at is not None and job.expires_at <= now
-            if is_late and job.status == "pending" and not job.attempt:
-                job.error = "expired"
-                self.move_to(job, "cancelled", None)
+        self.expire()
         for job in self.jobs.values():
             if job.status == "pending" and job.hold == DELAYED and job.next_run_at <= now:
                 job.hold = READY
@@ -13604,6 +13929,13 @@ class Model:
             self.give_back(job, "lost", again, "worker lost")
         self.resolve()
 
+    def expire(self):
+        for job in self.jobs.values():
+            is_late = job.expires_at is not None and job.expires_at <= self.clock.now()
+            if is_late and job.status == "pending" and not job.attempt:
+                job.error = "expired"
+                self.move_to(job, "cancelled", None)
+
     def tick(self, schedule):
         now, period = self.clock.now(), schedule["period"]
         if schedule["cron"]:
@@ -13612,7 +13944,7 @@ class Model:
             at = schedule["next_run_at"] + (now - schedule["next_run_at"]) // period * period
         schedule["next_run_at"] = at + period
         schedule["last_run_at"] = at
-        id = "%s@%sZ" % (schedule["name"], micros_as_text(at)[:19])
+        id = tick_id(schedule, at)
         fields = {name: schedule[name] for name in SCHEDULED if schedule[name] is not None}
         _, created = self.add({**fields, "id": id})
         self.advance_groups()
@@ -13713,6 +14045,8 @@ class Model:
         if not known and "key" in fields:
             known = self.holder(fields["queue"], fields["key"])
             if known and fields.get("replace") and known.status == "pending" and not known.attempt:
+                if fields.get("group") not in (None, known.group):
+                    raise ModelError(409)
                 self.replace(known, fields)
         if known:
             return known, False
@@ -14133,6 +14467,7 @@ def model_answers(model, call, fields):
         answer = model_answer(model, call, fields)
     except ModelError as error:
         return error.args[0], {}
+    model.expire()
     model.resolve()
     return (204, None) if call == "poll" and not answer else (200, answer)
 
@@ -14312,7 +14647,7 @@ class Chance:
         }
         if "key" in job:
             job.update(self.some(key_until=["start", "end"], replace=[True, False]))
-        if known and self.dice.random() < 0.25:
+        if known and not job.get("replace") and self.dice.random() < 0.25:
             job["after"] = self.dice.sample(known, min(len(known), self.dice.choice([1, 1, 2, 3])))
             job.update(self.some(after_any=[True, False]))
             if self.dice.random() < 0.03:
@@ -15431,14 +15766,35 @@ def sent(connection, data):
 
 
 @pytest.mark.skipif(not LINUX, reason="limits another process by prlimit, reads /proc")
-def test_an_engine_out_of_file_descriptors_serves_whom_it_has_rests_and_takes_the_others_later(own, q):
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as listener:
+        listener.bind(("::1", 0))
+        return True
+
+
+def test_an_engine_listens_on_both_addresses_of_localhost(own, q):
+    if not has_ipv6():
+        pytest.skip("there is no IPv6 here")
+    engine = own()
+    with socket.create_connection(("::1", engine.port), timeout=5) as connection:
+        assert b"HTTP/1.1 200" in exchange(connection, enqueuing(engine, q, "Connection: close"))
+    assert engine.count(q) == 1
+    assert engine.stop() == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("::1", engine.port), timeout=5)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_an_engine_out_of_file_descriptors_serves_whom_it_has_rests_and_takes_the_others_later(own, q, host):
     import resource
+    if host == "::1" and not has_ipv6():
+        pytest.skip("there is no IPv6 here")
     engine = own()
     over = engine.connect()
     assert engine.call("POST", "/enqueue", {"queue": q}, over=over)[0] == 200
     open_files = len(os.listdir("/proc/%d/fd" % engine.process.pid))
     resource.prlimit(engine.process.pid, resource.RLIMIT_NOFILE, (open_files + 20, 4096))
-    crowd = [socket.create_connection((engine.host, engine.port), timeout=5) for _ in range(60)]
+    crowd = [socket.create_connection((host, engine.port), timeout=5) for _ in range(60)]
     time.sleep(0.3)
     before = cpu(engine.process)
     time.sleep(1)
