@@ -6598,6 +6598,12 @@ def test_an_answer_that_trickles_ends_at_the_deadline():
         assert time.monotonic() - began < 4
 
 
+def test_a_change_of_many_jobs_may_take_long(monkeypatch):
+    monkeypatch.setattr(rw, "MIN_LAST_TRY", 0.1)
+    with canned(OK + b'Content-Length: 13\r\n\r\n{"count": 70}', pause=0.01) as (url, heard):
+        assert rw.Client(url, timeout=0.2).purge("q") == {"count": 70} and len(heard) == 1
+
+
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
 def test_a_redirect_is_an_error_and_the_token_goes_nowhere_else(code):
     with canned(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as (elsewhere, heard):
@@ -9382,17 +9388,21 @@ def test_schedules_and_limits_that_are_gone_from_the_code_are_reported(engine, w
     client.schedule(q, q, every=1000)
     client.schedule(q + "-by-hand", q, every=1000, payload=1)
     client.schedule(q + "-gone", q + "-gone", every=1000)
+    client.schedule(q + "-until-now", q + "-until-now", every=1000)
+    client.poll(q + "-until-now", worker="of the version before")
     client.limit(q, max_running=5)
     worker = work(
+        "rw.UNSERVED_AFTER = 1\n" +
         handler(q, "pass") + handler(q + "-kept", "pass", name="kept", every=1000, max_running=2)
     )
-    until(lambda: "limit " + q in worker.log())
+    until(lambda: "limit " + q in worker.log() and q + "-until-now" in worker.log())
     reported = sorted(re.findall(r"python rundown_workers\.py (.*)", worker.log()))
     ours = [command for command in reported if q in command.split()[1]]
     assert ours == [
         "limit %s --max-running none --rate none" % q,
         "unschedule " + q,
         "unschedule %s-gone" % q,
+        "unschedule %s-until-now" % q,
     ]
     assert worker.stop() == 0
 
@@ -9466,6 +9476,12 @@ def test_a_delayed_run_moves_the_clock_to_the_next_claims_that_a_rate_allows():
         app.enqueue_many("limited", range(5))
         testing.run(delayed=True)
         assert sorted(done, key=str) == [0, 1, 2, 3, 4, "late"] and testing.seconds < 8000
+
+
+def test_many_jobs_may_wait_for_many_others(engine, q):
+    first = rw.enqueue_many(q, range(1000), host=engine.url)
+    second = rw.enqueue_many(q, range(50), host=engine.url, after=(job["id"] for job in first))
+    assert [job["waits_for"] for job in second] == [1000] * 50
 
 
 def test_the_options_of_the_published_client_are_taken_by_position(engine, q):
@@ -9870,17 +9886,35 @@ def test_versions_are_shown(engine):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["status", "nobody"], ["enqueue", "q", "{no json"], ["surprise"], ["run", "/no/such/file.py"]],
+    [
+        ["status", "nobody"], ["enqueue", "q", "{no json"], ["surprise"],
+        ["run", "/no/such/file.py"], ["run", str(HERE / "README.md")],
+        ["--give-up", "nan", "queues"], ["top", "--interval", "-1"], ["limit", "q", "--rate", "x"],
+        ["demo", "/no/such/folder"], ["--host", "https://127.0.0.1", "queues"],
+    ],
 )
 def test_errors_of_the_command_line_are_a_sentence_and_a_code(engine, arguments):
     ended = subprocess.run(
         [sys.executable, str(HERE / "rundown_workers.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment({"RUNDOWN_URL": engine.url}),
+        env=environment({"RUNDOWN_URL": engine.url, "RUNDOWN_CA": "/no/such/file"}),
         timeout=30,
     )
     assert ended.returncode != 0 and ended.stderr.strip() and b"Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("redirection, code", [(">&-", 0), ("> /dev/full", 1)])
+def test_an_answer_that_cannot_be_written_is_no_traceback(engine, redirection, code):
+    ended = subprocess.run(
+        "%s rundown_workers.py schedules %s" % (sys.executable, redirection),
+        shell=True,
+        cwd=str(HERE),
+        stderr=subprocess.PIPE,
+        env=environment({"RUNDOWN_URL": engine.url}),
+    )
+    assert ended.returncode == code and ended.stderr.count(b"\n") == code
 
 
 def test_the_command_line_runs_a_task_file_that_imports_the_sdk(engine, tmp_path, q):
