@@ -5123,9 +5123,27 @@ def test_a_database_that_is_not_ours_or_not_whole_is_refused_in_a_line_and_left_
 
 
 def test_a_database_that_cannot_be_made_is_refused_in_a_line(tmp_path):
-    for name in ("missing/jobs.db", "", "/proc/nothing/jobs.db"):
+    for name, reason in (
+        ("missing/jobs.db", "missing does not exist"),
+        ("/proc/nothing/jobs.db", "/proc/nothing does not exist"),
+        ("", "Is a directory"),
+    ):
         code, lines = refusal(tmp_path, name=name)
         assert code == 2 and len(lines) == 1 and lines[0].startswith("rundown_engine: ")
+        assert reason in lines[0]
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["--db", ":memory:"], "--db takes the name of a file"),
+    (["--db", ""], "--db takes the name of a file"),
+    (["--port", "PORT"], "is taken: another engine or program listens there; --port takes another"),
+])
+def test_an_engine_that_cannot_start_says_why(engine, tmp_path, arguments, reason):
+    arguments = [str(engine.port) if one == "PORT" else one for one in arguments]
+    done = subprocess.run([sys.executable, rundown_engine.__file__, *arguments], cwd=str(tmp_path), timeout=20,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.decode().rstrip().endswith(reason)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not POSIX or os.geteuid() == 0, reason="needs a user whom file permissions bind")
@@ -5603,10 +5621,10 @@ def test_totals_and_the_last_hour_are_of_all_queues(browser, own):
     assert browser.text('[data-total="per minute"]') == "2"
     browser.type("#chart", "\ue012\ue014")      # left, right: the newest minute
     told = browser.text("#reading")
-    assert re.fullmatch(r"\d\d:\d\d: [01] done, [01] failed(, waited .*)?", told)
+    assert re.fullmatch(r"\d\d:\d\d: [01] done, [01] failed attempts?(, waited .*)?", told)
     assert browser.js("return document.getElementById('chart').ariaValueText") == told
     browser.point("#chart .jobs")
-    assert browser.text("#reading").endswith(": 0 done, 0 failed")      # half an hour ago
+    assert browser.text("#reading").endswith(": 0 done, 0 failed attempts")      # half an hour ago
     rows = browser.js("return document.querySelectorAll('#minutes tbody tr').length")
     assert rows == 60
 
@@ -6097,6 +6115,7 @@ def test_the_dashboard_asks_for_the_token_once_in_a_browser(browser, guarded):
     assert browser.text("#login") is None
     stored = browser.js("return location.href + document.cookie + JSON.stringify(sessionStorage)")
     assert TOKEN not in stored
+    until(lambda: browser.text("#forget"))
     browser.press("#forget")
     until(lambda: browser.text("#login"))
     assert TOKEN not in browser.js("return JSON.stringify(localStorage)")
@@ -15058,8 +15077,15 @@ def test_a_program_that_reads_for_long_is_told_of_by_the_health(own, q):
 AUDITED = [  # call, body, what the line says
     ("/pause", {"queue": "Q"}, '/pause queue="Q": 1'),
     ("/resume", {"queue": "Q"}, '/resume queue="Q": 1'),
-    ("/limit", {"queue": "Q", "rate": 3}, '/limit queue="Q" rate=3: 1'),
-    ("/schedule", {"name": "S", "queue": "Q", "every": 9}, '/schedule name="S" queue="Q": 1'),
+    ("/limit", {"queue": "Q", "rate": 3, "per": 60}, '/limit queue="Q" rate=3 per=60: 1'),
+    ("/limit", {"queue": "Q", "rate": None}, '/limit queue="Q" rate=null: 1'),
+    ("/schedule", {"name": "S", "queue": "Q", "every": 9}, '/schedule name="S" queue="Q" every=9: 1'),
+    ("/reschedule", {"id": "A", "delay": 1.5}, '/reschedule id="A" delay=1.5: 1'),
+    (
+        "/reschedule",
+        {"id": "A", "run_at": "2026-01-02T03:04:05Z"},
+        '/reschedule id="A" run_at=2026-01-02T03:04:05.000000Z: 1',
+    ),
     ("/unschedule", {"name": "S"}, '/unschedule name="S": 1'),
     ("/cancel", {"queue": "Q", "status": "pending"}, '/cancel queue="Q" status="pending": 3'),
     ("/retry", {"queue": "Q", "status": "cancelled"}, '/retry queue="Q" status="cancelled": 3'),
@@ -15076,10 +15102,15 @@ def test_what_an_operator_does_is_logged_in_a_line_with_address_and_count(own):
     engine = own()
     engine.post("/enqueue", jobs=[{"queue": "Q", "id": id} for id in "ABC"])
     for path, body, _ in AUDITED:
-        assert engine.call("POST", path, body)[0] == 200
+        assert engine.call("POST", path, body)[0] == 200, path
     assert engine.call("POST", "/retry", {"id": "A"})[0] == 404
     lines = [line.split(" ", 2)[2] for line in engine.log().splitlines()]
     assert lines == ["127.0.0.1 " + line for _, _, line in AUDITED]
+
+
+def test_the_counters_of_a_queue_begin_at_0(engine, q):
+    engine.enqueue(q)
+    assert 'rundown_failed_total{queue="%s"} 0\n' % q in engine.get("/metrics")
 
 
 def test_the_metrics_tell_of_storage_workers_pauses_and_the_loop(engine, q):
