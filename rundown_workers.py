@@ -68,8 +68,8 @@ WORKING
                                         later attempt continues at the last checkpoint
     raise Retry(delay=60)               fail this attempt; the next one follows in 60 s
     raise Abort("why")                  fail for good
-    @on("start" | "success" | "failure" | "lost")   hook(job, value), with the value None,
-                                        the result, or the exception
+    @on("start" | "success" | "failure" | "lost")   hook(job, value) at each attempt, with the
+                                        value None, the result, or the exception
     @on("start_worker" | "stop_worker") hook() in each process that runs handlers
     @around                             a generator that yields once, around each run of a handler
     run(burst, grace, max_hung), stop() burst: run the due jobs, and return
@@ -2057,6 +2057,12 @@ class HandlerTable:
                         '{"task": "its name", "args": [...], "kwargs": {...}}')
         return self._find_task(name), args, kwargs
 
+    def task_name(self, job):
+        """The name of the job's task, for the log; '' if the queue has no tasks."""
+        payload = job.get('payload')
+        name = payload.get('task') if isinstance(payload, dict) else None
+        return name[:100] if isinstance(name, str) and None not in self.functions else ''
+
     def _find_task(self, name):
         """The task of that name; or the only one whose name is a dotted suffix, or the reverse.
 
@@ -2293,7 +2299,9 @@ class Claim(Saver):
 
     def __str__(self):
         item = json.loads(self.json_prefix + '}')
-        return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
+        queue = self.consumer.name
+        task = self.consumer.handlers.task_name(self.job)
+        return f'{queue} {task and task + " "}{item["id"]} attempt {item["attempt"]}'
 
 
 class LentSlot:
@@ -2945,6 +2953,7 @@ class Consumer:
         self.slots = []
         # races are harmless
         self.seconds_per_job = None         # a moving average; None: not known yet
+        self.finished_at = 0                # monotonic: when the last job was finished
         self.lines_this_tick = 0            # of the log, for jobs that are done
 
     def start(self):
@@ -2989,9 +2998,11 @@ class Consumer:
     def prefetch_target(self, slots):
         """How many claims this number of slots should have in flight.
 
-        One for each, and as many as the slots will start within PREFETCH_SECONDS.
+        One for each, and as many as the slots will start within PREFETCH_SECONDS. Their pace is
+        not known if none has finished a job in that time: they may be busy with long ones.
         """
-        if self.seconds_per_job is None:
+        is_recent = time.monotonic() - self.finished_at < PREFETCH_SECONDS
+        if self.seconds_per_job is None or not is_recent:
             return slots
         ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
         return slots + min(MAX_BATCH, ahead)
@@ -3019,7 +3030,8 @@ class Consumer:
         if self.hooks[event]:
             claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
-        seconds = time.monotonic() - claim.started_at       # with the hooks
+        self.finished_at = time.monotonic()
+        seconds = self.finished_at - claim.started_at       # with the hooks
         pace = self.seconds_per_job
         self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
 
@@ -3142,6 +3154,7 @@ class Fetcher:
         # written by the fetching thread only
         self.configured_host = None     # the engine that has the queue's limits and schedule
         self.low_watermark = 0          # polls when at most this many claims are in flight
+        self.is_prefetching = False     # all slots are in use
         self.idle_generation = None     # worker.generation at the last poll that found nothing
         self.was_cut_off = False        # the worker's stop ended the last poll: jobs may be lost
         # safe by itself
@@ -3170,6 +3183,7 @@ class Fetcher:
         target = self.consumer.prefetch_target(slots)
         self.low_watermark = max(slots - 1, target // 2)
         in_flight = len(self.consumer.in_flight)
+        self.is_prefetching = in_flight >= slots
         if in_flight > self.low_watermark:
             return 0
         return min(target - in_flight, MAX_BATCH)
@@ -3182,13 +3196,15 @@ class Fetcher:
         jobs = self._poll(limit, wait)
         self.consumer.accept(jobs)
         time.sleep(0)           # lets the slots start before the next poll is prepared
-        self.session.on_up()
+        self.session.on_up(began)
         if jobs:
             return
         if self.worker.burst:
             if not self._is_rate_limited():
                 self.idle_generation = generation
                 until(self._may_have_jobs, NEVER)
+        elif self.is_prefetching:
+            self.capacity_freed.wait(WATCH_INTERVAL)
         elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
@@ -3221,9 +3237,13 @@ class Fetcher:
             self.configured_host = host
 
     def _poll_wait(self):
-        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away."""
-        is_known = self.session.was_reached and not self.session.down_since
-        return LONG_POLL if is_known and not self.worker.burst else 0
+        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away.
+
+        A poll that prefetches must not wait: the pace may change, and it would take back jobs that
+        are released for others.
+        """
+        can_wait = self.session.is_up() and not self.worker.burst and not self.is_prefetching
+        return LONG_POLL if can_wait else 0
 
     def _poll(self, limit, wait):
         self._configure()
@@ -3239,7 +3259,7 @@ class Fetcher:
             'max_retries': config.max_retries,
             'timeout': config.timeout,
         }
-        is_probe = not wait and not worker.burst
+        is_probe = not self.session.is_up() and not worker.burst
         timeout = PROBE_TIMEOUT if is_probe else wait + RESPONSE_TIMEOUT
         jobs = self.client.send('/poll', params, timeout) or []
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
@@ -3307,11 +3327,16 @@ class EngineSession:
         asked_for = REFUSED_PAUSE if isinstance(error, Refused) else error.retry_after
         return max(longest * rng.uniform(0.5, 1), asked_for)
 
-    def on_up(self):
-        since = self.down_since
-        self.down_since = None
+    def is_up(self):
+        """Whether the engine has answered, and nothing has failed since then."""
+        return self.was_reached and self.down_since is None
+
+    def on_up(self, asked_at):
+        """Called when a request of that time (monotonic) was answered."""
         self.was_reached = True
-        if since is not None:
+        since = self.down_since
+        if since is not None and asked_at > since:      # otherwise it was sent before the trouble
+            self.down_since = None
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
@@ -3324,6 +3349,7 @@ class EngineSession:
         Yields each claim with its answer. A batch that is refused as a whole is sent item by item.
         """
         while not self.worker.closed.is_set():
+            began = time.monotonic()
             try:
                 answers = self._try_batch(call, items, seconds)
             except Error as error:
@@ -3333,7 +3359,7 @@ class EngineSession:
                     continue
                 answers = [{'code': error.status, 'error': str(error)}]
             self.is_backlogged = False
-            self.on_up()
+            self.on_up(began)
             if len(answers) == len(items):
                 for (claim, _), answer in zip(items, answers):
                     yield claim, answer
@@ -3576,7 +3602,9 @@ class Watcher:
         retry_fields = consumer.handlers.retry_fields(error, claim.job)
         if consumer.finish(claim, failure(error, str(error), **retry_fields), Timeout):
             hung = self.worker.count_hung()
-            consumer.log_and_notify('failure', claim, error, '%s; hung threads: %d', text, hung)
+            if hung:
+                text += f'; hung threads: {hung}'
+            consumer.log_and_notify('failure', claim, error, '%s', text)
 
     def _count_lines(self, consumer):
         """Log how many more jobs are done: a line for each could take longer than the jobs."""

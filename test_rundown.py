@@ -8182,6 +8182,45 @@ def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engi
     assert "no free slot" in worker.log()
 
 
+def test_an_answer_to_a_request_from_before_the_trouble_does_not_end_it():
+    app = rw.App("http://127.0.0.1:1")
+    app.queue("q")(lambda payload: None)
+    session, = rw.Worker(app, False, 1, 10, None).sessions.values()
+    before = time.monotonic()
+    session.on_down(rw.EngineUnavailable("gone"))
+    session.on_up(before)
+    assert not session.is_up()
+    session.on_up(time.monotonic())
+    assert session.is_up()
+
+
+@posix_signals
+def test_jobs_that_were_prefetched_in_vain_are_left_to_others(engine, work, q):
+    body = """
+        say(payload)
+        while payload == "long" and not os.path.exists("go"): time.sleep(0.01)
+    """
+    worker = work("rw.MAX_PREFETCH_AGE = 0.2\n" + handler(q, body))
+    for job in [engine.enqueue(q, "quick") for _ in range(20)]:
+        ended(engine, job)
+    payloads = ["long", *["behind"] * 5]
+    jobs = engine.post("/enqueue", jobs=[{"queue": q, "payload": each} for each in payloads])["jobs"]
+    until(lambda: "long" in worker.said())
+    time.sleep(0.9)
+    assert max(engine.job(job)["attempt"] for job in jobs) == 1     # claimed and released once
+    (worker.file.parent / "go").touch()
+    for job in jobs:
+        ended(engine, job)
+
+
+def test_the_log_names_the_task(engine, work):
+    source = "@rw.task(queue='shop', name='app.pay')\ndef pay(): pass\n"
+    engine.enqueue("shop", {"task": "app.pay"})
+    worker = work(source, run=BURST)
+    worker.wait()
+    assert re.search(r"shop app.pay \S+ attempt 1 done", worker.log())
+
+
 @pytest.mark.parametrize("event", ["start", "success", "failure"])
 def test_a_hook_that_is_interrupted_costs_no_slot(engine, work, q, event):
     source = handler(q, "return 1 / payload", max_retries=0) + """
