@@ -50,7 +50,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority,
                      key, group -> the schedule
     POST /unschedule name -> {"count": n}; the jobs it made stay
-    GET  /schedules  by name, limit, after
+    GET  /schedules  limit, after, name; brief=true leaves out the payloads
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
     GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
                      limit, after: newest first, paged by `after`. A page looks at a bounded number
@@ -511,7 +511,7 @@ def describe(value):
     if isinstance(value, dict):
         return 'an object'
     if isinstance(value, list):
-        return 'a list'
+        return f'a list of {len(value)}'
     return truncate_middle(json.dumps(value), 60).replace('\n', ' ')
 
 
@@ -627,8 +627,9 @@ FIELDS = {
 }
 # fields of a query whose text is parsed as JSON: numbers and flags
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
-NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
-EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
+LIMITS = ('max_running', 'rate', 'per')
+NULLABLE = (*LIMITS, 'progress')        # null is a value; in other fields it is the same as omitted
+EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'), ('replace', 'after'))
 # the first needs the second
 REQUIRES = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))
 
@@ -649,7 +650,7 @@ def validate(path, body):
         if params.keys().isdisjoint(alternatives):
             raise BadRequest(f'{" or ".join(alternatives)} is missing: {path} needs it')
     for one, other in EXCLUSIVE:
-        if one in params and other in params:
+        if one in params and other in params and params[one] is not False:
             raise BadRequest(f'{one} and {other} exclude each other')
     for one, other in REQUIRES:
         if params.get(one) and other not in params:
@@ -688,6 +689,8 @@ def validate_batch(path, body):
     batch = []
     for number, item in enumerate(items):
         try:
+            if type(item) is not dict:
+                raise BadRequest(f'it must be a JSON object, not {describe(item)}')
             batch.append(validate(path, item))
         except BadRequest as error:
             refusal = BadRequest(f'jobs[{number}]: {error}')
@@ -1915,8 +1918,9 @@ def column_list(columns):
 COLUMNS = list(JOB_COLUMNS)
 TRANSITION_COLUMNS = columns_where(lambda column: not column.passive)
 BRIEF_COLUMNS = [*columns_where(lambda column: column.brief),
-                 # columns that `json_key` and the like read
-                 'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
+                 # columns that `json_key`, `job_cursor` and the like read
+                 'seq', 'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
+BRIEF_SCHEDULE_COLUMNS = columns_where(lambda column: column.brief, SCHEDULE_COLUMNS)
 JOB_DEFAULTS = {name: column.default for name, column in JOB_COLUMNS.items()}
 
 # Named, in the order of the table: a migrated database may have its columns in another order.
@@ -1980,6 +1984,9 @@ def upsert_queue_statement(columns):
             f'ON CONFLICT (queue) DO UPDATE SET {assignments}')
 
 
+CURSOR = 'seq:'         # the cursor of a page of jobs: this, and a seq
+
+
 def compile_renderer(columns, renderer_of):
     """A function of a row that returns the members of its JSON object.
 
@@ -2008,6 +2015,7 @@ def compile_renderer(columns, renderer_of):
 render_job = compile_renderer(JOB_COLUMNS, operator.attrgetter('json'))
 render_brief_job = compile_renderer(JOB_COLUMNS, operator.attrgetter('brief'))
 render_schedule = compile_renderer(SCHEDULE_COLUMNS, operator.attrgetter('json'))
+render_brief_schedule = compile_renderer(SCHEDULE_COLUMNS, operator.attrgetter('brief'))
 
 
 def job_json(row, more='', brief=False):
@@ -2036,8 +2044,9 @@ def steps_json(db, row):
     return f',"steps":{{{members}}}'
 
 
-def schedule_json(row, **more):
-    members = [render_schedule(row)] + [f'"{name}":{encode(value)}' for name, value in more.items()]
+def schedule_json(row, brief=False, **more):
+    render = render_brief_schedule if brief else render_schedule
+    members = [render(row)] + [f'"{name}":{encode(value)}' for name, value in more.items()]
     return f'{{{",".join(members)}}}'
 
 
@@ -2045,24 +2054,29 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit, resume_after=None):
+def json_page(name, rows, render, limit, cursor_of, resume_after=None):
     """A page as JSON text; `after` is null on the last one. One that grows large ends early.
 
     `resume_after` is the cursor of the next page if the search ended before this one was full.
     """
     texts = []
     size = 0
-    last_key = None
+    last = None
     for row in rows:
         text = render(row)
         size += len(text)
         if size > MAX_RESPONSE and texts:
             break
         texts.append(text)
-        last_key = row[key]
+        last = cursor_of(row)
     is_full = size > MAX_RESPONSE or len(texts) == limit
-    after = json_string(last_key if is_full else resume_after)
-    return f'{{"{name}":{json_list(texts)},"after":{after}}}'
+    after = json_string(last if is_full else resume_after)
+    return ''.join((f'{{"{name}":[', ','.join(texts), f'],"after":{after}}}\n'))
+
+
+def job_cursor(row):
+    """The cursor of a page that ends in this job. It stays valid when the job is purged."""
+    return f'{CURSOR}{row["seq"]}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
@@ -2155,12 +2169,15 @@ class Transaction:
 
         All slices of a transaction share one SLICE_TIME, which bounds how long others wait for it.
         """
-        if self.slice_ends is None:
-            self.slice_ends = time.monotonic() + SLICE_TIME
+        self.begin_slice()
         for item in items:
             yield item
             if self.is_slice_over():
                 return
+
+    def begin_slice(self):
+        if self.slice_ends is None:
+            self.slice_ends = time.monotonic() + SLICE_TIME
 
     def is_slice_over(self):
         return self.slice_ends is not None and time.monotonic() > self.slice_ends
@@ -2495,13 +2512,13 @@ class Producers:
         row['id'] = item.get('id') or new_id(tx.now)
         row['created_at'] = row['updated_at'] = tx.now
         due = tx.now + item.get('delay', 0)
-        start = tx.now      # from which `expires` counts
+        expiry_counts_from = tx.now
         if 'run_at' in item:
-            due = start = item['run_at']
+            due = expiry_counts_from = item['run_at']
             row['has_run_at'] = 1
         if 'expires' in item:
-            row['expires_at'] = min(max(start, tx.now) + item['expires'], LATEST_TIME)
-            tx.wake_at(row['expires_at'])
+            row['expires_at'] = min(expiry_counts_from + item['expires'], LATEST_TIME)
+            tx.wake_at(row['expires_at'])       # if it has passed, Jobs.expire() cancels the job
         # enqueue() makes the right job of the group the active one, once all are inserted
         self.jobs.set_hold(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row
@@ -2545,6 +2562,9 @@ class Producers:
         """Give the job that holds the key the values of the row, unless it has started."""
         if existing['status'] != 'pending' or existing['attempt']:
             return existing, EXISTING
+        if row['group'] not in (None, existing['group']):
+            raise Conflict('group: the pending job with this key is not in this group; replace '
+                           'does not move it')
         values = {field: row[field] for field in REPLACED_COLUMNS}
         self.jobs.transition(tx, 'replace', existing, 'pending', row['next_run_at'], **values)
         return tx.fetch_one(SELECT_JOB + 'seq = ?', existing['seq']), REPLACED
@@ -2594,12 +2614,12 @@ class Claims:
     def poll(self, tx, params):
         """Claim jobs; their new rows, as many as the response budget allows, but at least one."""
         queue = params['queue']
+        if tx.response_budget <= 0 and not params.get('wait'):
+            raise Unavailable('too much is being handed out at a time; try again')
         self._record_poll(tx, queue, params)
         if tx.response_budget <= 0:     # waiters are woken when there is room again
             tx.starved.add(queue)
             tx.wake_at(tx.now + micros(LOCK_RETRY_INTERVAL))
-            if not params.get('wait'):
-                raise Unavailable('too much is being handed out at a time; try again')
             return []
         limit = self.limits.claimable(tx, queue, params.get('limit', 1))
         if not limit:
@@ -2624,7 +2644,7 @@ class Claims:
         rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
         expired = []        # their seqs
         claims = self._within_budget(tx, rows, changes, expired)
-        for seq in expired:
+        for seq in tx.paced(expired):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
         if expired and not claims:
@@ -2658,6 +2678,9 @@ class Claims:
             expires_at = claim['expires_at']
             if expires_at is not None and expires_at <= tx.now and not claim['attempt']:
                 expired.append(claim['seq'])
+                tx.begin_slice()
+                if tx.is_slice_over():
+                    break
                 continue
             size = size_of(claim)
             if claims and size > tx.response_budget:
@@ -2911,10 +2934,11 @@ class Dependencies:
     def reopen(self, tx, job):
         """An ended job is retried: its dependents that are still blocked wait for it again.
 
-        At most SLICE_ROWS of them are updated here; the others notice by recheck().
+        A slice of them is updated here; the others notice by recheck().
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
-        for dependent, position in tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], SLICE_ROWS):
+        informed = tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], SLICE_ROWS)
+        for dependent, position in tx.paced(informed):
             tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
             waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
             if waiting['status'] == 'pending' and waiting['waits_for']:
@@ -2957,8 +2981,8 @@ class Limits:
         """Set or remove limits of a queue; returns all its limits."""
         queue = params['queue']
         known = tx.fetch_one(SELECT_QUEUE, queue)
-        limits = {limit: known[limit] if known else None for limit in NULLABLE}
-        limits.update((limit, params[limit]) for limit in NULLABLE if limit in params)
+        limits = {limit: known[limit] if known else None for limit in LIMITS}
+        limits.update((limit, params[limit]) for limit in LIMITS if limit in params)
         if limits['rate'] is None:
             if params.get('per') is not None:
                 raise BadRequest('per needs a rate')
@@ -3016,6 +3040,11 @@ REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({column_list(SCHEDULE_COLUMNS)}) '
                     f'VALUES (:{", :".join(SCHEDULE_COLUMNS)})')
 
 
+def tick_id(name, tick):
+    """The id of the job that a tick of the schedule makes."""
+    return f'{name}@{rfc3339(tick)[:19]}Z'
+
+
 class Schedules:
     """Schedules, and the jobs that their ticks make."""
 
@@ -3046,6 +3075,15 @@ class Schedules:
         for name, in tx.paced(due):
             self._tick(tx, tx.fetch_one(SELECT_FOR_TICK, name))
 
+    def set_back(self, tx):
+        """The clock was set back: no schedule with `every` waits for longer than that."""
+        waiting = tx.fetch_all(SELECT_SCHEDULE + 'WHERE next_run_at > ? + every', tx.now)
+        for row in waiting:
+            tick = first_tick(row, tx.now)
+            while tx.fetch_one(FIND_BY_ID, tick_id(row['name'], tick)):     # a second time around
+                tick += micros(1)
+            tx.execute('UPDATE schedules SET next_run_at = ? WHERE name = ?', (tick, row['name']))
+
     def _tick(self, tx, row):
         """Make the job of the last tick that is due, and set the next one."""
         try:
@@ -3056,7 +3094,7 @@ class Schedules:
             tx.log_lines.append(
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
         item = {field: row[field] for field in SMALL_COPIED_COLUMNS if row[field] is not None}
-        item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
+        item['id'] = tick_id(row['name'], tick)
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
@@ -3395,16 +3433,14 @@ class Queries:
                     params[field] = self._seq_of(db, field, params[field])
             if 'needed_by' in params or 'needs' in params:
                 rows = self._related(db, columns, limit, params)
-                return json_page('jobs', 'id', rows, render, limit)
+                return json_page('jobs', rows, render, limit, job_cursor)
             if not self._may_have(db, params.get('queue'), params.get('status')):
                 limit = 0
             seqs, last_seq = self._search(db, limit, params)
             query = f'SELECT {columns} FROM jobs WHERE seq = ?'
             rows = (db.execute(query, (seq,)).fetchone() for seq in seqs)
-            resume_after = None
-            if last_seq:
-                resume_after = fetch_value(db, 'SELECT id FROM jobs WHERE seq = ?', (last_seq,))
-            return json_page('jobs', 'id', rows, render, limit, resume_after)
+            resume_after = last_seq and job_cursor({'seq': last_seq})
+            return json_page('jobs', rows, render, limit, job_cursor, resume_after)
 
     def _related(self, db, columns, limit, params):
         """The rows of jobs that depend on one, or that it depends on."""
@@ -3461,6 +3497,9 @@ class Queries:
         return f'{table} WHERE {" AND ".join(where)}', ' AND '.join(conditions)
 
     def _seq_of(self, db, field, id):
+        """The seq of a job by its id, or of the job of a cursor, which may be purged."""
+        if field == 'after' and re.fullmatch(CURSOR + '[0-9]{1,18}', id):
+            return int(id[len(CURSOR):])
         job = db.execute(FIND_BY_ID, (id,)).fetchone()
         return require(job, f'{field}: there is no job', id, BadRequest)['seq']
 
@@ -3480,11 +3519,14 @@ class Queries:
             'version': VERSION,
         }
 
-    def schedules(self, limit=None, after=''):
+    def schedules(self, limit=None, after='', name=None, brief=False):
+        columns = column_list(BRIEF_SCHEDULE_COLUMNS if brief else SCHEDULE_COLUMNS)
         with self.database.reading() as db:
-            rows = db.execute(SELECT_SCHEDULE + 'WHERE name > ? ORDER BY name LIMIT ?',
-                              (after, limit or -1))
-            return json_page('schedules', 'name', rows, schedule_json, limit)
+            rows = db.execute(
+                f'SELECT {columns} FROM schedules WHERE name > ? AND name = COALESCE(?, name) '
+                'ORDER BY name LIMIT ?', (after, name, limit or -1))
+            render = functools.partial(schedule_json, brief=brief)
+            return json_page('schedules', rows, render, limit, operator.itemgetter('name'))
 
     def metric_counts(self):
         """The counts of the first queues, and of all others together; the first schedules."""
@@ -3498,7 +3540,9 @@ class Queries:
                     'FROM queues WHERE queue > ?', (rows[-1]['queue'],))]
             for row in rows:
                 row['oldest'] = oldest_due(db, row['queue'])
-            schedules = db.execute(SELECT_SCHEDULE + 'ORDER BY name LIMIT ?', (MAX_LIMIT,))
+            schedules = db.execute(
+                'SELECT name, next_run_at, skipped FROM schedules ORDER BY name LIMIT ?',
+                (MAX_LIMIT,))
             return rows, schedules.fetchall()
 
     def _why(self, db, row):
@@ -3768,7 +3812,7 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT MIN(next_run_at) FROM schedules
         UNION ALL SELECT MIN(expires_at) FROM jobs
             WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0
-        UNION ALL SELECT MIN(1) FROM unresolved_ends
+        UNION ALL SELECT (SELECT 1 FROM unresolved_ends LIMIT 1)
         UNION ALL SELECT ?)'''
 
 
@@ -3822,14 +3866,16 @@ class Store:
         back = before - self.clock.now()
         if back > micros(1):
             with self.database.transaction() as db:
-                self.jobs.set_back(self.begin(db), before)
+                tx = self.begin(db)
+                self.jobs.set_back(tx, before)
+                self.schedules.set_back(tx)
             log(f'the system clock was set back by {back / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget, self.pauses)
 
-    def committed(self, tx, operations):
-        """Publish the effects of a transaction of so many operations, once it is on disk."""
+    def committed(self, tx):
+        """Publish the effects of a transaction, once it is on disk."""
         if tx.signs_of_life or tx.starved:
             polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
             self.starved -= polled
@@ -3839,8 +3885,12 @@ class Store:
         self.pauses = tx.pauses
         for queue in tx.forgotten_queues:
             self.workers.last_polled.pop(queue, None)
-            self.meter.fold_into_others(queue)
         self.workers.record(tx)
+
+    def report(self, tx, operations):
+        """Count and log what a committed transaction of so many operations did."""
+        for queue in tx.forgotten_queues:
+            self.meter.fold_into_others(queue)
         self.meter.record(tx.now, tx.events, operations)
         for line in tx.log_lines:
             log(line)
@@ -3975,6 +4025,29 @@ class LongPoll(Operation):
         self.wait = wait
 
 
+class BatchOperation(Operation):
+    """One call for each of many items, in slices: the rest waits for the next transaction."""
+
+    def __init__(self, apply, items):
+        super().__init__(self._apply_slice)
+        self.apply = apply      # (transaction, item) -> result
+        self.items = items
+        self.results = []       # of the items whose transactions are committed
+
+    def _apply_slice(self, tx):
+        items = self.items[len(self.results):]
+        return [self.apply(tx, item) for item in tx.paced(items)]
+
+    def finish(self):
+        if self.error is None:
+            self.results += self.result
+            if len(self.results) < len(self.items):
+                self.submit(self.client.loop)
+                return
+            self.result = {'jobs': self.results}
+        super().finish()
+
+
 class EventWait:
     """A wait for an event: it looks once, without a transaction, then waits for its topic."""
     result = error = None
@@ -4056,6 +4129,9 @@ class Waiters:
         operation.client.set_timeout(operation.wait)
         return True
 
+    def __contains__(self, operation):
+        return bool(operation) and operation in self.by_topic.get(operation.topic, ())
+
     def withdraw(self, operation):
         parked = self.by_topic.get(operation.topic)
         if parked and parked.pop(operation, False) and not parked:
@@ -4124,6 +4200,14 @@ class Budget:
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
+
+    def drop_untaken(self):
+        """Too much is not taken, in spite of require_capacity(): close the slowest connections."""
+        untaken = [connection for connection in self.connections if connection.response_bytes]
+        for connection in sorted(untaken, key=operator.attrgetter('deadline')):
+            if self.response_bytes <= MAX_RESPONSE_BUFFER:
+                break
+            connection.close()
 
 
 class PoisonedTransaction(Exception):      # noqa: N818 (it is a state, more than an error)
@@ -4215,11 +4299,12 @@ class Committer:
         self.loop.now = time.monotonic()
         self.commits += 1
         self.commit_seconds += self.loop.now - self.listening_until     # which is its begin
+        self.store.committed(tx)        # first: the request behind a response may ask for it
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
         # after the responses, which need not wait for this
-        self.store.committed(tx, len(served) + len(operations))
+        self.store.report(tx, len(served) + len(operations))
 
     def _storage_failed(self, error, operations, now):
         """Keep operations that may still wait for another program's lock; fail all others."""
@@ -4277,6 +4362,8 @@ class Committer:
                     behind = operations.index(error.operation) + 1
                     self.submitted[:0] = operations[behind:]
                     del operations[behind:]
+                elif error.operation in self.loop.waiters:
+                    error.operation.finish()        # and it leaves the waiters
 
     def _sort(self, operations, insert_in_bulk):
         """(writes, single inserts that can share a statement, polls of clients still there)"""
@@ -4341,6 +4428,10 @@ class Committer:
             operation.result = [job]
 
 
+SLOW = 'slow'       # kinds of calls that the server's threads serve: one that may take long,
+LARGE = 'large'     # and one whose response may be large
+
+
 class SlowCall(NamedTuple):
     """A function that one of the server's threads calls for a client."""
     client: Client
@@ -4350,15 +4441,16 @@ class SlowCall(NamedTuple):
 
 
 class Offload:
-    """Slow calls, in order of arrival. At most OFFLOAD_THREADS of the server's threads run them.
+    """Slow calls, in order of arrival. At most `max_threads` of the server's threads run them.
 
-    A thread takes the next call once the loop has taken its result, so that large results do not
-    pile up between them. It ends when no call has come for a second.
+    A thread takes the next call once the loop has taken its result, so that results do not pile
+    up between them. It ends when no call has come for a second.
     """
 
-    def __init__(self, server):
+    def __init__(self, server, max_threads):
         # constant after start
         self.server = server
+        self.max_threads = max_threads
         # safe without a lock
         self.calls = SimpleQueue()      # that no thread has taken
         # touched by the loop's thread only
@@ -4380,7 +4472,7 @@ class Offload:
         self._start_threads()       # for a call that came when the thread gave up
 
     def _start_threads(self):
-        while self.threads < min(self.unfinished, OFFLOAD_THREADS):
+        while self.threads < min(self.unfinished, self.max_threads):
             self.threads += 1
             try:
                 self.server.start_thread(self)
@@ -4434,7 +4526,10 @@ class EventLoop:
         self.budget = Budget(self.connections)
         self.waiters = Waiters(self)
         self.committer = Committer(self, store)
-        self.offload = Offload(server)
+        self.offloads = {
+            SLOW: Offload(server, OFFLOAD_THREADS),
+            LARGE: Offload(server, 1),      # so that one large response is rendered at a time
+        }
 
     def call_soon_threadsafe(self, function):
         """Have the loop's thread call it in this pass or the next."""
@@ -4493,6 +4588,8 @@ class EventLoop:
             self.calls_from_threads.popleft()()
         self.timeouts.fire(now)
         self.committer.commit_batch(now)
+        if self.budget.response_bytes > MAX_RESPONSE_BUFFER + MAX_RESPONSE:
+            self.budget.drop_untaken()
         self._note_lag(now)
 
     def _note_lag(self, now):
@@ -4525,7 +4622,7 @@ HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
 SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin',
                   'transfer-encoding')
-CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~]*)?')      # size, extensions
+CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t -~]*)?')      # size, extensions
 MAX_CHUNK_LINE = 256            # bytes
 TLS_ALERT = b'\x15'             # the type of the record in which a client says goodbye
 END_OF_HEAD = b'\r\n\r\n'
@@ -4646,6 +4743,13 @@ class Request:
     def name(self):
         return self.head.route if self.head else 'a request head'
 
+    def offload_kind(self):
+        """SLOW or LARGE if a thread serves it, None if the loop does."""
+        kind = self.head.entry.offload
+        if kind == LARGE and self.params.get('brief'):
+            return SLOW
+        return kind or (SLOW if len(self.body) >= OFFLOAD_BODY_BYTES else None)
+
     def receive(self):
         """Receive the head and body; a part of the connection's generator."""
         received = self.connection.received
@@ -4736,7 +4840,9 @@ class Connection(Client):
     Its generator yields the events to wait for, 0 for none; see Client.resume().
     """
     request = None              # a Request, from its first byte until its response is sent
-    unsent = b''                # of the response
+    unsent = b''                # the bytes of the response that are sent next
+    stream = None               # the rest of the response: a file, or a large body
+    stream_bytes = 0            # of it that are in memory
     watched = 0                 # events that it is registered for in the selector
     request_bytes = 0           # as the budget counts it
     response_bytes = 0
@@ -4766,7 +4872,8 @@ class Connection(Client):
             if events != self.watched:
                 self._watch(events)
             request_bytes = len(self.received) + (self.request.size if self.request else 0)
-            self.loop.budget.update(self, request_bytes, len(self.unsent))
+            response_bytes = len(self.unsent) + self.stream_bytes
+            self.loop.budget.update(self, request_bytes, response_bytes)
         except (StopIteration, OSError, EOFError, HTTPError):   # served, gone, or late
             self.close()
         except Exception as error:
@@ -4795,6 +4902,7 @@ class Connection(Client):
             self.sock.close()
             self.request = None     # a cycle, which the collector would free much later
             self.unsent = b''
+            self.stream = None
 
     def _receive(self):
         """Receive a piece that is small, so that pipelined requests are a small message."""
@@ -4857,16 +4965,15 @@ class Connection(Client):
         try:
             yield from request.receive()
             keep_alive = request.head.keep_alive
-            response = yield from self._dispatch(request)
-            file = self._begin_response(request, response, keep_alive)
+            self._begin_response(request, (yield from self._dispatch(request)), keep_alive)
         except (OSError, EOFError):     # the client is gone
             raise
         except Exception as error:
-            file = self._begin_error(request, error, keep_alive)
+            self._begin_error(request, error, keep_alive)
         request.operation = request.body = request.params = None
         request.size = 0
-        if file:
-            yield from self._send_file(file, os.fstat(file.fileno()).st_size)
+        if self.stream:
+            yield from self._send_stream()
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
@@ -4874,8 +4981,11 @@ class Connection(Client):
     def _dispatch(self, request):
         """The response of the handler, or of the operation that it returns."""
         head = request.head
-        if head.entry.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
-            result = yield from self._offload(self.server.handle, request)
+        if head.method != 'POST':
+            request.params = parse_query(head)
+        kind = request.offload_kind()
+        if kind:
+            result = yield from self._offload(kind, self.server.handle, request)
         else:
             result = self.server.handle(request)
         if isinstance(result, (Operation, EventWait)):
@@ -4885,7 +4995,7 @@ class Connection(Client):
         return result
 
     def _run_operation(self, request, operation):
-        """The response, once the operation has its result. A EventWait is rendered in a thread."""
+        """The response, once the operation has its result."""
         request.operation = operation
         request.body = None
         operation.client = self
@@ -4898,14 +5008,15 @@ class Connection(Client):
         finally:
             if operation.topic:
                 self.loop.waiters.withdraw(operation)
-        if isinstance(operation, EventWait):
-            return (yield from self._offload(operation.render, result))
+        kind = request.head.entry.offload
+        if kind:        # to render it, a EventWait reads
+            return (yield from self._offload(kind, operation.render, result))
         return operation.render(result)
 
-    def _offload(self, function, *args):
+    def _offload(self, kind, function, *args):
         """The result of a function that one of the server's threads calls."""
         self.deadline = NEVER
-        self.loop.offload.submit(SlowCall(self, self.request.name, function, args))
+        self.loop.offloads[kind].submit(SlowCall(self, self.request.name, function, args))
         return (yield from self._wait_for_result())
 
     def _wait_for_result(self):
@@ -4926,18 +5037,20 @@ class Connection(Client):
         response = Response({'error': str(error)}, error.status, headers=tuple(error.headers))
         if error.status == 401 and request.name == '/':
             response = dashboard(401)       # the page is no secret, and asks for the token
-        return self._begin_response(request, response, keep_alive)
+        self._begin_response(request, response, keep_alive)
 
     def _begin_response(self, request, response, keep_alive):
-        """Set `unsent` to the bytes of the response; returns the file that follows, or None."""
+        """Set `unsent` and `stream` to the bytes of the response."""
         method, route = ('-', 'other')
         if request.head:
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
             response = (response, *JSON_OK)
         status = response[1]
-        body, file, length = encode_body(response[0])
-        if method == 'GET' and not file:
+        body = encode_body(response[0])
+        is_file = isinstance(body, io.IOBase)
+        length = os.fstat(body.fileno()).st_size if is_file else len(body)
+        if method == 'GET' and not is_file:
             self.loop.budget.require_capacity(length)
         self.server.store.meter.request(route, status)
         if self.server.verbose:
@@ -4945,14 +5058,17 @@ class Connection(Client):
         connection = '' if keep_alive else 'close'
         if keep_alive and not request.head.is_http_1_1:
             connection = 'keep-alive'
-        head = encode_head(response, length, connection)
-        if method != 'HEAD':
-            self.unsent = head + body
-            return file
-        self.unsent = head
-        if file:
-            file.close()
-        return None
+        self.unsent = encode_head(response, length, connection)
+        if method == 'HEAD':
+            if is_file:
+                body.close()
+        elif is_file:
+            self.stream = body
+        elif length > CHUNK_BYTES:
+            self.stream = io.BytesIO(body)      # which does not copy it
+            self.stream_bytes = length
+        else:
+            self.unsent += body
 
     def _send(self):
         """Send as much as the socket takes now. True once nothing is left."""
@@ -4970,27 +5086,28 @@ class Connection(Client):
         while not self._send():
             yield WRITE
 
-    def _send_file(self, file, length):
-        """Send the rest of the response, then the file piece by piece."""
-        deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
-        with file:
+    def _send_stream(self):
+        """Send the rest of a response piece by piece, a piece in each pass of the loop."""
+        with self.stream as stream:
+            length = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
             while self.unsent:
-                if not self._send():
-                    yield from self._send_rest()
+                yield from self._send_rest()
                 if self.loop.now > deadline:
-                    raise RequestTimeout('the file was not taken in time')
-                self.unsent = file.read(CHUNK_BYTES)
+                    raise RequestTimeout('the response was not taken in time')
+                self.unsent = stream.read(CHUNK_BYTES)
+        self.stream = None
+        self.stream_bytes = 0
 
 
 def encode_body(body):
-    """(bytes, the file that follows or None, length); JSON and text end in one line feed."""
-    if isinstance(body, io.IOBase):
-        return b'', body, os.fstat(body.fileno()).st_size
+    """Bytes, or an open file as it is. JSON and text end in one line feed."""
     if isinstance(body, dict):
         body = encode(body)
     if isinstance(body, str):
         body = (body if body.endswith('\n') else body + '\n').encode()
-    return body, None, len(body)
+    return body
 
 
 def encode_head(response, length, connection):
@@ -5059,8 +5176,7 @@ def write_call(name):
         if isinstance(params, dict):
             return Operation(lambda tx: method(tx, params))
         apply_item = server.store.claims.apply_item
-        return Operation(lambda tx: {
-            'jobs': [apply_item(tx, method, item) for item in params]})
+        return BatchOperation(lambda tx, item: apply_item(tx, method, item), params)
     return handler
 
 
@@ -5141,9 +5257,8 @@ def wait_for_loss(server, params):
     def was_lost():
         return lost_at.get(worker, 0) > since
 
-    def render(was_woken):      # perhaps before Workers.record() sets `lost_at`
-        latest = max(since, lost_at.get(worker, 0))
-        return {'lost': bool(was_woken) or latest > since, 'since': latest}
+    def render(was_woken):
+        return {'lost': bool(was_woken) or was_lost(), 'since': max(since, lost_at.get(worker, 0))}
 
     return EventWait(was_lost, render, ('worker', worker), long_poll_seconds(params))
 
@@ -5194,10 +5309,10 @@ class Route(NamedTuple):
     handler: Callable
     required: Sequence[Sequence[str]]   # groups of fields; each needs at least one of its fields
     rules: Dict[str, 'FieldRule']       # all fields that it takes
-    offload: bool                       # it may take long, so a thread serves it
+    offload: Optional[str]              # SLOW or LARGE: a thread serves it
 
 
-def route(method, handler, required=(), optional='', offload=False, **rules):
+def route(method, handler, required=(), optional='', offload=None, **rules):
     """A Route. `required` lists fields, and tuples of fields of which one is required.
 
     `optional` lists fields, separated by blanks. `rules` replace those in FIELDS.
@@ -5210,7 +5325,7 @@ def route(method, handler, required=(), optional='', offload=False, **rules):
 
 def change_route(call, *required):
     status = one_of(TRANSITIONS[call].sources)
-    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=True,
+    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=SLOW,
                  status=status)
 
 
@@ -5244,21 +5359,21 @@ ROUTES = {
         'zone payload timeout max_retries tag priority key group'),
     '/unschedule': route('POST', write_call('schedules.unschedule'), ['name']),
     '/schedules': route(
-        'GET', read_call('queries.schedules'), optional='limit after', offload=True),
-    '/jobs/': route('GET', get_job, ['id'], 'wait', offload=True),
-    '/status/': route('GET', get_job, ['id'], 'wait', offload=True),
-    '/details/': route('GET', read_call('queries.newest'), ['tag'], offload=True),
+        'GET', read_call('queries.schedules'), optional='limit after name brief', offload=LARGE),
+    '/jobs/': route('GET', get_job, ['id'], 'wait', offload=LARGE),
+    '/status/': route('GET', get_job, ['id'], 'wait', offload=LARGE),
+    '/details/': route('GET', read_call('queries.newest'), ['tag'], offload=LARGE),
     '/jobs': route(
         'GET', list_jobs,
         optional='id queue status tag group search limit after brief needed_by needs',
-        offload=True),
+        offload=LARGE),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
         'GET', read_call('overview.queues'), optional='limit after busy queue search totals',
-        offload=True),
-    '/metrics': route('GET', metrics, offload=True),
+        offload=SLOW),
+    '/metrics': route('GET', metrics, offload=SLOW),
     '/health': route('GET', health),
-    '/backup': route('GET', backup, offload=True),
+    '/backup': route('GET', backup, offload=SLOW),
     '/docs': route('GET', docs),
     '/openapi.json': route('GET', lambda server, params: openapi()),
     '/rundown.mjs': route('GET', node_sdk),
@@ -5292,9 +5407,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
     One after the other, as handlers of HTTP serve the requests of a connection that is kept.
     """
 
-    def setup(self):
-        self.taken = threading.Event()      # the loop has taken the result
-
     def handle(self):
         with contextlib.suppress(Empty):
             while True:
@@ -5303,12 +5415,16 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _serve(self, call):
         try:
             result = call.function(*call.args)
+            if isinstance(result, str):
+                result = encode_body(result)
         except Exception as error:
             result = self.server.as_http_error(call.name, error)
-        self.taken.clear()
-        self._tell_loop(self.request.finished, call, result, self.taken)
+        taken = threading.Event()       # the loop has taken the result
+        if isinstance(result, bytes) and len(result) <= SMALL_MESSAGE_BYTES:
+            taken.set()                 # small results may pile up
+        self._tell_loop(self.request.finished, call, result, taken)
         del call, result        # which may be large
-        while not self.taken.wait(1) and not self.server.loop.ended:
+        while not taken.wait(1) and not self.server.loop.ended:
             pass
 
     def finish(self):
@@ -5337,6 +5453,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.allowed_hosts = {'localhost', address[0].lower(), *(name.lower() for name in names)}
         self.store = None
         self.loop = None
+        self.ipv6_listener = None   # on ::1, if the server listens on 127.0.0.1
         # touched by the loop's thread only
         self.known_heads = {}       # bytes -> authorized RequestHead
         # safe without a lock
@@ -5349,6 +5466,9 @@ class Server(http.server.ThreadingHTTPServer):
     def start(self, store):
         self.store = store
         self.loop = EventLoop(self, store)
+        if self.server_address[0] == '127.0.0.1':
+            with contextlib.suppress(OSError):      # no IPv6 here, or the port is taken there
+                self.ipv6_listener = IPv6Listener(self)
         self.loop.thread.start()
         self.loop.run_in_transaction(lambda tx: None)  # extends leases before polls come
 
@@ -5380,8 +5500,6 @@ class Server(http.server.ThreadingHTTPServer):
         head = request.head
         if head.method == 'POST':
             request.params = validate_batch(head.route, parse_json(request.body))
-        else:
-            request.params = parse_query(head)
         return head.entry.handler(self, request.params)
 
     def remember_head(self, raw, head):
@@ -5425,6 +5543,14 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         return address_of(name) is not None and not self.is_loopback_only
 
+    def _is_own_name(self, host):
+        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
+        the DNS of an attacker may have bound it to this address."""
+        name = re.sub(r':\d*$', '', host).strip('[]').lower()
+        if name in self.allowed_hosts or is_loopback(name):
+            return True
+        return address_of(name) is not None and not self.is_loopback_only
+
     def _check_host(self, head):
         host = head.headers.get('host', 'localhost')
         if not self._is_own_name(host):
@@ -5432,11 +5558,11 @@ class Server(http.server.ThreadingHTTPServer):
                 f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
-        """Pages of other origins may link to the engine's pages, but may not call it.
+        """Pages of other origins may link to the pages, and call nothing.
 
-        A proxy may have rewritten Host. A browser then still sends `Sec-Fetch-Site: same-origin`,
-        which no page can set; Origin must name the engine nevertheless. With a token there is no
-        check, since foreign pages do not know it.
+        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
+        that no page can set; the name must be the engine's all the same. Whoever knows the token
+        is no foreign page.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
@@ -5510,10 +5636,51 @@ class Server(http.server.ThreadingHTTPServer):
         """
         super().server_close()
         if self.loop:
+            if self.ipv6_listener:
+                self.loop.call_soon_threadsafe(self.ipv6_listener.close)
             self.loop.call_soon_threadsafe(self.loop.drain)
             self.loop.thread.join(DRAIN_TIMEOUT + LOCK_TIMEOUT)
             if not self.loop.thread.is_alive():     # else the next start recovers, as after a crash
                 self.store.database.close()
+
+
+class IPv6Listener(Client):
+    """Accepts connections on ::1, too: some clients take localhost for that address alone."""
+
+    def __init__(self, server):
+        super().__init__(server.loop)
+        self.server = server
+        self.sock = socket.socket(socket.AF_INET6)
+        try:
+            self.sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, server.allow_reuse_address)
+            self.sock.bind(('::1', server.server_address[1]))
+            self.sock.listen(server.request_queue_size)
+        except OSError:
+            self.sock.close()
+            raise
+        self.sock.setblocking(False)
+        self.on_timeout()
+
+    def resume(self, event):
+        try:
+            if len(self.loop.connections) > self.loop.max_connections:
+                raise OSError
+            Connection(self.server, *self.sock.accept())
+        except NOT_READY:
+            pass
+        except OSError:     # out of file descriptors: connections stay in the backlog
+            self.loop.selector.unregister(self.sock)
+            self.set_timeout(0.1)
+
+    def on_timeout(self):
+        self.loop.selector.register(self.sock, READ, self.resume)
+
+    def close(self):
+        if self.deadline == NEVER:
+            self.loop.selector.unregister(self.sock)
+        self.loop.timeouts.cancel(self)
+        self.sock.close()
 
 
 def address_of(name):
@@ -5911,7 +6078,9 @@ def openapi_parameters(path, route):
         for field, rule in route.rules.items()]
 
 
-# -- Command line ---------------------------------------------------------------------------------
+# -- Command line ----------------------------------------------------------------------------------
+M_MMAP_THRESHOLD = -3       # of glibc's malloc.h: larger blocks are returned when they are freed
+
 
 def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None,
                 key=None, keep='7d', keep_failed='30d', allow_host=(), verbose=False, clock=time):
@@ -6018,6 +6187,7 @@ def main(argv=None):
     port = options.pop('port')
     token_file = options.pop('token_file')
     raise_file_limit()
+    return_free_memory()
     try:
         if not re.fullmatch('[0-9]{1,5}', port) or int(port) > 65535:
             raise StartupError(f'--port must be a number from 0 to 65535, not {port}')
@@ -6075,6 +6245,18 @@ def raise_file_limit():
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
+
+
+def return_free_memory():
+    """Have glibc give free memory back to the system: the compiler's now, later that of payloads.
+
+    By itself glibc keeps blocks of up to 32 MiB once it has freed one of that size.
+    """
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+        import ctypes
+        libc = ctypes.CDLL(None)        # TypeError: Windows; AttributeError: not glibc
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
 
 
 # -- Dashboard -------------------------------------------------------------------------------------
@@ -8525,7 +8707,11 @@ async function pause(path, {queue}) {
 }
 
 async function runSchedule({name}) {
-  const schedule = lastRows.schedules.find(each => each.name === name);
+  const {schedules} = await call(query("schedules", {name}), {reviver: exactNumber});
+  if (!schedules.length) {
+    return `The schedule ${name} is gone`;
+  }
+  const schedule = schedules[0];
   const copied = ["queue", "payload", "timeout", "max_retries", "tag", "priority", "key", "group"];
   const given = copied.filter(field => (schedule[field] ?? null) !== null);
   const body = Object.fromEntries(given.map(field => [field, schedule[field]]));
@@ -8596,7 +8782,7 @@ async function fetchHealth() {
 const VIEWS = {
   overview: {
     queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
-    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES}), {reviver: exactNumber})],
+    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES, brief: true}))],
     draw: drawOverview,
   },
   jobs: {

@@ -286,7 +286,7 @@ MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies oft
 MAX_ASYNC_CALLS = 100       # concurrent short calls of asyncio programs
 MAX_ASYNC_WAITS = 2000      # concurrent long polls of asyncio programs that wait for a job
 CROWDED_POLL = 1            # seconds of such a long poll while more of them are queued
-MAX_IDLE_STREAMS = 20       # idle connections of asyncio programs
+MAX_ASYNC_IDLE = 20         # idle connections of asyncio programs
 MAX_RESPONSE_HEAD = 1 << 17     # bytes in the status line and headers of a response
 MAX_DEPTH = 100             # levels of a value that are searched for a part that is not JSON
 
@@ -627,7 +627,6 @@ class PooledConnection:
 
     def __init__(self, origin, deadline, context):
         self.origin = origin        # (scheme, host and port), constant
-        self.reusable = False       # True once a response has been read to its end
         scheme, host = origin
         timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
         if scheme == 'https':
@@ -647,7 +646,6 @@ class PooledConnection:
         while response is None:
             self.sock.settimeout(remaining(deadline))   # again: the bytes may trickle in
             response = reader.feed(self.sock.recv(1 << 16))
-        self.reusable = not response.will_close
         return response
 
     def close(self):
@@ -671,8 +669,8 @@ class ConnectionPool(urllib.request.BaseHandler):
         origin = (request.type, request.host)
         data = request_bytes(request)
         while True:
-            connection = self._reuse(origin) or PooledConnection(origin, deadline, self.context)
-            reused = connection.reusable
+            reused = self._take_idle(origin)
+            connection = reused or PooledConnection(origin, deadline, self.context)
             try:
                 return self._exchange(connection, data, deadline)
             except ConnectionError:
@@ -681,8 +679,8 @@ class ConnectionPool(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    def _reuse(self, origin):
-        """An idle connection or None. Closes the idle ones that cannot be reused."""
+    def _take_idle(self, origin):
+        """The last used connection to the origin, or None. Closes those to other origins."""
         if self.process != os.getpid():
             self.process = os.getpid()
             self.idle = collections.deque()
@@ -690,7 +688,7 @@ class ConnectionPool(urllib.request.BaseHandler):
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
-                if connection.origin == origin and connection.reusable:
+                if connection.origin == origin:
                     return connection
                 connection.close()
         return None
@@ -706,7 +704,10 @@ class ConnectionPool(urllib.request.BaseHandler):
             raise
         finally:
             self.active.discard(connection)
-        self.idle.append(connection)
+        if response.will_close:
+            connection.close()
+        else:
+            self.idle.append(connection)
         return response
 
     def shutdown(self, how=socket.SHUT_WR):
@@ -772,8 +773,14 @@ class Retries:
         self.has_said_so = False                # a message on the terminal: still trying
 
     def seconds(self):
-        """Seconds for the next try: an equal share for each engine of the time that is left."""
+        """Seconds for the next try: an equal share for each engine of the time that is left.
+
+        With several engines less in the first rounds, so that a silent one costs little.
+        """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
+        if len(self.hosts) > 1:
+            rounds = self.tries // len(self.hosts)
+            share = min(share, self.wait + PROBE_TIMEOUT * 2 ** min(rounds, 10))
         return max(share, self.wait + MIN_LAST_TRY)
 
     def pause_after(self, error):
@@ -927,7 +934,7 @@ class Caller:
     def close(self) -> None:
         """Close all connections, also those in use. Nothing can be sent after that."""
         self.shutdown()
-        close_idle_streams(self.hosts)
+        async_calls.close_idle(self.pool)
 
 
 class ProducerCalls(Caller):
@@ -979,7 +986,7 @@ class ProducerCalls(Caller):
         give_up = options.pop('give_up', None)
         check_names(options, ENQUEUE_OPTIONS)
         text = encode_job(payload, queue=queue, **options)
-        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
+        return Job(await async_calls.call(self, '/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(
         self,
@@ -1056,7 +1063,7 @@ class ProducerCalls(Caller):
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
         async with awaiting_in_handler(self, job):
-            return Job(await async_calls().wait(self, job, timeout, give_up), self)
+            return Job(await async_calls.wait(self, job, timeout, give_up), self)
 
     @suggest_known_options
     def schedule(
@@ -1074,7 +1081,7 @@ class ProducerCalls(Caller):
         key: str | None = None,
         group: str | None = None,
     ) -> dict[str, Any]:
-        """Have a job made at each tick: of `cron`, or every `every` seconds.
+        """Make a job at each tick: of `cron`, or every `every` seconds.
 
         `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
         changes nothing. With `key`, a tick is skipped while the job of an earlier one is pending
@@ -1295,7 +1302,6 @@ class Waiting:
 
     def __init__(self, client, job, timeout, give_up):
         self.id = job if isinstance(job, str) else job['id']
-        self.timeout = in_seconds(timeout)
         self.deadline = deadline_after(timeout)
         self.give_up = client.timeout if give_up is None else in_seconds(give_up)
 
@@ -1311,7 +1317,7 @@ class Waiting:
         if job['status'] in ENDED:
             return True
         if time.monotonic() >= self.deadline:
-            raise Unfinished(f'job {self.id} is still {job["status"]} after {self.timeout:g} s')
+            raise Unfinished(f'job {self.id} is still {job["status"]}, and the timeout is over')
         return False
 
 
@@ -1524,26 +1530,39 @@ class AsyncCalls:
     """
 
     def __init__(self):
-        import asyncio      # here, since it takes megabytes and most programs do not need it
-        self.process = os.getpid()      # constant; a fork needs a new instance: it has no thread
-        self.loop = asyncio.new_event_loop()
-        # used by the loop's thread only
-        self.idle = {}          # (origin, TLS settings) -> deque of (reader, writer)
-        self.call_slots = None  # semaphore of short calls
-        self.wait_slots = None  # semaphore of long polls
-        thread = threading.Thread(target=self._run, name='rundown-asyncio', daemon=True)
-        contextvars.Context().run(thread.start)     # it belongs to no job
+        self._reset()
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(after_in_child=self._reset)     # a fork has no such thread
 
-    def _run(self):
+    def _reset(self):
+        self.lock = threading.Lock()    # held to start the thread
+        self.loop = None                # written with the lock; None: the thread is not started
+        # used by the loop's thread only
+        self.idle = collections.deque()     # connections without a request; last used last
+        self.call_slots = None          # semaphore of short calls
+        self.wait_slots = None          # semaphore of long polls
+
+    def _start(self):
+        import asyncio      # here, since it takes megabytes and most programs do not need it
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(
+            target=self._run, args=[loop], name='rundown-asyncio', daemon=True)
+        contextvars.Context().run(thread.start)     # it belongs to no job
+        self.loop = loop
+
+    def _run(self, loop):
         import asyncio
-        asyncio.set_event_loop(self.loop)       # where semaphores of Python 3.8 look for it
+        asyncio.set_event_loop(loop)        # where semaphores of Python 3.8 look for it
         self.call_slots = asyncio.Semaphore(MAX_ASYNC_CALLS)
         self.wait_slots = asyncio.Semaphore(max_async_waits())
-        self.loop.run_forever()
+        loop.run_forever()
 
     def submit(self, coroutine):
         """A future of the running loop; cancelling it cancels the coroutine."""
         import asyncio
+        with self.lock:
+            if self.loop is None:
+                self._start()
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
     async def call(self, client, path, body=None, give_up=None):
@@ -1592,65 +1611,83 @@ class AsyncCalls:
 
     async def _open(self, client, url, data, seconds):
         import asyncio
-        exchange = self._exchange(client._request(url, data), client.pool.context)
+        exchange = self._exchange(client._request(url, data), client.pool)
         try:
             return await asyncio.wait_for(exchange, seconds)
         except asyncio.TimeoutError:
             raise socket.timeout('timed out') from None
 
-    async def _exchange(self, request, context):
+    async def _exchange(self, request, pool):
         origin = (request.type, request.host)
         data = request_bytes(request)
-        idle = self.idle.setdefault((origin, context), collections.deque())
         while True:
-            reused = bool(idle)
-            reader, writer = idle.pop() if reused else await connect_streams(origin, context)
+            reused = self._take_idle(pool, origin)
+            connection = reused or await AsyncConnection.open(pool, origin)
             try:
-                writer.write(data)
-                response = await receive_response(reader)
+                response = await connection.exchange(data)
             except BaseException as error:
-                writer.close()
+                connection.close()
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close or len(idle) >= MAX_IDLE_STREAMS:
-                writer.close()
+            if response.will_close:
+                connection.close()
             else:
-                idle.append((reader, writer))
+                self.idle.append(connection)
+            if len(self.idle) > MAX_ASYNC_IDLE:
+                self.idle.popleft().close()
             return response
 
-    def close_idle(self, hosts):
-        """Close the idle connections to these engines."""
-        origins = [urllib.parse.urlsplit(host)[:2] for host in hosts]
-        for key in list(self.idle):
-            origin, _ = key
-            if origin in origins:
-                for _, writer in self.idle.pop(key):
-                    writer.close()
+    def _take_idle(self, pool, origin):
+        """The last used connection of a client to the origin, or None."""
+        for connection in reversed(self.idle):
+            if connection.pool is pool and connection.origin == origin:
+                self.idle.remove(connection)
+                return connection
+        return None
+
+    def close_idle(self, pool):
+        """Close the idle connections of a client, from any thread."""
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self._close_idle, pool)
+
+    def _close_idle(self, pool):
+        for connection in [one for one in self.idle if one.pool is pool]:
+            self.idle.remove(connection)
+            connection.close()
 
 
-def close_idle_streams(hosts):
-    """Close the idle connections of asyncio calls to these engines, if there were any calls."""
-    for calls in async_calls_instance:
-        if calls.process == os.getpid():
-            calls.loop.call_soon_threadsafe(calls.close_idle, hosts)
+class AsyncConnection:
+    """A connection that asyncio calls use for one request after the other."""
 
+    def __init__(self, pool, origin, reader, writer):
+        self.pool = pool        # of the client that uses it
+        self.origin = origin    # (scheme, host and port)
+        self.reader = reader
+        self.writer = writer
 
-async def connect_streams(origin, context):
-    import asyncio
-    scheme, host_and_port = origin
-    parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
-    if scheme == 'https':
-        return await asyncio.open_connection(parts.hostname, parts.port or 443, ssl=context)
-    return await asyncio.open_connection(parts.hostname, parts.port or 80)
+    @classmethod
+    async def open(cls, pool, origin):
+        import asyncio
+        scheme, host_and_port = origin
+        parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
+        if scheme == 'https':
+            streams = asyncio.open_connection(parts.hostname, parts.port or 443, ssl=pool.context)
+        else:
+            streams = asyncio.open_connection(parts.hostname, parts.port or 80)
+        return cls(pool, origin, *await streams)
 
+    async def exchange(self, data):
+        """The response to a request."""
+        self.writer.write(data)
+        reader = ResponseReader()
+        response = None
+        while response is None:
+            response = reader.feed(await self.reader.read(1 << 16))
+        return response
 
-async def receive_response(reader):
-    response_reader = ResponseReader()
-    response = None
-    while response is None:
-        response = response_reader.feed(await reader.read(1 << 16))
-    return response
+    def close(self):
+        self.writer.close()
 
 
 def max_async_waits():
@@ -1663,24 +1700,7 @@ def max_async_waits():
     return MAX_ASYNC_WAITS if files < 0 else max(10, min(MAX_ASYNC_WAITS, files // 2))
 
 
-async_calls_lock = threading.Lock()
-async_calls_instance = []       # the AsyncCalls of this process, if it needed one
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(
-        before=async_calls_lock.acquire,
-        after_in_parent=async_calls_lock.release,
-        after_in_child=async_calls_lock.release,
-    )
-
-
-def async_calls():
-    """The AsyncCalls of this process."""
-    if async_calls_instance and async_calls_instance[0].process == os.getpid():
-        return async_calls_instance[0]
-    with async_calls_lock:
-        if not async_calls_instance or async_calls_instance[0].process != os.getpid():
-            async_calls_instance[:] = [AsyncCalls()]
-        return async_calls_instance[0]
+async_calls = AsyncCalls()
 
 
 # -- In a handler ----------------------------------------------------------------------------------
@@ -1734,7 +1754,7 @@ async def awaiting_in_handler(client, job):
     """waiting_in_handler() on an event loop."""
     claim = current.get()
     if claim and isinstance(job, str):
-        job = await async_calls().call(client, '/jobs/' + quote(job))
+        job = await async_calls.call(client, '/jobs/' + quote(job))
     has_lent = claim and await run_in_thread(claim.begin_wait, job)
     try:
         yield
@@ -1810,7 +1830,7 @@ class Track(Generic[T]):
 
     def __init__(self, iterable: Iterable[T], total: int | None, every: int | None) -> None:
         if every is not None:
-            check('every', every, 1)
+            check_number('every', every, 1)
         self._iterable = iterable
         self._every = every
         self._total = len(iterable) if total is None and hasattr(iterable, '__len__') else total
@@ -1999,7 +2019,7 @@ class Policy:
                                  f'not {classes!r}')
         for step in self.backoff:
             if not callable(step):
-                check('backoff', step, 0, NUMBER)
+                check_number('backoff', step, 0, NUMBER)
 
     def retry_fields(self, error, retries):
         """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
@@ -2025,7 +2045,7 @@ class Policy:
             step = self.backoff[min(retries, len(self.backoff) - 1)]
             delay = step(retries + 1) if callable(step) else step
         if delay is not None:
-            check('backoff', delay, 0, NUMBER)
+            check_number('backoff', delay, 0, NUMBER)
         return delay
 
 
@@ -3200,7 +3220,7 @@ class Fetcher:
         if jobs:
             return
         if self.worker.burst:
-            if not self._is_rate_limited():
+            if not self.worker.app.waits_for_rates or not self._is_rate_limited():
                 self.idle_generation = generation
                 until(self._may_have_jobs, NEVER)
         elif self.is_prefetching:
@@ -3223,7 +3243,7 @@ class Fetcher:
         except Refused:
             return False        # an older engine cannot tell
         for row in page['queues']:
-            if row['oldest_age'] is not None and row['rate'] and not row['paused']:
+            if is_held_back(row):
                 self.worker.stopping.wait(min(1, row['per'] / row['rate']))
                 return True
         return False
@@ -3650,7 +3670,7 @@ class Worker:
         self.next_generation = itertools.count(1).__next__
         # touched by the main thread only
         self.was_signalled = False
-        for config in app.registered.values():
+        for config in app.configs.values():
             self._add(config, concurrency or config.concurrency)
 
     def _add(self, config, concurrency):
@@ -4661,7 +4681,7 @@ class Registry:
 
     def __init__(self) -> None:
         # filled by decorators, before run()
-        self.registered = {}            # (queue, host) -> QueueConfig
+        self.configs = {}            # (queue, host) -> QueueConfig
         self.hooks = {
             'start': [], 'success': [], 'failure': [], 'lost': [],
             'start_worker': [], 'stop_worker': [],
@@ -4710,7 +4730,7 @@ class Registry:
         policy = Policy(backoff, retry_on, abort_on)
         timeout = in_seconds(timeout)
         poll_interval = in_seconds(poll_interval)
-        check_all(
+        check_settings(
             poll_interval=poll_interval, concurrency=concurrency,
             **drop_none(max_retries=max_retries, timeout=timeout, max_jobs=max_jobs),
         )
@@ -4762,7 +4782,7 @@ class Registry:
 
         `.delay(...)` sends its arguments as a job, `.adelay(...)` does so in asyncio programs.
         `.options(delay=60).delay(...)` gives the job options of enqueue(), and
-        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are
+        `.schedule(name, cron=...)` makes a job at each tick. `max_retries` and `timeout` are
         sent with each job. `name` is the task's name for producers and workers; by default
         the one under which the function is imported. `settings` are those of the queue, as
         queue() has them; tasks of one queue share them, and the last task's values are used.
@@ -4776,12 +4796,12 @@ class Registry:
         max_running = settings.pop('max_running', None)
         limits = engine_settings(queue, max_running, settings.pop('rate', None))
         timeout = in_seconds(timeout)
-        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
+        check_settings(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
         policy = Policy(backoff, retry_on, abort_on)
 
         def register(function):
             task = name or task_name(function)
-            known = self.registered.get((queue, host), QueueConfig(queue))
+            known = self.configs.get((queue, host), QueueConfig(queue))
             config = known._replace(setup_calls=limits or known.setup_calls, **settings)
             self._register(config, function, task)
             function.policy = policy
@@ -4793,7 +4813,7 @@ class Registry:
         return register if function is None else register(function)
 
     def _register(self, config, function, task=None):
-        """Have a function handle all jobs of a queue, or those for the task of that name."""
+        """Add a function that handles all jobs of a queue, or those for the task of that name."""
         if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
             raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
@@ -4803,17 +4823,17 @@ class Registry:
                 'module'
             )
         key = (config.name, config.host)
-        known = self.registered.get(key, config).functions
+        known = self.configs.get(key, config).functions
         is_mixed = known and (None in known) != (task is None)
         if is_mixed or source_of(known.get(task, function)) != source_of(function):
             raise Misuse(
                 f'the queue {config.name} has another handler already; only tasks, each of a '
                 'name, can share one'
             )
-        self.registered[key] = config._replace(functions={**known, task: function})
+        self.configs[key] = config._replace(functions={**known, task: function})
 
     def on(self, event: str) -> Callable[[F], F]:
-        """Have the decorated function called at an event of each run of a handler.
+        """Call the decorated function at an event of each run of a handler.
 
         hook(job, value) at "start" (None), "success" (the result), "failure" and "lost" (the
         exception). An exception in such a hook is logged and changes nothing. "start_worker" and
@@ -4829,7 +4849,7 @@ class Registry:
         return register
 
     def around(self, function: F) -> F:
-        """Have the decorated generator function, which yields once, wrap each run of a handler.
+        """Wrap each run of a handler in the decorated generator function, which yields once.
 
         It runs in the process of the handler: for database connections, tracing and the like.
         It gets the job if it has a parameter.
@@ -4857,6 +4877,7 @@ class App(Registry):
         super().__init__()
         # written by testing() alone
         self.host = host
+        self.waits_for_rates = True     # in a burst, for the next claims that a rate allows
         # constant
         self.token = token
         self.timeout = timeout
@@ -4879,7 +4900,6 @@ class App(Registry):
         self,
         queue: str,
         payload: Any = None,
-        *,
         host: str | None = None,
         timeout: float | datetime.timedelta | None = None,
         max_retries: int | None = None,
@@ -4888,6 +4908,7 @@ class App(Registry):
         run_at: str | datetime.datetime | None = None,
         priority: int | None = None,
         key: str | None = None,
+        *,
         id: str | None = None,
         after: Any = None,
         after_any: bool | None = None,
@@ -4935,11 +4956,10 @@ class App(Registry):
         every: float | datetime.timedelta | None = None,
         zone: str | None = None,
         payload: Any = None,
-        *,
         host: str | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Have a job made at each tick; see Client.schedule. Returns the schedule."""
+        """Make a job at each tick; see Client.schedule. Returns the schedule."""
         return self.client(host).schedule(
             name, queue, cron=cron, every=every, zone=zone, payload=payload, **options)
 
@@ -4965,7 +4985,7 @@ class App(Registry):
         max_hung: int = MAX_HUNG,
         concurrency: int | None = None,
     ) -> None:
-        """Work on the registered queues until SIGTERM, SIGINT or stop().
+        """Work on the declared queues until SIGTERM, SIGINT or stop().
 
         With `burst` until nothing is due. Returns after an orderly end. Raises SystemExit(1) if
         `max_hung` handlers hang. In the main thread, unless `burst`, it ends the process if
@@ -4976,15 +4996,16 @@ class App(Registry):
                 'run() runs where isolate=True imports the script: put it behind '
                 "if __name__ == '__main__':"
             )
-        if not self.registered:
+        if not self.configs:
             raise Error('there is no handler: decorate a function with @queue("name")')
-        check('max_hung', max_hung, 1)
+        check_number('max_hung', max_hung, 1)
         if concurrency is not None:
-            check('concurrency', concurrency, 1)
+            check_number('concurrency', concurrency, 1)
         set_up_log()
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
         if not burst:
+            return_free_memory()
             report = functools.partial(report_undeclared, worker)
             threading.Thread(target=report, daemon=True).start()
         self.workers.append(worker)
@@ -5002,7 +5023,7 @@ class App(Registry):
             raise SystemExit(code)
 
     def stop(self) -> None:
-        """Have run() end as after SIGTERM, from any thread."""
+        """End run() as SIGTERM does, from any thread."""
         for worker in list(self.workers):
             worker.stop()
 
@@ -5045,8 +5066,9 @@ def enqueue_method(app, queue, host):
             )
         return app.enqueue(queue, payload, **{'host': host, **options})
 
-    parameters = list(inspect.signature(app.enqueue).parameters.values())
-    enqueue.__signature__ = inspect.Signature(parameters[1:])
+    _, first, *options = inspect.signature(app.enqueue).parameters.values()
+    by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    enqueue.__signature__ = inspect.Signature([first, *by_name])
     return enqueue
 
 
@@ -5077,7 +5099,7 @@ class TaskSender:
         return await self.app.aenqueue(self.queue, payload, **self.enqueue_options)
 
     def schedule(self, name, cron=None, every=None, zone=None, args=(), kwargs=None, **options):
-        """Have the task called with these arguments at each tick; see rw.schedule()."""
+        """Call the task with these arguments at each tick; see rw.schedule()."""
         payload = self._payload(args, kwargs or {})
         merged = {**self.enqueue_options, **options}
         return self.app.schedule(
@@ -5137,7 +5159,7 @@ def source_of(function):
     return file, getattr(function, '__qualname__', function)
 
 
-def check(name, value, minimum, types=int):
+def check_number(name, value, minimum, types=int):
     """Misuse unless the setting is a number from `minimum`."""
     is_number = isinstance(value, types) and not isinstance(value, bool)
     if not is_number or not minimum <= value < float('inf'):
@@ -5145,10 +5167,10 @@ def check(name, value, minimum, types=int):
         raise Misuse(f'{name} must be a {kind} from {minimum:g}, not {value!r}')
 
 
-def check_all(**settings):
+def check_settings(**settings):
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
-        check(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
+        check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
 
 
 def check_call(function, args, kwargs=None):
@@ -5169,7 +5191,7 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     limits = drop_none(
         max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_all(**limits, **schedule)
+    check_settings(**limits, **schedule)
     is_cron = 'cron' in schedule or 'zone' in schedule
     if is_cron and ('every' in schedule or not isinstance(cron, str) or not cron):
         raise Misuse(
@@ -5238,6 +5260,17 @@ def iter_pages(call, key, **filters):
 def iter_jobs(client, **filters):
     """All jobs that the filters of Client.jobs let pass, newest first."""
     return iter_pages(client.jobs, 'jobs', limit=1000, **filters)
+
+
+def return_free_memory():
+    """Return memory to the system: compiling this file takes 9 MB, which glibc would keep."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # it is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_held_back(row):
+    """Whether a rate holds back due jobs of a queue, given as the engine describes it."""
+    return row['oldest_age'] is not None and row['rate'] and not row['paused']
 
 
 def set_up_log():
@@ -5814,16 +5847,16 @@ class DjangoTasks:
     def get_result(self, result_id):
         job = self._find_in_outbox(result_id)
         if not job:
-            with missing_as_django_says(result_id):
+            with missing_result(result_id):
                 job = default.client(self.host).job(result_id)
         return self.stored_result(job)
 
     async def aget_result(self, result_id):
         job = self.database and await asgiref.sync.sync_to_async(self._find_in_outbox)(result_id)
         if not job:
-            with missing_as_django_says(result_id):
+            with missing_result(result_id):
                 client = default.client(self.host)
-                job = await async_calls().call(client, '/jobs/' + quote(result_id))
+                job = await async_calls.call(client, '/jobs/' + quote(result_id))
         return self.stored_result(job)
 
     def _find_in_outbox(self, id):
@@ -5903,11 +5936,12 @@ class DjangoAttempt:
 
     def _end(self, value=None, error=None):
         """Send task_finished, unless another attempt follows."""
-        status = 'FAILED' if error else 'SUCCESSFUL'
-        if error:
+        succeeded = error is None       # an exception may be false, as an empty container is
+        if not succeeded:
             self.result.errors.append(django_error(error_text(error)))
         try:
-            if not error or is_last_attempt(error):
+            if succeeded or is_last_attempt(error):
+                status = 'SUCCESSFUL' if succeeded else 'FAILED'
                 set_fields(
                     self.result,
                     _return_value=value,
@@ -5936,8 +5970,8 @@ def set_fields(result, **fields):
 
 
 @contextlib.contextmanager
-def missing_as_django_says(id):
-    """Raise Django's exception if the engine does not have the job."""
+def missing_result(id):
+    """Raise Django's exception instead of the refusal of an engine that does not have the job."""
     try:
         yield
     except Refused as error:
@@ -6041,9 +6075,9 @@ def register_django_queues(backends, names):
     for backend in backends:
         for queue in names or sorted(backend.queues):
             is_allowed = not backend.queues or queue in backend.queues
-            if is_allowed and (queue, backend.host) not in default.registered:
+            if is_allowed and (queue, backend.host) not in default.configs:
                 default.queue(queue, host=backend.host)(django_handler(backend))
-    served = {queue for queue, _ in default.registered}
+    served = {queue for queue, _ in default.configs}
     unknown = [repr(name) for name in names if name not in served]
     if unknown or not served:
         raise Misuse('no rundown_workers.DjangoBackend in the setting TASKS has '
@@ -6082,25 +6116,34 @@ class Testing:
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also jobs that are delayed or wait for a retry: the clock moves on to them.
+        With `delayed` also jobs that are delayed, wait for a retry, or are held back by a rate:
+        the clock moves on to them.
         """
-        self.app.run(burst=True, **options)
-        while delayed:
-            later = self._next_run()
-            if later is None:
-                return
-            self.advance(later - self.clock.time() + 0.01)
+        self.app.waits_for_rates = not delayed
+        try:
             self.app.run(burst=True, **options)
+            while delayed:
+                pause = self._pause()
+                if pause is None:
+                    return
+                self.advance(pause)
+                self.app.run(burst=True, **options)
+        finally:
+            self.app.waits_for_rates = True
 
-    def _next_run(self):
-        """The earliest time at which a job of the registered queues is due; None: there is none."""
-        queues = {queue for queue, _ in self.app.registered}
-        times = [
-            datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')).timestamp()
-            for job in iter_jobs(self.client, status='pending')
-            if job['queue'] in queues
+    def _pause(self):
+        """Seconds until more jobs of the declared queues can be claimed; None: there are none."""
+        queues = {queue for queue, _ in self.app.configs}
+        now = self.clock.time()
+        pauses = [
+            parse_time(job['next_run_at']) - now + 0.01
+            for job in iter_jobs(self.client, status='pending') if job['queue'] in queues
         ]
-        return min((at for at in times if at > self.clock.time()), default=None)
+        pauses += [
+            row['per'] for row in iter_pages(self.client.queues, 'queues')
+            if row['queue'] in queues and is_held_back(row)
+        ]
+        return min((pause for pause in pauses if pause > 0), default=None)
 
 
 def import_engine():
@@ -6660,7 +6703,7 @@ COMMANDS = [
             '--per', type=limit_argument, metavar='S', default=argparse.SUPPRESS,
             help='seconds for --rate claims (1)'),
     ]),
-    Command('schedule', command_call, 'have a job made at each tick', [
+    Command('schedule', command_call, 'make a job at each tick', [
         argument('name'),
         argument('queue'),
         PAYLOAD,
