@@ -8397,7 +8397,7 @@ def hook(job, value):
         ["failed", "failed"] if event == "start" else ["failed", "done"])
 
 
-FAULTY = {      # what a handler raises, with classes that are wrong in some way
+WRONG_RETRIES = {       # what a handler raises, with classes that are wrong in some way
     "no __init__ of Retry": "class Again(rw.Retry):\n    def __init__(self): pass",
     "a delay that is text": "class Again(rw.Retry):\n    delay = property(lambda self: 'soon', lambda *_: None)",
     "a delay that is no number": "class Again(rw.Retry):\n    def __init__(self): self.delay = float('nan')",
@@ -8406,14 +8406,14 @@ FAULTY = {      # what a handler raises, with classes that are wrong in some way
 }
 
 
-@pytest.mark.parametrize("kind", FAULTY)
+@pytest.mark.parametrize("kind", WRONG_RETRIES)
 def test_a_faulty_exception_of_a_handler_does_not_end_the_worker(kind):
     class Unknowable(type):
         def __instancecheck__(cls, error):
             raise SystemExit("no")
 
     names = {"rw": rw}
-    exec(FAULTY[kind], names)
+    exec(WRONG_RETRIES[kind], names)
 
     def handle(payload):
         raise names["Again"]()
