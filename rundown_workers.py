@@ -5340,7 +5340,8 @@ def enqueue_in(
 
     The connection is one of sqlite3, psycopg, psycopg2, SQLAlchemy (a Connection or a Session) or
     Django (django.db.connection); other drivers work if they write parameters as %s and the table
-    is there. Returns the job's id. The options are those of enqueue(); a delay begins now.
+    is there. With an AsyncSession on psycopg: `await session.run_sync(enqueue_in, queue, payload)`.
+    Returns the job's id. The options are those of enqueue(); a delay begins now.
     """
     check_names(options, ENQUEUE_OPTIONS)
     if 'give_up' in options:
@@ -5362,8 +5363,8 @@ def driver_connection(connection):
     if hasattr(connection, 'ensure_connection'):            # Django
         connection.ensure_connection()
         return connection.connection
-    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
-        connection = connection.connection()
+    if callable(getattr(connection, 'connection', None)) and not is_async(connection):
+        connection = connection.connection()                # a Session of SQLAlchemy
     if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
         if not connection.in_transaction() and hasattr(connection, 'commit'):
             connection.begin()      # as its first statement would do; its commit() needs that
@@ -5376,14 +5377,16 @@ def outbox_of(connection):
     connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
         return SQLiteOutbox(connection)
-    is_asynchronous = (
-        inspect.iscoroutinefunction(getattr(connection, 'commit', None))
-        or has_class_of(connection, 'sqlite')       # an adapter of aiosqlite
-    )
-    if is_asynchronous or not hasattr(connection, 'cursor'):
+    is_usable = hasattr(connection, 'cursor') and not is_async(connection)
+    # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
+    if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return Outbox(connection)
+
+
+def is_async(connection):
+    return inspect.iscoroutinefunction(getattr(connection, 'commit', None))
 
 
 def has_class_of(connection, name):
@@ -5675,7 +5678,7 @@ class Forwarder:
 
 def as_text(value):
     """Text from a database, whose connection may return it as bytes."""
-    return value.decode() if isinstance(value, bytes) else value
+    return value if isinstance(value, str) else bytes(value).decode()
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -5800,6 +5803,9 @@ class DjangoTasks:
         outbox = self.options.get('outbox') or None
         self.database = 'default' if outbox is True else outbox     # its alias; None: no outbox
         self.host = self.options.get('host')                        # None: RUNDOWN_URL
+        if self.database:
+            aliases = list(django.db.connections)
+            check_names([self.database], aliases, f'TASKS[{alias!r}]: there is no database')
 
     def enqueue(self, task, args, kwargs):
         options = self._enqueue_options(task, args, kwargs)

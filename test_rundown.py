@@ -10628,6 +10628,11 @@ ODD_ROWS = [  # connections that return rows or text of another kind
     (
         "sqlite",
         "sqlite3",
+        lambda shop: connected(sqlite3.connect(shop.file), text_factory=bytearray),
+    ),
+    (
+        "sqlite",
+        "sqlite3",
         lambda shop: connected(sqlite3.connect(shop.file), row_factory=sqlite3.Row),
     ),
     (
@@ -10732,13 +10737,17 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
         async def commit(self):
             pass
 
-    adapted = type(
-        "AdaptedConnection", (), dict(__module__="somewhere.aiosqlite", cursor=None, commit=print)
-    )()
-    for odd in Asynchronous(), adapted, object(), None:
-        with pytest.raises(
-            rw.Misuse, match="psycopg2, SQLAlchemy or Django that is not for asyncio"
-        ):
+    class AsyncSession(Asynchronous):
+        async def connection(self):
+            pass
+
+    adapted = [
+        type("Adapted", (), dict(__module__="somewhere." + name, cursor=None, commit=print))()
+        for name in ("aiosqlite", "asyncpg")
+    ]
+    sentence = "psycopg2, SQLAlchemy or Django that is not for asyncio, not a %s$"
+    for odd in Asynchronous(), AsyncSession(), *adapted, object(), None:
+        with pytest.raises(rw.Misuse, match=sentence % type(odd).__name__):
             rw.enqueue_in(odd, q)
 
 
@@ -11632,6 +11641,12 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
     env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)}
     assert "'other' among its QUEUES" in rundown(engine, "django", "other", code=2, env=env)
     assert "working on default" in rundown(engine, "django", "default", "--burst", env=env)
+    for option, sentence in (("outbox", "no database other"), ("outbux", "did you mean outbox")):
+        (tmp_path / "settings.py").write_text(
+            "TASKS = {'default': {'BACKEND': 'rundown_workers.DjangoBackend', "
+            "'OPTIONS': {%r: 'other'}}}" % option
+        )
+        assert sentence in rundown(engine, "django", code=2, env=env)
 
 
 OLDER_DJANGO = """
