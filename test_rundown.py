@@ -8362,6 +8362,45 @@ def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engi
     assert "no free slot" in worker.log()
 
 
+def test_an_answer_to_a_request_from_before_the_trouble_does_not_end_it():
+    app = rw.App("http://127.0.0.1:1")
+    app.queue("q")(lambda payload: None)
+    session, = rw.Worker(app, False, 1, 10, None).sessions.values()
+    before = time.monotonic()
+    session.on_down(rw.EngineUnavailable("gone"))
+    session.on_up(before)
+    assert not session.is_up()
+    session.on_up(time.monotonic())
+    assert session.is_up()
+
+
+@posix_signals
+def test_jobs_that_were_prefetched_in_vain_are_left_to_others(engine, work, q):
+    body = """
+        say(payload)
+        while payload == "long" and not os.path.exists("go"): time.sleep(0.01)
+    """
+    worker = work("rw.MAX_PREFETCH_AGE = 0.2\n" + handler(q, body))
+    for job in [engine.enqueue(q, "quick") for _ in range(20)]:
+        ended(engine, job)
+    payloads = ["long", *["behind"] * 5]
+    jobs = engine.post("/enqueue", jobs=[{"queue": q, "payload": each} for each in payloads])["jobs"]
+    until(lambda: "long" in worker.said())
+    time.sleep(0.9)
+    assert max(engine.job(job)["attempt"] for job in jobs) == 1     # claimed and released once
+    (worker.file.parent / "go").touch()
+    for job in jobs:
+        ended(engine, job)
+
+
+def test_the_log_names_the_task(engine, work):
+    source = "@rw.task(queue='shop', name='app.pay')\ndef pay(): pass\n"
+    engine.enqueue("shop", {"task": "app.pay"})
+    worker = work(source, run=BURST)
+    worker.wait()
+    assert re.search(r"shop app.pay \S+ attempt 1 done", worker.log())
+
+
 @pytest.mark.parametrize("event", ["start", "success", "failure"])
 def test_a_hook_that_is_interrupted_costs_no_slot(engine, work, q, event):
     source = handler(q, "return 1 / payload", max_retries=0) + """
@@ -8377,7 +8416,7 @@ def hook(job, value):
         ["failed", "failed"] if event == "start" else ["failed", "done"])
 
 
-FAULTY = {      # what a handler raises, with classes that are wrong in some way
+WRONG_RETRIES = {       # what a handler raises, with classes that are wrong in some way
     "no __init__ of Retry": "class Again(rw.Retry):\n    def __init__(self): pass",
     "a delay that is text": "class Again(rw.Retry):\n    delay = property(lambda self: 'soon', lambda *_: None)",
     "a delay that is no number": "class Again(rw.Retry):\n    def __init__(self): self.delay = float('nan')",
@@ -8386,14 +8425,14 @@ FAULTY = {      # what a handler raises, with classes that are wrong in some way
 }
 
 
-@pytest.mark.parametrize("kind", FAULTY)
+@pytest.mark.parametrize("kind", WRONG_RETRIES)
 def test_a_faulty_exception_of_a_handler_does_not_end_the_worker(kind):
     class Unknowable(type):
         def __instancecheck__(cls, error):
             raise SystemExit("no")
 
     names = {"rw": rw}
-    exec(FAULTY[kind], names)
+    exec(WRONG_RETRIES[kind], names)
 
     def handle(payload):
         raise names["Again"]()
@@ -10608,6 +10647,11 @@ ODD_ROWS = [  # connections that return rows or text of another kind
     (
         "sqlite",
         "sqlite3",
+        lambda shop: connected(sqlite3.connect(shop.file), text_factory=bytearray),
+    ),
+    (
+        "sqlite",
+        "sqlite3",
         lambda shop: connected(sqlite3.connect(shop.file), row_factory=sqlite3.Row),
     ),
     (
@@ -10712,13 +10756,17 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
         async def commit(self):
             pass
 
-    adapted = type(
-        "AdaptedConnection", (), dict(__module__="somewhere.aiosqlite", cursor=None, commit=print)
-    )()
-    for odd in Asynchronous(), adapted, object(), None:
-        with pytest.raises(
-            rw.Misuse, match="psycopg2, SQLAlchemy or Django that is not for asyncio"
-        ):
+    class AsyncSession(Asynchronous):
+        async def connection(self):
+            pass
+
+    adapted = [
+        type("Adapted", (), dict(__module__="somewhere." + name, cursor=None, commit=print))()
+        for name in ("aiosqlite", "asyncpg")
+    ]
+    sentence = "psycopg2, SQLAlchemy or Django that is not for asyncio, not a %s$"
+    for odd in Asynchronous(), AsyncSession(), *adapted, object(), None:
+        with pytest.raises(rw.Misuse, match=sentence % type(odd).__name__):
             rw.enqueue_in(odd, q)
 
 
@@ -11612,6 +11660,12 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
     env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)}
     assert "'other' among its QUEUES" in rundown(engine, "django", "other", code=2, env=env)
     assert "working on default" in rundown(engine, "django", "default", "--burst", env=env)
+    for option, sentence in (("outbox", "no database other"), ("outbux", "did you mean outbox")):
+        (tmp_path / "settings.py").write_text(
+            "TASKS = {'default': {'BACKEND': 'rundown_workers.DjangoBackend', "
+            "'OPTIONS': {%r: 'other'}}}" % option
+        )
+        assert sentence in rundown(engine, "django", code=2, env=env)
 
 
 OLDER_DJANGO = """
