@@ -139,6 +139,7 @@ import contextlib
 import datetime
 import difflib
 import email.utils
+import errno
 import functools
 import gc
 import glob
@@ -511,7 +512,7 @@ def describe(value):
     if isinstance(value, dict):
         return 'an object'
     if isinstance(value, list):
-        return 'a list'
+        return f'a list of {len(value)}'
     return truncate_middle(json.dumps(value), 60).replace('\n', ' ')
 
 
@@ -627,8 +628,9 @@ FIELDS = {
 }
 # fields of a query whose text is parsed as JSON: numbers and flags
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
-NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
-EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
+LIMITS = ('max_running', 'rate', 'per')
+NULLABLE = (*LIMITS, 'progress')        # null is a value; in other fields it is the same as omitted
+EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'), ('replace', 'after'))
 # the first needs the second
 REQUIRES = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))
 
@@ -649,7 +651,7 @@ def validate(path, body):
         if params.keys().isdisjoint(alternatives):
             raise BadRequest(f'{" or ".join(alternatives)} is missing: {path} needs it')
     for one, other in EXCLUSIVE:
-        if one in params and other in params:
+        if one in params and other in params and params[one] is not False:
             raise BadRequest(f'{one} and {other} exclude each other')
     for one, other in REQUIRES:
         if params.get(one) and other not in params:
@@ -688,6 +690,8 @@ def validate_batch(path, body):
     batch = []
     for number, item in enumerate(items):
         try:
+            if type(item) is not dict:
+                raise BadRequest(f'it must be a JSON object, not {describe(item)}')
             batch.append(validate(path, item))
         except BadRequest as error:
             refusal = BadRequest(f'jobs[{number}]: {error}')
@@ -1430,6 +1434,8 @@ def obstacle(database_path, error):
     reason = getattr(error, 'strerror', None) or error.__cause__ or error
     named = getattr(error, 'filename', None)
     folder = os.path.dirname(database_path)
+    if named and not os.path.exists(folder):
+        return f'the folder {folder} does not exist'
     if named and not os.path.exists(named):
         return f'{reason}: {named} in {folder} ({owner_and_mode(folder)})'
     files = [database_path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
@@ -2166,12 +2172,15 @@ class Transaction:
 
         All slices of a transaction share one SLICE_TIME, which bounds how long others wait for it.
         """
-        if self.slice_ends is None:
-            self.slice_ends = time.monotonic() + SLICE_TIME
+        self.begin_slice()
         for item in items:
             yield item
             if self.is_slice_over():
                 return
+
+    def begin_slice(self):
+        if self.slice_ends is None:
+            self.slice_ends = time.monotonic() + SLICE_TIME
 
     def is_slice_over(self):
         return self.slice_ends is not None and time.monotonic() > self.slice_ends
@@ -2506,13 +2515,13 @@ class Producers:
         row['id'] = item.get('id') or new_id(tx.now)
         row['created_at'] = row['updated_at'] = tx.now
         due = tx.now + item.get('delay', 0)
-        start = tx.now      # from which `expires` counts
+        expiry_counts_from = tx.now
         if 'run_at' in item:
-            due = start = item['run_at']
+            due = expiry_counts_from = item['run_at']
             row['has_run_at'] = 1
         if 'expires' in item:
-            row['expires_at'] = min(max(start, tx.now) + item['expires'], LATEST_TIME)
-            tx.wake_at(row['expires_at'])
+            row['expires_at'] = min(expiry_counts_from + item['expires'], LATEST_TIME)
+            tx.wake_at(row['expires_at'])       # if it has passed, Jobs.expire() cancels the job
         # enqueue() makes the right job of the group the active one, once all are inserted
         self.jobs.set_hold(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row
@@ -2556,6 +2565,9 @@ class Producers:
         """Give the job that holds the key the values of the row, unless it has started."""
         if existing['status'] != 'pending' or existing['attempt']:
             return existing, EXISTING
+        if row['group'] not in (None, existing['group']):
+            raise Conflict('group: the pending job with this key is not in this group; replace '
+                           'does not move it')
         values = {field: row[field] for field in REPLACED_COLUMNS}
         self.jobs.transition(tx, 'replace', existing, 'pending', row['next_run_at'], **values)
         return tx.fetch_one(SELECT_JOB + 'seq = ?', existing['seq']), REPLACED
@@ -2635,7 +2647,7 @@ class Claims:
         rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
         expired = []        # their seqs
         claims = self._within_budget(tx, rows, changes, expired)
-        for seq in expired:
+        for seq in tx.paced(expired):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
         if expired and not claims:
@@ -2669,6 +2681,9 @@ class Claims:
             expires_at = claim['expires_at']
             if expires_at is not None and expires_at <= tx.now and not claim['attempt']:
                 expired.append(claim['seq'])
+                tx.begin_slice()
+                if tx.is_slice_over():
+                    break
                 continue
             size = size_of(claim)
             if claims and size > tx.response_budget:
@@ -2922,10 +2937,11 @@ class Dependencies:
     def reopen(self, tx, job):
         """An ended job is retried: its dependents that are still blocked wait for it again.
 
-        At most SLICE_ROWS of them are updated here; the others notice by recheck().
+        A slice of them is updated here; the others notice by recheck().
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
-        for dependent, position in tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], SLICE_ROWS):
+        informed = tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], SLICE_ROWS)
+        for dependent, position in tx.paced(informed):
             tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
             waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
             if waiting['status'] == 'pending' and waiting['waits_for']:
@@ -2968,8 +2984,8 @@ class Limits:
         """Set or remove limits of a queue; returns all its limits."""
         queue = params['queue']
         known = tx.fetch_one(SELECT_QUEUE, queue)
-        limits = {limit: known[limit] if known else None for limit in NULLABLE}
-        limits.update((limit, params[limit]) for limit in NULLABLE if limit in params)
+        limits = {limit: known[limit] if known else None for limit in LIMITS}
+        limits.update((limit, params[limit]) for limit in LIMITS if limit in params)
         if limits['rate'] is None:
             if params.get('per') is not None:
                 raise BadRequest('per needs a rate')
@@ -3027,6 +3043,11 @@ REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({column_list(SCHEDULE_COLUMNS)}) '
                     f'VALUES (:{", :".join(SCHEDULE_COLUMNS)})')
 
 
+def tick_id(name, tick):
+    """The id of the job that a tick of the schedule makes."""
+    return f'{name}@{rfc3339(tick)[:19]}Z'
+
+
 class Schedules:
     """Schedules, and the jobs that their ticks make."""
 
@@ -3057,6 +3078,15 @@ class Schedules:
         for name, in tx.paced(due):
             self._tick(tx, tx.fetch_one(SELECT_FOR_TICK, name))
 
+    def set_back(self, tx):
+        """The clock was set back: no schedule with `every` waits for longer than that."""
+        waiting = tx.fetch_all(SELECT_SCHEDULE + 'WHERE next_run_at > ? + every', tx.now)
+        for row in waiting:
+            tick = first_tick(row, tx.now)
+            while tx.fetch_one(FIND_BY_ID, tick_id(row['name'], tick)):     # a second time around
+                tick += micros(1)
+            tx.execute('UPDATE schedules SET next_run_at = ? WHERE name = ?', (tick, row['name']))
+
     def _tick(self, tx, row):
         """Make the job of the last tick that is due, and set the next one."""
         try:
@@ -3067,7 +3097,7 @@ class Schedules:
             tx.log_lines.append(
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
         item = {field: row[field] for field in SMALL_COPIED_COLUMNS if row[field] is not None}
-        item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
+        item['id'] = tick_id(row['name'], tick)
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
@@ -3785,7 +3815,7 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT MIN(next_run_at) FROM schedules
         UNION ALL SELECT MIN(expires_at) FROM jobs
             WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0
-        UNION ALL SELECT MIN(1) FROM unresolved_ends
+        UNION ALL SELECT (SELECT 1 FROM unresolved_ends LIMIT 1)
         UNION ALL SELECT ?)'''
 
 
@@ -3839,7 +3869,9 @@ class Store:
         back = before - self.clock.now()
         if back > micros(1):
             with self.database.transaction() as db:
-                self.jobs.set_back(self.begin(db), before)
+                tx = self.begin(db)
+                self.jobs.set_back(tx, before)
+                self.schedules.set_back(tx)
             log(f'the system clock was set back by {back / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
@@ -3994,6 +4026,29 @@ class LongPoll(Operation):
         super().__init__(work, render)
         self.topic = topic
         self.wait = wait
+
+
+class BatchOperation(Operation):
+    """One call for each of many items, in slices: the rest waits for the next transaction."""
+
+    def __init__(self, apply, items):
+        super().__init__(self._apply_slice)
+        self.apply = apply      # (transaction, item) -> result
+        self.items = items
+        self.results = []       # of the items whose transactions are committed
+
+    def _apply_slice(self, tx):
+        items = self.items[len(self.results):]
+        return [self.apply(tx, item) for item in tx.paced(items)]
+
+    def finish(self):
+        if self.error is None:
+            self.results += self.result
+            if len(self.results) < len(self.items):
+                self.submit(self.client.loop)
+                return
+            self.result = {'jobs': self.results}
+        super().finish()
 
 
 class EventWait:
@@ -5124,8 +5179,7 @@ def write_call(name):
         if isinstance(params, dict):
             return Operation(lambda tx: method(tx, params))
         apply_item = server.store.claims.apply_item
-        return Operation(lambda tx: {
-            'jobs': [apply_item(tx, method, item) for item in params]})
+        return BatchOperation(lambda tx, item: apply_item(tx, method, item), params)
     return handler
 
 
@@ -5330,17 +5384,24 @@ ROUTES = {
 }
 
 
-# the calls of operators are logged, with these fields
+# the calls of operators are logged
 AUDITED = frozenset(('/pause', '/resume', '/limit', '/cancel', '/retry', '/purge', '/reschedule',
                      '/schedule', '/unschedule'))
-AUDIT_FIELDS = ('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
-                'priority')
+AUDIT_FIELDS = {        # with these fields, which are written like this
+    **dict.fromkeys(('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
+                     'zone', 'priority'), describe),
+    'per': as_seconds,
+    'every': as_seconds,
+    'delay': as_seconds,
+    'run_at': rfc3339,
+}
 
 
 def audit_line(address, path, params, result):
     """Address, call, its fields, and to how many jobs it applied."""
     if isinstance(params, dict):
-        fields = [f'{field}={describe(params[field])}' for field in AUDIT_FIELDS if field in params]
+        fields = [f'{field}={write(params[field])}'
+                  for field, write in AUDIT_FIELDS.items() if field in params]
     else:
         fields = [f'{len(params)} jobs']
     count = 1
@@ -5750,7 +5811,10 @@ def schedule_families(schedules, now):
 
 
 def meter_families(meter, named_queues):
-    """Counts since the start. Queues that are not in `named_queues` are summed up."""
+    """Counts since the start. Queues that are not in `named_queues` are summed up.
+
+    Counters of a queue begin at 0, since Prometheus sees no increase in a first sample.
+    """
     totals = collections.Counter()
     with meter.lock:
         requests = dict(meter.requests)
@@ -5759,11 +5823,11 @@ def meter_families(meter, named_queues):
                       if key[1] in named_queues}
         for (event, queue), count in meter.totals.items():
             totals[event, queue if queue in named_queues else '(others)'] += count
+    queues = sorted(named_queues.union(queue for _, queue in totals))
     for event in COUNTER_EVENTS:
         yield Family(
             f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.',
-            [sample(count, queue=queue) for (name, queue), count in totals.items()
-             if name == event])
+            [sample(totals[event, queue], queue=queue) for queue in queues])
     for event, name, span in (('started', 'wait', 'due to claimed'),
                               ('completed', 'job', 'claimed to completed')):
         yield Family(
@@ -5994,6 +6058,10 @@ def openapi_operation(path, route):
     }
     if path == '/poll':
         operation['responses']['204'] = {'description': 'No job came.'}
+    if path == '/health':
+        operation['responses']['503'] = {
+            'description': 'Jobs cannot be stored.',
+            'content': {call.content_type: {'schema': schema}}}
     alternatives = [' or '.join(fields) for fields in route.required if len(fields) > 1]
     if alternatives:
         operation['description'] = f'It needs {", and ".join(alternatives)}.'
@@ -6041,6 +6109,8 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
     """
     if sqlite3.sqlite_version_info < (3, 24):
         raise StartupError(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
+    if str(db) in ('', ':memory:'):
+        raise StartupError('--db takes the name of a file')
     if not is_loopback(host) and not token:
         raise StartupError(f'to listen on {host or "all addresses"} a token is needed: '
                            'write a secret into a file and give --token-file FILE')
@@ -6052,7 +6122,10 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
         # before the database: if the port is taken, no file is left behind
         server = Server((host, port), token, tls, allow_host, verbose)
     except (OSError, OverflowError) as error:
-        raise StartupError(f'{host}:{port} cannot be listened on: {error}') from None
+        reason = f'cannot be listened on: {error}'
+        if getattr(error, 'errno', None) == errno.EADDRINUSE:
+            reason = 'is taken: another engine or program listens there; --port takes another'
+        raise StartupError(f'{host}:{port} {reason}') from None
     try:
         open_store(server, Database(db, sync), clock, ages)
     except BaseException:
@@ -6111,7 +6184,7 @@ def parse_arguments(argv):
     env = os.environ.get
     add('--db', default=env('RUNDOWN_DB', 'rundown.db'), help='the database file (rundown.db)')
     add('--host', default=env('RUNDOWN_HOST', '127.0.0.1'),
-        help='the address to listen on (127.0.0.1)')
+        help='the address to listen on (127.0.0.1, and also ::1)')
     add('--port', default=env('RUNDOWN_PORT', str(PORT)), help=f'0 takes a free one ({PORT})')
     add('--sync', default='full', choices=('full', 'normal'),
         help='normal: a power cut may cost the last commits')
@@ -6183,8 +6256,9 @@ class StopSignals:
 def print_greeting(server):
     secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
     with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
-        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
-              f'curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
+        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; '
+              'that address shows the dashboard in a browser.\n'
+              f'A first job: curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
               '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
 
 
@@ -6667,6 +6741,14 @@ th.step {
 
 th.field {
   width: 9rem;
+}
+
+#schedules th.ticks {
+  width: 11rem;
+}
+
+#schedules th:is(.next, .last_run) {
+  width: 6rem;
 }
 
 th.skipped,
@@ -7263,7 +7345,7 @@ svg {
       <h2>Last hour</h2>
       <p class="legend soft">
         <span class="status-done">done</span>
-        <span class="status-failed">failed</span>
+        <span class="status-failed">failed attempts</span>
         <span class="status-wait">waiting time</span>
       </p>
     </div>
@@ -7470,7 +7552,7 @@ function duration(seconds) {
   if (seconds < 1) {
     return Math.max(0, Math.round(seconds * 1000)) + " ms";
   }
-  if (seconds < 10) {
+  if (seconds < 9.95) {
     return seconds.toFixed(1) + " s";
   }
   if (seconds < 120) {
@@ -7612,8 +7694,9 @@ function jobLink(id, label = id) {
   return link("#job/" + encodeURIComponent(id), label, id);
 }
 
-function shortId(id) {      // ids begin with the time, alike in all rows; copied, it is whole
-  const cut = id.length > 16 ? id.length - 12 : 0;
+// A UUID begins with the time, alike in all rows. Copied, the id is whole.
+function shortId(id) {
+  const cut = /^[0-9a-f-]{36}$/.test(id) ? 24 : 0;
   return el("span", {class: "id"}, cut ? el("span", {}, id.slice(0, cut)) : "", id.slice(cut));
 }
 
@@ -7974,8 +8057,12 @@ function sum(values) {
   return values.reduce((total, value) => total + value, 0);
 }
 
+function ended(done, failedAttempts) {
+  return `${number(done)} done, ${plural(failedAttempts, "failed attempt")}`;
+}
+
 function sums({done, failed}) {
-  return `${number(sum(done))} done, ${number(sum(failed))} failed`;
+  return ended(sum(done), sum(failed));
 }
 
 function sparkline(minutes) {
@@ -7991,7 +8078,7 @@ function minuteTime(i) {
 
 function minuteText(i) {
   const wait = hour.wait[i] === null ? "" : `, waited ${duration(hour.wait[i])}`;
-  return `${minuteTime(i)}: ${number(hour.done[i])} done, ${number(hour.failed[i])} failed${wait}`;
+  return `${minuteTime(i)}: ${ended(hour.done[i], hour.failed[i])}${wait}`;
 }
 
 function chartNodes() {

@@ -68,8 +68,8 @@ WORKING
                                         later attempt continues at the last checkpoint
     raise Retry(delay=60)               fail this attempt; the next one follows in 60 s
     raise Abort("why")                  fail for good
-    @on("start" | "success" | "failure" | "lost")   hook(job, value), with the value None,
-                                        the result, or the exception
+    @on("start" | "success" | "failure" | "lost")   hook(job, value) at each attempt, with the
+                                        value None, the result, or the exception
     @on("start_worker" | "stop_worker") hook() in each process that runs handlers
     @around                             a generator that yields once, around each run of a handler
     run(burst, grace, max_hung), stop() burst: run the due jobs, and return
@@ -2095,6 +2095,12 @@ class HandlerTable:
                         '{"task": "its name", "args": [...], "kwargs": {...}}')
         return self._find_task(name), args, kwargs
 
+    def task_name(self, job):
+        """The name of the job's task, for the log; '' if the queue has no tasks."""
+        payload = job.get('payload')
+        name = payload.get('task') if isinstance(payload, dict) else None
+        return name[:100] if isinstance(name, str) and None not in self.functions else ''
+
     def _find_task(self, name):
         """The task of that name; or the only one whose name is a dotted suffix, or the reverse.
 
@@ -2331,7 +2337,9 @@ class Claim(Saver):
 
     def __str__(self):
         item = json.loads(self.json_prefix + '}')
-        return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
+        queue = self.consumer.name
+        task = self.consumer.handlers.task_name(self.job)
+        return f'{queue} {task and task + " "}{item["id"]} attempt {item["attempt"]}'
 
 
 class LentSlot:
@@ -2983,6 +2991,7 @@ class Consumer:
         self.slots = []
         # races are harmless
         self.seconds_per_job = None         # a moving average; None: not known yet
+        self.finished_at = 0                # monotonic: when the last job was finished
         self.lines_this_tick = 0            # of the log, for jobs that are done
 
     def start(self):
@@ -3027,9 +3036,11 @@ class Consumer:
     def prefetch_target(self, slots):
         """How many claims this number of slots should have in flight.
 
-        One for each, and as many as the slots will start within PREFETCH_SECONDS.
+        One for each, and as many as the slots will start within PREFETCH_SECONDS. Their pace is
+        not known if none has finished a job in that time: they may be busy with long ones.
         """
-        if self.seconds_per_job is None:
+        is_recent = time.monotonic() - self.finished_at < PREFETCH_SECONDS
+        if self.seconds_per_job is None or not is_recent:
             return slots
         ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
         return slots + min(MAX_BATCH, ahead)
@@ -3057,7 +3068,8 @@ class Consumer:
         if self.hooks[event]:
             claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
-        seconds = time.monotonic() - claim.started_at       # with the hooks
+        self.finished_at = time.monotonic()
+        seconds = self.finished_at - claim.started_at       # with the hooks
         pace = self.seconds_per_job
         self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
 
@@ -3180,6 +3192,7 @@ class Fetcher:
         # written by the fetching thread only
         self.configured_host = None     # the engine that has the queue's limits and schedule
         self.low_watermark = 0          # polls when at most this many claims are in flight
+        self.is_prefetching = False     # all slots are in use
         self.idle_generation = None     # worker.generation at the last poll that found nothing
         self.was_cut_off = False        # the worker's stop ended the last poll: jobs may be lost
         # safe by itself
@@ -3208,6 +3221,7 @@ class Fetcher:
         target = self.consumer.prefetch_target(slots)
         self.low_watermark = max(slots - 1, target // 2)
         in_flight = len(self.consumer.in_flight)
+        self.is_prefetching = in_flight >= slots
         if in_flight > self.low_watermark:
             return 0
         return min(target - in_flight, MAX_BATCH)
@@ -3220,13 +3234,15 @@ class Fetcher:
         jobs = self._poll(limit, wait)
         self.consumer.accept(jobs)
         time.sleep(0)           # lets the slots start before the next poll is prepared
-        self.session.on_up()
+        self.session.on_up(began)
         if jobs:
             return
         if self.worker.burst:
             if not self.worker.app.waits_for_rates or not self._is_rate_limited():
                 self.idle_generation = generation
                 until(self._may_have_jobs, NEVER)
+        elif self.is_prefetching:
+            self.capacity_freed.wait(WATCH_INTERVAL)
         elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
@@ -3259,9 +3275,13 @@ class Fetcher:
             self.configured_host = host
 
     def _poll_wait(self):
-        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away."""
-        is_known = self.session.was_reached and not self.session.down_since
-        return LONG_POLL if is_known and not self.worker.burst else 0
+        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away.
+
+        A poll that prefetches must not wait: the pace may change, and it would take back jobs that
+        are released for others.
+        """
+        can_wait = self.session.is_up() and not self.worker.burst and not self.is_prefetching
+        return LONG_POLL if can_wait else 0
 
     def _poll(self, limit, wait):
         self._configure()
@@ -3277,7 +3297,7 @@ class Fetcher:
             'max_retries': config.max_retries,
             'timeout': config.timeout,
         }
-        is_probe = not wait and not worker.burst
+        is_probe = not self.session.is_up() and not worker.burst
         timeout = PROBE_TIMEOUT if is_probe else wait + RESPONSE_TIMEOUT
         jobs = self.client.send('/poll', params, timeout) or []
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
@@ -3345,11 +3365,16 @@ class EngineSession:
         asked_for = REFUSED_PAUSE if isinstance(error, Refused) else error.retry_after
         return max(longest * rng.uniform(0.5, 1), asked_for)
 
-    def on_up(self):
-        since = self.down_since
-        self.down_since = None
+    def is_up(self):
+        """Whether the engine has answered, and nothing has failed since then."""
+        return self.was_reached and self.down_since is None
+
+    def on_up(self, asked_at):
+        """Called when a request of that time (monotonic) was answered."""
         self.was_reached = True
-        if since is not None:
+        since = self.down_since
+        if since is not None and asked_at > since:      # otherwise it was sent before the trouble
+            self.down_since = None
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
@@ -3362,6 +3387,7 @@ class EngineSession:
         Yields each claim with its answer. A batch that is refused as a whole is sent item by item.
         """
         while not self.worker.closed.is_set():
+            began = time.monotonic()
             try:
                 answers = self._try_batch(call, items, seconds)
             except Error as error:
@@ -3371,7 +3397,7 @@ class EngineSession:
                     continue
                 answers = [{'code': error.status, 'error': str(error)}]
             self.is_backlogged = False
-            self.on_up()
+            self.on_up(began)
             if len(answers) == len(items):
                 for (claim, _), answer in zip(items, answers):
                     yield claim, answer
@@ -3614,7 +3640,9 @@ class Watcher:
         retry_fields = consumer.handlers.retry_fields(error, claim.job)
         if consumer.finish(claim, failure(error, str(error), **retry_fields), Timeout):
             hung = self.worker.count_hung()
-            consumer.log_and_notify('failure', claim, error, '%s; hung threads: %d', text, hung)
+            if hung:
+                text += f'; hung threads: {hung}'
+            consumer.log_and_notify('failure', claim, error, '%s', text)
 
     def _count_lines(self, consumer):
         """Log how many more jobs are done: a line for each could take longer than the jobs."""
@@ -5343,7 +5371,8 @@ def enqueue_in(
 
     The connection is one of sqlite3, psycopg, psycopg2, SQLAlchemy (a Connection or a Session) or
     Django (django.db.connection); other drivers work if they write parameters as %s and the table
-    is there. Returns the job's id. The options are those of enqueue(); a delay begins now.
+    is there. With an AsyncSession on psycopg: `await session.run_sync(enqueue_in, queue, payload)`.
+    Returns the job's id. The options are those of enqueue(); a delay begins now.
     """
     check_names(options, ENQUEUE_OPTIONS)
     if 'give_up' in options:
@@ -5365,8 +5394,8 @@ def driver_connection(connection):
     if hasattr(connection, 'ensure_connection'):            # Django
         connection.ensure_connection()
         return connection.connection
-    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
-        connection = connection.connection()
+    if callable(getattr(connection, 'connection', None)) and not is_async(connection):
+        connection = connection.connection()                # a Session of SQLAlchemy
     if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
         if not connection.in_transaction() and hasattr(connection, 'commit'):
             connection.begin()      # as its first statement would do; its commit() needs that
@@ -5379,14 +5408,16 @@ def outbox_of(connection):
     connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
         return SQLiteOutbox(connection)
-    is_asynchronous = (
-        inspect.iscoroutinefunction(getattr(connection, 'commit', None))
-        or has_class_of(connection, 'sqlite')       # an adapter of aiosqlite
-    )
-    if is_asynchronous or not hasattr(connection, 'cursor'):
+    is_usable = hasattr(connection, 'cursor') and not is_async(connection)
+    # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
+    if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return Outbox(connection)
+
+
+def is_async(connection):
+    return inspect.iscoroutinefunction(getattr(connection, 'commit', None))
 
 
 def has_class_of(connection, name):
@@ -5678,7 +5709,7 @@ class Forwarder:
 
 def as_text(value):
     """Text from a database, whose connection may return it as bytes."""
-    return value.decode() if isinstance(value, bytes) else value
+    return value if isinstance(value, str) else bytes(value).decode()
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -5803,6 +5834,9 @@ class DjangoTasks:
         outbox = self.options.get('outbox') or None
         self.database = 'default' if outbox is True else outbox     # its alias; None: no outbox
         self.host = self.options.get('host')                        # None: RUNDOWN_URL
+        if self.database:
+            aliases = list(django.db.connections)
+            check_names([self.database], aliases, f'TASKS[{alias!r}]: there is no database')
 
     def enqueue(self, task, args, kwargs):
         options = self._enqueue_options(task, args, kwargs)
@@ -5850,14 +5884,14 @@ class DjangoTasks:
     def get_result(self, result_id):
         job = self._find_in_outbox(result_id)
         if not job:
-            with missing_as_django_says(result_id):
+            with missing_result(result_id):
                 job = default.client(self.host).job(result_id)
         return self.stored_result(job)
 
     async def aget_result(self, result_id):
         job = self.database and await asgiref.sync.sync_to_async(self._find_in_outbox)(result_id)
         if not job:
-            with missing_as_django_says(result_id):
+            with missing_result(result_id):
                 client = default.client(self.host)
                 job = await async_calls.call(client, '/jobs/' + quote(result_id))
         return self.stored_result(job)
@@ -5939,11 +5973,12 @@ class DjangoAttempt:
 
     def _end(self, value=None, error=None):
         """Send task_finished, unless another attempt follows."""
-        status = 'FAILED' if error else 'SUCCESSFUL'
-        if error:
+        succeeded = error is None       # an exception may be false, as an empty container is
+        if not succeeded:
             self.result.errors.append(django_error(error_text(error)))
         try:
-            if not error or is_last_attempt(error):
+            if succeeded or is_last_attempt(error):
+                status = 'SUCCESSFUL' if succeeded else 'FAILED'
                 set_fields(
                     self.result,
                     _return_value=value,
@@ -5972,8 +6007,8 @@ def set_fields(result, **fields):
 
 
 @contextlib.contextmanager
-def missing_as_django_says(id):
-    """Raise Django's exception if the engine does not have the job."""
+def missing_result(id):
+    """Raise Django's exception instead of the refusal of an engine that does not have the job."""
     try:
         yield
     except Refused as error:
