@@ -275,6 +275,7 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in error messages
 CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engine answers
 RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
 MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
+MAX_TRY = 60                # seconds that any try has at most, in addition to its `wait`
 PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
 LONG_CHANGE = 600           # seconds that an engine may take to change all jobs of a queue
 RETRY_PAUSE = 0.1           # seconds before the second try; doubles with each try
@@ -414,16 +415,15 @@ class Retry(Error):
         delay: float | datetime.timedelta | None = None,
     ) -> None:
         super().__init__(reason)
-        seconds = in_seconds(delay)
-        if seconds is not None and not 0 <= seconds < float('inf'):
+        self.delay = None if delay is None else duration('delay', delay)
+        if self.delay is not None and not 0 <= self.delay < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
-        self.delay = seconds
 
 
 # -- Values ----------------------------------------------------------------------------------------
+NUMBER = (int, float)
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
-quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
 rng = random.Random()       # our own, since a handler may seed the module's
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=rng.seed)    # two processes must not choose the same ids
@@ -491,8 +491,24 @@ def drop_none(**fields):
     return {field: value for field, value in fields.items() if value is not None}
 
 
+def quote(text):
+    """A name or an id as a part of a URL."""
+    if not isinstance(text, str):
+        raise Misuse(f'a name or an id must be a string, not {text!r}')
+    return urllib.parse.quote(text, safe='', errors='surrogatepass')
+
+
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def duration(name, span):
+    """A duration in seconds; Misuse unless it is a number or a timedelta."""
+    seconds = in_seconds(span)
+    is_number = isinstance(seconds, NUMBER) and not isinstance(seconds, bool)
+    if not is_number or seconds != seconds:     # NaN differs from itself
+        raise Misuse(f'{name} must be a number of seconds or a timedelta, not {span!r}')
+    return seconds
 
 
 def require_temporary_folder():
@@ -511,9 +527,8 @@ def in_utc(moment):
 
 
 def clamp_delay(delay):
-    """The delay in seconds, limited to the range that an engine accepts."""
-    delay = in_seconds(delay)
-    return delay if delay is None else min(max(delay, 0), MAX_DELAY)
+    """The delay in seconds, limited to the range that an engine accepts; None stays None."""
+    return None if delay is None else min(max(duration('delay', delay), 0), MAX_DELAY)
 
 
 def printable(text):
@@ -533,7 +548,7 @@ def retry_pause(tries):
 
 
 def deadline_after(timeout):
-    return time.monotonic() + (float('inf') if timeout is None else in_seconds(timeout))
+    return time.monotonic() + (float('inf') if timeout is None else duration('timeout', timeout))
 
 
 def remaining(deadline):
@@ -768,11 +783,11 @@ class Retries:
 
     def __init__(self, hosts, wait, give_up):
         self.hosts = hosts
-        self.wait = wait                        # seconds that the engine may take
-        self.give_up = in_seconds(give_up)
+        self.wait = min(duration('wait', wait), LONG_CHANGE)    # seconds that the engine may take
+        self.give_up = duration('give_up', give_up)
         self.tries = 0
         self.began = time.monotonic()
-        self.deadline = self.began + self.give_up + wait
+        self.deadline = self.began + self.give_up + self.wait
         self.has_said_so = False                # a message on the terminal: still trying
 
     def seconds(self):
@@ -781,10 +796,11 @@ class Retries:
         With several engines less in the first rounds, so that a silent one costs little.
         """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
+        longest = MAX_TRY
         if len(self.hosts) > 1:
             rounds = self.tries // len(self.hosts)
-            share = min(share, self.wait + PROBE_TIMEOUT * 2 ** min(rounds, 10))
-        return max(share, self.wait + MIN_LAST_TRY)
+            longest = min(longest, PROBE_TIMEOUT * 2 ** min(rounds, 10))
+        return max(min(share, self.wait + longest), self.wait + MIN_LAST_TRY)
 
     def pause_after(self, error):
         """Seconds until the next try; EngineUnavailable if there is none."""
@@ -825,11 +841,11 @@ class Caller:
     ) -> None:
         self.hosts = parse_hosts(host or os.environ.get('RUNDOWN_URL') or DEFAULT_URL)
         self.active = ActiveHost(self.hosts)    # shared with clones
-        self.timeout = in_seconds(timeout)
+        self.timeout = duration('timeout', timeout)
         self.headers = {'Content-Type': 'application/json'}
         token = token or os.environ.get('RUNDOWN_TOKEN')
         if token:
-            if not re.fullmatch('[!-~]+', token):
+            if not isinstance(token, str) or not re.fullmatch('[!-~]+', token):
                 raise Error('the token must be of visible ASCII characters')
             self.headers['Authorization'] = f'Bearer {token}'
         self._open_pool(tls_context(self.hosts, ca or os.environ.get('RUNDOWN_CA')))
@@ -916,7 +932,8 @@ class Caller:
 
     def _get(self, path, **fields):
         given = given_fields(fields)
-        return self.call(f'{path}?{urllib.parse.urlencode(given)}', wait=given.get('wait', 0))
+        query = urllib.parse.urlencode(given, errors='surrogatepass')
+        return self.call(f'{path}?{query}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
@@ -1309,9 +1326,9 @@ class Waiting:
     """The calls that wait for the end of a job, until a timeout."""
 
     def __init__(self, client, job, timeout, give_up):
-        self.id = job if isinstance(job, str) else job['id']
+        self.id = job['id'] if isinstance(job, dict) else job
         self.deadline = deadline_after(timeout)
-        self.give_up = client.timeout if give_up is None else in_seconds(give_up)
+        self.give_up = client.timeout if give_up is None else duration('give_up', give_up)
 
     def next_call(self, longest):
         """The arguments of Client.call() for the next long poll, of `longest` seconds at most."""
@@ -1415,6 +1432,8 @@ def encode_body(body):
 
 def parse_hosts(text):
     """The URLs of engines, separated by blanks; raises Error for an invalid one."""
+    if not isinstance(text, str):
+        raise Misuse(f'host must be the URL of an engine, not {text!r}')
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
         if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url) or not url.isascii():
@@ -4622,7 +4641,6 @@ class QueueConfig(NamedTuple):
 TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
-NUMBER = (int, float)
 MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
     'poll_interval': 0.0,
     'timeout': 0.0,
@@ -4759,6 +4777,7 @@ class Registry:
         )
 
         def register(function):
+            check_function(function)
             check_call(function, [None])
             self._register(config, function)
             function.policy = policy
@@ -4818,6 +4837,7 @@ class Registry:
         policy = Policy(backoff, retry_on, abort_on)
 
         def register(function):
+            check_function(function)
             task = name or task_name(function)
             known = self.configs.get((queue, host), QueueConfig(queue))
             config = known._replace(setup_calls=limits or known.setup_calls, **settings)
@@ -4832,8 +4852,6 @@ class Registry:
 
     def _register(self, config, function, task=None):
         """Add a function that handles all jobs of a queue, or those for the task of that name."""
-        if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-            raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
@@ -5020,7 +5038,7 @@ class App(Registry):
         if concurrency is not None:
             check_number('concurrency', concurrency, 1)
         set_up_log()
-        worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
+        worker = Worker(self, burst, duration('grace', grace), max_hung, concurrency)
         code = 0
         if not burst:
             return_free_memory()
@@ -5189,6 +5207,12 @@ def check_settings(**settings):
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
         check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
+
+
+def check_function(function):
+    """Misuse unless it is a function that can be given attributes."""
+    if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
+        raise Misuse(f'a decorated handler must be a function, not {function!r}')
 
 
 def check_call(function, args, kwargs=None):
@@ -6147,7 +6171,7 @@ class Testing:
 
     def advance(self, seconds: float | datetime.timedelta) -> None:
         """Move the engine's clock on; jobs that are due by then become available at once."""
-        self.seconds += in_seconds(seconds)
+        self.seconds += duration('seconds', seconds)
         self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
@@ -6822,7 +6846,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     end_at_sigterm()
     if sys.stdout is None:      # closed by the caller
-        sys.stdout = open(os.devnull, 'w')
+        sys.stdout = open(os.devnull, 'w')      # noqa: SIM115 - it stays open
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # it may be None, or something else
             stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only

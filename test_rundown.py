@@ -9662,6 +9662,57 @@ def test_a_delayed_run_moves_the_clock_to_the_next_claims_that_a_rate_allows():
         assert sorted(done, key=str) == [0, 1, 2, 3, 4, "late"] and testing.seconds < 8000
 
 
+NO_DURATIONS = {
+    "give_up": lambda client, value: client.enqueue("q", give_up=value),
+    "a client's timeout": lambda client, value: rw.Client(timeout=value),
+    "a poll's wait": lambda client, value: client.poll("q", wait=value),
+    "a wait's timeout": lambda client, value: client.wait("id", value),
+    "an asyncio wait": lambda client, value: arun(client.await_job("id", value)),
+    "results": lambda client, value: rw.results([], value),
+    "grace": lambda client, value: app_of_one_queue().run(burst=True, grace=value),
+    "a retry's delay": lambda client, value: rw.Retry(delay=value),
+    "a failure's delay": lambda client, value: client.fail("id", delay=value),
+    "advance": lambda client, value: rw.Testing(None).advance(value),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), "5", True, [1]])
+@pytest.mark.parametrize("call", NO_DURATIONS.values(), ids=NO_DURATIONS)
+def test_a_duration_that_is_none_is_a_misuse_at_once(call, value):
+    with pytest.raises(rw.Misuse, match="must be a number of seconds or a timedelta"):
+        call(rw.Client(unused()), value)
+
+
+def app_of_one_queue():
+    app = rw.App()
+    app.queue("q")(lambda payload: None)
+    return app
+
+
+NO_STRINGS = {
+    "host": lambda value: rw.Client(value),
+    "token": lambda value: rw.Client(unused(), token=value),
+    "job": lambda value: rw.Client(unused()).job(value),
+    "get": lambda value: rw.App(host=unused()).get(value),
+    "wait": lambda value: rw.Client(unused()).wait(value),
+    "details": lambda value: rw.Client(unused()).details(value),
+    "a task": lambda value: rw.App().task(value),
+}
+
+
+@pytest.mark.parametrize("value", [5, True, b"id"])
+@pytest.mark.parametrize("call", NO_STRINGS.values(), ids=NO_STRINGS)
+def test_a_name_that_is_no_string_is_an_error_of_the_sdk_at_once(call, value):
+    with pytest.raises(rw.Error, match="string|URL|ASCII|function"):
+        call(value)
+
+
+def test_a_call_may_be_tried_for_ever_and_a_search_hold_half_a_surrogate_pair(engine, q):
+    assert rw.Client(engine.url).enqueue(q, give_up=float("inf"))["queue"] == q
+    with pytest.raises(rw.Refused, match="search"):
+        rw.Client(engine.url).jobs(search="\ud800")
+
+
 def test_many_jobs_may_wait_for_many_others(engine, q):
     first = rw.enqueue_many(q, range(1000), host=engine.url)
     second = rw.enqueue_many(q, range(50), host=engine.url, after=(job["id"] for job in first))
