@@ -2421,6 +2421,28 @@ def test_replace_does_not_drop_what_it_cannot_change(engine, q, more, status, na
     assert engine.job(job)["payload"] == (1 if named else 2)
 
 
+@pytest.mark.parametrize("path, body, named", [
+    ("/enqueue", {"queue": "q", "after": []}, "not a list of 0"),
+    ("/complete", {"jobs": [{}] * 10001}, "not a list of 10001"),
+])
+def test_a_list_of_the_wrong_length_is_refused_with_its_length(engine, path, body, named):
+    code, answer = engine.call("POST", path, body)
+    assert code == 400 and named in answer["error"]
+
+
+def test_an_item_of_a_batch_that_is_no_object_is_named(engine):
+    refused = engine.post("/complete", jobs=[5])["jobs"][0]
+    assert refused["code"] == 400 and "jobs[0]: it must be a JSON object, not 5" in refused["error"]
+
+
+def test_progress_of_null_replaces_what_was_there(engine, q):
+    claim = claimed(engine, q)
+    for progress in ({"at": 5}, None):
+        fields = {"id": claim["id"], "attempt": 1, "progress": progress}
+        assert engine.call("POST", "/heartbeat", fields)[0] == 200
+        assert engine.job(claim)["progress"] == progress
+
+
 @pytest.mark.parametrize("field, value", [("replace", True), ("key_until", "start"), ("after_any", True)])
 def test_what_needs_another_field_is_refused_without_it(engine, q, field, value):
     code, answer = engine.call("POST", "/enqueue", {"queue": q, field: value})
