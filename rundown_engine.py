@@ -2268,8 +2268,8 @@ class Jobs:
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
             waits_for = changes.get('waits_for', job['waits_for'])
-            queued = job['group'] is not None and (
-                job['hold'] == QUEUED_IN_GROUP or job['status'] in ENDED)
+            is_active = job['hold'] != QUEUED_IN_GROUP and job['status'] not in ENDED
+            queued = job['group'] is not None and not is_active
             self.set_hold(tx, changes, queue, due, waits_for, queued)
             changes['finished_at'] = None
         else:
@@ -2331,10 +2331,12 @@ class Jobs:
         if active and active['status'] == 'running':
             return
         first = tx.fetch_one(FIRST_IN_GROUP, queue, group)
-        if not first or active and active['seq'] < first['seq']:
+        if not first:
             return
-        if active:      # an older job was retried
-            self._write_hold(tx, active, queued=True)
+        if active:
+            if active['seq'] < first['seq']:
+                return
+            self._write_hold(tx, active, queued=True)       # an older job was retried
         self._write_hold(tx, first, queued=False)
 
     def _write_hold(self, tx, job, queued):
@@ -2479,12 +2481,7 @@ class Producers:
         """Add the jobs, all or none: a list of (row, CREATED, EXISTING or REPLACED)."""
         if not tx.takes_jobs:
             raise Unavailable(DISK_IS_FULL)
-        if len(items) > 1:
-            named = sum(len(item['after']) for item in items if 'after' in item)
-            if named > MAX_DEPENDENCIES:
-                raise PayloadTooLarge(
-                    f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
-                    'send fewer at a time')
+        self._require_few_dependencies(items)
         rows = [self._new_row(tx, item) for item in items]
         fields = INSERTING_FIELDS.intersection(itertools.chain.from_iterable(items))
         jobs = []
@@ -2502,9 +2499,19 @@ class Producers:
                         'send fewer at a time') from None
                 raise
         if 'group' in fields:
-            for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
+            groups = {(row['queue'], row['group']) for row in rows if row['group'] is not None}
+            for queue, group in groups:
                 self.jobs.advance_group(tx, queue, group)
         return jobs
+
+    def _require_few_dependencies(self, items):
+        if len(items) == 1:
+            return
+        named = sum(len(item['after']) for item in items if 'after' in item)
+        if named > MAX_DEPENDENCIES:
+            raise PayloadTooLarge(
+                f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
+                'send fewer at a time')
 
     def _new_row(self, tx, item):
         row = JOB_DEFAULTS.copy()
@@ -2525,24 +2532,22 @@ class Producers:
 
     def _insert(self, tx, rows, fields, aliases):
         """Insert the rows in one statement, which is twice as fast; one by one if a job exists."""
-        statement, values_of = insert_plan(len(rows), fields)
-        values = []
-        is_plain = True
-        for row in rows:
-            values += values_of(row)
-            is_plain = is_plain and row['after'] is None
-        if is_plain:
+        if all(row['after'] is None for row in rows):
+            statement, values_of = insert_plan(len(rows), fields)
+            values = list(itertools.chain.from_iterable(map(values_of, rows)))
             try:
                 tx.execute(statement, values)
             except sqlite3.IntegrityError:      # one exists already
-                is_plain = False
-        if is_plain:
-            for row in rows:
-                tx.events.append(('enqueued', row['queue'], None))
-            return [(row, CREATED) for row in rows]
+                pass
+            else:
+                tx.events += [('enqueued', row['queue'], None) for row in rows]
+                return [(row, CREATED) for row in rows]
         if len(rows) == 1:
             return [self._insert_one(tx, rows[0], aliases)]
-        return [pair for row in rows for pair in self._insert(tx, [row], fields, aliases)]
+        jobs = []
+        for row in rows:
+            jobs += self._insert(tx, [row], fields, aliases)
+        return jobs
 
     def _insert_one(self, tx, row, aliases):
         """The existing job with the id or key of the row; else the row, inserted with `after`."""
@@ -2554,7 +2559,9 @@ class Producers:
         if existing:
             tx.spend(size_of(existing))
             aliases[row['id']] = existing['id']
-            return self._replace(tx, existing, row) if row.get('replace') else (existing, EXISTING)
+            if row.get('replace'):
+                return self._replace(tx, existing, row)
+            return existing, EXISTING
         row['after'] = list(dict.fromkeys(aliases.get(id, id) for id in row['after']))
         return self.dependencies.insert(tx, row), CREATED
 
@@ -2696,13 +2703,12 @@ class Claims:
 
     def apply_item(self, tx, method, item):
         """The result of the method for an item of a batch; an HTTPError becomes a result."""
+        if isinstance(item, HTTPError):     # validate_batch() has refused it
+            return refusal_json(item, item.id)
         try:
-            if isinstance(item, HTTPError):
-                raise item
             return method(tx, item)
         except HTTPError as error:
-            id = error.id if error is item else item.get('id')
-            return {'id': id, 'error': str(error), 'code': error.status}
+            return refusal_json(error, item.get('id'))
 
     def complete(self, tx, params):
         job, is_new = self.jobs.require_status(tx, 'complete', params)
@@ -2827,6 +2833,10 @@ def extended_lease(job, pauses):
             period = max(micros(GRACE), job['lease'] or 0) if is_overdue else micros(GRACE)
             lease_until = max(lease_until, pause.ended_at + period)
     return lease_until
+
+
+def refusal_json(error, id):
+    return {'id': id, 'error': str(error), 'code': error.status}
 
 
 def latest_lease(job, started_at):
@@ -3093,22 +3103,31 @@ class Schedules:
             upcoming = tx.now + micros(3600)
             tx.log_lines.append(
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
+        changes = {'next_run_at': upcoming, 'last_run_at': tick}
+        id = tick_id(row['name'], tick)
+        if self._add_job(tx, row, id):
+            changes['last_id'] = id
+        else:
+            changes['skipped'] = row['skipped'] + 1
+        columns = ', '.join(f'{column} = ?' for column in changes)
+        tx.execute(f'UPDATE schedules SET {columns} WHERE name = ?',
+                   (*changes.values(), row['name']))
+
+    def _add_job(self, tx, row, id):
+        """Add a job of the schedule. False if there is one with its key or id."""
         item = {field: row[field] for field in SMALL_COPIED_COLUMNS if row[field] is not None}
-        item['id'] = tick_id(row['name'], tick)
+        item['id'] = id
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
         tx.response_budget = budget
-        is_skipped = done is EXISTING
-        if not is_skipped:
-            tx.execute(COPY_PAYLOAD, {'schedule': row['name'], 'id': item['id']})
-        elif job['id'] == item['id']:
+        if done is CREATED:
+            tx.execute(COPY_PAYLOAD, {'schedule': row['name'], 'id': id})
+            return True
+        if job['id'] == id:
             tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
-                                f'the id {describe(item["id"])} is taken')
-        tx.execute(
-            'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, '
-            'skipped = skipped + ? WHERE name = ?',
-            (upcoming, tick, row['last_id'] if is_skipped else item['id'], is_skipped, row['name']))
+                                f'the id {describe(id)} is taken')
+        return False
 
 
 # -- Jobs: operators -------------------------------------------------------------------------------
@@ -3880,8 +3899,10 @@ class Store:
             polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
             self.starved -= polled
             self.starved |= tx.starved
-        self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
-            self.next_deadline, tx.next_deadline)
+        if tx.is_deadline_exact:
+            self.next_deadline = tx.next_deadline
+        else:
+            self.next_deadline = min(self.next_deadline, tx.next_deadline)
         self.pauses = tx.pauses
         for queue in tx.forgotten_queues:
             self.workers.last_polled.pop(queue, None)
@@ -3894,10 +3915,6 @@ class Store:
         self.meter.record(tx.now, tx.events, operations)
         for line in tx.log_lines:
             log(line)
-
-    def bulk_insert(self, tx, items):
-        """Add jobs of several requests at once, as Producers.enqueue() does."""
-        return self.producers.enqueue(tx, items)
 
     def note_pause(self, tx, seconds):
         """No heartbeat could be received for so long: leases that ended meanwhile are extended."""
@@ -4418,7 +4435,7 @@ class Committer:
     def _bulk_insert(self, tx, inserts):
         """Insert the jobs of single inserts in few statements."""
         try:
-            jobs = self.store.bulk_insert(
+            jobs = self.store.producers.enqueue(
                 tx, [operation.single_insert for operation in inserts])
         except Exception as error:
             if is_storage_error(error):
