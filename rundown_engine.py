@@ -139,6 +139,7 @@ import contextlib
 import datetime
 import difflib
 import email.utils
+import errno
 import functools
 import gc
 import glob
@@ -1433,6 +1434,8 @@ def obstacle(database_path, error):
     reason = getattr(error, 'strerror', None) or error.__cause__ or error
     named = getattr(error, 'filename', None)
     folder = os.path.dirname(database_path)
+    if named and not os.path.exists(folder):
+        return f'the folder {folder} does not exist'
     if named and not os.path.exists(named):
         return f'{reason}: {named} in {folder} ({owner_and_mode(folder)})'
     files = [database_path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
@@ -5381,17 +5384,24 @@ ROUTES = {
 }
 
 
-# the calls of operators are logged, with these fields
+# the calls of operators are logged
 AUDITED = frozenset(('/pause', '/resume', '/limit', '/cancel', '/retry', '/purge', '/reschedule',
                      '/schedule', '/unschedule'))
-AUDIT_FIELDS = ('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
-                'priority')
+AUDIT_FIELDS = {        # with these fields, which are written like this
+    **dict.fromkeys(('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
+                     'zone', 'priority'), describe),
+    'per': as_seconds,
+    'every': as_seconds,
+    'delay': as_seconds,
+    'run_at': rfc3339,
+}
 
 
 def audit_line(address, path, params, result):
     """Address, call, its fields, and to how many jobs it applied."""
     if isinstance(params, dict):
-        fields = [f'{field}={describe(params[field])}' for field in AUDIT_FIELDS if field in params]
+        fields = [f'{field}={write(params[field])}'
+                  for field, write in AUDIT_FIELDS.items() if field in params]
     else:
         fields = [f'{len(params)} jobs']
     count = 1
@@ -5801,7 +5811,10 @@ def schedule_families(schedules, now):
 
 
 def meter_families(meter, named_queues):
-    """Counts since the start. Queues that are not in `named_queues` are summed up."""
+    """Counts since the start. Queues that are not in `named_queues` are summed up.
+
+    Counters of a queue begin at 0, since Prometheus sees no increase in a first sample.
+    """
     totals = collections.Counter()
     with meter.lock:
         requests = dict(meter.requests)
@@ -5810,11 +5823,11 @@ def meter_families(meter, named_queues):
                       if key[1] in named_queues}
         for (event, queue), count in meter.totals.items():
             totals[event, queue if queue in named_queues else '(others)'] += count
+    queues = sorted(named_queues.union(queue for _, queue in totals))
     for event in COUNTER_EVENTS:
         yield Family(
             f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.',
-            [sample(count, queue=queue) for (name, queue), count in totals.items()
-             if name == event])
+            [sample(totals[event, queue], queue=queue) for queue in queues])
     for event, name, span in (('started', 'wait', 'due to claimed'),
                               ('completed', 'job', 'claimed to completed')):
         yield Family(
@@ -6045,6 +6058,10 @@ def openapi_operation(path, route):
     }
     if path == '/poll':
         operation['responses']['204'] = {'description': 'No job came.'}
+    if path == '/health':
+        operation['responses']['503'] = {
+            'description': 'Jobs cannot be stored.',
+            'content': {call.content_type: {'schema': schema}}}
     alternatives = [' or '.join(fields) for fields in route.required if len(fields) > 1]
     if alternatives:
         operation['description'] = f'It needs {", and ".join(alternatives)}.'
@@ -6092,6 +6109,8 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
     """
     if sqlite3.sqlite_version_info < (3, 24):
         raise StartupError(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
+    if str(db) in ('', ':memory:'):
+        raise StartupError('--db takes the name of a file')
     if not is_loopback(host) and not token:
         raise StartupError(f'to listen on {host or "all addresses"} a token is needed: '
                            'write a secret into a file and give --token-file FILE')
@@ -6103,7 +6122,10 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
         # before the database: if the port is taken, no file is left behind
         server = Server((host, port), token, tls, allow_host, verbose)
     except (OSError, OverflowError) as error:
-        raise StartupError(f'{host}:{port} cannot be listened on: {error}') from None
+        reason = f'cannot be listened on: {error}'
+        if getattr(error, 'errno', None) == errno.EADDRINUSE:
+            reason = 'is taken: another engine or program listens there; --port takes another'
+        raise StartupError(f'{host}:{port} {reason}') from None
     try:
         open_store(server, Database(db, sync), clock, ages)
     except BaseException:
@@ -6162,7 +6184,7 @@ def parse_arguments(argv):
     env = os.environ.get
     add('--db', default=env('RUNDOWN_DB', 'rundown.db'), help='the database file (rundown.db)')
     add('--host', default=env('RUNDOWN_HOST', '127.0.0.1'),
-        help='the address to listen on (127.0.0.1)')
+        help='the address to listen on (127.0.0.1, and also ::1)')
     add('--port', default=env('RUNDOWN_PORT', str(PORT)), help=f'0 takes a free one ({PORT})')
     add('--sync', default='full', choices=('full', 'normal'),
         help='normal: a power cut may cost the last commits')
@@ -6234,8 +6256,9 @@ class StopSignals:
 def print_greeting(server):
     secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
     with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
-        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
-              f'curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
+        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; '
+              'that address shows the dashboard in a browser.\n'
+              f'A first job: curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
               '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
 
 
@@ -6718,6 +6741,14 @@ th.step {
 
 th.field {
   width: 9rem;
+}
+
+#schedules th.ticks {
+  width: 11rem;
+}
+
+#schedules th:is(.next, .last_run) {
+  width: 6rem;
 }
 
 th.skipped,
@@ -7314,7 +7345,7 @@ svg {
       <h2>Last hour</h2>
       <p class="legend soft">
         <span class="status-done">done</span>
-        <span class="status-failed">failed</span>
+        <span class="status-failed">failed attempts</span>
         <span class="status-wait">waiting time</span>
       </p>
     </div>
@@ -7521,7 +7552,7 @@ function duration(seconds) {
   if (seconds < 1) {
     return Math.max(0, Math.round(seconds * 1000)) + " ms";
   }
-  if (seconds < 10) {
+  if (seconds < 9.95) {
     return seconds.toFixed(1) + " s";
   }
   if (seconds < 120) {
@@ -7663,8 +7694,9 @@ function jobLink(id, label = id) {
   return link("#job/" + encodeURIComponent(id), label, id);
 }
 
-function shortId(id) {      // ids begin with the time, alike in all rows; copied, it is whole
-  const cut = id.length > 16 ? id.length - 12 : 0;
+// A UUID begins with the time, alike in all rows. Copied, the id is whole.
+function shortId(id) {
+  const cut = /^[0-9a-f-]{36}$/.test(id) ? 24 : 0;
   return el("span", {class: "id"}, cut ? el("span", {}, id.slice(0, cut)) : "", id.slice(cut));
 }
 
@@ -8025,8 +8057,12 @@ function sum(values) {
   return values.reduce((total, value) => total + value, 0);
 }
 
+function ended(done, failedAttempts) {
+  return `${number(done)} done, ${plural(failedAttempts, "failed attempt")}`;
+}
+
 function sums({done, failed}) {
-  return `${number(sum(done))} done, ${number(sum(failed))} failed`;
+  return ended(sum(done), sum(failed));
 }
 
 function sparkline(minutes) {
@@ -8042,7 +8078,7 @@ function minuteTime(i) {
 
 function minuteText(i) {
   const wait = hour.wait[i] === null ? "" : `, waited ${duration(hour.wait[i])}`;
-  return `${minuteTime(i)}: ${number(hour.done[i])} done, ${number(hour.failed[i])} failed${wait}`;
+  return `${minuteTime(i)}: ${ended(hour.done[i], hour.failed[i])}${wait}`;
 }
 
 function chartNodes() {

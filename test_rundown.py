@@ -5240,9 +5240,27 @@ def test_a_database_that_is_not_ours_or_not_whole_is_refused_in_a_line_and_left_
 
 
 def test_a_database_that_cannot_be_made_is_refused_in_a_line(tmp_path):
-    for name in ("missing/jobs.db", "", "/proc/nothing/jobs.db"):
+    for name, reason in (
+        ("missing/jobs.db", "missing does not exist"),
+        ("/proc/nothing/jobs.db", "/proc/nothing does not exist"),
+        ("", "Is a directory"),
+    ):
         code, lines = refusal(tmp_path, name=name)
         assert code == 2 and len(lines) == 1 and lines[0].startswith("rundown_engine: ")
+        assert reason in lines[0]
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    (["--db", ":memory:"], "--db takes the name of a file"),
+    (["--db", ""], "--db takes the name of a file"),
+    (["--port", "PORT"], "is taken: another engine or program listens there; --port takes another"),
+])
+def test_an_engine_that_cannot_start_says_why(engine, tmp_path, arguments, reason):
+    arguments = [str(engine.port) if one == "PORT" else one for one in arguments]
+    done = subprocess.run([sys.executable, rundown_engine.__file__, *arguments], cwd=str(tmp_path), timeout=20,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.decode().rstrip().endswith(reason)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not POSIX or os.geteuid() == 0, reason="needs a user whom file permissions bind")
@@ -5728,10 +5746,10 @@ def test_totals_and_the_last_hour_are_of_all_queues(browser, own):
     assert browser.text('[data-total="per minute"]') == "2"
     browser.type("#chart", "\ue012\ue014")      # left, right: the newest minute
     told = browser.text("#reading")
-    assert re.fullmatch(r"\d\d:\d\d: [01] done, [01] failed(, waited .*)?", told)
+    assert re.fullmatch(r"\d\d:\d\d: [01] done, [01] failed attempts?(, waited .*)?", told)
     assert browser.js("return document.getElementById('chart').ariaValueText") == told
     browser.point("#chart .jobs")
-    assert browser.text("#reading").endswith(": 0 done, 0 failed")      # half an hour ago
+    assert browser.text("#reading").endswith(": 0 done, 0 failed attempts")      # half an hour ago
     rows = browser.js("return document.querySelectorAll('#minutes tbody tr').length")
     assert rows == 60
 
@@ -6222,6 +6240,7 @@ def test_the_dashboard_asks_for_the_token_once_in_a_browser(browser, guarded):
     assert browser.text("#login") is None
     stored = browser.js("return location.href + document.cookie + JSON.stringify(sessionStorage)")
     assert TOKEN not in stored
+    until(lambda: browser.text("#forget"))
     browser.press("#forget")
     until(lambda: browser.text("#login"))
     assert TOKEN not in browser.js("return JSON.stringify(localStorage)")
@@ -6721,6 +6740,12 @@ def test_an_answer_that_trickles_ends_at_the_deadline():
         with pytest.raises(rw.Error):
             rw.Client(url, timeout=1).enqueue("q", 1)
         assert time.monotonic() - began < 4
+
+
+def test_a_change_of_many_jobs_may_take_long(monkeypatch):
+    monkeypatch.setattr(rw, "MIN_LAST_TRY", 0.1)
+    with canned(OK + b'Content-Length: 13\r\n\r\n{"count": 70}', pause=0.01) as (url, heard):
+        assert rw.Client(url, timeout=0.2).purge("q") == {"count": 70} and len(heard) == 1
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -8344,6 +8369,45 @@ def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engi
     assert "no free slot" in worker.log()
 
 
+def test_an_answer_to_a_request_from_before_the_trouble_does_not_end_it():
+    app = rw.App("http://127.0.0.1:1")
+    app.queue("q")(lambda payload: None)
+    session, = rw.Worker(app, False, 1, 10, None).sessions.values()
+    before = time.monotonic()
+    session.on_down(rw.EngineUnavailable("gone"))
+    session.on_up(before)
+    assert not session.is_up()
+    session.on_up(time.monotonic())
+    assert session.is_up()
+
+
+@posix_signals
+def test_jobs_that_were_prefetched_in_vain_are_left_to_others(engine, work, q):
+    body = """
+        say(payload)
+        while payload == "long" and not os.path.exists("go"): time.sleep(0.01)
+    """
+    worker = work("rw.MAX_PREFETCH_AGE = 0.2\n" + handler(q, body))
+    for job in [engine.enqueue(q, "quick") for _ in range(20)]:
+        ended(engine, job)
+    payloads = ["long", *["behind"] * 5]
+    jobs = engine.post("/enqueue", jobs=[{"queue": q, "payload": each} for each in payloads])["jobs"]
+    until(lambda: "long" in worker.said())
+    time.sleep(0.9)
+    assert max(engine.job(job)["attempt"] for job in jobs) == 1     # claimed and released once
+    (worker.file.parent / "go").touch()
+    for job in jobs:
+        ended(engine, job)
+
+
+def test_the_log_names_the_task(engine, work):
+    source = "@rw.task(queue='shop', name='app.pay')\ndef pay(): pass\n"
+    engine.enqueue("shop", {"task": "app.pay"})
+    worker = work(source, run=BURST)
+    worker.wait()
+    assert re.search(r"shop app.pay \S+ attempt 1 done", worker.log())
+
+
 @pytest.mark.parametrize("event", ["start", "success", "failure"])
 def test_a_hook_that_is_interrupted_costs_no_slot(engine, work, q, event):
     source = handler(q, "return 1 / payload", max_retries=0) + """
@@ -8359,7 +8423,7 @@ def hook(job, value):
         ["failed", "failed"] if event == "start" else ["failed", "done"])
 
 
-FAULTY = {      # what a handler raises, with classes that are wrong in some way
+WRONG_RETRIES = {       # what a handler raises, with classes that are wrong in some way
     "no __init__ of Retry": "class Again(rw.Retry):\n    def __init__(self): pass",
     "a delay that is text": "class Again(rw.Retry):\n    delay = property(lambda self: 'soon', lambda *_: None)",
     "a delay that is no number": "class Again(rw.Retry):\n    def __init__(self): self.delay = float('nan')",
@@ -8368,14 +8432,14 @@ FAULTY = {      # what a handler raises, with classes that are wrong in some way
 }
 
 
-@pytest.mark.parametrize("kind", FAULTY)
+@pytest.mark.parametrize("kind", WRONG_RETRIES)
 def test_a_faulty_exception_of_a_handler_does_not_end_the_worker(kind):
     class Unknowable(type):
         def __instancecheck__(cls, error):
             raise SystemExit("no")
 
     names = {"rw": rw}
-    exec(FAULTY[kind], names)
+    exec(WRONG_RETRIES[kind], names)
 
     def handle(payload):
         raise names["Again"]()
@@ -9509,17 +9573,21 @@ def test_schedules_and_limits_that_are_gone_from_the_code_are_reported(engine, w
     client.schedule(q, q, every=1000)
     client.schedule(q + "-by-hand", q, every=1000, payload=1)
     client.schedule(q + "-gone", q + "-gone", every=1000)
+    client.schedule(q + "-until-now", q + "-until-now", every=1000)
+    client.poll(q + "-until-now", worker="of the version before")
     client.limit(q, max_running=5)
     worker = work(
+        "rw.UNSERVED_AFTER = 1\n" +
         handler(q, "pass") + handler(q + "-kept", "pass", name="kept", every=1000, max_running=2)
     )
-    until(lambda: "limit " + q in worker.log())
+    until(lambda: "limit " + q in worker.log() and q + "-until-now" in worker.log())
     reported = sorted(re.findall(r"python rundown_workers\.py (.*)", worker.log()))
     ours = [command for command in reported if q in command.split()[1]]
     assert ours == [
         "limit %s --max-running none --rate none" % q,
         "unschedule " + q,
         "unschedule %s-gone" % q,
+        "unschedule %s-until-now" % q,
     ]
     assert worker.stop() == 0
 
@@ -9593,6 +9661,12 @@ def test_a_delayed_run_moves_the_clock_to_the_next_claims_that_a_rate_allows():
         app.enqueue_many("limited", range(5))
         testing.run(delayed=True)
         assert sorted(done, key=str) == [0, 1, 2, 3, 4, "late"] and testing.seconds < 8000
+
+
+def test_many_jobs_may_wait_for_many_others(engine, q):
+    first = rw.enqueue_many(q, range(1000), host=engine.url)
+    second = rw.enqueue_many(q, range(50), host=engine.url, after=(job["id"] for job in first))
+    assert [job["waits_for"] for job in second] == [1000] * 50
 
 
 def test_the_options_of_the_published_client_are_taken_by_position(engine, q):
@@ -10004,17 +10078,35 @@ def test_versions_are_shown(engine):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["status", "nobody"], ["enqueue", "q", "{no json"], ["surprise"], ["run", "/no/such/file.py"]],
+    [
+        ["status", "nobody"], ["enqueue", "q", "{no json"], ["surprise"],
+        ["run", "/no/such/file.py"], ["run", str(HERE / "README.md")],
+        ["--give-up", "nan", "queues"], ["top", "--interval", "-1"], ["limit", "q", "--rate", "x"],
+        ["demo", "/no/such/folder"], ["--host", "https://127.0.0.1", "queues"],
+    ],
 )
 def test_errors_of_the_command_line_are_a_sentence_and_a_code(engine, arguments):
     ended = subprocess.run(
         [sys.executable, str(HERE / "rundown_workers.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment({"RUNDOWN_URL": engine.url}),
+        env=environment({"RUNDOWN_URL": engine.url, "RUNDOWN_CA": "/no/such/file"}),
         timeout=30,
     )
     assert ended.returncode != 0 and ended.stderr.strip() and b"Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("redirection, code", [(">&-", 0), ("> /dev/full", 1)])
+def test_an_answer_that_cannot_be_written_is_no_traceback(engine, redirection, code):
+    ended = subprocess.run(
+        "%s rundown_workers.py schedules %s" % (sys.executable, redirection),
+        shell=True,
+        cwd=str(HERE),
+        stderr=subprocess.PIPE,
+        env=environment({"RUNDOWN_URL": engine.url}),
+    )
+    assert ended.returncode == code and ended.stderr.count(b"\n") == code
 
 
 def test_the_command_line_runs_a_task_file_that_imports_the_sdk(engine, tmp_path, q):
@@ -10590,6 +10682,11 @@ ODD_ROWS = [  # connections that return rows or text of another kind
     (
         "sqlite",
         "sqlite3",
+        lambda shop: connected(sqlite3.connect(shop.file), text_factory=bytearray),
+    ),
+    (
+        "sqlite",
+        "sqlite3",
         lambda shop: connected(sqlite3.connect(shop.file), row_factory=sqlite3.Row),
     ),
     (
@@ -10694,13 +10791,17 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
         async def commit(self):
             pass
 
-    adapted = type(
-        "AdaptedConnection", (), dict(__module__="somewhere.aiosqlite", cursor=None, commit=print)
-    )()
-    for odd in Asynchronous(), adapted, object(), None:
-        with pytest.raises(
-            rw.Misuse, match="psycopg2, SQLAlchemy or Django that is not for asyncio"
-        ):
+    class AsyncSession(Asynchronous):
+        async def connection(self):
+            pass
+
+    adapted = [
+        type("Adapted", (), dict(__module__="somewhere." + name, cursor=None, commit=print))()
+        for name in ("aiosqlite", "asyncpg")
+    ]
+    sentence = "psycopg2, SQLAlchemy or Django that is not for asyncio, not a %s$"
+    for odd in Asynchronous(), AsyncSession(), *adapted, object(), None:
+        with pytest.raises(rw.Misuse, match=sentence % type(odd).__name__):
             rw.enqueue_in(odd, q)
 
 
@@ -11594,6 +11695,12 @@ def test_django_misuse_of_the_worker_command_is_a_sentence(tmp_path, engine):
     env = {"DJANGO_SETTINGS_MODULE": "settings", "PYTHONPATH": str(tmp_path)}
     assert "'other' among its QUEUES" in rundown(engine, "django", "other", code=2, env=env)
     assert "working on default" in rundown(engine, "django", "default", "--burst", env=env)
+    for option, sentence in (("outbox", "no database other"), ("outbux", "did you mean outbox")):
+        (tmp_path / "settings.py").write_text(
+            "TASKS = {'default': {'BACKEND': 'rundown_workers.DjangoBackend', "
+            "'OPTIONS': {%r: 'other'}}}" % option
+        )
+        assert sentence in rundown(engine, "django", code=2, env=env)
 
 
 OLDER_DJANGO = """
@@ -15258,8 +15365,15 @@ def test_a_program_that_reads_for_long_is_told_of_by_the_health(own, q):
 AUDITED = [  # call, body, what the line says
     ("/pause", {"queue": "Q"}, '/pause queue="Q": 1'),
     ("/resume", {"queue": "Q"}, '/resume queue="Q": 1'),
-    ("/limit", {"queue": "Q", "rate": 3}, '/limit queue="Q" rate=3: 1'),
-    ("/schedule", {"name": "S", "queue": "Q", "every": 9}, '/schedule name="S" queue="Q": 1'),
+    ("/limit", {"queue": "Q", "rate": 3, "per": 60}, '/limit queue="Q" rate=3 per=60: 1'),
+    ("/limit", {"queue": "Q", "rate": None}, '/limit queue="Q" rate=null: 1'),
+    ("/schedule", {"name": "S", "queue": "Q", "every": 9}, '/schedule name="S" queue="Q" every=9: 1'),
+    ("/reschedule", {"id": "A", "delay": 1.5}, '/reschedule id="A" delay=1.5: 1'),
+    (
+        "/reschedule",
+        {"id": "A", "run_at": "2026-01-02T03:04:05Z"},
+        '/reschedule id="A" run_at=2026-01-02T03:04:05.000000Z: 1',
+    ),
     ("/unschedule", {"name": "S"}, '/unschedule name="S": 1'),
     ("/cancel", {"queue": "Q", "status": "pending"}, '/cancel queue="Q" status="pending": 3'),
     ("/retry", {"queue": "Q", "status": "cancelled"}, '/retry queue="Q" status="cancelled": 3'),
@@ -15276,10 +15390,15 @@ def test_what_an_operator_does_is_logged_in_a_line_with_address_and_count(own):
     engine = own()
     engine.post("/enqueue", jobs=[{"queue": "Q", "id": id} for id in "ABC"])
     for path, body, _ in AUDITED:
-        assert engine.call("POST", path, body)[0] == 200
+        assert engine.call("POST", path, body)[0] == 200, path
     assert engine.call("POST", "/retry", {"id": "A"})[0] == 404
     lines = [line.split(" ", 2)[2] for line in engine.log().splitlines()]
     assert lines == ["127.0.0.1 " + line for _, _, line in AUDITED]
+
+
+def test_the_counters_of_a_queue_begin_at_0(engine, q):
+    engine.enqueue(q)
+    assert 'rundown_failed_total{queue="%s"} 0\n' % q in engine.get("/metrics")
 
 
 def test_the_metrics_tell_of_storage_workers_pauses_and_the_loop(engine, q):
