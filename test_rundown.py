@@ -10800,7 +10800,8 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
         for name in ("aiosqlite", "asyncpg")
     ]
     sentence = "psycopg2, SQLAlchemy or Django that is not for asyncio, not a %s$"
-    for odd in Asynchronous(), AsyncSession(), *adapted, object(), None:
+    cursor_alone = types.SimpleNamespace(cursor=None)
+    for odd in Asynchronous(), AsyncSession(), *adapted, cursor_alone, object(), None:
         with pytest.raises(rw.Misuse, match=sentence % type(odd).__name__):
             rw.enqueue_in(odd, q)
 
@@ -10879,6 +10880,7 @@ def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_en
     id = rw.enqueue_in(box, q, {"a": "ä\0"}, delay=0.5, priority=7, tag="t")
     own = rw.enqueue_in(box, q, id=q + "-own")
     far = rw.enqueue_in(box, q, delay=10**12)
+    late = rw.enqueue_in(box, q, expires=0.3)
     with pytest.raises(TypeError, match="did you mean priority"):
         rw.enqueue_in(box, q, prioritie=1)
     with pytest.raises(rw.Misuse, match="not both"):
@@ -10892,6 +10894,7 @@ def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_en
     assert (job["payload"], job["priority"], job["tag"], own) == ({"a": "ä\0"}, 7, "t", q + "-own")
     assert engine.poll(q)["id"] == id and engine.poll(q)["id"] == own
     assert when(engine.job(far)["next_run_at"]) > time.time() + 3600 * 86400
+    assert engine.job(late)["error"] == "expired"
 
 
 def test_an_outbox_that_is_empty_is_looked_at_and_not_written(engine, tmp_path):
