@@ -50,7 +50,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /schedule   name, queue, cron or every, zone, payload, timeout, max_retries, tag, priority,
                      key, group -> the schedule
     POST /unschedule name -> {"count": n}; the jobs it made stay
-    GET  /schedules  by name, limit, after
+    GET  /schedules  limit, after, name; brief=true leaves out the payloads
     GET  /jobs/{id}  the job, its attempts, and why it does not run; ?wait=30 waits for its end
     GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
                      limit, after: newest first, paged by `after`. A page looks at a bounded number
@@ -115,7 +115,8 @@ At most 64 MiB of requests and 64 MiB of responses are buffered; above that the 
 ones get 503. Done or cancelled jobs are kept for --keep (7d), failed ones for --keep-failed
 (30d). A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is
 early by the difference that is left. After a restart, deadlines that are counted in seconds
-have moved with the clock. A job has at most 1,000 steps, of 8 MiB in all.
+have moved with the clock. When it is set ahead, they move in one transaction, which takes about
+0.2 s per 100,000 running jobs and retries. A job has at most 1,000 steps, of 8 MiB in all.
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
 purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
@@ -138,6 +139,7 @@ import contextlib
 import datetime
 import difflib
 import email.utils
+import errno
 import functools
 import gc
 import glob
@@ -170,7 +172,7 @@ import time
 import traceback
 import urllib.parse
 from queue import Empty, SimpleQueue
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple
 
 # -- Settings --------------------------------------------------------------------------------------
 VERSION = '1.2'
@@ -196,6 +198,7 @@ MAX_DEPENDENCIES = 20000        # dependencies of all jobs of a request together
 MAX_STEPS = 1000                # steps of a job
 MAX_STEPS_SIZE = 8 << 20        # characters of the names and results of a job's steps
 MAX_DEPENDENTS_LISTED = 100     # dependents that GET /jobs/{id} names
+MAX_PRIORITIES_SCANNED = 100    # in search of a queue's oldest job
 MAX_UNSERVED_LISTED = 20        # queues in GET /queues that no worker polls
 WORKER_SILENCE = 120            # seconds without a poll until a queue counts as unserved
 MAX_RESPONSE = 16 << 20         # characters of jobs in a page, and claimed in one commit
@@ -225,7 +228,7 @@ MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases a
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
 # a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
-BATCH_ROWS = 500                # rows that one slice of a long change touches at most
+SLICE_ROWS = 500                # rows that one slice of a long change touches at most
 MAX_ROWS_SEARCHED = 100000      # jobs that one page of GET /jobs looks at
 MAX_SEARCH_TIME = 0.1           # seconds after which a page of GET /jobs ends early
 SLICE_TIME = 0.02               # seconds after which a slice of a long change begins no new row
@@ -478,15 +481,15 @@ def is_deeper_than(value, levels):
     """Whether lists and objects are nested in more levels; walks level by level."""
     containers = [value] if isinstance(value, (dict, list)) else []
     for _ in range(levels):
-        containers = [
-            inner
-            for outer in containers
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
+        members = itertools.chain.from_iterable(map(members_of, containers))
+        containers = [member for member in members if isinstance(member, (dict, list))]
         if not containers:
             return False
     return True
+
+
+def members_of(container):
+    return container.values() if isinstance(container, dict) else container
 
 
 def parse_time(text):
@@ -509,7 +512,7 @@ def describe(value):
     if isinstance(value, dict):
         return 'an object'
     if isinstance(value, list):
-        return 'a list'
+        return f'a list of {len(value)}'
     return truncate_middle(json.dumps(value), 60).replace('\n', ' ')
 
 
@@ -625,8 +628,9 @@ FIELDS = {
 }
 # fields of a query whose text is parsed as JSON: numbers and flags
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
-NULLABLE = ('max_running', 'rate', 'per')       # null removes the limit; elsewhere null = omitted
-EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'))
+LIMITS = ('max_running', 'rate', 'per')
+NULLABLE = (*LIMITS, 'progress')        # null is a value; in other fields it is the same as omitted
+EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'), ('replace', 'after'))
 # the first needs the second
 REQUIRES = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))
 
@@ -647,7 +651,7 @@ def validate(path, body):
         if params.keys().isdisjoint(alternatives):
             raise BadRequest(f'{" or ".join(alternatives)} is missing: {path} needs it')
     for one, other in EXCLUSIVE:
-        if one in params and other in params:
+        if one in params and other in params and params[one] is not False:
             raise BadRequest(f'{one} and {other} exclude each other')
     for one, other in REQUIRES:
         if params.get(one) and other not in params:
@@ -686,6 +690,8 @@ def validate_batch(path, body):
     batch = []
     for number, item in enumerate(items):
         try:
+            if type(item) is not dict:
+                raise BadRequest(f'it must be a JSON object, not {describe(item)}')
             batch.append(validate(path, item))
         except BadRequest as error:
             refusal = BadRequest(f'jobs[{number}]: {error}')
@@ -768,7 +774,9 @@ class Cron:
     def after(self, moment):
         """The first tick after a moment in UTC."""
         tick = self._next_first_occurrence(moment)
-        return self._repeated_before(tick, moment) or tick if self.fires_twice else tick
+        if self.fires_twice:
+            return self._repeated_before(tick, moment) or tick
+        return tick
 
     def _repeated_before(self, tick, moment):
         """The first match before `tick` in an hour that the zone's clock repeats, or None."""
@@ -805,7 +813,9 @@ class Cron:
     def _fires_on(self, local):
         day_of_month = local.day in self.days
         weekday = local.isoweekday() % 7 in self.weekdays
-        return day_of_month or weekday if self.either_day else day_of_month and weekday
+        if self.either_day:
+            return day_of_month or weekday
+        return day_of_month and weekday
 
     def _first_occurrence(self, local):
         """When the zone's clock first shows `local`; if it skips that, the first minute after."""
@@ -898,14 +908,17 @@ def last_tick(schedule, now):
 APPLICATION_ID = 0x52554e44     # "RUND", in the header of the file
 
 
+ALWAYS = 'always'
+
+
 class Column(NamedTuple):
     """A column of `jobs` or `schedules`; schema, statements and JSON are derived from this."""
 
     type: str                           # SQL
     json: Optional[Callable] = None     # value -> JSON text; None: clients do not see it
     brief: Optional[Callable] = None    # the same in brief pages
-    # True: every INSERT writes it; a field's name: only if the request has that field
-    inserted: Union[bool, str] = False
+    inserted: Optional[str] = None      # INSERT writes it: ALWAYS, or if a request has this field
+    copied: bool = False                # of a schedule: its jobs get the value
     optional: bool = False              # left out of the JSON while it is null
     large: bool = False                 # may fill many pages; stored after the others
     passive: bool = False               # transitions do not read it
@@ -956,8 +969,9 @@ def timeout_of(row):
 
 
 def max_retries_of(row):
-    own = row['max_retries']
-    return row['worker_max_retries'] or 0 if own is None else own
+    if row['max_retries'] is not None:
+        return row['max_retries']
+    return row['worker_max_retries'] or 0
 
 
 def json_key(row):
@@ -977,12 +991,13 @@ def json_max_retries(row):
 
 JOB_COLUMNS = {     # in the order of the JSON; times and durations are in microseconds
     'seq': Column('INTEGER PRIMARY KEY'),       # the order of arrival; never used again
-    'id': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME),
-    'queue': shown('TEXT NOT NULL', json_string, inserted=True, rule=NAME, filter=True),
+    'id': shown('TEXT NOT NULL', json_string, inserted=ALWAYS, rule=NAME),
+    'queue': shown('TEXT NOT NULL', json_string, inserted=ALWAYS, rule=NAME, filter=True),
     'tag': shown('TEXT', json_string, inserted='tag', rule=NAME, filter=True, passive=True),
-    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True, rule=JSON_VALUE),
+    'payload': Column('TEXT', json_value, inserted=ALWAYS, large=True, passive=True,
+                      rule=JSON_VALUE),
     'status': shown('TEXT NOT NULL', json_string, default='pending', rule=one_of(STATUSES)),
-    'hold': Column('INTEGER NOT NULL', default=READY, inserted=True),   # why it is not handed out
+    'hold': Column('INTEGER NOT NULL', default=READY, inserted=ALWAYS),   # why it is not handed out
     'priority': shown('INTEGER NOT NULL', json_number, default=0, inserted='priority',
                       rule=whole_number(-2**31, 2**31 - 1)),
     'attempt': shown('INTEGER NOT NULL', json_number, default=0,        # how many claims
@@ -1007,15 +1022,15 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'error': Column('TEXT', json_string, brief=json_last_line, large=True, passive=True,
                     rule=ERROR_TEXT),
     'attempts': Column('TEXT', large=True),     # JSON: all but one that is done
-    'created_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
-    'updated_at': shown('INTEGER NOT NULL', json_time, inserted=True, passive=True),
-    'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=True),
+    'created_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS, passive=True),
+    'updated_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS, passive=True),
+    'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS),
     'started_at': shown('INTEGER', json_time),
     'finished_at': shown('INTEGER', json_time, passive=True),
     'group': shown('TEXT', json_string, optional=True, inserted='group', rule=NAME, filter=True),
     'expires_at': shown('INTEGER', json_time, optional=True, inserted='expires', passive=True),
-    'is_timed': Column('INTEGER NOT NULL', default=0, inserted='run_at',    # 1: a time was given
-                       passive=True),
+    'has_run_at': Column('INTEGER NOT NULL', default=0, inserted='run_at',  # 1: a time was given
+                         passive=True),
     'steps': Column('INTEGER NOT NULL', default=0),     # how many rows of `steps` it has
     'steps_size': Column('INTEGER NOT NULL', default=0),    # characters of those
     'after': Column('TEXT', large=True, passive=True),      # JSON: the ids of its dependencies
@@ -1024,14 +1039,13 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
 }
 SCHEDULE_COLUMNS = {
     'name': shown('TEXT PRIMARY KEY', json_string, rule=printable(150)),
-    # `inserted` columns are copied into the schedule's jobs
-    'queue': shown('TEXT NOT NULL', json_string, inserted=True),
-    'timeout': shown('INTEGER', json_duration, inserted=True),
-    'max_retries': shown('INTEGER', json_number, inserted=True),
-    'tag': shown('TEXT', json_string, inserted=True),
-    'priority': shown('INTEGER', json_number, inserted=True),
-    'key': shown('TEXT', json_string, inserted=True),
-    'group': shown('TEXT', json_string, optional=True, inserted=True),
+    'queue': shown('TEXT NOT NULL', json_string, copied=True),
+    'timeout': shown('INTEGER', json_duration, copied=True),
+    'max_retries': shown('INTEGER', json_number, copied=True),
+    'tag': shown('TEXT', json_string, copied=True),
+    'priority': shown('INTEGER', json_number, copied=True),
+    'key': shown('TEXT', json_string, copied=True),
+    'group': shown('TEXT', json_string, optional=True, copied=True),
     'cron': shown('TEXT', json_string, rule=CRON_TEXT),
     'every': shown('INTEGER', json_duration, rule=duration(1, 3650 * 86400)),
     'zone': shown('TEXT', json_string, rule=NAME),
@@ -1039,14 +1053,12 @@ SCHEDULE_COLUMNS = {
     'last_run_at': shown('INTEGER', json_time),
     'last_id': shown('TEXT', json_string),
     'skipped': shown('INTEGER NOT NULL', json_number, default=0),
-    'payload': Column('TEXT', json_value, inserted=True, large=True, passive=True),
+    'payload': Column('TEXT', json_value, copied=True, large=True, passive=True),
 }
 
 
-FIELDS.update(
-    (name, column.rule)
-    for columns in (JOB_COLUMNS, SCHEDULE_COLUMNS)
-    for name, column in columns.items() if column.rule)
+ALL_COLUMNS = [*JOB_COLUMNS.items(), *SCHEDULE_COLUMNS.items()]
+FIELDS.update((name, column.rule) for name, column in ALL_COLUMNS if column.rule)
 
 
 def definitions(columns):
@@ -1155,9 +1167,17 @@ CREATE INDEX dependencies_dependency ON dependencies (dependency, state)''',
 HOLD_COUNTS = ('scheduled', 'waiting', 'grouped')
 
 
-def counting(columns, change):
-    """Assignments to counts of a queue; `change` has {0} for the condition of a count."""
-    return ', '.join(f'{column} = {column} {change.format(COUNTS[column])}' for column in columns)
+def count_changes(columns):
+    """Assignments to counts of a queue, one of whose jobs was updated."""
+    return ', '.join(
+        f'{column} = {column} + (NEW.{COUNTS[column]}) - (OLD.{COUNTS[column]})'
+        for column in columns)
+
+
+def count_deletion():
+    """Assignments to counts of a queue, one of whose jobs was deleted."""
+    return ', '.join(
+        f'{column} = {column} - (OLD.{condition})' for column, condition in COUNTS.items())
 
 
 TRIGGERS = {
@@ -1172,16 +1192,16 @@ CREATE TRIGGER jobs_insert AFTER INSERT ON jobs BEGIN
 END''',
     'jobs_update': f'''
 CREATE TRIGGER jobs_update AFTER UPDATE OF status ON jobs WHEN NEW.status <> OLD.status BEGIN
-    UPDATE queues SET {counting(STATUSES, '+ (NEW.{0}) - (OLD.{0})')}, changed_at = NEW.updated_at
+    UPDATE queues SET {count_changes(STATUSES)}, changed_at = NEW.updated_at
     WHERE queue = NEW.queue;
 END''',
     'jobs_hold': f'''
 CREATE TRIGGER jobs_hold AFTER UPDATE OF hold ON jobs WHEN NEW.hold <> OLD.hold BEGIN
-    UPDATE queues SET {counting(HOLD_COUNTS, '+ (NEW.{0}) - (OLD.{0})')} WHERE queue = NEW.queue;
+    UPDATE queues SET {count_changes(HOLD_COUNTS)} WHERE queue = NEW.queue;
 END''',
     'jobs_delete': f'''
 CREATE TRIGGER jobs_delete AFTER DELETE ON jobs BEGIN
-    UPDATE queues SET {counting(COUNTS, '- (OLD.{0})')} WHERE queue = OLD.queue;
+    UPDATE queues SET {count_deletion()} WHERE queue = OLD.queue;
     UPDATE last_seq SET seq = OLD.seq WHERE seq < OLD.seq;
 END''',
     'jobs_delete_dependencies': '''
@@ -1272,14 +1292,14 @@ END''',
         'ALTER TABLE jobs ADD COLUMN released_key TEXT',
         'ALTER TABLE jobs ADD COLUMN "group" TEXT',
         'ALTER TABLE jobs ADD COLUMN expires_at INTEGER',
-        'ALTER TABLE jobs ADD COLUMN is_timed INTEGER NOT NULL DEFAULT 0',
+        'ALTER TABLE jobs ADD COLUMN has_run_at INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE jobs ADD COLUMN steps INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE jobs ADD COLUMN steps_size INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE schedules ADD COLUMN "group" TEXT',
         'ALTER TABLE queues ADD COLUMN grouped INTEGER NOT NULL DEFAULT 0',
         'ALTER TABLE queues ADD COLUMN changed_at INTEGER NOT NULL DEFAULT 0',
         # a given time cannot be told from a delay here, but a retry is always counted in seconds
-        "UPDATE jobs SET is_timed = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
+        "UPDATE jobs SET has_run_at = 1 WHERE status = 'pending' AND hold = 1 AND attempt = 0",
         'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
         'CREATE INDEX jobs_failed ON jobs (status) '
         "WHERE status = 'failed' OR status = 'cancelled'",
@@ -1397,7 +1417,7 @@ def rename_column(db, table, old, new):
             (table,)).fetchall():
         db.execute('UPDATE sqlite_master SET sql = ? WHERE name = ?',
                    (re.sub(rf'\b{old}\b', new, sql), name))
-    version = db.execute('PRAGMA schema_version').fetchone()[0]
+    version = fetch_value(db, 'PRAGMA schema_version')
     db.execute(f'PRAGMA schema_version = {version + 1}')        # have the schema read again
     db.execute('PRAGMA writable_schema = OFF')
 
@@ -1414,6 +1434,8 @@ def obstacle(database_path, error):
     reason = getattr(error, 'strerror', None) or error.__cause__ or error
     named = getattr(error, 'filename', None)
     folder = os.path.dirname(database_path)
+    if named and not os.path.exists(folder):
+        return f'the folder {folder} does not exist'
     if named and not os.path.exists(named):
         return f'{reason}: {named} in {folder} ({owner_and_mode(folder)})'
     files = [database_path + suffix for suffix in ('.lock', '', '-wal', '-shm', '-journal')]
@@ -1441,9 +1463,13 @@ def is_mounted_alone(path):
         lines = pathlib.Path('/proc/self/mountinfo').read_bytes().splitlines()
     except OSError:
         return False
-    points = [re.sub(rb'\\([0-7]{3})', lambda code: bytes([int(code[1], 8)]), line.split(b' ')[4])
-              for line in lines]
-    return os.fsencode(path) in points
+    mount_points = [unescape_octal(line.split(b' ')[4]) for line in lines]
+    return os.fsencode(path) in mount_points
+
+
+def unescape_octal(name):
+    r"""The name without escapes like \040 for a blank."""
+    return re.sub(rb'\\([0-7]{3})', lambda code: bytes([int(code[1], 8)]), name)
 
 
 def lock(path):
@@ -1567,12 +1593,17 @@ def file_size(path):
     return 0
 
 
+def fetch_value(db, statement, values=()):
+    """The first column of the first row."""
+    return db.execute(statement, values).fetchone()[0]
+
+
 def free_pages(db):
-    return db.execute('PRAGMA freelist_count').fetchone()[0]
+    return fetch_value(db, 'PRAGMA freelist_count')
 
 
 def page_size(db):
-    return db.execute('PRAGMA page_size').fetchone()[0]
+    return fetch_value(db, 'PRAGMA page_size')
 
 
 class Database:
@@ -1624,9 +1655,9 @@ class Database:
             raise StartupError(f'{self.path} cannot be used: {reason}') from None
 
     def _create_or_migrate(self, db):
-        version, = db.execute('PRAGMA user_version').fetchone()
-        application, = db.execute('PRAGMA application_id').fetchone()
-        is_new = not db.execute('SELECT COUNT(*) FROM sqlite_master').fetchone()[0]
+        version = fetch_value(db, 'PRAGMA user_version')
+        application = fetch_value(db, 'PRAGMA application_id')
+        is_new = not fetch_value(db, 'SELECT COUNT(*) FROM sqlite_master')
         if not is_new and application != APPLICATION_ID:    # check_header() skips it with a journal
             raise StartupError(f'{self.path} is not a Rundown database; it was left as it is')
         if version == SCHEMA_VERSION:
@@ -1643,8 +1674,8 @@ class Database:
         db.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
 
     def _check_integrity(self):
-        small = os.path.getsize(self.path) <= FULL_CHECK_MAX_BYTES
-        if small and self.db.execute('PRAGMA quick_check(1)').fetchone()[0] != 'ok':
+        is_small = os.path.getsize(self.path) <= FULL_CHECK_MAX_BYTES
+        if is_small and fetch_value(self.db, 'PRAGMA quick_check(1)') != 'ok':
             raise StartupError(f'{self.path} is damaged; restore a backup')
 
     def _connect_writer(self, lock_timeout):
@@ -1717,7 +1748,7 @@ class Database:
         It has to be on disk before a replay of it is acknowledged.
         """
         db = self._connect_writer(0)
-        if self.unsynced and db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
+        if self.unsynced and fetch_value(db, 'PRAGMA wal_checkpoint(TRUNCATE)'):    # it is busy
             db.close()
             raise sqlite3.OperationalError('the write-ahead log is locked')
         self.db = db
@@ -1734,8 +1765,8 @@ class Database:
 
     def _update_sparse(self, db):
         free = free_pages(db)
-        pages, = db.execute('PRAGMA page_count').fetchone()
-        can_shrink = db.execute('PRAGMA auto_vacuum').fetchone()[0]   # 0: made by 1.1 or older
+        pages = fetch_value(db, 'PRAGMA page_count')
+        can_shrink = fetch_value(db, 'PRAGMA auto_vacuum')      # 0: made by 1.1 or older
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
     def shrink(self, tx):
@@ -1890,8 +1921,9 @@ def column_list(columns):
 COLUMNS = list(JOB_COLUMNS)
 TRANSITION_COLUMNS = columns_where(lambda column: not column.passive)
 BRIEF_COLUMNS = [*columns_where(lambda column: column.brief),
-                 # columns that `json_key` and the like read
-                 'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
+                 # columns that `json_key`, `job_cursor` and the like read
+                 'seq', 'worker_max_retries', 'worker_timeout', 'released_key', 'waits_for']
+BRIEF_SCHEDULE_COLUMNS = columns_where(lambda column: column.brief, SCHEDULE_COLUMNS)
 JOB_DEFAULTS = {name: column.default for name, column in JOB_COLUMNS.items()}
 
 # Named, in the order of the table: a migrated database may have its columns in another order.
@@ -1909,7 +1941,7 @@ NEXT_SEQ = ('(SELECT MAX(seq) + 1 FROM '
 
 
 INSERTING_FIELDS = frozenset(
-    {column.inserted for column in JOB_COLUMNS.values()} - {True, False})
+    {column.inserted for column in JOB_COLUMNS.values()} - {ALWAYS, None})
 
 
 @functools.lru_cache(maxsize=256)
@@ -1918,7 +1950,7 @@ def insert_plan(rows, fields=INSERTING_FIELDS):
 
     Of the columns with a field only those of `fields` are written: each costs a bulk insert 3 %.
     """
-    columns = columns_where(lambda column: column.inserted is True or column.inserted in fields)
+    columns = columns_where(lambda column: column.inserted == ALWAYS or column.inserted in fields)
     values = ', ?' * len(columns)
     others = f', (NULL{values})' * (rows - 1)       # their seqs count on from the first one
     statement = (f'INSERT INTO jobs (seq, {column_list(columns)}) '
@@ -1927,53 +1959,66 @@ def insert_plan(rows, fields=INSERTING_FIELDS):
 
 
 CLAIMABLE = f"FROM jobs WHERE queue = :queue AND status = 'pending' AND hold = {READY}"
+# A claim sets the first eight, and needs none of the others.
+NOT_CLAIMED = {
+    'status', 'worker', 'lease', 'lease_until', 'started_at', 'updated_at', 'worker_timeout',
+    'worker_max_retries', 'hold', 'losses', 'attempts', 'after_any', 'has_run_at'}
+CLAIMED_COLUMNS = [name for name in JOB_COLUMNS if name not in NOT_CLAIMED]
 CLAIM = f'''
-    SELECT {column_list(COLUMNS)} {CLAIMABLE}
+    SELECT {column_list(CLAIMED_COLUMNS)} {CLAIMABLE}
         AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
     ORDER BY priority DESC, next_run_at, seq LIMIT :limit'''
 
 OWNED_COLUMNS = {'status', 'hold', 'next_run_at', 'lease_until'}        # written by Jobs alone
 
 
-def assignments(columns):
-    return ', '.join(f'"{column}" = :{column}' for column in columns)
-
-
 @functools.lru_cache(maxsize=64)
 def update_statement(columns):
-    return f'UPDATE jobs SET {assignments(columns)} WHERE seq = :seq'
+    """It takes the values in order, then the seq. Named ones would take half as long again."""
+    assignments = ', '.join(f'"{column}" = ?' for column in columns)
+    return f'UPDATE jobs SET {assignments} WHERE seq = ?'
 
 
 @functools.lru_cache(maxsize=64)
 def upsert_queue_statement(columns):
-    values = ', '.join(f':{column}' for column in columns)
-    return (f'INSERT INTO queues (queue, {column_list(columns)}) VALUES (:queue, {values}) '
-            f'ON CONFLICT (queue) DO UPDATE SET {assignments(columns)}')
+    """It takes the queue, then the values in order."""
+    assignments = ', '.join(f'{column} = excluded.{column}' for column in columns)
+    return (f'INSERT INTO queues (queue, {column_list(columns)}) VALUES (?{", ?" * len(columns)}) '
+            f'ON CONFLICT (queue) DO UPDATE SET {assignments}')
+
+
+CURSOR = 'seq:'         # the cursor of a page of jobs: this, and a seq
 
 
 def compile_renderer(columns, renderer_of):
     """A function of a row that returns the members of its JSON object.
 
-    Compiled, since walking over the table for each job takes half as long again.
+    Its source is built and evaluated once. A loop over the columns, for each job, takes twice as
+    long as this, and rendering is a fifth of the time of a claim.
     """
-    template = []
+    template = ''
     values = []
     for name, column in columns.items():
         renderer = renderer_of(column)
-        if renderer:
-            value = f'{renderer.__name__}({"row" if column.of_row else f"row[{name!r}]"})'
-            label = f'"{name}":' if not template else f',"{name}":'
-            if column.optional:
-                value = f'"" if row[{name!r}] is None else {label!r} + {value}'
-                label = ''
-            template.append(label + '%s')
+        if renderer is None:
+            continue
+        comma = ',' if values else ''
+        member = f'{comma}"{name}":'
+        argument = 'row' if column.of_row else f'row[{name!r}]'
+        value = f'{renderer.__name__}({argument})'
+        if column.optional:
+            template += '%s'
+            values.append(f'"" if {argument} is None else {member!r} + {value}')
+        else:
+            template += f'{member}%s'
             values.append(value)
-    return eval(f'lambda row: {"".join(template)!r} % ({", ".join(values)})', globals())
+    return eval(f'lambda row: {template!r} % ({", ".join(values)})', globals())
 
 
 render_job = compile_renderer(JOB_COLUMNS, operator.attrgetter('json'))
 render_brief_job = compile_renderer(JOB_COLUMNS, operator.attrgetter('brief'))
 render_schedule = compile_renderer(SCHEDULE_COLUMNS, operator.attrgetter('json'))
+render_brief_schedule = compile_renderer(SCHEDULE_COLUMNS, operator.attrgetter('brief'))
 
 
 def job_json(row, more='', brief=False):
@@ -2002,8 +2047,9 @@ def steps_json(db, row):
     return f',"steps":{{{members}}}'
 
 
-def schedule_json(row, **more):
-    members = [render_schedule(row)] + [f'"{name}":{encode(value)}' for name, value in more.items()]
+def schedule_json(row, brief=False, **more):
+    render = render_brief_schedule if brief else render_schedule
+    members = [render(row)] + [f'"{name}":{encode(value)}' for name, value in more.items()]
     return f'{{{",".join(members)}}}'
 
 
@@ -2011,24 +2057,29 @@ def json_list(texts):
     return '[' + ','.join(texts) + ']'
 
 
-def json_page(name, key, rows, render, limit, resume_after=None):
+def json_page(name, rows, render, limit, cursor_of, resume_after=None):
     """A page as JSON text; `after` is null on the last one. One that grows large ends early.
 
     `resume_after` is the cursor of the next page if the search ended before this one was full.
     """
     texts = []
     size = 0
-    last_key = None
+    last = None
     for row in rows:
         text = render(row)
         size += len(text)
         if size > MAX_RESPONSE and texts:
             break
         texts.append(text)
-        last_key = row[key]
+        last = cursor_of(row)
     is_full = size > MAX_RESPONSE or len(texts) == limit
-    after = json_string(last_key if is_full else resume_after)
-    return f'{{"{name}":{json_list(texts)},"after":{after}}}'
+    after = json_string(last if is_full else resume_after)
+    return ''.join((f'{{"{name}":[', ','.join(texts), f'],"after":{after}}}\n'))
+
+
+def job_cursor(row):
+    """The cursor of a page that ends in this job. It stays valid when the job is purged."""
+    return f'{CURSOR}{row["seq"]}'
 
 
 def attempts_json(row, outcome, finished_at, error=None):
@@ -2075,10 +2126,11 @@ class Transaction:
     before the commit, and nothing survives a rollback.
     """
 
-    def __init__(self, db, now, response_budget):
+    def __init__(self, db, now, response_budget, pauses=()):
         self.db = db
         self.now = now                          # microseconds since 1970, engine time
         self.response_budget = response_budget  # characters of jobs that polls may still claim
+        self.pauses = pauses                    # see Pause; those that still matter, oldest first
         self.takes_jobs = True                  # False: the disk is full
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
@@ -2091,7 +2143,7 @@ class Transaction:
         self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # True: next_deadline holds for the whole database
-        self.slice_ends = None   # time.monotonic() after which paced() ends
+        self.slice_ends = None          # time.monotonic() after which paced() ends
 
     def execute(self, statement, values=()):
         return self.db.execute(statement, values)
@@ -2103,14 +2155,15 @@ class Transaction:
         return self.db.execute(statement, values).fetchall()
 
     def upsert_queue(self, queue, **columns):
-        self.db.execute(upsert_queue_statement(tuple(columns)), dict(columns, queue=queue))
+        self.db.execute(upsert_queue_statement(tuple(columns)), (queue, *columns.values()))
 
     def spend(self, size):
         """Take `size` characters of the response budget; Unavailable if it is used up.
 
         The last job may exceed the rest, so that a large one can be in a response at all.
         """
-        if self.response_budget <= (0 if size > SMALL_MESSAGE_BYTES else -MAX_RESPONSE):
+        lowest = 0 if size > SMALL_MESSAGE_BYTES else -MAX_RESPONSE
+        if self.response_budget <= lowest:
             raise Unavailable('too much is being handed out at a time; try again')
         self.response_budget -= size
 
@@ -2119,12 +2172,15 @@ class Transaction:
 
         All slices of a transaction share one SLICE_TIME, which bounds how long others wait for it.
         """
-        if self.slice_ends is None:
-            self.slice_ends = time.monotonic() + SLICE_TIME
+        self.begin_slice()
         for item in items:
             yield item
             if self.is_slice_over():
                 return
+
+    def begin_slice(self):
+        if self.slice_ends is None:
+            self.slice_ends = time.monotonic() + SLICE_TIME
 
     def is_slice_over(self):
         return self.slice_ends is not None and time.monotonic() > self.slice_ends
@@ -2138,35 +2194,48 @@ class Transaction:
         self.topics.add(('queue', queue))
 
 
-LEASE_SPAN_SQL = '''
-    COALESCE(lease, COALESCE(NULLIF(timeout, 0), NULLIF(worker_timeout, 0), :timeout) + :grace)'''
-# An overdue lease gets one more period. Any other then lasts at least the grace and at most one
-# period. Leases of twice the pause or more stay: they outlast the heartbeat that was missed.
-EXTEND_LEASES = f'''
-    UPDATE jobs SET started_at = MIN(started_at, :now), lease_until =
-        CASE WHEN lease_until <= :now THEN :now + MAX(:grace, COALESCE(lease, 0))
-             ELSE MIN(MAX(lease_until, :now + :grace), :now + MAX(:grace, {LEASE_SPAN_SQL})) END
-    WHERE status = 'running' AND {LEASE_SPAN_SQL} < 2 * :pause'''
-SHIFT_DEADLINES = (     # deadlines that are counted in seconds; a time that was given stays
-    "UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by "
-    "WHERE status = 'running'",
-    f"UPDATE jobs SET next_run_at = next_run_at + :by "
-    f"WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT is_timed",
+# The clock was set: deadlines that are counted in seconds move with it; times that were given stay.
+SHIFT_DEADLINES = (
+    # leases
+    '''
+    UPDATE jobs SET lease_until = lease_until + :by, started_at = started_at + :by,
+        updated_at = updated_at + :by
+    WHERE status = 'running'
+    ''',
+    # retries
+    f'''
+    UPDATE jobs SET next_run_at = next_run_at + :by
+    WHERE status = 'pending' AND hold = {DELAYED} AND attempt > 0 AND NOT has_run_at''',
     # a retry that is not the active job of its group
-    f'UPDATE jobs INDEXED BY jobs_group_next SET next_run_at = next_run_at + :by '
-    f'WHERE "group" IS NOT NULL AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP} AND attempt > 0 '
-    'AND NOT is_timed AND next_run_at > :before',
-    "UPDATE jobs SET expires_at = expires_at + :by WHERE expires_at IS NOT NULL "
-    "AND status = 'pending' AND attempt = 0 AND NOT is_timed",
+    f'''
+    UPDATE jobs INDEXED BY jobs_group_next SET next_run_at = next_run_at + :by
+    WHERE "group" IS NOT NULL AND {UNFINISHED} AND hold = {QUEUED_IN_GROUP} AND attempt > 0
+        AND NOT has_run_at AND next_run_at > :before''',
+    # `expires` of jobs without `run_at`
+    '''
+    UPDATE jobs SET expires_at = expires_at + :by
+    WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0 AND NOT has_run_at''',
+    # rates
     'UPDATE queues SET full_at = full_at + :by WHERE rate',
 )
-# After the clock was set back, besides SHIFT_DEADLINES. First, jobs that were due stay due.
+# The clock was set back before the start: these come before SHIFT_DEADLINES.
 SET_BACK = (
-    f"UPDATE jobs SET next_run_at = MIN(next_run_at, :now) WHERE status = 'pending' "
-    f"AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP}) AND next_run_at <= :before",
-    f"UPDATE jobs SET next_run_at = next_run_at + :by WHERE status = 'pending' AND NOT is_timed "
-    f"AND (hold = {DELAYED} AND attempt = 0 OR hold = {BLOCKED} AND next_run_at > :before "
-    f"OR hold = {QUEUED_IN_GROUP} AND attempt = 0 AND next_run_at > :before)",
+    # jobs that were due stay due
+    f'''
+    UPDATE jobs SET next_run_at = MIN(next_run_at, :now)
+    WHERE status = 'pending' AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP})
+        AND next_run_at <= :before''',
+    # delays, of jobs that may wait for their group, too
+    f'''
+    UPDATE jobs SET next_run_at = next_run_at + :by
+    WHERE status = 'pending' AND hold IN ({DELAYED}, {QUEUED_IN_GROUP}) AND attempt = 0
+        AND NOT has_run_at AND next_run_at > :before''',
+    # delays and retries of jobs that wait for others
+    f'''
+    UPDATE jobs SET next_run_at = next_run_at + :by
+    WHERE status = 'pending' AND hold = {BLOCKED} AND NOT has_run_at
+        AND next_run_at > :before''',
+    # times that have not been yet
     'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
 )
 SELECT_DUE = f'''
@@ -2198,20 +2267,13 @@ class Jobs:
         rule = self._rule(call, job['status'], target)
         queue = job['queue']
         if job['status'] == 'running':
-            if target != 'done':
-                error = changes.get('error')
-                changes['attempts'] = attempts_json(job, rule.outcome, tx.now, error)
-            if queue in self.limits.queues:
-                tx.wake_polls(queue)
-            if call in ('cancel', 'lose'):
-                tx.deprived_workers.add(job['worker'])
-                tx.topics.add(('worker', job['worker']))
+            self._leave_running(tx, call, job, target, changes)
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
             waits_for = changes.get('waits_for', job['waits_for'])
             queued = job['group'] is not None and (
                 job['hold'] == QUEUED_IN_GROUP or job['status'] in ENDED)
-            self.place(tx, changes, queue, due, waits_for, queued)
+            self.set_hold(tx, changes, queue, due, waits_for, queued)
             changes['finished_at'] = None
         else:
             changes['finished_at'] = tx.now
@@ -2228,13 +2290,24 @@ class Jobs:
         if target in ENDED:
             self.announce_end(tx, job, target)
 
+    def _leave_running(self, tx, call, job, target, changes):
+        """An attempt ends: record it in `changes`; tell its worker if the job was taken away."""
+        if target != 'done':
+            outcome = TRANSITIONS[call].outcome
+            changes['attempts'] = attempts_json(job, outcome, tx.now, changes.get('error'))
+        if job['queue'] in self.limits.queues:
+            tx.wake_polls(job['queue'])
+        if call in ('cancel', 'lose'):
+            tx.deprived_workers.add(job['worker'])
+            tx.topics.add(('worker', job['worker']))
+
     def _rule(self, call, source, target):
         rule = TRANSITIONS[call]
         if source not in rule.sources or target not in rule.targets:
             raise AssertionError(f'{call} does not lead from {source} to {target}')
         return rule
 
-    def place(self, tx, columns, queue, next_run_at, waits_for=0, queued=False):
+    def set_hold(self, tx, columns, queue, next_run_at, waits_for=0, queued=False):
         """Set next_run_at and hold of a pending job in `columns`; wake polls or set the deadline.
 
         With `queued` it stays QUEUED_IN_GROUP: only advance_group() makes it the active job.
@@ -2264,18 +2337,16 @@ class Jobs:
         if not first or active and active['seq'] < first['seq']:
             return
         if active:      # an older job was retried
-            self._hold(tx, active, queued=True)
-        self._hold(tx, first, queued=False)
+            self._write_hold(tx, active, queued=True)
+        self._write_hold(tx, first, queued=False)
 
-    def _hold(self, tx, job, queued):
+    def _write_hold(self, tx, job, queued):
         columns = {}
-        self.place(tx, columns, job['queue'], job['next_run_at'], job['waits_for'], queued)
+        self.set_hold(tx, columns, job['queue'], job['next_run_at'], job['waits_for'], queued)
         self._write(tx, job, columns)
 
     def _write(self, tx, job, columns):
-        statement = update_statement(tuple(columns))
-        columns['seq'] = job['seq']
-        tx.db.execute(statement, columns)
+        tx.db.execute(update_statement(tuple(columns)), (*columns.values(), job['seq']))
 
     def claim(self, tx, claims, columns):
         """Start jobs. `claims` are their new rows as dicts, `columns` the columns that changed."""
@@ -2287,20 +2358,13 @@ class Jobs:
 
     def set_leases(self, tx, jobs, *columns):
         """Write `lease_until` and other columns of running jobs; each is a dict with its `seq`."""
-        tx.db.executemany(update_statement((*columns, 'lease_until')), jobs)
+        columns += ('lease_until',)
+        values_of = operator.itemgetter(*columns, 'seq')
+        tx.db.executemany(update_statement(columns), map(values_of, jobs))
         tx.wake_at(min(job['lease_until'] for job in jobs))
 
-    def extend_leases(self, tx, pause_seconds):
-        """Extend leases shorter than twice the pause, in which no heartbeat could be received."""
-        tx.execute(EXTEND_LEASES, {
-            'now': tx.now,
-            'grace': micros(GRACE),
-            'timeout': micros(DEFAULT_TIMEOUT),
-            'pause': micros(min(pause_seconds, 1e9)),
-        })
-
     def shift_deadlines(self, tx, seconds):
-        """The clock has stepped by this much: move all deadlines that are counted in seconds."""
+        """The clock was set by this much: move all deadlines that are counted in seconds."""
         by = micros(seconds)
         for statement in SHIFT_DEADLINES:
             tx.execute(statement, {'by': by, 'before': tx.now - by})
@@ -2314,13 +2378,13 @@ class Jobs:
 
     def release_due(self, tx):
         """A slice of handing out delayed jobs whose time has come."""
-        for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, BATCH_ROWS)):
+        for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, SLICE_ROWS)):
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
 
     def expire(self, tx):
         """A slice of cancelling jobs that have not started in time."""
-        for seq, in tx.paced(tx.fetch_all(SELECT_EXPIRED, tx.now, BATCH_ROWS)):
+        for seq, in tx.paced(tx.fetch_all(SELECT_EXPIRED, tx.now, SLICE_ROWS)):
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.transition(tx, 'expire', job, 'cancelled', error='expired')
 
@@ -2359,7 +2423,7 @@ class Jobs:
         retries = job['retries'] + 1
         wait = micros(BACKOFF * retries ** 2) if delay is None else delay
         self.transition(tx, call, job, 'pending', tx.now + wait, retries=retries, error=error,
-                        is_timed=0, **changes)
+                        has_run_at=0, **changes)
 
     def require_status(self, tx, call, params):
         """(job, True) if the call is possible; (job, False) if it is a replay; else Conflict.
@@ -2398,7 +2462,7 @@ CREATED_MEMBERS = {             # members that are appended to the job in the an
     REPLACED: ',"created":false,"replaced":true',
 }
 REPLACED_COLUMNS = ('payload', 'tag', 'priority', 'timeout', 'max_retries', 'key_until',
-                    'expires_at', 'is_timed')
+                    'expires_at', 'has_run_at')
 
 
 DISK_IS_FULL = ('the disk is full: no jobs are added until there is room; '
@@ -2451,15 +2515,15 @@ class Producers:
         row['id'] = item.get('id') or new_id(tx.now)
         row['created_at'] = row['updated_at'] = tx.now
         due = tx.now + item.get('delay', 0)
-        start = tx.now      # from which `expires` counts
+        expiry_counts_from = tx.now
         if 'run_at' in item:
-            due = start = item['run_at']
-            row['is_timed'] = 1
+            due = expiry_counts_from = item['run_at']
+            row['has_run_at'] = 1
         if 'expires' in item:
-            row['expires_at'] = min(max(start, tx.now) + item['expires'], LATEST_TIME)
-            tx.wake_at(row['expires_at'])
+            row['expires_at'] = min(expiry_counts_from + item['expires'], LATEST_TIME)
+            tx.wake_at(row['expires_at'])       # if it has passed, Jobs.expire() cancels the job
         # enqueue() makes the right job of the group the active one, once all are inserted
-        self.jobs.place(tx, row, row['queue'], due, queued=row['group'] is not None)
+        self.jobs.set_hold(tx, row, row['queue'], due, queued=row['group'] is not None)
         return row
 
     def _insert(self, tx, rows, fields, aliases):
@@ -2501,6 +2565,9 @@ class Producers:
         """Give the job that holds the key the values of the row, unless it has started."""
         if existing['status'] != 'pending' or existing['attempt']:
             return existing, EXISTING
+        if row['group'] not in (None, existing['group']):
+            raise Conflict('group: the pending job with this key is not in this group; replace '
+                           'does not move it')
         values = {field: row[field] for field in REPLACED_COLUMNS}
         self.jobs.transition(tx, 'replace', existing, 'pending', row['next_run_at'], **values)
         return tx.fetch_one(SELECT_JOB + 'seq = ?', existing['seq']), REPLACED
@@ -2550,12 +2617,12 @@ class Claims:
     def poll(self, tx, params):
         """Claim jobs; their new rows, as many as the response budget allows, but at least one."""
         queue = params['queue']
+        if tx.response_budget <= 0 and not params.get('wait'):
+            raise Unavailable('too much is being handed out at a time; try again')
         self._record_poll(tx, queue, params)
         if tx.response_budget <= 0:     # waiters are woken when there is room again
             tx.starved.add(queue)
             tx.wake_at(tx.now + micros(LOCK_RETRY_INTERVAL))
-            if not params.get('wait'):
-                raise Unavailable('too much is being handed out at a time; try again')
             return []
         limit = self.limits.claimable(tx, queue, params.get('limit', 1))
         if not limit:
@@ -2578,9 +2645,10 @@ class Claims:
     def _select_claims(self, tx, queue, limit, changes):
         """Due jobs as the rows that they will be once claimed. Expired ones are cancelled."""
         rows = tx.execute(CLAIM, {'queue': queue, 'limit': limit})
-        expired = []
+        expired = []        # their seqs
         claims = self._within_budget(tx, rows, changes, expired)
-        for job in expired:
+        for seq in tx.paced(expired):
+            job = tx.fetch_one(FIND_BY_SEQ, seq)
             self.jobs.transition(tx, 'expire', job, 'cancelled', error='expired')
         if expired and not claims:
             # others may be due behind them: try again after the next slice of Jobs.expire()
@@ -2609,10 +2677,13 @@ class Claims:
         """The rows as they will be once claimed, as many as the response budget allows."""
         claims = []
         for row in rows:
-            claim = dict(zip(COLUMNS, row))     # five times as fast as dict(row)
+            claim = dict(zip(CLAIMED_COLUMNS, row))     # five times as fast as dict(row)
             expires_at = claim['expires_at']
             if expires_at is not None and expires_at <= tx.now and not claim['attempt']:
-                expired.append({column: claim[column] for column in TRANSITION_COLUMNS})
+                expired.append(claim['seq'])
+                tx.begin_slice()
+                if tx.is_slice_over():
+                    break
                 continue
             size = size_of(claim)
             if claims and size > tx.response_budget:
@@ -2707,12 +2778,58 @@ class Claims:
             tx.signs_of_life.append((job['queue'], job['worker'], None))
 
     def lose_overdue(self, tx):
-        """A slice of ending the attempts whose leases are over."""
-        for seq, in tx.paced(tx.fetch_all(SELECT_LOST, tx.now, BATCH_ROWS)):
+        """A slice of ending the attempts whose leases are over, or of extending the leases."""
+        overdue = tx.fetch_all(SELECT_LOST, tx.now, SLICE_ROWS)
+        done = 0
+        for seq, in tx.paced(overdue):
+            done += 1
             job = tx.fetch_one(FIND_BY_SEQ, seq)
-            again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
-            self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
-            tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
+            lease_until = extended_lease(job, tx.pauses)
+            if lease_until > tx.now:
+                self.jobs.set_leases(tx, [{'seq': seq, 'lease_until': lease_until}])
+            else:
+                self._lose(tx, job)
+        if done == len(overdue) < SLICE_ROWS:       # no other lease is over
+            tx.pauses = tuple(
+                pause for pause in tx.pauses if pause.ended_at + micros(GRACE) > tx.now)
+
+    def _lose(self, tx, job):
+        again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
+        self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
+        tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
+
+
+class Pause(NamedTuple):
+    """A time in which no heartbeat could be received.
+
+    It extends leases, but only once they are over: so it costs nothing, however many jobs run.
+    """
+
+    ended_at: int       # engine time
+    length: int         # microseconds
+
+
+def with_pause(pauses, ended_at, seconds):
+    """The pauses and one that has just ended. It makes the shorter ones before it redundant."""
+    length = micros(min(seconds, 1e9))
+    longer = [pause for pause in pauses if pause.length > length]
+    return (*longer, Pause(ended_at, length))
+
+
+def extended_lease(job, pauses):
+    """When the lease ends: one that was overdue after a pause gets one more period.
+
+    Any other lasts at least the grace. A lease of twice the pause or more is not extended: it
+    outlasts the heartbeat that was missed.
+    """
+    lease_until = job['lease_until']
+    longest = job['lease'] or timeout_of(job) + micros(GRACE)
+    for pause in pauses:
+        if job['started_at'] < pause.ended_at and longest < 2 * pause.length:
+            is_overdue = lease_until <= pause.ended_at
+            period = max(micros(GRACE), job['lease'] or 0) if is_overdue else micros(GRACE)
+            lease_until = max(lease_until, pause.ended_at + period)
+    return lease_until
 
 
 def latest_lease(job, started_at):
@@ -2769,7 +2886,7 @@ class Dependencies:
 
     def resolve(self, tx):
         """A slice of updating the dependents of jobs that have ended."""
-        for _ in tx.paced(range(BATCH_ROWS)):
+        for _ in tx.paced(range(SLICE_ROWS)):
             end = tx.fetch_one(NEXT_UNRESOLVED)
             if not end:
                 break
@@ -2820,10 +2937,11 @@ class Dependencies:
     def reopen(self, tx, job):
         """An ended job is retried: its dependents that are still blocked wait for it again.
 
-        At most BATCH_ROWS of them are updated here; the others notice by recheck().
+        A slice of them is updated here; the others notice by recheck().
         """
         tx.execute('DELETE FROM unresolved_ends WHERE job = ?', (job['seq'],))
-        for dependent, position in tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], BATCH_ROWS):
+        informed = tx.fetch_all(INFORMED_DEPENDENTS, job['seq'], SLICE_ROWS)
+        for dependent, position in tx.paced(informed):
             tx.execute(SET_DEPENDENCY_STATE, (0, dependent, position))
             waiting = tx.fetch_one(FIND_BY_SEQ, dependent)
             if waiting['status'] == 'pending' and waiting['waits_for']:
@@ -2866,8 +2984,8 @@ class Limits:
         """Set or remove limits of a queue; returns all its limits."""
         queue = params['queue']
         known = tx.fetch_one(SELECT_QUEUE, queue)
-        limits = {limit: known[limit] if known else None for limit in NULLABLE}
-        limits.update((limit, params[limit]) for limit in NULLABLE if limit in params)
+        limits = {limit: known[limit] if known else None for limit in LIMITS}
+        limits.update((limit, params[limit]) for limit in LIMITS if limit in params)
         if limits['rate'] is None:
             if params.get('per') is not None:
                 raise BadRequest('per needs a rate')
@@ -2910,12 +3028,24 @@ class Limits:
 
 
 # -- Jobs: schedules -------------------------------------------------------------------------------
-GIVEN_TO_JOBS = columns_where(lambda column: column.inserted, SCHEDULE_COLUMNS)
-SCHEDULE_FIELDS = ('name', *GIVEN_TO_JOBS, 'cron', 'every', 'zone')
+COPIED_COLUMNS = columns_where(lambda column: column.copied, SCHEDULE_COLUMNS)
+SCHEDULE_FIELDS = ('name', *COPIED_COLUMNS, 'cron', 'every', 'zone')
 SCHEDULE_DEFAULTS = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
 SELECT_SCHEDULE = f'SELECT {column_list(SCHEDULE_COLUMNS)} FROM schedules '
+# A tick does without the payload, which may have 8 MiB: SQLite copies it by itself.
+SMALL_SCHEDULE_COLUMNS = columns_where(lambda column: not column.large, SCHEDULE_COLUMNS)
+SMALL_COPIED_COLUMNS = [name for name in COPIED_COLUMNS if name in SMALL_SCHEDULE_COLUMNS]
+SELECT_FOR_TICK = f'SELECT {column_list(SMALL_SCHEDULE_COLUMNS)} FROM schedules WHERE name = ?'
+COPY_PAYLOAD = '''
+    UPDATE jobs SET payload = (SELECT payload FROM schedules WHERE name = :schedule)
+    WHERE id = :id'''
 REPLACE_SCHEDULE = (f'REPLACE INTO schedules ({column_list(SCHEDULE_COLUMNS)}) '
                     f'VALUES (:{", :".join(SCHEDULE_COLUMNS)})')
+
+
+def tick_id(name, tick):
+    """The id of the job that a tick of the schedule makes."""
+    return f'{name}@{rfc3339(tick)[:19]}Z'
 
 
 class Schedules:
@@ -2944,9 +3074,18 @@ class Schedules:
         if not tx.takes_jobs:
             return
         due = tx.fetch_all('SELECT name FROM schedules WHERE next_run_at <= ? ORDER BY next_run_at '
-                           'LIMIT ?', tx.now, BATCH_ROWS)
+                           'LIMIT ?', tx.now, SLICE_ROWS)
         for name, in tx.paced(due):
-            self._tick(tx, tx.fetch_one(SELECT_SCHEDULE + 'WHERE name = ?', name))
+            self._tick(tx, tx.fetch_one(SELECT_FOR_TICK, name))
+
+    def set_back(self, tx):
+        """The clock was set back: no schedule with `every` waits for longer than that."""
+        waiting = tx.fetch_all(SELECT_SCHEDULE + 'WHERE next_run_at > ? + every', tx.now)
+        for row in waiting:
+            tick = first_tick(row, tx.now)
+            while tx.fetch_one(FIND_BY_ID, tick_id(row['name'], tick)):     # a second time around
+                tick += micros(1)
+            tx.execute('UPDATE schedules SET next_run_at = ? WHERE name = ?', (tick, row['name']))
 
     def _tick(self, tx, row):
         """Make the job of the last tick that is due, and set the next one."""
@@ -2957,14 +3096,16 @@ class Schedules:
             upcoming = tx.now + micros(3600)
             tx.log_lines.append(
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
-        item = {field: row[field] for field in GIVEN_TO_JOBS if row[field] is not None}
-        item['id'] = f'{row["name"]}@{rfc3339(tick)[:19]}Z'
+        item = {field: row[field] for field in SMALL_COPIED_COLUMNS if row[field] is not None}
+        item['id'] = tick_id(row['name'], tick)
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
         tx.response_budget = budget
         is_skipped = done is EXISTING
-        if is_skipped and job['id'] == item['id']:
+        if not is_skipped:
+            tx.execute(COPY_PAYLOAD, {'schedule': row['name'], 'id': item['id']})
+        elif job['id'] == item['id']:
             tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
                                 f'the id {describe(item["id"])} is taken')
         tx.execute(
@@ -3005,14 +3146,13 @@ def where_clause(params):
 class Operators:
     """The calls of operators: pause, resume, cancel, retry, purge, also for many jobs at once."""
 
-    def __init__(self, database, jobs, limits, dependencies, claims):
+    def __init__(self, database, jobs, dependencies, claims):
         # constant after start
         self.claims = claims
         self.database = database
         self.jobs = jobs
         self.dependencies = dependencies
-        self.limit = limits.set         # POST /limit, which write_call() finds here
-        self.require_status = jobs.require_status
+        self.changes = {'cancel': self.cancel, 'retry': self.retry, 'purge': self.purge}
 
     def cancel(self, tx, job):
         self.jobs.transition(tx, 'cancel', job, 'cancelled')
@@ -3021,7 +3161,7 @@ class Operators:
         waits_for = self.dependencies.recheck(tx, job)
         try:
             self.jobs.transition(tx, 'retry', job, 'pending', tx.now, retries=0, losses=0,
-                                 waits_for=waits_for, expires_at=None, is_timed=0)
+                                 waits_for=waits_for, expires_at=None, has_run_at=0)
         except sqlite3.IntegrityError:
             raise Conflict('key: another job with the same key is pending or running in the '
                            'queue') from None
@@ -3032,15 +3172,15 @@ class Operators:
 
     def reschedule(self, tx, params):
         """Change when a pending job is due, or its priority."""
-        job, _ = self.require_status(tx, 'reschedule', params)
+        job, _ = self.jobs.require_status(tx, 'reschedule', params)
         changes = {'priority': params['priority']} if 'priority' in params else {}
         due = job['next_run_at']
         if 'run_at' in params:
             due = params['run_at']
-            changes['is_timed'] = 1
+            changes['has_run_at'] = 1
         elif 'delay' in params:
             due = tx.now + params['delay']
-            changes['is_timed'] = 0
+            changes['has_run_at'] = 0
         self.jobs.transition(tx, 'reschedule', job, 'pending', due, **changes)
         return {'id': job['id'], 'status': 'pending', 'next_run_at': rfc3339(due),
                 'priority': changes.get('priority', job['priority'])}
@@ -3068,18 +3208,18 @@ class Operators:
         """Run the call for the job `id`; Conflict if its status forbids that."""
         if 'id' not in params or len(params) > 1:
             raise BadRequest('id is needed, and stands alone')
-        job, _ = self.require_status(tx, call, params)
-        getattr(self, call)(tx, job)
-        target = (*TRANSITIONS[call].targets, 'purged')[0]
-        return {'id': params['id'], 'status': target}
+        job, _ = self.jobs.require_status(tx, call, params)
+        self.changes[call](tx, job)
+        targets = TRANSITIONS[call].targets
+        return {'id': params['id'], 'status': targets[0] if targets else 'purged'}
 
-    def seq_batches(self, params):
+    def matching_seqs(self, params):
         """Yield the seqs of the jobs that a large change applies to, in batches.
 
         A reader finds them, so that the writer is not held up. Seqs, because the id of a deleted
         job may be enqueued again meanwhile.
         """
-        params = {**params, 'beyond': 0, 'rows': BATCH_ROWS}
+        params = {**params, 'beyond': 0, 'rows': SLICE_ROWS}
         query = f'SELECT seq FROM jobs {where_clause(params)} ORDER BY seq LIMIT :rows'
         while True:
             with self.database.reading() as db:
@@ -3089,7 +3229,7 @@ class Operators:
             params['beyond'] = seqs[-1]
             yield seqs
 
-    def change_batch(self, tx, method, seqs, statuses):
+    def change_slice(self, tx, method, seqs, statuses):
         """A slice of calling the method with those jobs that still have one of the statuses.
 
         Returns (how many were changed, the seqs that are left).
@@ -3163,7 +3303,7 @@ class Retention:
         position = (0, 0)
         while True:
             before = self.tx.now - keep
-            rows = self.tx.fetch_all(NEXT_ENDED, status, before, *position, BATCH_ROWS)
+            rows = self.tx.fetch_all(NEXT_ENDED, status, before, *position, SLICE_ROWS)
             for finished_at, seq in rows:
                 position = (finished_at, seq)
                 if not (yield from self._is_needed(seq)):
@@ -3179,7 +3319,7 @@ class Retention:
         for state in (0, SUCCEEDED, FAILED):
             last = 0
             while True:
-                rows = self.tx.fetch_all(NEXT_DEPENDENTS, seq, state, last, BATCH_ROWS)
+                rows = self.tx.fetch_all(NEXT_DEPENDENTS, seq, state, last, SLICE_ROWS)
                 if not rows:
                     break
                 if any(row['waits'] for row in rows):
@@ -3192,7 +3332,7 @@ class Retention:
         last = ''
         while True:
             before = self.tx.now - micros(FORGET_QUEUE_AFTER)
-            rows = self.tx.fetch_all(NEXT_QUEUES, before, last, BATCH_ROWS)
+            rows = self.tx.fetch_all(NEXT_QUEUES, before, last, SLICE_ROWS)
             yield
             for queue, is_unused in rows:
                 last = queue
@@ -3211,14 +3351,6 @@ class Retention:
 
 
 # -- Jobs: queries ---------------------------------------------------------------------------------
-# Skip scan: the index gives the highest priority, then the next one, and the earliest job of each.
-OLDEST = f'''
-    WITH RECURSIVE levels (priority) AS (
-        SELECT MAX(priority) {CLAIMABLE}
-        UNION ALL
-        SELECT (SELECT MAX(priority) {CLAIMABLE} AND priority < levels.priority) FROM levels
-        WHERE priority IS NOT NULL LIMIT 100)
-    SELECT MIN((SELECT MIN(next_run_at) {CLAIMABLE} AND priority = levels.priority)) FROM levels'''
 AHEAD = f'''
     SELECT COUNT(*) FROM (
         SELECT 1 {CLAIMABLE} AND priority > :priority
@@ -3236,15 +3368,31 @@ UNFINISHED_DEPENDENCIES = '''
 STATUS_INDEXES = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
 
 
+def oldest_due(db, queue):
+    """When the job that has been due for longest fell due; None if none is due.
+
+    A skip scan: for each priority, the index has its earliest job first.
+    """
+    earliest = []
+    values = {'queue': queue, 'priority': 2**31}
+    while len(earliest) < MAX_PRIORITIES_SCANNED:
+        values['priority'] = fetch_value(
+            db, f'SELECT MAX(priority) {CLAIMABLE} AND priority < :priority', values)
+        if values['priority'] is None:
+            break
+        earliest.append(fetch_value(
+            db, f'SELECT MIN(next_run_at) {CLAIMABLE} AND priority = :priority', values))
+    return min(earliest, default=None)
+
+
 class Queries:
     """The calls that read. They run in any thread, and see committed state only."""
 
-    def __init__(self, database, clock, workers, meter):
+    def __init__(self, database, clock, workers):
         # constant after start
         self.database = database
         self.clock = clock
         self.workers = workers
-        self.queues = Overview(database, clock, workers, meter).queues      # GET /queues
 
     def job(self, id):
         """The job with its attempts, its dependents, and why it does not run."""
@@ -3288,14 +3436,14 @@ class Queries:
                     params[field] = self._seq_of(db, field, params[field])
             if 'needed_by' in params or 'needs' in params:
                 rows = self._related(db, columns, limit, params)
-                return json_page('jobs', 'id', rows, render, limit)
+                return json_page('jobs', rows, render, limit, job_cursor)
             if not self._may_have(db, params.get('queue'), params.get('status')):
                 limit = 0
             seqs, last_seq = self._search(db, limit, params)
-            rows = (db.execute(f'SELECT {columns} FROM jobs WHERE seq = ?', (seq,)).fetchone()
-                    for seq in seqs)
-            last = last_seq and db.execute('SELECT id FROM jobs WHERE seq = ?', (last_seq,))
-            return json_page('jobs', 'id', rows, render, limit, last and last.fetchone()['id'])
+            query = f'SELECT {columns} FROM jobs WHERE seq = ?'
+            rows = (db.execute(query, (seq,)).fetchone() for seq in seqs)
+            resume_after = last_seq and job_cursor({'seq': last_seq})
+            return json_page('jobs', rows, render, limit, job_cursor, resume_after)
 
     def _related(self, db, columns, limit, params):
         """The rows of jobs that depend on one, or that it depends on."""
@@ -3313,23 +3461,13 @@ class Queries:
     def _search(self, db, limit, params):
         """(seqs of matching jobs, newest first; the last seq examined if the search ended early).
 
-        An index leads to the jobs of a tag, a group, and of STATUS_INDEXES. Other conditions are
-        checked job by job, and a page examines a bounded number of jobs.
+        A page examines a bounded number of jobs.
         """
-        indexed = {'after', 'tag'} | ({'queue', 'group'} if 'group' in params else set())
-        conditions = {field: FILTERS[field] for field in FILTERS if field in params}
-        source = ' AND '.join(
-            ['1', *(condition for field, condition in conditions.items() if field in indexed)])
-        matches = ' AND '.join(
-            ['1', *(condition for field, condition in conditions.items() if field not in indexed)])
-        status = params.get('status')
-        table = 'jobs'
-        if status in STATUS_INDEXES and indexed.isdisjoint(params.keys() - {'after'}):
-            table = f'jobs INDEXED BY {STATUS_INDEXES[status]}'
-            source += f" AND status = '{status}'"       # as text: a partial index needs it
+        source, condition = self._search_plan(params)
+        examined_at_most = MAX_ROWS_SEARCHED if limit else 0
         rows = db.execute(
-            f'SELECT seq, {matches} FROM {table} WHERE {source} ORDER BY seq DESC LIMIT :rows',
-            {**params, 'rows': MAX_ROWS_SEARCHED if limit else 0})
+            f'SELECT seq, {condition} FROM {source} ORDER BY seq DESC LIMIT :rows',
+            {**params, 'rows': examined_at_most})
         ends = time.monotonic() + MAX_SEARCH_TIME
         found = []
         for examined, (seq, is_match) in enumerate(rows, 1):
@@ -3341,16 +3479,38 @@ class Queries:
                 return found, seq
         return found, None
 
+    def _search_plan(self, params):
+        """(the jobs that an index leads to, as the text behind FROM; the other conditions).
+
+        There are indexes for tags, groups and STATUS_INDEXES. The other conditions are checked job
+        by job.
+        """
+        indexed = {'after', 'tag'}
+        if 'group' in params:
+            indexed |= {'queue', 'group'}
+        used = indexed & params.keys()
+        found = {field: FILTERS[field] for field in FILTERS if field in params}
+        where = ['1'] + [found[field] for field in found if field in used]
+        conditions = ['1'] + [found[field] for field in found if field not in used]
+        table = 'jobs'
+        status = params.get('status')
+        if status in STATUS_INDEXES and used <= {'after'}:
+            table = f'jobs INDEXED BY {STATUS_INDEXES[status]}'
+            where.append(f"status = '{status}'")        # as text: a partial index needs it
+        return f'{table} WHERE {" AND ".join(where)}', ' AND '.join(conditions)
+
     def _seq_of(self, db, field, id):
+        """The seq of a job by its id, or of the job of a cursor, which may be purged."""
+        if field == 'after' and re.fullmatch(CURSOR + '[0-9]{1,18}', id):
+            return int(id[len(CURSOR):])
         job = db.execute(FIND_BY_ID, (id,)).fetchone()
         return require(job, f'{field}: there is no job', id, BadRequest)['seq']
 
     def _may_have(self, db, queue, status):
         """Whether there can be such a job, by the counts of the queues."""
         count = status if status in STATUSES else 1     # each status is a column
-        total, = db.execute(f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)',
-                            (queue,)).fetchone()
-        return total
+        return fetch_value(
+            db, f'SELECT SUM({count}) FROM queues WHERE queue = COALESCE(?, queue)', (queue,))
 
     def health(self):
         """Whether jobs can be stored, and warnings."""
@@ -3362,11 +3522,14 @@ class Queries:
             'version': VERSION,
         }
 
-    def schedules(self, limit=None, after=''):
+    def schedules(self, limit=None, after='', name=None, brief=False):
+        columns = column_list(BRIEF_SCHEDULE_COLUMNS if brief else SCHEDULE_COLUMNS)
         with self.database.reading() as db:
-            rows = db.execute(SELECT_SCHEDULE + 'WHERE name > ? ORDER BY name LIMIT ?',
-                              (after, limit or -1))
-            return json_page('schedules', 'name', rows, schedule_json, limit)
+            rows = db.execute(
+                f'SELECT {columns} FROM schedules WHERE name > ? AND name = COALESCE(?, name) '
+                'ORDER BY name LIMIT ?', (after, name, limit or -1))
+            render = functools.partial(schedule_json, brief=brief)
+            return json_page('schedules', rows, render, limit, operator.itemgetter('name'))
 
     def metric_counts(self):
         """The counts of the first queues, and of all others together; the first schedules."""
@@ -3379,8 +3542,10 @@ class Queries:
                     f"SELECT '(others)' AS queue, {totals}, NULL AS max_running, NULL AS rate "
                     'FROM queues WHERE queue > ?', (rows[-1]['queue'],))]
             for row in rows:
-                row['oldest'] = db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0]
-            schedules = db.execute(SELECT_SCHEDULE + 'ORDER BY name LIMIT ?', (MAX_LIMIT,))
+                row['oldest'] = oldest_due(db, row['queue'])
+            schedules = db.execute(
+                'SELECT name, next_run_at, skipped FROM schedules ORDER BY name LIMIT ?',
+                (MAX_LIMIT,))
             return rows, schedules.fetchall()
 
     def _why(self, db, row):
@@ -3453,14 +3618,15 @@ class Queries:
         if row['hold'] != READY:
             return None
         position = {name: row[name] for name in ('queue', 'priority', 'next_run_at', 'seq')}
-        ahead = db.execute(AHEAD, position).fetchone()[0]
+        ahead = fetch_value(db, AHEAD, position)
         return f'behind {ahead}{" or more" if ahead == 1000 else ""} other jobs' if ahead else None
 
 
 IS_UNSERVED = '''(NOT paused AND NOT running AND pending > scheduled + waiting + grouped
     AND COALESCE(polled_at, 0) < :silent_since)'''
-TOTALS = 'SELECT COUNT(*) AS queues, {}, COALESCE(SUM({}), 0) AS unserved FROM queues'.format(
-    ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS)), IS_UNSERVED)
+SUMS = ', '.join(f'COALESCE(SUM({name}), 0) AS {name}' for name in ('paused', *COUNTS))
+TOTALS = f'''
+    SELECT COUNT(*) AS queues, {SUMS}, COALESCE(SUM({IS_UNSERVED}), 0) AS unserved FROM queues'''
 UNSERVED = f'''
     SELECT queue, pending - scheduled - waiting - grouped AS due FROM queues WHERE {IS_UNSERVED}
     ORDER BY queue LIMIT {MAX_UNSERVED_LISTED}'''
@@ -3496,7 +3662,7 @@ class Overview:
             'AND (:search IS NULL OR INSTR(LOWER(queue), LOWER(:search))) '
             f'ORDER BY {order} LIMIT :limit',
             {'after': after, 'queue': queue, 'search': search, 'limit': limit}).fetchall()
-        oldest = [db.execute(OLDEST, {'queue': row['queue']}).fetchone()[0] for row in rows]
+        oldest = [oldest_due(db, row['queue']) for row in rows]
         return {
             'queues': self._queues_json(rows, oldest, now),
             'after': rows[-1]['queue'] if len(rows) == limit and not busy else None,
@@ -3649,12 +3815,15 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT MIN(next_run_at) FROM schedules
         UNION ALL SELECT MIN(expires_at) FROM jobs
             WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0
-        UNION ALL SELECT MIN(1) FROM unresolved_ends
+        UNION ALL SELECT (SELECT 1 FROM unresolved_ends LIMIT 1)
         UNION ALL SELECT ?)'''
 
 
 # The latest engine time that is stored: the last engine has reached it.
-LAST_TIME = 'SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) FROM queues'
+LAST_TIME = '''
+    SELECT MAX(moment) FROM (
+        SELECT MAX(MAX(changed_at, COALESCE(polled_at, 0))) AS moment FROM queues
+        UNION ALL SELECT MAX(updated_at) FROM jobs WHERE status = 'running')'''
 
 
 class Store:
@@ -3680,41 +3849,51 @@ class Store:
         self.claims = Claims(self.jobs, self.limits, self.workers)
         self.schedules = Schedules(self.producers)
         self.operators = Operators(
-            database, self.jobs, self.limits, self.dependencies, self.claims)
+            database, self.jobs, self.dependencies, self.claims)
         self.retention = Retention(keep, keep_failed)
-        self.queries = Queries(database, self.clock, self.workers, self.meter)
-        self._check_set_back()
+        self.queries = Queries(database, self.clock, self.workers)
+        self.overview = Overview(database, self.clock, self.workers, self.meter)
         # touched by the loop's thread only
+        self.pauses = ()            # as of the last commit
         self.next_deadline = 0      # engine time at which run_due() has something to do
         self.maintenance = collections.deque([
             self.schedules.run_due, self.jobs.expire, self.jobs.release_due,
             self.claims.lose_overdue, self.dependencies.resolve, self.retention.run_due])
         self.starved = set()        # see Transaction.starved; run_due() wakes their polls
+        self._check_set_back()
 
     def _check_set_back(self):
         """If the clock was set back since the last engine, move deadlines with it."""
         with self.database.reading() as db:
-            before = db.execute(LAST_TIME).fetchone()[0] or 0
+            before = fetch_value(db, LAST_TIME) or 0
         back = before - self.clock.now()
         if back > micros(1):
             with self.database.transaction() as db:
-                self.jobs.set_back(self.begin(db), before)
+                tx = self.begin(db)
+                self.jobs.set_back(tx, before)
+                self.schedules.set_back(tx)
             log(f'the system clock was set back by {back / 1000000:.0f} s or more')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
-        return Transaction(db, self.clock.now(), response_budget)
+        return Transaction(db, self.clock.now(), response_budget, self.pauses)
 
-    def committed(self, tx, operations):
-        """Publish the effects of a transaction of so many operations, once it is on disk."""
+    def committed(self, tx):
+        """Publish the effects of a transaction, once it is on disk."""
         if tx.signs_of_life or tx.starved:
             polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
-            self.starved = self.starved - polled | tx.starved
+            self.starved -= polled
+            self.starved |= tx.starved
         self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
             self.next_deadline, tx.next_deadline)
+        self.pauses = tx.pauses
         for queue in tx.forgotten_queues:
             self.workers.last_polled.pop(queue, None)
-            self.meter.fold_into_others(queue)
         self.workers.record(tx)
+
+    def report(self, tx, operations):
+        """Count and log what a committed transaction of so many operations did."""
+        for queue in tx.forgotten_queues:
+            self.meter.fold_into_others(queue)
         self.meter.record(tx.now, tx.events, operations)
         for line in tx.log_lines:
             log(line)
@@ -3723,17 +3902,19 @@ class Store:
         """Add jobs of several requests at once, as Producers.enqueue() does."""
         return self.producers.enqueue(tx, items)
 
-    def extend_leases(self, tx, pause_seconds):
-        # written, so that a full disk fails this transaction even if no lease has to change
+    def note_pause(self, tx, seconds):
+        """No heartbeat could be received for so long: leases that ended meanwhile are extended."""
+        # written, so that a full disk fails this transaction, and the pause goes on
         tx.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
-        self.jobs.extend_leases(tx, pause_seconds)
-        tx.wake_at(0)
+        tx.pauses = with_pause(tx.pauses, tx.now, seconds)
 
     def shift_deadlines(self, tx, offset, ahead_seconds):
         """Set the clock ahead, and move all deadlines that are counted in seconds."""
         self.clock.offset = offset
         tx.now = self.clock.now()       # the rest of this transaction has the new time
         self.jobs.shift_deadlines(tx, ahead_seconds)
+        tx.pauses = tuple(
+            pause._replace(ended_at=pause.ended_at + micros(ahead_seconds)) for pause in tx.pauses)
         tx.wake_at(0)
         tx.log_lines.append(f'the system clock went ahead by {ahead_seconds:.0f} s')
 
@@ -3847,6 +4028,29 @@ class LongPoll(Operation):
         self.wait = wait
 
 
+class BatchOperation(Operation):
+    """One call for each of many items, in slices: the rest waits for the next transaction."""
+
+    def __init__(self, apply, items):
+        super().__init__(self._apply_slice)
+        self.apply = apply      # (transaction, item) -> result
+        self.items = items
+        self.results = []       # of the items whose transactions are committed
+
+    def _apply_slice(self, tx):
+        items = self.items[len(self.results):]
+        return [self.apply(tx, item) for item in tx.paced(items)]
+
+    def finish(self):
+        if self.error is None:
+            self.results += self.result
+            if len(self.results) < len(self.items):
+                self.submit(self.client.loop)
+                return
+            self.result = {'jobs': self.results}
+        super().finish()
+
+
 class EventWait:
     """A wait for an event: it looks once, without a transaction, then waits for its topic."""
     result = error = None
@@ -3928,6 +4132,9 @@ class Waiters:
         operation.client.set_timeout(operation.wait)
         return True
 
+    def __contains__(self, operation):
+        return bool(operation) and operation in self.by_topic.get(operation.topic, ())
+
     def withdraw(self, operation):
         parked = self.by_topic.get(operation.topic)
         if parked and parked.pop(operation, False) and not parked:
@@ -3996,6 +4203,14 @@ class Budget:
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
         if newest:
             newest.resume(Unavailable('too much is being sent; try again'))
+
+    def drop_untaken(self):
+        """Too much is not taken, in spite of require_capacity(): close the slowest connections."""
+        untaken = [connection for connection in self.connections if connection.response_bytes]
+        for connection in sorted(untaken, key=operator.attrgetter('deadline')):
+            if self.response_bytes <= MAX_RESPONSE_BUFFER:
+                break
+            connection.close()
 
 
 class PoisonedTransaction(Exception):      # noqa: N818 (it is a state, more than an error)
@@ -4087,11 +4302,12 @@ class Committer:
         self.loop.now = time.monotonic()
         self.commits += 1
         self.commit_seconds += self.loop.now - self.listening_until     # which is its begin
+        self.store.committed(tx)        # first: the request behind a response may ask for it
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
         # after the responses, which need not wait for this
-        self.store.committed(tx, len(served) + len(operations))
+        self.store.report(tx, len(served) + len(operations))
 
     def _storage_failed(self, error, operations, now):
         """Keep operations that may still wait for another program's lock; fail all others."""
@@ -4149,6 +4365,8 @@ class Committer:
                     behind = operations.index(error.operation) + 1
                     self.submitted[:0] = operations[behind:]
                     del operations[behind:]
+                elif error.operation in self.loop.waiters:
+                    error.operation.finish()        # and it leaves the waiters
 
     def _sort(self, operations, insert_in_bulk):
         """(writes, single inserts that can share a statement, polls of clients still there)"""
@@ -4179,7 +4397,7 @@ class Committer:
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
-            self.store.extend_leases(tx, gap)
+            self.store.note_pause(tx, gap)
         if ahead:
             self.store.shift_deadlines(tx, offset, ahead)
         return tx, began
@@ -4213,6 +4431,10 @@ class Committer:
             operation.result = [job]
 
 
+SLOW = 'slow'       # kinds of calls that the server's threads serve: one that may take long,
+LARGE = 'large'     # and one whose response may be large
+
+
 class SlowCall(NamedTuple):
     """A function that one of the server's threads calls for a client."""
     client: Client
@@ -4222,15 +4444,16 @@ class SlowCall(NamedTuple):
 
 
 class Offload:
-    """Slow calls, in order of arrival. At most OFFLOAD_THREADS of the server's threads run them.
+    """Slow calls, in order of arrival. At most `max_threads` of the server's threads run them.
 
-    A thread takes the next call once the loop has taken its result, so that large results do not
-    pile up between them. It ends when no call has come for a second.
+    A thread takes the next call once the loop has taken its result, so that results do not pile
+    up between them. It ends when no call has come for a second.
     """
 
-    def __init__(self, server):
+    def __init__(self, server, max_threads):
         # constant after start
         self.server = server
+        self.max_threads = max_threads
         # safe without a lock
         self.calls = SimpleQueue()      # that no thread has taken
         # touched by the loop's thread only
@@ -4252,7 +4475,7 @@ class Offload:
         self._start_threads()       # for a call that came when the thread gave up
 
     def _start_threads(self):
-        while self.threads < min(self.unfinished, OFFLOAD_THREADS):
+        while self.threads < min(self.unfinished, self.max_threads):
             self.threads += 1
             try:
                 self.server.start_thread(self)
@@ -4306,7 +4529,10 @@ class EventLoop:
         self.budget = Budget(self.connections)
         self.waiters = Waiters(self)
         self.committer = Committer(self, store)
-        self.offload = Offload(server)
+        self.offloads = {
+            SLOW: Offload(server, OFFLOAD_THREADS),
+            LARGE: Offload(server, 1),      # so that one large response is rendered at a time
+        }
 
     def call_soon_threadsafe(self, function):
         """Have the loop's thread call it in this pass or the next."""
@@ -4365,6 +4591,8 @@ class EventLoop:
             self.calls_from_threads.popleft()()
         self.timeouts.fire(now)
         self.committer.commit_batch(now)
+        if self.budget.response_bytes > MAX_RESPONSE_BUFFER + MAX_RESPONSE:
+            self.budget.drop_untaken()
         self._note_lag(now)
 
     def _note_lag(self, now):
@@ -4397,7 +4625,7 @@ HEADER = re.compile(rb'([!#-\'*+.0-9A-Z^-z|~-]+):([\t -~\x80-\xff]*)')
 JSON_TYPE = re.compile(r'application/json\s*(?:;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
 SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'origin',
                   'transfer-encoding')
-CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~]*)?')      # size, extensions
+CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t -~]*)?')      # size, extensions
 MAX_CHUNK_LINE = 256            # bytes
 TLS_ALERT = b'\x15'             # the type of the record in which a client says goodbye
 END_OF_HEAD = b'\r\n\r\n'
@@ -4518,6 +4746,13 @@ class Request:
     def name(self):
         return self.head.route if self.head else 'a request head'
 
+    def offload_kind(self):
+        """SLOW or LARGE if a thread serves it, None if the loop does."""
+        kind = self.head.entry.offload
+        if kind == LARGE and self.params.get('brief'):
+            return SLOW
+        return kind or (SLOW if len(self.body) >= OFFLOAD_BODY_BYTES else None)
+
     def receive(self):
         """Receive the head and body; a part of the connection's generator."""
         received = self.connection.received
@@ -4608,7 +4843,9 @@ class Connection(Client):
     Its generator yields the events to wait for, 0 for none; see Client.resume().
     """
     request = None              # a Request, from its first byte until its response is sent
-    unsent = b''                # of the response
+    unsent = b''                # the bytes of the response that are sent next
+    stream = None               # the rest of the response: a file, or a large body
+    stream_bytes = 0            # of it that are in memory
     watched = 0                 # events that it is registered for in the selector
     request_bytes = 0           # as the budget counts it
     response_bytes = 0
@@ -4638,7 +4875,8 @@ class Connection(Client):
             if events != self.watched:
                 self._watch(events)
             request_bytes = len(self.received) + (self.request.size if self.request else 0)
-            self.loop.budget.update(self, request_bytes, len(self.unsent))
+            response_bytes = len(self.unsent) + self.stream_bytes
+            self.loop.budget.update(self, request_bytes, response_bytes)
         except (StopIteration, OSError, EOFError, HTTPError):   # served, gone, or late
             self.close()
         except Exception as error:
@@ -4667,6 +4905,7 @@ class Connection(Client):
             self.sock.close()
             self.request = None     # a cycle, which the collector would free much later
             self.unsent = b''
+            self.stream = None
 
     def _receive(self):
         """Receive a piece that is small, so that pipelined requests are a small message."""
@@ -4729,16 +4968,15 @@ class Connection(Client):
         try:
             yield from request.receive()
             keep_alive = request.head.keep_alive
-            response = yield from self._dispatch(request)
-            file = self._begin_response(request, response, keep_alive)
+            self._begin_response(request, (yield from self._dispatch(request)), keep_alive)
         except (OSError, EOFError):     # the client is gone
             raise
         except Exception as error:
-            file = self._begin_error(request, error, keep_alive)
+            self._begin_error(request, error, keep_alive)
         request.operation = request.body = request.params = None
         request.size = 0
-        if file:
-            yield from self._send_file(file, os.fstat(file.fileno()).st_size)
+        if self.stream:
+            yield from self._send_stream()
         elif not self._send():
             yield from self._send_rest()
         return keep_alive
@@ -4746,8 +4984,11 @@ class Connection(Client):
     def _dispatch(self, request):
         """The response of the handler, or of the operation that it returns."""
         head = request.head
-        if head.entry.offload or len(request.body) >= OFFLOAD_BODY_BYTES:
-            result = yield from self._offload(self.server.handle, request)
+        if head.method != 'POST':
+            request.params = parse_query(head)
+        kind = request.offload_kind()
+        if kind:
+            result = yield from self._offload(kind, self.server.handle, request)
         else:
             result = self.server.handle(request)
         if isinstance(result, (Operation, EventWait)):
@@ -4757,7 +4998,7 @@ class Connection(Client):
         return result
 
     def _run_operation(self, request, operation):
-        """The response, once the operation has its result. A EventWait is rendered in a thread."""
+        """The response, once the operation has its result."""
         request.operation = operation
         request.body = None
         operation.client = self
@@ -4770,14 +5011,15 @@ class Connection(Client):
         finally:
             if operation.topic:
                 self.loop.waiters.withdraw(operation)
-        if isinstance(operation, EventWait):
-            return (yield from self._offload(operation.render, result))
+        kind = request.head.entry.offload
+        if kind:        # to render it, a EventWait reads
+            return (yield from self._offload(kind, operation.render, result))
         return operation.render(result)
 
-    def _offload(self, function, *args):
+    def _offload(self, kind, function, *args):
         """The result of a function that one of the server's threads calls."""
         self.deadline = NEVER
-        self.loop.offload.submit(SlowCall(self, self.request.name, function, args))
+        self.loop.offloads[kind].submit(SlowCall(self, self.request.name, function, args))
         return (yield from self._wait_for_result())
 
     def _wait_for_result(self):
@@ -4798,18 +5040,20 @@ class Connection(Client):
         response = Response({'error': str(error)}, error.status, headers=tuple(error.headers))
         if error.status == 401 and request.name == '/':
             response = dashboard(401)       # the page is no secret, and asks for the token
-        return self._begin_response(request, response, keep_alive)
+        self._begin_response(request, response, keep_alive)
 
     def _begin_response(self, request, response, keep_alive):
-        """Set `unsent` to the bytes of the response; returns the file that follows, or None."""
+        """Set `unsent` and `stream` to the bytes of the response."""
         method, route = ('-', 'other')
         if request.head:
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
             response = (response, *JSON_OK)
         status = response[1]
-        body, file, length = encode_body(response[0])
-        if method == 'GET' and not file:
+        body = encode_body(response[0])
+        is_file = isinstance(body, io.IOBase)
+        length = os.fstat(body.fileno()).st_size if is_file else len(body)
+        if method == 'GET' and not is_file:
             self.loop.budget.require_capacity(length)
         self.server.store.meter.request(route, status)
         if self.server.verbose:
@@ -4817,14 +5061,17 @@ class Connection(Client):
         connection = '' if keep_alive else 'close'
         if keep_alive and not request.head.is_http_1_1:
             connection = 'keep-alive'
-        head = encode_head(response, length, connection)
-        if method != 'HEAD':
-            self.unsent = head + body
-            return file
-        self.unsent = head
-        if file:
-            file.close()
-        return None
+        self.unsent = encode_head(response, length, connection)
+        if method == 'HEAD':
+            if is_file:
+                body.close()
+        elif is_file:
+            self.stream = body
+        elif length > CHUNK_BYTES:
+            self.stream = io.BytesIO(body)      # which does not copy it
+            self.stream_bytes = length
+        else:
+            self.unsent += body
 
     def _send(self):
         """Send as much as the socket takes now. True once nothing is left."""
@@ -4842,27 +5089,28 @@ class Connection(Client):
         while not self._send():
             yield WRITE
 
-    def _send_file(self, file, length):
-        """Send the rest of the response, then the file piece by piece."""
-        deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
-        with file:
+    def _send_stream(self):
+        """Send the rest of a response piece by piece, a piece in each pass of the loop."""
+        with self.stream as stream:
+            length = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+            deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
             while self.unsent:
-                if not self._send():
-                    yield from self._send_rest()
+                yield from self._send_rest()
                 if self.loop.now > deadline:
-                    raise RequestTimeout('the file was not taken in time')
-                self.unsent = file.read(CHUNK_BYTES)
+                    raise RequestTimeout('the response was not taken in time')
+                self.unsent = stream.read(CHUNK_BYTES)
+        self.stream = None
+        self.stream_bytes = 0
 
 
 def encode_body(body):
-    """(bytes, the file that follows or None, length); JSON and text end in one line feed."""
-    if isinstance(body, io.IOBase):
-        return b'', body, os.fstat(body.fileno()).st_size
+    """Bytes, or an open file as it is. JSON and text end in one line feed."""
     if isinstance(body, dict):
         body = encode(body)
     if isinstance(body, str):
         body = (body if body.endswith('\n') else body + '\n').encode()
-    return body, None, len(body)
+    return body
 
 
 def encode_head(response, length, connection):
@@ -4931,8 +5179,7 @@ def write_call(name):
         if isinstance(params, dict):
             return Operation(lambda tx: method(tx, params))
         apply_item = server.store.claims.apply_item
-        return Operation(lambda tx: {
-            'jobs': [apply_item(tx, method, item) for item in params]})
+        return BatchOperation(lambda tx, item: apply_item(tx, method, item), params)
     return handler
 
 
@@ -4966,13 +5213,13 @@ def change_call(call):
 
     def change_many(server, params):
         operators = server.store.operators
-        method = getattr(operators, call)
+        method = operators.changes[call]
         statuses = [params['status']] if 'status' in params else TRANSITIONS[call].sources
         count = 0
-        for seqs in operators.seq_batches(params):
+        for seqs in operators.matching_seqs(params):
             while seqs:
                 changed, seqs = server.loop.run_in_transaction(functools.partial(
-                    operators.change_batch, method=method, seqs=seqs, statuses=statuses))
+                    operators.change_slice, method=method, seqs=seqs, statuses=statuses))
                 count += changed
         return {'count': count}
 
@@ -5013,9 +5260,8 @@ def wait_for_loss(server, params):
     def was_lost():
         return lost_at.get(worker, 0) > since
 
-    def render(was_woken):      # perhaps before Workers.record() sets `lost_at`
-        latest = max(since, lost_at.get(worker, 0))
-        return {'lost': bool(was_woken) or latest > since, 'since': latest}
+    def render(was_woken):
+        return {'lost': bool(was_woken) or was_lost(), 'since': max(since, lost_at.get(worker, 0))}
 
     return EventWait(was_lost, render, ('worker', worker), long_poll_seconds(params))
 
@@ -5039,8 +5285,9 @@ def health(server, params):
 
 
 def read_call(name):
-    """The handler that runs a method of the store's queries."""
-    return lambda server, params: getattr(server.store.queries, name)(**params)
+    """The handler that runs a method of the store, which reads."""
+    method_of = operator.attrgetter(name)
+    return lambda server, params: method_of(server.store)(**params)
 
 
 def metrics(server, params):
@@ -5065,10 +5312,10 @@ class Route(NamedTuple):
     handler: Callable
     required: Sequence[Sequence[str]]   # groups of fields; each needs at least one of its fields
     rules: Dict[str, 'FieldRule']       # all fields that it takes
-    offload: bool                       # it may take long, so a thread serves it
+    offload: Optional[str]              # SLOW or LARGE: a thread serves it
 
 
-def route(method, handler, required=(), optional='', offload=False, **rules):
+def route(method, handler, required=(), optional='', offload=None, **rules):
     """A Route. `required` lists fields, and tuples of fields of which one is required.
 
     `optional` lists fields, separated by blanks. `rules` replace those in FIELDS.
@@ -5081,7 +5328,7 @@ def route(method, handler, required=(), optional='', offload=False, **rules):
 
 def change_route(call, *required):
     status = one_of(TRANSITIONS[call].sources)
-    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=True,
+    return route('POST', change_call(call), required, 'id queue status tag jobs', offload=SLOW,
                  status=status)
 
 
@@ -5109,26 +5356,27 @@ ROUTES = {
     '/purge': change_route('purge', ('id', 'queue', 'status', 'tag')),
     '/pause': route('POST', write_call('operators.pause'), ['queue']),
     '/resume': route('POST', write_call('operators.resume'), ['queue']),
-    '/limit': route('POST', write_call('operators.limit'), ['queue'], 'max_running rate per'),
+    '/limit': route('POST', write_call('limits.set'), ['queue'], 'max_running rate per'),
     '/schedule': route(
         'POST', schedule, ['name', 'queue', ('cron', 'every')],
         'zone payload timeout max_retries tag priority key group'),
     '/unschedule': route('POST', write_call('schedules.unschedule'), ['name']),
-    '/schedules': route('GET', read_call('schedules'), optional='limit after', offload=True),
-    '/jobs/': route('GET', get_job, ['id'], 'wait', offload=True),
-    '/status/': route('GET', get_job, ['id'], 'wait', offload=True),
-    '/details/': route('GET', read_call('newest'), ['tag'], offload=True),
+    '/schedules': route(
+        'GET', read_call('queries.schedules'), optional='limit after name brief', offload=LARGE),
+    '/jobs/': route('GET', get_job, ['id'], 'wait', offload=LARGE),
+    '/status/': route('GET', get_job, ['id'], 'wait', offload=LARGE),
+    '/details/': route('GET', read_call('queries.newest'), ['tag'], offload=LARGE),
     '/jobs': route(
         'GET', list_jobs,
         optional='id queue status tag group search limit after brief needed_by needs',
-        offload=True),
+        offload=LARGE),
     '/lost': route('GET', wait_for_loss, ['worker'], 'wait since'),
     '/queues': route(
-        'GET', read_call('queues'), optional='limit after busy queue search totals',
-        offload=True),
-    '/metrics': route('GET', metrics, offload=True),
+        'GET', read_call('overview.queues'), optional='limit after busy queue search totals',
+        offload=SLOW),
+    '/metrics': route('GET', metrics, offload=SLOW),
     '/health': route('GET', health),
-    '/backup': route('GET', backup, offload=True),
+    '/backup': route('GET', backup, offload=SLOW),
     '/docs': route('GET', docs),
     '/openapi.json': route('GET', lambda server, params: openapi()),
     '/rundown.mjs': route('GET', node_sdk),
@@ -5136,17 +5384,24 @@ ROUTES = {
 }
 
 
-# the calls of operators are logged, with these fields
+# the calls of operators are logged
 AUDITED = frozenset(('/pause', '/resume', '/limit', '/cancel', '/retry', '/purge', '/reschedule',
                      '/schedule', '/unschedule'))
-AUDIT_FIELDS = ('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
-                'priority')
+AUDIT_FIELDS = {        # with these fields, which are written like this
+    **dict.fromkeys(('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
+                     'zone', 'priority'), describe),
+    'per': as_seconds,
+    'every': as_seconds,
+    'delay': as_seconds,
+    'run_at': rfc3339,
+}
 
 
 def audit_line(address, path, params, result):
     """Address, call, its fields, and to how many jobs it applied."""
     if isinstance(params, dict):
-        fields = [f'{field}={describe(params[field])}' for field in AUDIT_FIELDS if field in params]
+        fields = [f'{field}={write(params[field])}'
+                  for field, write in AUDIT_FIELDS.items() if field in params]
     else:
         fields = [f'{len(params)} jobs']
     count = 1
@@ -5162,9 +5417,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
     One after the other, as handlers of HTTP serve the requests of a connection that is kept.
     """
 
-    def setup(self):
-        self.taken = threading.Event()      # the loop has taken the result
-
     def handle(self):
         with contextlib.suppress(Empty):
             while True:
@@ -5173,12 +5425,16 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _serve(self, call):
         try:
             result = call.function(*call.args)
+            if isinstance(result, str):
+                result = encode_body(result)
         except Exception as error:
             result = self.server.as_http_error(call.name, error)
-        self.taken.clear()
-        self._tell_loop(self.request.finished, call, result, self.taken)
+        taken = threading.Event()       # the loop has taken the result
+        if isinstance(result, bytes) and len(result) <= SMALL_MESSAGE_BYTES:
+            taken.set()                 # small results may pile up
+        self._tell_loop(self.request.finished, call, result, taken)
         del call, result        # which may be large
-        while not self.taken.wait(1) and not self.server.loop.ended:
+        while not taken.wait(1) and not self.server.loop.ended:
             pass
 
     def finish(self):
@@ -5207,6 +5463,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.allowed_hosts = {'localhost', address[0].lower(), *(name.lower() for name in names)}
         self.store = None
         self.loop = None
+        self.ipv6_listener = None   # on ::1, if the server listens on 127.0.0.1
         # touched by the loop's thread only
         self.known_heads = {}       # bytes -> authorized RequestHead
         # safe without a lock
@@ -5219,6 +5476,9 @@ class Server(http.server.ThreadingHTTPServer):
     def start(self, store):
         self.store = store
         self.loop = EventLoop(self, store)
+        if self.server_address[0] == '127.0.0.1':
+            with contextlib.suppress(OSError):      # no IPv6 here, or the port is taken there
+                self.ipv6_listener = IPv6Listener(self)
         self.loop.thread.start()
         self.loop.run_in_transaction(lambda tx: None)  # extends leases before polls come
 
@@ -5250,8 +5510,6 @@ class Server(http.server.ThreadingHTTPServer):
         head = request.head
         if head.method == 'POST':
             request.params = validate_batch(head.route, parse_json(request.body))
-        else:
-            request.params = parse_query(head)
         return head.entry.handler(self, request.params)
 
     def remember_head(self, raw, head):
@@ -5295,6 +5553,14 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         return address_of(name) is not None and not self.is_loopback_only
 
+    def _is_own_name(self, host):
+        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
+        the DNS of an attacker may have bound it to this address."""
+        name = re.sub(r':\d*$', '', host).strip('[]').lower()
+        if name in self.allowed_hosts or is_loopback(name):
+            return True
+        return address_of(name) is not None and not self.is_loopback_only
+
     def _check_host(self, head):
         host = head.headers.get('host', 'localhost')
         if not self._is_own_name(host):
@@ -5302,11 +5568,11 @@ class Server(http.server.ThreadingHTTPServer):
                 f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
-        """Pages of other origins may link to the engine's pages, but may not call it.
+        """Pages of other origins may link to the pages, and call nothing.
 
-        A proxy may have rewritten Host. A browser then still sends `Sec-Fetch-Site: same-origin`,
-        which no page can set; Origin must name the engine nevertheless. With a token there is no
-        check, since foreign pages do not know it.
+        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
+        that no page can set; the name must be the engine's all the same. Whoever knows the token
+        is no foreign page.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
@@ -5380,10 +5646,51 @@ class Server(http.server.ThreadingHTTPServer):
         """
         super().server_close()
         if self.loop:
+            if self.ipv6_listener:
+                self.loop.call_soon_threadsafe(self.ipv6_listener.close)
             self.loop.call_soon_threadsafe(self.loop.drain)
             self.loop.thread.join(DRAIN_TIMEOUT + LOCK_TIMEOUT)
             if not self.loop.thread.is_alive():     # else the next start recovers, as after a crash
                 self.store.database.close()
+
+
+class IPv6Listener(Client):
+    """Accepts connections on ::1, too: some clients take localhost for that address alone."""
+
+    def __init__(self, server):
+        super().__init__(server.loop)
+        self.server = server
+        self.sock = socket.socket(socket.AF_INET6)
+        try:
+            self.sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, server.allow_reuse_address)
+            self.sock.bind(('::1', server.server_address[1]))
+            self.sock.listen(server.request_queue_size)
+        except OSError:
+            self.sock.close()
+            raise
+        self.sock.setblocking(False)
+        self.on_timeout()
+
+    def resume(self, event):
+        try:
+            if len(self.loop.connections) > self.loop.max_connections:
+                raise OSError
+            Connection(self.server, *self.sock.accept())
+        except NOT_READY:
+            pass
+        except OSError:     # out of file descriptors: connections stay in the backlog
+            self.loop.selector.unregister(self.sock)
+            self.set_timeout(0.1)
+
+    def on_timeout(self):
+        self.loop.selector.register(self.sock, READ, self.resume)
+
+    def close(self):
+        if self.deadline == NEVER:
+            self.loop.selector.unregister(self.sock)
+        self.loop.timeouts.cancel(self)
+        self.sock.close()
 
 
 def address_of(name):
@@ -5504,7 +5811,10 @@ def schedule_families(schedules, now):
 
 
 def meter_families(meter, named_queues):
-    """Counts since the start. Queues that are not in `named_queues` are summed up."""
+    """Counts since the start. Queues that are not in `named_queues` are summed up.
+
+    Counters of a queue begin at 0, since Prometheus sees no increase in a first sample.
+    """
     totals = collections.Counter()
     with meter.lock:
         requests = dict(meter.requests)
@@ -5513,11 +5823,11 @@ def meter_families(meter, named_queues):
                       if key[1] in named_queues}
         for (event, queue), count in meter.totals.items():
             totals[event, queue if queue in named_queues else '(others)'] += count
+    queues = sorted(named_queues.union(queue for _, queue in totals))
     for event in COUNTER_EVENTS:
         yield Family(
             f'{event}_total', 'counter', f'Jobs or attempts {event} since the start of the engine.',
-            [sample(count, queue=queue) for (name, queue), count in totals.items()
-             if name == event])
+            [sample(totals[event, queue], queue=queue) for queue in queues])
     for event, name, span in (('started', 'wait', 'due to claimed'),
                               ('completed', 'job', 'claimed to completed')):
         yield Family(
@@ -5748,6 +6058,10 @@ def openapi_operation(path, route):
     }
     if path == '/poll':
         operation['responses']['204'] = {'description': 'No job came.'}
+    if path == '/health':
+        operation['responses']['503'] = {
+            'description': 'Jobs cannot be stored.',
+            'content': {call.content_type: {'schema': schema}}}
     alternatives = [' or '.join(fields) for fields in route.required if len(fields) > 1]
     if alternatives:
         operation['description'] = f'It needs {", and ".join(alternatives)}.'
@@ -5781,7 +6095,9 @@ def openapi_parameters(path, route):
         for field, rule in route.rules.items()]
 
 
-# -- Command line ---------------------------------------------------------------------------------
+# -- Command line ----------------------------------------------------------------------------------
+M_MMAP_THRESHOLD = -3       # of glibc's malloc.h: larger blocks are returned when they are freed
+
 
 def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token=None, cert=None,
                 key=None, keep='7d', keep_failed='30d', allow_host=(), verbose=False, clock=time):
@@ -5793,6 +6109,8 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
     """
     if sqlite3.sqlite_version_info < (3, 24):
         raise StartupError(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
+    if str(db) in ('', ':memory:'):
+        raise StartupError('--db takes the name of a file')
     if not is_loopback(host) and not token:
         raise StartupError(f'to listen on {host or "all addresses"} a token is needed: '
                            'write a secret into a file and give --token-file FILE')
@@ -5804,7 +6122,10 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
         # before the database: if the port is taken, no file is left behind
         server = Server((host, port), token, tls, allow_host, verbose)
     except (OSError, OverflowError) as error:
-        raise StartupError(f'{host}:{port} cannot be listened on: {error}') from None
+        reason = f'cannot be listened on: {error}'
+        if getattr(error, 'errno', None) == errno.EADDRINUSE:
+            reason = 'is taken: another engine or program listens there; --port takes another'
+        raise StartupError(f'{host}:{port} {reason}') from None
     try:
         open_store(server, Database(db, sync), clock, ages)
     except BaseException:
@@ -5863,7 +6184,7 @@ def parse_arguments(argv):
     env = os.environ.get
     add('--db', default=env('RUNDOWN_DB', 'rundown.db'), help='the database file (rundown.db)')
     add('--host', default=env('RUNDOWN_HOST', '127.0.0.1'),
-        help='the address to listen on (127.0.0.1)')
+        help='the address to listen on (127.0.0.1, and also ::1)')
     add('--port', default=env('RUNDOWN_PORT', str(PORT)), help=f'0 takes a free one ({PORT})')
     add('--sync', default='full', choices=('full', 'normal'),
         help='normal: a power cut may cost the last commits')
@@ -5888,6 +6209,7 @@ def main(argv=None):
     port = options.pop('port')
     token_file = options.pop('token_file')
     raise_file_limit()
+    return_free_memory()
     try:
         if not re.fullmatch('[0-9]{1,5}', port) or int(port) > 65535:
             raise StartupError(f'--port must be a number from 0 to 65535, not {port}')
@@ -5934,8 +6256,9 @@ class StopSignals:
 def print_greeting(server):
     secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
     with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
-        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; a first one: '
-              f'curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
+        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; '
+              'that address shows the dashboard in a browser.\n'
+              f'A first job: curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
               '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
 
 
@@ -5945,6 +6268,18 @@ def raise_file_limit():
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
+
+
+def return_free_memory():
+    """Have glibc give free memory back to the system: the compiler's now, later that of payloads.
+
+    By itself glibc keeps blocks of up to 32 MiB once it has freed one of that size.
+    """
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+        import ctypes
+        libc = ctypes.CDLL(None)        # TypeError: Windows; AttributeError: not glibc
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
 
 
 # -- Dashboard -------------------------------------------------------------------------------------
@@ -6406,6 +6741,14 @@ th.step {
 
 th.field {
   width: 9rem;
+}
+
+#schedules th.ticks {
+  width: 11rem;
+}
+
+#schedules th:is(.next, .last_run) {
+  width: 6rem;
 }
 
 th.skipped,
@@ -7002,7 +7345,7 @@ svg {
       <h2>Last hour</h2>
       <p class="legend soft">
         <span class="status-done">done</span>
-        <span class="status-failed">failed</span>
+        <span class="status-failed">failed attempts</span>
         <span class="status-wait">waiting time</span>
       </p>
     </div>
@@ -7209,7 +7552,7 @@ function duration(seconds) {
   if (seconds < 1) {
     return Math.max(0, Math.round(seconds * 1000)) + " ms";
   }
-  if (seconds < 10) {
+  if (seconds < 9.95) {
     return seconds.toFixed(1) + " s";
   }
   if (seconds < 120) {
@@ -7351,8 +7694,9 @@ function jobLink(id, label = id) {
   return link("#job/" + encodeURIComponent(id), label, id);
 }
 
-function shortId(id) {      // ids begin with the time, alike in all rows; copied, it is whole
-  const cut = id.length > 16 ? id.length - 12 : 0;
+// A UUID begins with the time, alike in all rows. Copied, the id is whole.
+function shortId(id) {
+  const cut = /^[0-9a-f-]{36}$/.test(id) ? 24 : 0;
   return el("span", {class: "id"}, cut ? el("span", {}, id.slice(0, cut)) : "", id.slice(cut));
 }
 
@@ -7713,8 +8057,12 @@ function sum(values) {
   return values.reduce((total, value) => total + value, 0);
 }
 
+function ended(done, failedAttempts) {
+  return `${number(done)} done, ${plural(failedAttempts, "failed attempt")}`;
+}
+
 function sums({done, failed}) {
-  return `${number(sum(done))} done, ${number(sum(failed))} failed`;
+  return ended(sum(done), sum(failed));
 }
 
 function sparkline(minutes) {
@@ -7730,7 +8078,7 @@ function minuteTime(i) {
 
 function minuteText(i) {
   const wait = hour.wait[i] === null ? "" : `, waited ${duration(hour.wait[i])}`;
-  return `${minuteTime(i)}: ${number(hour.done[i])} done, ${number(hour.failed[i])} failed${wait}`;
+  return `${minuteTime(i)}: ${ended(hour.done[i], hour.failed[i])}${wait}`;
 }
 
 function chartNodes() {
@@ -8395,7 +8743,11 @@ async function pause(path, {queue}) {
 }
 
 async function runSchedule({name}) {
-  const schedule = lastRows.schedules.find(each => each.name === name);
+  const {schedules} = await call(query("schedules", {name}), {reviver: exactNumber});
+  if (!schedules.length) {
+    return `The schedule ${name} is gone`;
+  }
+  const schedule = schedules[0];
   const copied = ["queue", "payload", "timeout", "max_retries", "tag", "priority", "key", "group"];
   const given = copied.filter(field => (schedule[field] ?? null) !== null);
   const body = Object.fromEntries(given.map(field => [field, schedule[field]]));
@@ -8466,7 +8818,7 @@ async function fetchHealth() {
 const VIEWS = {
   overview: {
     queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
-    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES}), {reviver: exactNumber})],
+    fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES, brief: true}))],
     draw: drawOverview,
   },
   jobs: {

@@ -68,8 +68,8 @@ WORKING
                                         later attempt continues at the last checkpoint
     raise Retry(delay=60)               fail this attempt; the next one follows in 60 s
     raise Abort("why")                  fail for good
-    @on("start" | "success" | "failure" | "lost")   hook(job, value), with the value None,
-                                        the result, or the exception
+    @on("start" | "success" | "failure" | "lost")   hook(job, value) at each attempt, with the
+                                        value None, the result, or the exception
     @on("start_worker" | "stop_worker") hook() in each process that runs handlers
     @around                             a generator that yields once, around each run of a handler
     run(burst, grace, max_hung), stop() burst: run the due jobs, and return
@@ -95,9 +95,13 @@ Async handlers must not block the event loop; one that does so for more than a s
 They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
 has its own context variables. job() also works in threads and thread pools of a handler.
 
+A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
+queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
+
 SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
 the others are released, and the worker exits with 0. A handler that reaches a step or checkpoint
-gets Lost there, and its job is released at once. A second signal exits at once.
+gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
+A second signal exits at once.
 
 The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
 each job, up to 100 a second; further ones are counted. The engine keeps the schedules and limits
@@ -272,17 +276,19 @@ CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engin
 RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
 MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
 PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
+LONG_CHANGE = 600           # seconds that an engine may take to change all jobs of a queue
 RETRY_PAUSE = 0.1           # seconds before the second try; doubles with each try
 MAX_RETRY_PAUSE = 3         # seconds: the longest such pause
 STILL_TRYING_AFTER = 1      # seconds until a producer on a terminal says that no engine answers
 MAX_RETRY_AFTER = 60        # seconds: the longest Retry-After that is obeyed
 MAX_DELAY = 3650 * 86400    # seconds: the longest delay that an engine accepts
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
+MAX_BATCH_AFTER = 20_000    # dependencies of the jobs in an enqueue
 MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
 MAX_ASYNC_CALLS = 100       # concurrent short calls of asyncio programs
 MAX_ASYNC_WAITS = 2000      # concurrent long polls of asyncio programs that wait for a job
 CROWDED_POLL = 1            # seconds of such a long poll while more of them are queued
-MAX_IDLE_STREAMS = 20       # idle connections of asyncio programs
+MAX_ASYNC_IDLE = 20         # idle connections of asyncio programs
 MAX_RESPONSE_HEAD = 1 << 17     # bytes in the status line and headers of a response
 MAX_DEPTH = 100             # levels of a value that are searched for a part that is not JSON
 
@@ -300,9 +306,11 @@ MAX_HUNG = 10               # hung threads at which the worker ends
 WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
 MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
+MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
+UNSERVED_AFTER = 60         # seconds without a poll after which a queue has no worker
 REFUSED_PAUSE = 10          # seconds until a worker polls again that was refused (token, queue)
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
 MAX_LOOP_BLOCK = 1          # seconds until an event loop counts as blocked
@@ -397,6 +405,8 @@ class Retry(Error):
 
     The delay is in seconds, or a timedelta; None stands for the engine's backoff.
     """
+
+    delay = None        # of a subclass that does not call this __init__
 
     def __init__(
         self,
@@ -546,79 +556,64 @@ def new_id():
 
 
 # -- Connections -----------------------------------------------------------------------------------
-class DeadlineReader(io.RawIOBase):
-    """Reads from a connection's socket until its deadline, however slowly the bytes trickle in."""
-
-    def __init__(self, connection, sock, raw):
-        self.connection = connection
-        self.sock = sock        # kept: the connection drops its own after `Connection: close`
-        self.raw = raw          # the unbuffered file of the socket
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.sock.settimeout(remaining(self.connection.deadline))
-        return self.raw.readinto(buffer)
-
-    def close(self):
-        self.raw.close()
-        super().close()
+def request_bytes(request):
+    """A request of urllib.request as bytes, to be sent as one packet."""
+    if ' ' in request.selector or not request.selector.isprintable():
+        raise http.client.InvalidURL(f'{request.selector!r} is not the path of a call')
+    lines = [
+        f'{request.get_method()} {request.selector} HTTP/1.1',
+        f'Host: {request.host}',
+        'Accept-Encoding: identity',
+    ]
+    lines += [f'{name}: {value}' for name, value in request.headers.items()]
+    if request.data is None:
+        return '\r\n'.join([*lines, '', '']).encode('ascii')
+    lines += [f'Content-Length: {len(request.data)}', '', '']
+    return '\r\n'.join(lines).encode('ascii') + request.data
 
 
-class DeadlineResponse(http.client.HTTPResponse):
-    """A response that has to arrive before its connection's deadline."""
-
-    def __init__(self, connection, sock, *args, **kwargs):
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(DeadlineReader(connection, sock, self.fp.detach()))
-
-
-class BufferingConnection(http.client.HTTPConnection):
-    """Collects the parts of a request, to be sent as one packet."""
-
-    def __init__(self, host, **options):
-        super().__init__(host, **options)
-        self.outgoing = []      # parts of the request that are not sent yet
-
-    def send(self, data):
-        self.outgoing.append(data)
-
-    def request_bytes(self, request):
-        """A request of urllib.request as bytes."""
-        self.outgoing = []
-        self.request(request.get_method(), request.selector, request.data, request.headers)
-        return b''.join(self.outgoing)
+# the complete head of the final response, after any interim ones such as `100 Continue`
+FINAL_HEAD = re.compile(
+    rb'(HTTP/1\.[01] 1.*\n([^\r\n].*\n)*\r?\n)*'
+    rb'(?!HTTP/1\.[01] 1)([^\r\n].*\n)+\r?\n'
+)
 
 
-class PooledConnection(BufferingConnection):
-    """A connection that is used for one request after the other."""
+class ResponseReader:
+    """Collects the bytes of a response until http.client can read it to its end."""
 
-    def __init__(self, origin, deadline, **options):
-        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
-        super().__init__(origin[1], timeout=timeout, **options)
-        self.response_class = functools.partial(DeadlineResponse, self)
-        self.origin = origin        # (scheme, host and port), constant
-        self.reusable = False       # True once a response has been read to its end
-        self.deadline = deadline    # of the request in flight, time.monotonic()
-        self.connect()
+    def __init__(self):
+        self.received = bytearray()
+        self.size = None            # bytes in the whole response; None: its head is incomplete
+        self.is_chunked = False
 
-    def exchange(self, request, deadline):
-        """The response to a request, read to its end."""
-        self.deadline = deadline
-        data = self.request_bytes(request)
-        self.sock.settimeout(remaining(deadline))
-        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
-            self.sock.sendall(data)
-        response = self.getresponse()
-        check_framing(response)
-        response.content = response.read()
-        self.reusable = not response.will_close
+    def feed(self, data):
+        """The response, or None while it is incomplete. Empty `data`: no more will come."""
+        self.received += data
+        if data and not self._may_be_complete():
+            return None
+        file = io.BytesIO(self.received)
+        response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
+        try:
+            response.begin()
+            check_framing(response)
+            self.is_chunked = response.chunked
+            self.size = float('inf') if response.length is None else file.tell() + response.length
+            if data and not self._may_be_complete():
+                return None
+            response.content = response.read()
+        except (http.client.IncompleteRead, http.client.RemoteDisconnected):
+            if not data:
+                raise
+            return None
         return response
 
-
-class PooledTLSConnection(PooledConnection, http.client.HTTPSConnection):
-    """A PooledConnection with TLS."""
+    def _may_be_complete(self):
+        if self.is_chunked:
+            return self.received.endswith(b'\n\r\n')
+        if self.size is None:
+            return len(self.received) > MAX_RESPONSE_HEAD or FINAL_HEAD.match(self.received)
+        return len(self.received) >= self.size
 
 
 def check_framing(response):
@@ -628,6 +623,36 @@ def check_framing(response):
         raise http.client.HTTPException('its Content-Length is no number')
     if response.status < 200:
         raise http.client.HTTPException('it is not the final response')
+
+
+class PooledConnection:
+    """A connection that is used for one request after the other."""
+
+    def __init__(self, origin, deadline, context):
+        self.origin = origin        # (scheme, host and port), constant
+        scheme, host = origin
+        timeout = min(RESPONSE_TIMEOUT, remaining(deadline))
+        if scheme == 'https':
+            connection = http.client.HTTPSConnection(host, timeout=timeout, context=context)
+        else:
+            connection = http.client.HTTPConnection(host, timeout=timeout)
+        connection.connect()
+        self.sock = connection.sock
+
+    def exchange(self, data, deadline):
+        """The response to a request, which has to be complete before the deadline."""
+        self.sock.settimeout(remaining(deadline))
+        with contextlib.suppress(ConnectionError):      # the response may come before all is sent
+            self.sock.sendall(data)
+        reader = ResponseReader()
+        response = None
+        while response is None:
+            self.sock.settimeout(remaining(deadline))   # again: the bytes may trickle in
+            response = reader.feed(self.sock.recv(1 << 16))
+        return response
+
+    def close(self):
+        self.sock.close()
 
 
 class ConnectionPool(urllib.request.BaseHandler):
@@ -645,19 +670,20 @@ class ConnectionPool(urllib.request.BaseHandler):
         """The response, which has to be complete within request.timeout seconds."""
         deadline = time.monotonic() + request.timeout
         origin = (request.type, request.host)
+        data = request_bytes(request)
         while True:
-            connection = self._reuse(origin) or self._connect(origin, deadline)
-            reused = connection.reusable
+            reused = self._take_idle(origin)
+            connection = reused or PooledConnection(origin, deadline, self.context)
             try:
-                return self._exchange(connection, request, deadline)
+                return self._exchange(connection, data, deadline)
             except ConnectionError:
                 if not reused:      # a reused one may have been closed while it was idle
                     raise
 
     https_open = http_open
 
-    def _reuse(self, origin):
-        """An idle connection or None. Closes the idle ones that cannot be reused."""
+    def _take_idle(self, origin):
+        """The last used connection to the origin, or None. Closes those to other origins."""
         if self.process != os.getpid():
             self.process = os.getpid()
             self.idle = collections.deque()
@@ -665,37 +691,34 @@ class ConnectionPool(urllib.request.BaseHandler):
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
-                if connection.origin == origin and connection.reusable:
+                if connection.origin == origin:
                     return connection
                 connection.close()
         return None
 
-    def _connect(self, origin, deadline):
-        if origin[0] == 'https':
-            return PooledTLSConnection(origin, deadline, context=self.context)
-        return PooledConnection(origin, deadline)
-
-    def _exchange(self, connection, request, deadline):
+    def _exchange(self, connection, data, deadline):
         self.active.add(connection)
         try:
             if self.closed:
                 raise ConnectionAbortedError('the connection was shut down')
-            response = connection.exchange(request, deadline)
+            response = connection.exchange(data, deadline)
         except BaseException:
             connection.close()
             raise
         finally:
             self.active.discard(connection)
-        self.idle.append(connection)
+        if response.will_close:
+            connection.close()
+        else:
+            self.idle.append(connection)
         return response
 
     def shutdown(self, how=socket.SHUT_WR):
         """Send nothing more. With SHUT_WR, responses to requests in flight still arrive."""
         self.closed = True
         for connection in self.active.copy():
-            # It has no socket if its own thread has just closed it.
             # SSLSocket.shutdown would drop the session keys, so the plain one is called.
-            with contextlib.suppress(OSError, TypeError):
+            with contextlib.suppress(OSError):      # its own thread may have just closed it
                 socket.socket.shutdown(connection.sock, how)
         with contextlib.suppress(IndexError):       # its own thread may take the last one
             while True:
@@ -745,7 +768,7 @@ class Retries:
 
     def __init__(self, hosts, wait, give_up):
         self.hosts = hosts
-        self.wait = wait                        # seconds of the call's long poll
+        self.wait = wait                        # seconds that the engine may take
         self.give_up = in_seconds(give_up)
         self.tries = 0
         self.began = time.monotonic()
@@ -753,8 +776,14 @@ class Retries:
         self.has_said_so = False                # a message on the terminal: still trying
 
     def seconds(self):
-        """Seconds for the next try: an equal share for each engine of the time that is left."""
+        """Seconds for the next try: an equal share for each engine of the time that is left.
+
+        With several engines less in the first rounds, so that a silent one costs little.
+        """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
+        if len(self.hosts) > 1:
+            rounds = self.tries // len(self.hosts)
+            share = min(share, self.wait + PROBE_TIMEOUT * 2 ** min(rounds, 10))
         return max(share, self.wait + MIN_LAST_TRY)
 
     def pause_after(self, error):
@@ -870,8 +899,8 @@ class Caller:
     ) -> Any:
         """send(), tried again for `give_up` seconds (None: the client's timeout).
 
-        `wait` is the length of the long poll in seconds. The last try has at least `wait` and one
-        second, so a silent engine may be noticed that much later.
+        `wait` are the seconds that the engine may take, as for a long poll. The last try has at
+        least `wait` and one second, so a silent engine may be noticed that much later.
         """
         retries = Retries(self.hosts, wait, self.timeout if give_up is None else give_up)
         while True:
@@ -882,21 +911,19 @@ class Caller:
             time.sleep(pause)
 
     def _post(self, path, **fields):
-        fields = encode_durations(fields)
-        return self.call(path, drop_none(**fields), fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(path, given, given.get('wait', 0))
 
     def _get(self, path, **fields):
-        fields = encode_durations(fields)
-        query = urllib.parse.urlencode(drop_none(**fields))
-        return self.call(f'{path}?{query}', wait=fields.get('wait') or 0)
+        given = given_fields(fields)
+        return self.call(f'{path}?{urllib.parse.urlencode(given)}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
+        given = given_fields(fields)
         if jobs is None:
-            return self._post(path, **fields)
-        fields = encode_durations(fields)
-        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
-        texts = [as_json(drop_none(**{**fields, 'id': id}), 'the job') for id in ids]
+            return self.call(path, given, wait=0 if 'id' in given else LONG_CHANGE)
+        texts = [as_json({**given, 'id': id}, 'the job') for id in job_ids(jobs)]
         replies = []
         for batch in batches(texts, len):
             replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
@@ -909,7 +936,7 @@ class Caller:
     def close(self) -> None:
         """Close all connections, also those in use. Nothing can be sent after that."""
         self.shutdown()
-        close_idle_streams(self.hosts)
+        async_calls.close_idle(self.pool)
 
 
 class ProducerCalls(Caller):
@@ -961,7 +988,7 @@ class ProducerCalls(Caller):
         give_up = options.pop('give_up', None)
         check_names(options, ENQUEUE_OPTIONS)
         text = encode_job(payload, queue=queue, **options)
-        return Job(await async_calls().call(self, '/enqueue', text, give_up=give_up), self)
+        return Job(await async_calls.call(self, '/enqueue', text, give_up=give_up), self)
 
     def enqueue_many(
         self,
@@ -987,13 +1014,17 @@ class ProducerCalls(Caller):
         if len(ids) != len(payloads):
             counts = f'there are {len(ids)} and {len(payloads)}'
             raise Misuse(f'ids must be one for each payload: {counts}')
+        most = MAX_BATCH
+        if options.get('after') is not None:
+            options['after'] = job_ids(options['after'])
+            most = max(1, min(most, MAX_BATCH_AFTER // max(1, len(options['after']))))
         texts = (
             encode_job(payload, queue=queue, id=id, **options)
             for payload, id in zip(payloads, ids)
         )
         return [
             Job(job, self)
-            for batch in batches(texts, len)
+            for batch in batches(texts, len, most)
             for job in self._enqueue_batch(batch, give_up)
         ]
 
@@ -1019,14 +1050,16 @@ class ProducerCalls(Caller):
 
         Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
         for `give_up` seconds, or until the timeout.
+
+        A handler that waits for a job of its own queue lends its slot to the queue's jobs, if no
+        other is free, and continues when it has it back.
         """
-        if current.get():
-            warn_of_deadlock(self.job(job) if isinstance(job, str) else job)
         waiting = Waiting(self, job, timeout, give_up)
-        while True:
-            job = self.call(**waiting.next_call(LONG_POLL))
-            if waiting.is_over(job):
-                return Job(job, self)
+        with waiting_in_handler(self, job):
+            while True:
+                job = self.call(**waiting.next_call(LONG_POLL))
+                if waiting.is_over(job):
+                    return Job(job, self)
 
     async def await_job(
         self,
@@ -1035,9 +1068,8 @@ class ProducerCalls(Caller):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
-        if current.get() and not isinstance(job, str):
-            warn_of_deadlock(job)
-        return Job(await async_calls().wait(self, job, timeout, give_up), self)
+        async with awaiting_in_handler(self, job):
+            return Job(await async_calls.wait(self, job, timeout, give_up), self)
 
     @suggest_known_options
     def schedule(
@@ -1055,7 +1087,7 @@ class ProducerCalls(Caller):
         key: str | None = None,
         group: str | None = None,
     ) -> dict[str, Any]:
-        """Have a job made at each tick: of `cron`, or every `every` seconds.
+        """Make a job at each tick: of `cron`, or every `every` seconds.
 
         `cron` has five fields, in the time zone `zone` (UTC). Sending the same schedule again
         changes nothing. With `key`, a tick is skipped while the job of an earlier one is pending
@@ -1141,6 +1173,8 @@ class WorkerCalls(Caller):
 class Client(ProducerCalls, WorkerCalls):
     """The calls of an engine, one method each; a method takes the fields of its call.
 
+    GET /metrics and GET /backup have none, since their answers are not JSON.
+
     `host` may name several engines, separated by blanks: one is used until it stops answering,
     then the next. While none answers, a call is retried for `timeout` seconds; then it raises
     EngineUnavailable. A call that the engine refuses raises Refused at once. Safe to use from
@@ -1218,8 +1252,7 @@ class Client(ProducerCalls, WorkerCalls):
         At most `rate` are claimed at once, then one every `per / rate` seconds. None removes a
         limit; omitted limits are unchanged. Returns the limits of the queue.
         """
-        fields = encode_durations(
-            {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': per})
+        fields = {'queue': queue, 'max_running': max_running, 'rate': rate, 'per': in_seconds(per)}
         given = {name: value for name, value in fields.items() if value is not ...}
         return self.call('/limit', given)
 
@@ -1277,7 +1310,6 @@ class Waiting:
 
     def __init__(self, client, job, timeout, give_up):
         self.id = job if isinstance(job, str) else job['id']
-        self.timeout = in_seconds(timeout)
         self.deadline = deadline_after(timeout)
         self.give_up = client.timeout if give_up is None else in_seconds(give_up)
 
@@ -1293,7 +1325,7 @@ class Waiting:
         if job['status'] in ENDED:
             return True
         if time.monotonic() >= self.deadline:
-            raise Unfinished(f'job {self.id} is still {job["status"]} after {self.timeout:g} s')
+            raise Unfinished(f'job {self.id} is still {job["status"]}, and the timeout is over')
         return False
 
 
@@ -1385,7 +1417,7 @@ def parse_hosts(text):
     """The URLs of engines, separated by blanks; raises Error for an invalid one."""
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
-        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url):
+        if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url) or not url.isascii():
             raise Error(f'{url!r} is not the URL of an engine, such as {EXAMPLE_URL}')
     return hosts
 
@@ -1394,7 +1426,10 @@ def tls_context(hosts, ca):
     """The settings of TLS, or None where no host needs it."""
     if not any(url.startswith('https:') for url in hosts):
         return None
-    context = ssl.create_default_context(cafile=ca)
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise Error(f'cannot read the certificates in {ca}: {error}') from None
     if ca:      # self-made certificates rarely pass the strict checks of Python 3.13
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
@@ -1462,32 +1497,39 @@ DURATIONS = {'delay', 'every', 'expires', 'lease', 'per', 'timeout', 'wait'}    
 
 def encode_job(payload, id=None, run_at=None, after=None, **fields):
     """A new job as JSON text. Its id is chosen here, so that enqueueing it is idempotent."""
-    if after is not None:
-        after = [after] if isinstance(after, (str, dict)) else after
-        after = [job['id'] if isinstance(job, dict) else job for job in after]
-    id = new_id() if id is None else id
-    fields = encode_durations(fields)
-    fields = drop_none(payload=payload, id=id, run_at=in_utc(run_at), after=after, **fields)
-    return as_json(fields, 'the job')
+    fields.update(
+        payload=payload,
+        id=new_id() if id is None else id,
+        run_at=in_utc(run_at),
+        after=None if after is None else job_ids(after),
+    )
+    return as_json(given_fields(fields), 'the job')
 
 
-def encode_durations(fields):
-    """Convert timedeltas to seconds, in place; returns the fields."""
-    for name in DURATIONS & fields.keys():
-        fields[name] = in_seconds(fields[name])
-    return fields
+def job_ids(jobs):
+    """The ids of jobs, or of one job; each is given as a job or as its id."""
+    jobs = [jobs] if isinstance(jobs, (str, dict)) else jobs
+    return [job['id'] if isinstance(job, dict) else job for job in jobs]
+
+
+def given_fields(fields):
+    """The fields that are not None, with durations in seconds."""
+    return {
+        name: in_seconds(value) if name in DURATIONS else value
+        for name, value in fields.items() if value is not None
+    }
 
 
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
 
 
-def batches(items, size):
-    """Lists of the items, each short enough for a request; size(item) is in bytes."""
+def batches(items, size, most=MAX_BATCH):
+    """Lists of up to `most` items, each short enough for a request; size(item) is in bytes."""
     batch = []
     total = BATCH_FRAME
     for item in items:
         length = size(item) + 1         # with its comma
-        if batch and (total + length > MAX_BATCH_BYTES or len(batch) == MAX_BATCH):
+        if batch and (total + length > MAX_BATCH_BYTES or len(batch) == most):
             yield batch
             batch = []
             total = BATCH_FRAME
@@ -1506,26 +1548,39 @@ class AsyncCalls:
     """
 
     def __init__(self):
-        import asyncio      # here, since it takes megabytes and most programs do not need it
-        self.process = os.getpid()      # constant; a fork needs a new instance: it has no thread
-        self.loop = asyncio.new_event_loop()
-        # used by the loop's thread only
-        self.idle = {}          # (origin, TLS settings) -> deque of (reader, writer)
-        self.call_slots = None  # semaphore of short calls
-        self.wait_slots = None  # semaphore of long polls
-        thread = threading.Thread(target=self._run, name='rundown-asyncio', daemon=True)
-        contextvars.Context().run(thread.start)     # it belongs to no job
+        self._reset()
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(after_in_child=self._reset)     # a fork has no such thread
 
-    def _run(self):
+    def _reset(self):
+        self.lock = threading.Lock()    # held to start the thread
+        self.loop = None                # written with the lock; None: the thread is not started
+        # used by the loop's thread only
+        self.idle = collections.deque()     # connections without a request; last used last
+        self.call_slots = None          # semaphore of short calls
+        self.wait_slots = None          # semaphore of long polls
+
+    def _start(self):
+        import asyncio      # here, since it takes megabytes and most programs do not need it
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(
+            target=self._run, args=[loop], name='rundown-asyncio', daemon=True)
+        contextvars.Context().run(thread.start)     # it belongs to no job
+        self.loop = loop
+
+    def _run(self, loop):
         import asyncio
-        asyncio.set_event_loop(self.loop)       # where semaphores of Python 3.8 look for it
+        asyncio.set_event_loop(loop)        # where semaphores of Python 3.8 look for it
         self.call_slots = asyncio.Semaphore(MAX_ASYNC_CALLS)
         self.wait_slots = asyncio.Semaphore(max_async_waits())
-        self.loop.run_forever()
+        loop.run_forever()
 
     def submit(self, coroutine):
         """A future of the running loop; cancelling it cancels the coroutine."""
         import asyncio
+        with self.lock:
+            if self.loop is None:
+                self._start()
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
     async def call(self, client, path, body=None, give_up=None):
@@ -1574,102 +1629,83 @@ class AsyncCalls:
 
     async def _open(self, client, url, data, seconds):
         import asyncio
-        exchange = self._exchange(client._request(url, data), client.pool.context)
+        exchange = self._exchange(client._request(url, data), client.pool)
         try:
             return await asyncio.wait_for(exchange, seconds)
         except asyncio.TimeoutError:
             raise socket.timeout('timed out') from None
 
-    async def _exchange(self, request, context):
+    async def _exchange(self, request, pool):
         origin = (request.type, request.host)
-        idle = self.idle.setdefault((origin, context), collections.deque())
+        data = request_bytes(request)
         while True:
-            reused = bool(idle)
-            reader, writer = idle.pop() if reused else await connect_streams(origin, context)
+            reused = self._take_idle(pool, origin)
+            connection = reused or await AsyncConnection.open(pool, origin)
             try:
-                writer.write(BufferingConnection(request.host).request_bytes(request))
-                response = await receive_response(reader)
+                response = await connection.exchange(data)
             except BaseException as error:
-                writer.close()
+                connection.close()
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close or response.chunked or len(idle) >= MAX_IDLE_STREAMS:
-                writer.close()
+            if response.will_close:
+                connection.close()
             else:
-                idle.append((reader, writer))
+                self.idle.append(connection)
+            if len(self.idle) > MAX_ASYNC_IDLE:
+                self.idle.popleft().close()
             return response
 
-    def close_idle(self, hosts):
-        """Close the idle connections to these engines."""
-        origins = [urllib.parse.urlsplit(host)[:2] for host in hosts]
-        for key in list(self.idle):
-            origin, _ = key
-            if origin in origins:
-                for _, writer in self.idle.pop(key):
-                    writer.close()
-
-
-def close_idle_streams(hosts):
-    """Close the idle connections of asyncio calls to these engines, if there were any calls."""
-    for calls in async_calls_instance:
-        if calls.process == os.getpid():
-            calls.loop.call_soon_threadsafe(calls.close_idle, hosts)
-
-
-async def connect_streams(origin, context):
-    import asyncio
-    scheme, host_and_port = origin
-    parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
-    if scheme == 'https':
-        return await asyncio.open_connection(parts.hostname, parts.port or 443, ssl=context)
-    return await asyncio.open_connection(parts.hostname, parts.port or 80)
-
-
-async def receive_response(reader):
-    data = b''
-    while True:
-        part = await reader.read(1 << 16)
-        data += part
-        response = parse_response(data, is_all=not part)
-        if response is not None:
-            return response
-
-
-class ReceivedBytes:
-    """Acts as a socket from which http.client reads the bytes received so far."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def makefile(self, mode):
-        return io.BytesIO(self.data)
-
-
-def parse_response(data, is_all):
-    """The response in the bytes; None if it is not complete. `is_all`: no more bytes will come."""
-    if not is_all and not has_final_head(data):
+    def _take_idle(self, pool, origin):
+        """The last used connection of a client to the origin, or None."""
+        for connection in reversed(self.idle):
+            if connection.pool is pool and connection.origin == origin:
+                self.idle.remove(connection)
+                return connection
         return None
-    response = http.client.HTTPResponse(ReceivedBytes(data))
-    try:
-        response.begin()
-        check_framing(response)
-        lasts_until_close = response.length is None and not response.chunked
-        if lasts_until_close and not is_all:
-            return None
-        response.content = response.read()
-    except (http.client.IncompleteRead, http.client.RemoteDisconnected):
-        if is_all:
-            raise
-        return None
-    return response
+
+    def close_idle(self, pool):
+        """Close the idle connections of a client, from any thread."""
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self._close_idle, pool)
+
+    def _close_idle(self, pool):
+        for connection in [one for one in self.idle if one.pool is pool]:
+            self.idle.remove(connection)
+            connection.close()
 
 
-def has_final_head(data):
-    """Are the headers of the final response complete, after any of `100 Continue`?"""
-    heads = data[:MAX_RESPONSE_HEAD].replace(b'\r\n', b'\n').split(b'\n\n')[:-1]
-    return len(data) > MAX_RESPONSE_HEAD or any(
-        not re.match(rb'HTTP/1\.[01] 1', head) for head in heads)
+class AsyncConnection:
+    """A connection that asyncio calls use for one request after the other."""
+
+    def __init__(self, pool, origin, reader, writer):
+        self.pool = pool        # of the client that uses it
+        self.origin = origin    # (scheme, host and port)
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def open(cls, pool, origin):
+        import asyncio
+        scheme, host_and_port = origin
+        parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
+        if scheme == 'https':
+            streams = asyncio.open_connection(parts.hostname, parts.port or 443, ssl=pool.context)
+        else:
+            streams = asyncio.open_connection(parts.hostname, parts.port or 80)
+        return cls(pool, origin, *await streams)
+
+    async def exchange(self, data):
+        """The response to a request."""
+        self.writer.write(data)
+        reader = ResponseReader()
+        response = None
+        while response is None:
+            response = reader.feed(await self.reader.read(1 << 16))
+        return response
+
+    def close(self):
+        self.writer.close()
 
 
 def max_async_waits():
@@ -1682,24 +1718,7 @@ def max_async_waits():
     return MAX_ASYNC_WAITS if files < 0 else max(10, min(MAX_ASYNC_WAITS, files // 2))
 
 
-async_calls_lock = threading.Lock()
-async_calls_instance = []       # the AsyncCalls of this process, if it needed one
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(
-        before=async_calls_lock.acquire,
-        after_in_parent=async_calls_lock.release,
-        after_in_child=async_calls_lock.release,
-    )
-
-
-def async_calls():
-    """The AsyncCalls of this process."""
-    if async_calls_instance and async_calls_instance[0].process == os.getpid():
-        return async_calls_instance[0]
-    with async_calls_lock:
-        if not async_calls_instance or async_calls_instance[0].process != os.getpid():
-            async_calls_instance[:] = [AsyncCalls()]
-        return async_calls_instance[0]
+async_calls = AsyncCalls()
 
 
 # -- In a handler ----------------------------------------------------------------------------------
@@ -1736,6 +1755,32 @@ def inputs() -> list[Any]:
     return [results.get(id) for id in after]
 
 
+@contextlib.contextmanager
+def waiting_in_handler(client, job):
+    """Surrounds a wait for a job, or an id. In a handler, see Consumer.begin_wait()."""
+    claim = current.get()
+    has_lent = claim and claim.begin_wait(client.job(job) if isinstance(job, str) else job)
+    try:
+        yield
+    finally:
+        if has_lent:
+            claim.take_slot_back()
+
+
+@contextlib.asynccontextmanager
+async def awaiting_in_handler(client, job):
+    """waiting_in_handler() on an event loop."""
+    claim = current.get()
+    if claim and isinstance(job, str):
+        job = await async_calls.call(client, '/jobs/' + quote(job))
+    has_lent = claim and await run_in_thread(claim.begin_wait, job)
+    try:
+        yield
+    finally:
+        if has_lent:
+            await run_in_thread(claim.take_slot_back)
+
+
 # -- Steps and checkpoints -------------------------------------------------------------------------
 T = TypeVar('T')
 
@@ -1745,11 +1790,11 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
     The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
-    With a coroutine function: `await step(...)`. If the worker is stopping, this raises Lost and
-    the job is released. Outside of handlers it only calls the function.
+    In async code, and with a coroutine function: `await step(...)`. If the worker is stopping,
+    this raises Lost and the job is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
-    if inspect.iscoroutinefunction(function):
+    if is_in_event_loop() or inspect.iscoroutinefunction(function):
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
@@ -1761,11 +1806,15 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
 
 async def async_step(claim, name, function, args, kwargs):
+    async def call():
+        result = function(*args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
     if claim is None:
-        return await function(*args, **kwargs)
+        return await call()
     claim.begin_step()
     if name not in claim.steps:
-        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
+        text = as_json(await call(), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
     return copy.deepcopy(claim.steps[name])
 
@@ -1799,7 +1848,7 @@ class Track(Generic[T]):
 
     def __init__(self, iterable: Iterable[T], total: int | None, every: int | None) -> None:
         if every is not None:
-            check('every', every, 1)
+            check_number('every', every, 1)
         self._iterable = iterable
         self._every = every
         self._total = len(iterable) if total is None and hasattr(iterable, '__len__') else total
@@ -1888,14 +1937,6 @@ def warn_of_own_key(job):
         note(logging.WARNING, 'the handler of %s enqueued a job with the key %s, which its own job '
              'holds until it ends: nothing was added. key_until="start" frees a key when its job '
              'begins', describe_job(claim.job), job.get('key'))
-
-
-def warn_of_deadlock(job):
-    """Warn if a handler waits for a job of its own queue, and occupies the last slot."""
-    claim = current.get()
-    if claim and job.get('queue') == claim.job.get('queue') and claim.holds_last_slot():
-        note(logging.WARNING, 'the handler of %s waits for the job %s of its own queue, which has '
-             'no free slot: it may wait for ever', describe_job(claim.job), job.get('id'))
 
 
 def describe_job(job):
@@ -1996,19 +2037,15 @@ class Policy:
                                  f'not {classes!r}')
         for step in self.backoff:
             if not callable(step):
-                check('backoff', step, 0, NUMBER)
+                check_number('backoff', step, 0, NUMBER)
 
     def retry_fields(self, error, retries):
         """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
-        if not self._is_retried(error):
-            return {'retry': False}
-        if isinstance(error, Retry) and error.delay is not None:
-            return {'delay': error.delay}
-        if not self.backoff:
-            return {}
         try:
-            return {'delay': self._delay(retries)}
-        except Exception as problem:
+            if not self._is_retried(error):
+                return {'retry': False}
+            return {'delay': self._delay(error, retries)}
+        except BaseException as problem:    # classes and functions of users may raise anything
             note(logging.ERROR, 'backoff of retry %d failed: %s', retries + 1, last_line(problem))
             return {}
 
@@ -2019,10 +2056,14 @@ class Policy:
             return True     # retry_on only selects among the handler's own exceptions
         return isinstance(error, self.retry_on)
 
-    def _delay(self, retries):
-        step = self.backoff[min(retries, len(self.backoff) - 1)]
-        delay = step(retries + 1) if callable(step) else step
-        check('backoff', delay, 0, NUMBER)
+    def _delay(self, error, retries):
+        """Seconds until the next attempt; None: the engine decides."""
+        delay = error.delay if isinstance(error, Retry) else None
+        if delay is None and self.backoff:
+            step = self.backoff[min(retries, len(self.backoff) - 1)]
+            delay = step(retries + 1) if callable(step) else step
+        if delay is not None:
+            check_number('backoff', delay, 0, NUMBER)
         return delay
 
 
@@ -2053,6 +2094,12 @@ class HandlerTable:
             raise Abort('the payload of a task must be '
                         '{"task": "its name", "args": [...], "kwargs": {...}}')
         return self._find_task(name), args, kwargs
+
+    def task_name(self, job):
+        """The name of the job's task, for the log; '' if the queue has no tasks."""
+        payload = job.get('payload')
+        name = payload.get('task') if isinstance(payload, dict) else None
+        return name[:100] if isinstance(name, str) and None not in self.functions else ''
 
     def _find_task(self, name):
         """The task of that name; or the only one whose name is a dotted suffix, or the reverse.
@@ -2142,6 +2189,8 @@ def around_context(around, job):
 def completion(result):
     """The outcome of a handler that returned. A result that is not JSON fails the job for good."""
     try:
+        if result is None:
+            return Outcome('complete')
         text = as_json(result, 'result')
         if len(text) > MAX_RESULT:
             raise NotJSON(f'result has {len(text)} characters of JSON; '
@@ -2197,10 +2246,16 @@ class Claim(Saver):
     Several threads may try to finish it: the first decides how it ends, the others are ignored.
     """
 
+    # changed with the lock held
+    outcome = None                  # None: not finished
+    slot = None                     # the slot that runs it
+    started_at = None               # None: waits for a slot
+    progress = None                 # the latest that was not sent yet, as JSON text
+    is_sending_progress = False
+    lent_slots = 0                  # by waits of the handler that have not ended
     # written by the thread that finishes it, read by the reporter
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
-    is_sending_progress = False
     was_refused = False             # the engine refused an outcome
     # written by the event loop's thread
     asyncio_task = None             # of an async handler, once it has begun
@@ -2213,16 +2268,9 @@ class Claim(Saver):
         self.claimed_at = now               # monotonic seconds, like the other times here
         self.timeout = job['timeout']       # seconds
         self.json_prefix = json_prefix(job)
+        self.lock = threading.Lock()
         # written by the handler's threads
         self.steps = job.get('steps')       # results by name; None: there are none
-        # changed with the lock held, once each
-        self.lock = threading.Lock()
-        self.outcome = None                 # None: not finished
-        self.slot = None                    # the slot that runs it
-        self.started_at = None              # None: waits for a slot
-        # the latest progress that was not sent yet, as JSON text
-        self.progress = collections.deque(maxlen=1)
-        self.show_progress = self.progress.append
         # touched by the watcher only
         self.progress_sent_at = now
 
@@ -2246,9 +2294,22 @@ class Claim(Saver):
                 self.slot.interrupt(self, interruption)
             return True
 
+    def show_progress(self, text):
+        with self.lock:
+            self.progress = text
+
+    def take_progress(self):
+        """The progress to send now, or None."""
+        with self.lock:
+            text = self.progress
+            self.progress = None
+            self.is_sending_progress = text is not None
+            return text
+
     def drop_progress(self):
         """Discard progress that is older than a checkpoint, and wait until none is in flight."""
-        self.progress.clear()
+        with self.lock:
+            self.progress = None
         until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
@@ -2258,10 +2319,14 @@ class Claim(Saver):
         if self.outcome is not None:
             raise Lost('the job was released, or is no longer claimed by this worker')
 
-    def holds_last_slot(self):
-        """Whether no slot is free for another job of its queue."""
-        running = [claim for claim in self.consumer.in_flight.copy() if claim.slot]
-        return len(running) >= len(self.consumer.slots)
+    def begin_wait(self, job):
+        """See Consumer.begin_wait()."""
+        return self.consumer.begin_wait(self, job)
+
+    def take_slot_back(self):
+        """Wait until a slot is free, which is ended in place of the one that was lent."""
+        lent = self.consumer.return_slot(self)
+        until(lambda: lent is None or lent.is_back or self.outcome, NEVER)
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
@@ -2272,7 +2337,23 @@ class Claim(Saver):
 
     def __str__(self):
         item = json.loads(self.json_prefix + '}')
-        return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
+        queue = self.consumer.name
+        task = self.consumer.handlers.task_name(self.job)
+        return f'{queue} {task and task + " "}{item["id"]} attempt {item["attempt"]}'
+
+
+class LentSlot:
+    """Waits among the claims of a queue for a free slot, and ends it."""
+
+    def __init__(self, consumer):
+        self.consumer = consumer
+        self.is_back = False
+
+    def start(self, slot, now):
+        slot.is_abandoned = True
+        self.consumer.drop_slot(slot)
+        self.is_back = True
+        return False        # there is nothing to run
 
 
 class Slot:
@@ -2284,7 +2365,7 @@ class Slot:
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
     is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # it takes no more claims; set by interrupt()
+    is_abandoned = False    # it takes no more claims; set by interrupt() and by a LentSlot
     interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
@@ -2304,11 +2385,13 @@ class Slot:
 
     def _run_claim(self, claim):
         current.set(claim)
-        if self.consumer.hooks['start']:
-            self.call_hooks('start', claim, None)
-        outcome = self.run(claim)
-        if claim.try_finish(outcome):
-            self.consumer.on_finished(claim, outcome)
+        try:
+            if self.consumer.hooks['start']:
+                self.call_hooks('start', claim, None)
+            outcome = self.run(claim)
+        except Interruption as error:       # in a hook
+            outcome = failure(error)
+        self.consumer.on_ended(claim, outcome)
 
     def prepare(self):
         """Get ready for the next claim."""
@@ -2561,8 +2644,11 @@ class AsyncReady:
     def _dispatch(self):
         while self.slots and self.claims:
             claim = self.claims.popleft()
-            if claim.start(self.slots[-1], time.monotonic()):
+            slot = self.slots[-1]
+            if claim.start(slot, time.monotonic()):
                 self.slots.pop().begin(claim)
+            elif slot.is_abandoned:
+                self.slots.pop()
 
 
 class AsyncSlot(Slot):
@@ -2590,12 +2676,14 @@ class AsyncSlot(Slot):
     async def _run_claim(self, claim):
         current.set(claim)
         consumer = self.consumer
-        consumer.call_hooks('start', claim, None)
         around = consumer.worker.app.surroundings
-        outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        try:
+            consumer.call_hooks('start', claim, None)
+            outcome = await run_async_handler(consumer.handlers, claim.job, around)
+        except Interruption as error:       # in a hook
+            outcome = failure(error)
         claim.asyncio_task = None
-        if claim.try_finish(outcome):
-            consumer.on_finished(claim, outcome)
+        consumer.on_ended(claim, outcome)
 
     def _on_done(self, task):
         if not task.cancelled() and task.exception():
@@ -2637,20 +2725,25 @@ class Interruptions:
 
     def block_event_loop(self):
         """Whether a handler still blocks the event loop HUNG_AFTER seconds after it was stopped."""
-        latest = time.monotonic() - HUNG_AFTER
-        return any(at <= latest and slot.blocks_event_loop()
-                   for slot, at in list(self.interrupted_at.items()))
+        return any(slot.blocks_event_loop() for slot in self.hung())
 
     def forget_ended(self):
         for slot in list(self.interrupted_at):
             if not slot.is_alive():
                 self.interrupted_at.pop(slot, None)
 
-    def count(self, seconds):
-        """How many handlers still run that were interrupted `seconds` ago or earlier."""
-        latest = time.monotonic() - seconds
-        items = list(self.interrupted_at.items())
-        return sum(1 for slot, at in items if at <= latest and slot.is_alive())
+    def running(self):
+        """The interrupted slots whose handlers still run."""
+        return [slot for slot in list(self.interrupted_at) if slot.is_alive()]
+
+    def hung(self):
+        """Those that still run HUNG_AFTER seconds after their interruption."""
+        latest = time.monotonic() - HUNG_AFTER
+        return [slot for slot in self.running() if self.interrupted_at.get(slot, NEVER) <= latest]
+
+    def have_taken_effect(self):
+        """Whether each interrupted handler has returned or hangs."""
+        return len(self.running()) == len(self.hung())
 
 
 # Methods that acquire or release a lock.
@@ -2685,15 +2778,19 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
     """Raise an exception in a thread if it is still at this instruction of this frame.
 
     In plain terms: if frames[thread_id] is frame and frame.f_lasti == instruction, raise it.
-    It is a chain of iterators of C, since the interpreter may switch threads between any two
-    bytecode instructions, but not inside of one call into C.
+    The interpreter may switch threads between any two bytecode instructions, but not inside of one
+    call into C. So this builds a chain of iterators of C, which any() runs in one call.
     """
-    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
-    once = itertools.islice(iter(sys._current_frames, None), 1)
-    innermost = filter(functools.partial(operator.is_, frame),
-                       map(operator.methodcaller('get', thread_id), once))
+    # the frames by thread, once and only when any() asks for them
+    frames = itertools.islice(iter(sys._current_frames, None), 1)
+    # the thread's innermost frame, if it is still the same one
+    innermost = map(operator.methodcaller('get', thread_id), frames)
+    same_frame = filter(functools.partial(operator.is_, frame), innermost)
+    # whether that frame is still at the instruction
     is_there = map(functools.partial(operator.eq, instruction),
-                   map(operator.attrgetter('f_lasti'), innermost))
+                   map(operator.attrgetter('f_lasti'), same_frame))
+    # the arguments of the call that raises the exception, if it is
+    arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
     calls = itertools.compress(itertools.repeat(arguments), is_there)
     return any(itertools.starmap(ctypes.pythonapi.PyThreadState_SetAsyncExc, calls))
 
@@ -2873,7 +2970,7 @@ if hasattr(os, 'register_at_fork'):
 class Consumer:
     """Runs the jobs of a queue: has its fetcher, its slots, and the claims in flight.
 
-    Claims arrive from the fetcher by accept(), and leave by on_finished(), finish() or let_go().
+    Claims arrive from the fetcher by accept(), and leave by on_ended() or finish().
     """
 
     def __init__(self, worker, session, config, concurrency):
@@ -2888,11 +2985,13 @@ class Consumer:
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
         self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
-        self.in_flight = {}                 # claims that are not finished, in order
-        # replaced one by one, with the lock of the slot's claim held
+        self.in_flight = {}                 # claims that wait, run or clean up, in order
+        # changed with the lock held
+        self.slots_lock = threading.Lock()
         self.slots = []
         # races are harmless
         self.seconds_per_job = None         # a moving average; None: not known yet
+        self.finished_at = 0                # monotonic: when the last job was finished
         self.lines_this_tick = 0            # of the log, for jobs that are done
 
     def start(self):
@@ -2906,9 +3005,10 @@ class Consumer:
         """Continue with new slots on another event loop, if the handlers are async."""
         if isinstance(self.ready, AsyncReady):
             self.ready = AsyncReady(event_loop)
-            abandoned, self.slots = self.slots, [AsyncSlot(self) for _ in self.slots]
-            for slot in abandoned:
-                slot.is_abandoned = True
+            with self.slots_lock:
+                for slot in self.slots:
+                    slot.is_abandoned = True
+                self.slots = [AsyncSlot(self) for _ in range(self.concurrency)]
 
     def _slot_type(self):
         handler = self.config.functions.get(None)
@@ -2936,15 +3036,24 @@ class Consumer:
     def prefetch_target(self, slots):
         """How many claims this number of slots should have in flight.
 
-        One for each, and as many as the slots will start within PREFETCH_SECONDS.
+        One for each, and as many as the slots will start within PREFETCH_SECONDS. Their pace is
+        not known if none has finished a job in that time: they may be busy with long ones.
         """
-        if self.seconds_per_job is None:
+        is_recent = time.monotonic() - self.finished_at < PREFETCH_SECONDS
+        if self.seconds_per_job is None or not is_recent:
             return slots
         ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
         return slots + min(MAX_BATCH, ahead)
 
-    def on_finished(self, claim, outcome):
-        """Called when a slot has finished a claim. The report does not wait for the hooks."""
+    def on_ended(self, claim, outcome):
+        """Called when a claim's handler has ended. The outcome is ignored if there was one."""
+        if claim.try_finish(outcome):
+            self._on_finished(claim, outcome)
+        self._remove(claim)
+
+    def _on_finished(self, claim, outcome):
+        """Report the outcome of a handler and call its hooks, for which the report does not wait.
+        """
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -2959,10 +3068,10 @@ class Consumer:
         if self.hooks[event]:
             claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
-        seconds = time.monotonic() - claim.started_at       # with the hooks
+        self.finished_at = time.monotonic()
+        seconds = self.finished_at - claim.started_at       # with the hooks
         pace = self.seconds_per_job
         self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
-        self._remove(claim)
 
     def finish(self, claim, outcome, interruption=None):
         """Finish a claim from outside of its slot; True if this was its first outcome.
@@ -2976,10 +3085,12 @@ class Consumer:
         return True
 
     def let_go(self, claim):
-        """Release a running job whose handler has reached a step or checkpoint."""
+        """Release a running job whose handler has reached a step or checkpoint.
+
+        The claim stays in flight: its handler has the rest of the grace to clean up.
+        """
         if claim.try_finish(RELEASED):
             self.report(claim, RELEASED)
-            self._remove(claim)
             note(logging.INFO, '%s released', claim)
 
     def report(self, claim, outcome):
@@ -3004,13 +3115,56 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
-        if len(self.in_flight) <= self.fetcher.low_watermark:
-            self.fetcher.capacity_freed.set()
+        while claim.lent_slots:     # its handler was interrupted, or has a thread that waits
+            self.return_slot(claim)
+        fetcher = self.fetcher
+        if len(self.in_flight) <= fetcher.low_watermark and not fetcher.capacity_freed.is_set():
+            fetcher.capacity_freed.set()
 
     def replace(self, slot):
-        """Replace an interrupted slot. The claim's lock is held, so only one thread does it."""
-        if slot in self.slots:      # otherwise use_event_loop() has replaced all
-            self.slots[self.slots.index(slot)] = type(slot)(self)
+        """Replace an interrupted slot."""
+        with self.slots_lock:
+            if slot in self.slots:      # otherwise use_event_loop() has replaced all
+                self.slots[self.slots.index(slot)] = type(slot)(self)
+
+    def drop_slot(self, slot):
+        with self.slots_lock:
+            if slot in self.slots:
+                self.slots.remove(slot)
+
+    def begin_wait(self, claim, job):
+        """Called when the handler of a claim waits for a job. True if it has lent its slot.
+
+        A job of its own queue could never start if all slots had handlers that wait. So if none
+        is free the queue gets another one, until the handler continues: see take_slot_back().
+        """
+        self.worker.generation = self.worker.next_generation()      # a burst polls again
+        if job.get('queue') != self.name or job.get('status') in ENDED:
+            return False
+        with self.slots_lock:
+            running = [each for each in self.in_flight.copy() if each.slot]
+            if len(running) < len(self.slots):
+                return False
+            if len(self.slots) >= self.concurrency + MAX_LENT_SLOTS:
+                raise Error(f'{MAX_LENT_SLOTS} more handlers wait for jobs of the queue {self.name}'
+                            ' than it has slots: use another queue, or `after`')
+            self.slots.append(type(claim.slot)(self))
+        with claim.lock:
+            claim.lent_slots += 1
+        self.fetcher.capacity_freed.set()
+        note(logging.WARNING, '%s waits for the job %s of its own queue, which has no free slot: '
+             'it lends its own until it continues', claim, job.get('id'))
+        return True
+
+    def return_slot(self, claim):
+        """Have the next free slot end for one that was lent. None if all have been returned."""
+        with claim.lock:
+            if not claim.lent_slots:
+                return None
+            claim.lent_slots -= 1
+        lent = LentSlot(self)
+        self.ready.put(lent)
+        return lent
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -3038,6 +3192,7 @@ class Fetcher:
         # written by the fetching thread only
         self.configured_host = None     # the engine that has the queue's limits and schedule
         self.low_watermark = 0          # polls when at most this many claims are in flight
+        self.is_prefetching = False     # all slots are in use
         self.idle_generation = None     # worker.generation at the last poll that found nothing
         self.was_cut_off = False        # the worker's stop ended the last poll: jobs may be lost
         # safe by itself
@@ -3066,6 +3221,7 @@ class Fetcher:
         target = self.consumer.prefetch_target(slots)
         self.low_watermark = max(slots - 1, target // 2)
         in_flight = len(self.consumer.in_flight)
+        self.is_prefetching = in_flight >= slots
         if in_flight > self.low_watermark:
             return 0
         return min(target - in_flight, MAX_BATCH)
@@ -3078,13 +3234,15 @@ class Fetcher:
         jobs = self._poll(limit, wait)
         self.consumer.accept(jobs)
         time.sleep(0)           # lets the slots start before the next poll is prepared
-        self.session.on_up()
+        self.session.on_up(began)
         if jobs:
             return
         if self.worker.burst:
-            if not self._is_rate_limited():
+            if not self.worker.app.waits_for_rates or not self._is_rate_limited():
                 self.idle_generation = generation
                 until(self._may_have_jobs, NEVER)
+        elif self.is_prefetching:
+            self.capacity_freed.wait(WATCH_INTERVAL)
         elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
@@ -3103,7 +3261,7 @@ class Fetcher:
         except Refused:
             return False        # an older engine cannot tell
         for row in page['queues']:
-            if row['oldest_age'] is not None and row['rate'] and not row['paused']:
+            if is_held_back(row):
                 self.worker.stopping.wait(min(1, row['per'] / row['rate']))
                 return True
         return False
@@ -3117,9 +3275,13 @@ class Fetcher:
             self.configured_host = host
 
     def _poll_wait(self):
-        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away."""
-        is_known = self.session.was_reached and not self.session.down_since
-        return LONG_POLL if is_known and not self.worker.burst else 0
+        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away.
+
+        A poll that prefetches must not wait: the pace may change, and it would take back jobs that
+        are released for others.
+        """
+        can_wait = self.session.is_up() and not self.worker.burst and not self.is_prefetching
+        return LONG_POLL if can_wait else 0
 
     def _poll(self, limit, wait):
         self._configure()
@@ -3135,7 +3297,7 @@ class Fetcher:
             'max_retries': config.max_retries,
             'timeout': config.timeout,
         }
-        is_probe = not wait and not worker.burst
+        is_probe = not self.session.is_up() and not worker.burst
         timeout = PROBE_TIMEOUT if is_probe else wait + RESPONSE_TIMEOUT
         jobs = self.client.send('/poll', params, timeout) or []
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
@@ -3153,9 +3315,9 @@ class Fetcher:
 def call_hook(event, function, *args):
     try:
         function(*args)
-    except Interruption:
-        raise
     except BaseException as error:
+        if event == 'start' and isinstance(error, Interruption):
+            raise       # the handler must not run
         name = getattr(function, '__qualname__', function)
         note(logging.ERROR, 'the hook %r, %s, failed: %s', event, name, last_line(error))
 
@@ -3203,11 +3365,16 @@ class EngineSession:
         asked_for = REFUSED_PAUSE if isinstance(error, Refused) else error.retry_after
         return max(longest * rng.uniform(0.5, 1), asked_for)
 
-    def on_up(self):
-        since = self.down_since
-        self.down_since = None
+    def is_up(self):
+        """Whether the engine has answered, and nothing has failed since then."""
+        return self.was_reached and self.down_since is None
+
+    def on_up(self, asked_at):
+        """Called when a request of that time (monotonic) was answered."""
         self.was_reached = True
-        if since is not None:
+        since = self.down_since
+        if since is not None and asked_at > since:      # otherwise it was sent before the trouble
+            self.down_since = None
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
@@ -3220,6 +3387,7 @@ class EngineSession:
         Yields each claim with its answer. A batch that is refused as a whole is sent item by item.
         """
         while not self.worker.closed.is_set():
+            began = time.monotonic()
             try:
                 answers = self._try_batch(call, items, seconds)
             except Error as error:
@@ -3229,7 +3397,7 @@ class EngineSession:
                     continue
                 answers = [{'code': error.status, 'error': str(error)}]
             self.is_backlogged = False
-            self.on_up()
+            self.on_up(began)
             if len(answers) == len(items):
                 for (claim, _), answer in zip(items, answers):
                     yield claim, answer
@@ -3293,13 +3461,10 @@ class Reporter:
         """The items to send, by call: each a pair of a claim and JSON text."""
         requests = {'heartbeat': [], 'complete': [], 'fail': [], 'release': []}
         for claim in claims:
-            if claim.progress:
-                claim.is_sending_progress = True    # before it is taken: see drop_progress()
-                try:
-                    text = f'{claim.json_prefix},"progress":{claim.progress.pop()}}}'
-                    requests['heartbeat'].append((claim, text))
-                except IndexError:
-                    claim.is_sending_progress = False
+            progress = claim.progress and claim.take_progress()
+            if progress:
+                text = f'{claim.json_prefix},"progress":{progress}}}'
+                requests['heartbeat'].append((claim, text))
             if claim.report_item:
                 requests[claim.outcome.call].append((claim, claim.report_item))
         return requests
@@ -3475,7 +3640,9 @@ class Watcher:
         retry_fields = consumer.handlers.retry_fields(error, claim.job)
         if consumer.finish(claim, failure(error, str(error), **retry_fields), Timeout):
             hung = self.worker.count_hung()
-            consumer.log_and_notify('failure', claim, error, '%s; hung threads: %d', text, hung)
+            if hung:
+                text += f'; hung threads: {hung}'
+            consumer.log_and_notify('failure', claim, error, '%s', text)
 
     def _count_lines(self, consumer):
         """Log how many more jobs are done: a line for each could take longer than the jobs."""
@@ -3521,7 +3688,7 @@ class Worker:
         self.next_generation = itertools.count(1).__next__
         # touched by the main thread only
         self.was_signalled = False
-        for config in app.registered.values():
+        for config in app.configs.values():
             self._add(config, concurrency or config.concurrency)
 
     def _add(self, config, concurrency):
@@ -3587,9 +3754,8 @@ class Worker:
     def slots(self):
         return [slot for consumer in self.consumers for slot in consumer.slots]
 
-    def count_hung(self, seconds=HUNG_AFTER):
-        """How many handlers still run `seconds` after their interruption."""
-        return self.interruptions.count(seconds)
+    def count_hung(self):
+        return len(self.interruptions.hung())
 
     def run(self):
         """Work until a stop is requested, then shut down; raises the exception given to stop()."""
@@ -3599,7 +3765,7 @@ class Worker:
             with self._signal_handlers():
                 self._start()
                 error = self._wait()
-                self._shut_down()
+                Shutdown(self).run()
         finally:
             log_writer.stop(REPORT_GRACE)
         if error is not None:
@@ -3632,7 +3798,7 @@ class Worker:
         """Whether handlers run in this process, and not only in processes of their own."""
         return not all(consumer.config.isolate for consumer in self.consumers)
 
-    def _call_stop_hooks(self):
+    def call_stop_hooks(self):
         for function in self.app.hooks['stop_worker'] if self._runs_handlers() else ():
             call_hook('stop_worker', function)
 
@@ -3665,52 +3831,6 @@ class Worker:
         self.was_signalled = True
         self.stop()
 
-    def _shut_down(self):
-        """Wait for running handlers, report their outcomes, release the rest, end the threads."""
-        deadline = time.monotonic() + self.grace
-        self.stopping.set()
-        self.release()
-        for slot in self.slots():
-            slot.on_stop()
-        running = sum(len(consumer.in_flight) for consumer in self.consumers)
-        if not self.burst or running:
-            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, self.grace)
-        self._end_polls()
-        until(lambda: not any(consumer.in_flight for consumer in self.consumers), deadline)
-        self.release(Lost)
-        self._release_strays()
-        report_deadline = max(deadline, time.monotonic() + REPORT_GRACE)
-        until(lambda: not self.count_unreported(), report_deadline)
-        if self.count_unreported():
-            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
-                 'again', self.count_unreported())
-        self._end_threads()
-
-    def _end_polls(self):
-        """Shut down the connections of the fetchers: first for sending, then both ways.
-
-        In between, responses in flight still arrive, and their jobs are released.
-        """
-        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
-            for consumer in self.consumers:
-                consumer.fetcher.client.shutdown(how)
-            until(self._fetchers_ended, time.monotonic() + RELEASE_WINDOW)
-
-    def _release_strays(self):
-        """Release jobs of polls whose responses were lost.
-
-        Some proxies drop the response when the client half-closes its connection.
-        """
-        cut_off = [consumer for consumer in self.consumers if consumer.fetcher.was_cut_off]
-        if cut_off:
-            time.sleep(STRAY_DELAY)
-        for consumer in cut_off:
-            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
-                consumer.release_strays()
-
-    def _fetchers_ended(self):
-        return not any(consumer.fetcher.thread.is_alive() for consumer in self.consumers)
-
     def release(self, interruption=None):
         """Release the claims that have not started; with an interruption also the running ones."""
         for consumer in self.consumers:
@@ -3718,28 +3838,98 @@ class Worker:
                 if consumer.finish(claim, RELEASED, interruption):
                     note(logging.INFO, '%s released', claim)
 
+
+class Shutdown:
+    """The orderly end of a worker: what runs may end, what does not is released."""
+
+    def __init__(self, worker):
+        # constant
+        self.worker = worker
+        self.deadline = time.monotonic() + worker.grace     # for the running handlers
+
+    def run(self):
+        self._stop_claiming()
+        self._wait_for_handlers()
+        self._wait_for_reports()
+        until(self.worker.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
+        self._end_threads()
+
+    def _stop_claiming(self):
+        worker = self.worker
+        worker.stopping.set()
+        worker.release()
+        for slot in worker.slots():
+            slot.on_stop()
+        running = sum(len(consumer.in_flight) for consumer in worker.consumers)
+        if not worker.burst or running:
+            note(logging.INFO, 'stopping: %d running jobs have %g s to end', running, worker.grace)
+        self._end_polls()
+
+    def _end_polls(self):
+        """Shut down the connections of the fetchers: first for sending, then both ways.
+
+        In between, responses in flight still arrive, and their jobs are released.
+        """
+        for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+            for consumer in self.worker.consumers:
+                consumer.fetcher.client.shutdown(how)
+            until(self._have_fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+
+    def _have_fetchers_ended(self):
+        return not any(consumer.fetcher.thread.is_alive() for consumer in self.worker.consumers)
+
+    def _wait_for_handlers(self):
+        """Wait until all have returned, and release those that have not at the deadline."""
+        consumers = self.worker.consumers
+        until(lambda: not any(consumer.in_flight for consumer in consumers), self.deadline)
+        self.worker.release(Lost)
+        self._release_strays()
+
+    def _release_strays(self):
+        """Release jobs of polls whose responses were lost.
+
+        Some proxies drop the response when the client half-closes its connection.
+        """
+        cut_off = [consumer for consumer in self.worker.consumers if consumer.fetcher.was_cut_off]
+        if cut_off:
+            time.sleep(STRAY_DELAY)
+        for consumer in cut_off:
+            with contextlib.suppress(Error, LookupError, TypeError):    # their leases end them
+                consumer.release_strays()
+
+    def _wait_for_reports(self):
+        deadline = max(self.deadline, time.monotonic() + REPORT_GRACE)
+        until(lambda: not self.worker.count_unreported(), deadline)
+        unreported = self.worker.count_unreported()
+        if unreported:
+            note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
+                 'again', unreported)
+
     def _end_threads(self):
-        self.closed.set()
-        for slot in self.slots():
+        worker = self.worker
+        worker.closed.set()
+        for slot in worker.slots():
             slot.consumer.ready.put(None)
-        for session in self.sessions.values():
+        for session in worker.sessions.values():
             session.reporter.to_report.put(None)
             session.heartbeat.client.close()
             session.client.close()
-        for consumer in self.consumers:
+        for consumer in worker.consumers:
             consumer.fetcher.client.close()
-        until(lambda: not any(slot.is_terminating for slot in self.slots()),
+        until(lambda: not any(slot.is_terminating for slot in worker.slots()),
               time.monotonic() + TERM_GRACE + 1)
-        for slot in self.slots():
+        for slot in worker.slots():
             slot.kill()
-        if self.started_event_loop:
-            self.started_event_loop.stop()
-        until(self._threads_ended, time.monotonic() + REPORT_GRACE)
-        self._call_stop_hooks()
+        if worker.started_event_loop:
+            worker.started_event_loop.stop()
+        until(self._have_threads_ended, time.monotonic() + REPORT_GRACE)
+        worker.call_stop_hooks()
 
-    def _threads_ended(self):
-        abandoned = [getattr(slot, 'thread', None) for slot in self.interruptions.interrupted_at]
-        return not set(self.threads.copy()).difference(abandoned)
+    def _have_threads_ended(self):
+        """Whether all have ended, except those of interrupted handlers, which may hang."""
+        interrupted = self.worker.interruptions.interrupted_at
+        abandoned = [getattr(slot, 'thread', None) for slot in interrupted]
+        return not set(self.worker.threads.copy()).difference(abandoned)
 
 
 # -- Handlers in processes of their own ------------------------------------------------------------
@@ -3753,12 +3943,17 @@ STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
 DROP_PROGRESS = 'drop'      # discard older progress; echoed once none is being sent
 LOGGED = 'logged'           # the attributes of a log record
+WAITING = 'waiting'         # the handler waits for a job; answered with whether it lent its slot
+RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
 HOOKS_CALLED = 'hooks'      # the process can take the next job
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
-STOP = 'stop'               # sent to the process when the worker stops; None: end now
+# Kinds of messages to that process, besides the answers to its own.
+JOB = 'job'                 # run this job
+STOP = 'stop'               # the worker stops
+END = 'end'                 # end, after the hooks
 
 # the events of App.on() whose hooks run in the process of the handler
 CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
@@ -3770,7 +3965,6 @@ class ChildSettings(NamedTuple):
     surroundings: list      # places of the functions of around()
     hooks: dict             # event -> list of places
     client: tuple           # the arguments of Client
-    concurrency: int        # of the queue
     log_levels: dict        # name of a logger -> level
 
 
@@ -3828,7 +4022,6 @@ class IsolatedSlot(Slot):
             {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
              for event in CHILD_EVENTS},
             self.consumer.session.settings,
-            self.consumer.concurrency,
             {logger.name: logger.level for logger in loggers if getattr(logger, 'level', 0)})
 
     def _receive(self):
@@ -3851,23 +4044,48 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # it was finished from outside before a process had it
             return claim.outcome
-        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
-            if kind == PROGRESS_MADE:
-                claim.show_progress(value)
-            if kind == DROP_PROGRESS:
-                claim.drop_progress()
-                self._write(DROP_PROGRESS)
-            if kind == LEFT:
-                self.consumer.let_go(claim)
+        while kind in (STARTED, *self.requests):
+            if kind != STARTED:
+                self.requests[kind](self, claim, value)
             kind, value = self._receive()
         if kind == FINISHED:
             self.jobs_run += 1
             call, fields, error = value
-            result = Crashed(error) if error else json.loads(fields['result'])
+            result = Crashed(error) if error else json.loads(fields.get('result', 'null'))
             return Outcome(call, result, **fields)
         self.close()
         error = Crashed(value)
         return failure(error, value, **self.consumer.handlers.retry_fields(error, claim.job))
+
+    def _on_progress(self, claim, text):
+        claim.show_progress(text)
+
+    def _on_drop_progress(self, claim, _):
+        claim.drop_progress()
+        self._write((DROP_PROGRESS, None))
+
+    def _on_left(self, claim, _):
+        self.consumer.let_go(claim)
+
+    def _on_waiting(self, claim, job):
+        try:
+            answer = claim.begin_wait(job)
+        except Error as error:
+            answer = str(error)
+        self._write((WAITING, answer))
+
+    def _on_resuming(self, claim, _):
+        claim.take_slot_back()
+        self._write((RESUMING, None))
+
+    # of the running handler, by the kind of message
+    requests = {
+        PROGRESS_MADE: _on_progress,
+        DROP_PROGRESS: _on_drop_progress,
+        LEFT: _on_left,
+        WAITING: _on_waiting,
+        RESUMING: _on_resuming,
+    }
 
     def _send(self, claim):
         """Send the job; returns the first answer.
@@ -3880,7 +4098,7 @@ class IsolatedSlot(Slot):
                 self._start_process()
             if claim.outcome:
                 break
-            self._write(claim.job)
+            self._write((JOB, claim.job))
             message = HOOKS_CALLED, None
             while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
@@ -3894,7 +4112,7 @@ class IsolatedSlot(Slot):
             self.pipe.send(message)
 
     def on_stop(self):
-        self._write(STOP)
+        self._write((STOP, None))
 
     def call_hooks(self, event, claim, value):
         """Call the hooks that the process could not find, and wait until it has called the others.
@@ -3935,7 +4153,7 @@ class IsolatedSlot(Slot):
         if self.process is None:
             return
         if self.consumer.hooks['stop_worker']:
-            self._write(None)
+            self._write((END, None))
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
         self.kill()
@@ -3992,8 +4210,15 @@ class ChildClaim(Saver):
                 self.child.send(LEFT)
             raise Lost('the worker stops: the job is given back')
 
-    def holds_last_slot(self):
-        return self.child.settings.concurrency == 1
+    def begin_wait(self, job):
+        seen = {name: job.get(name) for name in ('id', 'queue', 'status')}
+        answer = self.child.ask(WAITING, seen)
+        if isinstance(answer, str):
+            raise Error(answer)
+        return answer
+
+    def take_slot_back(self):
+        self.child.ask(RESUMING)
 
     def show_progress(self, text):
         self.has_progress = True
@@ -4001,8 +4226,7 @@ class ChildClaim(Saver):
 
     def drop_progress(self):
         if self.has_progress:
-            self.child.send(DROP_PROGRESS)
-            self.child.progress_dropped.get()
+            self.child.ask(DROP_PROGRESS)
             self.has_progress = False
 
     def run_coroutine(self, coroutine):
@@ -4053,7 +4277,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
-        self.progress_dropped = SimpleQueue()
+        self.answers = {kind: SimpleQueue() for kind in (DROP_PROGRESS, WAITING, RESUMING)}
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -4066,6 +4290,11 @@ class Child:
     def send(self, kind, value=None):
         with self.send_lock:
             self.pipe.send((kind, value))
+
+    def ask(self, kind, value=None):
+        """Send a message to the worker, and wait for the answer."""
+        self.send(kind, value)
+        return self.answers[kind].get()
 
     def load(self):
         settings = self.settings
@@ -4123,13 +4352,13 @@ class Child:
     def _receive_jobs(self):
         with contextlib.suppress(EOFError, OSError):
             while True:
-                message = self.pipe.recv()
-                if message == STOP:
+                kind, value = self.pipe.recv()
+                if kind == STOP:
                     self.stopping.set()
-                elif message == DROP_PROGRESS:
-                    self.progress_dropped.put(None)
+                elif kind in self.answers:
+                    self.answers[kind].put(value)
                 else:
-                    self.jobs.put(message)
+                    self.jobs.put(value)        # END has None
         signal_group(multiprocessing.current_process(), KILL)
         os._exit(1)
 
@@ -4342,23 +4571,32 @@ def program_slots():
     return [slot for worker in list(default.workers) for slot in worker.slots()]
 
 
-def command_exec(client, options):
-    """Work on a queue by running a program."""
-    if not shutil.which(options.program[0]):
-        raise Misuse(f'there is no program {options.program[0]}')
-    require_temporary_folder()
+class Program:
+    """The handler of a queue that runs a program for each job."""
 
-    def program(payload):
-        claim = current.get()
-        is_plain = options.text and isinstance(payload, str)
+    slot_type = ProgramSlot
+
+    def __init__(self, command, is_text):
+        self.command = command      # a list: the program and its arguments
+        self.is_text = is_text      # a payload that is a string is not quoted
+
+    def __call__(self, payload):
+        is_plain = self.is_text and isinstance(payload, str)
         text = payload if is_plain else as_json(payload, 'payload')
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise Abort(f'the payload cannot be written as UTF-8: {error}') from None
-        return claim.slot.execute(options.program, data, claim)
+        claim = current.get()
+        return claim.slot.execute(self.command, data, claim)
 
-    program.slot_type = ProgramSlot
+
+def command_exec(client, options):
+    """Work on a queue by running a program."""
+    if not shutil.which(options.program[0]):
+        raise Misuse(f'there is no program {options.program[0]}')
+    require_temporary_folder()
+    program = Program(options.program, options.text)
     default.queue(options.queue, timeout=options.timeout)(program)
     if hasattr(os, 'waitid'):
         threading.Thread(target=reap_orphans, args=(program_slots,), daemon=True).start()
@@ -4461,7 +4699,7 @@ class Registry:
 
     def __init__(self) -> None:
         # filled by decorators, before run()
-        self.registered = {}            # (queue, host) -> QueueConfig
+        self.configs = {}            # (queue, host) -> QueueConfig
         self.hooks = {
             'start': [], 'success': [], 'failure': [], 'lost': [],
             'start_worker': [], 'stop_worker': [],
@@ -4510,7 +4748,7 @@ class Registry:
         policy = Policy(backoff, retry_on, abort_on)
         timeout = in_seconds(timeout)
         poll_interval = in_seconds(poll_interval)
-        check_all(
+        check_settings(
             poll_interval=poll_interval, concurrency=concurrency,
             **drop_none(max_retries=max_retries, timeout=timeout, max_jobs=max_jobs),
         )
@@ -4562,7 +4800,7 @@ class Registry:
 
         `.delay(...)` sends its arguments as a job, `.adelay(...)` does so in asyncio programs.
         `.options(delay=60).delay(...)` gives the job options of enqueue(), and
-        `.schedule(name, cron=...)` has a job made at each tick. `max_retries` and `timeout` are
+        `.schedule(name, cron=...)` makes a job at each tick. `max_retries` and `timeout` are
         sent with each job. `name` is the task's name for producers and workers; by default
         the one under which the function is imported. `settings` are those of the queue, as
         queue() has them; tasks of one queue share them, and the last task's values are used.
@@ -4576,12 +4814,12 @@ class Registry:
         max_running = settings.pop('max_running', None)
         limits = engine_settings(queue, max_running, settings.pop('rate', None))
         timeout = in_seconds(timeout)
-        check_all(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
+        check_settings(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
         policy = Policy(backoff, retry_on, abort_on)
 
         def register(function):
             task = name or task_name(function)
-            known = self.registered.get((queue, host), QueueConfig(queue))
+            known = self.configs.get((queue, host), QueueConfig(queue))
             config = known._replace(setup_calls=limits or known.setup_calls, **settings)
             self._register(config, function, task)
             function.policy = policy
@@ -4593,7 +4831,7 @@ class Registry:
         return register if function is None else register(function)
 
     def _register(self, config, function, task=None):
-        """Have a function handle all jobs of a queue, or those for the task of that name."""
+        """Add a function that handles all jobs of a queue, or those for the task of that name."""
         if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
             raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
@@ -4603,17 +4841,17 @@ class Registry:
                 'module'
             )
         key = (config.name, config.host)
-        known = self.registered.get(key, config).functions
+        known = self.configs.get(key, config).functions
         is_mixed = known and (None in known) != (task is None)
         if is_mixed or source_of(known.get(task, function)) != source_of(function):
             raise Misuse(
                 f'the queue {config.name} has another handler already; only tasks, each of a '
                 'name, can share one'
             )
-        self.registered[key] = config._replace(functions={**known, task: function})
+        self.configs[key] = config._replace(functions={**known, task: function})
 
     def on(self, event: str) -> Callable[[F], F]:
-        """Have the decorated function called at an event of each run of a handler.
+        """Call the decorated function at an event of each run of a handler.
 
         hook(job, value) at "start" (None), "success" (the result), "failure" and "lost" (the
         exception). An exception in such a hook is logged and changes nothing. "start_worker" and
@@ -4629,7 +4867,7 @@ class Registry:
         return register
 
     def around(self, function: F) -> F:
-        """Have the decorated generator function, which yields once, wrap each run of a handler.
+        """Wrap each run of a handler in the decorated generator function, which yields once.
 
         It runs in the process of the handler: for database connections, tracing and the like.
         It gets the job if it has a parameter.
@@ -4657,6 +4895,7 @@ class App(Registry):
         super().__init__()
         # written by testing() alone
         self.host = host
+        self.waits_for_rates = True     # in a burst, for the next claims that a rate allows
         # constant
         self.token = token
         self.timeout = timeout
@@ -4679,7 +4918,6 @@ class App(Registry):
         self,
         queue: str,
         payload: Any = None,
-        *,
         host: str | None = None,
         timeout: float | datetime.timedelta | None = None,
         max_retries: int | None = None,
@@ -4688,6 +4926,7 @@ class App(Registry):
         run_at: str | datetime.datetime | None = None,
         priority: int | None = None,
         key: str | None = None,
+        *,
         id: str | None = None,
         after: Any = None,
         after_any: bool | None = None,
@@ -4735,11 +4974,10 @@ class App(Registry):
         every: float | datetime.timedelta | None = None,
         zone: str | None = None,
         payload: Any = None,
-        *,
         host: str | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Have a job made at each tick; see Client.schedule. Returns the schedule."""
+        """Make a job at each tick; see Client.schedule. Returns the schedule."""
         return self.client(host).schedule(
             name, queue, cron=cron, every=every, zone=zone, payload=payload, **options)
 
@@ -4765,7 +5003,7 @@ class App(Registry):
         max_hung: int = MAX_HUNG,
         concurrency: int | None = None,
     ) -> None:
-        """Work on the registered queues until SIGTERM, SIGINT or stop().
+        """Work on the declared queues until SIGTERM, SIGINT or stop().
 
         With `burst` until nothing is due. Returns after an orderly end. Raises SystemExit(1) if
         `max_hung` handlers hang. In the main thread, unless `burst`, it ends the process if
@@ -4776,15 +5014,16 @@ class App(Registry):
                 'run() runs where isolate=True imports the script: put it behind '
                 "if __name__ == '__main__':"
             )
-        if not self.registered:
+        if not self.configs:
             raise Error('there is no handler: decorate a function with @queue("name")')
-        check('max_hung', max_hung, 1)
+        check_number('max_hung', max_hung, 1)
         if concurrency is not None:
-            check('concurrency', concurrency, 1)
+            check_number('concurrency', concurrency, 1)
         set_up_log()
         worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
         code = 0
         if not burst:
+            return_free_memory()
             report = functools.partial(report_undeclared, worker)
             threading.Thread(target=report, daemon=True).start()
         self.workers.append(worker)
@@ -4796,13 +5035,13 @@ class App(Registry):
         finally:
             self.workers.remove(worker)
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if worker.count_hung(0) and not burst and in_main_thread:
+        if worker.interruptions.running() and not burst and in_main_thread:
             exit_process(code)
         if code:
             raise SystemExit(code)
 
     def stop(self) -> None:
-        """Have run() end as after SIGTERM, from any thread."""
+        """End run() as SIGTERM does, from any thread."""
         for worker in list(self.workers):
             worker.stop()
 
@@ -4845,8 +5084,9 @@ def enqueue_method(app, queue, host):
             )
         return app.enqueue(queue, payload, **{'host': host, **options})
 
-    parameters = list(inspect.signature(app.enqueue).parameters.values())
-    enqueue.__signature__ = inspect.Signature(parameters[1:])
+    _, first, *options = inspect.signature(app.enqueue).parameters.values()
+    by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    enqueue.__signature__ = inspect.Signature([first, *by_name])
     return enqueue
 
 
@@ -4877,7 +5117,7 @@ class TaskSender:
         return await self.app.aenqueue(self.queue, payload, **self.enqueue_options)
 
     def schedule(self, name, cron=None, every=None, zone=None, args=(), kwargs=None, **options):
-        """Have the task called with these arguments at each tick; see rw.schedule()."""
+        """Call the task with these arguments at each tick; see rw.schedule()."""
         payload = self._payload(args, kwargs or {})
         merged = {**self.enqueue_options, **options}
         return self.app.schedule(
@@ -4937,7 +5177,7 @@ def source_of(function):
     return file, getattr(function, '__qualname__', function)
 
 
-def check(name, value, minimum, types=int):
+def check_number(name, value, minimum, types=int):
     """Misuse unless the setting is a number from `minimum`."""
     is_number = isinstance(value, types) and not isinstance(value, bool)
     if not is_number or not minimum <= value < float('inf'):
@@ -4945,10 +5185,10 @@ def check(name, value, minimum, types=int):
         raise Misuse(f'{name} must be a {kind} from {minimum:g}, not {value!r}')
 
 
-def check_all(**settings):
+def check_settings(**settings):
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
-        check(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
+        check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
 
 
 def check_call(function, args, kwargs=None):
@@ -4969,7 +5209,7 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
     limits = drop_none(
         max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_all(**limits, **schedule)
+    check_settings(**limits, **schedule)
     is_cron = 'cron' in schedule or 'zone' in schedule
     if is_cron and ('every' in schedule or not isinstance(cron, str) or not cron):
         raise Misuse(
@@ -4985,38 +5225,51 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
 
 
 def report_undeclared(worker):
-    """Log the schedules and limits in the engine that no decorator declares."""
+    """Log the schedules and limits in the engine that no decorator declares: now and later.
+
+    At first the worker of an earlier version may still seem to serve a queue that is gone.
+    """
+    reported = set()
     for session in list(worker.sessions.values()):
         while not session.was_reached:
             if worker.stopping.wait(WATCH_INTERVAL):
                 return
-        configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
-        try:
-            for setting, queue, remedy in undeclared_settings(session.client, configs):
-                note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
-                     'to remove it: python rundown_workers.py %s', setting, queue, remedy)
-        except (Error, LookupError, TypeError, AttributeError) as error:
-            note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
+        report_undeclared_settings(worker, session, reported)
+    if not worker.stopping.wait(UNSERVED_AFTER):
+        for session in list(worker.sessions.values()):
+            report_undeclared_settings(worker, session, reported)
+
+
+def report_undeclared_settings(worker, session, reported):
+    """Log those of one engine that are not in `reported` yet, and add them."""
+    configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
+    try:
+        for finding in sorted(set(undeclared_settings(session.client, configs)) - reported):
+            reported.add(finding)
+            note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
+                 'to remove it: python rundown_workers.py %s', *finding)
+    except (Error, LookupError, TypeError, AttributeError) as error:
+        note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
 
 
 def undeclared_settings(client, configs):
     """Schedules and limits that an engine has and no decorator declares.
 
-    Yields (kind, queue, command that removes it).
-
-    A decorator's schedule has the name of its queue and no payload. That of another queue counts
-    if nobody works on it.
+    Yields (kind, queue, command that removes it). A decorator's schedule has the name of its
+    queue and no payload. That of another queue counts if no worker polls the queue.
     """
     # the limits of a queue of `exec` are its operator's
     here = {config.name for config in configs
             if not hasattr(config.functions.get(None), 'slot_type')}
     declared = {(path, body['queue']) for config in configs for path, body in config.setup_calls}
     queues = {row['queue']: row for row in iter_pages(client.queues, 'queues')}
+    silent_since = parse_time(client.queues(limit=1)['now']) - UNSERVED_AFTER
     for schedule in iter_pages(client.schedules, 'schedules'):
         name = schedule['name']
         is_ours = name == schedule['queue'] and schedule['payload'] is None
-        is_worked_on = queues.get(name, {}).get('workers') and name not in here
-        if is_ours and not is_worked_on and ('/schedule', name) not in declared:
+        polled_at = parse_time(queues[name]['polled_at']) if name in queues else None
+        is_served = name not in here and polled_at and polled_at > silent_since
+        if is_ours and not is_served and ('/schedule', name) not in declared:
             yield 'schedule', name, f'unschedule {shlex.quote(name)}'
     for name in sorted(here & queues.keys()):
         has_limit = queues[name]['max_running'] or queues[name]['rate']
@@ -5038,6 +5291,17 @@ def iter_pages(call, key, **filters):
 def iter_jobs(client, **filters):
     """All jobs that the filters of Client.jobs let pass, newest first."""
     return iter_pages(client.jobs, 'jobs', limit=1000, **filters)
+
+
+def return_free_memory():
+    """Return memory to the system: compiling this file takes 9 MB, which glibc would keep."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # it is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_held_back(row):
+    """Whether a rate holds back due jobs of a queue, given as the engine describes it."""
+    return row['oldest_age'] is not None and row['rate'] and not row['paused']
 
 
 def set_up_log():
@@ -5069,26 +5333,29 @@ testing = default.testing
 
 # -- Outbox ----------------------------------------------------------------------------------------
 CREATE_OUTBOX = (
-    'CREATE TABLE rundown_outbox (number {key}, job TEXT NOT NULL, error TEXT, '
+    'CREATE TABLE rundown_outbox (number {}, job TEXT NOT NULL, error TEXT, '
     'taken_by TEXT, taken_at BIGINT)'
 )
+CREATE_IN_POSTGRESQL = CREATE_OUTBOX.format('BIGSERIAL PRIMARY KEY')
+CREATE_IN_SQLITE = CREATE_OUTBOX.format('INTEGER PRIMARY KEY AUTOINCREMENT')
 CREATE_INDEXES = [      # so that reading pending rows does not scan refused or kept ones
     'CREATE INDEX rundown_outbox_pending ON rundown_outbox (number) '
     'WHERE error IS NULL AND taken_by IS NULL',
     'CREATE INDEX rundown_outbox_taken ON rundown_outbox (taken_at) '
     'WHERE taken_at IS NOT NULL',
 ]
-SQLITE_KEY = 'INTEGER PRIMARY KEY AUTOINCREMENT'
-POSTGRESQL_KEY = 'BIGSERIAL PRIMARY KEY'
 ADD_COLUMNS = [     # to a table of the first version
     'ALTER TABLE rundown_outbox ADD COLUMN taken_by TEXT',
     'ALTER TABLE rundown_outbox ADD COLUMN taken_at BIGINT',
 ]
-
-# When this process last wrote into an outbox: set by enqueue_in(), read by the threads of
-# forwarding(). A time and not an Event: an interrupted handler, or a fork, could leave the lock of
-# an Event locked. The time also tells how long to read often: there is no signal of a commit.
-outbox_activity = types.SimpleNamespace(last_write=float('-inf'))
+NUMBER_ROWS = [     # of a table of version 1.1 in SQLite
+    'ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered',
+    CREATE_IN_SQLITE,
+    'INSERT INTO rundown_outbox (job, error, taken_by, taken_at) '
+    'SELECT job, error, taken_by, taken_at FROM rundown_outbox_unnumbered ORDER BY rowid',
+    'DROP TABLE rundown_outbox_unnumbered',
+    *CREATE_INDEXES,
+]
 
 
 def enqueue_in(
@@ -5104,7 +5371,8 @@ def enqueue_in(
 
     The connection is one of sqlite3, psycopg, psycopg2, SQLAlchemy (a Connection or a Session) or
     Django (django.db.connection); other drivers work if they write parameters as %s and the table
-    is there. Returns the job's id. The options are those of enqueue(); a delay begins now.
+    is there. With an AsyncSession on psycopg: `await session.run_sync(enqueue_in, queue, payload)`.
+    Returns the job's id. The options are those of enqueue(); a delay begins now.
     """
     check_names(options, ENQUEUE_OPTIONS)
     if 'give_up' in options:
@@ -5116,8 +5384,8 @@ def enqueue_in(
         now = datetime.datetime.now(datetime.timezone.utc)
         run_at = now + datetime.timedelta(seconds=clamp_delay(delay or 0))
     id = id or new_id()
-    Outbox(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
-    outbox_activity.last_write = time.monotonic()
+    outbox_of(connection).insert(encode_job(payload, id, run_at, queue=queue, **options))
+    Forwarder.last_write = time.monotonic()
     return id
 
 
@@ -5126,71 +5394,262 @@ def driver_connection(connection):
     if hasattr(connection, 'ensure_connection'):            # Django
         connection.ensure_connection()
         return connection.connection
-    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
-        connection = connection.connection()
+    if callable(getattr(connection, 'connection', None)) and not is_async(connection):
+        connection = connection.connection()                # a Session of SQLAlchemy
     if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
         if not connection.in_transaction() and hasattr(connection, 'commit'):
             connection.begin()      # as its first statement would do; its commit() needs that
         connection = connection.connection
-    connection = getattr(connection, 'dbapi_connection', connection)
-    is_usable = (
-        hasattr(connection, 'cursor')
-        and not inspect.iscoroutinefunction(connection.commit)
-        and (is_sqlite(connection) or not is_from(connection, 'sqlite'))    # as aiosqlite is
-    )
-    if not is_usable:
+    return getattr(connection, 'dbapi_connection', connection)
+
+
+def outbox_of(connection):
+    """The Outbox in the database of a connection; Misuse if the connection is not supported."""
+    connection = driver_connection(connection)
+    if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
+        return SQLiteOutbox(connection)
+    is_usable = (hasattr(connection, 'cursor') and hasattr(connection, 'commit')
+                 and not is_async(connection))
+    # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
+    if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
-    return connection
+    return Outbox(connection)
 
 
-def is_sqlite(connection):
-    return hasattr(connection, 'total_changes')
+def is_async(connection):
+    return inspect.iscoroutinefunction(getattr(connection, 'commit', None))
 
 
-def is_from(connection, name):
+def has_class_of(connection, name):
     """Is `name` in the module name of the connection's class, or of one of its bases?"""
     return any(name in kind.__module__ for kind in type(connection).__mro__)
 
 
-def commits_each_statement(connection):
-    """Is no transaction open, and does the next statement not open one?"""
-    autocommit = getattr(connection, 'autocommit', None)
-    if is_sqlite(connection):
-        if connection.in_transaction:
-            return False
-        # True or False since Python 3.12; -1, or missing: isolation_level decides
-        return connection.isolation_level is None if autocommit in (None, -1) else autocommit
-    status = getattr(getattr(connection, 'info', None), 'transaction_status', 0)    # 0: idle
-    return autocommit is True and status == 0
-
-
 class Outbox:
-    """The table rundown_outbox in the database of a connection."""
+    """The table rundown_outbox, for psycopg, psycopg2, or another driver with parameters as %s."""
+
+    parameter = '%s'
+    create_table = CREATE_IN_POSTGRESQL
 
     def __init__(self, connection):
         # constant
-        self.connection = driver_connection(connection)
-        self.is_sqlite = is_sqlite(self.connection)
-        # touched by the thread that forwards
-        self.postponed = {}     # row number -> when a job too large for a proxy is sent again
-        self.checked_host = None    # the engine for which the kept rows were last searched
-        self.checked_at = 0     # monotonic seconds of that search
+        self.connection = connection
+        self.makes_table = has_class_of(connection, 'psycopg')      # others may have other types
 
+    # In the transaction of a producer, which goes on if a statement fails.
     def insert(self, text):
-        """Add a job, as JSON text, to the open transaction."""
-        if commits_each_statement(self.connection):
+        """Add a job, as JSON text."""
+        if self.commits_each_statement():
             raise Misuse('the connection is in autocommit mode, so the job would be enqueued '
                          'even if your other statements fail: begin a transaction first')
-        self.execute('INSERT INTO rundown_outbox (job) VALUES (?)', text)
+        self.use_table('INSERT INTO rundown_outbox (job) VALUES (?)', text)
 
-    def pending(self, host):
-        """(number, characters) of the next rows that the engine at `host` has not taken.
+    def find(self, id):
+        """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
+        rows = self.use_table('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
+        for text, error in rows:
+            fields = json.loads(text)
+            if fields['id'] == id:
+                return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
+        return None
+
+    def use_table(self, statement, *values):
+        """The rows of a statement. If the table or a column is missing, it is made."""
+        try:
+            return self.execute_guarded(statement, *values)
+        except Exception as error:          # each driver has its own classes
+            problem = first_line(error)
+            if not re.search('rundown_outbox|taken_(at|by)', problem):
+                raise
+        problems = [problem, *self._make_missing(problem)]
+        try:
+            return self.execute_guarded(statement, *values)
+        except Exception as error:
+            problems.append(first_line(error))
+            raise Error('the table rundown_outbox cannot be used, nor made: '
+                        f'{"; ".join(problems)}. The statement that makes it: '
+                        f'{self.create_table}') from error
+
+    def _make_missing(self, problem):
+        """Make the table, or its columns; returns the problem, if there is one.
+
+        It need not matter: another process may have just made the same.
+        """
+        changes = []
+        if 'taken_' in problem:
+            changes = ADD_COLUMNS
+        elif self.makes_table:
+            # The first fails if another producer has just made the table. Indexes on a table in
+            # which others write could lead to a deadlock.
+            changes = [self.create_table, *CREATE_INDEXES]
+        try:
+            for change in changes:
+                self.execute_guarded(change)
+        except Exception as error:
+            return [first_line(error)]
+        return []
+
+    # In transactions of a forwarder.
+    def prepare(self):
+        """Make the table, or bring one of an older version up to date."""
+        self.use_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
+        self.connection.commit()
+
+    def read(self, statement, *values):
+        """The rows of a statement in a transaction of its own."""
+        rows = self.execute(statement, *values)
+        self.connection.commit()
+        return rows
+
+    def change(self, statement, *values):
+        """Execute a statement in a transaction of its own.
+
+        PostgreSQL may abort it because of another forwarder; then it is tried once more.
+        """
+        try:
+            self.read(statement, *values)
+        except Exception:
+            self.connection.rollback()      # raises if the connection is lost
+            self.read(statement, *values)
+
+    # Differences between drivers.
+    def commits_each_statement(self):
+        """Is no transaction open, and does the next statement not open one?"""
+        status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
+        return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
+
+    def execute_guarded(self, statement, *values):
+        """execute(). If it fails, the transaction can go on."""
+        if self.commits_each_statement():
+            return self.execute(statement, *values)
+        self.execute('SAVEPOINT rundown')
+        try:
+            rows = self.execute(statement, *values)
+        except Exception:
+            self.execute('ROLLBACK TO SAVEPOINT rundown')
+            self.execute('RELEASE SAVEPOINT rundown')
+            raise
+        self.execute('RELEASE SAVEPOINT rundown')
+        return rows
+
+    def execute(self, statement, *values):
+        """The rows of a statement as tuples, also if the connection has a row factory."""
+        with contextlib.closing(self.connection.cursor()) as cursor:
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                cursor.row_factory = self.row_factory
+            cursor.execute(statement.replace('?', self.parameter), values)
+            rows = cursor.fetchall() if cursor.description else []
+        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
+
+    @staticmethod
+    def row_factory(cursor):
+        return tuple
+
+
+class SQLiteOutbox(Outbox):
+    """The table in a database of sqlite3."""
+
+    parameter = '?'
+    create_table = CREATE_IN_SQLITE
+    row_factory = None
+    # A failure does not end the transaction, and releasing the outermost savepoint would commit.
+    execute_guarded = Outbox.execute
+
+    def __init__(self, connection):
+        super().__init__(connection)
+        self.makes_table = True
+
+    def commits_each_statement(self):
+        if self.connection.in_transaction:
+            return False
+        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        return self.connection.isolation_level is None if autocommit == -1 else autocommit
+
+    def prepare(self):
+        super().prepare()
+        if self._lacks_numbers():
+            self._number_rows()
+
+    def _lacks_numbers(self):
+        return self.execute(
+            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
+            "AND sql LIKE '%BIGSERIAL%'")
+
+    def _number_rows(self):
+        """Number the rows of a table that version 1.1 made through Django's connection.
+
+        Its jobs are all sent again, since it does not tell which of them the engine has. The
+        engine recognizes their ids.
+        """
+        begins = not self.connection.in_transaction
+        if begins:
+            self.execute('BEGIN IMMEDIATE')
+        if self._lacks_numbers():       # still, now that no other forwarder can change that
+            for statement in NUMBER_ROWS:
+                self.execute(statement)
+            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
+        if begins:
+            self.execute('COMMIT')
+        else:
+            self.connection.commit()
+
+
+def first_line(error):
+    return str(error).partition('\n')[0]
+
+
+class Forwarder:
+    """Sends the committed jobs of an outbox to an engine, in order.
+
+    No transaction is open while it waits for the engine.
+    """
+
+    # When this process last wrote into an outbox: set by enqueue_in(), read by all forwarders. A
+    # time and not an Event: an interrupted handler, or a fork, could leave the lock of an Event
+    # locked. It also tells how long to read often: there is no signal of a commit.
+    last_write = float('-inf')
+
+    def __init__(self, connection, client, send, keep):
+        # constant
+        self.outbox = outbox_of(connection)
+        self.client = client
+        self.send = send            # client.send or client.call
+        self.keep = keep            # seconds for which rows are kept that the engine took
+        # touched by the thread that forwards
+        self.postponed = {}         # row number -> when a job too large for a proxy is sent again
+        self.checked_host = None    # the engine for which the kept rows were last searched
+        self.checked_at = 0         # monotonic seconds of that search
+        self.outbox.prepare()
+
+    def send_all(self):
+        """Send all committed jobs; returns how many the engine took."""
+        if self.keep:
+            self.send('/health')    # if a standby has taken over, this changes client.host
+        count = 0
+        while True:
+            self._delete_taken()
+            rows = self._next_rows()
+            if not rows:
+                return count
+            for batch in batches(rows, lambda row: row[1]):
+                count += self._send(batch)
+
+    def _delete_taken(self):
+        """Delete the rows that were taken `keep` seconds ago or earlier."""
+        latest = int(time.time() - self.keep)
+        where = 'FROM rundown_outbox WHERE taken_at <= ?'
+        if self.outbox.read(f'SELECT 1 {where} LIMIT 1', latest):   # reading takes no write lock
+            self.outbox.change(f'DELETE {where}', latest)
+
+    def _next_rows(self):
+        """(number, characters) of the next rows that the engine in use has not taken.
 
         JSON text is ASCII, so characters are bytes. The texts are read later: a page of rows may
         be larger than the memory.
         """
         now = time.monotonic()
+        host = self.client.host
         self.postponed = {number: at for number, at in self.postponed.items() if at > now}
         if host != self.checked_host or now > self.checked_at + OUTBOX_INTERVAL:
             rows = self._select_rows('taken_by <> ?', host)     # passes over all that is kept
@@ -5202,130 +5661,59 @@ class Outbox:
 
     def _select_rows(self, condition, *values):
         postponed = ','.join(map(str, self.postponed)) or '0'
-        return self.execute(
+        return self.outbox.read(
             f'SELECT number, LENGTH(job) FROM rundown_outbox WHERE error IS NULL AND {condition} '
             f'AND number NOT IN ({postponed}) ORDER BY number LIMIT {OUTBOX_PAGE}', *values)
 
-    def texts(self, numbers):
-        """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
-        rows = self.execute(
+    def _send(self, rows):
+        """Send rows in one request; returns how many the engine took."""
+        numbers = ','.join(str(number) for number, _ in rows)
+        texts = self.outbox.read(
             f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
-        return [text.decode() if isinstance(text, bytes) else text for (text,) in rows]
+        if not texts:       # another forwarder was faster
+            return 0
+        jobs = ','.join(as_text(text) for text, in texts)
+        host = self.client.host
+        try:
+            self.send('/enqueue', f'{{"jobs":[{jobs}]}}')
+        except (Refused, EngineUnavailable) as error:
+            if not is_verdict(error):
+                raise
+            problem = error
+        else:
+            # If the client has changed to another engine meanwhile, that one gets them again.
+            self._mark_taken(numbers, host)
+            return len(rows)
+        return self._isolate(rows, problem)
 
-    def mark_taken(self, numbers, host, keep):
-        if keep:
-            self.execute(
+    def _isolate(self, rows, problem):
+        """Halve the rows of a request that was refused, until the one at fault is alone."""
+        if len(rows) > 1:
+            middle = len(rows) // 2
+            return self._send(rows[:middle]) + self._send(rows[middle:])
+        number, _ = rows[0]
+        if isinstance(problem, Refused):
+            note(logging.ERROR, 'the engine refused job %s of the outbox: %s', number, problem)
+            self.outbox.change(
+                'UPDATE rundown_outbox SET error = ? WHERE number = ?', str(problem), number)
+        else:
+            note(logging.ERROR, 'job %s of the outbox is sent again in %g s: it is too large for '
+                 'a proxy before the engine: %s', number, OUTBOX_TOO_LARGE_PAUSE, problem)
+            self.postponed[number] = time.monotonic() + OUTBOX_TOO_LARGE_PAUSE
+        return 0
+
+    def _mark_taken(self, numbers, host):
+        if self.keep:
+            self.outbox.change(
                 f'UPDATE rundown_outbox SET taken_by = ?, taken_at = ? WHERE number IN ({numbers})',
                 host, int(time.time()))
         else:
-            self.execute(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
+            self.outbox.change(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
 
-    def mark_refused(self, number, error):
-        self.execute('UPDATE rundown_outbox SET error = ? WHERE number = ?', str(error), number)
 
-    def delete_taken(self, keep):
-        """Delete the rows that were taken `keep` seconds ago or earlier."""
-        latest = int(time.time() - keep)
-        where = 'FROM rundown_outbox WHERE taken_at <= ?'
-        if self.execute(f'SELECT 1 {where} LIMIT 1', latest):   # reading takes no write lock
-            self.execute(f'DELETE {where}', latest)
-
-    def find(self, id):
-        """The job with this id as far as the outbox knows it; None if it is not in the outbox."""
-        rows = self.execute('SELECT job, error FROM rundown_outbox WHERE job LIKE ?', f'%{id}%')
-        for text, error in rows:
-            fields = json.loads(text)
-            if fields['id'] == id:
-                return {**fields, 'status': 'failed' if error else 'pending', 'error': error}
-        return None
-
-    def commit(self):
-        self.connection.commit()
-
-    def execute(self, statement, *values):
-        """The rows of a statement, as tuples. Creates or upgrades the table if necessary."""
-        try:
-            return self._execute_guarded(statement, values)
-        except Exception as error:          # each driver has its own classes
-            reasons = [str(error).partition('\n')[0]]
-            if not re.search('rundown_outbox|taken_(at|by)', reasons[0]):
-                raise
-        create = CREATE_OUTBOX.format(key=SQLITE_KEY if self.is_sqlite else POSTGRESQL_KEY)
-        try:
-            if 'taken_' in reasons[0]:
-                for change in ADD_COLUMNS:
-                    self._execute_guarded(change)
-            elif self.is_sqlite or is_from(self.connection, 'psycopg'):
-                # The first fails if another producer has just made the table. Indexes on a
-                # table in which others write could lead to a deadlock.
-                for change in [create, *CREATE_INDEXES]:
-                    self._execute_guarded(change)
-        except Exception as error:          # another process may have just done the same
-            reasons.append(str(error).partition('\n')[0])
-        try:
-            return self._execute_guarded(statement, values)
-        except Exception as error:
-            reasons.append(str(error).partition('\n')[0])
-            raise Error('the table rundown_outbox cannot be used, nor made: '
-                        f'{"; ".join(reasons)}. The statement that makes it: {create}') from error
-
-    def _execute_guarded(self, statement, values=()):
-        """Execute a statement; if it fails, the transaction can go on.
-
-        In PostgreSQL a failure aborts a transaction, so there is a savepoint. In SQLite it does
-        not, and releasing the outermost savepoint would commit.
-        """
-        if self.is_sqlite or commits_each_statement(self.connection):
-            return self._execute(statement, values)
-        self._execute('SAVEPOINT rundown')
-        try:
-            rows = self._execute(statement, values)
-        except Exception:
-            self._execute('ROLLBACK TO SAVEPOINT rundown')
-            self._execute('RELEASE SAVEPOINT rundown')
-            raise
-        self._execute('RELEASE SAVEPOINT rundown')
-        return rows
-
-    def _execute(self, statement, values=()):
-        """The rows of a statement as tuples, also if the connection has a row factory."""
-        with contextlib.closing(self.connection.cursor()) as cursor:
-            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
-                cursor.row_factory = None if self.is_sqlite else lambda cursor: tuple
-            cursor.execute(statement if self.is_sqlite else statement.replace('?', '%s'), values)
-            rows = cursor.fetchall() if cursor.description else []
-        return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    def repair_numbers(self):
-        """Number the rows of a table that version 1.1 made through Django's SQLite connection.
-
-        Its jobs are all sent again, since it does not tell which of them the engine has. The
-        engine recognizes their ids.
-        """
-        if not self._lacks_numbers():
-            return
-        begins = not self.connection.in_transaction
-        if begins:
-            self._execute('BEGIN IMMEDIATE')
-        if self._lacks_numbers():       # still, now that no other forwarder can repair it
-            columns = 'job, error, taken_by, taken_at'
-            self._execute('ALTER TABLE rundown_outbox RENAME TO rundown_outbox_unnumbered')
-            self._execute(CREATE_OUTBOX.format(key=SQLITE_KEY))
-            self._execute(f'INSERT INTO rundown_outbox ({columns}) '
-                          f'SELECT {columns} FROM rundown_outbox_unnumbered ORDER BY rowid')
-            self._execute('DROP TABLE rundown_outbox_unnumbered')
-            for statement in CREATE_INDEXES:
-                self._execute(statement)
-            note(logging.WARNING, 'the outbox had no row numbers: repaired, all is sent again')
-        if begins:
-            self._execute('COMMIT')
-        else:
-            self.commit()
-
-    def _lacks_numbers(self):
-        return self.is_sqlite and bool(self._execute(
-            "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'rundown_outbox' "
-            "AND sql LIKE '%BIGSERIAL%'"))
+def as_text(value):
+    """Text from a database, whose connection may return it as bytes."""
+    return value if isinstance(value, str) else bytes(value).decode()
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -5336,72 +5724,7 @@ def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0
     """
     client = default.client(host)
     with contextlib.closing(connect()) as connection:
-        outbox = Outbox(connection)
-        outbox.repair_numbers()
-        return forward_pending(outbox, client, client.call, keep)
-
-
-def forward_pending(outbox, client, send, keep):
-    """Send all committed jobs, in order; the number of jobs that the engine took.
-
-    `send` is client.send or client.call. No transaction is open while it waits for the engine.
-    """
-    if keep:
-        send('/health')     # if a standby has taken over, this changes client.host
-    count = 0
-    while True:
-        outbox.delete_taken(keep)
-        rows = outbox.pending(client.host)
-        outbox.commit()
-        if not rows:
-            return count
-        count += send_rows(outbox, client, send, keep, rows)
-
-
-def send_rows(outbox, client, send, keep, rows):
-    """Send rows in batches. A batch that is refused is halved until the bad row is alone."""
-    count = 0
-    waiting = list(batches(rows, lambda row: row[1]))
-    while waiting:
-        batch = waiting.pop(0)
-        numbers = ','.join(str(number) for number, _ in batch)
-        texts = outbox.texts(numbers)
-        outbox.commit()
-        if not texts:       # another forwarder was faster
-            continue
-        host = client.host
-        try:
-            send('/enqueue', f'{{"jobs":[{",".join(texts)}]}}')
-        except (Refused, EngineUnavailable) as error:
-            if not is_about_body(error):
-                raise
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                waiting[:0] = batch[:middle], batch[middle:]
-            else:
-                set_aside(outbox, numbers, error)
-        else:
-            # If the client has changed to another engine meanwhile, that one gets them again.
-            outbox.mark_taken(numbers, host, keep)
-            count += len(batch)
-        outbox.commit()
-    return count
-
-
-def is_about_body(error):
-    """Does an error blame the request's body? Of a proxy's errors only the 413 does."""
-    return getattr(error, 'status', None) in (REFUSALS if isinstance(error, Refused) else [413])
-
-
-def set_aside(outbox, number, error):
-    """Set a job aside so that the others go on: for good if the engine itself refused it."""
-    if isinstance(error, Refused):
-        note(logging.ERROR, 'the engine refused job %s of the outbox: %s', number, error)
-        outbox.mark_refused(int(number), error)
-    else:
-        note(logging.ERROR, 'job %s of the outbox is sent again in %g s: it is too large for a '
-             'proxy before the engine: %s', number, OUTBOX_TOO_LARGE_PAUSE, error)
-        outbox.postponed[int(number)] = time.monotonic() + OUTBOX_TOO_LARGE_PAUSE
+        return Forwarder(connection, client, client.call, keep).send_all()
 
 
 @contextlib.contextmanager
@@ -5433,12 +5756,11 @@ def keep_forwarding(connect, host, keep, interval, stopping):
     while not is_last:
         try:
             with contextlib.closing(connect()) as connection:
-                outbox = Outbox(connection)
-                outbox.repair_numbers()
+                client = default.client(host)
+                forwarder = Forwarder(connection, client, client.send, keep)
                 while not is_last:
                     is_last = stopping.is_set()
-                    client = default.client(host)
-                    forward_pending(outbox, client, client.send, keep)
+                    forwarder.send_all()
                     failures = 0
                     wait_for_commits(interval, stopping)
         except Exception as error:      # the database's or the engine's
@@ -5453,7 +5775,7 @@ def wait_for_commits(interval, stopping):
     """Wait until the outbox should be read again, or `stopping` is set."""
     deadline = time.monotonic() + interval
     while time.monotonic() < deadline and not stopping.wait(OUTBOX_BURST_INTERVAL):
-        if time.monotonic() < outbox_activity.last_write + OUTBOX_BURST:
+        if time.monotonic() < Forwarder.last_write + OUTBOX_BURST:
             return
 
 
@@ -5471,6 +5793,7 @@ def command_forward(client, options):
 
 
 # -- Django ----------------------------------------------------------------------------------------
+DJANGO_OPTIONS = ['host', 'max_retries', 'outbox', 'timeout']
 DJANGO_STATUSES = {     # of a job -> of Django's TaskResult
     'pending': 'READY',
     'running': 'RUNNING',
@@ -5480,12 +5803,27 @@ DJANGO_STATUSES = {     # of a job -> of Django's TaskResult
 }
 
 
-class DjangoTasks:
-    """A backend for Django's tasks. DjangoBackend is this class and Django's BaseTaskBackend.
+def import_django():
+    """Import what this section uses of Django. Only its users pay for that."""
+    global asgiref, django
+    import asgiref.sync
+    import django.conf
+    import django.db
+    import django.tasks.backends.base
+    import django.tasks.exceptions
+    import django.tasks.signals
+    import django.utils.json
+    import django.utils.module_loading
+    import django.utils.timezone
 
-    With `"OPTIONS": {"outbox": True}` (or the alias of a database) jobs are written into the
-    transaction that is open there, or into one of their own. Other options are `host`, `timeout`
-    and `max_retries`. A task is READY again while it waits for a retry.
+
+class DjangoTasks:
+    """Sends Django's tasks as jobs, and finds their results.
+
+    DjangoBackend is this class and Django's BaseTaskBackend. With `"OPTIONS": {"outbox": True}`
+    (or the alias of a database) jobs are written into the transaction that is open there, or into
+    one of their own. Other options are `host`, `timeout` and `max_retries`. A task is READY again
+    while it waits for a retry.
     """
 
     supports_defer = True
@@ -5495,109 +5833,93 @@ class DjangoTasks:
 
     def __init__(self, alias, params):
         super().__init__(alias, params)
+        check_names(self.options, DJANGO_OPTIONS, f'TASKS[{alias!r}] has no option')
         # constant
-        self.job_options = dict(self.options)
-        outbox = self.job_options.pop('outbox', False)
-        # alias of the database with the outbox; None: no outbox
-        self.database = 'default' if outbox is True else (outbox or None)
-        self.host = self.job_options.pop('host', None)                      # None: RUNDOWN_URL
-        unknown = sorted(set(self.job_options) - {'max_retries', 'timeout'})
-        if unknown:
-            from django.core.exceptions import ImproperlyConfigured
-            raise ImproperlyConfigured(f'TASKS[{alias!r}]: there is no option {unknown[0]!r}')
+        outbox = self.options.get('outbox') or None
+        self.database = 'default' if outbox is True else outbox     # its alias; None: no outbox
+        self.host = self.options.get('host')                        # None: RUNDOWN_URL
+        if self.database:
+            aliases = list(django.db.connections)
+            check_names([self.database], aliases, f'TASKS[{alias!r}]: there is no database')
 
     def enqueue(self, task, args, kwargs):
-        from django.tasks.signals import task_enqueued
-        self.validate_task(task)
-        payload = django_payload(task, args, kwargs)
+        options = self._enqueue_options(task, args, kwargs)
         if self.database:
-            job = self._enqueue_in_outbox(task, payload)
+            job = self._enqueue_in_outbox(options)
         else:
-            job = default.enqueue(payload=payload, **self._enqueue_options(task))
+            job = default.enqueue(host=self.host, **options)
         result = self._result(task, job)
-        task_enqueued.send(type(self), task_result=result)
+        django.tasks.signals.task_enqueued.send(type(self), task_result=result)
         return result
 
     async def aenqueue(self, task, args, kwargs):
-        from django.tasks.signals import task_enqueued
         if self.database:       # in the thread that has the connection
             return await super().aenqueue(task, args, kwargs)
-        self.validate_task(task)
-        payload = django_payload(task, args, kwargs)
-        job = await default.aenqueue(payload=payload, **self._enqueue_options(task))
-        result = self._result(task, job)
-        await task_enqueued.asend(type(self), task_result=result)
+        options = self._enqueue_options(task, args, kwargs)
+        result = self._result(task, await default.aenqueue(host=self.host, **options))
+        await django.tasks.signals.task_enqueued.asend(type(self), task_result=result)
         return result
 
-    def _enqueue_options(self, task):
+    def _enqueue_options(self, task, args, kwargs):
+        self.validate_task(task)
         return {
-            **self.job_options,
             'queue': task.queue_name,
-            'host': self.host,
+            'payload': {
+                'task': task.module_path,
+                'args': django.utils.json.normalize_json(args),
+                'kwargs': django.utils.json.normalize_json(kwargs),
+            },
             'priority': task.priority,
             'run_at': task.run_after,
+            'max_retries': self.options.get('max_retries'),
+            'timeout': self.options.get('timeout'),
         }
 
-    def _enqueue_in_outbox(self, task, payload):
+    def _enqueue_in_outbox(self, options):
         """Write the job; returns the fields of it that are known before the engine has it."""
-        from django.db import connections, transaction
-        connection = connections[self.database]
-        options = self._enqueue_options(task)
-        del options['host']
+        connection = django.db.connections[self.database]
         begins = connection.get_autocommit()
-        with transaction.atomic(self.database) if begins else contextlib.nullcontext():
-            id = enqueue_in(connection, payload=payload, **options)
+        with django.db.transaction.atomic(self.database) if begins else contextlib.nullcontext():
+            id = enqueue_in(connection, **options)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
-        return {'id': id, 'status': 'pending', 'payload': payload, 'created_at': now}
+        return {**options, 'id': id, 'status': 'pending', 'created_at': now}
 
+    # A result is looked for in the outbox first: from there a job moves to the engine.
     def get_result(self, result_id):
-        from django.tasks.exceptions import TaskResultDoesNotExist
-        client = default.client(self.host)
-        for _ in range(2):      # the job may move from the outbox to the engine between the reads
-            with missing_job():
-                return self._stored_result(client.job(result_id))
-            job = self._find_in_outbox(result_id)
-            if job:
-                return self._stored_result(job)
-        raise TaskResultDoesNotExist(result_id)
+        job = self._find_in_outbox(result_id)
+        if not job:
+            with missing_result(result_id):
+                job = default.client(self.host).job(result_id)
+        return self.stored_result(job)
 
     async def aget_result(self, result_id):
-        from asgiref.sync import sync_to_async
-        from django.tasks.exceptions import TaskResultDoesNotExist
-        client = default.client(self.host)
-        for _ in range(2):
-            with missing_job():
-                job = await async_calls().call(client, '/jobs/' + quote(result_id))
-                return self._stored_result(job)
-            job = await sync_to_async(self._find_in_outbox)(result_id)
-            if job:
-                return self._stored_result(job)
-        raise TaskResultDoesNotExist(result_id)
+        job = self.database and await asgiref.sync.sync_to_async(self._find_in_outbox)(result_id)
+        if not job:
+            with missing_result(result_id):
+                client = default.client(self.host)
+                job = await async_calls.call(client, '/jobs/' + quote(result_id))
+        return self.stored_result(job)
 
     def _find_in_outbox(self, id):
-        from django.db import connections
-        return self.database and Outbox(connections[self.database]).find(id)
+        return self.database and outbox_of(django.db.connections[self.database]).find(id)
 
-    def _stored_result(self, job):
-        return self._result(self._task(job), job)
-
-    def _task(self, job):
-        """The task that a job is for, with the queue and the priority of the job."""
+    def stored_result(self, job):
+        """The TaskResult of a job as the engine or the outbox has it."""
         priority = max(-100, min(100, job.get('priority', 0)))      # operators may set others
         task = django_task(job['payload'])
-        return task.using(queue_name=job['queue'], priority=priority, backend=self.alias)
+        task = task.using(queue_name=job['queue'], priority=priority, backend=self.alias)
+        return self._result(task, job)
 
     def _result(self, task, job):
-        from django.tasks import TaskResult, TaskResultStatus
         attempts = job.get('attempts', [])
         workers = [attempt['worker'] for attempt in attempts]
         if job['status'] == 'running':
             workers.append(job['worker'])
         unknown = job.get('attempt', 0) - len(workers)      # the engine keeps the last ten
-        result = TaskResult(
+        result = django.tasks.TaskResult(
             task=task,
             id=job['id'],
-            status=TaskResultStatus[DJANGO_STATUSES[job['status']]],
+            status=django.tasks.TaskResultStatus[DJANGO_STATUSES[job['status']]],
             enqueued_at=django_time(job.get('created_at')),
             started_at=django_time((attempts or [job])[0].get('started_at')),
             last_attempted_at=django_time(job.get('started_at')),
@@ -5605,167 +5927,142 @@ class DjangoTasks:
             args=job['payload'].get('args', []),
             kwargs=job['payload'].get('kwargs', {}),
             backend=self.alias,
-            errors=django_errors(job),
+            errors=[django_error(text) for text in error_texts(job)],
             worker_ids=[''] * unknown + workers,
         )
-        object.__setattr__(result, '_return_value', job.get('result'))
+        set_fields(result, _return_value=job.get('result'))
         return result
 
-    def handler(self):
-        """A function that runs the tasks of a queue. For an async one it returns a coroutine."""
-        def run_task(payload):
-            task = django_task(payload)
-            run = self.arun if inspect.iscoroutinefunction(task.func) else self.run
-            return run(task, job())
 
-        return run_task
+class DjangoAttempt:
+    """One attempt of a task in a worker. Sends Django's signals, and closes old connections."""
 
-    def run(self, task, job):
-        from django.db import close_old_connections
-        from django.tasks.signals import task_finished, task_started
-        close_old_connections()
+    def __init__(self, backend, job):
+        # constant
+        self.sender = type(backend)
+        self.result = backend.stored_result(job)    # the fields in it change as the task ends
+        self.function = self.result.task.func
+
+    def run(self):
         try:
-            result = self._stored_result(job)
-            task_started.send(type(self), task_result=result)
-            try:
-                set_django_result(result, task.func(*django_args(result), **result.kwargs))
-            except BaseException as error:
-                if set_django_error(result, error):
-                    task_finished.send_robust(type(self), task_result=result)
-                raise
-            # robust: a receiver that fails must not have the task run again
-            task_finished.send_robust(type(self), task_result=result)
-            return result.return_value
-        finally:
-            close_old_connections()
+            value = as_django_json(self.function(*self._begin(), **self.result.kwargs))
+        except BaseException as error:
+            self._end(error=error)
+            raise
+        self._end(value)
+        return value
 
-    async def arun(self, task, job):
-        from asgiref.sync import sync_to_async
-        from django.db import close_old_connections
-        from django.tasks.signals import task_finished, task_started
-        await sync_to_async(close_old_connections)()
-        try:
-            result = self._stored_result(job)
-            await task_started.asend(type(self), task_result=result)
+    async def arun(self):
+        """run() for an async task. As in a request, it has a thread and connections of its own."""
+        async with asgiref.sync.ThreadSensitiveContext():
             try:
-                set_django_result(result, await task.func(*django_args(result), **result.kwargs))
+                args = await asgiref.sync.sync_to_async(self._begin)()
+                value = as_django_json(await self.function(*args, **self.result.kwargs))
             except BaseException as error:
-                if set_django_error(result, error):
-                    await task_finished.asend_robust(type(self), task_result=result)
+                await asgiref.sync.sync_to_async(self._end)(error=error)
                 raise
-            await task_finished.asend_robust(type(self), task_result=result)
-            return result.return_value
+            else:
+                await asgiref.sync.sync_to_async(self._end)(value)
+            finally:
+                await asgiref.sync.sync_to_async(django.db.connections.close_all)()
+        return value
+
+    def _begin(self):
+        """Send task_started; returns the positional arguments."""
+        django.db.close_old_connections()
+        django.tasks.signals.task_started.send(self.sender, task_result=self.result)
+        takes_context = self.result.task.takes_context
+        context = [django.tasks.TaskContext(task_result=self.result)] if takes_context else []
+        return context + self.result.args
+
+    def _end(self, value=None, error=None):
+        """Send task_finished, unless another attempt follows."""
+        succeeded = error is None       # an exception may be false, as an empty container is
+        if not succeeded:
+            self.result.errors.append(django_error(error_text(error)))
+        try:
+            if succeeded or is_last_attempt(error):
+                status = 'SUCCESSFUL' if succeeded else 'FAILED'
+                set_fields(
+                    self.result,
+                    _return_value=value,
+                    finished_at=django.utils.timezone.now(),
+                    status=django.tasks.TaskResultStatus[status],
+                )
+                # robust: a receiver that fails must not have the task run again
+                django.tasks.signals.task_finished.send_robust(self.sender, task_result=self.result)
         finally:
-            await sync_to_async(close_old_connections)()
+            django.db.close_old_connections()
+
+
+def is_last_attempt(error):
+    """Does no other attempt of the current job follow the one that ended with this error?"""
+    claim = current.get()
+    is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
+    # the task may have changed the job
+    has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
+    return not is_lost and (isinstance(error, Abort) or not has_retries)
+
+
+def set_fields(result, **fields):
+    """Set fields of a TaskResult, which is frozen for users."""
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
 
 
 @contextlib.contextmanager
-def missing_job():
-    """Suppress the refusal of an engine that does not have the job."""
+def missing_result(id):
+    """Raise Django's exception instead of the refusal of an engine that does not have the job."""
     try:
         yield
     except Refused as error:
         if error.status != HTTPStatus.NOT_FOUND:
             raise
+        raise django.tasks.exceptions.TaskResultDoesNotExist(id) from None
 
 
-def django_payload(task, args, kwargs):
-    from django.utils.json import normalize_json
-    return {
-        'task': task.module_path,
-        'args': normalize_json(args),
-        'kwargs': normalize_json(kwargs),
-    }
+def as_django_json(value):
+    try:
+        return django.utils.json.normalize_json(value)
+    except (TypeError, ValueError) as error:
+        raise Abort(f'the return value is not JSON: {error}') from None
 
 
 def django_task(payload):
-    from django.tasks import Task
-    from django.utils.module_loading import import_string
     name = payload.get('task') if isinstance(payload, dict) else None
     if not isinstance(name, str):
         raise Abort('the payload of a task must be {"task": "its name", "args": [...], ...}')
-    task = import_string(name)
-    if not isinstance(task, Task):
+    task = django.utils.module_loading.import_string(name)
+    if not isinstance(task, django.tasks.Task):
         raise Abort(f'{name} is not a task of Django')
     return task
 
 
 def django_time(text):
     """The datetime of a time in the engine's JSON; naive if Django's times are."""
-    from django.conf import settings
-    from django.utils import timezone
     if text is None:
         return None
     moment = datetime.datetime.fromisoformat(text)
-    return moment if settings.USE_TZ else timezone.make_naive(moment)
+    return moment if django.conf.settings.USE_TZ else django.utils.timezone.make_naive(moment)
 
 
-def django_errors(job):
-    """A TaskError for each failed attempt; for a job that was cancelled, one for that."""
-    from django.tasks.base import TaskError
+def error_texts(job):
+    """The error of each failed attempt; for a job that was cancelled, also that of the job."""
     texts = [attempt['error'] for attempt in job.get('attempts', []) if attempt.get('error')]
     if job['status'] == 'failed':
         texts[-1:] = [job['error'] or 'failed']         # the whole text
     elif job['status'] == 'cancelled':
         texts.append(job['error'] or 'cancelled')
-    return [TaskError(exception_class_path=exception_path(text), traceback=text) for text in texts]
+    return texts
 
 
-def exception_path(error_text):
-    """The exception's class, as module.name, in a traceback's last line; Error if there is none."""
-    found = re.findall(r'^ .*\n([A-Za-z_][\w.]*)(?=:|$)', error_text, re.MULTILINE)
+def django_error(text):
+    """The TaskError of a traceback, whose last line names the class; without one it is Error."""
+    found = re.findall(r'^ .*\n([A-Za-z_][\w.]*)(?=:|$)', text, re.MULTILINE)
     name = found[-1] if found else 'Error'
-    if '.' in name:
-        return name
-    return f'builtins.{name}' if hasattr(builtins, name) else f'{__name__}.{name}'
-
-
-def django_args(result):
-    from django.tasks import TaskContext
-    context = [TaskContext(task_result=result)] if result.task.takes_context else []
-    return context + result.args
-
-
-def set_django_result(result, value):
-    from django.tasks import TaskResultStatus
-    from django.utils import timezone
-    from django.utils.json import normalize_json
-    try:
-        value = normalize_json(value)
-    except (TypeError, ValueError) as error:
-        raise Abort(f'the return value is not JSON: {error}') from None
-    object.__setattr__(result, '_return_value', value)
-    object.__setattr__(result, 'finished_at', timezone.now())
-    object.__setattr__(result, 'status', TaskResultStatus.SUCCESSFUL)
-
-
-def set_django_error(result, error):
-    """Set a result to FAILED; False, and unchanged, if another attempt follows."""
-    from django.tasks import TaskResultStatus
-    from django.tasks.base import TaskError
-    from django.utils import timezone
-    claim = current.get()
-    is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
-    # the task may have changed the job
-    has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
-    if is_lost or (has_retries and not isinstance(error, Abort)):
-        return False
-    text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
-    result.errors.append(TaskError(exception_class_path=exception_path(text), traceback=text))
-    object.__setattr__(result, 'finished_at', timezone.now())
-    object.__setattr__(result, 'status', TaskResultStatus.FAILED)
-    return True
-
-
-def django_backend():
-    """The class DjangoBackend."""
-    from django.tasks.backends.base import BaseTaskBackend
-
-    class DjangoBackend(DjangoTasks, BaseTaskBackend):
-        __doc__ = DjangoTasks.__doc__
-        __qualname__ = 'DjangoBackend'
-
-    return DjangoBackend
+    if '.' not in name:
+        name = f'builtins.{name}' if hasattr(builtins, name) else f'{__name__}.{name}'
+    return django.tasks.base.TaskError(exception_class_path=name, traceback=text)
 
 
 if not TYPE_CHECKING:       # otherwise type checkers would accept any name of this module
@@ -5774,9 +6071,11 @@ if not TYPE_CHECKING:       # otherwise type checkers would accept any name of t
         if name != 'DjangoBackend':
             raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
         try:
-            globals()[name] = django_backend()
+            import_django()
         except ImportError as error:
             raise AttributeError(f'DjangoBackend needs Django 6.0 or newer: {error}') from error
+        bases = (DjangoTasks, django.tasks.backends.base.BaseTaskBackend)
+        globals()[name] = type(name, bases, {'__doc__': DjangoTasks.__doc__})
         return globals()[name]
 
 
@@ -5786,12 +6085,11 @@ def command_django(client, options):
     if options.reload:
         reloader.start()
     backends = find_django_backends()
-    from django.db import connections
     register_django_queues(backends, options.queues)
     outboxes = {(backend.database, backend.host) for backend in backends if backend.database}
     with contextlib.ExitStack() as forwarders:
         for database, host in outboxes:
-            connect = functools.partial(connections.create_connection, database)
+            connect = functools.partial(django.db.connections.create_connection, database)
             if options.burst:
                 forward(connect, host)      # before the worker finds that nothing is due
             forwarder = forwarding(connect, host, interval=DJANGO_OUTBOX_INTERVAL)
@@ -5803,17 +6101,14 @@ def command_django(client, options):
 def find_django_backends():
     """The backends of a project's setting TASKS that are DjangoBackends."""
     try:
-        import django
-        from django.tasks import task_backends
+        import_django()
     except ImportError as error:
         raise Misuse(f'this needs Django 6.0 or newer: {error}') from None
     if not os.environ.get('DJANGO_SETTINGS_MODULE'):
-        raise Misuse("DJANGO_SETTINGS_MODULE has to name the project's settings")
+        raise Misuse("DJANGO_SETTINGS_MODULE has to name the project's settings, as in manage.py")
     django.setup()
-    backends = [backend for backend in task_backends.all() if isinstance(backend, DjangoTasks)]
-    if not backends:
-        raise Misuse('no backend in the setting TASKS is a rundown_workers.DjangoBackend')
-    return backends
+    backends = django.tasks.task_backends.all()
+    return [backend for backend in backends if isinstance(backend, DjangoTasks)]
 
 
 def register_django_queues(backends, names):
@@ -5821,14 +6116,22 @@ def register_django_queues(backends, names):
     for backend in backends:
         for queue in names or sorted(backend.queues):
             is_allowed = not backend.queues or queue in backend.queues
-            if is_allowed and (queue, backend.host) not in default.registered:
-                default.queue(queue, host=backend.host)(backend.handler())
-    registered = {queue for queue, host in default.registered}
-    unknown = [queue for queue in names if queue not in registered]
-    if unknown:
-        raise Misuse(f'no backend in the setting TASKS has {unknown[0]!r} among its QUEUES')
-    if not registered:
-        raise Misuse('QUEUES in the setting TASKS is empty: name the queues to work on')
+            if is_allowed and (queue, backend.host) not in default.configs:
+                default.queue(queue, host=backend.host)(django_handler(backend))
+    served = {queue for queue, _ in default.configs}
+    unknown = [repr(name) for name in names if name not in served]
+    if unknown or not served:
+        raise Misuse('no rundown_workers.DjangoBackend in the setting TASKS has '
+                     f'{", ".join(unknown) or "a queue"} among its QUEUES')
+
+
+def django_handler(backend):
+    """The handler of a queue. For an async task it returns a coroutine."""
+    def run_task(payload):
+        run = DjangoAttempt(backend, job())
+        return run.arun() if inspect.iscoroutinefunction(run.function) else run.run()
+
+    return run_task
 
 
 # -- Testing ---------------------------------------------------------------------------------------
@@ -5854,25 +6157,34 @@ class Testing:
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also jobs that are delayed or wait for a retry: the clock moves on to them.
+        With `delayed` also jobs that are delayed, wait for a retry, or are held back by a rate:
+        the clock moves on to them.
         """
-        self.app.run(burst=True, **options)
-        while delayed:
-            later = self._next_run()
-            if later is None:
-                return
-            self.advance(later - self.clock.time() + 0.01)
+        self.app.waits_for_rates = not delayed
+        try:
             self.app.run(burst=True, **options)
+            while delayed:
+                pause = self._pause()
+                if pause is None:
+                    return
+                self.advance(pause)
+                self.app.run(burst=True, **options)
+        finally:
+            self.app.waits_for_rates = True
 
-    def _next_run(self):
-        """The earliest time at which a job of the registered queues is due; None: there is none."""
-        queues = {queue for queue, _ in self.app.registered}
-        times = [
-            datetime.datetime.fromisoformat(job['next_run_at'].replace('Z', '+00:00')).timestamp()
-            for job in iter_jobs(self.client, status='pending')
-            if job['queue'] in queues
+    def _pause(self):
+        """Seconds until more jobs of the declared queues can be claimed; None: there are none."""
+        queues = {queue for queue, _ in self.app.configs}
+        now = self.clock.time()
+        pauses = [
+            parse_time(job['next_run_at']) - now + 0.01
+            for job in iter_jobs(self.client, status='pending') if job['queue'] in queues
         ]
-        return min((at for at in times if at > self.clock.time()), default=None)
+        pauses += [
+            row['per'] for row in iter_pages(self.client.queues, 'queues')
+            if row['queue'] in queues and is_held_back(row)
+        ]
+        return min((pause for pause in pauses if pause > 0), default=None)
 
 
 def import_engine():
@@ -5928,15 +6240,19 @@ CLEAR_LINE = '\r\x1b[K'
 
 def show(answer):
     """Print JSON on a pipe; on a terminal a table, or a line for each field."""
-    if not sys.stdout.isatty():
-        print(json.dumps(answer))
-        return
     key = next((key for key in TABLES if key in answer), None)
-    if key:
-        print_table(TABLES[key], answer[key])
-    else:
-        for field, value in answer.items():
-            show_field(field, value)
+    try:
+        if not sys.stdout.isatty():
+            print(json.dumps(answer))
+        elif key:
+            print_table(TABLES[key], answer[key])
+        else:
+            for field, value in answer.items():
+                show_field(field, value)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python flushes it once more when it ends
+        raise Error(f'cannot write the answer: {error.strerror}') from None
 
 
 def show_field(field, value):
@@ -6028,7 +6344,7 @@ def last_error_line(error):
     return (error or '').strip().rpartition('\n')[2]
 
 
-def json_argument(text):
+def json_from(text):
     try:
         return json.loads(sys.stdin.read() if text == '-' else text)
     except ValueError as error:
@@ -6036,8 +6352,17 @@ def json_argument(text):
         raise argparse.ArgumentTypeError(f'is not JSON ({error}); {hint}') from None
 
 
-def limit_argument(text):
-    return None if text == 'none' else json.loads(text)
+def limit_from(text):
+    with contextlib.suppress(ValueError):
+        return None if text == 'none' else json.loads(text)
+    raise argparse.ArgumentTypeError(f'must be a number or none, not {text!r}')
+
+
+def seconds_from(text):
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < float('inf'):
+            return float(text)
+    raise argparse.ArgumentTypeError(f'must be a number of seconds, not {text!r}')
 
 
 def command_call(client, options):
@@ -6210,6 +6535,8 @@ def command_run(client, options):
 
 def import_target(target):
     if os.path.isfile(target):
+        if not target.endswith('.py'):
+            raise Misuse(f'{target} is not a Python file, whose name ends in .py')
         import_file(os.path.abspath(target))
     else:
         sys.path.insert(0, os.getcwd())
@@ -6294,6 +6621,8 @@ def import_file(file):
 
 def command_demo(client, options):
     """Hash each file under a folder as a job of an engine of its own, and compare the digests."""
+    if not os.path.isdir(options.folder):
+        raise Misuse(f'there is no folder {options.folder}')
     app = App()
     files = [path for path in pathlib.Path(options.folder).rglob('*') if path.is_file()]
     files = [str(path) for path in files if os.access(path, os.R_OK)]
@@ -6327,7 +6656,7 @@ def argument(*names, **settings):
 
 
 def seconds_argument(name, **settings):
-    return argument(name, type=float, metavar='S', **settings)
+    return argument(name, type=seconds_from, metavar='S', **settings)
 
 
 def number_argument(name, **settings):
@@ -6342,7 +6671,7 @@ class Command(NamedTuple):
 
 
 PAYLOAD = argument(
-    'payload', nargs='?', default='null', type=json_argument, help='JSON; - reads it from stdin')
+    'payload', nargs='?', default='null', type=json_from, help='JSON; - reads it from stdin')
 QUEUE_OPTION = argument('--queue')
 STATUS_OPTION = argument('--status')
 TAG_OPTION = argument('--tag')
@@ -6426,13 +6755,13 @@ COMMANDS = [
     Command('resume', command_call, 'hand out jobs again', [argument('queue')]),
     Command('limit', command_call, 'limit a queue, over all workers; none removes a limit', [
         argument('queue'),
-        argument('--max-running', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
-        argument('--rate', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
+        argument('--max-running', type=limit_from, metavar='N', default=argparse.SUPPRESS),
+        argument('--rate', type=limit_from, metavar='N', default=argparse.SUPPRESS),
         argument(
-            '--per', type=limit_argument, metavar='S', default=argparse.SUPPRESS,
+            '--per', type=limit_from, metavar='S', default=argparse.SUPPRESS,
             help='seconds for --rate claims (1)'),
     ]),
-    Command('schedule', command_call, 'have a job made at each tick', [
+    Command('schedule', command_call, 'make a job at each tick', [
         argument('name'),
         argument('queue'),
         PAYLOAD,
@@ -6481,7 +6810,7 @@ def build_parser():
     parser.add_argument(
         '--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
     parser.add_argument(
-        '--give-up', type=float, default=10, metavar='S',
+        '--give-up', type=seconds_from, default=10, metavar='S',
         help='seconds to try while no engine answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for command in COMMANDS:
@@ -6496,6 +6825,8 @@ def build_parser():
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     end_at_sigterm()
+    if sys.stdout is None:      # closed by the caller
+        sys.stdout = open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # it may be None, or something else
             stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only
