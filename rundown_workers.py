@@ -68,8 +68,8 @@ WORKING
                                         later attempt continues at the last checkpoint
     raise Retry(delay=60)               fail this attempt; the next one follows in 60 s
     raise Abort("why")                  fail for good
-    @on("start" | "success" | "failure" | "lost")   hook(job, value), with the value None,
-                                        the result, or the exception
+    @on("start" | "success" | "failure" | "lost")   hook(job, value) at each attempt, with the
+                                        value None, the result, or the exception
     @on("start_worker" | "stop_worker") hook() in each process that runs handlers
     @around                             a generator that yields once, around each run of a handler
     run(burst, grace, max_hung), stop() burst: run the due jobs, and return
@@ -276,12 +276,14 @@ CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engin
 RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
 MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
 PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
+LONG_CHANGE = 600           # seconds that an engine may take to change all jobs of a queue
 RETRY_PAUSE = 0.1           # seconds before the second try; doubles with each try
 MAX_RETRY_PAUSE = 3         # seconds: the longest such pause
 STILL_TRYING_AFTER = 1      # seconds until a producer on a terminal says that no engine answers
 MAX_RETRY_AFTER = 60        # seconds: the longest Retry-After that is obeyed
 MAX_DELAY = 3650 * 86400    # seconds: the longest delay that an engine accepts
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
+MAX_BATCH_AFTER = 20_000    # dependencies of the jobs in an enqueue
 MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
 MAX_ASYNC_CALLS = 100       # concurrent short calls of asyncio programs
 MAX_ASYNC_WAITS = 2000      # concurrent long polls of asyncio programs that wait for a job
@@ -308,6 +310,7 @@ MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wai
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
+UNSERVED_AFTER = 60         # seconds without a poll after which a queue has no worker
 REFUSED_PAUSE = 10          # seconds until a worker polls again that was refused (token, queue)
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
 MAX_LOOP_BLOCK = 1          # seconds until an event loop counts as blocked
@@ -765,7 +768,7 @@ class Retries:
 
     def __init__(self, hosts, wait, give_up):
         self.hosts = hosts
-        self.wait = wait                        # seconds of the call's long poll
+        self.wait = wait                        # seconds that the engine may take
         self.give_up = in_seconds(give_up)
         self.tries = 0
         self.began = time.monotonic()
@@ -896,8 +899,8 @@ class Caller:
     ) -> Any:
         """send(), tried again for `give_up` seconds (None: the client's timeout).
 
-        `wait` is the length of the long poll in seconds. The last try has at least `wait` and one
-        second, so a silent engine may be noticed that much later.
+        `wait` are the seconds that the engine may take, as for a long poll. The last try has at
+        least `wait` and one second, so a silent engine may be noticed that much later.
         """
         retries = Retries(self.hosts, wait, self.timeout if give_up is None else give_up)
         while True:
@@ -917,11 +920,10 @@ class Caller:
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
-        if jobs is None:
-            return self._post(path, **fields)
-        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
         given = given_fields(fields)
-        texts = [as_json({**given, 'id': id}, 'the job') for id in ids]
+        if jobs is None:
+            return self.call(path, given, wait=0 if 'id' in given else LONG_CHANGE)
+        texts = [as_json({**given, 'id': id}, 'the job') for id in job_ids(jobs)]
         replies = []
         for batch in batches(texts, len):
             replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
@@ -1012,13 +1014,17 @@ class ProducerCalls(Caller):
         if len(ids) != len(payloads):
             counts = f'there are {len(ids)} and {len(payloads)}'
             raise Misuse(f'ids must be one for each payload: {counts}')
+        most = MAX_BATCH
+        if options.get('after') is not None:
+            options['after'] = job_ids(options['after'])
+            most = max(1, min(most, MAX_BATCH_AFTER // max(1, len(options['after']))))
         texts = (
             encode_job(payload, queue=queue, id=id, **options)
             for payload, id in zip(payloads, ids)
         )
         return [
             Job(job, self)
-            for batch in batches(texts, len)
+            for batch in batches(texts, len, most)
             for job in self._enqueue_batch(batch, give_up)
         ]
 
@@ -1166,6 +1172,8 @@ class WorkerCalls(Caller):
 
 class Client(ProducerCalls, WorkerCalls):
     """The calls of an engine, one method each; a method takes the fields of its call.
+
+    GET /metrics and GET /backup have none, since their answers are not JSON.
 
     `host` may name several engines, separated by blanks: one is used until it stops answering,
     then the next. While none answers, a call is retried for `timeout` seconds; then it raises
@@ -1418,7 +1426,10 @@ def tls_context(hosts, ca):
     """The settings of TLS, or None where no host needs it."""
     if not any(url.startswith('https:') for url in hosts):
         return None
-    context = ssl.create_default_context(cafile=ca)
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise Error(f'cannot read the certificates in {ca}: {error}') from None
     if ca:      # self-made certificates rarely pass the strict checks of Python 3.13
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
@@ -1486,12 +1497,19 @@ DURATIONS = {'delay', 'every', 'expires', 'lease', 'per', 'timeout', 'wait'}    
 
 def encode_job(payload, id=None, run_at=None, after=None, **fields):
     """A new job as JSON text. Its id is chosen here, so that enqueueing it is idempotent."""
-    if after is not None:
-        after = [after] if isinstance(after, (str, dict)) else after
-        after = [job['id'] if isinstance(job, dict) else job for job in after]
-    id = new_id() if id is None else id
-    fields.update(payload=payload, id=id, run_at=in_utc(run_at), after=after)
+    fields.update(
+        payload=payload,
+        id=new_id() if id is None else id,
+        run_at=in_utc(run_at),
+        after=None if after is None else job_ids(after),
+    )
     return as_json(given_fields(fields), 'the job')
+
+
+def job_ids(jobs):
+    """The ids of jobs, or of one job; each is given as a job or as its id."""
+    jobs = [jobs] if isinstance(jobs, (str, dict)) else jobs
+    return [job['id'] if isinstance(job, dict) else job for job in jobs]
 
 
 def given_fields(fields):
@@ -1505,13 +1523,13 @@ def given_fields(fields):
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
 
 
-def batches(items, size):
-    """Lists of the items, each short enough for a request; size(item) is in bytes."""
+def batches(items, size, most=MAX_BATCH):
+    """Lists of up to `most` items, each short enough for a request; size(item) is in bytes."""
     batch = []
     total = BATCH_FRAME
     for item in items:
         length = size(item) + 1         # with its comma
-        if batch and (total + length > MAX_BATCH_BYTES or len(batch) == MAX_BATCH):
+        if batch and (total + length > MAX_BATCH_BYTES or len(batch) == most):
             yield batch
             batch = []
             total = BATCH_FRAME
@@ -2077,6 +2095,12 @@ class HandlerTable:
                         '{"task": "its name", "args": [...], "kwargs": {...}}')
         return self._find_task(name), args, kwargs
 
+    def task_name(self, job):
+        """The name of the job's task, for the log; '' if the queue has no tasks."""
+        payload = job.get('payload')
+        name = payload.get('task') if isinstance(payload, dict) else None
+        return name[:100] if isinstance(name, str) and None not in self.functions else ''
+
     def _find_task(self, name):
         """The task of that name; or the only one whose name is a dotted suffix, or the reverse.
 
@@ -2313,7 +2337,9 @@ class Claim(Saver):
 
     def __str__(self):
         item = json.loads(self.json_prefix + '}')
-        return f'{self.consumer.name} {item["id"]} attempt {item["attempt"]}'
+        queue = self.consumer.name
+        task = self.consumer.handlers.task_name(self.job)
+        return f'{queue} {task and task + " "}{item["id"]} attempt {item["attempt"]}'
 
 
 class LentSlot:
@@ -2965,6 +2991,7 @@ class Consumer:
         self.slots = []
         # races are harmless
         self.seconds_per_job = None         # a moving average; None: not known yet
+        self.finished_at = 0                # monotonic: when the last job was finished
         self.lines_this_tick = 0            # of the log, for jobs that are done
 
     def start(self):
@@ -3009,9 +3036,11 @@ class Consumer:
     def prefetch_target(self, slots):
         """How many claims this number of slots should have in flight.
 
-        One for each, and as many as the slots will start within PREFETCH_SECONDS.
+        One for each, and as many as the slots will start within PREFETCH_SECONDS. Their pace is
+        not known if none has finished a job in that time: they may be busy with long ones.
         """
-        if self.seconds_per_job is None:
+        is_recent = time.monotonic() - self.finished_at < PREFETCH_SECONDS
+        if self.seconds_per_job is None or not is_recent:
             return slots
         ahead = int(slots * PREFETCH_SECONDS / max(self.seconds_per_job, 1e-5))
         return slots + min(MAX_BATCH, ahead)
@@ -3039,7 +3068,8 @@ class Consumer:
         if self.hooks[event]:
             claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
-        seconds = time.monotonic() - claim.started_at       # with the hooks
+        self.finished_at = time.monotonic()
+        seconds = self.finished_at - claim.started_at       # with the hooks
         pace = self.seconds_per_job
         self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
 
@@ -3162,6 +3192,7 @@ class Fetcher:
         # written by the fetching thread only
         self.configured_host = None     # the engine that has the queue's limits and schedule
         self.low_watermark = 0          # polls when at most this many claims are in flight
+        self.is_prefetching = False     # all slots are in use
         self.idle_generation = None     # worker.generation at the last poll that found nothing
         self.was_cut_off = False        # the worker's stop ended the last poll: jobs may be lost
         # safe by itself
@@ -3190,6 +3221,7 @@ class Fetcher:
         target = self.consumer.prefetch_target(slots)
         self.low_watermark = max(slots - 1, target // 2)
         in_flight = len(self.consumer.in_flight)
+        self.is_prefetching = in_flight >= slots
         if in_flight > self.low_watermark:
             return 0
         return min(target - in_flight, MAX_BATCH)
@@ -3202,13 +3234,15 @@ class Fetcher:
         jobs = self._poll(limit, wait)
         self.consumer.accept(jobs)
         time.sleep(0)           # lets the slots start before the next poll is prepared
-        self.session.on_up()
+        self.session.on_up(began)
         if jobs:
             return
         if self.worker.burst:
             if not self.worker.app.waits_for_rates or not self._is_rate_limited():
                 self.idle_generation = generation
                 until(self._may_have_jobs, NEVER)
+        elif self.is_prefetching:
+            self.capacity_freed.wait(WATCH_INTERVAL)
         elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
@@ -3241,9 +3275,13 @@ class Fetcher:
             self.configured_host = host
 
     def _poll_wait(self):
-        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away."""
-        is_known = self.session.was_reached and not self.session.down_since
-        return LONG_POLL if is_known and not self.worker.burst else 0
+        """Seconds of the next long poll; 0 in a burst, or to probe an engine that was away.
+
+        A poll that prefetches must not wait: the pace may change, and it would take back jobs that
+        are released for others.
+        """
+        can_wait = self.session.is_up() and not self.worker.burst and not self.is_prefetching
+        return LONG_POLL if can_wait else 0
 
     def _poll(self, limit, wait):
         self._configure()
@@ -3259,7 +3297,7 @@ class Fetcher:
             'max_retries': config.max_retries,
             'timeout': config.timeout,
         }
-        is_probe = not wait and not worker.burst
+        is_probe = not self.session.is_up() and not worker.burst
         timeout = PROBE_TIMEOUT if is_probe else wait + RESPONSE_TIMEOUT
         jobs = self.client.send('/poll', params, timeout) or []
         if not isinstance(jobs, list) or not all(map(is_claim, jobs)):
@@ -3327,11 +3365,16 @@ class EngineSession:
         asked_for = REFUSED_PAUSE if isinstance(error, Refused) else error.retry_after
         return max(longest * rng.uniform(0.5, 1), asked_for)
 
-    def on_up(self):
-        since = self.down_since
-        self.down_since = None
+    def is_up(self):
+        """Whether the engine has answered, and nothing has failed since then."""
+        return self.was_reached and self.down_since is None
+
+    def on_up(self, asked_at):
+        """Called when a request of that time (monotonic) was answered."""
         self.was_reached = True
-        if since is not None:
+        since = self.down_since
+        if since is not None and asked_at > since:      # otherwise it was sent before the trouble
+            self.down_since = None
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
@@ -3344,6 +3387,7 @@ class EngineSession:
         Yields each claim with its answer. A batch that is refused as a whole is sent item by item.
         """
         while not self.worker.closed.is_set():
+            began = time.monotonic()
             try:
                 answers = self._try_batch(call, items, seconds)
             except Error as error:
@@ -3353,7 +3397,7 @@ class EngineSession:
                     continue
                 answers = [{'code': error.status, 'error': str(error)}]
             self.is_backlogged = False
-            self.on_up()
+            self.on_up(began)
             if len(answers) == len(items):
                 for (claim, _), answer in zip(items, answers):
                     yield claim, answer
@@ -3596,7 +3640,9 @@ class Watcher:
         retry_fields = consumer.handlers.retry_fields(error, claim.job)
         if consumer.finish(claim, failure(error, str(error), **retry_fields), Timeout):
             hung = self.worker.count_hung()
-            consumer.log_and_notify('failure', claim, error, '%s; hung threads: %d', text, hung)
+            if hung:
+                text += f'; hung threads: {hung}'
+            consumer.log_and_notify('failure', claim, error, '%s', text)
 
     def _count_lines(self, consumer):
         """Log how many more jobs are done: a line for each could take longer than the jobs."""
@@ -5179,38 +5225,51 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
 
 
 def report_undeclared(worker):
-    """Log the schedules and limits in the engine that no decorator declares."""
+    """Log the schedules and limits in the engine that no decorator declares: now and later.
+
+    At first the worker of an earlier version may still seem to serve a queue that is gone.
+    """
+    reported = set()
     for session in list(worker.sessions.values()):
         while not session.was_reached:
             if worker.stopping.wait(WATCH_INTERVAL):
                 return
-        configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
-        try:
-            for setting, queue, remedy in undeclared_settings(session.client, configs):
-                note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
-                     'to remove it: python rundown_workers.py %s', setting, queue, remedy)
-        except (Error, LookupError, TypeError, AttributeError) as error:
-            note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
+        report_undeclared_settings(worker, session, reported)
+    if not worker.stopping.wait(UNSERVED_AFTER):
+        for session in list(worker.sessions.values()):
+            report_undeclared_settings(worker, session, reported)
+
+
+def report_undeclared_settings(worker, session, reported):
+    """Log those of one engine that are not in `reported` yet, and add them."""
+    configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
+    try:
+        for finding in sorted(set(undeclared_settings(session.client, configs)) - reported):
+            reported.add(finding)
+            note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
+                 'to remove it: python rundown_workers.py %s', *finding)
+    except (Error, LookupError, TypeError, AttributeError) as error:
+        note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
 
 
 def undeclared_settings(client, configs):
     """Schedules and limits that an engine has and no decorator declares.
 
-    Yields (kind, queue, command that removes it).
-
-    A decorator's schedule has the name of its queue and no payload. That of another queue counts
-    if nobody works on it.
+    Yields (kind, queue, command that removes it). A decorator's schedule has the name of its
+    queue and no payload. That of another queue counts if no worker polls the queue.
     """
     # the limits of a queue of `exec` are its operator's
     here = {config.name for config in configs
             if not hasattr(config.functions.get(None), 'slot_type')}
     declared = {(path, body['queue']) for config in configs for path, body in config.setup_calls}
     queues = {row['queue']: row for row in iter_pages(client.queues, 'queues')}
+    silent_since = parse_time(client.queues(limit=1)['now']) - UNSERVED_AFTER
     for schedule in iter_pages(client.schedules, 'schedules'):
         name = schedule['name']
         is_ours = name == schedule['queue'] and schedule['payload'] is None
-        is_worked_on = queues.get(name, {}).get('workers') and name not in here
-        if is_ours and not is_worked_on and ('/schedule', name) not in declared:
+        polled_at = parse_time(queues[name]['polled_at']) if name in queues else None
+        is_served = name not in here and polled_at and polled_at > silent_since
+        if is_ours and not is_served and ('/schedule', name) not in declared:
             yield 'schedule', name, f'unschedule {shlex.quote(name)}'
     for name in sorted(here & queues.keys()):
         has_limit = queues[name]['max_running'] or queues[name]['rate']
@@ -5312,7 +5371,8 @@ def enqueue_in(
 
     The connection is one of sqlite3, psycopg, psycopg2, SQLAlchemy (a Connection or a Session) or
     Django (django.db.connection); other drivers work if they write parameters as %s and the table
-    is there. Returns the job's id. The options are those of enqueue(); a delay begins now.
+    is there. With an AsyncSession on psycopg: `await session.run_sync(enqueue_in, queue, payload)`.
+    Returns the job's id. The options are those of enqueue(); a delay begins now.
     """
     check_names(options, ENQUEUE_OPTIONS)
     if 'give_up' in options:
@@ -5334,8 +5394,8 @@ def driver_connection(connection):
     if hasattr(connection, 'ensure_connection'):            # Django
         connection.ensure_connection()
         return connection.connection
-    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
-        connection = connection.connection()
+    if callable(getattr(connection, 'connection', None)) and not is_async(connection):
+        connection = connection.connection()                # a Session of SQLAlchemy
     if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
         if not connection.in_transaction() and hasattr(connection, 'commit'):
             connection.begin()      # as its first statement would do; its commit() needs that
@@ -5348,14 +5408,17 @@ def outbox_of(connection):
     connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
         return SQLiteOutbox(connection)
-    is_asynchronous = (
-        inspect.iscoroutinefunction(getattr(connection, 'commit', None))
-        or has_class_of(connection, 'sqlite')       # an adapter of aiosqlite
-    )
-    if is_asynchronous or not hasattr(connection, 'cursor'):
+    is_usable = (hasattr(connection, 'cursor') and hasattr(connection, 'commit')
+                 and not is_async(connection))
+    # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
+    if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return Outbox(connection)
+
+
+def is_async(connection):
+    return inspect.iscoroutinefunction(getattr(connection, 'commit', None))
 
 
 def has_class_of(connection, name):
@@ -5409,7 +5472,10 @@ class Outbox:
                         f'{self.create_table}') from error
 
     def _make_missing(self, problem):
-        """Make the table, or its columns. Returns problems in that: others may make it just now."""
+        """Make the table, or its columns; returns the problem, if there is one.
+
+        It need not matter: another process may have just made the same.
+        """
         changes = []
         if 'taken_' in problem:
             changes = ADD_COLUMNS
@@ -5647,7 +5713,7 @@ class Forwarder:
 
 def as_text(value):
     """Text from a database, whose connection may return it as bytes."""
-    return value.decode() if isinstance(value, bytes) else value
+    return value if isinstance(value, str) else bytes(value).decode()
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -5772,6 +5838,9 @@ class DjangoTasks:
         outbox = self.options.get('outbox') or None
         self.database = 'default' if outbox is True else outbox     # its alias; None: no outbox
         self.host = self.options.get('host')                        # None: RUNDOWN_URL
+        if self.database:
+            aliases = list(django.db.connections)
+            check_names([self.database], aliases, f'TASKS[{alias!r}]: there is no database')
 
     def enqueue(self, task, args, kwargs):
         options = self._enqueue_options(task, args, kwargs)
@@ -6171,15 +6240,19 @@ CLEAR_LINE = '\r\x1b[K'
 
 def show(answer):
     """Print JSON on a pipe; on a terminal a table, or a line for each field."""
-    if not sys.stdout.isatty():
-        print(json.dumps(answer))
-        return
     key = next((key for key in TABLES if key in answer), None)
-    if key:
-        print_table(TABLES[key], answer[key])
-    else:
-        for field, value in answer.items():
-            show_field(field, value)
+    try:
+        if not sys.stdout.isatty():
+            print(json.dumps(answer))
+        elif key:
+            print_table(TABLES[key], answer[key])
+        else:
+            for field, value in answer.items():
+                show_field(field, value)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python flushes it once more when it ends
+        raise Error(f'cannot write the answer: {error.strerror}') from None
 
 
 def show_field(field, value):
@@ -6271,7 +6344,7 @@ def last_error_line(error):
     return (error or '').strip().rpartition('\n')[2]
 
 
-def json_argument(text):
+def json_from(text):
     try:
         return json.loads(sys.stdin.read() if text == '-' else text)
     except ValueError as error:
@@ -6279,8 +6352,17 @@ def json_argument(text):
         raise argparse.ArgumentTypeError(f'is not JSON ({error}); {hint}') from None
 
 
-def limit_argument(text):
-    return None if text == 'none' else json.loads(text)
+def limit_from(text):
+    with contextlib.suppress(ValueError):
+        return None if text == 'none' else json.loads(text)
+    raise argparse.ArgumentTypeError(f'must be a number or none, not {text!r}')
+
+
+def seconds_from(text):
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < float('inf'):
+            return float(text)
+    raise argparse.ArgumentTypeError(f'must be a number of seconds, not {text!r}')
 
 
 def command_call(client, options):
@@ -6453,6 +6535,8 @@ def command_run(client, options):
 
 def import_target(target):
     if os.path.isfile(target):
+        if not target.endswith('.py'):
+            raise Misuse(f'{target} is not a Python file, whose name ends in .py')
         import_file(os.path.abspath(target))
     else:
         sys.path.insert(0, os.getcwd())
@@ -6537,6 +6621,8 @@ def import_file(file):
 
 def command_demo(client, options):
     """Hash each file under a folder as a job of an engine of its own, and compare the digests."""
+    if not os.path.isdir(options.folder):
+        raise Misuse(f'there is no folder {options.folder}')
     app = App()
     files = [path for path in pathlib.Path(options.folder).rglob('*') if path.is_file()]
     files = [str(path) for path in files if os.access(path, os.R_OK)]
@@ -6570,7 +6656,7 @@ def argument(*names, **settings):
 
 
 def seconds_argument(name, **settings):
-    return argument(name, type=float, metavar='S', **settings)
+    return argument(name, type=seconds_from, metavar='S', **settings)
 
 
 def number_argument(name, **settings):
@@ -6585,7 +6671,7 @@ class Command(NamedTuple):
 
 
 PAYLOAD = argument(
-    'payload', nargs='?', default='null', type=json_argument, help='JSON; - reads it from stdin')
+    'payload', nargs='?', default='null', type=json_from, help='JSON; - reads it from stdin')
 QUEUE_OPTION = argument('--queue')
 STATUS_OPTION = argument('--status')
 TAG_OPTION = argument('--tag')
@@ -6669,10 +6755,10 @@ COMMANDS = [
     Command('resume', command_call, 'hand out jobs again', [argument('queue')]),
     Command('limit', command_call, 'limit a queue, over all workers; none removes a limit', [
         argument('queue'),
-        argument('--max-running', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
-        argument('--rate', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
+        argument('--max-running', type=limit_from, metavar='N', default=argparse.SUPPRESS),
+        argument('--rate', type=limit_from, metavar='N', default=argparse.SUPPRESS),
         argument(
-            '--per', type=limit_argument, metavar='S', default=argparse.SUPPRESS,
+            '--per', type=limit_from, metavar='S', default=argparse.SUPPRESS,
             help='seconds for --rate claims (1)'),
     ]),
     Command('schedule', command_call, 'make a job at each tick', [
@@ -6724,7 +6810,7 @@ def build_parser():
     parser.add_argument(
         '--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
     parser.add_argument(
-        '--give-up', type=float, default=10, metavar='S',
+        '--give-up', type=seconds_from, default=10, metavar='S',
         help='seconds to try while no engine answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for command in COMMANDS:
@@ -6739,6 +6825,8 @@ def build_parser():
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     end_at_sigterm()
+    if sys.stdout is None:      # closed by the caller
+        sys.stdout = open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # it may be None, or something else
             stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only
