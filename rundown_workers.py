@@ -6128,8 +6128,9 @@ def register_django_queues(backends, names):
 def django_handler(backend):
     """The handler of a queue. For an async task it returns a coroutine."""
     def run_task(payload):
-        run = DjangoAttempt(backend, job())
-        return run.arun() if inspect.iscoroutinefunction(run.function) else run.run()
+        attempt = DjangoAttempt(backend, job())
+        is_async = inspect.iscoroutinefunction(attempt.function)
+        return attempt.arun() if is_async else attempt.run()
 
     return run_task
 

@@ -11133,6 +11133,48 @@ def test_two_forwarders_at_once_do_no_harm(engine, shop, box, q):
     assert payloads(engine, q) == list(range(900)) and shop.rows() == []
 
 
+class Killed(BaseException):
+    """Ends a forwarder as if its process had been killed."""
+
+
+@pytest.mark.parametrize("shop", ["sqlite"], indirect=True)
+def test_a_forwarder_may_be_killed_before_and_after_each_of_its_calls(
+    engine, shop, box, q, monkeypatch
+):
+    moments = 0
+
+    def fatal(function):
+        def call(*args):
+            nonlocal moments
+            for step in (functools.partial(function, *args), lambda: result):
+                moments += 1
+                if moments == last:
+                    raise Killed
+                result = step()
+            return result
+
+        return call
+
+    sent, last = [], 0
+    while moments >= last:
+        last += 1
+        moments = 0
+        rw.enqueue_in(box, q, last)
+        box.commit()
+        sent.append(last)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for owner, name in [
+                (rw.Outbox, "execute"),     # within a transaction
+                (rw.Outbox, "read"),        # which this commits
+                (rw.Client, "send"),
+            ]:
+                patch.setattr(owner, name, fatal(getattr(owner, name)))
+            rw.forward(shop.connect, engine.url)
+        rw.forward(shop.connect, engine.url)
+        assert shop.rows() == []
+    assert payloads(engine, q) == sent and last > 20
+
+
 @pytest.mark.parametrize("shop", [POSTGRESQL], indirect=True)
 def test_a_forwarder_s_transaction_that_postgresql_aborts_is_tried_again(engine, shop, box, q):
     def connect():
