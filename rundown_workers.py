@@ -5432,7 +5432,8 @@ def outbox_of(connection):
     connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
         return SQLiteOutbox(connection)
-    is_usable = hasattr(connection, 'cursor') and not is_async(connection)
+    is_usable = (hasattr(connection, 'cursor') and hasattr(connection, 'commit')
+                 and not is_async(connection))
     # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
     if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
@@ -5495,7 +5496,10 @@ class Outbox:
                         f'{self.create_table}') from error
 
     def _make_missing(self, problem):
-        """Make the table, or its columns. Returns problems in that: others may make it just now."""
+        """Make the table, or its columns; returns the problem, if there is one.
+
+        It need not matter: another process may have just made the same.
+        """
         changes = []
         if 'taken_' in problem:
             changes = ADD_COLUMNS
@@ -6148,8 +6152,9 @@ def register_django_queues(backends, names):
 def django_handler(backend):
     """The handler of a queue. For an async task it returns a coroutine."""
     def run_task(payload):
-        run = DjangoAttempt(backend, job())
-        return run.arun() if inspect.iscoroutinefunction(run.function) else run.run()
+        attempt = DjangoAttempt(backend, job())
+        is_async = inspect.iscoroutinefunction(attempt.function)
+        return attempt.arun() if is_async else attempt.run()
 
     return run_task
 

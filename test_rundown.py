@@ -2473,6 +2473,28 @@ def test_replace_does_not_drop_what_it_cannot_change(engine, q, more, status, na
     assert engine.job(job)["payload"] == (1 if named else 2)
 
 
+@pytest.mark.parametrize("path, body, named", [
+    ("/enqueue", {"queue": "q", "after": []}, "not a list of 0"),
+    ("/complete", {"jobs": [{}] * 10001}, "not a list of 10001"),
+])
+def test_a_list_of_the_wrong_length_is_refused_with_its_length(engine, path, body, named):
+    code, answer = engine.call("POST", path, body)
+    assert code == 400 and named in answer["error"]
+
+
+def test_an_item_of_a_batch_that_is_no_object_is_named(engine):
+    refused = engine.post("/complete", jobs=[5])["jobs"][0]
+    assert refused["code"] == 400 and "jobs[0]: it must be a JSON object, not 5" in refused["error"]
+
+
+def test_progress_of_null_replaces_what_was_there(engine, q):
+    claim = claimed(engine, q)
+    for progress in ({"at": 5}, None):
+        fields = {"id": claim["id"], "attempt": 1, "progress": progress}
+        assert engine.call("POST", "/heartbeat", fields)[0] == 200
+        assert engine.job(claim)["progress"] == progress
+
+
 @pytest.mark.parametrize("field, value", [("replace", True), ("key_until", "start"), ("after_any", True)])
 def test_what_needs_another_field_is_refused_without_it(engine, q, field, value):
     code, answer = engine.call("POST", "/enqueue", {"queue": q, field: value})
@@ -2877,8 +2899,8 @@ def test_ticks_that_were_missed_make_one_job_for_the_last_of_them(clocked, q):
     clocked.clock.wall -= 86400
     clocked.stop()
     clocked.start()
-    clocked.advance(3600)
-    assert clocked.poll(q, limit=9) is None     # no tick twice
+    clocked.advance(3600)       # no tick of a cron twice
+    assert [job["id"].split("@")[0] for job in clocked.poll(q, limit=9)] == ["every"]
 
 
 def test_a_tick_while_the_key_s_job_is_there_is_skipped(clocked, q):
@@ -3740,9 +3762,9 @@ def survives(own, q, trouble):
     """A worker heartbeats through trouble of several leases. The job is its own, until it falls silent for another one."""
     engine = own(constants={"CLOCK_CHECK_INTERVAL": 0.1, "GRACE": 0.2, "LOCK_TIMEOUT": 0.1})
     engine.enqueue(q, timeout=100)
-    claim, codes = engine.poll(q, lease=1.2), set()
+    claim, codes = engine.poll(q, lease=2.4), set()
     with trouble(engine):
-        ends = time.monotonic() + 3
+        ends = time.monotonic() + 6
         while time.monotonic() < ends:
             codes.add(engine.tell("heartbeat", claim)[0])
             time.sleep(0.1)
@@ -3750,7 +3772,7 @@ def survives(own, q, trouble):
     time.sleep(0.6)
     until(lambda: engine.tell("heartbeat", claim)[0] != 503, 5)
     assert engine.tell("heartbeat", claim)[0] == 200 and "lost" not in engine.log()
-    until(lambda: engine.job(claim)["status"] == "pending", 5)
+    until(lambda: engine.job(claim)["status"] == "pending")
 
 
 @beside
@@ -4298,7 +4320,7 @@ def test_a_request_that_trickles_does_not_keep_an_engine_from_ending_in_five_sec
 @beside
 @pytest.mark.skipif(not POSIX, reason="ends the engine by a signal")
 def test_a_request_is_answered_at_the_end_though_another_program_holds_the_write_lock(own, q):
-    engine = own()
+    engine = own(constants={"DRAIN_TIMEOUT": 1})
     with contextlib.closing(sqlite3.connect(str(engine.database), isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
         with meanwhile(engine.call, "POST", "/enqueue", {"queue": q}) as call:
@@ -5099,7 +5121,7 @@ def test_a_poll_costs_the_same_beside_10000_jobs_of_every_kind(own, q):
 
 
 def pace(engine, q):
-    """Median seconds of a poll when there is a job to be had; the jobs are of the lowest priority and the earliest."""
+    """Seconds of a poll that finds a job, of lowest priority and earliest time, in a calm moment."""
     took = []
     with contextlib.closing(engine.connect()) as over:
         for _ in range(60):
@@ -5108,7 +5130,7 @@ def pace(engine, q):
             code, _ = engine.call("POST", "/poll", {"queue": q}, over=over)
             took.append(time.perf_counter() - began)
             assert code == 200
-    return sorted(took)[30]
+    return sorted(took)[5]
 
 
 IN_THE_WAY = ["jobs.db.lock", "jobs.db", "jobs.db-wal", "folder"]
@@ -5349,7 +5371,8 @@ def test_what_ended_is_forgotten_when_it_was_kept_long_enough(clocked, q):
     assert there() == ["running"]
 
 
-def test_a_queue_is_not_forgotten_by_a_transaction_that_is_rolled_back(clocked, q):
+def test_a_queue_is_not_forgotten_by_a_transaction_that_is_rolled_back(clocked, q, monkeypatch):
+    monkeypatch.setattr(rundown_engine, "SLICE_TIME", 60)       # one slice does it, however slowly
     retention = clocked.server.store.retention
     retention.next_round = rundown_engine.NEVER     # this test alone makes rounds
     clocked.poll(q)
@@ -10850,7 +10873,8 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
         for name in ("aiosqlite", "asyncpg")
     ]
     sentence = "psycopg2, SQLAlchemy or Django that is not for asyncio, not a %s$"
-    for odd in Asynchronous(), AsyncSession(), *adapted, object(), None:
+    cursor_alone = types.SimpleNamespace(cursor=None)
+    for odd in Asynchronous(), AsyncSession(), *adapted, cursor_alone, object(), None:
         with pytest.raises(rw.Misuse, match=sentence % type(odd).__name__):
             rw.enqueue_in(odd, q)
 
@@ -10929,6 +10953,7 @@ def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_en
     id = rw.enqueue_in(box, q, {"a": "ä\0"}, delay=0.5, priority=7, tag="t")
     own = rw.enqueue_in(box, q, id=q + "-own")
     far = rw.enqueue_in(box, q, delay=10**12)
+    late = rw.enqueue_in(box, q, expires=0.3)
     with pytest.raises(TypeError, match="did you mean priority"):
         rw.enqueue_in(box, q, prioritie=1)
     with pytest.raises(rw.Misuse, match="not both"):
@@ -10942,6 +10967,7 @@ def test_an_outbox_s_job_has_its_id_and_options_and_its_delay_begins_with_the_en
     assert (job["payload"], job["priority"], job["tag"], own) == ({"a": "ä\0"}, 7, "t", q + "-own")
     assert engine.poll(q)["id"] == id and engine.poll(q)["id"] == own
     assert when(engine.job(far)["next_run_at"]) > time.time() + 3600 * 86400
+    assert engine.job(late)["error"] == "expired"
 
 
 def test_an_outbox_that_is_empty_is_looked_at_and_not_written(engine, tmp_path):
@@ -11156,6 +11182,48 @@ def test_two_forwarders_at_once_do_no_harm(engine, shop, box, q):
         forwarders = [pool.submit(rw.forward, shop.connect, engine.url) for _ in range(3)]
         assert sum(one.result(30) for one in forwarders) >= 900
     assert payloads(engine, q) == list(range(900)) and shop.rows() == []
+
+
+class Killed(BaseException):
+    """Ends a forwarder as if its process had been killed."""
+
+
+@pytest.mark.parametrize("shop", ["sqlite"], indirect=True)
+def test_a_forwarder_may_be_killed_before_and_after_each_of_its_calls(
+    engine, shop, box, q, monkeypatch
+):
+    moments = 0
+
+    def fatal(function):
+        def call(*args):
+            nonlocal moments
+            for step in (functools.partial(function, *args), lambda: result):
+                moments += 1
+                if moments == last:
+                    raise Killed
+                result = step()
+            return result
+
+        return call
+
+    sent, last = [], 0
+    while moments >= last:
+        last += 1
+        moments = 0
+        rw.enqueue_in(box, q, last)
+        box.commit()
+        sent.append(last)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for owner, name in [
+                (rw.Outbox, "execute"),     # within a transaction
+                (rw.Outbox, "read"),        # which this commits
+                (rw.Client, "send"),
+            ]:
+                patch.setattr(owner, name, fatal(getattr(owner, name)))
+            rw.forward(shop.connect, engine.url)
+        rw.forward(shop.connect, engine.url)
+        assert shop.rows() == []
+    assert payloads(engine, q) == sent and last > 20
 
 
 @pytest.mark.parametrize("shop", [POSTGRESQL], indirect=True)
@@ -11994,8 +12062,8 @@ NODE_OUTCOMES = [  # the body of a handler that gets `payload` 21; what becomes 
         {"status": "done", "result": 2, "retries": 1},
     ),
     ("throw new Abort('enough');", {"status": "failed", "error": "enough", "attempt": 1}),
-    ("return 1n;", {"status": "failed", "attempt": 1, "error": "TypeError: .* BigInt"}),
-    ("return 'x'.repeat(9e6);", {"status": "failed", "error": "the engine refuses .*8388608"}),
+    ("return 1n;", {"status": "failed", "attempt": 1, "error": "the result cannot be stored: TypeError: .* BigInt"}),
+    ("return 'x'.repeat(9e6);", {"status": "failed", "error": "the result cannot be stored: .*8388608"}),
     (
         "throw Object.assign(new Error('a', { cause: new Error('b') }), { token: 's3cret' });",
         {"status": "pending", "error": r"Error: a\n((?!s3cret)[\s\S])*caused by Error: b"},
@@ -12089,10 +12157,10 @@ def test_concurrency_and_settings_of_a_node_worker(engine, tmp_path, q):
 
 def test_an_idle_node_worker_has_one_poll_per_queue_and_ends_at_once(engine, proxy, tmp_path, q):
     source = "for (const name of 'abcdefghijkl') queue('%s' + name, { concurrency: 9 }, () => 1);" % q
-    with node(tmp_path, proxy, source) as worker:
+    with node(tmp_path, proxy, source, replaced={"POLL_WAIT": 0.5}) as worker:
         until(lambda: [one["queue"] for one in engine.get("/queues")["workers"]].count(q + "l"))
         time.sleep(0.3)
-        assert proxy.connections == 12 + 1  # one hears of claims that are lost
+        assert proxy.connections == 12
         began = time.monotonic()
         assert worker.stop() == 0
         assert time.monotonic() - began < 4     # EXIT_TIMEOUT would be 5
@@ -12349,7 +12417,7 @@ def test_in_node_only_the_engine_s_own_json_is_a_verdict(engine, tmp_path, q, an
 def test_a_node_worker_moves_on_from_an_engine_that_never_answers(engine, tmp_path, q):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         urls = "http://127.0.0.1:%d %s" % (silent.getsockname()[1], engine.url)
-        with node(tmp_path, urls, ECHO % q, replaced={"FIRST_TIMEOUT": 0.3}):
+        with node(tmp_path, urls, ECHO % q, replaced={"ANSWER_TIMEOUT": 0.6}):
             assert ended(engine, engine.enqueue(q, 7), 8)["result"] == 7
 
 
@@ -12398,7 +12466,8 @@ def test_a_queue_that_the_engine_refuses_ends_run_in_node(engine, tmp_path):
 def test_a_node_worker_over_tls(https, tmp_path, q):
     engine, cert = https()
     source = ECHO % q + "say((await enqueue('%s', 3)).id);" % q
-    with node(tmp_path, engine, source, env={"NODE_EXTRA_CA_CERTS": cert}) as worker:
+    env = {"NODE_EXTRA_CA_CERTS": cert}
+    with node(tmp_path, engine, source, env=env, replaced={"POLL_WAIT": 0.5}) as worker:
         client = rw.Client(engine.url, ca=cert)
         job = client.wait(until(worker.said)[0], 10)
         assert job["result"] == 3
@@ -13860,7 +13929,8 @@ def compare_at_length(folder, steps, seed):
             differences += 1
             print(told_difference(found, seed + number), flush=True)
         shutil.rmtree(str(run))
-    print("%d random calls, %d runs differ from the model" % (steps, differences), flush=True)
+    told = (steps, seed, differences)
+    print("%d random calls, seed %d: %d runs differ from the model" % told, flush=True)
     return differences
 
 
