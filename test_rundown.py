@@ -7349,10 +7349,14 @@ def test_one_failed_heartbeat_within_a_long_job_does_not_end_a_burst(own, work, 
     assert engine.get("/jobs?queue=" + q)["jobs"][0]["result"] == 7
 
 
+class ClosedConnection(NamedTuple):
+    sock: socket.socket
+
+
 def test_hanging_up_does_not_mind_a_connection_that_is_closed_meanwhile(monkeypatch):
     wire = rw.ConnectionPool()
-    unconnected = http.client.HTTPConnection("127.0.0.1", 1)      # it has no socket (any more)
-    monkeypatch.setattr(wire, "active", {unconnected})
+    with socket.socket() as sock:
+        monkeypatch.setattr(wire, "active", {ClosedConnection(sock)})
     wire.shutdown()
     assert wire.closed
 
