@@ -2478,7 +2478,7 @@ class EventLoop:
             self.loop.close()
 
     def call(self, function, *args):
-        """Have the loop call a function soon. After the end of the loop nothing happens."""
+        """Call a function soon in the loop's thread. Does nothing once the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(function, *args)
 
@@ -2852,7 +2852,7 @@ class LogWriter:
             self.calls.put(None)
 
     def put(self, function, *args):
-        """Have the function called in the thread; call it here if there is no thread."""
+        """Call the function in the thread; without a thread, call it here."""
         if not self.users:
             function(*args)
         elif self.calls.qsize() < MAX_LOG_BACKLOG:
@@ -3034,8 +3034,7 @@ class Consumer:
         self._remove(claim)
 
     def _on_finished(self, claim, outcome):
-        """Report the outcome of a handler and call its hooks, for which the report does not wait.
-        """
+        """Report the outcome of a handler, then call its hooks."""
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -3139,7 +3138,7 @@ class Consumer:
         return True
 
     def return_slot(self, claim):
-        """Have the next free slot end for one that was lent. None if all have been returned."""
+        """End the next slot that is free, for one that was lent; None if all have been returned."""
         with claim.lock:
             if not claim.lent_slots:
                 return None
@@ -3929,7 +3928,7 @@ WAITING = 'waiting'         # the handler waits for a job; answered with whether
 RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
-HOOKS_CALLED = 'hooks'      # the process can take the next job
+HOOKS_CALLED = 'hooks'      # after the hooks of the outcome, if there are any
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
 # Kinds of messages to that process, besides the answers to its own.
@@ -4102,10 +4101,11 @@ class IsolatedSlot(Slot):
         If the process is gone, call all of them here.
         """
         hooks = self.consumer.hooks[event]
+        ours = hooks
         if event == 'start' or self.process is not None:
-            hooks = [hook for hook in hooks if not has_place(hook)]
-        self.consumer.call_hooks(event, claim, value, hooks)
-        if event != 'start' and self.process is not None:
+            ours = [hook for hook in hooks if not has_place(hook)]
+        self.consumer.call_hooks(event, claim, value, ours)
+        if event != 'start' and self.process is not None and len(ours) < len(hooks):
             kind = None
             while kind not in (HOOKS_CALLED, CRASHED):
                 kind, _ = self._receive()
@@ -4323,9 +4323,10 @@ class Child:
         has_failed = outcome.call == 'fail'
         error = error_text(outcome.value) if has_failed else None
         self.send(FINISHED, (outcome.call, outcome.fields, error))
-        if not claim.was_left:
-            self._call_hooks('failure' if has_failed else 'success', job, outcome.value)
-        self.send(HOOKS_CALLED)
+        event = 'failure' if has_failed else 'success'
+        if self.hooks[event] and not claim.was_left:
+            self._call_hooks(event, job, outcome.value)
+            self.send(HOOKS_CALLED)
 
     def _call_hooks(self, event, job, value):
         for function in self.hooks[event]:
@@ -4500,7 +4501,7 @@ def read_tail(file, length):
 
 
 def set_append_mode(file):
-    """Have programs write at the end of the file, also after it was truncated."""
+    """Make programs write at the end of the file, also after it was truncated."""
     with contextlib.suppress(ImportError):
         import fcntl    # not on Windows, where the truncated part reads as zeros
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
