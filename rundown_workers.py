@@ -306,6 +306,8 @@ MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WAT
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
 MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
+MAX_STEPS = 1000            # steps of a job, as the engine bounds them
+MAX_STEP_NAME = 200         # characters in the name of a step
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
 REFUSED_PAUSE = 10          # seconds until a worker polls again that was refused (token, queue)
@@ -1780,7 +1782,7 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.begin_step()
+    claim.begin_step(name)
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1794,7 +1796,7 @@ async def async_step(claim, name, function, args, kwargs):
 
     if claim is None:
         return await call()
-    claim.begin_step()
+    claim.begin_step(name)
     if name not in claim.steps:
         text = as_json(await call(), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
@@ -1932,10 +1934,17 @@ class Saver:
     leave_if_stopping() and drop_progress().
     """
 
-    def begin_step(self):
+    def begin_step(self, name):
+        """Check the name before the function runs: a result that is refused would be lost."""
         self.leave_if_stopping()
         if self.steps is None:
             self.steps = {}
+        is_text = isinstance(name, str) and not UNPRINTABLE.search(name)
+        if not is_text or not 1 <= len(name) <= MAX_STEP_NAME:
+            raise Misuse(f'the name of a step must have 1 to {MAX_STEP_NAME} printable characters, '
+                         f'not {truncate_middle(repr(name), 300)}')
+        if len(self.steps) >= MAX_STEPS and name not in self.steps:
+            raise Error(f'the job has {MAX_STEPS} steps already')
 
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
@@ -2459,6 +2468,7 @@ class EventLoop:
         # safe without a lock: a dict whose single operations are atomic
         self.not_begun = {}         # the queues of threads whose coroutine has not begun
         self.is_abandoned = False
+        self.is_ending = False
         # written by the watcher; the loop's thread resets the first, any thread reads the other
         self.probed_at = None       # when the pending probe was sent; None: it was answered
         self.is_blocked = False     # by a handler that does not await
@@ -2467,7 +2477,8 @@ class EventLoop:
     def _run(self):
         self.asyncio.set_event_loop(self.loop)
         try:
-            self.loop.run_forever()
+            while not self.is_ending:
+                self._run_until_stopped()
             tasks = self.asyncio.all_tasks(self.loop)
             for task in tasks:
                 task.cancel()
@@ -2477,12 +2488,20 @@ class EventLoop:
         finally:
             self.loop.close()
 
+    def _run_until_stopped(self):
+        """Run the loop until stop(), or until a handler stops it or exits in a task of its own."""
+        try:
+            self.loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            note(logging.ERROR, 'a task of an async handler failed: %s', last_line(error))
+
     def call(self, function, *args):
         """Call a function soon in the loop's thread. Does nothing once the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(function, *args)
 
     def stop(self):
+        self.is_ending = True
         self.call(self.loop.stop)
 
     def create_task(self, coroutine, context, on_done):
