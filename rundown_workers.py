@@ -275,13 +275,16 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in error messages
 CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engine answers
 RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
 MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
+MAX_TRY = 60                # seconds that any try has at most, in addition to its `wait`
 PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
+LONG_CHANGE = 600           # seconds that an engine may take to change all jobs of a queue
 RETRY_PAUSE = 0.1           # seconds before the second try; doubles with each try
 MAX_RETRY_PAUSE = 3         # seconds: the longest such pause
 STILL_TRYING_AFTER = 1      # seconds until a producer on a terminal says that no engine answers
 MAX_RETRY_AFTER = 60        # seconds: the longest Retry-After that is obeyed
 MAX_DELAY = 3650 * 86400    # seconds: the longest delay that an engine accepts
 MAX_BATCH = 1000            # jobs in a poll, a report or an enqueue
+MAX_BATCH_AFTER = 20_000    # dependencies of the jobs in an enqueue
 MAX_BATCH_BYTES = 1_000_000  # bytes of a request with several jobs; proxies often take 1 MiB
 MAX_ASYNC_CALLS = 100       # concurrent short calls of asyncio programs
 MAX_ASYNC_WAITS = 2000      # concurrent long polls of asyncio programs that wait for a job
@@ -310,6 +313,7 @@ MAX_STEPS = 1000            # steps of a job, as the engine bounds them
 MAX_STEP_NAME = 200         # characters in the name of a step
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
+UNSERVED_AFTER = 60         # seconds without a poll after which a queue has no worker
 REFUSED_PAUSE = 10          # seconds until a worker polls again that was refused (token, queue)
 PACE_WEIGHT = 0.25          # weight of the last job in the average time of a job
 MAX_LOOP_BLOCK = 1          # seconds until an event loop counts as blocked
@@ -413,16 +417,15 @@ class Retry(Error):
         delay: float | datetime.timedelta | None = None,
     ) -> None:
         super().__init__(reason)
-        seconds = in_seconds(delay)
-        if seconds is not None and not 0 <= seconds < float('inf'):
+        self.delay = None if delay is None else duration('delay', delay)
+        if self.delay is not None and not 0 <= self.delay < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
-        self.delay = seconds
 
 
 # -- Values ----------------------------------------------------------------------------------------
+NUMBER = (int, float)
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
-quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
 rng = random.Random()       # our own, since a handler may seed the module's
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=rng.seed)    # two processes must not choose the same ids
@@ -490,8 +493,24 @@ def drop_none(**fields):
     return {field: value for field, value in fields.items() if value is not None}
 
 
+def quote(text):
+    """A name or an id as a part of a URL."""
+    if not isinstance(text, str):
+        raise Misuse(f'a name or an id must be a string, not {text!r}')
+    return urllib.parse.quote(text, safe='', errors='surrogatepass')
+
+
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def duration(name, span):
+    """A duration in seconds; Misuse unless it is a number or a timedelta."""
+    seconds = in_seconds(span)
+    is_number = isinstance(seconds, NUMBER) and not isinstance(seconds, bool)
+    if not is_number or seconds != seconds:     # NaN differs from itself
+        raise Misuse(f'{name} must be a number of seconds or a timedelta, not {span!r}')
+    return seconds
 
 
 def require_temporary_folder():
@@ -510,9 +529,8 @@ def in_utc(moment):
 
 
 def clamp_delay(delay):
-    """The delay in seconds, limited to the range that an engine accepts."""
-    delay = in_seconds(delay)
-    return delay if delay is None else min(max(delay, 0), MAX_DELAY)
+    """The delay in seconds, limited to the range that an engine accepts; None stays None."""
+    return None if delay is None else min(max(duration('delay', delay), 0), MAX_DELAY)
 
 
 def printable(text):
@@ -532,7 +550,7 @@ def retry_pause(tries):
 
 
 def deadline_after(timeout):
-    return time.monotonic() + (float('inf') if timeout is None else in_seconds(timeout))
+    return time.monotonic() + (float('inf') if timeout is None else duration('timeout', timeout))
 
 
 def remaining(deadline):
@@ -767,11 +785,11 @@ class Retries:
 
     def __init__(self, hosts, wait, give_up):
         self.hosts = hosts
-        self.wait = wait                        # seconds of the call's long poll
-        self.give_up = in_seconds(give_up)
+        self.wait = min(duration('wait', wait), LONG_CHANGE)    # seconds that the engine may take
+        self.give_up = duration('give_up', give_up)
         self.tries = 0
         self.began = time.monotonic()
-        self.deadline = self.began + self.give_up + wait
+        self.deadline = self.began + self.give_up + self.wait
         self.has_said_so = False                # a message on the terminal: still trying
 
     def seconds(self):
@@ -780,10 +798,11 @@ class Retries:
         With several engines less in the first rounds, so that a silent one costs little.
         """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
+        longest = MAX_TRY
         if len(self.hosts) > 1:
             rounds = self.tries // len(self.hosts)
-            share = min(share, self.wait + PROBE_TIMEOUT * 2 ** min(rounds, 10))
-        return max(share, self.wait + MIN_LAST_TRY)
+            longest = min(longest, PROBE_TIMEOUT * 2 ** min(rounds, 10))
+        return max(min(share, self.wait + longest), self.wait + MIN_LAST_TRY)
 
     def pause_after(self, error):
         """Seconds until the next try; EngineUnavailable if there is none."""
@@ -824,11 +843,11 @@ class Caller:
     ) -> None:
         self.hosts = parse_hosts(host or os.environ.get('RUNDOWN_URL') or DEFAULT_URL)
         self.active = ActiveHost(self.hosts)    # shared with clones
-        self.timeout = in_seconds(timeout)
+        self.timeout = duration('timeout', timeout)
         self.headers = {'Content-Type': 'application/json'}
         token = token or os.environ.get('RUNDOWN_TOKEN')
         if token:
-            if not re.fullmatch('[!-~]+', token):
+            if not isinstance(token, str) or not re.fullmatch('[!-~]+', token):
                 raise Error('the token must be of visible ASCII characters')
             self.headers['Authorization'] = f'Bearer {token}'
         self._open_pool(tls_context(self.hosts, ca or os.environ.get('RUNDOWN_CA')))
@@ -898,8 +917,8 @@ class Caller:
     ) -> Any:
         """send(), tried again for `give_up` seconds (None: the client's timeout).
 
-        `wait` is the length of the long poll in seconds. The last try has at least `wait` and one
-        second, so a silent engine may be noticed that much later.
+        `wait` are the seconds that the engine may take, as for a long poll. The last try has at
+        least `wait` and one second, so a silent engine may be noticed that much later.
         """
         retries = Retries(self.hosts, wait, self.timeout if give_up is None else give_up)
         while True:
@@ -915,15 +934,15 @@ class Caller:
 
     def _get(self, path, **fields):
         given = given_fields(fields)
-        return self.call(f'{path}?{urllib.parse.urlencode(given)}', wait=given.get('wait', 0))
+        query = urllib.parse.urlencode(given, errors='surrogatepass')
+        return self.call(f'{path}?{query}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
-        if jobs is None:
-            return self._post(path, **fields)
-        ids = [job if isinstance(job, str) else job['id'] for job in jobs]
         given = given_fields(fields)
-        texts = [as_json({**given, 'id': id}, 'the job') for id in ids]
+        if jobs is None:
+            return self.call(path, given, wait=0 if 'id' in given else LONG_CHANGE)
+        texts = [as_json({**given, 'id': id}, 'the job') for id in job_ids(jobs)]
         replies = []
         for batch in batches(texts, len):
             replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
@@ -1014,13 +1033,17 @@ class ProducerCalls(Caller):
         if len(ids) != len(payloads):
             counts = f'there are {len(ids)} and {len(payloads)}'
             raise Misuse(f'ids must be one for each payload: {counts}')
+        most = MAX_BATCH
+        if options.get('after') is not None:
+            options['after'] = job_ids(options['after'])
+            most = max(1, min(most, MAX_BATCH_AFTER // max(1, len(options['after']))))
         texts = (
             encode_job(payload, queue=queue, id=id, **options)
             for payload, id in zip(payloads, ids)
         )
         return [
             Job(job, self)
-            for batch in batches(texts, len)
+            for batch in batches(texts, len, most)
             for job in self._enqueue_batch(batch, give_up)
         ]
 
@@ -1169,6 +1192,8 @@ class WorkerCalls(Caller):
 class Client(ProducerCalls, WorkerCalls):
     """The calls of an engine, one method each; a method takes the fields of its call.
 
+    GET /metrics and GET /backup have none, since their answers are not JSON.
+
     `host` may name several engines, separated by blanks: one is used until it stops answering,
     then the next. While none answers, a call is retried for `timeout` seconds; then it raises
     EngineUnavailable. A call that the engine refuses raises Refused at once. Safe to use from
@@ -1303,9 +1328,9 @@ class Waiting:
     """The calls that wait for the end of a job, until a timeout."""
 
     def __init__(self, client, job, timeout, give_up):
-        self.id = job if isinstance(job, str) else job['id']
+        self.id = job['id'] if isinstance(job, dict) else job
         self.deadline = deadline_after(timeout)
-        self.give_up = client.timeout if give_up is None else in_seconds(give_up)
+        self.give_up = client.timeout if give_up is None else duration('give_up', give_up)
 
     def next_call(self, longest):
         """The arguments of Client.call() for the next long poll, of `longest` seconds at most."""
@@ -1409,6 +1434,8 @@ def encode_body(body):
 
 def parse_hosts(text):
     """The URLs of engines, separated by blanks; raises Error for an invalid one."""
+    if not isinstance(text, str):
+        raise Misuse(f'host must be the URL of an engine, not {text!r}')
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
         if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url) or not url.isascii():
@@ -1420,7 +1447,10 @@ def tls_context(hosts, ca):
     """The settings of TLS, or None where no host needs it."""
     if not any(url.startswith('https:') for url in hosts):
         return None
-    context = ssl.create_default_context(cafile=ca)
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise Error(f'cannot read the certificates in {ca}: {error}') from None
     if ca:      # self-made certificates rarely pass the strict checks of Python 3.13
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
@@ -1488,12 +1518,19 @@ DURATIONS = {'delay', 'every', 'expires', 'lease', 'per', 'timeout', 'wait'}    
 
 def encode_job(payload, id=None, run_at=None, after=None, **fields):
     """A new job as JSON text. Its id is chosen here, so that enqueueing it is idempotent."""
-    if after is not None:
-        after = [after] if isinstance(after, (str, dict)) else after
-        after = [job['id'] if isinstance(job, dict) else job for job in after]
-    id = new_id() if id is None else id
-    fields.update(payload=payload, id=id, run_at=in_utc(run_at), after=after)
+    fields.update(
+        payload=payload,
+        id=new_id() if id is None else id,
+        run_at=in_utc(run_at),
+        after=None if after is None else job_ids(after),
+    )
     return as_json(given_fields(fields), 'the job')
+
+
+def job_ids(jobs):
+    """The ids of jobs, or of one job; each is given as a job or as its id."""
+    jobs = [jobs] if isinstance(jobs, (str, dict)) else jobs
+    return [job['id'] if isinstance(job, dict) else job for job in jobs]
 
 
 def given_fields(fields):
@@ -1507,13 +1544,13 @@ def given_fields(fields):
 BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
 
 
-def batches(items, size):
-    """Lists of the items, each short enough for a request; size(item) is in bytes."""
+def batches(items, size, most=MAX_BATCH):
+    """Lists of up to `most` items, each short enough for a request; size(item) is in bytes."""
     batch = []
     total = BATCH_FRAME
     for item in items:
         length = size(item) + 1         # with its comma
-        if batch and (total + length > MAX_BATCH_BYTES or len(batch) == MAX_BATCH):
+        if batch and (total + length > MAX_BATCH_BYTES or len(batch) == most):
             yield batch
             batch = []
             total = BATCH_FRAME
@@ -4624,7 +4661,6 @@ class QueueConfig(NamedTuple):
 TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
-NUMBER = (int, float)
 MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
     'poll_interval': 0.0,
     'timeout': 0.0,
@@ -4761,6 +4797,7 @@ class Registry:
         )
 
         def register(function):
+            check_function(function)
             check_call(function, [None])
             self._register(config, function)
             function.policy = policy
@@ -4820,6 +4857,7 @@ class Registry:
         policy = Policy(backoff, retry_on, abort_on)
 
         def register(function):
+            check_function(function)
             task = name or task_name(function)
             known = self.configs.get((queue, host), QueueConfig(queue))
             config = known._replace(setup_calls=limits or known.setup_calls, **settings)
@@ -4834,8 +4872,6 @@ class Registry:
 
     def _register(self, config, function, task=None):
         """Add a function that handles all jobs of a queue, or those for the task of that name."""
-        if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-            raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
@@ -5022,7 +5058,7 @@ class App(Registry):
         if concurrency is not None:
             check_number('concurrency', concurrency, 1)
         set_up_log()
-        worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
+        worker = Worker(self, burst, duration('grace', grace), max_hung, concurrency)
         code = 0
         if not burst:
             return_free_memory()
@@ -5193,6 +5229,12 @@ def check_settings(**settings):
         check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
 
 
+def check_function(function):
+    """Misuse unless it is a function that can be given attributes."""
+    if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
+        raise Misuse(f'a decorated handler must be a function, not {function!r}')
+
+
 def check_call(function, args, kwargs=None):
     """Misuse unless the function can be called like this, as far as its signature tells."""
     try:
@@ -5227,38 +5269,51 @@ def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, z
 
 
 def report_undeclared(worker):
-    """Log the schedules and limits in the engine that no decorator declares."""
+    """Log the schedules and limits in the engine that no decorator declares: now and later.
+
+    At first the worker of an earlier version may still seem to serve a queue that is gone.
+    """
+    reported = set()
     for session in list(worker.sessions.values()):
         while not session.was_reached:
             if worker.stopping.wait(WATCH_INTERVAL):
                 return
-        configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
-        try:
-            for setting, queue, remedy in undeclared_settings(session.client, configs):
-                note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
-                     'to remove it: python rundown_workers.py %s', setting, queue, remedy)
-        except (Error, LookupError, TypeError, AttributeError) as error:
-            note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
+        report_undeclared_settings(worker, session, reported)
+    if not worker.stopping.wait(UNSERVED_AFTER):
+        for session in list(worker.sessions.values()):
+            report_undeclared_settings(worker, session, reported)
+
+
+def report_undeclared_settings(worker, session, reported):
+    """Log those of one engine that are not in `reported` yet, and add them."""
+    configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
+    try:
+        for finding in sorted(set(undeclared_settings(session.client, configs)) - reported):
+            reported.add(finding)
+            note(logging.WARNING, 'the engine has a %s of %s that this code does not declare; '
+                 'to remove it: python rundown_workers.py %s', *finding)
+    except (Error, LookupError, TypeError, AttributeError) as error:
+        note(logging.DEBUG, 'cannot compare schedules and limits: %s', error)
 
 
 def undeclared_settings(client, configs):
     """Schedules and limits that an engine has and no decorator declares.
 
-    Yields (kind, queue, command that removes it).
-
-    A decorator's schedule has the name of its queue and no payload. That of another queue counts
-    if nobody works on it.
+    Yields (kind, queue, command that removes it). A decorator's schedule has the name of its
+    queue and no payload. That of another queue counts if no worker polls the queue.
     """
     # the limits of a queue of `exec` are its operator's
     here = {config.name for config in configs
             if not hasattr(config.functions.get(None), 'slot_type')}
     declared = {(path, body['queue']) for config in configs for path, body in config.setup_calls}
     queues = {row['queue']: row for row in iter_pages(client.queues, 'queues')}
+    silent_since = parse_time(client.queues(limit=1)['now']) - UNSERVED_AFTER
     for schedule in iter_pages(client.schedules, 'schedules'):
         name = schedule['name']
         is_ours = name == schedule['queue'] and schedule['payload'] is None
-        is_worked_on = queues.get(name, {}).get('workers') and name not in here
-        if is_ours and not is_worked_on and ('/schedule', name) not in declared:
+        polled_at = parse_time(queues[name]['polled_at']) if name in queues else None
+        is_served = name not in here and polled_at and polled_at > silent_since
+        if is_ours and not is_served and ('/schedule', name) not in declared:
             yield 'schedule', name, f'unschedule {shlex.quote(name)}'
     for name in sorted(here & queues.keys()):
         has_limit = queues[name]['max_running'] or queues[name]['rate']
@@ -5397,7 +5452,8 @@ def outbox_of(connection):
     connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
         return SQLiteOutbox(connection)
-    is_usable = hasattr(connection, 'cursor') and not is_async(connection)
+    is_usable = (hasattr(connection, 'cursor') and hasattr(connection, 'commit')
+                 and not is_async(connection))
     # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
     if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
@@ -5460,7 +5516,10 @@ class Outbox:
                         f'{self.create_table}') from error
 
     def _make_missing(self, problem):
-        """Make the table, or its columns. Returns problems in that: others may make it just now."""
+        """Make the table, or its columns; returns the problem, if there is one.
+
+        It need not matter: another process may have just made the same.
+        """
         changes = []
         if 'taken_' in problem:
             changes = ADD_COLUMNS
@@ -6113,8 +6172,9 @@ def register_django_queues(backends, names):
 def django_handler(backend):
     """The handler of a queue. For an async task it returns a coroutine."""
     def run_task(payload):
-        run = DjangoAttempt(backend, job())
-        return run.arun() if inspect.iscoroutinefunction(run.function) else run.run()
+        attempt = DjangoAttempt(backend, job())
+        is_async = inspect.iscoroutinefunction(attempt.function)
+        return attempt.arun() if is_async else attempt.run()
 
     return run_task
 
@@ -6136,7 +6196,7 @@ class Testing:
 
     def advance(self, seconds: float | datetime.timedelta) -> None:
         """Move the engine's clock on; jobs that are due by then become available at once."""
-        self.seconds += in_seconds(seconds)
+        self.seconds += duration('seconds', seconds)
         self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
@@ -6225,15 +6285,19 @@ CLEAR_LINE = '\r\x1b[K'
 
 def show(answer):
     """Print JSON on a pipe; on a terminal a table, or a line for each field."""
-    if not sys.stdout.isatty():
-        print(json.dumps(answer))
-        return
     key = next((key for key in TABLES if key in answer), None)
-    if key:
-        print_table(TABLES[key], answer[key])
-    else:
-        for field, value in answer.items():
-            show_field(field, value)
+    try:
+        if not sys.stdout.isatty():
+            print(json.dumps(answer))
+        elif key:
+            print_table(TABLES[key], answer[key])
+        else:
+            for field, value in answer.items():
+                show_field(field, value)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python flushes it once more when it ends
+        raise Error(f'cannot write the answer: {error.strerror}') from None
 
 
 def show_field(field, value):
@@ -6325,7 +6389,7 @@ def last_error_line(error):
     return (error or '').strip().rpartition('\n')[2]
 
 
-def json_argument(text):
+def json_from(text):
     try:
         return json.loads(sys.stdin.read() if text == '-' else text)
     except ValueError as error:
@@ -6333,8 +6397,17 @@ def json_argument(text):
         raise argparse.ArgumentTypeError(f'is not JSON ({error}); {hint}') from None
 
 
-def limit_argument(text):
-    return None if text == 'none' else json.loads(text)
+def limit_from(text):
+    with contextlib.suppress(ValueError):
+        return None if text == 'none' else json.loads(text)
+    raise argparse.ArgumentTypeError(f'must be a number or none, not {text!r}')
+
+
+def seconds_from(text):
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < float('inf'):
+            return float(text)
+    raise argparse.ArgumentTypeError(f'must be a number of seconds, not {text!r}')
 
 
 def command_call(client, options):
@@ -6507,6 +6580,8 @@ def command_run(client, options):
 
 def import_target(target):
     if os.path.isfile(target):
+        if not target.endswith('.py'):
+            raise Misuse(f'{target} is not a Python file, whose name ends in .py')
         import_file(os.path.abspath(target))
     else:
         sys.path.insert(0, os.getcwd())
@@ -6591,6 +6666,8 @@ def import_file(file):
 
 def command_demo(client, options):
     """Hash each file under a folder as a job of an engine of its own, and compare the digests."""
+    if not os.path.isdir(options.folder):
+        raise Misuse(f'there is no folder {options.folder}')
     app = App()
     files = [path for path in pathlib.Path(options.folder).rglob('*') if path.is_file()]
     files = [str(path) for path in files if os.access(path, os.R_OK)]
@@ -6624,7 +6701,7 @@ def argument(*names, **settings):
 
 
 def seconds_argument(name, **settings):
-    return argument(name, type=float, metavar='S', **settings)
+    return argument(name, type=seconds_from, metavar='S', **settings)
 
 
 def number_argument(name, **settings):
@@ -6639,7 +6716,7 @@ class Command(NamedTuple):
 
 
 PAYLOAD = argument(
-    'payload', nargs='?', default='null', type=json_argument, help='JSON; - reads it from stdin')
+    'payload', nargs='?', default='null', type=json_from, help='JSON; - reads it from stdin')
 QUEUE_OPTION = argument('--queue')
 STATUS_OPTION = argument('--status')
 TAG_OPTION = argument('--tag')
@@ -6723,10 +6800,10 @@ COMMANDS = [
     Command('resume', command_call, 'hand out jobs again', [argument('queue')]),
     Command('limit', command_call, 'limit a queue, over all workers; none removes a limit', [
         argument('queue'),
-        argument('--max-running', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
-        argument('--rate', type=limit_argument, metavar='N', default=argparse.SUPPRESS),
+        argument('--max-running', type=limit_from, metavar='N', default=argparse.SUPPRESS),
+        argument('--rate', type=limit_from, metavar='N', default=argparse.SUPPRESS),
         argument(
-            '--per', type=limit_argument, metavar='S', default=argparse.SUPPRESS,
+            '--per', type=limit_from, metavar='S', default=argparse.SUPPRESS,
             help='seconds for --rate claims (1)'),
     ]),
     Command('schedule', command_call, 'make a job at each tick', [
@@ -6778,7 +6855,7 @@ def build_parser():
     parser.add_argument(
         '--host', metavar='URL', help=f'of the engine (RUNDOWN_URL, else {DEFAULT_URL})')
     parser.add_argument(
-        '--give-up', type=float, default=10, metavar='S',
+        '--give-up', type=seconds_from, default=10, metavar='S',
         help='seconds to try while no engine answers (10)')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for command in COMMANDS:
@@ -6793,6 +6870,8 @@ def build_parser():
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     end_at_sigterm()
+    if sys.stdout is None:      # closed by the caller
+        sys.stdout = open(os.devnull, 'w')      # noqa: SIM115 - it stays open
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # it may be None, or something else
             stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only
