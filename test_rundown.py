@@ -8107,6 +8107,22 @@ def test_an_async_handler_is_cancelled_where_it_waits(engine, work, q, end):
     assert end == "cancel" or "await asyncio.sleep(60)" in error
 
 
+@pytest.mark.parametrize("end", [
+    "asyncio.get_running_loop().stop()", "asyncio.ensure_future(leave())"])
+def test_an_async_handler_cannot_end_the_event_loop(engine, work, q, end):
+    body = """
+        def leave(): raise SystemExit(3)
+        if payload == "end":
+            %s
+        await asyncio.sleep(0)
+        return payload
+    """ % end
+    jobs = [engine.enqueue(q, payload, timeout=5) for payload in ("end", 1)]
+    worker = work(async_handler(q, body))
+    assert [ended(engine, job)["result"] for job in jobs] == ["end", 1]
+    assert worker.stop() == 0
+
+
 def test_an_async_handler_that_ignores_its_cancellation_frees_its_slot(engine, work, q):
     body = """
         while payload == "stay":
@@ -8631,6 +8647,24 @@ def test_a_step_is_done_once_and_its_result_comes_back_as_json_gives_it(engine, 
     assert job["result"] == [{"1": [7, None]}] * 2
     assert worker.said() == ["charged 7"]
     assert job["steps"] == {"charge": {"1": [7, None]}}
+
+
+def test_a_step_with_a_wrong_name_is_refused_before_it_is_done(engine, work, q):
+    body = """
+        errors = []
+        for name in "", "n" * 201, "a\\nb", 5, None, "more":
+            try:
+                rw.step(name, say, "done", name)
+            except rw.Error as error:
+                errors.append(str(error))
+        return errors
+    """
+    job = engine.enqueue(q)
+    worker = work("rw.MAX_STEPS = 0\n" + handler(q, body), run=BURST)
+    worker.wait()
+    errors = engine.job(job)["result"]
+    assert ["name of a step" in error for error in errors] == [True] * 5 + [False]
+    assert worker.said() == []
 
 
 def test_a_step_that_fails_is_not_kept_and_one_outside_of_handlers_is_a_call():
