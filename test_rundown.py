@@ -6405,9 +6405,10 @@ def test_a_foreign_page_cannot_frame_the_dashboard(browser, board):
 # -- start and end: settings, signals ------------------------------------------------------------
 
 
-def test_the_line_at_the_start_says_where_which_database_and_how_to_enqueue(own, tmp_path):
+def test_the_lines_at_the_start_say_where_which_database_and_how_to_enqueue(own, tmp_path):
     engine = own()
-    assert engine.url in engine.line and "jobs.db" in engine.line and "enqueue" in engine.line
+    assert engine.url in engine.line and "jobs.db" in engine.line
+    assert "%s/enqueue" % engine.url in engine.process.stdout.readline().decode()
 
 
 def test_settings_come_from_the_environment_too(tmp_path, q):
