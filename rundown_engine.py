@@ -2271,8 +2271,8 @@ class Jobs:
         if target == 'pending':
             due = job['next_run_at'] if next_run_at is None else next_run_at
             waits_for = changes.get('waits_for', job['waits_for'])
-            queued = job['group'] is not None and (
-                job['hold'] == QUEUED_IN_GROUP or job['status'] in ENDED)
+            is_active = job['hold'] != QUEUED_IN_GROUP and job['status'] not in ENDED
+            queued = job['group'] is not None and not is_active
             self.set_hold(tx, changes, queue, due, waits_for, queued)
             changes['finished_at'] = None
         else:
@@ -2334,10 +2334,12 @@ class Jobs:
         if active and active['status'] == 'running':
             return
         first = tx.fetch_one(FIRST_IN_GROUP, queue, group)
-        if not first or active and active['seq'] < first['seq']:
+        if not first:
             return
-        if active:      # an older job was retried
-            self._write_hold(tx, active, queued=True)
+        if active:
+            if active['seq'] < first['seq']:
+                return
+            self._write_hold(tx, active, queued=True)       # an older job was retried
         self._write_hold(tx, first, queued=False)
 
     def _write_hold(self, tx, job, queued):
@@ -2482,12 +2484,7 @@ class Producers:
         """Add the jobs, all or none: a list of (row, CREATED, EXISTING or REPLACED)."""
         if not tx.takes_jobs:
             raise Unavailable(DISK_IS_FULL)
-        if len(items) > 1:
-            named = sum(len(item['after']) for item in items if 'after' in item)
-            if named > MAX_DEPENDENCIES:
-                raise PayloadTooLarge(
-                    f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
-                    'send fewer at a time')
+        self._require_few_dependencies(items)
         rows = [self._new_row(tx, item) for item in items]
         fields = INSERTING_FIELDS.intersection(itertools.chain.from_iterable(items))
         jobs = []
@@ -2505,9 +2502,19 @@ class Producers:
                         'send fewer at a time') from None
                 raise
         if 'group' in fields:
-            for queue, group in {(row['queue'], row['group']) for row in rows if row['group']}:
+            groups = {(row['queue'], row['group']) for row in rows if row['group'] is not None}
+            for queue, group in groups:
                 self.jobs.advance_group(tx, queue, group)
         return jobs
+
+    def _require_few_dependencies(self, items):
+        if len(items) == 1:
+            return
+        named = sum(len(item['after']) for item in items if 'after' in item)
+        if named > MAX_DEPENDENCIES:
+            raise PayloadTooLarge(
+                f'jobs: their `after` names more than {MAX_DEPENDENCIES} jobs in all; '
+                'send fewer at a time')
 
     def _new_row(self, tx, item):
         row = JOB_DEFAULTS.copy()
@@ -2528,24 +2535,22 @@ class Producers:
 
     def _insert(self, tx, rows, fields, aliases):
         """Insert the rows in one statement, which is twice as fast; one by one if a job exists."""
-        statement, values_of = insert_plan(len(rows), fields)
-        values = []
-        is_plain = True
-        for row in rows:
-            values += values_of(row)
-            is_plain = is_plain and row['after'] is None
-        if is_plain:
+        if all(row['after'] is None for row in rows):
+            statement, values_of = insert_plan(len(rows), fields)
+            values = list(itertools.chain.from_iterable(map(values_of, rows)))
             try:
                 tx.execute(statement, values)
             except sqlite3.IntegrityError:      # one exists already
-                is_plain = False
-        if is_plain:
-            for row in rows:
-                tx.events.append(('enqueued', row['queue'], None))
-            return [(row, CREATED) for row in rows]
+                pass
+            else:
+                tx.events += [('enqueued', row['queue'], None) for row in rows]
+                return [(row, CREATED) for row in rows]
         if len(rows) == 1:
             return [self._insert_one(tx, rows[0], aliases)]
-        return [pair for row in rows for pair in self._insert(tx, [row], fields, aliases)]
+        jobs = []
+        for row in rows:
+            jobs += self._insert(tx, [row], fields, aliases)
+        return jobs
 
     def _insert_one(self, tx, row, aliases):
         """The existing job with the id or key of the row; else the row, inserted with `after`."""
@@ -2557,7 +2562,9 @@ class Producers:
         if existing:
             tx.spend(size_of(existing))
             aliases[row['id']] = existing['id']
-            return self._replace(tx, existing, row) if row.get('replace') else (existing, EXISTING)
+            if row.get('replace'):
+                return self._replace(tx, existing, row)
+            return existing, EXISTING
         row['after'] = list(dict.fromkeys(aliases.get(id, id) for id in row['after']))
         return self.dependencies.insert(tx, row), CREATED
 
@@ -2699,13 +2706,12 @@ class Claims:
 
     def apply_item(self, tx, method, item):
         """The result of the method for an item of a batch; an HTTPError becomes a result."""
+        if isinstance(item, HTTPError):     # validate_batch() has refused it
+            return refusal_json(item, item.id)
         try:
-            if isinstance(item, HTTPError):
-                raise item
             return method(tx, item)
         except HTTPError as error:
-            id = error.id if error is item else item.get('id')
-            return {'id': id, 'error': str(error), 'code': error.status}
+            return refusal_json(error, item.get('id'))
 
     def complete(self, tx, params):
         job, is_new = self.jobs.require_status(tx, 'complete', params)
@@ -2830,6 +2836,10 @@ def extended_lease(job, pauses):
             period = max(micros(GRACE), job['lease'] or 0) if is_overdue else micros(GRACE)
             lease_until = max(lease_until, pause.ended_at + period)
     return lease_until
+
+
+def refusal_json(error, id):
+    return {'id': id, 'error': str(error), 'code': error.status}
 
 
 def latest_lease(job, started_at):
@@ -3096,22 +3106,31 @@ class Schedules:
             upcoming = tx.now + micros(3600)
             tx.log_lines.append(
                 f'schedule {describe(row["name"])}: {error}; its next job is made in an hour')
+        changes = {'next_run_at': upcoming, 'last_run_at': tick}
+        id = tick_id(row['name'], tick)
+        if self._add_job(tx, row, id):
+            changes['last_id'] = id
+        else:
+            changes['skipped'] = row['skipped'] + 1
+        columns = ', '.join(f'{column} = ?' for column in changes)
+        tx.execute(f'UPDATE schedules SET {columns} WHERE name = ?',
+                   (*changes.values(), row['name']))
+
+    def _add_job(self, tx, row, id):
+        """Add a job of the schedule. False if there is one with its key or id."""
         item = {field: row[field] for field in SMALL_COPIED_COLUMNS if row[field] is not None}
-        item['id'] = tick_id(row['name'], tick)
+        item['id'] = id
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
         (job, done), = self.producers.enqueue(tx, [item])
         tx.response_budget = budget
-        is_skipped = done is EXISTING
-        if not is_skipped:
-            tx.execute(COPY_PAYLOAD, {'schedule': row['name'], 'id': item['id']})
-        elif job['id'] == item['id']:
+        if done is CREATED:
+            tx.execute(COPY_PAYLOAD, {'schedule': row['name'], 'id': id})
+            return True
+        if job['id'] == id:
             tx.log_lines.append(f'schedule {describe(row["name"])}: its tick makes no job, '
-                                f'the id {describe(item["id"])} is taken')
-        tx.execute(
-            'UPDATE schedules SET next_run_at = ?, last_run_at = ?, last_id = ?, '
-            'skipped = skipped + ? WHERE name = ?',
-            (upcoming, tick, row['last_id'] if is_skipped else item['id'], is_skipped, row['name']))
+                                f'the id {describe(id)} is taken')
+        return False
 
 
 # -- Jobs: operators -------------------------------------------------------------------------------
@@ -3883,8 +3902,10 @@ class Store:
             polled = {queue for queue, _, hung in tx.signs_of_life if hung is not None}
             self.starved -= polled
             self.starved |= tx.starved
-        self.next_deadline = tx.next_deadline if tx.is_deadline_exact else min(
-            self.next_deadline, tx.next_deadline)
+        if tx.is_deadline_exact:
+            self.next_deadline = tx.next_deadline
+        else:
+            self.next_deadline = min(self.next_deadline, tx.next_deadline)
         self.pauses = tx.pauses
         for queue in tx.forgotten_queues:
             self.workers.last_polled.pop(queue, None)
@@ -3897,10 +3918,6 @@ class Store:
         self.meter.record(tx.now, tx.events, operations)
         for line in tx.log_lines:
             log(line)
-
-    def bulk_insert(self, tx, items):
-        """Add jobs of several requests at once, as Producers.enqueue() does."""
-        return self.producers.enqueue(tx, items)
 
     def note_pause(self, tx, seconds):
         """No heartbeat could be received for so long: leases that ended meanwhile are extended."""
@@ -4424,7 +4441,7 @@ class Committer:
     def _bulk_insert(self, tx, inserts):
         """Insert the jobs of single inserts in few statements."""
         try:
-            jobs = self.store.bulk_insert(
+            jobs = self.store.producers.enqueue(
                 tx, [operation.single_insert for operation in inserts])
         except Exception as error:
             if is_storage_error(error):
@@ -9078,47 +9095,39 @@ NODE_SDK = r"""// @ts-nocheck: the types, in JSDoc, are for programs that use th
  *     const job = await enqueue("images", "path/to/image.jpg", { delay: 60 });
  *     await run();
  *
+ * A handler that returns completes its job; the value is the result. One that throws fails it with
+ * the stack, and the engine tries again while retries are left: after `delay` seconds for
+ * `throw new Retry("why", { delay: 60 })`, never for `throw new Abort("why")`. A job may run more
+ * than once, since workers get killed: make handlers idempotent, or divide them into steps.
+ *
  * RUNDOWN_URL names the engine (or several, separated by blanks: the first that answers is used for
  * as long as it does), RUNDOWN_TOKEN its token, NODE_EXTRA_CA_CERTS a certificate of your own. All
- * times are in seconds.
- *
- * A handler that returns completes its job; the value is the result. One that throws fails it with
- * the stack, and the engine tries again while retries are left: after `delay` for
- * `throw new Retry("why", { delay: 60 })`, never for `throw new Abort("why")`. `signal` is aborted
- * at the timeout, and when the job is no longer this worker's (cancelled, lost, or released when
- * the worker stops). A job may run more than once, since workers get killed: make handlers
- * idempotent, or divide them into steps.
- *
- * In CommonJS: `const { enqueue } = await import("./rundown.mjs");`. TypeScript needs "allowJs".
- *
- * Heartbeats need the event loop. A handler that blocks it for longer than the lease (30 s) loses
- * its job: move such work into a thread or process, or give the queue a longer `lease`.
+ * times are in seconds. A handler that blocks the event loop for longer than the lease (30 s) loses
+ * its job, since heartbeats need the loop. TypeScript needs "allowJs". In CommonJS:
+ * `const { enqueue } = await import("./rundown.mjs")`.
  */
-import { randomBytes } from "node:crypto";
-import { setMaxListeners } from "node:events";
+import { randomUUID } from "node:crypto";
+import { once, setMaxListeners } from "node:events";
 import http from "node:http";
 import https from "node:https";
 import os from "node:os";
+import { text } from "node:stream/consumers";
 import { setTimeout as sleep } from "node:timers/promises";
 import { inspect } from "node:util";
 
-const DEFAULT_URL = "http://127.0.0.1:8181";
-const POLL_WAIT = 25; // seconds of a long poll; proxies give up after 60
-const ANSWER_TIMEOUT = 30; // seconds until a request without an answer counts as lost
-const FIRST_TIMEOUT = 5; // the same where other engines are left and this one is not known to live
-const PATIENCE = 30; // seconds for which a call is repeated while no engine answers
+const DEFAULT_URL = "http://127.0.0.1:8181"; // not "localhost", which may be ::1
+const PATIENCE = 30; // seconds for which a call is repeated
+const ANSWER_TIMEOUT = 30; // seconds for an answer, divided by the number of engines
+const JOB_WAIT = 25; // seconds of a request that waits for a job; proxies give up after 60
+const POLL_WAIT = 1; // seconds of a poll; a worker that stops waits for its end
 const MAX_PAUSE = 3; // seconds between two tries
 const REFUSED_PAUSE = 10; // seconds until a worker that is refused (token, host) tries again
-const LEASE = 30; // seconds the engine waits for a heartbeat
-const PROGRESS_INTERVAL = 0.5; // seconds until a job's progress is reported
-const GRACE = 30; // seconds that running handlers get when the worker stops
-const FAREWELL = 2; // seconds that their outcomes get then, at least
-const STRAY_DELAY = 0.3; // seconds that a proxy may take to forward a poll whose client has gone
+const FAREWELL = 2; // seconds for reports after the grace of a worker that stops
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
-const MAX_BATCH = 1000; // jobs in a poll or report
-const MAX_BYTES = 900000; // in a report of several jobs; proxies take 1 MiB
-const MAX_ERROR = 16000; // characters of an error; the middle is cut out
+const MAX_BATCH = 100; // jobs in a request
+const MAX_ERROR = 10000; // characters of an error that the engine or a proxy refuses
+const MAX_TIMER = 2 ** 31 - 1; // milliseconds that a timer of Node takes
 
 /**
  * A job as the engine shows it.
@@ -9139,14 +9148,15 @@ const MAX_ERROR = 16000; // characters of an error; the middle is cut out
  *   group?: string, expires?: number, after?: Job | string | (Job | string)[], afterAny?: boolean
  * }} EnqueueOptions
  *
- * `concurrency` is the number of jobs that run at a time (1); `maxRetries` (3) and `timeout` hold
- * for jobs that were enqueued without their own.
+ * `concurrency` jobs run at a time (1). `maxRetries` (3) and `timeout` (300) hold for jobs that
+ * were enqueued without their own. Heartbeats are sent every third of the `lease` (30).
  * @typedef {{
  *   concurrency?: number, maxRetries?: number, timeout?: number, lease?: number
  * }} QueueOptions
  *
- * `progress` shows any JSON value on the job. `step` runs a part of the job once: its result is on
- * disk before it resolves, and a later attempt gets that result instead of running it again.
+ * `signal` is aborted at the timeout, and when the job is no longer this worker's: cancelled, lost,
+ * or released when the worker stops. `progress` shows any JSON value on the job. `step` runs a part
+ * of the job once: its result is on disk before it resolves, and a later attempt gets that result.
  * @typedef {{
  *   job: Job, signal: AbortSignal, progress: (value: any) => void,
  *   step: <T>(name: string, action: () => T | Promise<T>) => Promise<T>
@@ -9155,169 +9165,113 @@ const MAX_ERROR = 16000; // characters of an error; the middle is cut out
  * @typedef {(payload: any, context: Context) => any} Handler
  */
 
+class RundownError extends Error {
+  name = this.constructor.name;
+}
+
 /** Thrown by a handler: fail this attempt, and try again after `delay` seconds if it is given. */
-export class Retry extends Error {
+export class Retry extends RundownError {
   /** @param {string} [message] @param {{ delay?: number }} [options] */
   constructor(message = "the handler asked for a retry", { delay } = {}) {
     super(message);
-    this.name = "Retry";
     this.delay = delay;
   }
 }
 
 /** Thrown by a handler: fail the job, and do not try again. */
-export class Abort extends Error {
-  name = "Abort";
-}
+export class Abort extends RundownError {}
 
-/** The job is no longer this worker's: cancelled, given to another, or released. */
-export class Lost extends Error {
-  name = "Lost";
-}
+/** The reason of `signal`: the job was cancelled, given to another worker, or released. */
+export class Lost extends RundownError {}
 
 /** A handler or a wait() took too long. */
-export class TimedOut extends Error {
-  name = "TimedOut";
-}
-
-/** The engine refuses a call; `status` is the HTTP status. */
-export class Refused extends Error {
-  name = "Refused";
-  status = 0;
-}
+export class TimedOut extends RundownError {}
 
 /** No engine answers, or it cannot answer now. */
-export class Unavailable extends Error {
-  name = "Unavailable";
-  status = 0;
-  retryAfter = 0;
-}
+export class Unavailable extends RundownError {}
 
-// -- HTTP ------------------------------------------------------------------------------------
-
-const plainAgent = new http.Agent({ keepAlive: true });
-const secureAgent = new https.Agent({ keepAlive: true });
-let engines; // the URLs, which of them is in use, and whether that one has answered
-
-function connect() {
-  if (!engines) {
-    const urls = (process.env.RUNDOWN_URL || DEFAULT_URL).split(/\s+/).filter(Boolean);
-    const bad = urls.find((url) => !/^https?:\/\/[^\s/?#@]+(\/[!-~]*)?$/.test(url));
-    if (bad) {
-      throw new TypeError(`RUNDOWN_URL: ${bad} is not a URL such as ${DEFAULT_URL}`);
-    }
-    engines = { urls, used: 0, hasAnswered: false };
+/** The engine refuses a call; `status` is the HTTP status. */
+export class Refused extends RundownError {
+  /** @param {string} message @param {number} status */
+  constructor(message, status) {
+    super(message);
+    this.status = status;
   }
-  return engines;
 }
 
-/** One request to one engine: its answer, whatever the status. With `text` it is a POST. */
-function exchange(engine, path, text, limit, poll) {
-  const url = new URL(engine);
-  const isSecure = url.protocol === "https:";
+// -- Calls -----------------------------------------------------------------------------------
+
+const AGENT_OPTIONS = { keepAlive: true, timeout: 4000 }; // idle: closed before a proxy does it
+const plainAgent = new http.Agent(AGENT_OPTIONS);
+const secureAgent = new https.Agent(AGENT_OPTIONS);
+let current = 0; // which engine is in use; counts on when that one does not answer
+
+function engineUrls() {
+  const urls = (process.env.RUNDOWN_URL?.trim() || DEFAULT_URL).split(/\s+/);
+  const pattern = /^https?:\/\/(\[[\da-f:.]+\]|[^\s/?#@:[\]]+)(:\d+)?(\/[^\s?#]*)?$/i;
+  const bad = urls.find((url) => !pattern.test(url));
+  if (bad) {
+    throw new TypeError(`RUNDOWN_URL: ${bad} is not a URL such as ${DEFAULT_URL}`);
+  }
+  return urls.map((url) => url.replace(/\/$/, ""));
+}
+
+/** Sends one request, with `body` a POST; resolves with the engine's answer. */
+async function exchange(url, body, seconds) {
+  const isSecure = url.startsWith("https");
   const token = process.env.RUNDOWN_TOKEN;
-  const options = {
-    hostname: url.hostname.replace(/^\[|\]$/g, ""), // of an IPv6 address
-    port: url.port,
-    path: url.pathname.replace(/\/$/, "") + path,
-    method: text === undefined ? "GET" : "POST",
-    agent: isSecure ? secureAgent : plainAgent,
-    headers: { "Content-Type": "application/json" },
-  };
+  const headers = { "Content-Type": "application/json" };
   if (token) {
-    options.headers.Authorization = `Bearer ${token}`;
+    headers.Authorization = `Bearer ${token}`;
   }
-  return new Promise((resolve, reject) => {
-    const request = (isSecure ? https : http).request(options);
-    const expired = () => request.destroy(new Error(`no answer within ${limit} s`));
-    const timer = setTimeout(expired, limit * 1000);
-    request.on("socket", (socket) => {
-      poll?.sockets.add(socket);
-      if (poll?.signal.aborted) {
-        socket.end();
-      }
-    });
-    request.on("close", () => {
-      clearTimeout(timer);
-      poll?.sockets.delete(request.socket);
-    });
-    request.on("error", (error) => {
-      // a connection that was closed while it was idle says nothing about the engine
-      const isStale = request.reusedSocket && ["ECONNRESET", "EPIPE"].includes(error.code);
-      if (isStale && !poll?.signal.aborted) {
-        resolve(exchange(engine, path, text, limit, poll));
-      } else {
-        reject(error);
-      }
-    });
-    request.on("response", (response) => {
-      let body = "";
-      response.setEncoding("utf8");
-      response.on("data", (piece) => (body += piece));
-      response.on("end", () => resolve({ response, body }));
-      response.on("error", reject);
-    });
-    request.end(text);
+  const request = (isSecure ? https : http).request(url, {
+    method: body === undefined ? "GET" : "POST",
+    agent: isSecure ? secureAgent : plainAgent,
+    headers,
   });
-}
-
-/**
- * One try: the answer of the engine in use. Throws Refused if it says no, Unavailable if it is not
- * reached. A poll brings the set that holds its socket meanwhile, and the signal that ends it.
- */
-async function send(path, text, { wait = 0, limit = Infinity, poll } = {}) {
-  const { urls, used, hasAnswered } = connect();
-  const longest = wait + (hasAnswered || urls.length === 1 ? ANSWER_TIMEOUT : FIRST_TIMEOUT);
-  let error;
+  request.on("error", () => {}); // also heard by once() and text()
+  const expire = () => request.destroy(new Error(`no answer within ${seconds} s`));
+  const timer = setTimeout(expire, seconds * 1000);
   try {
-    const answer = await exchange(urls[used], path, text, Math.min(limit, longest), poll);
-    const value = verdict(answer);
-    engines.hasAnswered = true;
-    return value;
-  } catch (caught) {
-    error = caught;
+    request.end(body);
+    const [response] = await once(request, "response");
+    return readAnswer(response, await text(response));
+  } finally {
+    clearTimeout(timer);
   }
-  if (error instanceof Refused || error.retryAfter) {
-    engines.hasAnswered = true;
-  } else if (used === engines.used && !poll?.signal.aborted) {
-    engines.used = (used + 1) % urls.length;
-    engines.hasAnswered = false;
-  }
-  if (error instanceof Refused || error instanceof Unavailable) {
-    throw error;
-  }
-  throw new Unavailable(`no engine answers at ${urls[used]}: ${error.code ?? error.message}`);
 }
 
-/** Only the engine's own JSON is a verdict. Anything else is a proxy's and means "not reached". */
-function verdict({ response, body }) {
-  const status = response.statusCode;
-  if (status === 204) {
-    return null;
-  }
-  let answer;
-  if (response.headers["content-type"]?.startsWith("application/json")) {
-    try {
-      answer = JSON.parse(body);
-    } catch {
-      answer = undefined; // cut off on its way
+/** Sends a request to the engine in use. Throws Refused or Unavailable. */
+async function send(path, body, seconds) {
+  const urls = engineUrls();
+  const used = current;
+  const url = urls[used % urls.length];
+  try {
+    return await exchange(url + path, body, seconds);
+  } catch (error) {
+    if (error instanceof RundownError) {
+      throw error;
     }
+    current = used + 1;
+    throw new Unavailable(`no engine answers at ${url}: ${error.code ?? error.message}`);
   }
-  if (status === 200 && answer !== undefined) {
+}
+
+/** Only JSON is the engine's answer. Anything else is a proxy's, and means "not reached". */
+function readAnswer({ statusCode: status, headers }, text) {
+  const isJson = headers["content-type"]?.startsWith("application/json");
+  const answer = isJson ? JSON.parse(text) : null;
+  if (status === 204 || (status === 200 && answer)) {
     return answer;
   }
-  const isEngine = status >= 400 && typeof answer?.error === "string";
-  const message = isEngine ? answer.error : `HTTP status ${status}, which is no engine's answer`;
-  const error = new (isEngine && isFinal(status) ? Refused : Unavailable)(message);
-  error.status = status;
-  if (isEngine && !isFinal(status)) {
-    error.retryAfter = Math.min(Number(response.headers["retry-after"]) || 1, 60);
+  if (status === 413) {
+    throw new Refused(answer?.error ?? "the request is too large for a proxy", status);
   }
-  throw error;
-}
-
-function isFinal(status) {
-  return status < 500 && status !== 408 && status !== 429;
+  if (status < 400 || typeof answer?.error !== "string") {
+    throw new Error(`HTTP status ${status} is not an engine's answer`);
+  }
+  const isFinal = status < 500 && status !== 408 && status !== 429;
+  throw isFinal ? new Refused(answer.error, status) : new Unavailable(answer.error);
 }
 
 /** Seconds on a clock that nobody sets. */
@@ -9326,53 +9280,51 @@ function now() {
 }
 
 async function pause(seconds, signal) {
-  await sleep(seconds * 1000, undefined, { signal }).catch(() => {});
-}
-
-/** Seconds until the next try; none while there are engines that were not tried. */
-function backoff(tries, error) {
-  const rounds = Math.floor(tries / engines.urls.length);
-  const longest = rounds && Math.min(MAX_PAUSE, 0.1 * 2 ** Math.min(rounds, 10));
-  return Math.max(longest * (0.5 + Math.random() / 2), error.retryAfter);
+  await sleep(Math.min(seconds * 1000, MAX_TIMER), undefined, { signal }).catch(() => {});
 }
 
 /**
  * Any call of the engine, repeated for `patience` seconds while no engine answers:
  * `await call("/cancel", { id })`; without a body it is a GET: `await call("/queues")`.
+ * `wait` is how long the engine may take to answer; `signal` ends the repeating.
  * @param {string} path
  * @param {object} [body]
  * @param {{ wait?: number, patience?: number, signal?: AbortSignal }} [options]
  * @returns {Promise<any>}
  */
-export async function call(path, body, { wait = 0, patience = PATIENCE, signal } = {}) {
+export async function call(path, body, options = {}) {
+  const { wait = 0, patience = PATIENCE, limit = ANSWER_TIMEOUT, signal, onError } = options;
   const text = body && JSON.stringify(body);
   const deadline = now() + patience;
   for (let tries = 1; ; tries += 1) {
     signal?.throwIfAborted();
+    const longest = Math.min(limit / engineUrls().length, Math.max(1, deadline - now()));
     try {
-      return await send(path, text, { wait, limit: wait + Math.max(1, deadline - now()) });
+      return await send(path, text, wait + longest);
     } catch (error) {
-      if (!(error instanceof Unavailable) || error.status === 413) {
-        throw error; // the same, however often it is sent
-      }
-      const rest = backoff(tries, error);
-      if (now() + rest > deadline) {
+      const rest = pauseAfter(error, tries, patience);
+      if (now() + rest >= deadline) {
         throw error;
       }
+      onError?.(error);
       await pause(rest, signal);
     }
   }
 }
 
-// -- Producers -------------------------------------------------------------------------------
+/** Seconds until the next try. A worker outlives a wrong setting, which may be mended. */
+function pauseAfter(error, tries, patience) {
+  if (error instanceof Unavailable) {
+    return Math.min(MAX_PAUSE, 0.1 * 2 ** tries) * (0.5 + Math.random() / 2);
+  }
+  const isSetting = [401, 403, 421].includes(error.status);
+  return isSetting && patience === Infinity ? REFUSED_PAUSE : Infinity;
+}
 
 /** A UUID of version 7: ordered by time, so that the engine's index grows at its end. */
 function newId() {
   const time = Date.now().toString(16).padStart(12, "0");
-  const noise = randomBytes(10).toString("hex");
-  const variant = "89ab"[parseInt(noise[3], 16) % 4];
-  const head = `${time.slice(0, 8)}-${time.slice(8)}-7${noise.slice(0, 3)}`;
-  return `${head}-${variant}${noise.slice(4, 7)}-${noise.slice(7, 19)}`;
+  return `${time.slice(0, 8)}-${time.slice(8)}-7${randomUUID().slice(15)}`;
 }
 
 /**
@@ -9407,10 +9359,10 @@ export async function wait(job, timeout = Infinity) {
   const deadline = now() + timeout;
   for (;;) {
     const left = Math.max(0, deadline - now());
-    const wait = Math.min(POLL_WAIT, left);
+    const wait = Math.min(JOB_WAIT, left);
     const path = `/jobs/${encodeURIComponent(id)}?wait=${wait.toFixed(3)}`;
     const found = await call(path, undefined, { wait, patience: Math.min(PATIENCE, left) });
-    if (["done", "failed", "cancelled"].includes(found.status)) {
+    if (found.finished_at) {
       return found;
     }
     if (now() >= deadline) {
@@ -9421,7 +9373,7 @@ export async function wait(job, timeout = Infinity) {
 
 // -- Worker ----------------------------------------------------------------------------------
 
-const registrations = new Map();
+const queues = new Map(); // name -> options and handler
 let worker; // the one of the run() that is under way
 
 /**
@@ -9435,27 +9387,30 @@ export function queue(name, options, handler) {
   if (typeof options === "function") {
     return queue(name, {}, options);
   }
-  const { concurrency = 1, maxRetries = 3, lease = LEASE, timeout } = options;
+  const { concurrency = 1, maxRetries = 3, timeout, lease = 30, ...unknown } = options;
   if (typeof handler !== "function" || !Number.isInteger(concurrency) || concurrency < 1) {
     throw new TypeError(`queue ${name}: it needs a handler, and a concurrency from 1 on`);
   }
-  registrations.set(name, { name, concurrency, maxRetries, lease, timeout, handler });
+  if (Object.keys(unknown).length) {
+    throw new TypeError(`queue ${name}: there is no option ${Object.keys(unknown)}`);
+  }
+  queues.set(name, { name, concurrency, maxRetries, timeout, lease, handler });
   return handler;
 }
 
 /**
  * Works on all registered queues until stop(), SIGTERM or SIGINT. Handlers that run then get
- * `grace` seconds; jobs that are not over by then are released to other workers. After a signal the
- * process exits with 0, at the latest 5 s after this resolves; after a second one at once.
- * With `burst` it runs all due jobs and resolves: for cron jobs and tests.
+ * `grace` seconds (30); jobs that are not over by then are released to other workers. After a
+ * signal the process exits with 0, at the latest 5 s after this resolves; after a second one at
+ * once. With `burst` it runs all due jobs and resolves: for cron jobs and tests.
  * @param {{ grace?: number, burst?: boolean, log?: (line: string) => void }} [options]
  * @returns {Promise<void>}
  */
-export async function run({ grace = GRACE, burst = false, log = console.error } = {}) {
-  if (worker || !registrations.size) {
+export async function run({ grace = 30, burst = false, log = console.error } = {}) {
+  if (worker || !queues.size) {
     throw new Error(worker ? "run() is under way already" : "run() needs a queue: see queue()");
   }
-  worker = new Worker(grace, burst, log);
+  worker = new Worker(burst, log);
   let signalledAt = 0;
   const onSignal = (name) => {
     if (signalledAt && now() - signalledAt > SAME_SIGNAL) {
@@ -9467,7 +9422,7 @@ export async function run({ grace = GRACE, burst = false, log = console.error } 
   process.on("SIGTERM", onSignal);
   process.on("SIGINT", onSignal);
   try {
-    worker.ended = worker.run();
+    worker.ended = worker.run(grace);
     await worker.ended;
   } finally {
     worker = undefined;
@@ -9489,166 +9444,348 @@ export async function stop() {
   await worker?.ended;
 }
 
-/** A claimed job on its way through the worker. Its first outcome counts; others are dropped. */
-class Claim {
-  outcome; // undefined until it is decided how the job ends: the call, its fields, and JSON
-  progress; // the value that the engine does not have yet
-  isProgressDue = false;
-  progressTimer;
-  controller = new AbortController();
+/** One run(): polls the queues, sends heartbeats and outcomes, and comes to an orderly end. */
+class Worker {
+  name = `${os.hostname().slice(0, 150)}:${process.pid}`;
+  claims = new Set(); // those whose outcome the engine does not have
+  lease = Math.min(...[...queues.values()].map(({ lease }) => lease));
+  reports = {
+    heartbeat: new Reports("/heartbeat", this, this.lease / 3),
+    complete: new Reports("/complete", this),
+    fail: new Reports("/fail", this),
+    release: new Reports("/release", this),
+  };
+  stopping = new AbortController(); // aborted: no more polls
+  closing = new AbortController(); // aborted: no more reports
+  isAway = false; // the last call was not answered, which the log has said
+  changes = 0; // claims that began or ended: each may make jobs due
+  emptyAt = new Map(); // queue -> `changes` when a poll was sent that found nothing
 
-  constructor(job, worker, onSettled) {
-    this.job = job; // the handler may change it
-    this.address = { id: job.id, attempt: job.attempt };
+  constructor(burst, log) {
+    this.burst = burst;
+    this.log = log;
+    setMaxListeners(0, this.stopping.signal, this.closing.signal);
+  }
+
+  async run(grace) {
+    const { signal } = this.closing;
+    const consumers = [...queues.values()].map((options) => {
+      return this.consume(options).catch((error) => this.stop(error));
+    });
+    this.keepAlive();
+    await once(this.stopping.signal, "abort");
+    const isOver = Promise.all(consumers).then(() => {
+      return Promise.all([...this.claims].map(({ reported }) => reported));
+    });
+    await Promise.race([isOver, pause(grace, signal)]);
+    this.claims.forEach((claim) => claim.release());
+    await Promise.race([isOver, pause(FAREWELL, signal)]);
+    if (this.claims.size) {
+      this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
+    }
+    this.closing.abort();
+    if (this.error) {
+      throw this.error;
+    }
+  }
+
+  stop(error) {
+    if (!this.stopping.signal.aborted) {
+      this.error = error;
+      this.stopping.abort();
+    }
+  }
+
+  /** Polls a queue and runs its jobs. A poll is never aborted, since its answer may bring jobs. */
+  async consume({ name, concurrency, maxRetries, lease, timeout, handler }) {
+    const { signal } = this.stopping;
+    const wait = this.burst ? 0 : POLL_WAIT;
+    const patience = this.burst ? PATIENCE : Infinity;
+    const poll = { queue: name, worker: this.name, lease, max_retries: maxRetries, timeout, wait };
+    const options = { wait, patience, signal };
+    let running = 0;
+    let unreported = 0; // at most twice as many: an engine that takes no outcomes gets no more jobs
+    let wake;
+    this.log(`working on ${name} (concurrency ${concurrency}) as ${this.name}`);
+    while (!signal.aborted) {
+      const limit = Math.min(concurrency - running, 2 * concurrency - unreported, MAX_BATCH);
+      if (limit <= 0) {
+        await new Promise((resolve) => (wake = resolve));
+        continue;
+      }
+      const { changes } = this;
+      const began = now();
+      const jobs = (await this.insist("/poll", { ...poll, limit }, options)) ?? [];
+      if (!Array.isArray(jobs)) {
+        throw new TypeError(`RUNDOWN_URL: what answers at ${engineUrls()} is no engine`);
+      }
+      for (const job of jobs) {
+        const claim = new Claim(job, this);
+        running += 1;
+        unreported += 1;
+        claim.decision.then(() => {
+          running -= 1;
+          wake?.();
+        });
+        this.work(claim, handler).then(() => {
+          unreported -= 1;
+          wake?.();
+        });
+      }
+      if (!jobs.length) {
+        this.endBurst(name, changes);
+        await pause(began + (wait || 0.05) - now(), signal); // an engine that stops answers at once
+      }
+    }
+  }
+
+  async work(claim, handler) {
+    this.claims.add(claim);
+    this.changes += 1;
+    claim.reported = claim.run(handler);
+    await claim.reported;
+    this.claims.delete(claim);
+    this.changes += 1;
+  }
+
+  /** A burst is over when no queue had a job since the last claim ended. */
+  endBurst(name, changes) {
+    this.emptyAt.set(name, changes);
+    const isEmpty = (each) => this.emptyAt.get(each) === this.changes;
+    if (this.burst && !this.claims.size && [...queues.keys()].every(isEmpty)) {
+      this.stop();
+    }
+  }
+
+  /** A call that is repeated until an engine answers. The log says once that none does. */
+  async insist(path, body, options) {
+    const onError = ({ message }) => {
+      if (!this.isAway) {
+        this.log(`engine away, trying again until it is back: ${message}`);
+      }
+      this.isAway = true;
+    };
+    const answer = await call(path, body, { patience: Infinity, onError, ...options });
+    if (this.isAway) {
+      this.log("engine back");
+    }
+    this.isAway = false;
+    return answer;
+  }
+
+  /** Heartbeats of all claims: every third of the lease, and when the engine took one away. */
+  async keepAlive() {
+    const { signal } = this.closing;
+    const interval = this.lease / 3;
+    const wait = Math.min(interval / 2, POLL_WAIT);
+    const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${wait}&since=`;
+    let since = 0;
+    let dueAt = 0;
+    while (!signal.aborted) {
+      const began = now();
+      if (this.claims.size) {
+        const news = await send(path + since, undefined, wait + interval).catch(() => ({}));
+        since = news.since ?? since;
+        const isDue = news.lost || now() >= dueAt;
+        dueAt = isDue ? now() + interval : dueAt;
+        await Promise.all([...this.claims].map((claim) => claim.beat(isDue)));
+      }
+      await pause(began + wait - now(), signal);
+    }
+  }
+}
+
+/** Reports of one kind. Those that come while a request is under way go together in the next. */
+class Reports {
+  waiting = [];
+  isSending = false;
+
+  constructor(path, worker, limit) {
+    this.path = path;
     this.worker = worker;
-    this.onSettled = onSettled;
+    this.limit = limit;
+  }
+
+  /** Resolves when the engine has taken the report; rejects if it refuses it. */
+  send(report) {
+    return new Promise((resolve, reject) => {
+      this.waiting.push({ report, resolve, reject });
+      this.sendAll();
+    });
+  }
+
+  async sendAll() {
+    if (!this.isSending) {
+      this.isSending = true;
+      while (this.waiting.length) {
+        await undefined; // until all that is reported at this moment is there
+        await this.sendBatch(this.waiting.splice(0, MAX_BATCH));
+      }
+      this.isSending = false;
+    }
+  }
+
+  /** If a batch is refused for one of its reports, they go one by one. */
+  async sendBatch(batch) {
+    const options = { signal: this.worker.closing.signal, limit: this.limit };
+    const body = { jobs: batch.map(({ report }) => report) };
+    try {
+      const { jobs } = await this.worker.insist(this.path, body, options);
+      batch.forEach(({ resolve, reject }, index) => {
+        const { error, code } = jobs[index];
+        return error ? reject(new Refused(error, code)) : resolve();
+      });
+    } catch (error) {
+      if (batch.length === 1) {
+        batch[0].reject(error);
+      } else {
+        for (const one of batch) {
+          await this.sendBatch([one]);
+        }
+      }
+    }
+  }
+}
+
+/** A claimed job. How it ends is decided once: by its handler, the time, the engine, or a stop. */
+class Claim {
+  controller = new AbortController();
+  progress; // field of the next heartbeat
+
+  constructor(job, worker) {
+    this.job = job;
+    this.worker = worker;
+    this.address = { id: job.id, attempt: job.attempt }; // the handler may change the job
+    this.label = `${job.queue} ${job.id}`;
+    this.steps = new Map(Object.entries(job.steps ?? {}));
+    this.decision = new Promise((resolve) => (this.resolve = resolve));
+  }
+
+  /** Runs the handler; resolves when the engine has the outcome, or has taken the job away. */
+  async run(handler) {
+    const error = `timed out after ${this.job.timeout} s`;
+    const expire = () => this.decide("fail", { error }, new TimedOut(error));
+    const timer = setTimeout(expire, Math.min(this.job.timeout * 1000, MAX_TIMER));
+    if (this.worker.stopping.signal.aborted) {
+      this.release();
+    } else {
+      this.perform(handler);
+    }
+    const { call, fields } = await this.decision;
+    clearTimeout(timer);
+    if (call) {
+      await this.beat(false);
+      await this.report(call, fields);
+    }
   }
 
   async perform(handler) {
-    const { job, controller } = this;
-    const timer = setTimeout(() => this.expire(), job.timeout * 1000);
     try {
-      const result = await handler(job.payload, {
-        job,
-        signal: controller.signal,
-        progress: (value) => this.showProgress(value),
+      const result = await handler(this.job.payload, {
+        job: this.job,
+        signal: this.controller.signal,
+        progress: (value) => (this.progress = JSON.parse(JSON.stringify({ progress: value }))),
         step: (name, action) => this.step(name, action),
       });
-      this.complete(result);
+      this.decide("complete", { result });
     } catch (error) {
-      this.fail(failure(error));
-    } finally {
-      clearTimeout(timer);
+      this.decide("fail", failure(error));
     }
   }
 
-  /** Decides how the job ends, unless that is decided, and frees its slot. */
-  settle(call, fields, reason) {
-    if (!this.outcome) {
-      this.outcome = this.encode(call, fields);
-      this.onSettled();
+  /** Sets how the job is reported, and why the handler is aborted, if it is. */
+  decide(call, fields, reason) {
+    if (!this.isDecided) {
+      this.isDecided = true;
+      this.resolve({ call, fields });
       if (reason) {
         this.controller.abort(reason);
       }
-      this.worker.report();
     }
-  }
-
-  encode(call, fields) {
-    return { call, fields, text: JSON.stringify({ ...this.address, ...fields }) };
-  }
-
-  complete(result = null) {
-    try {
-      this.settle("complete", { result });
-    } catch (error) {
-      this.fail({ ...failure(error), retry: false }); // not JSON, nor will it be the next time
-    }
-  }
-
-  fail(fields, reason) {
-    if (!this.outcome) {
-      this.worker.log(`${this} failed: ${fields.error.trim().split("\n").pop()}`);
-      this.settle("fail", fields, reason);
-    }
-  }
-
-  expire() {
-    const reason = new TimedOut(`timed out after ${this.job.timeout} s`);
-    this.fail({ error: reason.message }, reason);
-  }
-
-  release() {
-    this.settle("release", {}, new Lost("the worker stops, and the job is released"));
   }
 
   lose(message) {
-    if (!this.outcome) {
-      this.worker.log(`${this} lost: ${message}`);
-      this.worker.forget(this);
-      this.settle(undefined, {}, new Lost(message));
+    this.decide(undefined, {}, new Lost(message));
+  }
+
+  release() {
+    this.decide("release", {}, new Lost("the worker stops, and the job is released"));
+  }
+
+  /** An outcome that the engine cannot store is replaced by a failure that it can. */
+  async report(call, fields, isReplaced = false) {
+    if (call === "fail") {
+      this.worker.log(`${this.label} failed: ${fields.error.trim().split("\n").pop()}`);
+    }
+    try {
+      await this.worker.reports[call].send({ ...this.address, ...fields });
+    } catch (error) {
+      if (this.worker.closing.signal.aborted) {
+        return;
+      }
+      if (isGone(error) || isReplaced) {
+        this.worker.log(`${this.label}: the engine refuses its ${call}: ${error.message}`);
+      } else if (call === "complete") {
+        const message = `the result cannot be stored: ${error}`;
+        await this.report("fail", { error: message, retry: false }, true);
+      } else {
+        const message = fields.error.slice(-MAX_ERROR);
+        await this.report("fail", { error: message, retry: fields.retry }, true);
+      }
     }
   }
 
-  showProgress(value = null) {
-    this.progress = { text: JSON.stringify({ ...this.address, progress: value }) };
-    this.progressTimer ??= setTimeout(() => {
-      this.progressTimer = undefined;
-      this.isProgressDue = true;
-      this.worker.report();
-    }, PROGRESS_INTERVAL * 1000);
+  /** A heartbeat, if one is due or there is progress to show. */
+  async beat(isDue) {
+    const { progress } = this;
+    if (!isDue && !progress) {
+      return;
+    }
+    try {
+      await this.worker.reports.heartbeat.send({ ...this.address, ...progress });
+    } catch (error) {
+      if (isGone(error)) {
+        this.lose(error.message);
+      } else if (!this.worker.closing.signal.aborted) {
+        this.worker.log(`${this.label}: the engine refuses its progress: ${error.message}`);
+      }
+    }
+    this.progress = this.progress === progress ? undefined : this.progress;
   }
 
   async step(name, action) {
     const { signal } = this.controller;
-    const { steps } = this.job;
-    if (steps && Object.hasOwn(steps, name)) {
-      return steps[name];
+    if (this.steps.has(name)) {
+      return this.steps.get(name);
     }
-    this.letGoIfStopping();
+    this.letGo();
     const result = (await action()) ?? null;
     try {
       const body = { ...this.address, name, result };
       const answer = await call("/step", body, { patience: Infinity, signal });
-      this.job.steps = { ...steps, ...this.job.steps, [name]: answer.result };
-      this.letGoIfStopping();
-      return answer.result;
+      this.steps.set(name, answer.result);
     } catch (error) {
-      if (error.status === 409) {
+      if (isGone(error)) {
         this.lose(error.message);
       }
       signal.throwIfAborted();
       throw error;
     }
+    this.letGo();
+    return this.steps.get(name);
   }
 
-  /** A stopping worker does not wait for the next step: another continues there. */
-  letGoIfStopping() {
+  /** A worker that stops does not wait for the next step: another continues there. */
+  letGo() {
     if (this.worker.stopping.signal.aborted) {
       this.release();
     }
     this.controller.signal.throwIfAborted();
   }
+}
 
-  /** The next report for the engine, if there is one. */
-  nextReport() {
-    const { outcome, progress } = this;
-    if (progress && (outcome || this.isProgressDue)) {
-      return { claim: this, call: "heartbeat", text: progress.text, progress };
-    }
-    return outcome && { claim: this, call: outcome.call, text: outcome.text };
-  }
-
-  /** The engine has taken a report; or refuses it, with an HTTP status and a sentence. */
-  answered({ call, progress }, status, sentence) {
-    if (progress && progress === this.progress) {
-      this.progress = undefined;
-      this.isProgressDue = false;
-    }
-    const isGone = status === 404 || status === 409;
-    if (call === "heartbeat" && isGone) {
-      this.lose(sentence);
-    } else if (status) {
-      this.worker.log(`${this}: the engine refuses its ${call}: ${sentence}`);
-    }
-    if (call === "heartbeat") {
-      return;
-    }
-    const { fields } = this.outcome;
-    const isUnfit = status === 400 || status === 413; // another report may be taken
-    if (isUnfit && call === "complete") {
-      const error = `the engine refuses the result: ${sentence}`;
-      this.outcome = this.encode("fail", { error, retry: false });
-    } else if (isUnfit && fields.delay !== undefined) {
-      this.outcome = this.encode("fail", { ...fields, delay: undefined });
-    } else {
-      this.worker.forget(this);
-    }
-  }
-
-  toString() {
-    return `${this.job.queue} ${this.address.id}`;
-  }
+function isGone({ status }) {
+  return status === 404 || status === 409;
 }
 
 /** The fields of /fail. The last line says what was thrown, since lists of jobs show that one. */
@@ -9656,346 +9793,18 @@ function failure(error) {
   if (error instanceof Retry || error instanceof Abort) {
     return { error: error.message, delay: error.delay, retry: error instanceof Retry };
   }
-  let text = "an error that cannot be shown";
   try {
-    text = error instanceof Error ? `${stackOf(error)}\n\n${error}` : inspect(error);
+    const isError = error instanceof Error;
+    return { error: isError ? `${stackOf(error)}\n\n${error}` : `${inspect(error)} was thrown` };
   } catch {
-    // a getter or toString() of its own has thrown
+    return { error: "an error that cannot be shown" }; // a getter or toString() of its own throws
   }
-  const cut = text.length - MAX_ERROR;
-  const [head, tail] = [text.slice(0, MAX_ERROR / 2), text.slice(-MAX_ERROR / 2)];
-  return { error: cut > 0 ? `${head}\n[... ${cut} characters ...]\n${tail}` : text };
 }
 
 /** Not what inspect() shows: properties of errors may hold secrets, such as a request's headers. */
 function stackOf(error) {
   const cause = error.cause instanceof Error ? `\n\ncaused by ${stackOf(error.cause)}` : "";
   return `${error.stack}${cause}`;
-}
-
-/** One run(): the claims of all queues, their heartbeats and reports, and an orderly end. */
-class Worker {
-  // unlike any other's, since releaseStrays() goes by it
-  name = `${os.hostname().slice(0, 150)}:${process.pid}-${randomBytes(2).toString("hex")}`;
-  claims = new Set(); // those whose outcome the engine does not have
-  sockets = new Set(); // of polls under way
-  watchSockets = new Set(); // of the call that waits for lost claims
-  unanswered = new Set(); // queues whose last poll was ended without an answer
-  stopping = new AbortController(); // aborted: no more polls
-  closing = new AbortController(); // aborted: no more reports
-  stoppedAt;
-  error; // run() throws it
-  changes = 0; // claims that began or ended: each may make jobs due
-  idle = new Map(); // queue -> `changes` when a poll that found nothing was sent
-  isConsuming = true;
-  isReporting = false;
-  isStuck = false; // the engine did not take the last report
-  awaySince; // when the engine was missed first, which the log says; undefined: it is there
-  ended;
-
-  constructor(grace, burst, log) {
-    this.grace = grace;
-    this.burst = burst;
-    this.log = log;
-    setMaxListeners(0, this.stopping.signal, this.closing.signal); // a few for each queue
-  }
-
-  async run() {
-    connect(); // throws if RUNDOWN_URL is wrong
-    const queues = [...registrations.values()];
-    const beats = this.keepAlive(Math.min(...queues.map(({ lease }) => lease)) / 3);
-    const watch = this.watchLosses();
-    const { signal } = this.stopping;
-    const stopped = new Promise((resolve) => signal.addEventListener("abort", resolve));
-    const consumers = queues.map((each) => this.consume(each).catch((error) => this.stop(error)));
-    const consuming = Promise.all(consumers).then(() => (this.isConsuming = false));
-    await stopped;
-    await this.drain();
-    await Promise.all([beats, watch, consuming]);
-    if (this.error) {
-      throw this.error;
-    }
-  }
-
-  stop(error) {
-    this.error ??= error;
-    this.stoppedAt ??= now();
-    this.stopping.abort();
-    // Aborting a poll would lose the jobs that its answer brings. Closing the sending half does
-    // not: the engine hands out nothing more, and what it has handed out still arrives.
-    for (const socket of this.sockets) {
-      socket.end();
-    }
-  }
-
-  /** Polls a queue and starts its jobs until the worker stops. */
-  async consume({ name, concurrency, maxRetries, lease, timeout, handler }) {
-    const { signal } = this.stopping;
-    const fields = { queue: name, worker: this.name, lease, max_retries: maxRetries, timeout };
-    let running = 0;
-    let wake = () => {};
-    const onSettled = () => {
-      running -= 1;
-      wake();
-    };
-    signal.addEventListener("abort", () => wake());
-    this.log(`working on ${name} (concurrency ${concurrency}) as ${this.name}`);
-    for (let tries = 0; !signal.aborted; ) {
-      if (running >= concurrency) {
-        await new Promise((resolve) => (wake = resolve));
-        continue;
-      }
-      if (this.isStuck) {
-        await pause(0.1, signal);
-        continue;
-      }
-      try {
-        const { changes } = this;
-        const limit = Math.min(concurrency - running, MAX_BATCH);
-        const jobs = await this.poll({ ...fields, limit });
-        tries = 0;
-        running += jobs.length;
-        for (const job of jobs) {
-          this.start(new Claim(job, this, onSettled), handler);
-        }
-        if (this.burst && !jobs.length) {
-          await this.rest(name, changes);
-        }
-      } catch (error) {
-        tries += 1;
-        await pause(this.away(error, tries), signal);
-        if (signal.aborted) {
-          this.unanswered.add(name);
-        }
-      }
-    }
-  }
-
-  /** Gives back the jobs of a poll whose answer is lost: proxies drop it after half a close. */
-  async releaseStrays(name) {
-    const path = `/jobs?status=running&brief=true&limit=1000&queue=${encodeURIComponent(name)}`;
-    const page = await call(path, undefined, { patience: FAREWELL }).catch(() => ({ jobs: [] }));
-    const held = new Set([...this.claims].map((claim) => claim.address.id));
-    for (const job of page.jobs) {
-      if (job.worker === this.name && !held.has(job.id)) {
-        this.start(new Claim(job, this, () => {}));
-      }
-    }
-  }
-
-  async poll(fields) {
-    const { signal } = this.stopping;
-    const isSure = connect().hasAnswered && !this.burst;
-    const wait = isSure ? POLL_WAIT : 0; // at first the engine has to show that it is there
-    const text = JSON.stringify({ ...fields, wait });
-    const began = now();
-    const poll = { sockets: this.sockets, signal };
-    const jobs = (await send("/poll", text, { wait, poll })) ?? [];
-    if (!Array.isArray(jobs)) {
-      throw new Unavailable("an answer that is no engine's");
-    }
-    this.back();
-    if (wait && !jobs.length && now() - began < 1) {
-      await pause(0.5, signal); // an engine that stops answers at once
-    }
-    return jobs;
-  }
-
-  forget(claim) {
-    this.claims.delete(claim);
-    this.changes += 1;
-  }
-
-  /** A burst is over when all queues were empty since the last claim ended. */
-  async rest(name, changes) {
-    this.idle.set(name, changes);
-    const isIdle = (each) => this.idle.get(each) === this.changes;
-    if (!this.claims.size && [...registrations.keys()].every(isIdle)) {
-      this.stop();
-    }
-    await pause(0.05, this.stopping.signal);
-  }
-
-  start(claim, handler) {
-    this.claims.add(claim);
-    this.changes += 1;
-    if (this.stopping.signal.aborted) {
-      claim.release();
-    } else {
-      claim.perform(handler);
-    }
-  }
-
-  /** Seconds until the next try. Says once that the engine is away; stops if no try mends that. */
-  away(error, tries) {
-    const isRefused = error instanceof Refused && error.status !== 400;
-    if (this.awaySince === undefined && !this.stopping.signal.aborted) {
-      this.awaySince = now();
-      this.log(`engine away, trying again until it is back: ${error.message}`);
-    }
-    const isOver = this.burst && (isRefused || now() - this.awaySince > PATIENCE);
-    if (isOver || !(isRefused || error instanceof Unavailable)) {
-      this.stop(error);
-      return MAX_PAUSE;
-    }
-    return isRefused ? REFUSED_PAUSE : backoff(tries, error);
-  }
-
-  back() {
-    if (this.awaySince !== undefined) {
-      this.awaySince = undefined;
-      this.log("engine back");
-    }
-  }
-
-  /** Heartbeats for all claims, also for those whose outcome the engine does not have. */
-  async beat(limit) {
-    const beats = [...this.claims].map((claim) => {
-      return { claim, call: "heartbeat", text: JSON.stringify(claim.address) };
-    });
-    for (let start = 0; start < beats.length; start += MAX_BATCH) {
-      await this.deliver(beats.slice(start, start + MAX_BATCH), limit);
-    }
-  }
-
-  async keepAlive(interval) {
-    const { signal } = this.closing;
-    let rest = interval;
-    while (!signal.aborted) {
-      await pause(rest, signal);
-      rest = interval;
-      try {
-        await this.beat(interval);
-      } catch {
-        rest = interval / 5; // polls and reports say that the engine is away
-      }
-    }
-  }
-
-  /** Waits for the engine to take a claim away; a heartbeat then shows which. */
-  async watchLosses() {
-    const { signal } = this.closing;
-    const poll = { sockets: this.watchSockets, signal };
-    let since = "";
-    for (let tries = 0; !signal.aborted; ) {
-      const path = `/lost?worker=${encodeURIComponent(this.name)}&wait=${POLL_WAIT}${since}`;
-      const began = now();
-      try {
-        const answer = await send(path, undefined, { wait: POLL_WAIT, poll });
-        since = `&since=${answer.since}`;
-        tries = 0;
-        if (answer.lost) {
-          await this.beat();
-        } else if (now() - began < 1) {
-          await pause(0.5, signal); // an engine that stops answers at once
-        }
-      } catch (error) {
-        tries += 1;
-        await pause(error instanceof Unavailable ? backoff(tries, error) : REFUSED_PAUSE, signal);
-      }
-    }
-  }
-
-  /** Sends progress and outcomes, one request at a time, until the engine has them all. */
-  async report() {
-    if (this.isReporting) {
-      return;
-    }
-    this.isReporting = true;
-    let reports = this.nextReports();
-    for (let tries = 0; reports.length && !this.closing.signal.aborted; ) {
-      try {
-        await this.deliver(reports);
-        tries = 0;
-        this.back();
-      } catch (error) {
-        tries += 1;
-        this.isStuck = true;
-        await pause(this.away(error, tries), this.closing.signal);
-      }
-      reports = this.nextReports();
-      this.isStuck = tries > 0 && reports.length > 0;
-    }
-    this.isReporting = false;
-  }
-
-  /** As many reports of one call as a request takes. */
-  nextReports() {
-    const reports = [];
-    let bytes = 0;
-    for (const claim of this.claims) {
-      const report = claim.nextReport();
-      if (report && report.call === (reports[0] ?? report).call) {
-        bytes += Buffer.byteLength(report.text) + 1;
-        if (reports.length && (bytes > MAX_BYTES || reports.length === MAX_BATCH)) {
-          break;
-        }
-        reports.push(report);
-      }
-    }
-    return reports;
-  }
-
-  /** Sends reports of one call. If it is refused as a whole, the halves show which is at fault. */
-  async deliver(reports, limit) {
-    const text = `{"jobs":[${reports.map((report) => report.text).join()}]}`;
-    let answers;
-    try {
-      answers = (await send(`/${reports[0].call}`, text, { limit }))?.jobs;
-    } catch (error) {
-      if (error.status !== 413 && !(error instanceof Refused && error.status === 400)) {
-        throw error;
-      }
-      if (reports.length > 1) {
-        const half = reports.length >> 1;
-        await this.deliver(reports.slice(0, half), limit);
-        await this.deliver(reports.slice(half), limit);
-        return;
-      }
-      answers = [{ code: error.status, error: error.message }];
-    }
-    if (!Array.isArray(answers) || answers.length !== reports.length) {
-      throw new Unavailable("an answer that is no engine's");
-    }
-    const unfinished = answers.find(({ code = 0 }) => !isFinal(code));
-    reports.forEach((report, index) => {
-      const { code = 0, error } = answers[index];
-      if (isFinal(code)) {
-        report.claim.answered(report, code, error);
-      }
-    });
-    if (unfinished) {
-      throw new Unavailable(unfinished.error);
-    }
-  }
-
-  /** Lets handlers end, within the grace; releases the rest; waits until the engine has it all. */
-  async drain() {
-    const deadline = this.stoppedAt + this.grace;
-    const isRunning = () => [...this.claims].some((claim) => !claim.outcome);
-    while ((this.isConsuming || isRunning()) && now() < deadline) {
-      await pause(0.01);
-    }
-    for (const socket of this.sockets) {
-      socket.destroy(); // of a poll that nobody answers
-    }
-    for (const claim of this.claims) {
-      claim.release();
-    }
-    await pause(this.unanswered.size && STRAY_DELAY);
-    await Promise.all([...this.unanswered].map((name) => this.releaseStrays(name)));
-    const farewell = Math.max(deadline, now() + FAREWELL);
-    while (this.claims.size && now() < farewell) {
-      await pause(0.01);
-    }
-    if (this.claims.size) {
-      this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
-    }
-    this.closing.abort();
-    for (const socket of this.watchSockets) {
-      socket.destroy();
-    }
-  }
 }
 """
 
