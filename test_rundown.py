@@ -10913,7 +10913,7 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
     ]
     sentence = "psycopg2, SQLAlchemy or Django that is not for asyncio, not a %s$"
     cursor_alone = types.SimpleNamespace(cursor=None)
-    for odd in Asynchronous(), AsyncSession(), *adapted, cursor_alone, object(), None:
+    for odd in (Asynchronous(), AsyncSession(), *adapted, cursor_alone, object(), None):
         with pytest.raises(rw.Misuse, match=sentence % type(odd).__name__):
             rw.enqueue_in(odd, q)
 
