@@ -7351,8 +7351,10 @@ def test_one_failed_heartbeat_within_a_long_job_does_not_end_a_burst(own, work, 
 
 def test_hanging_up_does_not_mind_a_connection_that_is_closed_meanwhile(monkeypatch):
     wire = rw.ConnectionPool()
-    unconnected = http.client.HTTPConnection("127.0.0.1", 1)      # it has no socket (any more)
-    monkeypatch.setattr(wire, "active", {unconnected})
+    closed = http.client.HTTPConnection("127.0.0.1", 1)
+    closed.sock = socket.socket()
+    closed.sock.close()
+    monkeypatch.setattr(wire, "active", {closed})
     wire.shutdown()
     assert wire.closed
 
@@ -9637,6 +9639,25 @@ MISSPELT = {
     "enqueue_many": lambda app: app.enqueue_many("q", [1], dealy=1),
     "schedule": lambda app: app.schedule("n", "q", crn="* * * * *"),
 }
+ELSEWHERE = {
+    "cron": (lambda app: app.task(cron="* * * * *"), r"\.schedule\(\) takes it"),
+    "priority": (lambda app: app.task(priority=1), r"\.options\(\) takes it"),
+    "queue": (lambda app: app.task(len_of_text).options(queue="other"), "no option queue"),
+    "rate": (lambda app: app.queue("q", rate="10/m"), r"such as \(10, 60\)"),
+    "event": (lambda app: app.on("task_failure"), "there are start, success"),
+    "type": (lambda app: app.enqueue("q", [datetime.date.today()]),
+             r"\['payload'\]\[0\] has the type date, which JSON cannot hold"),
+}
+
+
+def len_of_text(text):
+    return len(text)
+
+
+@pytest.mark.parametrize("call, remedy", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_misuse_names_the_remedy(call, remedy):
+    with pytest.raises(rw.Error, match=remedy):
+        call(rw.App(host=unused()))
 
 
 @pytest.mark.parametrize("call", MISSPELT.values(), ids=MISSPELT)
@@ -9740,6 +9761,27 @@ def test_many_jobs_may_wait_for_many_others(engine, q):
     first = rw.enqueue_many(q, range(1000), host=engine.url)
     second = rw.enqueue_many(q, range(50), host=engine.url, after=(job["id"] for job in first))
     assert [job["waits_for"] for job in second] == [1000] * 50
+
+
+def test_a_delayed_run_waits_for_a_retry_that_falls_due_while_it_ends(engine):
+    app = rw.App()
+    done = []
+
+    @app.queue("flaky")
+    def flaky(payload):
+        if len(done) < 1:
+            done.append("failed")
+            raise rw.Retry(delay=0.05)
+        done.append("done")
+
+    @app.on("stop_worker")
+    def linger():
+        time.sleep(0.2)
+
+    with app.testing() as testing:
+        app.enqueue("flaky")
+        testing.run(delayed=True)
+        assert done == ["failed", "done"]
 
 
 def test_the_options_of_the_published_client_are_taken_by_position(engine, q):
