@@ -8407,12 +8407,17 @@ def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engi
     assert "no free slot" in worker.log()
 
 
-def test_an_answer_to_a_request_from_before_the_trouble_does_not_end_it():
+def test_each_kind_of_trouble_is_logged_once_and_ends_with_a_later_request(caplog):
     app = rw.App("http://127.0.0.1:1")
     app.queue("q")(lambda payload: None)
     session, = rw.Worker(app, False, 1, 10, None).sessions.values()
     before = time.monotonic()
-    session.on_down(rw.EngineUnavailable("gone"))
+    caplog.clear()
+    for error in rw.EngineUnavailable("gone"), rw.Refused("wrong token"):
+        session.on_down(error)
+        session.on_down(error)
+    logged = [record.getMessage() for record in caplog.records]
+    assert [line[line.rindex(":"):] for line in logged] == [": gone", ": wrong token"]
     session.on_up(before)
     assert not session.is_up()
     session.on_up(time.monotonic())
@@ -8612,10 +8617,10 @@ CHARGED = {
         return [first, await rw.step("charge", acharge, 7)]
     """,
     "async, plain": """
-        first = await rw.step("charge", charge, 7)
+        first = rw.step("charge", charge, 7)
         if rw.job()["attempt"] == 1:
             raise rw.Retry(delay=0)
-        return [first, await rw.step("charge", charge, 7)]
+        return [first, rw.step("charge", charge, 7)]
     """,
 }
 CHARGED["isolated"] = CHARGED["thread"]
