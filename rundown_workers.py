@@ -92,8 +92,9 @@ job. Isolate handlers that start programs: interrupting a thread does not end it
 killing a process does.
 
 Async handlers must not block the event loop; one that does so for more than a second is logged.
-They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
-has its own context variables. job() also works in threads and thread pools of a handler.
+They use `await step(...)` with a coroutine function, `await checkpoint(...)` and
+`async for item in track(...)`. Each job has its own context variables. job() also works in threads
+and thread pools of a handler.
 
 A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
 queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
@@ -275,6 +276,7 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in error messages
 CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engine answers
 RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
 MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
+MAX_TRY = 60                # seconds that any try has at most, in addition to its `wait`
 PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
 LONG_CHANGE = 600           # seconds that an engine may take to change all jobs of a queue
 RETRY_PAUSE = 0.1           # seconds before the second try; doubles with each try
@@ -308,6 +310,8 @@ MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WAT
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
 MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
+MAX_STEPS = 1000            # steps of a job, as the engine bounds them
+MAX_STEP_NAME = 200         # characters in the name of a step
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
 UNSERVED_AFTER = 60         # seconds without a poll after which a queue has no worker
@@ -414,16 +418,15 @@ class Retry(Error):
         delay: float | datetime.timedelta | None = None,
     ) -> None:
         super().__init__(reason)
-        seconds = in_seconds(delay)
-        if seconds is not None and not 0 <= seconds < float('inf'):
+        self.delay = None if delay is None else duration('delay', delay)
+        if self.delay is not None and not 0 <= self.delay < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
-        self.delay = seconds
 
 
 # -- Values ----------------------------------------------------------------------------------------
+NUMBER = (int, float)
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
-quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
 rng = random.Random()       # our own, since a handler may seed the module's
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=rng.seed)    # two processes must not choose the same ids
@@ -491,8 +494,24 @@ def drop_none(**fields):
     return {field: value for field, value in fields.items() if value is not None}
 
 
+def quote(text):
+    """A name or an id as a part of a URL."""
+    if not isinstance(text, str):
+        raise Misuse(f'a name or an id must be a string, not {text!r}')
+    return urllib.parse.quote(text, safe='', errors='surrogatepass')
+
+
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def duration(name, span):
+    """A duration in seconds; Misuse unless it is a number or a timedelta."""
+    seconds = in_seconds(span)
+    is_number = isinstance(seconds, NUMBER) and not isinstance(seconds, bool)
+    if not is_number or seconds != seconds:     # NaN differs from itself
+        raise Misuse(f'{name} must be a number of seconds or a timedelta, not {span!r}')
+    return seconds
 
 
 def require_temporary_folder():
@@ -511,9 +530,8 @@ def in_utc(moment):
 
 
 def clamp_delay(delay):
-    """The delay in seconds, limited to the range that an engine accepts."""
-    delay = in_seconds(delay)
-    return delay if delay is None else min(max(delay, 0), MAX_DELAY)
+    """The delay in seconds, limited to the range that an engine accepts; None stays None."""
+    return None if delay is None else min(max(duration('delay', delay), 0), MAX_DELAY)
 
 
 def printable(text):
@@ -533,7 +551,7 @@ def retry_pause(tries):
 
 
 def deadline_after(timeout):
-    return time.monotonic() + (float('inf') if timeout is None else in_seconds(timeout))
+    return time.monotonic() + (float('inf') if timeout is None else duration('timeout', timeout))
 
 
 def remaining(deadline):
@@ -768,11 +786,11 @@ class Retries:
 
     def __init__(self, hosts, wait, give_up):
         self.hosts = hosts
-        self.wait = wait                        # seconds that the engine may take
-        self.give_up = in_seconds(give_up)
+        self.wait = min(duration('wait', wait), LONG_CHANGE)    # seconds that the engine may take
+        self.give_up = duration('give_up', give_up)
         self.tries = 0
         self.began = time.monotonic()
-        self.deadline = self.began + self.give_up + wait
+        self.deadline = self.began + self.give_up + self.wait
         self.has_said_so = False                # a message on the terminal: still trying
 
     def seconds(self):
@@ -781,10 +799,11 @@ class Retries:
         With several engines less in the first rounds, so that a silent one costs little.
         """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
+        longest = MAX_TRY
         if len(self.hosts) > 1:
             rounds = self.tries // len(self.hosts)
-            share = min(share, self.wait + PROBE_TIMEOUT * 2 ** min(rounds, 10))
-        return max(share, self.wait + MIN_LAST_TRY)
+            longest = min(longest, PROBE_TIMEOUT * 2 ** min(rounds, 10))
+        return max(min(share, self.wait + longest), self.wait + MIN_LAST_TRY)
 
     def pause_after(self, error):
         """Seconds until the next try; EngineUnavailable if there is none."""
@@ -825,11 +844,11 @@ class Caller:
     ) -> None:
         self.hosts = parse_hosts(host or os.environ.get('RUNDOWN_URL') or DEFAULT_URL)
         self.active = ActiveHost(self.hosts)    # shared with clones
-        self.timeout = in_seconds(timeout)
+        self.timeout = duration('timeout', timeout)
         self.headers = {'Content-Type': 'application/json'}
         token = token or os.environ.get('RUNDOWN_TOKEN')
         if token:
-            if not re.fullmatch('[!-~]+', token):
+            if not isinstance(token, str) or not re.fullmatch('[!-~]+', token):
                 raise Error('the token must be of visible ASCII characters')
             self.headers['Authorization'] = f'Bearer {token}'
         self._open_pool(tls_context(self.hosts, ca or os.environ.get('RUNDOWN_CA')))
@@ -916,7 +935,8 @@ class Caller:
 
     def _get(self, path, **fields):
         given = given_fields(fields)
-        return self.call(f'{path}?{urllib.parse.urlencode(given)}', wait=given.get('wait', 0))
+        query = urllib.parse.urlencode(given, errors='surrogatepass')
+        return self.call(f'{path}?{query}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
@@ -1309,9 +1329,9 @@ class Waiting:
     """The calls that wait for the end of a job, until a timeout."""
 
     def __init__(self, client, job, timeout, give_up):
-        self.id = job if isinstance(job, str) else job['id']
+        self.id = job['id'] if isinstance(job, dict) else job
         self.deadline = deadline_after(timeout)
-        self.give_up = client.timeout if give_up is None else in_seconds(give_up)
+        self.give_up = client.timeout if give_up is None else duration('give_up', give_up)
 
     def next_call(self, longest):
         """The arguments of Client.call() for the next long poll, of `longest` seconds at most."""
@@ -1415,6 +1435,8 @@ def encode_body(body):
 
 def parse_hosts(text):
     """The URLs of engines, separated by blanks; raises Error for an invalid one."""
+    if not isinstance(text, str):
+        raise Misuse(f'host must be the URL of an engine, not {text!r}')
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
         if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url) or not url.isascii():
@@ -1790,15 +1812,16 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
     The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
-    In async code, and with a coroutine function: `await step(...)`. If the worker is stopping,
-    this raises Lost and the job is released. Outside of handlers it only calls the function.
+    With a coroutine function: `await step(...)`. In an async handler, any other function blocks the
+    event loop until its result is saved. If the worker is stopping, this raises Lost and the job
+    is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
-    if is_in_event_loop() or inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function):
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.begin_step()
+    claim.begin_step(name)
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1806,15 +1829,11 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
 
 async def async_step(claim, name, function, args, kwargs):
-    async def call():
-        result = function(*args, **kwargs)
-        return await result if inspect.isawaitable(result) else result
-
     if claim is None:
-        return await call()
-    claim.begin_step()
+        return await function(*args, **kwargs)
+    claim.begin_step(name)
     if name not in claim.steps:
-        text = as_json(await call(), f'the result of step {name!r}')
+        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
     return copy.deepcopy(claim.steps[name])
 
@@ -1950,10 +1969,17 @@ class Saver:
     leave_if_stopping() and drop_progress().
     """
 
-    def begin_step(self):
+    def begin_step(self, name):
+        """Check the name before the function runs: a result that is refused would be lost."""
         self.leave_if_stopping()
         if self.steps is None:
             self.steps = {}
+        is_text = isinstance(name, str) and not UNPRINTABLE.search(name)
+        if not is_text or not 1 <= len(name) <= MAX_STEP_NAME:
+            raise Misuse(f'the name of a step must have 1 to {MAX_STEP_NAME} printable characters, '
+                         f'not {truncate_middle(repr(name), 300)}')
+        if len(self.steps) >= MAX_STEPS and name not in self.steps:
+            raise Error(f'the job has {MAX_STEPS} steps already')
 
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
@@ -2002,7 +2028,7 @@ def failure(error, text=None, retry=True, delay=None):
 def error_text(error):
     """The traceback below our own frames; for Retry and Abort only the reason."""
     try:
-        if isinstance(error, (Retry, Abort)) and not error.__cause__:
+        if isinstance(error, (Retry, Abort)) and error.__cause__ is None:
             return str(error) or type(error).__name__
         below_ours = error.__traceback__
         while below_ours and below_ours.tb_frame.f_code.co_filename == OUR_FILE:
@@ -2477,6 +2503,7 @@ class EventLoop:
         # safe without a lock: a dict whose single operations are atomic
         self.not_begun = {}         # the queues of threads whose coroutine has not begun
         self.is_abandoned = False
+        self.is_ending = False
         # written by the watcher; the loop's thread resets the first, any thread reads the other
         self.probed_at = None       # when the pending probe was sent; None: it was answered
         self.is_blocked = False     # by a handler that does not await
@@ -2485,7 +2512,8 @@ class EventLoop:
     def _run(self):
         self.asyncio.set_event_loop(self.loop)
         try:
-            self.loop.run_forever()
+            while not self.is_ending:
+                self._run_until_stopped()
             tasks = self.asyncio.all_tasks(self.loop)
             for task in tasks:
                 task.cancel()
@@ -2495,12 +2523,20 @@ class EventLoop:
         finally:
             self.loop.close()
 
+    def _run_until_stopped(self):
+        """Run the loop until stop(), or until a handler stops it or exits in a task of its own."""
+        try:
+            self.loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            note(logging.ERROR, 'a task of an async handler failed: %s', last_line(error))
+
     def call(self, function, *args):
-        """Have the loop call a function soon. After the end of the loop nothing happens."""
+        """Call a function soon in the loop's thread. Does nothing once the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(function, *args)
 
     def stop(self):
+        self.is_ending = True
         self.call(self.loop.stop)
 
     def create_task(self, coroutine, context, on_done):
@@ -2841,6 +2877,9 @@ RELEASED = Outcome('release')
 LOST = Outcome(None)
 REFUSALS = (400, 413)       # statuses: the request itself is wrong
 GONE = (404, 409)           # statuses: the claim no longer exists
+# what is logged when the requests of a worker begin to fail
+AWAY = 'engine away, trying again until it is back'
+REFUSING = 'engine refuses this worker, trying again until it does not'
 
 
 class LogWriter:
@@ -2870,7 +2909,7 @@ class LogWriter:
             self.calls.put(None)
 
     def put(self, function, *args):
-        """Have the function called in the thread; call it here if there is no thread."""
+        """Call the function in the thread; without a thread, call it here."""
         if not self.users:
             function(*args)
         elif self.calls.qsize() < MAX_LOG_BACKLOG:
@@ -3052,8 +3091,7 @@ class Consumer:
         self._remove(claim)
 
     def _on_finished(self, claim, outcome):
-        """Report the outcome of a handler and call its hooks, for which the report does not wait.
-        """
+        """Report the outcome of a handler, then call its hooks."""
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -3157,7 +3195,7 @@ class Consumer:
         return True
 
     def return_slot(self, claim):
-        """Have the next free slot end for one that was lent. None if all have been returned."""
+        """End the next slot that is free, for one that was lent; None if all have been returned."""
         with claim.lock:
             if not claim.lent_slots:
                 return None
@@ -3337,6 +3375,7 @@ class EngineSession:
         # races are harmless
         self.is_backlogged = False  # the last try to report outcomes failed
         self.down_since = None      # monotonic; None: the engine answered the last request
+        self.trouble = None         # since then; REFUSING or AWAY
         self.was_reached = False    # the engine has answered at least once
 
     def start(self):
@@ -3350,7 +3389,7 @@ class EngineSession:
         self.claims.pop(claim, None)
 
     def on_down(self, error):
-        """Log once that the engine is away; returns the seconds until the next try.
+        """Log once for each kind of trouble; returns the seconds until the next try.
 
         Stops a burst worker after CLIENT_TIMEOUT.
         """
@@ -3358,7 +3397,10 @@ class EngineSession:
         since = self.down_since
         if since is None:
             self.down_since = since = now
-            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
+        trouble = REFUSING if isinstance(error, Refused) else AWAY
+        if self.trouble != trouble:
+            self.trouble = trouble
+            note(logging.WARNING, '%s: %s', trouble, error)
         if self.worker.burst and now - since >= CLIENT_TIMEOUT:
             self.worker.stop(error)
         longest = min(MAX_RETRY_PAUSE, max(RETRY_PAUSE, now - since))
@@ -3375,6 +3417,7 @@ class EngineSession:
         since = self.down_since
         if since is not None and asked_at > since:      # otherwise it was sent before the trouble
             self.down_since = None
+            self.trouble = None
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
@@ -3947,7 +3990,7 @@ WAITING = 'waiting'         # the handler waits for a job; answered with whether
 RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
-HOOKS_CALLED = 'hooks'      # the process can take the next job
+HOOKS_CALLED = 'hooks'      # after the hooks of the outcome, if there are any
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
 # Kinds of messages to that process, besides the answers to its own.
@@ -4120,10 +4163,11 @@ class IsolatedSlot(Slot):
         If the process is gone, call all of them here.
         """
         hooks = self.consumer.hooks[event]
+        ours = hooks
         if event == 'start' or self.process is not None:
-            hooks = [hook for hook in hooks if not has_place(hook)]
-        self.consumer.call_hooks(event, claim, value, hooks)
-        if event != 'start' and self.process is not None:
+            ours = [hook for hook in hooks if not has_place(hook)]
+        self.consumer.call_hooks(event, claim, value, ours)
+        if event != 'start' and self.process is not None and len(ours) < len(hooks):
             kind = None
             while kind not in (HOOKS_CALLED, CRASHED):
                 kind, _ = self._receive()
@@ -4341,9 +4385,10 @@ class Child:
         has_failed = outcome.call == 'fail'
         error = error_text(outcome.value) if has_failed else None
         self.send(FINISHED, (outcome.call, outcome.fields, error))
-        if not claim.was_left:
-            self._call_hooks('failure' if has_failed else 'success', job, outcome.value)
-        self.send(HOOKS_CALLED)
+        event = 'failure' if has_failed else 'success'
+        if self.hooks[event] and not claim.was_left:
+            self._call_hooks(event, job, outcome.value)
+            self.send(HOOKS_CALLED)
 
     def _call_hooks(self, event, job, value):
         for function in self.hooks[event]:
@@ -4518,7 +4563,7 @@ def read_tail(file, length):
 
 
 def set_append_mode(file):
-    """Have programs write at the end of the file, also after it was truncated."""
+    """Make programs write at the end of the file, also after it was truncated."""
     with contextlib.suppress(ImportError):
         import fcntl    # not on Windows, where the truncated part reads as zeros
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
@@ -4622,7 +4667,6 @@ class QueueConfig(NamedTuple):
 TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
-NUMBER = (int, float)
 MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
     'poll_interval': 0.0,
     'timeout': 0.0,
@@ -4759,6 +4803,7 @@ class Registry:
         )
 
         def register(function):
+            check_function(function)
             check_call(function, [None])
             self._register(config, function)
             function.policy = policy
@@ -4818,6 +4863,7 @@ class Registry:
         policy = Policy(backoff, retry_on, abort_on)
 
         def register(function):
+            check_function(function)
             task = name or task_name(function)
             known = self.configs.get((queue, host), QueueConfig(queue))
             config = known._replace(setup_calls=limits or known.setup_calls, **settings)
@@ -4832,8 +4878,6 @@ class Registry:
 
     def _register(self, config, function, task=None):
         """Add a function that handles all jobs of a queue, or those for the task of that name."""
-        if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-            raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
@@ -5020,7 +5064,7 @@ class App(Registry):
         if concurrency is not None:
             check_number('concurrency', concurrency, 1)
         set_up_log()
-        worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
+        worker = Worker(self, burst, duration('grace', grace), max_hung, concurrency)
         code = 0
         if not burst:
             return_free_memory()
@@ -5189,6 +5233,12 @@ def check_settings(**settings):
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
         check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
+
+
+def check_function(function):
+    """Misuse unless it is a function that can be given attributes."""
+    if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
+        raise Misuse(f'a decorated handler must be a function, not {function!r}')
 
 
 def check_call(function, args, kwargs=None):
@@ -6128,8 +6178,9 @@ def register_django_queues(backends, names):
 def django_handler(backend):
     """The handler of a queue. For an async task it returns a coroutine."""
     def run_task(payload):
-        run = DjangoAttempt(backend, job())
-        return run.arun() if inspect.iscoroutinefunction(run.function) else run.run()
+        attempt = DjangoAttempt(backend, job())
+        is_async = inspect.iscoroutinefunction(attempt.function)
+        return attempt.arun() if is_async else attempt.run()
 
     return run_task
 
@@ -6151,7 +6202,7 @@ class Testing:
 
     def advance(self, seconds: float | datetime.timedelta) -> None:
         """Move the engine's clock on; jobs that are due by then become available at once."""
-        self.seconds += in_seconds(seconds)
+        self.seconds += duration('seconds', seconds)
         self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
@@ -6826,7 +6877,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     end_at_sigterm()
     if sys.stdout is None:      # closed by the caller
-        sys.stdout = open(os.devnull, 'w')
+        sys.stdout = open(os.devnull, 'w')      # noqa: SIM115 - it stays open
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # it may be None, or something else
             stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only
