@@ -92,8 +92,9 @@ job. Isolate handlers that start programs: interrupting a thread does not end it
 killing a process does.
 
 Async handlers must not block the event loop; one that does so for more than a second is logged.
-They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
-has its own context variables. job() also works in threads and thread pools of a handler.
+They use `await step(...)` with a coroutine function, `await checkpoint(...)` and
+`async for item in track(...)`. Each job has its own context variables. job() also works in threads
+and thread pools of a handler.
 
 A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
 queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
@@ -310,6 +311,8 @@ MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WAT
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
 MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
+MAX_STEPS = 1000            # steps of a job, as the engine bounds them
+MAX_STEP_NAME = 200         # characters in the name of a step
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
 UNSERVED_AFTER = 60         # seconds without a poll after which a queue has no worker
@@ -1815,15 +1818,16 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
     The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
-    In async code, and with a coroutine function: `await step(...)`. If the worker is stopping,
-    this raises Lost and the job is released. Outside of handlers it only calls the function.
+    With a coroutine function: `await step(...)`. In an async handler, any other function blocks the
+    event loop until its result is saved. If the worker is stopping, this raises Lost and the job
+    is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
-    if is_in_event_loop() or inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function):
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.begin_step()
+    claim.begin_step(name)
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1831,15 +1835,11 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
 
 async def async_step(claim, name, function, args, kwargs):
-    async def call():
-        result = function(*args, **kwargs)
-        return await result if inspect.isawaitable(result) else result
-
     if claim is None:
-        return await call()
-    claim.begin_step()
+        return await function(*args, **kwargs)
+    claim.begin_step(name)
     if name not in claim.steps:
-        text = as_json(await call(), f'the result of step {name!r}')
+        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
     return copy.deepcopy(claim.steps[name])
 
@@ -1975,10 +1975,17 @@ class Saver:
     leave_if_stopping() and drop_progress().
     """
 
-    def begin_step(self):
+    def begin_step(self, name):
+        """Check the name before the function runs: a result that is refused would be lost."""
         self.leave_if_stopping()
         if self.steps is None:
             self.steps = {}
+        is_text = isinstance(name, str) and not UNPRINTABLE.search(name)
+        if not is_text or not 1 <= len(name) <= MAX_STEP_NAME:
+            raise Misuse(f'the name of a step must have 1 to {MAX_STEP_NAME} printable characters, '
+                         f'not {truncate_middle(repr(name), 300)}')
+        if len(self.steps) >= MAX_STEPS and name not in self.steps:
+            raise Error(f'the job has {MAX_STEPS} steps already')
 
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
@@ -2027,7 +2034,7 @@ def failure(error, text=None, retry=True, delay=None):
 def error_text(error):
     """The traceback below our own frames; for Retry and Abort only the reason."""
     try:
-        if isinstance(error, (Retry, Abort)) and not error.__cause__:
+        if isinstance(error, (Retry, Abort)) and error.__cause__ is None:
             return str(error) or type(error).__name__
         below_ours = error.__traceback__
         while below_ours and below_ours.tb_frame.f_code.co_filename == OUR_FILE:
@@ -2502,6 +2509,7 @@ class EventLoop:
         # safe without a lock: a dict whose single operations are atomic
         self.not_begun = {}         # the queues of threads whose coroutine has not begun
         self.is_abandoned = False
+        self.is_ending = False
         # written by the watcher; the loop's thread resets the first, any thread reads the other
         self.probed_at = None       # when the pending probe was sent; None: it was answered
         self.is_blocked = False     # by a handler that does not await
@@ -2510,7 +2518,8 @@ class EventLoop:
     def _run(self):
         self.asyncio.set_event_loop(self.loop)
         try:
-            self.loop.run_forever()
+            while not self.is_ending:
+                self._run_until_stopped()
             tasks = self.asyncio.all_tasks(self.loop)
             for task in tasks:
                 task.cancel()
@@ -2520,12 +2529,20 @@ class EventLoop:
         finally:
             self.loop.close()
 
+    def _run_until_stopped(self):
+        """Run the loop until stop(), or until a handler stops it or exits in a task of its own."""
+        try:
+            self.loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            note(logging.ERROR, 'a task of an async handler failed: %s', last_line(error))
+
     def call(self, function, *args):
-        """Have the loop call a function soon. After the end of the loop nothing happens."""
+        """Call a function soon in the loop's thread. Does nothing once the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(function, *args)
 
     def stop(self):
+        self.is_ending = True
         self.call(self.loop.stop)
 
     def create_task(self, coroutine, context, on_done):
@@ -2866,6 +2883,9 @@ RELEASED = Outcome('release')
 LOST = Outcome(None)
 REFUSALS = (400, 413)       # statuses: the request itself is wrong
 GONE = (404, 409)           # statuses: the claim no longer exists
+# what is logged when the requests of a worker begin to fail
+AWAY = 'engine away, trying again until it is back'
+REFUSING = 'engine refuses this worker, trying again until it does not'
 
 
 class LogWriter:
@@ -2895,7 +2915,7 @@ class LogWriter:
             self.calls.put(None)
 
     def put(self, function, *args):
-        """Have the function called in the thread; call it here if there is no thread."""
+        """Call the function in the thread; without a thread, call it here."""
         if not self.users:
             function(*args)
         elif self.calls.qsize() < MAX_LOG_BACKLOG:
@@ -3077,8 +3097,7 @@ class Consumer:
         self._remove(claim)
 
     def _on_finished(self, claim, outcome):
-        """Report the outcome of a handler and call its hooks, for which the report does not wait.
-        """
+        """Report the outcome of a handler, then call its hooks."""
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -3182,7 +3201,7 @@ class Consumer:
         return True
 
     def return_slot(self, claim):
-        """Have the next free slot end for one that was lent. None if all have been returned."""
+        """End the next slot that is free, for one that was lent; None if all have been returned."""
         with claim.lock:
             if not claim.lent_slots:
                 return None
@@ -3362,6 +3381,7 @@ class EngineSession:
         # races are harmless
         self.is_backlogged = False  # the last try to report outcomes failed
         self.down_since = None      # monotonic; None: the engine answered the last request
+        self.trouble = None         # since then; REFUSING or AWAY
         self.was_reached = False    # the engine has answered at least once
 
     def start(self):
@@ -3375,7 +3395,7 @@ class EngineSession:
         self.claims.pop(claim, None)
 
     def on_down(self, error):
-        """Log once that the engine is away; returns the seconds until the next try.
+        """Log once for each kind of trouble; returns the seconds until the next try.
 
         Stops a burst worker after CLIENT_TIMEOUT.
         """
@@ -3383,7 +3403,10 @@ class EngineSession:
         since = self.down_since
         if since is None:
             self.down_since = since = now
-            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
+        trouble = REFUSING if isinstance(error, Refused) else AWAY
+        if self.trouble != trouble:
+            self.trouble = trouble
+            note(logging.WARNING, '%s: %s', trouble, error)
         if self.worker.burst and now - since >= CLIENT_TIMEOUT:
             self.worker.stop(error)
         longest = min(MAX_RETRY_PAUSE, max(RETRY_PAUSE, now - since))
@@ -3400,6 +3423,7 @@ class EngineSession:
         since = self.down_since
         if since is not None and asked_at > since:      # otherwise it was sent before the trouble
             self.down_since = None
+            self.trouble = None
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
@@ -3972,7 +3996,7 @@ WAITING = 'waiting'         # the handler waits for a job; answered with whether
 RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
-HOOKS_CALLED = 'hooks'      # the process can take the next job
+HOOKS_CALLED = 'hooks'      # after the hooks of the outcome, if there are any
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
 # Kinds of messages to that process, besides the answers to its own.
@@ -4145,10 +4169,11 @@ class IsolatedSlot(Slot):
         If the process is gone, call all of them here.
         """
         hooks = self.consumer.hooks[event]
+        ours = hooks
         if event == 'start' or self.process is not None:
-            hooks = [hook for hook in hooks if not has_place(hook)]
-        self.consumer.call_hooks(event, claim, value, hooks)
-        if event != 'start' and self.process is not None:
+            ours = [hook for hook in hooks if not has_place(hook)]
+        self.consumer.call_hooks(event, claim, value, ours)
+        if event != 'start' and self.process is not None and len(ours) < len(hooks):
             kind = None
             while kind not in (HOOKS_CALLED, CRASHED):
                 kind, _ = self._receive()
@@ -4366,9 +4391,10 @@ class Child:
         has_failed = outcome.call == 'fail'
         error = error_text(outcome.value) if has_failed else None
         self.send(FINISHED, (outcome.call, outcome.fields, error))
-        if not claim.was_left:
-            self._call_hooks('failure' if has_failed else 'success', job, outcome.value)
-        self.send(HOOKS_CALLED)
+        event = 'failure' if has_failed else 'success'
+        if self.hooks[event] and not claim.was_left:
+            self._call_hooks(event, job, outcome.value)
+            self.send(HOOKS_CALLED)
 
     def _call_hooks(self, event, job, value):
         for function in self.hooks[event]:
@@ -4543,7 +4569,7 @@ def read_tail(file, length):
 
 
 def set_append_mode(file):
-    """Have programs write at the end of the file, also after it was truncated."""
+    """Make programs write at the end of the file, also after it was truncated."""
     with contextlib.suppress(ImportError):
         import fcntl    # not on Windows, where the truncated part reads as zeros
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
