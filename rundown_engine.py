@@ -4291,18 +4291,20 @@ class Committer:
         offset = clock.offset
         ahead = 0
         maintain = now >= self.maintenance_paused_until
+        is_due = False
         if maintain and now - self.clock_checked_at >= CLOCK_CHECK_INTERVAL:
             self.clock_checked_at = now
             ahead = clock.slew()
             self.database.check_disk()
-        if not (self.submitted or maintain and (
-                ahead or self.database.is_sparse or self.store.next_deadline <= clock.now())):
+        if maintain:
+            is_due = ahead or self.database.is_sparse or self.store.next_deadline <= clock.now()
+        if not (self.submitted or is_due):
             return
         operations = self.submitted
         self.submitted = []
         maintenance = self.maintenance if maintain else None
         try:
-            tx, served = self._run_transaction(operations, maintenance, ahead)
+            tx, began, served = self._run_transaction(operations, maintenance, ahead)
         except DiskFull:        # retried in the next pass, with the space of the reserve
             clock.offset = offset
             self.submitted[:0] = operations
@@ -4318,7 +4320,7 @@ class Committer:
         self.maintenance.error = None
         self.loop.now = time.monotonic()
         self.commits += 1
-        self.commit_seconds += self.loop.now - self.listening_until     # which is its begin
+        self.commit_seconds += self.loop.now - began
         self.store.committed(tx)        # first: the request behind a response may ask for it
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
@@ -4348,7 +4350,8 @@ class Committer:
             operation.finish()
 
     def _run_transaction(self, operations, maintenance, ahead):
-        """Run everything in one transaction: (tx, the parked operations that have a result now).
+        """Run everything in one transaction: (tx, the time at which it began, the parked
+        operations that have a result now).
 
         `ahead` is by how many seconds the wall clock has jumped ahead. A transaction that an
         operation poisons begins again without it.
@@ -4374,7 +4377,7 @@ class Committer:
                 self.database.last_storage_error = None
                 if tx.takes_jobs != self.database.takes_jobs:
                     self._note_room(tx.takes_jobs)
-                return tx, served
+                return tx, began, served
             except PoisonedTransaction as error:
                 insert_in_bulk = False      # one by one, the failing insert is found
                 if error.operation in writes:
@@ -4536,7 +4539,7 @@ class EventLoop:
         self.calls_from_threads = collections.deque()
         self.ended = False                  # written by the loop's thread, read by all
         # touched by the loop's thread only
-        self.now = time.monotonic()         # time.monotonic() when select() of this pass returned
+        self.now = time.monotonic()         # read after each select() and each commit
         self.draining = False               # the engine ends once no connection is left
         self.drain_deadline = NEVER         # when it ends even with connections left
         self.lags = [0, 0]                  # longest pass in seconds: in this minute, the last one
@@ -4860,9 +4863,7 @@ class Connection(Client):
     Its generator yields the events to wait for, 0 for none; see Client.resume().
     """
     request = None              # a Request, from its first byte until its response is sent
-    unsent = b''                # the bytes of the response that are sent next
-    stream = None               # the rest of the response: a file, or a large body
-    stream_bytes = 0            # of it that are in memory
+    outgoing = None             # an Outgoing, until all of the response is sent
     watched = 0                 # events that it is registered for in the selector
     request_bytes = 0           # as the budget counts it
     response_bytes = 0
@@ -4892,7 +4893,7 @@ class Connection(Client):
             if events != self.watched:
                 self._watch(events)
             request_bytes = len(self.received) + (self.request.size if self.request else 0)
-            response_bytes = len(self.unsent) + self.stream_bytes
+            response_bytes = self.outgoing.size if self.outgoing else 0
             self.loop.budget.update(self, request_bytes, response_bytes)
         except (StopIteration, OSError, EOFError, HTTPError):   # served, gone, or late
             self.close()
@@ -4921,8 +4922,7 @@ class Connection(Client):
             self.loop.budget.update(self, 0, 0)
             self.sock.close()
             self.request = None     # a cycle, which the collector would free much later
-            self.unsent = b''
-            self.stream = None
+            self.outgoing = None
 
     def _receive(self):
         """Receive a piece that is small, so that pipelined requests are a small message."""
@@ -4992,10 +4992,9 @@ class Connection(Client):
             self._begin_error(request, error, keep_alive)
         request.operation = request.body = request.params = None
         request.size = 0
-        if self.stream:
-            yield from self._send_stream()
-        elif not self._send():
-            yield from self._send_rest()
+        with contextlib.closing(self.outgoing) as outgoing:
+            yield from self._send(outgoing)
+        self.outgoing = None
         return keep_alive
 
     def _dispatch(self, request):
@@ -5060,65 +5059,77 @@ class Connection(Client):
         self._begin_response(request, response, keep_alive)
 
     def _begin_response(self, request, response, keep_alive):
-        """Set `unsent` and `stream` to the bytes of the response."""
+        """Set `outgoing`; count and log the response."""
         method, route = ('-', 'other')
         if request.head:
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
             response = (response, *JSON_OK)
-        status = response[1]
         body = encode_body(response[0])
-        is_file = isinstance(body, io.IOBase)
-        length = os.fstat(body.fileno()).st_size if is_file else len(body)
-        if method == 'GET' and not is_file:
+        length = length_of(body)
+        if method == 'GET' and isinstance(body, bytes):
             self.loop.budget.require_capacity(length)
+        status = response[1]
         self.server.store.meter.request(route, status)
         if self.server.verbose:
             log(f'{self.address[0]} {method} {route} {status}')
         connection = '' if keep_alive else 'close'
         if keep_alive and not request.head.is_http_1_1:
             connection = 'keep-alive'
-        self.unsent = encode_head(response, length, connection)
+        head = encode_head(response, length, connection)
+        self.outgoing = Outgoing(head, body)
         if method == 'HEAD':
-            if is_file:
-                body.close()
-        elif is_file:
-            self.stream = body
-        elif length > CHUNK_BYTES:
-            self.stream = io.BytesIO(body)      # which does not copy it
-            self.stream_bytes = length
-        else:
-            self.unsent += body
+            self.outgoing.close()
+            self.outgoing = Outgoing(head, b'')
 
-    def _send(self):
-        """Send as much as the socket takes now. True once nothing is left."""
-        try:
-            sent = self.sock.send(self.unsent)
-        except NOT_READY:
-            return False
-        self.unsent = memoryview(self.unsent)[sent:] if sent < len(self.unsent) else b''
-        return not self.unsent
-
-    def _send_rest(self):
-        """Send the rest as the socket becomes writable."""
-        self.set_timeout(REQUEST_TIMEOUT)
-        yield WRITE
-        while not self._send():
+    def _send(self, outgoing):
+        """Send the response, a piece in each pass of the loop."""
+        ends = self.loop.now + REQUEST_TIMEOUT + outgoing.length / MIN_DOWNLOAD_RATE
+        while not outgoing.send_piece(self.sock):
+            self.set_timeout(min(REQUEST_TIMEOUT, ends - self.loop.now))
             yield WRITE
 
-    def _send_stream(self):
-        """Send the rest of a response piece by piece, a piece in each pass of the loop."""
-        with self.stream as stream:
-            length = stream.seek(0, os.SEEK_END)
-            stream.seek(0)
-            deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
-            while self.unsent:
-                yield from self._send_rest()
-                if self.loop.now > deadline:
-                    raise RequestTimeout('the response was not taken in time')
-                self.unsent = stream.read(CHUNK_BYTES)
-        self.stream = None
-        self.stream_bytes = 0
+
+class Outgoing:
+    """A response on its way to the client; close() closes the file in it."""
+
+    def __init__(self, head, body):
+        """`body` is bytes or an open file."""
+        self.piece = head           # bytes that are sent next
+        self.rest = None            # a stream of those that follow
+        self.rest_in_memory = 0     # bytes of it that are in memory
+        self.length = length_of(body)
+        if not isinstance(body, bytes):
+            self.rest = body
+        elif self.length > CHUNK_BYTES:
+            self.rest = io.BytesIO(body)        # which does not copy it
+            self.rest_in_memory = self.length
+        else:
+            self.piece += body
+
+    @property
+    def size(self):
+        """Bytes in memory."""
+        return len(self.piece) + self.rest_in_memory
+
+    def send_piece(self, sock):
+        """Send what the socket takes now, at most CHUNK_BYTES. True once all is sent."""
+        try:
+            sent = sock.send(self.piece)
+        except NOT_READY:
+            return False
+        self.piece = memoryview(self.piece)[sent:]
+        if not self.piece and self.rest:
+            self.piece = self.rest.read(CHUNK_BYTES)
+        return not self.piece
+
+    def close(self):
+        if self.rest:
+            self.rest.close()
+
+
+def length_of(body):
+    return len(body) if isinstance(body, bytes) else os.fstat(body.fileno()).st_size
 
 
 def encode_body(body):
@@ -7540,7 +7551,7 @@ const FILTERS = ["search", "queue", "status", "tag", "group"];
 
 // -- State --------------------------------------------------------------------------------------
 let view = "";              // overview, jobs or job
-let place = {};             // the rest of the address: filters, the id of a job
+let params = {};            // the rest of the address: filters, the id of a job
 let refreshId = 0;          // answers to an earlier refresh are dropped
 let refreshTimer = 0;
 let noticeTimer = 0;
@@ -7551,7 +7562,7 @@ let hour = null;            // the counts of the last hour, by the minute
 let pointedMinute = null;   // index into them, null: none
 let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
-let found = null;           // the page of a costly search, to be kept: {address, page}
+let keptPage = null;        // that of a costly search is not fetched again: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
 let failures = noFailures();        // the newest failed jobs of the filter at `address`
 let lastPress = {button: "", time: 0};      // a double click is one press
@@ -8010,7 +8021,7 @@ function hungItem({worker, queue, hung}) {
 }
 
 function drawTitle() {
-  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
+  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + params.id}[view];
   document.title = ($("problems").textContent.trim() ? "(!) " : "") + title;
 }
 
@@ -8219,12 +8230,12 @@ function drawQueues({queues, totals}) {
   const keyOf = row => row.queue;
   const byName = [...queues].sort((a, b) => a.queue.localeCompare(b.queue));
   const isCut = queues.length < totals.queues;
-  const which = place.find ? "that match" : "with work first";
+  const which = params.find ? "that match" : "with work first";
   drawTable("queues", heldRows("queues", byName, keyOf, true), keyOf);
   show({
     shown: isCut ? `${number(queues.length)} of ${number(totals.queues)}, ${which}` : "",
     find: totals.queues > 10,
-    "no-queue": queues.length ? "" : place.find ? "Nothing matches." : "There are no queues yet.",
+    "no-queue": queues.length ? "" : params.find ? "Nothing matches." : "There are no queues yet.",
   });
 }
 
@@ -8265,7 +8276,7 @@ rw.run()`;
 
 // -- Jobs: the page -----------------------------------------------------------------------------
 function filters() {
-  return Object.fromEntries(FILTERS.filter(name => place[name]).map(name => [name, place[name]]));
+  return Object.fromEntries(FILTERS.filter(name => params[name]).map(name => [name, params[name]]));
 }
 
 function lastLine(error) {
@@ -8293,8 +8304,8 @@ function pendingDetail(job) {
 function drawTabs() {
   const tab = status => {
     const href = address("jobs", {...filters(), status});
-    const isCurrent = (place.status || "") === status;
-    const isCounted = status && !place.tag && !place.group && !place.search;
+    const isCurrent = (params.status || "") === status;
+    const isCounted = status && !params.tag && !params.group && !params.search;
     const total = isCounted ? " " + number(counts[status]) : "";
     return el("a", {href, "aria-current": isCurrent && "page"}, (status || "all") + total);
   };
@@ -8317,7 +8328,7 @@ function nothingText(page) {
 function drawPaging({jobs, after, isKept}) {
   const label = jobs.length < PAGE_JOBS ? "Look further back" : "Older jobs";
   const older = after && link(address("jobs", {...filters(), after}), label);
-  const newest = place.after && link(address("jobs", filters()), "Newest jobs");
+  const newest = params.after && link(address("jobs", filters()), "Newest jobs");
   const all = Object.keys(filters()).length ? link("#jobs", "Clear filters") : null;
   const again = isKept ? button("look-again", "", "Look again", true, "plain") : null;
   show({paging: [newest, older, all, again].filter(Boolean)});
@@ -8356,7 +8367,7 @@ async function findJobs(fields, limit) {
   return {jobs, after, isCostly: requests > 1};
 }
 
-function refusedPage(failure) {     // a filter is too long, or the page's first job is gone
+function refusedPage(failure) {     // a filter is too long
   if (failure.status !== 400) {
     throw failure;
   }
@@ -8364,12 +8375,12 @@ function refusedPage(failure) {     // a filter is too long, or the page's first
 }
 
 async function findPage() {
-  if (found?.address === location.hash) {
-    return found.page;
+  if (keptPage?.address === location.hash) {
+    return keptPage.page;
   }
-  const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS).catch(refusedPage);
-  page.isKept = Boolean(place.search) || page.isCostly;
-  found = page.isKept ? {address: location.hash, page} : null;
+  const page = await findJobs({...filters(), after: params.after}, PAGE_JOBS).catch(refusedPage);
+  page.isKept = Boolean(params.search) || page.isCostly;
+  keptPage = page.isKept ? {address: location.hash, page} : null;
   return page;
 }
 
@@ -8379,7 +8390,7 @@ function noFailures() {
 }
 
 async function findFailures() {
-  if (place.status !== "failed" || place.search) {
+  if (params.status !== "failed" || params.search) {
     return [];
   }
   const isFresh = Date.now() - failures.time < FAILURES_INTERVAL;
@@ -8443,7 +8454,7 @@ function clearSelection() {
 
 // All jobs of a status, of one queue or of all, if they are too many to name them; else their ids.
 async function selectMatching() {
-  const {search, tag, group, queue, status} = place;
+  const {search, tag, group, queue, status} = params;
   const total = status && !search && !tag && !group ? counts[status] : 0;
   if (total > MAX_SELECTED) {
     selectedAll = {queue, status, count: total};
@@ -8591,7 +8602,7 @@ function dependencies(ids, page) {      // in the order of the ids; one that is 
 
 async function fetchJob() {
   try {
-    const job = await call(query("jobs", {id: place.id}), {reviver: exactNumber});
+    const job = await call(query("jobs", {id: params.id}), {reviver: exactNumber});
     const brief = {brief: true, limit: PAGE_QUEUES};
     const [needs, neededBy] = await Promise.all([
       job.after ? call(query("jobs", {...brief, needed_by: job.id})) : {jobs: []},
@@ -8818,7 +8829,7 @@ async function press({action, about}) {
   } catch (failure) {
     notify(failure.message);
   }
-  found = null;
+  keptPage = null;
   failures = noFailures();
   refresh();
 }
@@ -8834,25 +8845,25 @@ async function fetchHealth() {
 
 const VIEWS = {
   overview: {
-    queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
+    queues: () => ({busy: true, limit: PAGE_QUEUES, search: params.find}),
     fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES, brief: true}))],
     draw: drawOverview,
   },
   jobs: {
-    queues: () => ({limit: 1, queue: place.queue}),
+    queues: () => ({limit: 1, queue: params.queue}),
     fetch: () => [findPage(), findFailures()],
     draw: drawJobsPage,
   },
   job: {
     queues: () => ({limit: 1}),
     fetch: () => [fetchJob()],
-    draw: (queues, found) => drawJob(found),
+    draw: (queues, job) => drawJob(job),
   },
 };
 
 function drawJobsPage(queues, page, failed) {
   const none = Object.fromEntries(STATUSES.map(status => [status, 0]));
-  counts = place.queue ? queues.queues[0] || none : queues.totals;
+  counts = params.queue ? queues.queues[0] || none : queues.totals;
   drawFailures(failed);
   drawJobs(page);
 }
@@ -8937,21 +8948,21 @@ function readAddress() {
   const hash = location.hash.slice(1);
   if (hash.startsWith("job/")) {
     view = "job";
-    place = {id: new URLSearchParams("id=" + hash.slice(4)).get("id")};
+    params = {id: new URLSearchParams("id=" + hash.slice(4)).get("id")};
     return;
   }
   const [page, ...rest] = hash.split("?");
   view = page === "jobs" ? "jobs" : "overview";
-  place = Object.fromEntries(new URLSearchParams(rest.join("?")));
+  params = Object.fromEntries(new URLSearchParams(rest.join("?")));
 }
 
 function route() {
   readAddress();
   clearSelection();
-  found = null;
+  keptPage = null;
   $("confirm").close("no");
   show({
-    title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
+    title: view === "job" ? ["job ", el("code", {id: "id"}, params.id)] : "",
     overview: view === "overview",
     "jobs-page": view === "jobs",
     "job-page": view === "job",
@@ -8966,7 +8977,7 @@ function route() {
     each.ariaCurrent = each.dataset.view === view ? "page" : null;
   }
   for (const name of ["search", "queue", "tag", "group"]) {
-    $("filter").elements[name].value = place[name] || "";
+    $("filter").elements[name].value = params[name] || "";
   }
   $("find").value = "";
   for (const id of ["jobs", "errors"]) {
@@ -8983,7 +8994,7 @@ function route() {
 
 function applyFilter() {
   const fields = Object.fromEntries(new FormData($("filter")));
-  const hash = address("jobs", {...fields, status: place.status});
+  const hash = address("jobs", {...fields, status: params.status});
   if (location.hash === hash) {
     route();                // the search is repeated
   }
@@ -9033,7 +9044,7 @@ function listen() {
     refresh();
   };
   $("find").oninput = () => {
-    place.find = $("find").value;
+    params.find = $("find").value;
     refresh();
   };
   $("chart").onpointermove = event => pointAtMinute(minuteUnder(event));

@@ -309,6 +309,8 @@ MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WAT
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
 MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
+MAX_STEPS = 1000            # steps of a job, as the engine bounds them
+MAX_STEP_NAME = 200         # characters in the name of a step
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
 UNSERVED_AFTER = 60         # seconds without a poll after which a queue has no worker
@@ -1817,7 +1819,7 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.begin_step()
+    claim.begin_step(name)
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1831,7 +1833,7 @@ async def async_step(claim, name, function, args, kwargs):
 
     if claim is None:
         return await call()
-    claim.begin_step()
+    claim.begin_step(name)
     if name not in claim.steps:
         text = as_json(await call(), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
@@ -1969,10 +1971,17 @@ class Saver:
     leave_if_stopping() and drop_progress().
     """
 
-    def begin_step(self):
+    def begin_step(self, name):
+        """Check the name before the function runs: a result that is refused would be lost."""
         self.leave_if_stopping()
         if self.steps is None:
             self.steps = {}
+        is_text = isinstance(name, str) and not UNPRINTABLE.search(name)
+        if not is_text or not 1 <= len(name) <= MAX_STEP_NAME:
+            raise Misuse(f'the name of a step must have 1 to {MAX_STEP_NAME} printable characters, '
+                         f'not {truncate_middle(repr(name), 300)}')
+        if len(self.steps) >= MAX_STEPS and name not in self.steps:
+            raise Error(f'the job has {MAX_STEPS} steps already')
 
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
@@ -2496,6 +2505,7 @@ class EventLoop:
         # safe without a lock: a dict whose single operations are atomic
         self.not_begun = {}         # the queues of threads whose coroutine has not begun
         self.is_abandoned = False
+        self.is_ending = False
         # written by the watcher; the loop's thread resets the first, any thread reads the other
         self.probed_at = None       # when the pending probe was sent; None: it was answered
         self.is_blocked = False     # by a handler that does not await
@@ -2504,7 +2514,8 @@ class EventLoop:
     def _run(self):
         self.asyncio.set_event_loop(self.loop)
         try:
-            self.loop.run_forever()
+            while not self.is_ending:
+                self._run_until_stopped()
             tasks = self.asyncio.all_tasks(self.loop)
             for task in tasks:
                 task.cancel()
@@ -2514,12 +2525,20 @@ class EventLoop:
         finally:
             self.loop.close()
 
+    def _run_until_stopped(self):
+        """Run the loop until stop(), or until a handler stops it or exits in a task of its own."""
+        try:
+            self.loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            note(logging.ERROR, 'a task of an async handler failed: %s', last_line(error))
+
     def call(self, function, *args):
-        """Have the loop call a function soon. After the end of the loop nothing happens."""
+        """Call a function soon in the loop's thread. Does nothing once the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(function, *args)
 
     def stop(self):
+        self.is_ending = True
         self.call(self.loop.stop)
 
     def create_task(self, coroutine, context, on_done):
@@ -2889,7 +2908,7 @@ class LogWriter:
             self.calls.put(None)
 
     def put(self, function, *args):
-        """Have the function called in the thread; call it here if there is no thread."""
+        """Call the function in the thread; without a thread, call it here."""
         if not self.users:
             function(*args)
         elif self.calls.qsize() < MAX_LOG_BACKLOG:
@@ -3071,8 +3090,7 @@ class Consumer:
         self._remove(claim)
 
     def _on_finished(self, claim, outcome):
-        """Report the outcome of a handler and call its hooks, for which the report does not wait.
-        """
+        """Report the outcome of a handler, then call its hooks."""
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -3176,7 +3194,7 @@ class Consumer:
         return True
 
     def return_slot(self, claim):
-        """Have the next free slot end for one that was lent. None if all have been returned."""
+        """End the next slot that is free, for one that was lent; None if all have been returned."""
         with claim.lock:
             if not claim.lent_slots:
                 return None
@@ -3966,7 +3984,7 @@ WAITING = 'waiting'         # the handler waits for a job; answered with whether
 RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
-HOOKS_CALLED = 'hooks'      # the process can take the next job
+HOOKS_CALLED = 'hooks'      # after the hooks of the outcome, if there are any
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
 # Kinds of messages to that process, besides the answers to its own.
@@ -4139,10 +4157,11 @@ class IsolatedSlot(Slot):
         If the process is gone, call all of them here.
         """
         hooks = self.consumer.hooks[event]
+        ours = hooks
         if event == 'start' or self.process is not None:
-            hooks = [hook for hook in hooks if not has_place(hook)]
-        self.consumer.call_hooks(event, claim, value, hooks)
-        if event != 'start' and self.process is not None:
+            ours = [hook for hook in hooks if not has_place(hook)]
+        self.consumer.call_hooks(event, claim, value, ours)
+        if event != 'start' and self.process is not None and len(ours) < len(hooks):
             kind = None
             while kind not in (HOOKS_CALLED, CRASHED):
                 kind, _ = self._receive()
@@ -4360,9 +4379,10 @@ class Child:
         has_failed = outcome.call == 'fail'
         error = error_text(outcome.value) if has_failed else None
         self.send(FINISHED, (outcome.call, outcome.fields, error))
-        if not claim.was_left:
-            self._call_hooks('failure' if has_failed else 'success', job, outcome.value)
-        self.send(HOOKS_CALLED)
+        event = 'failure' if has_failed else 'success'
+        if self.hooks[event] and not claim.was_left:
+            self._call_hooks(event, job, outcome.value)
+            self.send(HOOKS_CALLED)
 
     def _call_hooks(self, event, job, value):
         for function in self.hooks[event]:
@@ -4537,7 +4557,7 @@ def read_tail(file, length):
 
 
 def set_append_mode(file):
-    """Have programs write at the end of the file, also after it was truncated."""
+    """Make programs write at the end of the file, also after it was truncated."""
     with contextlib.suppress(ImportError):
         import fcntl    # not on Windows, where the truncated part reads as zeros
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
