@@ -92,8 +92,9 @@ job. Isolate handlers that start programs: interrupting a thread does not end it
 killing a process does.
 
 Async handlers must not block the event loop; one that does so for more than a second is logged.
-They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
-has its own context variables. job() also works in threads and thread pools of a handler.
+They use `await step(...)` with a coroutine function, `await checkpoint(...)` and
+`async for item in track(...)`. Each job has its own context variables. job() also works in threads
+and thread pools of a handler.
 
 A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
 queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
@@ -1811,11 +1812,12 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
     The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
-    In async code, and with a coroutine function: `await step(...)`. If the worker is stopping,
-    this raises Lost and the job is released. Outside of handlers it only calls the function.
+    With a coroutine function: `await step(...)`. In an async handler, any other function blocks the
+    event loop until its result is saved. If the worker is stopping, this raises Lost and the job
+    is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
-    if is_in_event_loop() or inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function):
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
@@ -1827,15 +1829,11 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
 
 async def async_step(claim, name, function, args, kwargs):
-    async def call():
-        result = function(*args, **kwargs)
-        return await result if inspect.isawaitable(result) else result
-
     if claim is None:
-        return await call()
+        return await function(*args, **kwargs)
     claim.begin_step(name)
     if name not in claim.steps:
-        text = as_json(await call(), f'the result of step {name!r}')
+        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
     return copy.deepcopy(claim.steps[name])
 
@@ -2030,7 +2028,7 @@ def failure(error, text=None, retry=True, delay=None):
 def error_text(error):
     """The traceback below our own frames; for Retry and Abort only the reason."""
     try:
-        if isinstance(error, (Retry, Abort)) and not error.__cause__:
+        if isinstance(error, (Retry, Abort)) and error.__cause__ is None:
             return str(error) or type(error).__name__
         below_ours = error.__traceback__
         while below_ours and below_ours.tb_frame.f_code.co_filename == OUR_FILE:
@@ -2879,6 +2877,9 @@ RELEASED = Outcome('release')
 LOST = Outcome(None)
 REFUSALS = (400, 413)       # statuses: the request itself is wrong
 GONE = (404, 409)           # statuses: the claim no longer exists
+# what is logged when the requests of a worker begin to fail
+AWAY = 'engine away, trying again until it is back'
+REFUSING = 'engine refuses this worker, trying again until it does not'
 
 
 class LogWriter:
@@ -3374,6 +3375,7 @@ class EngineSession:
         # races are harmless
         self.is_backlogged = False  # the last try to report outcomes failed
         self.down_since = None      # monotonic; None: the engine answered the last request
+        self.trouble = None         # since then; REFUSING or AWAY
         self.was_reached = False    # the engine has answered at least once
 
     def start(self):
@@ -3387,7 +3389,7 @@ class EngineSession:
         self.claims.pop(claim, None)
 
     def on_down(self, error):
-        """Log once that the engine is away; returns the seconds until the next try.
+        """Log once for each kind of trouble; returns the seconds until the next try.
 
         Stops a burst worker after CLIENT_TIMEOUT.
         """
@@ -3395,7 +3397,10 @@ class EngineSession:
         since = self.down_since
         if since is None:
             self.down_since = since = now
-            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
+        trouble = REFUSING if isinstance(error, Refused) else AWAY
+        if self.trouble != trouble:
+            self.trouble = trouble
+            note(logging.WARNING, '%s: %s', trouble, error)
         if self.worker.burst and now - since >= CLIENT_TIMEOUT:
             self.worker.stop(error)
         longest = min(MAX_RETRY_PAUSE, max(RETRY_PAUSE, now - since))
@@ -3412,6 +3417,7 @@ class EngineSession:
         since = self.down_since
         if since is not None and asked_at > since:      # otherwise it was sent before the trouble
             self.down_since = None
+            self.trouble = None
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
