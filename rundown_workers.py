@@ -5459,8 +5459,8 @@ def driver_connection(connection):
     if hasattr(connection, 'ensure_connection'):            # Django
         connection.ensure_connection()
         return connection.connection
-    if callable(getattr(connection, 'connection', None)) and not is_async(connection):
-        connection = connection.connection()                # a Session of SQLAlchemy
+    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
+        connection = connection.connection()
     if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
         if not connection.in_transaction() and hasattr(connection, 'commit'):
             connection.begin()      # as its first statement would do; its commit() needs that
@@ -5470,13 +5470,19 @@ def driver_connection(connection):
 
 def outbox_of(connection):
     """The Outbox in the database of a connection; Misuse if the connection is not supported."""
-    connection = driver_connection(connection)
+    if not is_async(connection):
+        connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
         return SQLiteOutbox(connection)
-    is_usable = (hasattr(connection, 'cursor') and hasattr(connection, 'commit')
-                 and not is_async(connection))
-    # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
-    if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and hasattr(connection, 'commit')
+        and not is_async(connection)
+        # SQLAlchemy's adapters of these drivers take other parameters
+        and not has_class_of(connection, 'aiosqlite')
+        and not has_class_of(connection, 'asyncpg')
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return Outbox(connection)

@@ -10952,15 +10952,41 @@ def test_what_is_no_connection_is_refused_with_a_sentence(q):
         async def connection(self):
             pass
 
+    class AsyncConnection(Asynchronous):
+        exec_driver_sql = in_transaction = print
+
+        @property
+        def connection(self):
+            raise ValueError("the accessor is not implemented")
+
     adapted = [
         type("Adapted", (), dict(__module__="somewhere." + name, cursor=None, commit=print))()
         for name in ("aiosqlite", "asyncpg")
     ]
     sentence = "psycopg2, SQLAlchemy or Django that is not for asyncio, not a %s$"
     cursor_alone = types.SimpleNamespace(cursor=None)
-    for odd in (Asynchronous(), AsyncSession(), *adapted, cursor_alone, object(), None):
+    awaited = [Asynchronous(), AsyncSession(), AsyncConnection()]
+    for odd in (*awaited, *adapted, cursor_alone, object(), None):
         with pytest.raises(rw.Misuse, match=sentence % type(odd).__name__):
             rw.enqueue_in(odd, q)
+
+
+@pytest.mark.parametrize("shop", [POSTGRESQL], indirect=True)
+def test_an_async_session_enqueues_in_its_transaction(engine, shop, box, q):
+    pytest.importorskip("sqlalchemy")
+    pytest.importorskip("greenlet")
+    from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+    async def produce():
+        database = create_async_engine(sqlalchemy_engine(shop).url)
+        async with AsyncSession(database) as session:
+            for number in range(4):
+                await session.run_sync(rw.enqueue_in, q, number)
+                await (session.commit() if number % 2 else session.rollback())
+        await database.dispose()
+
+    asyncio.run(produce())
+    assert rw.forward(shop.connect, engine.url) == 2 and payloads(engine, q) == [1, 3]
 
 
 class OtherCursor:
