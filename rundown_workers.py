@@ -92,8 +92,9 @@ job. Isolate handlers that start programs: interrupting a thread does not end it
 killing a process does.
 
 Async handlers must not block the event loop; one that does so for more than a second is logged.
-They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
-has its own context variables. job() also works in threads and thread pools of a handler.
+They use `await step(...)` with a coroutine function, `await checkpoint(...)` and
+`async for item in track(...)`. Each job has its own context variables. job() also works in threads
+and thread pools of a handler.
 
 A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
 queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
@@ -103,9 +104,10 @@ the others are released, and the worker exits with 0. A handler that reaches a s
 gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
 A second signal exits at once.
 
-The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
-each job, up to 100 a second; further ones are counted. The engine keeps the schedules and limits
-of decorators that were removed; the log names them, with the command that deletes them.
+The log is logging.getLogger("rundown"), on stderr where logging is not set up; other loggers are
+for the program to set up. It has a line for each job, up to 100 a second; further ones are
+counted. The engine keeps the schedules and limits of decorators that were removed; the log names
+them, with the command that deletes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -437,8 +439,11 @@ def as_json(value, name):
         text = encode_json(value)
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
-        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         path = truncate_middle(path, 200)
+        if isinstance(error, TypeError):    # it only says which type that is
+            raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
+                          'str() of it may do') from None
+        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         raise NotJSON(f'{path} is {kind}, which JSON cannot hold: {error}') from None
     if isinstance(value, (dict, list, tuple)):
         check_keys(value, name)
@@ -906,6 +911,8 @@ class Caller:
         if not self.pool.closed:        # otherwise shutdown() has ended the request
             self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason += '; RUNDOWN_CA names the file of a private certificate authority'
         return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
     def call(
@@ -1811,11 +1818,12 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
     The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
-    In async code, and with a coroutine function: `await step(...)`. If the worker is stopping,
-    this raises Lost and the job is released. Outside of handlers it only calls the function.
+    With a coroutine function: `await step(...)`. In an async handler, any other function blocks the
+    event loop until its result is saved. If the worker is stopping, this raises Lost and the job
+    is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
-    if is_in_event_loop() or inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function):
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
@@ -1827,15 +1835,11 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
 
 async def async_step(claim, name, function, args, kwargs):
-    async def call():
-        result = function(*args, **kwargs)
-        return await result if inspect.isawaitable(result) else result
-
     if claim is None:
-        return await call()
+        return await function(*args, **kwargs)
     claim.begin_step(name)
     if name not in claim.steps:
-        text = as_json(await call(), f'the result of step {name!r}')
+        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
     return copy.deepcopy(claim.steps[name])
 
@@ -2030,7 +2034,7 @@ def failure(error, text=None, retry=True, delay=None):
 def error_text(error):
     """The traceback below our own frames; for Retry and Abort only the reason."""
     try:
-        if isinstance(error, (Retry, Abort)) and not error.__cause__:
+        if isinstance(error, (Retry, Abort)) and error.__cause__ is None:
             return str(error) or type(error).__name__
         below_ours = error.__traceback__
         while below_ours and below_ours.tb_frame.f_code.co_filename == OUR_FILE:
@@ -2879,6 +2883,9 @@ RELEASED = Outcome('release')
 LOST = Outcome(None)
 REFUSALS = (400, 413)       # statuses: the request itself is wrong
 GONE = (404, 409)           # statuses: the claim no longer exists
+# what is logged when the requests of a worker begin to fail
+AWAY = 'engine away, trying again until it is back'
+REFUSING = 'engine refuses this worker, trying again until it does not'
 
 
 class LogWriter:
@@ -3374,6 +3381,7 @@ class EngineSession:
         # races are harmless
         self.is_backlogged = False  # the last try to report outcomes failed
         self.down_since = None      # monotonic; None: the engine answered the last request
+        self.trouble = None         # since then; REFUSING or AWAY
         self.was_reached = False    # the engine has answered at least once
 
     def start(self):
@@ -3387,7 +3395,7 @@ class EngineSession:
         self.claims.pop(claim, None)
 
     def on_down(self, error):
-        """Log once that the engine is away; returns the seconds until the next try.
+        """Log once for each kind of trouble; returns the seconds until the next try.
 
         Stops a burst worker after CLIENT_TIMEOUT.
         """
@@ -3395,7 +3403,10 @@ class EngineSession:
         since = self.down_since
         if since is None:
             self.down_since = since = now
-            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
+        trouble = REFUSING if isinstance(error, Refused) else AWAY
+        if self.trouble != trouble:
+            self.trouble = trouble
+            note(logging.WARNING, '%s: %s', trouble, error)
         if self.worker.burst and now - since >= CLIENT_TIMEOUT:
             self.worker.stop(error)
         longest = min(MAX_RETRY_PAUSE, max(RETRY_PAUSE, now - since))
@@ -3412,6 +3423,7 @@ class EngineSession:
         since = self.down_since
         if since is not None and asked_at > since:      # otherwise it was sent before the trouble
             self.down_since = None
+            self.trouble = None
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
@@ -4661,6 +4673,10 @@ class QueueConfig(NamedTuple):
 TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
+TASK_METHODS = {        # what is not such a setting -> the method of a task that takes it
+    **dict.fromkeys(ENQUEUE_OPTIONS, '.options()'),
+    **dict.fromkeys(['cron', 'every', 'zone'], '.schedule()'),
+}
 MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
     'poll_interval': 0.0,
     'timeout': 0.0,
@@ -4844,9 +4860,12 @@ class Registry:
         the one under which the function is imported. `settings` are those of the queue, as
         queue() has them; tasks of one queue share them, and the last task's values are used.
         """
-        if settings.keys() - set(TASK_SETTINGS):
+        for setting in settings.keys() - set(TASK_SETTINGS):
+            remedy = TASK_METHODS.get(setting)
+            if remedy:
+                raise Misuse(f'a task has no setting {setting}; {remedy} takes it')
             known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
-            check_names(settings, known, 'a task has no setting')
+            check_names([setting], known, 'a task has no setting')
         host = settings.get('host')
         if 'poll_interval' in settings:
             settings['poll_interval'] = in_seconds(settings['poll_interval'])
@@ -4897,7 +4916,7 @@ class Registry:
         handlers. An exception in a start_worker hook ends the worker.
         """
         if event not in self.hooks:
-            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
+            raise Misuse(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
 
         def register(function):
             self.hooks[event].append(function)
@@ -5163,7 +5182,7 @@ class TaskSender:
 
     def options(self, **options):
         """A sender whose jobs have these options of enqueue(): add.options(delay=60).delay(4)."""
-        check_names(options, inspect.signature(self.app.enqueue).parameters)
+        check_names(options, ['host', *ENQUEUE_OPTIONS])
         merged = {**self.enqueue_options, **options}
         return TaskSender(self.app, self.function, self.task, self.queue, merged)
 
@@ -5249,6 +5268,8 @@ def check_call(function, args, kwargs=None):
 def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     """The calls that tell an engine the limits of a queue and its schedule."""
     is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2
+    if rate is not None and not is_pair and not isinstance(rate, int):
+        raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
     claims, seconds = rate if is_pair else (rate, 1)
     limits = drop_none(
         max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
@@ -5438,8 +5459,8 @@ def driver_connection(connection):
     if hasattr(connection, 'ensure_connection'):            # Django
         connection.ensure_connection()
         return connection.connection
-    if callable(getattr(connection, 'connection', None)) and not is_async(connection):
-        connection = connection.connection()                # a Session of SQLAlchemy
+    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
+        connection = connection.connection()
     if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
         if not connection.in_transaction() and hasattr(connection, 'commit'):
             connection.begin()      # as its first statement would do; its commit() needs that
@@ -5449,13 +5470,19 @@ def driver_connection(connection):
 
 def outbox_of(connection):
     """The Outbox in the database of a connection; Misuse if the connection is not supported."""
-    connection = driver_connection(connection)
+    if not is_async(connection):
+        connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
         return SQLiteOutbox(connection)
-    is_usable = (hasattr(connection, 'cursor') and hasattr(connection, 'commit')
-                 and not is_async(connection))
-    # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
-    if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and hasattr(connection, 'commit')
+        and not is_async(connection)
+        # SQLAlchemy's adapters of these drivers take other parameters
+        and not has_class_of(connection, 'aiosqlite')
+        and not has_class_of(connection, 'asyncpg')
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return Outbox(connection)
@@ -6206,30 +6233,29 @@ class Testing:
         the clock moves on to them.
         """
         self.app.waits_for_rates = not delayed
+        pause = 0
         try:
-            self.app.run(burst=True, **options)
-            while delayed:
-                pause = self._pause()
-                if pause is None:
-                    return
+            while pause is not None:
                 self.advance(pause)
+                began = self.clock.time()
                 self.app.run(burst=True, **options)
+                pause = self._pause(began) if delayed else None
         finally:
             self.app.waits_for_rates = True
 
-    def _pause(self):
-        """Seconds until more jobs of the declared queues can be claimed; None: there are none."""
+    def _pause(self, began):
+        """Seconds until jobs can be claimed that could not at `began`; None: there are none."""
         queues = {queue for queue, _ in self.app.configs}
-        now = self.clock.time()
-        pauses = [
-            parse_time(job['next_run_at']) - now + 0.01
+        moments = [
+            parse_time(job['next_run_at']) + 0.01
             for job in iter_jobs(self.client, status='pending') if job['queue'] in queues
         ]
-        pauses += [
-            row['per'] for row in iter_pages(self.client.queues, 'queues')
+        moments += [
+            self.clock.time() + row['per'] for row in iter_pages(self.client.queues, 'queues')
             if row['queue'] in queues and is_held_back(row)
         ]
-        return min((pause for pause in pauses if pause > 0), default=None)
+        later = [moment for moment in moments if moment > began]
+        return max(0, min(later) - self.clock.time()) if later else None
 
 
 def import_engine():
@@ -6263,8 +6289,7 @@ def environment_variable(name, value):
 TABLES = {      # key of an answer with rows -> the columns that a terminal shows
     'jobs': ['id', 'queue', 'status', 'attempt', 'age', 'tag'],
     'queues': [
-        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
-        'paused',
+        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest',
     ],
     'schedules': [
         'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
@@ -6432,7 +6457,16 @@ def command_queues(client, options):
     if not options.minutes:
         for row in answer['queues']:
             del row['minutes']
+    if sys.stdout.isatty():
+        for row in answer['queues']:
+            add_texts(row)
     show(answer)
+
+
+def add_texts(row):
+    """Add what a terminal shows of a queue."""
+    row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
+    row['queue'] += ' (paused)' if row['paused'] else ''
 
 
 def command_top(client, options):
@@ -6468,10 +6502,9 @@ def show_top(page, room):
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
-        row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
         row['workers'] = len(row['workers'])
         row['later'] = row['scheduled']
-        row['queue'] += ' (paused)' if row['paused'] else ''
+        add_texts(row)
     print_table(TOP_COLUMNS, rows)
     if hidden > 0:
         print(f'... and {hidden} more queues')
@@ -6730,8 +6763,8 @@ JOB_OPTIONS = [
     number_argument('--max-retries'),
 ]
 WORKER_OPTIONS = [
-    number_argument('--concurrency'),
-    seconds_argument('--grace', default=GRACE),
+    number_argument('--concurrency', help='jobs at a time, of each queue (as declared)'),
+    seconds_argument('--grace', default=GRACE, help='for running jobs when it stops (30)'),
     argument('--burst', action='store_true', help='run the due jobs, and end'),
 ]
 COMMANDS = [
@@ -6881,7 +6914,8 @@ def main(argv: list[str] | None = None) -> int:
             os.environ['RUNDOWN_URL'] = options.host    # for imported tasks and isolated ones
         return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
-        print(f'rundown_workers: {str(error) or type(error).__name__}', file=sys.stderr)
+        hint = '; RUNDOWN_TOKEN sets it' if getattr(error, 'status', 0) == 401 else ''
+        print(f'rundown_workers: {str(error) or type(error).__name__}{hint}', file=sys.stderr)
         if isinstance(error, EngineUnavailable):
             return 3
         return 2 if isinstance(error, Misuse) else 1
