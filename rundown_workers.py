@@ -5619,7 +5619,8 @@ class SQLiteOutbox(Outbox):
     def commits_each_statement(self):
         if self.connection.in_transaction:
             return False
-        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        # True or False since Python 3.12; -1, or missing: isolation_level decides
+        autocommit = getattr(self.connection, 'autocommit', -1)
         return self.connection.isolation_level is None if autocommit == -1 else autocommit
 
     def prepare(self):
