@@ -4113,7 +4113,8 @@ def test_ten_thousand_waiting_polls_cost_little(own, q):
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
     with files(2500), contextlib.ExitStack() as stack:
-        engine = own(constants={"REQUEST_TIMEOUT": 2, "KEEP_ALIVE_TIMEOUT": 2, "LINGER": 2})
+        times = {"REQUEST_TIMEOUT": 2, "KEEP_ALIVE_TIMEOUT": 2, "LINGER": 2}
+        engine = own(constants={**times, "MIN_DOWNLOAD_RATE": 1 << 40})
         job = engine.enqueue(q, "x" * (5 << 20))
         lazy = []
         for number in range(450):
