@@ -4178,7 +4178,7 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
                 clients.append(client)
             began = {client.recv(12) for client in clients}     # the rest is not taken
             assert began <= {b"HTTP/1.1 " + code for code in (b"200", b"204", b"413", b"503")}
-        print(line[:30], time.monotonic());         assert peak(engine) < 300, line     # 160 to 210 where this was measured
+        assert peak(engine) < 300, line     # 160 to 210 where this was measured
 
 
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
