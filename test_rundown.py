@@ -4181,6 +4181,27 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
         assert peak(engine) < 300, line     # 160 to 210 where this was measured
 
 
+def test_clients_that_take_nothing_for_longest_are_closed_when_responses_add_up():
+    budget = rundown_engine.Budget(set())
+
+    class Lazy:
+        request_bytes = response_bytes = 0
+
+        def __init__(self, deadline):
+            self.deadline = deadline
+            budget.connections.add(self)
+
+        def close(self):
+            budget.connections.remove(self)
+            budget.update(self, 0, 0)
+
+    crowd = [Lazy(deadline) for deadline in range(30)]
+    for lazy in crowd[:20]:
+        budget.update(lazy, 0, rundown_engine.MAX_RESPONSE_BUFFER // 10)
+    budget.drop_untaken()
+    assert budget.connections == set(crowd[10:])
+
+
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_the_bodies_of_what_is_refused_are_not_kept(own):
     engine = own()
