@@ -104,9 +104,10 @@ the others are released, and the worker exits with 0. A handler that reaches a s
 gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
 A second signal exits at once.
 
-The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
-each job, up to 100 a second; further ones are counted. The engine keeps the schedules and limits
-of decorators that were removed; the log names them, with the command that deletes them.
+The log is logging.getLogger("rundown"), on stderr where logging is not set up; other loggers are
+for the program to set up. It has a line for each job, up to 100 a second; further ones are
+counted. The engine keeps the schedules and limits of decorators that were removed; the log names
+them, with the command that deletes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -438,8 +439,11 @@ def as_json(value, name):
         text = encode_json(value)
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
-        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         path = truncate_middle(path, 200)
+        if isinstance(error, TypeError):    # it only says which type that is
+            raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
+                          'str() of it may do') from None
+        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         raise NotJSON(f'{path} is {kind}, which JSON cannot hold: {error}') from None
     if isinstance(value, (dict, list, tuple)):
         check_keys(value, name)
@@ -907,6 +911,8 @@ class Caller:
         if not self.pool.closed:        # otherwise shutdown() has ended the request
             self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason += '; RUNDOWN_CA names the file of a private certificate authority'
         return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
     def call(
@@ -4667,6 +4673,10 @@ class QueueConfig(NamedTuple):
 TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
+TASK_METHODS = {        # what is not such a setting -> the method of a task that takes it
+    **dict.fromkeys(ENQUEUE_OPTIONS, '.options()'),
+    **dict.fromkeys(['cron', 'every', 'zone'], '.schedule()'),
+}
 MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
     'poll_interval': 0.0,
     'timeout': 0.0,
@@ -4850,9 +4860,12 @@ class Registry:
         the one under which the function is imported. `settings` are those of the queue, as
         queue() has them; tasks of one queue share them, and the last task's values are used.
         """
-        if settings.keys() - set(TASK_SETTINGS):
+        for setting in settings.keys() - set(TASK_SETTINGS):
+            remedy = TASK_METHODS.get(setting)
+            if remedy:
+                raise Misuse(f'a task has no setting {setting}; {remedy} takes it')
             known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
-            check_names(settings, known, 'a task has no setting')
+            check_names([setting], known, 'a task has no setting')
         host = settings.get('host')
         if 'poll_interval' in settings:
             settings['poll_interval'] = in_seconds(settings['poll_interval'])
@@ -4903,7 +4916,7 @@ class Registry:
         handlers. An exception in a start_worker hook ends the worker.
         """
         if event not in self.hooks:
-            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
+            raise Misuse(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
 
         def register(function):
             self.hooks[event].append(function)
@@ -5169,7 +5182,7 @@ class TaskSender:
 
     def options(self, **options):
         """A sender whose jobs have these options of enqueue(): add.options(delay=60).delay(4)."""
-        check_names(options, inspect.signature(self.app.enqueue).parameters)
+        check_names(options, ['host', *ENQUEUE_OPTIONS])
         merged = {**self.enqueue_options, **options}
         return TaskSender(self.app, self.function, self.task, self.queue, merged)
 
@@ -5255,6 +5268,8 @@ def check_call(function, args, kwargs=None):
 def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     """The calls that tell an engine the limits of a queue and its schedule."""
     is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2
+    if rate is not None and not is_pair and not isinstance(rate, int):
+        raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
     claims, seconds = rate if is_pair else (rate, 1)
     limits = drop_none(
         max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
@@ -6219,30 +6234,29 @@ class Testing:
         the clock moves on to them.
         """
         self.app.waits_for_rates = not delayed
+        pause = 0
         try:
-            self.app.run(burst=True, **options)
-            while delayed:
-                pause = self._pause()
-                if pause is None:
-                    return
+            while pause is not None:
                 self.advance(pause)
+                began = self.clock.time()
                 self.app.run(burst=True, **options)
+                pause = self._pause(began) if delayed else None
         finally:
             self.app.waits_for_rates = True
 
-    def _pause(self):
-        """Seconds until more jobs of the declared queues can be claimed; None: there are none."""
+    def _pause(self, began):
+        """Seconds until jobs can be claimed that could not at `began`; None: there are none."""
         queues = {queue for queue, _ in self.app.configs}
-        now = self.clock.time()
-        pauses = [
-            parse_time(job['next_run_at']) - now + 0.01
+        moments = [
+            parse_time(job['next_run_at']) + 0.01
             for job in iter_jobs(self.client, status='pending') if job['queue'] in queues
         ]
-        pauses += [
-            row['per'] for row in iter_pages(self.client.queues, 'queues')
+        moments += [
+            self.clock.time() + row['per'] for row in iter_pages(self.client.queues, 'queues')
             if row['queue'] in queues and is_held_back(row)
         ]
-        return min((pause for pause in pauses if pause > 0), default=None)
+        later = [moment for moment in moments if moment > began]
+        return max(0, min(later) - self.clock.time()) if later else None
 
 
 def import_engine():
@@ -6276,8 +6290,7 @@ def environment_variable(name, value):
 TABLES = {      # key of an answer with rows -> the columns that a terminal shows
     'jobs': ['id', 'queue', 'status', 'attempt', 'age', 'tag'],
     'queues': [
-        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
-        'paused',
+        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest',
     ],
     'schedules': [
         'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
@@ -6445,7 +6458,16 @@ def command_queues(client, options):
     if not options.minutes:
         for row in answer['queues']:
             del row['minutes']
+    if sys.stdout.isatty():
+        for row in answer['queues']:
+            add_texts(row)
     show(answer)
+
+
+def add_texts(row):
+    """Add what a terminal shows of a queue."""
+    row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
+    row['queue'] += ' (paused)' if row['paused'] else ''
 
 
 def command_top(client, options):
@@ -6481,10 +6503,9 @@ def show_top(page, room):
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
-        row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
         row['workers'] = len(row['workers'])
         row['later'] = row['scheduled']
-        row['queue'] += ' (paused)' if row['paused'] else ''
+        add_texts(row)
     print_table(TOP_COLUMNS, rows)
     if hidden > 0:
         print(f'... and {hidden} more queues')
@@ -6743,8 +6764,8 @@ JOB_OPTIONS = [
     number_argument('--max-retries'),
 ]
 WORKER_OPTIONS = [
-    number_argument('--concurrency'),
-    seconds_argument('--grace', default=GRACE),
+    number_argument('--concurrency', help='jobs at a time, of each queue (as declared)'),
+    seconds_argument('--grace', default=GRACE, help='for running jobs when it stops (30)'),
     argument('--burst', action='store_true', help='run the due jobs, and end'),
 ]
 COMMANDS = [
@@ -6894,7 +6915,8 @@ def main(argv: list[str] | None = None) -> int:
             os.environ['RUNDOWN_URL'] = options.host    # for imported tasks and isolated ones
         return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
-        print(f'rundown_workers: {str(error) or type(error).__name__}', file=sys.stderr)
+        hint = '; RUNDOWN_TOKEN sets it' if getattr(error, 'status', 0) == 401 else ''
+        print(f'rundown_workers: {str(error) or type(error).__name__}{hint}', file=sys.stderr)
         if isinstance(error, EngineUnavailable):
             return 3
         return 2 if isinstance(error, Misuse) else 1
