@@ -4222,7 +4222,10 @@ class Budget:
             newest.resume(Unavailable('too much is being sent; try again'))
 
     def drop_untaken(self):
-        """Too much is not taken, in spite of require_capacity(): close the slowest connections."""
+        """Close the clients that have not taken their responses for longest.
+
+        The responses of writes are not refused by require_capacity(), and add up.
+        """
         untaken = [connection for connection in self.connections if connection.response_bytes]
         for connection in sorted(untaken, key=operator.attrgetter('deadline')):
             if self.response_bytes <= MAX_RESPONSE_BUFFER:
@@ -4385,8 +4388,8 @@ class Committer:
                     behind = operations.index(error.operation) + 1
                     self.submitted[:0] = operations[behind:]
                     del operations[behind:]
-                elif error.operation in self.loop.waiters:
-                    error.operation.finish()        # and it leaves the waiters
+                elif error.operation in self.loop.waiters:      # nothing may wake it next time
+                    error.operation.finish()
 
     def _sort(self, operations, insert_in_bulk):
         """(writes, single inserts that can share a statement, polls of clients still there)"""
@@ -5028,7 +5031,7 @@ class Connection(Client):
             if operation.topic:
                 self.loop.waiters.withdraw(operation)
         kind = request.head.entry.offload
-        if kind:        # to render it, a EventWait reads
+        if kind and isinstance(operation, EventWait):       # to render it, it reads
             return (yield from self._offload(kind, operation.render, result))
         return operation.render(result)
 
@@ -5581,14 +5584,6 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         return address_of(name) is not None and not self.is_loopback_only
 
-    def _is_own_name(self, host):
-        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
-        the DNS of an attacker may have bound it to this address."""
-        name = re.sub(r':\d*$', '', host).strip('[]').lower()
-        if name in self.allowed_hosts or is_loopback(name):
-            return True
-        return address_of(name) is not None and not self.is_loopback_only
-
     def _check_host(self, head):
         host = head.headers.get('host', 'localhost')
         if not self._is_own_name(host):
@@ -5596,11 +5591,11 @@ class Server(http.server.ThreadingHTTPServer):
                 f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
-        """Pages of other origins may link to the pages, and call nothing.
+        """Pages of other origins may link to the engine's pages, but may not call it.
 
-        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
-        that no page can set; the name must be the engine's all the same. Whoever knows the token
-        is no foreign page.
+        A proxy may have rewritten Host. A browser then still sends `Sec-Fetch-Site: same-origin`,
+        which no page can set; Origin must name the engine nevertheless. With a token there is no
+        check, since foreign pages do not know it.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
@@ -9127,6 +9122,7 @@ const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 100; // jobs in a request
 const MAX_ERROR = 10000; // characters of an error that the engine or a proxy refuses
+const MAX_LINE = 200; // characters of an error in the log
 const MAX_TIMER = 2 ** 31 - 1; // milliseconds that a timer of Node takes
 
 /**
@@ -9219,7 +9215,7 @@ function engineUrls() {
 /** Sends one request, with `body` a POST; resolves with the engine's answer. */
 async function exchange(url, body, seconds) {
   const isSecure = url.startsWith("https");
-  const token = process.env.RUNDOWN_TOKEN;
+  const token = process.env.RUNDOWN_TOKEN?.trim();
   const headers = { "Content-Type": "application/json" };
   if (token) {
     headers.Authorization = `Bearer ${token}`;
@@ -9242,12 +9238,16 @@ async function exchange(url, body, seconds) {
 }
 
 /** Sends a request to the engine in use. Throws Refused or Unavailable. */
-async function send(path, body, seconds) {
+async function send(path, body, seconds, isAnswer = Boolean) {
   const urls = engineUrls();
   const used = current;
   const url = urls[used % urls.length];
   try {
-    return await exchange(url + path, body, seconds);
+    const answer = await exchange(url + path, body, seconds);
+    if (!isAnswer(answer)) {
+      throw new Error("something else does");
+    }
+    return answer;
   } catch (error) {
     if (error instanceof RundownError) {
       throw error;
@@ -9293,14 +9293,15 @@ async function pause(seconds, signal) {
  * @returns {Promise<any>}
  */
 export async function call(path, body, options = {}) {
-  const { wait = 0, patience = PATIENCE, limit = ANSWER_TIMEOUT, signal, onError } = options;
+  const { wait = 0, patience = PATIENCE, limit = ANSWER_TIMEOUT } = options;
+  const { signal, isAnswer, onError } = options;
   const text = body && JSON.stringify(body);
   const deadline = now() + patience;
   for (let tries = 1; ; tries += 1) {
     signal?.throwIfAborted();
     const longest = Math.min(limit / engineUrls().length, Math.max(1, deadline - now()));
     try {
-      return await send(path, text, wait + longest);
+      return await send(path, text, wait + longest, isAnswer);
     } catch (error) {
       const rest = pauseAfter(error, tries, patience);
       if (now() + rest >= deadline) {
@@ -9327,6 +9328,10 @@ function newId() {
   return `${time.slice(0, 8)}-${time.slice(8)}-7${randomUUID().slice(15)}`;
 }
 
+function isJob(answer) {
+  return typeof answer?.id === "string";
+}
+
 /**
  * Adds a job and returns it. While no engine answers, it is sent again for 30 s, and added once.
  * @param {string} queue
@@ -9344,7 +9349,7 @@ export async function enqueue(queue, payload = null, options = {}) {
   if (body.after) {
     body.after = [body.after].flat().map((job) => job.id ?? job);
   }
-  return call("/enqueue", body);
+  return call("/enqueue", body, { isAnswer: isJob });
 }
 
 /**
@@ -9355,13 +9360,15 @@ export async function enqueue(queue, payload = null, options = {}) {
  * @returns {Promise<Job>}
  */
 export async function wait(job, timeout = Infinity) {
-  const id = job.id ?? job;
+  const given = await job;
+  const id = given.id ?? given;
   const deadline = now() + timeout;
   for (;;) {
     const left = Math.max(0, deadline - now());
     const wait = Math.min(JOB_WAIT, left);
     const path = `/jobs/${encodeURIComponent(id)}?wait=${wait.toFixed(3)}`;
-    const found = await call(path, undefined, { wait, patience: Math.min(PATIENCE, left) });
+    const patience = Math.min(PATIENCE, left);
+    const found = await call(path, undefined, { wait, patience, isAnswer: isJob });
     if (found.finished_at) {
       return found;
     }
@@ -9384,18 +9391,25 @@ let worker; // the one of the run() that is under way
  * @returns {Handler}
  */
 export function queue(name, options, handler) {
-  if (typeof options === "function") {
+  if (typeof options === "function" && !handler) {
     return queue(name, {}, options);
   }
-  const { concurrency = 1, maxRetries = 3, timeout, lease = 30, ...unknown } = options;
-  if (typeof handler !== "function" || !Number.isInteger(concurrency) || concurrency < 1) {
-    throw new TypeError(`queue ${name}: it needs a handler, and a concurrency from 1 on`);
+  if (typeof name !== "string" || typeof handler !== "function") {
+    throw new TypeError("queue() takes a name, options if you like, and a handler");
   }
-  if (Object.keys(unknown).length) {
-    throw new TypeError(`queue ${name}: there is no option ${Object.keys(unknown)}`);
+  const { concurrency = 1, maxRetries = 3, timeout, lease = 30, ...others } = options;
+  refuseOptions("queue()", others);
+  if (!Number.isInteger(concurrency) || concurrency < 1) {
+    throw new TypeError(`concurrency must be a whole number from 1 on, not ${concurrency}`);
   }
   queues.set(name, { name, concurrency, maxRetries, timeout, lease, handler });
   return handler;
+}
+
+function refuseOptions(place, options) {
+  for (const option of Object.keys(options)) {
+    throw new TypeError(`${place} has no option ${option}`);
+  }
 }
 
 /**
@@ -9406,7 +9420,10 @@ export function queue(name, options, handler) {
  * @param {{ grace?: number, burst?: boolean, log?: (line: string) => void }} [options]
  * @returns {Promise<void>}
  */
-export async function run({ grace = 30, burst = false, log = console.error } = {}) {
+export async function run(options = {}) {
+  const { grace = 30, burst = false, log = console.error, ...others } = options;
+  refuseOptions("run()", others);
+  engineUrls(); // throws if RUNDOWN_URL is wrong
   if (worker || !queues.size) {
     throw new Error(worker ? "run() is under way already" : "run() needs a queue: see queue()");
   }
@@ -9474,8 +9491,11 @@ class Worker {
     });
     this.keepAlive();
     await once(this.stopping.signal, "abort");
+    if (this.claims.size) {
+      this.log(`stopping: ${this.claims.size} jobs have ${grace} s to end`);
+    }
     const isOver = Promise.all(consumers).then(() => {
-      return Promise.all([...this.claims].map(({ reported }) => reported));
+      return Promise.all([...this.claims].map(({ finished }) => finished));
     });
     await Promise.race([isOver, pause(grace, signal)]);
     this.claims.forEach((claim) => claim.release());
@@ -9484,6 +9504,9 @@ class Worker {
       this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
     }
     this.closing.abort();
+    if (this.error instanceof Refused) {
+      Error.captureStackTrace(this.error, run); // of the caller, whose setting is refused
+    }
     if (this.error) {
       throw this.error;
     }
@@ -9502,7 +9525,8 @@ class Worker {
     const wait = this.burst ? 0 : POLL_WAIT;
     const patience = this.burst ? PATIENCE : Infinity;
     const poll = { queue: name, worker: this.name, lease, max_retries: maxRetries, timeout, wait };
-    const options = { wait, patience, signal };
+    const isAnswer = (answer) => answer === null || Array.isArray(answer);
+    const options = { wait, patience, signal, isAnswer };
     let running = 0;
     let unreported = 0; // at most twice as many: an engine that takes no outcomes gets no more jobs
     let wake;
@@ -9516,18 +9540,19 @@ class Worker {
       const { changes } = this;
       const began = now();
       const jobs = (await this.insist("/poll", { ...poll, limit }, options)) ?? [];
-      if (!Array.isArray(jobs)) {
-        throw new TypeError(`RUNDOWN_URL: what answers at ${engineUrls()} is no engine`);
-      }
       for (const job of jobs) {
         const claim = new Claim(job, this);
+        this.claims.add(claim);
+        this.changes += 1;
         running += 1;
         unreported += 1;
         claim.decision.then(() => {
           running -= 1;
           wake?.();
         });
-        this.work(claim, handler).then(() => {
+        claim.finished = claim.run(handler).then(() => {
+          this.claims.delete(claim);
+          this.changes += 1;
           unreported -= 1;
           wake?.();
         });
@@ -9537,15 +9562,6 @@ class Worker {
         await pause(began + (wait || 0.05) - now(), signal); // an engine that stops answers at once
       }
     }
-  }
-
-  async work(claim, handler) {
-    this.claims.add(claim);
-    this.changes += 1;
-    claim.reported = claim.run(handler);
-    await claim.reported;
-    this.claims.delete(claim);
-    this.changes += 1;
   }
 
   /** A burst is over when no queue had a job since the last claim ended. */
@@ -9627,10 +9643,12 @@ class Reports {
 
   /** If a batch is refused for one of its reports, they go one by one. */
   async sendBatch(batch) {
-    const options = { signal: this.worker.closing.signal, limit: this.limit };
+    const { limit, path, worker } = this;
     const body = { jobs: batch.map(({ report }) => report) };
+    const isAnswer = (answer) => answer?.jobs?.length === batch.length;
+    const options = { signal: worker.closing.signal, limit, isAnswer };
     try {
-      const { jobs } = await this.worker.insist(this.path, body, options);
+      const { jobs } = await worker.insist(path, body, options);
       batch.forEach(({ resolve, reject }, index) => {
         const { error, code } = jobs[index];
         return error ? reject(new Refused(error, code)) : resolve();
@@ -9665,7 +9683,7 @@ class Claim {
   async run(handler) {
     const error = `timed out after ${this.job.timeout} s`;
     const expire = () => this.decide("fail", { error }, new TimedOut(error));
-    const timer = setTimeout(expire, Math.min(this.job.timeout * 1000, MAX_TIMER));
+    const timer = setTimeout(expire, this.job.timeout * 1000);
     if (this.worker.stopping.signal.aborted) {
       this.release();
     } else {
@@ -9715,7 +9733,8 @@ class Claim {
   /** An outcome that the engine cannot store is replaced by a failure that it can. */
   async report(call, fields, isReplaced = false) {
     if (call === "fail") {
-      this.worker.log(`${this.label} failed: ${fields.error.trim().split("\n").pop()}`);
+      const line = fields.error.trim().split("\n").pop();
+      this.worker.log(`${this.label} failed: ${line.slice(0, MAX_LINE)}`);
     }
     try {
       await this.worker.reports[call].send({ ...this.address, ...fields });
@@ -9726,7 +9745,7 @@ class Claim {
       if (isGone(error) || isReplaced) {
         this.worker.log(`${this.label}: the engine refuses its ${call}: ${error.message}`);
       } else if (call === "complete") {
-        const message = `the result cannot be stored: ${error}`;
+        const message = `the result cannot be stored: ${error}`.split("\n")[0];
         await this.report("fail", { error: message, retry: false }, true);
       } else {
         const message = fields.error.slice(-MAX_ERROR);
@@ -9791,7 +9810,8 @@ function isGone({ status }) {
 /** The fields of /fail. The last line says what was thrown, since lists of jobs show that one. */
 function failure(error) {
   if (error instanceof Retry || error instanceof Abort) {
-    return { error: error.message, delay: error.delay, retry: error instanceof Retry };
+    const message = error.message || error.name;
+    return { error: message, delay: error.delay, retry: error instanceof Retry };
   }
   try {
     const isError = error instanceof Error;
