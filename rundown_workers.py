@@ -4081,8 +4081,8 @@ class IsolatedSlot(Slot):
                 if kind != LOGGED:
                     return kind, value
                 log_writer.put(write_record, value)
-        except (EOFError, OSError):
-            self.kill()             # its children: the process itself is already exiting
+        except Exception:           # the pipe is closed, or the handler wrote something into it
+            self.kill()             # with its children: the process itself may be exiting already
         with process_lock:
             self.process.join(1)
         code = self.process.exitcode

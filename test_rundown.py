@@ -8366,6 +8366,20 @@ def test_any_record_of_an_isolated_handler_is_logged_or_fails_nothing(engine, wo
     assert "ValueError: the cause" in worker.log()
 
 
+@pytest.mark.parametrize("bytes_", [b"\\0\\0\\0\\5hello", b"\\xff" * 4, b"\\0\\0\\0\\4N..."])
+def test_what_a_handler_writes_into_the_pipe_of_its_process_fails_its_job_alone(engine, work, q, bytes_):
+    body = """
+        if payload:
+            os.write(rw.current.get().child.pipe.fileno(), b"%s")
+            time.sleep(0.2)
+        return 1
+    """ % bytes_.decode("latin-1")
+    job, other = engine.enqueue(q, True), engine.enqueue(q, False)
+    work(isolated(q, body))
+    assert ended(engine, other)["result"] == 1
+    assert "the handler's process" in ended(engine, job)["error"]
+
+
 def test_an_isolated_process_is_replaced_after_max_jobs(engine, work, q):
     jobs = [engine.enqueue(q) for _ in range(5)]
     work(isolated(q, "return os.getpid()", max_jobs=2), run=BURST).wait()
