@@ -3826,7 +3826,7 @@ def observe(histogram, buckets, value):
     histogram[-1] += value
 
 
-# An unresolved end is due at once: 1 is a time in 1970.
+# An unresolved end is due at once: as a time, the number of its job is in 1970.
 NEXT_DEADLINE = f'''
     SELECT MIN(moment) FROM (
         SELECT MIN(next_run_at) AS moment FROM jobs WHERE status = 'pending' AND hold = {DELAYED}
@@ -3834,7 +3834,7 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT MIN(next_run_at) FROM schedules
         UNION ALL SELECT MIN(expires_at) FROM jobs
             WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0
-        UNION ALL SELECT (SELECT 1 FROM unresolved_ends LIMIT 1)
+        UNION ALL SELECT MIN(job) FROM unresolved_ends
         UNION ALL SELECT ?)'''
 
 

@@ -440,7 +440,7 @@ def as_json(value, name):
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
         path = truncate_middle(path, 200)
-        if isinstance(error, TypeError):    # it only says which type that is
+        if isinstance(error, TypeError) and not isinstance(part, dict):     # it names the type only
             raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
                           'str() of it may do') from None
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
