@@ -1528,6 +1528,7 @@ class DiskReserve:
 
     def __init__(self, database_path):
         # constant after start
+        self.database_path = database_path
         self.path = database_path + '-reserve'
         self.folder = os.path.dirname(database_path)
         self.size = 0           # bytes; 0: free space cannot be determined on this disk
@@ -1577,13 +1578,15 @@ class DiskReserve:
         return held
 
     def has_room(self, db):
-        """Whether jobs may be added: the reserve is held or not needed, or there are free pages."""
+        """Whether jobs may be added: the reserve is held or not needed, or the file has room."""
         if self.is_held or self.free >= self.nearly_full:
             return True
         self.update()
         if self.is_held:
             return True
-        return self.free + free_pages(db) * page_size(db) >= 2 * self.size
+        used_pages = page_count(db) - free_pages(db)
+        free_in_file = file_size(self.database_path) - used_pages * page_size(db)
+        return self.free + free_in_file >= 2 * self.size
 
 
 def file_size(path):
@@ -1600,6 +1603,10 @@ def fetch_value(db, statement, values=()):
 
 def free_pages(db):
     return fetch_value(db, 'PRAGMA freelist_count')
+
+
+def page_count(db):
+    return fetch_value(db, 'PRAGMA page_count')
 
 
 def page_size(db):
@@ -1762,10 +1769,14 @@ class Database:
         with contextlib.suppress(sqlite3.Error):
             self._update_sparse(self.db)
             self._limit_log(self.db)
+            # pages that shrink() gave back leave the file once the log is written into it
+            is_shrunk = file_size(self.path) > page_count(self.db) * page_size(self.db)
+            if self.log_bytes() and (is_shrunk or not self.takes_jobs):
+                self.db.execute('PRAGMA wal_checkpoint(TRUNCATE)')
 
     def _update_sparse(self, db):
         free = free_pages(db)
-        pages = fetch_value(db, 'PRAGMA page_count')
+        pages = page_count(db)
         can_shrink = fetch_value(db, 'PRAGMA auto_vacuum')      # 0: made by 1.1 or older
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
@@ -2177,6 +2188,11 @@ class Transaction:
             yield item
             if self.is_slice_over():
                 return
+
+    def keep_small(self):
+        """Claim and change little: what a transaction writes has to fit into the disk's reserve."""
+        self.response_budget = min(self.response_budget, DISK_RESERVE_BYTES // 8)
+        self.slice_ends = time.monotonic() + SLICE_TIME / 10
 
     def begin_slice(self):
         if self.slice_ends is None:
@@ -4411,6 +4427,8 @@ class Committer:
         """(tx, the time at which it began). First of all leases and the clock are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
         tx.takes_jobs = self.database.reserve.has_room(db)
+        if not tx.takes_jobs:
+            tx.keep_small()
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:

@@ -3815,6 +3815,26 @@ def test_a_poll_that_ends_while_nothing_can_be_stored_is_not_handed_what_was_tak
     assert engine.count(q) == 0
 
 
+def test_a_disk_that_large_jobs_have_filled_has_room_again_once_they_are_purged(tmp_path, q, monkeypatch):
+    def disk_usage(folder):
+        used = sum(file.stat().st_size for file in tmp_path.iterdir())
+        return types.SimpleNamespace(total=16 << 20, free=(16 << 20) - used)
+
+    monkeypatch.setattr(rundown_engine.shutil, "disk_usage", disk_usage)
+    engine = ClockedEngine(tmp_path)
+    try:
+        for _ in range(35):
+            engine.enqueue(q, "x" * 400000)
+        engine.server.store.database.reserve.give_up()         # as when a write finds the disk full
+        assert engine.call("POST", "/enqueue", {"queue": q})[0] == 503
+        assert 1 <= len(engine.poll(q, limit=1000)) <= 3       # so that the reserve suffices
+        engine.post("/purge", queue=q, status="pending")
+        until(lambda: engine.database.stat().st_size < 7 << 20, 10)
+        assert engine.enqueue(q)["created"]
+    finally:
+        engine.stop()
+
+
 @pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
 @beside
 def test_a_pause_that_is_longer_than_half_a_lease_renews_it(own, q):
