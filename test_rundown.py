@@ -12475,20 +12475,14 @@ def test_a_node_worker_moves_on_from_an_engine_that_never_answers(engine, tmp_pa
             assert ended(engine, engine.enqueue(q, 7), 8)["result"] == 7
 
 
-def test_an_outcome_in_node_that_is_refused_does_not_harm_those_that_go_with_it(
-    engine, tmp_path, q
-):
-    jobs = [engine.enqueue(q, number) for number in range(4)]
+def test_node_outcomes_that_are_too_large_together_are_taken_one_by_one(engine, tmp_path, q):
+    jobs = [engine.enqueue(q, size) for size in (1, 5000000, 5000000, 9000000)]
     source = (
-        """
-        const nested = (depth) => (depth ? [nested(depth - 1)] : []);
-        queue("%s", { concurrency: 4 }, (number) => sleep(0.5).then(() => nested(number * 150)));
-        """
-        % q
+        "queue('%s', { concurrency: 4 }, (size) => sleep(0.5).then(() => 'x'.repeat(size)));" % q
     )
     with node(tmp_path, engine, source):
         rows = [ended(engine, job) for job in jobs]
-    assert [row["status"] for row in rows] == ["done", "done", "failed", "failed"]
+    assert [row["status"] for row in rows] == ["done", "done", "done", "failed"]
     assert "the result cannot be stored: Refused: " in rows[3]["error"]
 
 
