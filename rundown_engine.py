@@ -9126,7 +9126,7 @@ const FAREWELL = 2; // seconds for reports after the grace of a worker that stop
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 100; // jobs in a request
-const MAX_ERROR = 10000; // characters of an error that the engine or a proxy refuses
+const MAX_ERROR = 10000; // characters that are kept of an error that was refused as too long
 const MAX_LINE = 200; // characters of an error in the log
 const MAX_TIMER = 2 ** 31 - 1; // milliseconds that a timer of Node takes
 
@@ -9217,7 +9217,7 @@ function engineUrls() {
   return urls.map((url) => url.replace(/\/$/, ""));
 }
 
-/** Sends one request, with `body` a POST; resolves with the engine's answer. */
+/** Sends one request (with `body` a POST); resolves with the answer. */
 async function exchange(url, body, seconds) {
   const isSecure = url.startsWith("https");
   const token = process.env.RUNDOWN_TOKEN?.trim();
@@ -9230,7 +9230,7 @@ async function exchange(url, body, seconds) {
     agent: isSecure ? secureAgent : plainAgent,
     headers,
   });
-  request.on("error", () => {}); // also heard by once() and text()
+  request.on("error", () => {}); // once() and text() hear of it too
   const expire = () => request.destroy(new Error(`no answer within ${seconds} s`));
   const timer = setTimeout(expire, seconds * 1000);
   try {
@@ -9250,7 +9250,7 @@ async function send(path, body, seconds, isAnswer = Boolean) {
   try {
     const answer = await exchange(url + path, body, seconds);
     if (!isAnswer(answer)) {
-      throw new Error("something else does");
+      throw new Error("the answer is not an engine's");
     }
     return answer;
   } catch (error) {
@@ -9285,7 +9285,8 @@ function now() {
 }
 
 async function pause(seconds, signal) {
-  await sleep(Math.min(seconds * 1000, MAX_TIMER), undefined, { signal }).catch(() => {});
+  const milliseconds = Math.min(Math.max(seconds * 1000, 0), MAX_TIMER);
+  await sleep(milliseconds, undefined, { signal }).catch(() => {});
 }
 
 /**
@@ -9466,7 +9467,10 @@ export async function stop() {
   await worker?.ended;
 }
 
-/** One run(): polls the queues, sends heartbeats and outcomes, and comes to an orderly end. */
+/**
+ * One run(). consume() polls a queue; each job that it gets becomes a Claim, which runs the handler
+ * and hands the outcome to Reports. keepAlive() sends heartbeats meanwhile.
+ */
 class Worker {
   name = `${os.hostname().slice(0, 150)}:${process.pid}`;
   claims = new Set(); // those whose outcome the engine does not have
@@ -9533,11 +9537,11 @@ class Worker {
     const isAnswer = (answer) => answer === null || Array.isArray(answer);
     const options = { wait, patience, signal, isAnswer };
     let running = 0;
-    let unreported = 0; // at most twice as many: an engine that takes no outcomes gets no more jobs
+    let held = 0; // running or not reported: an engine that takes no outcomes gets no more jobs
     let wake;
     this.log(`working on ${name} (concurrency ${concurrency}) as ${this.name}`);
     while (!signal.aborted) {
-      const limit = Math.min(concurrency - running, 2 * concurrency - unreported, MAX_BATCH);
+      const limit = Math.min(concurrency - running, 2 * concurrency - held, MAX_BATCH);
       if (limit <= 0) {
         await new Promise((resolve) => (wake = resolve));
         continue;
@@ -9550,7 +9554,7 @@ class Worker {
         this.claims.add(claim);
         this.changes += 1;
         running += 1;
-        unreported += 1;
+        held += 1;
         claim.decision.then(() => {
           running -= 1;
           wake?.();
@@ -9558,7 +9562,7 @@ class Worker {
         claim.finished = claim.run(handler).then(() => {
           this.claims.delete(claim);
           this.changes += 1;
-          unreported -= 1;
+          held -= 1;
           wake?.();
         });
       }
