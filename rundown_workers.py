@@ -4123,8 +4123,8 @@ class IsolatedSlot(Slot):
                 if kind != LOGGED:
                     return kind, value
                 log_writer.put(write_record, value)
-        except (EOFError, OSError):
-            self.kill()             # its children: the process itself is already exiting
+        except Exception:           # the pipe is closed, or the handler wrote something into it
+            self.kill()             # with its children: the process itself may be exiting already
         with process_lock:
             self.process.join(1)
         code = self.process.exitcode
@@ -5543,6 +5543,7 @@ class Outbox:
     """The table rundown_outbox, for psycopg, psycopg2, or another driver with parameters as %s."""
 
     parameter = '%s'
+    row_factory = staticmethod(lambda cursor: tuple)    # of cursors; psycopg2's have none
     create_table = CREATE_IN_POSTGRESQL
 
     def __init__(self, connection):
@@ -5585,9 +5586,9 @@ class Outbox:
                         f'{self.create_table}') from error
 
     def _make_missing(self, problem):
-        """Make the table, or its columns; returns the problem, if there is one.
+        """Make the table, or its columns. Returns a list with the problem in that, or an empty one.
 
-        It need not matter: another process may have just made the same.
+        The problem need not matter: another process may have just made the same.
         """
         changes = []
         if 'taken_' in problem:
@@ -5608,6 +5609,13 @@ class Outbox:
         """Make the table, or bring one of an older version up to date."""
         self.use_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
         self.connection.commit()
+
+    def texts(self, numbers):
+        """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
+        rows = self.read(
+            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
+        # a connection may return text as bytes
+        return [text if isinstance(text, str) else bytes(text).decode() for text, in rows]
 
     def read(self, statement, *values):
         """The rows of a statement in a transaction of its own."""
@@ -5649,23 +5657,20 @@ class Outbox:
     def execute(self, statement, *values):
         """The rows of a statement as tuples, also if the connection has a row factory."""
         with contextlib.closing(self.connection.cursor()) as cursor:
-            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+            # sqlite3's and psycopg's; SQLAlchemy may pass on the attribute of the connection alone
+            if hasattr(self.connection, 'row_factory') and hasattr(cursor, 'row_factory'):
                 cursor.row_factory = self.row_factory
             cursor.execute(statement.replace('?', self.parameter), values)
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    @staticmethod
-    def row_factory(cursor):
-        return tuple
 
 
 class SQLiteOutbox(Outbox):
     """The table in a database of sqlite3."""
 
     parameter = '?'
-    create_table = CREATE_IN_SQLITE
     row_factory = None
+    create_table = CREATE_IN_SQLITE
     # A failure does not end the transaction, and releasing the outermost savepoint would commit.
     execute_guarded = Outbox.execute
 
@@ -5676,7 +5681,8 @@ class SQLiteOutbox(Outbox):
     def commits_each_statement(self):
         if self.connection.in_transaction:
             return False
-        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        # True or False since Python 3.12; -1, or missing: isolation_level decides
+        autocommit = getattr(self.connection, 'autocommit', -1)
         return self.connection.isolation_level is None if autocommit == -1 else autocommit
 
     def prepare(self):
@@ -5781,14 +5787,12 @@ class Forwarder:
     def _send(self, rows):
         """Send rows in one request; returns how many the engine took."""
         numbers = ','.join(str(number) for number, _ in rows)
-        texts = self.outbox.read(
-            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
-        if not texts:       # another forwarder was faster
+        jobs = self.outbox.texts(numbers)
+        if not jobs:        # another forwarder was faster
             return 0
-        jobs = ','.join(as_text(text) for text, in texts)
         host = self.client.host
         try:
-            self.send('/enqueue', f'{{"jobs":[{jobs}]}}')
+            self.send('/enqueue', f'{{"jobs":[{",".join(jobs)}]}}')
         except (Refused, EngineUnavailable) as error:
             if not is_verdict(error):
                 raise
@@ -5822,11 +5826,6 @@ class Forwarder:
                 host, int(time.time()))
         else:
             self.outbox.change(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
-
-
-def as_text(value):
-    """Text from a database, whose connection may return it as bytes."""
-    return value if isinstance(value, str) else bytes(value).decode()
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
