@@ -4222,7 +4222,10 @@ class Budget:
             newest.resume(Unavailable('too much is being sent; try again'))
 
     def drop_untaken(self):
-        """Too much is not taken, in spite of require_capacity(): close the slowest connections."""
+        """Close the clients that have not taken their responses for longest.
+
+        The responses of writes are not refused by require_capacity(), and add up.
+        """
         untaken = [connection for connection in self.connections if connection.response_bytes]
         for connection in sorted(untaken, key=operator.attrgetter('deadline')):
             if self.response_bytes <= MAX_RESPONSE_BUFFER:
@@ -4385,8 +4388,8 @@ class Committer:
                     behind = operations.index(error.operation) + 1
                     self.submitted[:0] = operations[behind:]
                     del operations[behind:]
-                elif error.operation in self.loop.waiters:
-                    error.operation.finish()        # and it leaves the waiters
+                elif error.operation in self.loop.waiters:      # nothing may wake it next time
+                    error.operation.finish()
 
     def _sort(self, operations, insert_in_bulk):
         """(writes, single inserts that can share a statement, polls of clients still there)"""
@@ -5028,7 +5031,7 @@ class Connection(Client):
             if operation.topic:
                 self.loop.waiters.withdraw(operation)
         kind = request.head.entry.offload
-        if kind:        # to render it, a EventWait reads
+        if kind and isinstance(operation, EventWait):       # to render it, it reads
             return (yield from self._offload(kind, operation.render, result))
         return operation.render(result)
 
@@ -5581,14 +5584,6 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         return address_of(name) is not None and not self.is_loopback_only
 
-    def _is_own_name(self, host):
-        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
-        the DNS of an attacker may have bound it to this address."""
-        name = re.sub(r':\d*$', '', host).strip('[]').lower()
-        if name in self.allowed_hosts or is_loopback(name):
-            return True
-        return address_of(name) is not None and not self.is_loopback_only
-
     def _check_host(self, head):
         host = head.headers.get('host', 'localhost')
         if not self._is_own_name(host):
@@ -5596,11 +5591,11 @@ class Server(http.server.ThreadingHTTPServer):
                 f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
-        """Pages of other origins may link to the pages, and call nothing.
+        """Pages of other origins may link to the engine's pages, but may not call it.
 
-        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
-        that no page can set; the name must be the engine's all the same. Whoever knows the token
-        is no foreign page.
+        A proxy may have rewritten Host. A browser then still sends `Sec-Fetch-Site: same-origin`,
+        which no page can set; Origin must name the engine nevertheless. With a token there is no
+        check, since foreign pages do not know it.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return

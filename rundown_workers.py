@@ -104,9 +104,10 @@ the others are released, and the worker exits with 0. A handler that reaches a s
 gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
 A second signal exits at once.
 
-The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
-each job, up to 100 a second; further ones are counted. The engine keeps the schedules and limits
-of decorators that were removed; the log names them, with the command that deletes them.
+The log is logging.getLogger("rundown"), on stderr where logging is not set up; other loggers are
+for the program to set up. It has a line for each job, up to 100 a second; further ones are
+counted. The engine keeps the schedules and limits of decorators that were removed; the log names
+them, with the command that deletes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -438,8 +439,11 @@ def as_json(value, name):
         text = encode_json(value)
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
-        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         path = truncate_middle(path, 200)
+        if isinstance(error, TypeError):    # it only says which type that is
+            raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
+                          'str() of it may do') from None
+        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         raise NotJSON(f'{path} is {kind}, which JSON cannot hold: {error}') from None
     if isinstance(value, (dict, list, tuple)):
         check_keys(value, name)
@@ -907,6 +911,8 @@ class Caller:
         if not self.pool.closed:        # otherwise shutdown() has ended the request
             self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason += '; RUNDOWN_CA names the file of a private certificate authority'
         return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
     def call(
@@ -1572,7 +1578,17 @@ class AsyncCalls:
     def __init__(self):
         self._reset()
         if hasattr(os, 'register_at_fork'):
-            os.register_at_fork(after_in_child=self._reset)     # a fork has no such thread
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self):
+        """Start anew: a forked process does not have the thread.
+
+        The parent's loop is never freed here: that would close its connections, and so remove
+        them from the epoll object that both processes share.
+        """
+        if self.loop is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.loop))
+        self._reset()
 
     def _reset(self):
         self.lock = threading.Lock()    # held to start the thread
@@ -1662,9 +1678,9 @@ class AsyncCalls:
         data = request_bytes(request)
         while True:
             reused = self._take_idle(pool, origin)
-            connection = reused or await AsyncConnection.open(pool, origin)
+            connection = reused or await AsyncConnection.open(self.loop, pool, origin)
             try:
-                response = await connection.exchange(data)
+                response = await connection.exchange(self.loop, data)
             except BaseException as error:
                 connection.close()
                 if reused and isinstance(error, ConnectionError):
@@ -1680,8 +1696,10 @@ class AsyncCalls:
 
     def _take_idle(self, pool, origin):
         """The last used connection of a client to the origin, or None."""
-        for connection in reversed(self.idle):
-            if connection.pool is pool and connection.origin == origin:
+        for connection in list(reversed(self.idle)):
+            if connection.transport.is_closing():
+                self.idle.remove(connection)        # the engine has closed it
+            elif connection.pool is pool and connection.origin == origin:
                 self.idle.remove(connection)
                 return connection
         return None
@@ -1698,36 +1716,66 @@ class AsyncCalls:
 
 
 class AsyncConnection:
-    """A connection that asyncio calls use for one request after the other."""
+    """A connection that asyncio calls use for one request after the other.
 
-    def __init__(self, pool, origin, reader, writer):
+    It is a protocol of asyncio, which calls the methods that are not ours.
+    """
+
+    def __init__(self, pool, origin):
         self.pool = pool        # of the client that uses it
         self.origin = origin    # (scheme, host and port)
-        self.reader = reader
-        self.writer = writer
+        self.transport = None   # set when it is connected
+        self.reader = None      # of the response in flight
+        self.response = None    # a future: the response in flight, or the last one
 
     @classmethod
-    async def open(cls, pool, origin):
-        import asyncio
+    async def open(cls, loop, pool, origin):
         scheme, host_and_port = origin
         parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
-        if scheme == 'https':
-            streams = asyncio.open_connection(parts.hostname, parts.port or 443, ssl=pool.context)
-        else:
-            streams = asyncio.open_connection(parts.hostname, parts.port or 80)
-        return cls(pool, origin, *await streams)
+        is_https = scheme == 'https'
+        port = parts.port or (443 if is_https else 80)
+        context = pool.context if is_https else None
+        _, connection = await loop.create_connection(
+            lambda: cls(pool, origin), parts.hostname, port, ssl=context)
+        return connection
 
-    async def exchange(self, data):
+    async def exchange(self, loop, data):
         """The response to a request."""
-        self.writer.write(data)
-        reader = ResponseReader()
-        response = None
-        while response is None:
-            response = reader.feed(await self.reader.read(1 << 16))
-        return response
+        self.reader = ResponseReader()
+        self.response = loop.create_future()
+        self.transport.write(data)
+        return await self.response
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        if self.response is None or self.response.done():
+            self.close()        # nobody asked for these bytes
+            return
+        try:
+            response = self.reader.feed(data)
+        except Exception as error:
+            self.response.set_exception(error)
+        else:
+            if response is not None:
+                self.response.set_result(response)
+
+    def eof_received(self):
+        self.data_received(b'')
+
+    def connection_lost(self, error):
+        if self.response is not None and not self.response.done():
+            self.response.set_exception(error or ConnectionResetError('the connection was lost'))
+
+    def pause_writing(self):
+        """A request is buffered as a whole, so there is nothing to pause."""
+
+    def resume_writing(self):
+        """See pause_writing()."""
 
     def close(self):
-        self.writer.close()
+        self.transport.close()
 
 
 def max_async_waits():
@@ -4075,8 +4123,8 @@ class IsolatedSlot(Slot):
                 if kind != LOGGED:
                     return kind, value
                 log_writer.put(write_record, value)
-        except (EOFError, OSError):
-            self.kill()             # its children: the process itself is already exiting
+        except Exception:           # the pipe is closed, or the handler wrote something into it
+            self.kill()             # with its children: the process itself may be exiting already
         with process_lock:
             self.process.join(1)
         code = self.process.exitcode
@@ -4667,6 +4715,10 @@ class QueueConfig(NamedTuple):
 TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
+TASK_METHODS = {        # what is not such a setting -> the method of a task that takes it
+    **dict.fromkeys(ENQUEUE_OPTIONS, '.options()'),
+    **dict.fromkeys(['cron', 'every', 'zone'], '.schedule()'),
+}
 MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
     'poll_interval': 0.0,
     'timeout': 0.0,
@@ -4850,9 +4902,12 @@ class Registry:
         the one under which the function is imported. `settings` are those of the queue, as
         queue() has them; tasks of one queue share them, and the last task's values are used.
         """
-        if settings.keys() - set(TASK_SETTINGS):
+        for setting in settings.keys() - set(TASK_SETTINGS):
+            remedy = TASK_METHODS.get(setting)
+            if remedy:
+                raise Misuse(f'a task has no setting {setting}; {remedy} takes it')
             known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
-            check_names(settings, known, 'a task has no setting')
+            check_names([setting], known, 'a task has no setting')
         host = settings.get('host')
         if 'poll_interval' in settings:
             settings['poll_interval'] = in_seconds(settings['poll_interval'])
@@ -4903,7 +4958,7 @@ class Registry:
         handlers. An exception in a start_worker hook ends the worker.
         """
         if event not in self.hooks:
-            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
+            raise Misuse(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
 
         def register(function):
             self.hooks[event].append(function)
@@ -5169,7 +5224,7 @@ class TaskSender:
 
     def options(self, **options):
         """A sender whose jobs have these options of enqueue(): add.options(delay=60).delay(4)."""
-        check_names(options, inspect.signature(self.app.enqueue).parameters)
+        check_names(options, ['host', *ENQUEUE_OPTIONS])
         merged = {**self.enqueue_options, **options}
         return TaskSender(self.app, self.function, self.task, self.queue, merged)
 
@@ -5255,6 +5310,8 @@ def check_call(function, args, kwargs=None):
 def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     """The calls that tell an engine the limits of a queue and its schedule."""
     is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2
+    if rate is not None and not is_pair and not isinstance(rate, int):
+        raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
     claims, seconds = rate if is_pair else (rate, 1)
     limits = drop_none(
         max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
@@ -5444,8 +5501,8 @@ def driver_connection(connection):
     if hasattr(connection, 'ensure_connection'):            # Django
         connection.ensure_connection()
         return connection.connection
-    if callable(getattr(connection, 'connection', None)) and not is_async(connection):
-        connection = connection.connection()                # a Session of SQLAlchemy
+    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
+        connection = connection.connection()
     if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
         if not connection.in_transaction() and hasattr(connection, 'commit'):
             connection.begin()      # as its first statement would do; its commit() needs that
@@ -5455,13 +5512,19 @@ def driver_connection(connection):
 
 def outbox_of(connection):
     """The Outbox in the database of a connection; Misuse if the connection is not supported."""
-    connection = driver_connection(connection)
+    if not is_async(connection):
+        connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
         return SQLiteOutbox(connection)
-    is_usable = (hasattr(connection, 'cursor') and hasattr(connection, 'commit')
-                 and not is_async(connection))
-    # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
-    if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and hasattr(connection, 'commit')
+        and not is_async(connection)
+        # SQLAlchemy's adapters of these drivers take other parameters
+        and not has_class_of(connection, 'aiosqlite')
+        and not has_class_of(connection, 'asyncpg')
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return Outbox(connection)
@@ -5480,6 +5543,7 @@ class Outbox:
     """The table rundown_outbox, for psycopg, psycopg2, or another driver with parameters as %s."""
 
     parameter = '%s'
+    row_factory = staticmethod(lambda cursor: tuple)    # of cursors; psycopg2's have none
     create_table = CREATE_IN_POSTGRESQL
 
     def __init__(self, connection):
@@ -5522,9 +5586,9 @@ class Outbox:
                         f'{self.create_table}') from error
 
     def _make_missing(self, problem):
-        """Make the table, or its columns; returns the problem, if there is one.
+        """Make the table, or its columns. Returns a list with the problem in that, or an empty one.
 
-        It need not matter: another process may have just made the same.
+        The problem need not matter: another process may have just made the same.
         """
         changes = []
         if 'taken_' in problem:
@@ -5545,6 +5609,13 @@ class Outbox:
         """Make the table, or bring one of an older version up to date."""
         self.use_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
         self.connection.commit()
+
+    def texts(self, numbers):
+        """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
+        rows = self.read(
+            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
+        # a connection may return text as bytes
+        return [text if isinstance(text, str) else bytes(text).decode() for text, in rows]
 
     def read(self, statement, *values):
         """The rows of a statement in a transaction of its own."""
@@ -5586,23 +5657,20 @@ class Outbox:
     def execute(self, statement, *values):
         """The rows of a statement as tuples, also if the connection has a row factory."""
         with contextlib.closing(self.connection.cursor()) as cursor:
-            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+            # sqlite3's and psycopg's; SQLAlchemy may pass on the attribute of the connection alone
+            if hasattr(self.connection, 'row_factory') and hasattr(cursor, 'row_factory'):
                 cursor.row_factory = self.row_factory
             cursor.execute(statement.replace('?', self.parameter), values)
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    @staticmethod
-    def row_factory(cursor):
-        return tuple
 
 
 class SQLiteOutbox(Outbox):
     """The table in a database of sqlite3."""
 
     parameter = '?'
-    create_table = CREATE_IN_SQLITE
     row_factory = None
+    create_table = CREATE_IN_SQLITE
     # A failure does not end the transaction, and releasing the outermost savepoint would commit.
     execute_guarded = Outbox.execute
 
@@ -5613,7 +5681,8 @@ class SQLiteOutbox(Outbox):
     def commits_each_statement(self):
         if self.connection.in_transaction:
             return False
-        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        # True or False since Python 3.12; -1, or missing: isolation_level decides
+        autocommit = getattr(self.connection, 'autocommit', -1)
         return self.connection.isolation_level is None if autocommit == -1 else autocommit
 
     def prepare(self):
@@ -5718,14 +5787,12 @@ class Forwarder:
     def _send(self, rows):
         """Send rows in one request; returns how many the engine took."""
         numbers = ','.join(str(number) for number, _ in rows)
-        texts = self.outbox.read(
-            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
-        if not texts:       # another forwarder was faster
+        jobs = self.outbox.texts(numbers)
+        if not jobs:        # another forwarder was faster
             return 0
-        jobs = ','.join(as_text(text) for text, in texts)
         host = self.client.host
         try:
-            self.send('/enqueue', f'{{"jobs":[{jobs}]}}')
+            self.send('/enqueue', f'{{"jobs":[{",".join(jobs)}]}}')
         except (Refused, EngineUnavailable) as error:
             if not is_verdict(error):
                 raise
@@ -5759,11 +5826,6 @@ class Forwarder:
                 host, int(time.time()))
         else:
             self.outbox.change(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
-
-
-def as_text(value):
-    """Text from a database, whose connection may return it as bytes."""
-    return value if isinstance(value, str) else bytes(value).decode()
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -6212,30 +6274,29 @@ class Testing:
         the clock moves on to them.
         """
         self.app.waits_for_rates = not delayed
+        pause = 0
         try:
-            self.app.run(burst=True, **options)
-            while delayed:
-                pause = self._pause()
-                if pause is None:
-                    return
+            while pause is not None:
                 self.advance(pause)
+                began = self.clock.time()
                 self.app.run(burst=True, **options)
+                pause = self._pause(began) if delayed else None
         finally:
             self.app.waits_for_rates = True
 
-    def _pause(self):
-        """Seconds until more jobs of the declared queues can be claimed; None: there are none."""
+    def _pause(self, began):
+        """Seconds until jobs can be claimed that could not at `began`; None: there are none."""
         queues = {queue for queue, _ in self.app.configs}
-        now = self.clock.time()
-        pauses = [
-            parse_time(job['next_run_at']) - now + 0.01
+        moments = [
+            parse_time(job['next_run_at']) + 0.01
             for job in iter_jobs(self.client, status='pending') if job['queue'] in queues
         ]
-        pauses += [
-            row['per'] for row in iter_pages(self.client.queues, 'queues')
+        moments += [
+            self.clock.time() + row['per'] for row in iter_pages(self.client.queues, 'queues')
             if row['queue'] in queues and is_held_back(row)
         ]
-        return min((pause for pause in pauses if pause > 0), default=None)
+        later = [moment for moment in moments if moment > began]
+        return max(0, min(later) - self.clock.time()) if later else None
 
 
 def import_engine():
@@ -6269,8 +6330,7 @@ def environment_variable(name, value):
 TABLES = {      # key of an answer with rows -> the columns that a terminal shows
     'jobs': ['id', 'queue', 'status', 'attempt', 'age', 'tag'],
     'queues': [
-        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
-        'paused',
+        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest',
     ],
     'schedules': [
         'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
@@ -6438,7 +6498,16 @@ def command_queues(client, options):
     if not options.minutes:
         for row in answer['queues']:
             del row['minutes']
+    if sys.stdout.isatty():
+        for row in answer['queues']:
+            add_texts(row)
     show(answer)
+
+
+def add_texts(row):
+    """Add what a terminal shows of a queue."""
+    row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
+    row['queue'] += ' (paused)' if row['paused'] else ''
 
 
 def command_top(client, options):
@@ -6474,10 +6543,9 @@ def show_top(page, room):
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
-        row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
         row['workers'] = len(row['workers'])
         row['later'] = row['scheduled']
-        row['queue'] += ' (paused)' if row['paused'] else ''
+        add_texts(row)
     print_table(TOP_COLUMNS, rows)
     if hidden > 0:
         print(f'... and {hidden} more queues')
@@ -6736,8 +6804,8 @@ JOB_OPTIONS = [
     number_argument('--max-retries'),
 ]
 WORKER_OPTIONS = [
-    number_argument('--concurrency'),
-    seconds_argument('--grace', default=GRACE),
+    number_argument('--concurrency', help='jobs at a time, of each queue (as declared)'),
+    seconds_argument('--grace', default=GRACE, help='for running jobs when it stops (30)'),
     argument('--burst', action='store_true', help='run the due jobs, and end'),
 ]
 COMMANDS = [
@@ -6887,7 +6955,8 @@ def main(argv: list[str] | None = None) -> int:
             os.environ['RUNDOWN_URL'] = options.host    # for imported tasks and isolated ones
         return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
-        print(f'rundown_workers: {str(error) or type(error).__name__}', file=sys.stderr)
+        hint = '; RUNDOWN_TOKEN sets it' if getattr(error, 'status', 0) == 401 else ''
+        print(f'rundown_workers: {str(error) or type(error).__name__}{hint}', file=sys.stderr)
         if isinstance(error, EngineUnavailable):
             return 3
         return 2 if isinstance(error, Misuse) else 1
