@@ -4238,7 +4238,10 @@ class Budget:
             newest.resume(Unavailable('too much is being sent; try again'))
 
     def drop_untaken(self):
-        """Too much is not taken, in spite of require_capacity(): close the slowest connections."""
+        """Close the clients that have not taken their responses for longest.
+
+        The responses of writes are not refused by require_capacity(), and add up.
+        """
         untaken = [connection for connection in self.connections if connection.response_bytes]
         for connection in sorted(untaken, key=operator.attrgetter('deadline')):
             if self.response_bytes <= MAX_RESPONSE_BUFFER:
@@ -4307,18 +4310,20 @@ class Committer:
         offset = clock.offset
         ahead = 0
         maintain = now >= self.maintenance_paused_until
+        is_due = False
         if maintain and now - self.clock_checked_at >= CLOCK_CHECK_INTERVAL:
             self.clock_checked_at = now
             ahead = clock.slew()
             self.database.check_disk()
-        if not (self.submitted or maintain and (
-                ahead or self.database.is_sparse or self.store.next_deadline <= clock.now())):
+        if maintain:
+            is_due = ahead or self.database.is_sparse or self.store.next_deadline <= clock.now()
+        if not (self.submitted or is_due):
             return
         operations = self.submitted
         self.submitted = []
         maintenance = self.maintenance if maintain else None
         try:
-            tx, served = self._run_transaction(operations, maintenance, ahead)
+            tx, began, served = self._run_transaction(operations, maintenance, ahead)
         except DiskFull:        # retried in the next pass, with the space of the reserve
             clock.offset = offset
             self.submitted[:0] = operations
@@ -4334,7 +4339,7 @@ class Committer:
         self.maintenance.error = None
         self.loop.now = time.monotonic()
         self.commits += 1
-        self.commit_seconds += self.loop.now - self.listening_until     # which is its begin
+        self.commit_seconds += self.loop.now - began
         self.store.committed(tx)        # first: the request behind a response may ask for it
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
@@ -4364,7 +4369,8 @@ class Committer:
             operation.finish()
 
     def _run_transaction(self, operations, maintenance, ahead):
-        """Run everything in one transaction: (tx, the parked operations that have a result now).
+        """Run everything in one transaction: (tx, the time at which it began, the parked
+        operations that have a result now).
 
         `ahead` is by how many seconds the wall clock has jumped ahead. A transaction that an
         operation poisons begins again without it.
@@ -4390,7 +4396,7 @@ class Committer:
                 self.database.last_storage_error = None
                 if tx.takes_jobs != self.database.takes_jobs:
                     self._note_room(tx.takes_jobs)
-                return tx, served
+                return tx, began, served
             except PoisonedTransaction as error:
                 insert_in_bulk = False      # one by one, the failing insert is found
                 if error.operation in writes:
@@ -4398,8 +4404,8 @@ class Committer:
                     behind = operations.index(error.operation) + 1
                     self.submitted[:0] = operations[behind:]
                     del operations[behind:]
-                elif error.operation in self.loop.waiters:
-                    error.operation.finish()        # and it leaves the waiters
+                elif error.operation in self.loop.waiters:      # nothing may wake it next time
+                    error.operation.finish()
 
     def _sort(self, operations, insert_in_bulk):
         """(writes, single inserts that can share a statement, polls of clients still there)"""
@@ -4554,7 +4560,7 @@ class EventLoop:
         self.calls_from_threads = collections.deque()
         self.ended = False                  # written by the loop's thread, read by all
         # touched by the loop's thread only
-        self.now = time.monotonic()         # time.monotonic() when select() of this pass returned
+        self.now = time.monotonic()         # read after each select() and each commit
         self.draining = False               # the engine ends once no connection is left
         self.drain_deadline = NEVER         # when it ends even with connections left
         self.lags = [0, 0]                  # longest pass in seconds: in this minute, the last one
@@ -4878,9 +4884,7 @@ class Connection(Client):
     Its generator yields the events to wait for, 0 for none; see Client.resume().
     """
     request = None              # a Request, from its first byte until its response is sent
-    unsent = b''                # the bytes of the response that are sent next
-    stream = None               # the rest of the response: a file, or a large body
-    stream_bytes = 0            # of it that are in memory
+    outgoing = None             # an Outgoing, until all of the response is sent
     watched = 0                 # events that it is registered for in the selector
     request_bytes = 0           # as the budget counts it
     response_bytes = 0
@@ -4910,7 +4914,7 @@ class Connection(Client):
             if events != self.watched:
                 self._watch(events)
             request_bytes = len(self.received) + (self.request.size if self.request else 0)
-            response_bytes = len(self.unsent) + self.stream_bytes
+            response_bytes = self.outgoing.size if self.outgoing else 0
             self.loop.budget.update(self, request_bytes, response_bytes)
         except (StopIteration, OSError, EOFError, HTTPError):   # served, gone, or late
             self.close()
@@ -4939,8 +4943,7 @@ class Connection(Client):
             self.loop.budget.update(self, 0, 0)
             self.sock.close()
             self.request = None     # a cycle, which the collector would free much later
-            self.unsent = b''
-            self.stream = None
+            self.outgoing = None
 
     def _receive(self):
         """Receive a piece that is small, so that pipelined requests are a small message."""
@@ -5010,10 +5013,9 @@ class Connection(Client):
             self._begin_error(request, error, keep_alive)
         request.operation = request.body = request.params = None
         request.size = 0
-        if self.stream:
-            yield from self._send_stream()
-        elif not self._send():
-            yield from self._send_rest()
+        with contextlib.closing(self.outgoing) as outgoing:
+            yield from self._send(outgoing)
+        self.outgoing = None
         return keep_alive
 
     def _dispatch(self, request):
@@ -5047,7 +5049,7 @@ class Connection(Client):
             if operation.topic:
                 self.loop.waiters.withdraw(operation)
         kind = request.head.entry.offload
-        if kind:        # to render it, a EventWait reads
+        if kind and isinstance(operation, EventWait):       # to render it, it reads
             return (yield from self._offload(kind, operation.render, result))
         return operation.render(result)
 
@@ -5078,65 +5080,77 @@ class Connection(Client):
         self._begin_response(request, response, keep_alive)
 
     def _begin_response(self, request, response, keep_alive):
-        """Set `unsent` and `stream` to the bytes of the response."""
+        """Set `outgoing`; count and log the response."""
         method, route = ('-', 'other')
         if request.head:
             method, route = request.head.method, request.head.route
         if not isinstance(response, Response):
             response = (response, *JSON_OK)
-        status = response[1]
         body = encode_body(response[0])
-        is_file = isinstance(body, io.IOBase)
-        length = os.fstat(body.fileno()).st_size if is_file else len(body)
-        if method == 'GET' and not is_file:
+        length = length_of(body)
+        if method == 'GET' and isinstance(body, bytes):
             self.loop.budget.require_capacity(length)
+        status = response[1]
         self.server.store.meter.request(route, status)
         if self.server.verbose:
             log(f'{self.address[0]} {method} {route} {status}')
         connection = '' if keep_alive else 'close'
         if keep_alive and not request.head.is_http_1_1:
             connection = 'keep-alive'
-        self.unsent = encode_head(response, length, connection)
+        head = encode_head(response, length, connection)
+        self.outgoing = Outgoing(head, body)
         if method == 'HEAD':
-            if is_file:
-                body.close()
-        elif is_file:
-            self.stream = body
-        elif length > CHUNK_BYTES:
-            self.stream = io.BytesIO(body)      # which does not copy it
-            self.stream_bytes = length
-        else:
-            self.unsent += body
+            self.outgoing.close()
+            self.outgoing = Outgoing(head, b'')
 
-    def _send(self):
-        """Send as much as the socket takes now. True once nothing is left."""
-        try:
-            sent = self.sock.send(self.unsent)
-        except NOT_READY:
-            return False
-        self.unsent = memoryview(self.unsent)[sent:] if sent < len(self.unsent) else b''
-        return not self.unsent
-
-    def _send_rest(self):
-        """Send the rest as the socket becomes writable."""
-        self.set_timeout(REQUEST_TIMEOUT)
-        yield WRITE
-        while not self._send():
+    def _send(self, outgoing):
+        """Send the response, a piece in each pass of the loop."""
+        ends = self.loop.now + REQUEST_TIMEOUT + outgoing.length / MIN_DOWNLOAD_RATE
+        while not outgoing.send_piece(self.sock):
+            self.set_timeout(min(REQUEST_TIMEOUT, ends - self.loop.now))
             yield WRITE
 
-    def _send_stream(self):
-        """Send the rest of a response piece by piece, a piece in each pass of the loop."""
-        with self.stream as stream:
-            length = stream.seek(0, os.SEEK_END)
-            stream.seek(0)
-            deadline = self.loop.now + REQUEST_TIMEOUT + length / MIN_DOWNLOAD_RATE
-            while self.unsent:
-                yield from self._send_rest()
-                if self.loop.now > deadline:
-                    raise RequestTimeout('the response was not taken in time')
-                self.unsent = stream.read(CHUNK_BYTES)
-        self.stream = None
-        self.stream_bytes = 0
+
+class Outgoing:
+    """A response on its way to the client; close() closes the file in it."""
+
+    def __init__(self, head, body):
+        """`body` is bytes or an open file."""
+        self.piece = head           # bytes that are sent next
+        self.rest = None            # a stream of those that follow
+        self.rest_in_memory = 0     # bytes of it that are in memory
+        self.length = length_of(body)
+        if not isinstance(body, bytes):
+            self.rest = body
+        elif self.length > CHUNK_BYTES:
+            self.rest = io.BytesIO(body)        # which does not copy it
+            self.rest_in_memory = self.length
+        else:
+            self.piece += body
+
+    @property
+    def size(self):
+        """Bytes in memory."""
+        return len(self.piece) + self.rest_in_memory
+
+    def send_piece(self, sock):
+        """Send what the socket takes now, at most CHUNK_BYTES. True once all is sent."""
+        try:
+            sent = sock.send(self.piece)
+        except NOT_READY:
+            return False
+        self.piece = memoryview(self.piece)[sent:]
+        if not self.piece and self.rest:
+            self.piece = self.rest.read(CHUNK_BYTES)
+        return not self.piece
+
+    def close(self):
+        if self.rest:
+            self.rest.close()
+
+
+def length_of(body):
+    return len(body) if isinstance(body, bytes) else os.fstat(body.fileno()).st_size
 
 
 def encode_body(body):
@@ -5588,14 +5602,6 @@ class Server(http.server.ThreadingHTTPServer):
             return True
         return address_of(name) is not None and not self.is_loopback_only
 
-    def _is_own_name(self, host):
-        """Whether a host, perhaps with a port, is this engine's: no foreign name may be, since
-        the DNS of an attacker may have bound it to this address."""
-        name = re.sub(r':\d*$', '', host).strip('[]').lower()
-        if name in self.allowed_hosts or is_loopback(name):
-            return True
-        return address_of(name) is not None and not self.is_loopback_only
-
     def _check_host(self, head):
         host = head.headers.get('host', 'localhost')
         if not self._is_own_name(host):
@@ -5603,11 +5609,11 @@ class Server(http.server.ThreadingHTTPServer):
                 f'Host {describe(host)} is not a name of this engine; see --allow-host')
 
     def _check_origin(self, head):
-        """Pages of other origins may link to the pages, and call nothing.
+        """Pages of other origins may link to the engine's pages, but may not call it.
 
-        A proxy may have rewritten Host. A browser says `same-origin` nevertheless, in a header
-        that no page can set; the name must be the engine's all the same. Whoever knows the token
-        is no foreign page.
+        A proxy may have rewritten Host. A browser then still sends `Sec-Fetch-Site: same-origin`,
+        which no page can set; Origin must name the engine nevertheless. With a token there is no
+        check, since foreign pages do not know it.
         """
         if self.token or head.route in ('/', '/docs', '/health'):
             return
@@ -7558,7 +7564,7 @@ const FILTERS = ["search", "queue", "status", "tag", "group"];
 
 // -- State --------------------------------------------------------------------------------------
 let view = "";              // overview, jobs or job
-let place = {};             // the rest of the address: filters, the id of a job
+let params = {};            // the rest of the address: filters, the id of a job
 let refreshId = 0;          // answers to an earlier refresh are dropped
 let refreshTimer = 0;
 let noticeTimer = 0;
@@ -7569,7 +7575,7 @@ let hour = null;            // the counts of the last hour, by the minute
 let pointedMinute = null;   // index into them, null: none
 let selected = new Map();   // id -> status of the jobs whose boxes are checked
 let selectedAll = null;     // or all jobs of a filter: {queue, status, count}
-let found = null;           // the page of a costly search, to be kept: {address, page}
+let keptPage = null;        // that of a costly search is not fetched again: {address, page}
 let counts = null;          // of the jobs by status, of all queues or of the filter's queue
 let failures = noFailures();        // the newest failed jobs of the filter at `address`
 let lastPress = {button: "", time: 0};      // a double click is one press
@@ -8028,7 +8034,7 @@ function hungItem({worker, queue, hung}) {
 }
 
 function drawTitle() {
-  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + place.id}[view];
+  const title = {overview: "Rundown-Workers", jobs: "Jobs", job: "job " + params.id}[view];
   document.title = ($("problems").textContent.trim() ? "(!) " : "") + title;
 }
 
@@ -8237,12 +8243,12 @@ function drawQueues({queues, totals}) {
   const keyOf = row => row.queue;
   const byName = [...queues].sort((a, b) => a.queue.localeCompare(b.queue));
   const isCut = queues.length < totals.queues;
-  const which = place.find ? "that match" : "with work first";
+  const which = params.find ? "that match" : "with work first";
   drawTable("queues", heldRows("queues", byName, keyOf, true), keyOf);
   show({
     shown: isCut ? `${number(queues.length)} of ${number(totals.queues)}, ${which}` : "",
     find: totals.queues > 10,
-    "no-queue": queues.length ? "" : place.find ? "Nothing matches." : "There are no queues yet.",
+    "no-queue": queues.length ? "" : params.find ? "Nothing matches." : "There are no queues yet.",
   });
 }
 
@@ -8283,7 +8289,7 @@ rw.run()`;
 
 // -- Jobs: the page -----------------------------------------------------------------------------
 function filters() {
-  return Object.fromEntries(FILTERS.filter(name => place[name]).map(name => [name, place[name]]));
+  return Object.fromEntries(FILTERS.filter(name => params[name]).map(name => [name, params[name]]));
 }
 
 function lastLine(error) {
@@ -8311,8 +8317,8 @@ function pendingDetail(job) {
 function drawTabs() {
   const tab = status => {
     const href = address("jobs", {...filters(), status});
-    const isCurrent = (place.status || "") === status;
-    const isCounted = status && !place.tag && !place.group && !place.search;
+    const isCurrent = (params.status || "") === status;
+    const isCounted = status && !params.tag && !params.group && !params.search;
     const total = isCounted ? " " + number(counts[status]) : "";
     return el("a", {href, "aria-current": isCurrent && "page"}, (status || "all") + total);
   };
@@ -8335,7 +8341,7 @@ function nothingText(page) {
 function drawPaging({jobs, after, isKept}) {
   const label = jobs.length < PAGE_JOBS ? "Look further back" : "Older jobs";
   const older = after && link(address("jobs", {...filters(), after}), label);
-  const newest = place.after && link(address("jobs", filters()), "Newest jobs");
+  const newest = params.after && link(address("jobs", filters()), "Newest jobs");
   const all = Object.keys(filters()).length ? link("#jobs", "Clear filters") : null;
   const again = isKept ? button("look-again", "", "Look again", true, "plain") : null;
   show({paging: [newest, older, all, again].filter(Boolean)});
@@ -8374,7 +8380,7 @@ async function findJobs(fields, limit) {
   return {jobs, after, isCostly: requests > 1};
 }
 
-function refusedPage(failure) {     // a filter is too long, or the page's first job is gone
+function refusedPage(failure) {     // a filter is too long
   if (failure.status !== 400) {
     throw failure;
   }
@@ -8382,12 +8388,12 @@ function refusedPage(failure) {     // a filter is too long, or the page's first
 }
 
 async function findPage() {
-  if (found?.address === location.hash) {
-    return found.page;
+  if (keptPage?.address === location.hash) {
+    return keptPage.page;
   }
-  const page = await findJobs({...filters(), after: place.after}, PAGE_JOBS).catch(refusedPage);
-  page.isKept = Boolean(place.search) || page.isCostly;
-  found = page.isKept ? {address: location.hash, page} : null;
+  const page = await findJobs({...filters(), after: params.after}, PAGE_JOBS).catch(refusedPage);
+  page.isKept = Boolean(params.search) || page.isCostly;
+  keptPage = page.isKept ? {address: location.hash, page} : null;
   return page;
 }
 
@@ -8397,7 +8403,7 @@ function noFailures() {
 }
 
 async function findFailures() {
-  if (place.status !== "failed" || place.search) {
+  if (params.status !== "failed" || params.search) {
     return [];
   }
   const isFresh = Date.now() - failures.time < FAILURES_INTERVAL;
@@ -8461,7 +8467,7 @@ function clearSelection() {
 
 // All jobs of a status, of one queue or of all, if they are too many to name them; else their ids.
 async function selectMatching() {
-  const {search, tag, group, queue, status} = place;
+  const {search, tag, group, queue, status} = params;
   const total = status && !search && !tag && !group ? counts[status] : 0;
   if (total > MAX_SELECTED) {
     selectedAll = {queue, status, count: total};
@@ -8609,7 +8615,7 @@ function dependencies(ids, page) {      // in the order of the ids; one that is 
 
 async function fetchJob() {
   try {
-    const job = await call(query("jobs", {id: place.id}), {reviver: exactNumber});
+    const job = await call(query("jobs", {id: params.id}), {reviver: exactNumber});
     const brief = {brief: true, limit: PAGE_QUEUES};
     const [needs, neededBy] = await Promise.all([
       job.after ? call(query("jobs", {...brief, needed_by: job.id})) : {jobs: []},
@@ -8836,7 +8842,7 @@ async function press({action, about}) {
   } catch (failure) {
     notify(failure.message);
   }
-  found = null;
+  keptPage = null;
   failures = noFailures();
   refresh();
 }
@@ -8852,25 +8858,25 @@ async function fetchHealth() {
 
 const VIEWS = {
   overview: {
-    queues: () => ({busy: true, limit: PAGE_QUEUES, search: place.find}),
+    queues: () => ({busy: true, limit: PAGE_QUEUES, search: params.find}),
     fetch: () => [call(query("schedules", {limit: PAGE_SCHEDULES, brief: true}))],
     draw: drawOverview,
   },
   jobs: {
-    queues: () => ({limit: 1, queue: place.queue}),
+    queues: () => ({limit: 1, queue: params.queue}),
     fetch: () => [findPage(), findFailures()],
     draw: drawJobsPage,
   },
   job: {
     queues: () => ({limit: 1}),
     fetch: () => [fetchJob()],
-    draw: (queues, found) => drawJob(found),
+    draw: (queues, job) => drawJob(job),
   },
 };
 
 function drawJobsPage(queues, page, failed) {
   const none = Object.fromEntries(STATUSES.map(status => [status, 0]));
-  counts = place.queue ? queues.queues[0] || none : queues.totals;
+  counts = params.queue ? queues.queues[0] || none : queues.totals;
   drawFailures(failed);
   drawJobs(page);
 }
@@ -8955,21 +8961,21 @@ function readAddress() {
   const hash = location.hash.slice(1);
   if (hash.startsWith("job/")) {
     view = "job";
-    place = {id: new URLSearchParams("id=" + hash.slice(4)).get("id")};
+    params = {id: new URLSearchParams("id=" + hash.slice(4)).get("id")};
     return;
   }
   const [page, ...rest] = hash.split("?");
   view = page === "jobs" ? "jobs" : "overview";
-  place = Object.fromEntries(new URLSearchParams(rest.join("?")));
+  params = Object.fromEntries(new URLSearchParams(rest.join("?")));
 }
 
 function route() {
   readAddress();
   clearSelection();
-  found = null;
+  keptPage = null;
   $("confirm").close("no");
   show({
-    title: view === "job" ? ["job ", el("code", {id: "id"}, place.id)] : "",
+    title: view === "job" ? ["job ", el("code", {id: "id"}, params.id)] : "",
     overview: view === "overview",
     "jobs-page": view === "jobs",
     "job-page": view === "job",
@@ -8984,7 +8990,7 @@ function route() {
     each.ariaCurrent = each.dataset.view === view ? "page" : null;
   }
   for (const name of ["search", "queue", "tag", "group"]) {
-    $("filter").elements[name].value = place[name] || "";
+    $("filter").elements[name].value = params[name] || "";
   }
   $("find").value = "";
   for (const id of ["jobs", "errors"]) {
@@ -9001,7 +9007,7 @@ function route() {
 
 function applyFilter() {
   const fields = Object.fromEntries(new FormData($("filter")));
-  const hash = address("jobs", {...fields, status: place.status});
+  const hash = address("jobs", {...fields, status: params.status});
   if (location.hash === hash) {
     route();                // the search is repeated
   }
@@ -9051,7 +9057,7 @@ function listen() {
     refresh();
   };
   $("find").oninput = () => {
-    place.find = $("find").value;
+    params.find = $("find").value;
     refresh();
   };
   $("chart").onpointermove = event => pointAtMinute(minuteUnder(event));
@@ -9133,7 +9139,8 @@ const FAREWELL = 2; // seconds for reports after the grace of a worker that stop
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 100; // jobs in a request
-const MAX_ERROR = 10000; // characters of an error that the engine or a proxy refuses
+const MAX_ERROR = 10000; // characters that are kept of an error that was refused as too long
+const MAX_LINE = 200; // characters of an error in the log
 const MAX_TIMER = 2 ** 31 - 1; // milliseconds that a timer of Node takes
 
 /**
@@ -9223,10 +9230,10 @@ function engineUrls() {
   return urls.map((url) => url.replace(/\/$/, ""));
 }
 
-/** Sends one request, with `body` a POST; resolves with the engine's answer. */
+/** Sends one request (with `body` a POST); resolves with the answer. */
 async function exchange(url, body, seconds) {
   const isSecure = url.startsWith("https");
-  const token = process.env.RUNDOWN_TOKEN;
+  const token = process.env.RUNDOWN_TOKEN?.trim();
   const headers = { "Content-Type": "application/json" };
   if (token) {
     headers.Authorization = `Bearer ${token}`;
@@ -9236,7 +9243,7 @@ async function exchange(url, body, seconds) {
     agent: isSecure ? secureAgent : plainAgent,
     headers,
   });
-  request.on("error", () => {}); // also heard by once() and text()
+  request.on("error", () => {}); // once() and text() hear of it too
   const expire = () => request.destroy(new Error(`no answer within ${seconds} s`));
   const timer = setTimeout(expire, seconds * 1000);
   try {
@@ -9249,12 +9256,16 @@ async function exchange(url, body, seconds) {
 }
 
 /** Sends a request to the engine in use. Throws Refused or Unavailable. */
-async function send(path, body, seconds) {
+async function send(path, body, seconds, isAnswer = Boolean) {
   const urls = engineUrls();
   const used = current;
   const url = urls[used % urls.length];
   try {
-    return await exchange(url + path, body, seconds);
+    const answer = await exchange(url + path, body, seconds);
+    if (!isAnswer(answer)) {
+      throw new Error("the answer is not an engine's");
+    }
+    return answer;
   } catch (error) {
     if (error instanceof RundownError) {
       throw error;
@@ -9287,7 +9298,8 @@ function now() {
 }
 
 async function pause(seconds, signal) {
-  await sleep(Math.min(seconds * 1000, MAX_TIMER), undefined, { signal }).catch(() => {});
+  const milliseconds = Math.min(Math.max(seconds * 1000, 0), MAX_TIMER);
+  await sleep(milliseconds, undefined, { signal }).catch(() => {});
 }
 
 /**
@@ -9300,14 +9312,15 @@ async function pause(seconds, signal) {
  * @returns {Promise<any>}
  */
 export async function call(path, body, options = {}) {
-  const { wait = 0, patience = PATIENCE, limit = ANSWER_TIMEOUT, signal, onError } = options;
+  const { wait = 0, patience = PATIENCE, limit = ANSWER_TIMEOUT } = options;
+  const { signal, isAnswer, onError } = options;
   const text = body && JSON.stringify(body);
   const deadline = now() + patience;
   for (let tries = 1; ; tries += 1) {
     signal?.throwIfAborted();
     const longest = Math.min(limit / engineUrls().length, Math.max(1, deadline - now()));
     try {
-      return await send(path, text, wait + longest);
+      return await send(path, text, wait + longest, isAnswer);
     } catch (error) {
       const rest = pauseAfter(error, tries, patience);
       if (now() + rest >= deadline) {
@@ -9334,6 +9347,10 @@ function newId() {
   return `${time.slice(0, 8)}-${time.slice(8)}-7${randomUUID().slice(15)}`;
 }
 
+function isJob(answer) {
+  return typeof answer?.id === "string";
+}
+
 /**
  * Adds a job and returns it. While no engine answers, it is sent again for 30 s, and added once.
  * @param {string} queue
@@ -9351,7 +9368,7 @@ export async function enqueue(queue, payload = null, options = {}) {
   if (body.after) {
     body.after = [body.after].flat().map((job) => job.id ?? job);
   }
-  return call("/enqueue", body);
+  return call("/enqueue", body, { isAnswer: isJob });
 }
 
 /**
@@ -9362,13 +9379,15 @@ export async function enqueue(queue, payload = null, options = {}) {
  * @returns {Promise<Job>}
  */
 export async function wait(job, timeout = Infinity) {
-  const id = job.id ?? job;
+  const given = await job;
+  const id = given.id ?? given;
   const deadline = now() + timeout;
   for (;;) {
     const left = Math.max(0, deadline - now());
     const wait = Math.min(JOB_WAIT, left);
     const path = `/jobs/${encodeURIComponent(id)}?wait=${wait.toFixed(3)}`;
-    const found = await call(path, undefined, { wait, patience: Math.min(PATIENCE, left) });
+    const patience = Math.min(PATIENCE, left);
+    const found = await call(path, undefined, { wait, patience, isAnswer: isJob });
     if (found.finished_at) {
       return found;
     }
@@ -9391,18 +9410,25 @@ let worker; // the one of the run() that is under way
  * @returns {Handler}
  */
 export function queue(name, options, handler) {
-  if (typeof options === "function") {
+  if (typeof options === "function" && !handler) {
     return queue(name, {}, options);
   }
-  const { concurrency = 1, maxRetries = 3, timeout, lease = 30, ...unknown } = options;
-  if (typeof handler !== "function" || !Number.isInteger(concurrency) || concurrency < 1) {
-    throw new TypeError(`queue ${name}: it needs a handler, and a concurrency from 1 on`);
+  if (typeof name !== "string" || typeof handler !== "function") {
+    throw new TypeError("queue() takes a name, options if you like, and a handler");
   }
-  if (Object.keys(unknown).length) {
-    throw new TypeError(`queue ${name}: there is no option ${Object.keys(unknown)}`);
+  const { concurrency = 1, maxRetries = 3, timeout, lease = 30, ...others } = options;
+  refuseOptions("queue()", others);
+  if (!Number.isInteger(concurrency) || concurrency < 1) {
+    throw new TypeError(`concurrency must be a whole number from 1 on, not ${concurrency}`);
   }
   queues.set(name, { name, concurrency, maxRetries, timeout, lease, handler });
   return handler;
+}
+
+function refuseOptions(place, options) {
+  for (const option of Object.keys(options)) {
+    throw new TypeError(`${place} has no option ${option}`);
+  }
 }
 
 /**
@@ -9413,7 +9439,10 @@ export function queue(name, options, handler) {
  * @param {{ grace?: number, burst?: boolean, log?: (line: string) => void }} [options]
  * @returns {Promise<void>}
  */
-export async function run({ grace = 30, burst = false, log = console.error } = {}) {
+export async function run(options = {}) {
+  const { grace = 30, burst = false, log = console.error, ...others } = options;
+  refuseOptions("run()", others);
+  engineUrls(); // throws if RUNDOWN_URL is wrong
   if (worker || !queues.size) {
     throw new Error(worker ? "run() is under way already" : "run() needs a queue: see queue()");
   }
@@ -9451,7 +9480,10 @@ export async function stop() {
   await worker?.ended;
 }
 
-/** One run(): polls the queues, sends heartbeats and outcomes, and comes to an orderly end. */
+/**
+ * One run(). consume() polls a queue; each job that it gets becomes a Claim, which runs the handler
+ * and hands the outcome to Reports. keepAlive() sends heartbeats meanwhile.
+ */
 class Worker {
   name = `${os.hostname().slice(0, 150)}:${process.pid}`;
   claims = new Set(); // those whose outcome the engine does not have
@@ -9481,8 +9513,11 @@ class Worker {
     });
     this.keepAlive();
     await once(this.stopping.signal, "abort");
+    if (this.claims.size) {
+      this.log(`stopping: ${this.claims.size} jobs have ${grace} s to end`);
+    }
     const isOver = Promise.all(consumers).then(() => {
-      return Promise.all([...this.claims].map(({ reported }) => reported));
+      return Promise.all([...this.claims].map(({ finished }) => finished));
     });
     await Promise.race([isOver, pause(grace, signal)]);
     this.claims.forEach((claim) => claim.release());
@@ -9491,6 +9526,9 @@ class Worker {
       this.log(`outcomes of ${this.claims.size} jobs were not reported; they will run again`);
     }
     this.closing.abort();
+    if (this.error instanceof Refused) {
+      Error.captureStackTrace(this.error, run); // of the caller, whose setting is refused
+    }
     if (this.error) {
       throw this.error;
     }
@@ -9509,13 +9547,14 @@ class Worker {
     const wait = this.burst ? 0 : POLL_WAIT;
     const patience = this.burst ? PATIENCE : Infinity;
     const poll = { queue: name, worker: this.name, lease, max_retries: maxRetries, timeout, wait };
-    const options = { wait, patience, signal };
+    const isAnswer = (answer) => answer === null || Array.isArray(answer);
+    const options = { wait, patience, signal, isAnswer };
     let running = 0;
-    let unreported = 0; // at most twice as many: an engine that takes no outcomes gets no more jobs
+    let held = 0; // running or not reported: an engine that takes no outcomes gets no more jobs
     let wake;
     this.log(`working on ${name} (concurrency ${concurrency}) as ${this.name}`);
     while (!signal.aborted) {
-      const limit = Math.min(concurrency - running, 2 * concurrency - unreported, MAX_BATCH);
+      const limit = Math.min(concurrency - running, 2 * concurrency - held, MAX_BATCH);
       if (limit <= 0) {
         await new Promise((resolve) => (wake = resolve));
         continue;
@@ -9523,19 +9562,20 @@ class Worker {
       const { changes } = this;
       const began = now();
       const jobs = (await this.insist("/poll", { ...poll, limit }, options)) ?? [];
-      if (!Array.isArray(jobs)) {
-        throw new TypeError(`RUNDOWN_URL: what answers at ${engineUrls()} is no engine`);
-      }
       for (const job of jobs) {
         const claim = new Claim(job, this);
+        this.claims.add(claim);
+        this.changes += 1;
         running += 1;
-        unreported += 1;
+        held += 1;
         claim.decision.then(() => {
           running -= 1;
           wake?.();
         });
-        this.work(claim, handler).then(() => {
-          unreported -= 1;
+        claim.finished = claim.run(handler).then(() => {
+          this.claims.delete(claim);
+          this.changes += 1;
+          held -= 1;
           wake?.();
         });
       }
@@ -9544,15 +9584,6 @@ class Worker {
         await pause(began + (wait || 0.05) - now(), signal); // an engine that stops answers at once
       }
     }
-  }
-
-  async work(claim, handler) {
-    this.claims.add(claim);
-    this.changes += 1;
-    claim.reported = claim.run(handler);
-    await claim.reported;
-    this.claims.delete(claim);
-    this.changes += 1;
   }
 
   /** A burst is over when no queue had a job since the last claim ended. */
@@ -9634,10 +9665,12 @@ class Reports {
 
   /** If a batch is refused for one of its reports, they go one by one. */
   async sendBatch(batch) {
-    const options = { signal: this.worker.closing.signal, limit: this.limit };
+    const { limit, path, worker } = this;
     const body = { jobs: batch.map(({ report }) => report) };
+    const isAnswer = (answer) => answer?.jobs?.length === batch.length;
+    const options = { signal: worker.closing.signal, limit, isAnswer };
     try {
-      const { jobs } = await this.worker.insist(this.path, body, options);
+      const { jobs } = await worker.insist(path, body, options);
       batch.forEach(({ resolve, reject }, index) => {
         const { error, code } = jobs[index];
         return error ? reject(new Refused(error, code)) : resolve();
@@ -9672,7 +9705,7 @@ class Claim {
   async run(handler) {
     const error = `timed out after ${this.job.timeout} s`;
     const expire = () => this.decide("fail", { error }, new TimedOut(error));
-    const timer = setTimeout(expire, Math.min(this.job.timeout * 1000, MAX_TIMER));
+    const timer = setTimeout(expire, this.job.timeout * 1000);
     if (this.worker.stopping.signal.aborted) {
       this.release();
     } else {
@@ -9722,7 +9755,8 @@ class Claim {
   /** An outcome that the engine cannot store is replaced by a failure that it can. */
   async report(call, fields, isReplaced = false) {
     if (call === "fail") {
-      this.worker.log(`${this.label} failed: ${fields.error.trim().split("\n").pop()}`);
+      const line = fields.error.trim().split("\n").pop();
+      this.worker.log(`${this.label} failed: ${line.slice(0, MAX_LINE)}`);
     }
     try {
       await this.worker.reports[call].send({ ...this.address, ...fields });
@@ -9733,7 +9767,7 @@ class Claim {
       if (isGone(error) || isReplaced) {
         this.worker.log(`${this.label}: the engine refuses its ${call}: ${error.message}`);
       } else if (call === "complete") {
-        const message = `the result cannot be stored: ${error}`;
+        const message = `the result cannot be stored: ${error}`.split("\n")[0];
         await this.report("fail", { error: message, retry: false }, true);
       } else {
         const message = fields.error.slice(-MAX_ERROR);
@@ -9798,7 +9832,8 @@ function isGone({ status }) {
 /** The fields of /fail. The last line says what was thrown, since lists of jobs show that one. */
 function failure(error) {
   if (error instanceof Retry || error instanceof Abort) {
-    return { error: error.message, delay: error.delay, retry: error instanceof Retry };
+    const message = error.message || error.name;
+    return { error: message, delay: error.delay, retry: error instanceof Retry };
   }
   try {
     const isError = error instanceof Error;

@@ -92,8 +92,9 @@ job. Isolate handlers that start programs: interrupting a thread does not end it
 killing a process does.
 
 Async handlers must not block the event loop; one that does so for more than a second is logged.
-They use `await step(...)`, `await checkpoint(...)` and `async for item in track(...)`. Each job
-has its own context variables. job() also works in threads and thread pools of a handler.
+They use `await step(...)` with a coroutine function, `await checkpoint(...)` and
+`async for item in track(...)`. Each job has its own context variables. job() also works in threads
+and thread pools of a handler.
 
 A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
 queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
@@ -103,9 +104,10 @@ the others are released, and the worker exits with 0. A handler that reaches a s
 gets Lost there, and its job is released at once; the handler has the rest of the grace to clean up.
 A second signal exits at once.
 
-The log is logging.getLogger("rundown"), on stderr where logging is not set up. It has a line for
-each job, up to 100 a second; further ones are counted. The engine keeps the schedules and limits
-of decorators that were removed; the log names them, with the command that deletes them.
+The log is logging.getLogger("rundown"), on stderr where logging is not set up; other loggers are
+for the program to set up. It has a line for each job, up to 100 a second; further ones are
+counted. The engine keeps the schedules and limits of decorators that were removed; the log names
+them, with the command that deletes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -275,6 +277,7 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in error messages
 CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engine answers
 RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
 MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
+MAX_TRY = 60                # seconds that any try has at most, in addition to its `wait`
 PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
 LONG_CHANGE = 600           # seconds that an engine may take to change all jobs of a queue
 RETRY_PAUSE = 0.1           # seconds before the second try; doubles with each try
@@ -308,6 +311,8 @@ MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WAT
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
 MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
+MAX_STEPS = 1000            # steps of a job, as the engine bounds them
+MAX_STEP_NAME = 200         # characters in the name of a step
 MAX_RESULT = 8_000_000      # characters in a result as JSON
 MAX_ERROR = 16_000          # characters in a traceback; the middle of longer ones is cut out
 UNSERVED_AFTER = 60         # seconds without a poll after which a queue has no worker
@@ -414,16 +419,15 @@ class Retry(Error):
         delay: float | datetime.timedelta | None = None,
     ) -> None:
         super().__init__(reason)
-        seconds = in_seconds(delay)
-        if seconds is not None and not 0 <= seconds < float('inf'):
+        self.delay = None if delay is None else duration('delay', delay)
+        if self.delay is not None and not 0 <= self.delay < float('inf'):
             raise ValueError(f'the delay of a retry must be a number of seconds, not {delay!r}')
-        self.delay = seconds
 
 
 # -- Values ----------------------------------------------------------------------------------------
+NUMBER = (int, float)
 UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 encode_json = json.JSONEncoder(separators=(',', ':'), allow_nan=False).encode
-quote = functools.partial(urllib.parse.quote, safe='', errors='surrogatepass')
 rng = random.Random()       # our own, since a handler may seed the module's
 if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=rng.seed)    # two processes must not choose the same ids
@@ -435,8 +439,11 @@ def as_json(value, name):
         text = encode_json(value)
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
-        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         path = truncate_middle(path, 200)
+        if isinstance(error, TypeError):    # it only says which type that is
+            raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
+                          'str() of it may do') from None
+        kind = part if isinstance(part, float) else f'a {type(part).__name__}'
         raise NotJSON(f'{path} is {kind}, which JSON cannot hold: {error}') from None
     if isinstance(value, (dict, list, tuple)):
         check_keys(value, name)
@@ -491,8 +498,24 @@ def drop_none(**fields):
     return {field: value for field, value in fields.items() if value is not None}
 
 
+def quote(text):
+    """A name or an id as a part of a URL."""
+    if not isinstance(text, str):
+        raise Misuse(f'a name or an id must be a string, not {text!r}')
+    return urllib.parse.quote(text, safe='', errors='surrogatepass')
+
+
 def in_seconds(span):
     return span.total_seconds() if isinstance(span, datetime.timedelta) else span
+
+
+def duration(name, span):
+    """A duration in seconds; Misuse unless it is a number or a timedelta."""
+    seconds = in_seconds(span)
+    is_number = isinstance(seconds, NUMBER) and not isinstance(seconds, bool)
+    if not is_number or seconds != seconds:     # NaN differs from itself
+        raise Misuse(f'{name} must be a number of seconds or a timedelta, not {span!r}')
+    return seconds
 
 
 def require_temporary_folder():
@@ -511,9 +534,8 @@ def in_utc(moment):
 
 
 def clamp_delay(delay):
-    """The delay in seconds, limited to the range that an engine accepts."""
-    delay = in_seconds(delay)
-    return delay if delay is None else min(max(delay, 0), MAX_DELAY)
+    """The delay in seconds, limited to the range that an engine accepts; None stays None."""
+    return None if delay is None else min(max(duration('delay', delay), 0), MAX_DELAY)
 
 
 def printable(text):
@@ -533,7 +555,7 @@ def retry_pause(tries):
 
 
 def deadline_after(timeout):
-    return time.monotonic() + (float('inf') if timeout is None else in_seconds(timeout))
+    return time.monotonic() + (float('inf') if timeout is None else duration('timeout', timeout))
 
 
 def remaining(deadline):
@@ -768,11 +790,11 @@ class Retries:
 
     def __init__(self, hosts, wait, give_up):
         self.hosts = hosts
-        self.wait = wait                        # seconds that the engine may take
-        self.give_up = in_seconds(give_up)
+        self.wait = min(duration('wait', wait), LONG_CHANGE)    # seconds that the engine may take
+        self.give_up = duration('give_up', give_up)
         self.tries = 0
         self.began = time.monotonic()
-        self.deadline = self.began + self.give_up + wait
+        self.deadline = self.began + self.give_up + self.wait
         self.has_said_so = False                # a message on the terminal: still trying
 
     def seconds(self):
@@ -781,10 +803,11 @@ class Retries:
         With several engines less in the first rounds, so that a silent one costs little.
         """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
+        longest = MAX_TRY
         if len(self.hosts) > 1:
             rounds = self.tries // len(self.hosts)
-            share = min(share, self.wait + PROBE_TIMEOUT * 2 ** min(rounds, 10))
-        return max(share, self.wait + MIN_LAST_TRY)
+            longest = min(longest, PROBE_TIMEOUT * 2 ** min(rounds, 10))
+        return max(min(share, self.wait + longest), self.wait + MIN_LAST_TRY)
 
     def pause_after(self, error):
         """Seconds until the next try; EngineUnavailable if there is none."""
@@ -825,11 +848,11 @@ class Caller:
     ) -> None:
         self.hosts = parse_hosts(host or os.environ.get('RUNDOWN_URL') or DEFAULT_URL)
         self.active = ActiveHost(self.hosts)    # shared with clones
-        self.timeout = in_seconds(timeout)
+        self.timeout = duration('timeout', timeout)
         self.headers = {'Content-Type': 'application/json'}
         token = token or os.environ.get('RUNDOWN_TOKEN')
         if token:
-            if not re.fullmatch('[!-~]+', token):
+            if not isinstance(token, str) or not re.fullmatch('[!-~]+', token):
                 raise Error('the token must be of visible ASCII characters')
             self.headers['Authorization'] = f'Bearer {token}'
         self._open_pool(tls_context(self.hosts, ca or os.environ.get('RUNDOWN_CA')))
@@ -888,6 +911,8 @@ class Caller:
         if not self.pool.closed:        # otherwise shutdown() has ended the request
             self.active.move_on(host)
         reason = str(getattr(error, 'strerror', None) or error) or type(error).__name__
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason += '; RUNDOWN_CA names the file of a private certificate authority'
         return EngineUnavailable(f'no engine answers at {host}: {printable(reason)}')
 
     def call(
@@ -916,7 +941,8 @@ class Caller:
 
     def _get(self, path, **fields):
         given = given_fields(fields)
-        return self.call(f'{path}?{urllib.parse.urlencode(given)}', wait=given.get('wait', 0))
+        query = urllib.parse.urlencode(given, errors='surrogatepass')
+        return self.call(f'{path}?{query}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
         """A call about one job, about all jobs that match the fields, or about a list of jobs."""
@@ -1309,9 +1335,9 @@ class Waiting:
     """The calls that wait for the end of a job, until a timeout."""
 
     def __init__(self, client, job, timeout, give_up):
-        self.id = job if isinstance(job, str) else job['id']
+        self.id = job['id'] if isinstance(job, dict) else job
         self.deadline = deadline_after(timeout)
-        self.give_up = client.timeout if give_up is None else in_seconds(give_up)
+        self.give_up = client.timeout if give_up is None else duration('give_up', give_up)
 
     def next_call(self, longest):
         """The arguments of Client.call() for the next long poll, of `longest` seconds at most."""
@@ -1415,6 +1441,8 @@ def encode_body(body):
 
 def parse_hosts(text):
     """The URLs of engines, separated by blanks; raises Error for an invalid one."""
+    if not isinstance(text, str):
+        raise Misuse(f'host must be the URL of an engine, not {text!r}')
     hosts = [url.rstrip('/') for url in text.split()] or ['']
     for url in hosts:
         if not re.fullmatch(r'https?://[^\s/?#@]+(/[!-~]*)?', url) or not url.isascii():
@@ -1550,7 +1578,17 @@ class AsyncCalls:
     def __init__(self):
         self._reset()
         if hasattr(os, 'register_at_fork'):
-            os.register_at_fork(after_in_child=self._reset)     # a fork has no such thread
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self):
+        """Start anew: a forked process does not have the thread.
+
+        The parent's loop is never freed here: that would close its connections, and so remove
+        them from the epoll object that both processes share.
+        """
+        if self.loop is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.loop))
+        self._reset()
 
     def _reset(self):
         self.lock = threading.Lock()    # held to start the thread
@@ -1640,9 +1678,9 @@ class AsyncCalls:
         data = request_bytes(request)
         while True:
             reused = self._take_idle(pool, origin)
-            connection = reused or await AsyncConnection.open(pool, origin)
+            connection = reused or await AsyncConnection.open(self.loop, pool, origin)
             try:
-                response = await connection.exchange(data)
+                response = await connection.exchange(self.loop, data)
             except BaseException as error:
                 connection.close()
                 if reused and isinstance(error, ConnectionError):
@@ -1658,8 +1696,10 @@ class AsyncCalls:
 
     def _take_idle(self, pool, origin):
         """The last used connection of a client to the origin, or None."""
-        for connection in reversed(self.idle):
-            if connection.pool is pool and connection.origin == origin:
+        for connection in list(reversed(self.idle)):
+            if connection.transport.is_closing():
+                self.idle.remove(connection)        # the engine has closed it
+            elif connection.pool is pool and connection.origin == origin:
                 self.idle.remove(connection)
                 return connection
         return None
@@ -1676,36 +1716,66 @@ class AsyncCalls:
 
 
 class AsyncConnection:
-    """A connection that asyncio calls use for one request after the other."""
+    """A connection that asyncio calls use for one request after the other.
 
-    def __init__(self, pool, origin, reader, writer):
+    It is a protocol of asyncio, which calls the methods that are not ours.
+    """
+
+    def __init__(self, pool, origin):
         self.pool = pool        # of the client that uses it
         self.origin = origin    # (scheme, host and port)
-        self.reader = reader
-        self.writer = writer
+        self.transport = None   # set when it is connected
+        self.reader = None      # of the response in flight
+        self.response = None    # a future: the response in flight, or the last one
 
     @classmethod
-    async def open(cls, pool, origin):
-        import asyncio
+    async def open(cls, loop, pool, origin):
         scheme, host_and_port = origin
         parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
-        if scheme == 'https':
-            streams = asyncio.open_connection(parts.hostname, parts.port or 443, ssl=pool.context)
-        else:
-            streams = asyncio.open_connection(parts.hostname, parts.port or 80)
-        return cls(pool, origin, *await streams)
+        is_https = scheme == 'https'
+        port = parts.port or (443 if is_https else 80)
+        context = pool.context if is_https else None
+        _, connection = await loop.create_connection(
+            lambda: cls(pool, origin), parts.hostname, port, ssl=context)
+        return connection
 
-    async def exchange(self, data):
+    async def exchange(self, loop, data):
         """The response to a request."""
-        self.writer.write(data)
-        reader = ResponseReader()
-        response = None
-        while response is None:
-            response = reader.feed(await self.reader.read(1 << 16))
-        return response
+        self.reader = ResponseReader()
+        self.response = loop.create_future()
+        self.transport.write(data)
+        return await self.response
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        if self.response is None or self.response.done():
+            self.close()        # nobody asked for these bytes
+            return
+        try:
+            response = self.reader.feed(data)
+        except Exception as error:
+            self.response.set_exception(error)
+        else:
+            if response is not None:
+                self.response.set_result(response)
+
+    def eof_received(self):
+        self.data_received(b'')
+
+    def connection_lost(self, error):
+        if self.response is not None and not self.response.done():
+            self.response.set_exception(error or ConnectionResetError('the connection was lost'))
+
+    def pause_writing(self):
+        """A request is buffered as a whole, so there is nothing to pause."""
+
+    def resume_writing(self):
+        """See pause_writing()."""
 
     def close(self):
-        self.writer.close()
+        self.transport.close()
 
 
 def max_async_waits():
@@ -1790,15 +1860,16 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
     The result is on disk before this returns; later attempts get it, and do not call the function.
     The first attempt, too, gets the result as it was decoded from JSON. An exception is not saved.
-    In async code, and with a coroutine function: `await step(...)`. If the worker is stopping,
-    this raises Lost and the job is released. Outside of handlers it only calls the function.
+    With a coroutine function: `await step(...)`. In an async handler, any other function blocks the
+    event loop until its result is saved. If the worker is stopping, this raises Lost and the job
+    is released. Outside of handlers it only calls the function.
     """
     claim = current.get()
-    if is_in_event_loop() or inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function):
         return async_step(claim, name, function, args, kwargs)
     if claim is None:
         return function(*args, **kwargs)
-    claim.begin_step()
+    claim.begin_step(name)
     if name not in claim.steps:
         text = as_json(function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = claim.save_step(name, text)
@@ -1806,15 +1877,11 @@ def step(name: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwar
 
 
 async def async_step(claim, name, function, args, kwargs):
-    async def call():
-        result = function(*args, **kwargs)
-        return await result if inspect.isawaitable(result) else result
-
     if claim is None:
-        return await call()
-    claim.begin_step()
+        return await function(*args, **kwargs)
+    claim.begin_step(name)
     if name not in claim.steps:
-        text = as_json(await call(), f'the result of step {name!r}')
+        text = as_json(await function(*args, **kwargs), f'the result of step {name!r}')
         claim.steps[name] = await run_in_thread(claim.save_step, name, text)
     return copy.deepcopy(claim.steps[name])
 
@@ -1950,10 +2017,17 @@ class Saver:
     leave_if_stopping() and drop_progress().
     """
 
-    def begin_step(self):
+    def begin_step(self, name):
+        """Check the name before the function runs: a result that is refused would be lost."""
         self.leave_if_stopping()
         if self.steps is None:
             self.steps = {}
+        is_text = isinstance(name, str) and not UNPRINTABLE.search(name)
+        if not is_text or not 1 <= len(name) <= MAX_STEP_NAME:
+            raise Misuse(f'the name of a step must have 1 to {MAX_STEP_NAME} printable characters, '
+                         f'not {truncate_middle(repr(name), 300)}')
+        if len(self.steps) >= MAX_STEPS and name not in self.steps:
+            raise Error(f'the job has {MAX_STEPS} steps already')
 
     def save_step(self, name, text):
         """Save a step's result, JSON text; returns the first result that was saved by that name."""
@@ -2002,7 +2076,7 @@ def failure(error, text=None, retry=True, delay=None):
 def error_text(error):
     """The traceback below our own frames; for Retry and Abort only the reason."""
     try:
-        if isinstance(error, (Retry, Abort)) and not error.__cause__:
+        if isinstance(error, (Retry, Abort)) and error.__cause__ is None:
             return str(error) or type(error).__name__
         below_ours = error.__traceback__
         while below_ours and below_ours.tb_frame.f_code.co_filename == OUR_FILE:
@@ -2477,6 +2551,7 @@ class EventLoop:
         # safe without a lock: a dict whose single operations are atomic
         self.not_begun = {}         # the queues of threads whose coroutine has not begun
         self.is_abandoned = False
+        self.is_ending = False
         # written by the watcher; the loop's thread resets the first, any thread reads the other
         self.probed_at = None       # when the pending probe was sent; None: it was answered
         self.is_blocked = False     # by a handler that does not await
@@ -2485,7 +2560,8 @@ class EventLoop:
     def _run(self):
         self.asyncio.set_event_loop(self.loop)
         try:
-            self.loop.run_forever()
+            while not self.is_ending:
+                self._run_until_stopped()
             tasks = self.asyncio.all_tasks(self.loop)
             for task in tasks:
                 task.cancel()
@@ -2495,12 +2571,20 @@ class EventLoop:
         finally:
             self.loop.close()
 
+    def _run_until_stopped(self):
+        """Run the loop until stop(), or until a handler stops it or exits in a task of its own."""
+        try:
+            self.loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            note(logging.ERROR, 'a task of an async handler failed: %s', last_line(error))
+
     def call(self, function, *args):
-        """Have the loop call a function soon. After the end of the loop nothing happens."""
+        """Call a function soon in the loop's thread. Does nothing once the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(function, *args)
 
     def stop(self):
+        self.is_ending = True
         self.call(self.loop.stop)
 
     def create_task(self, coroutine, context, on_done):
@@ -2841,6 +2925,9 @@ RELEASED = Outcome('release')
 LOST = Outcome(None)
 REFUSALS = (400, 413)       # statuses: the request itself is wrong
 GONE = (404, 409)           # statuses: the claim no longer exists
+# what is logged when the requests of a worker begin to fail
+AWAY = 'engine away, trying again until it is back'
+REFUSING = 'engine refuses this worker, trying again until it does not'
 
 
 class LogWriter:
@@ -2870,7 +2957,7 @@ class LogWriter:
             self.calls.put(None)
 
     def put(self, function, *args):
-        """Have the function called in the thread; call it here if there is no thread."""
+        """Call the function in the thread; without a thread, call it here."""
         if not self.users:
             function(*args)
         elif self.calls.qsize() < MAX_LOG_BACKLOG:
@@ -3052,8 +3139,7 @@ class Consumer:
         self._remove(claim)
 
     def _on_finished(self, claim, outcome):
-        """Report the outcome of a handler and call its hooks, for which the report does not wait.
-        """
+        """Report the outcome of a handler, then call its hooks."""
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -3157,7 +3243,7 @@ class Consumer:
         return True
 
     def return_slot(self, claim):
-        """Have the next free slot end for one that was lent. None if all have been returned."""
+        """End the next slot that is free, for one that was lent; None if all have been returned."""
         with claim.lock:
             if not claim.lent_slots:
                 return None
@@ -3337,6 +3423,7 @@ class EngineSession:
         # races are harmless
         self.is_backlogged = False  # the last try to report outcomes failed
         self.down_since = None      # monotonic; None: the engine answered the last request
+        self.trouble = None         # since then; REFUSING or AWAY
         self.was_reached = False    # the engine has answered at least once
 
     def start(self):
@@ -3350,7 +3437,7 @@ class EngineSession:
         self.claims.pop(claim, None)
 
     def on_down(self, error):
-        """Log once that the engine is away; returns the seconds until the next try.
+        """Log once for each kind of trouble; returns the seconds until the next try.
 
         Stops a burst worker after CLIENT_TIMEOUT.
         """
@@ -3358,7 +3445,10 @@ class EngineSession:
         since = self.down_since
         if since is None:
             self.down_since = since = now
-            note(logging.WARNING, 'engine away, trying again until it is back: %s', error)
+        trouble = REFUSING if isinstance(error, Refused) else AWAY
+        if self.trouble != trouble:
+            self.trouble = trouble
+            note(logging.WARNING, '%s: %s', trouble, error)
         if self.worker.burst and now - since >= CLIENT_TIMEOUT:
             self.worker.stop(error)
         longest = min(MAX_RETRY_PAUSE, max(RETRY_PAUSE, now - since))
@@ -3375,6 +3465,7 @@ class EngineSession:
         since = self.down_since
         if since is not None and asked_at > since:      # otherwise it was sent before the trouble
             self.down_since = None
+            self.trouble = None
             seconds = time.monotonic() - since
             note(logging.INFO, 'engine back at %s after %.1f s', self.client.host, seconds)
 
@@ -3947,7 +4038,7 @@ WAITING = 'waiting'         # the handler waits for a job; answered with whether
 RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
-HOOKS_CALLED = 'hooks'      # the process can take the next job
+HOOKS_CALLED = 'hooks'      # after the hooks of the outcome, if there are any
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
 # Kinds of messages to that process, besides the answers to its own.
@@ -4032,8 +4123,8 @@ class IsolatedSlot(Slot):
                 if kind != LOGGED:
                     return kind, value
                 log_writer.put(write_record, value)
-        except (EOFError, OSError):
-            self.kill()             # its children: the process itself is already exiting
+        except Exception:           # the pipe is closed, or the handler wrote something into it
+            self.kill()             # with its children: the process itself may be exiting already
         with process_lock:
             self.process.join(1)
         code = self.process.exitcode
@@ -4120,10 +4211,11 @@ class IsolatedSlot(Slot):
         If the process is gone, call all of them here.
         """
         hooks = self.consumer.hooks[event]
+        ours = hooks
         if event == 'start' or self.process is not None:
-            hooks = [hook for hook in hooks if not has_place(hook)]
-        self.consumer.call_hooks(event, claim, value, hooks)
-        if event != 'start' and self.process is not None:
+            ours = [hook for hook in hooks if not has_place(hook)]
+        self.consumer.call_hooks(event, claim, value, ours)
+        if event != 'start' and self.process is not None and len(ours) < len(hooks):
             kind = None
             while kind not in (HOOKS_CALLED, CRASHED):
                 kind, _ = self._receive()
@@ -4341,9 +4433,10 @@ class Child:
         has_failed = outcome.call == 'fail'
         error = error_text(outcome.value) if has_failed else None
         self.send(FINISHED, (outcome.call, outcome.fields, error))
-        if not claim.was_left:
-            self._call_hooks('failure' if has_failed else 'success', job, outcome.value)
-        self.send(HOOKS_CALLED)
+        event = 'failure' if has_failed else 'success'
+        if self.hooks[event] and not claim.was_left:
+            self._call_hooks(event, job, outcome.value)
+            self.send(HOOKS_CALLED)
 
     def _call_hooks(self, event, job, value):
         for function in self.hooks[event]:
@@ -4518,7 +4611,7 @@ def read_tail(file, length):
 
 
 def set_append_mode(file):
-    """Have programs write at the end of the file, also after it was truncated."""
+    """Make programs write at the end of the file, also after it was truncated."""
     with contextlib.suppress(ImportError):
         import fcntl    # not on Windows, where the truncated part reads as zeros
         fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
@@ -4622,7 +4715,10 @@ class QueueConfig(NamedTuple):
 TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
-NUMBER = (int, float)
+TASK_METHODS = {        # what is not such a setting -> the method of a task that takes it
+    **dict.fromkeys(ENQUEUE_OPTIONS, '.options()'),
+    **dict.fromkeys(['cron', 'every', 'zone'], '.schedule()'),
+}
 MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
     'poll_interval': 0.0,
     'timeout': 0.0,
@@ -4759,6 +4855,7 @@ class Registry:
         )
 
         def register(function):
+            check_function(function)
             check_call(function, [None])
             self._register(config, function)
             function.policy = policy
@@ -4805,9 +4902,12 @@ class Registry:
         the one under which the function is imported. `settings` are those of the queue, as
         queue() has them; tasks of one queue share them, and the last task's values are used.
         """
-        if settings.keys() - set(TASK_SETTINGS):
+        for setting in settings.keys() - set(TASK_SETTINGS):
+            remedy = TASK_METHODS.get(setting)
+            if remedy:
+                raise Misuse(f'a task has no setting {setting}; {remedy} takes it')
             known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
-            check_names(settings, known, 'a task has no setting')
+            check_names([setting], known, 'a task has no setting')
         host = settings.get('host')
         if 'poll_interval' in settings:
             settings['poll_interval'] = in_seconds(settings['poll_interval'])
@@ -4818,6 +4918,7 @@ class Registry:
         policy = Policy(backoff, retry_on, abort_on)
 
         def register(function):
+            check_function(function)
             task = name or task_name(function)
             known = self.configs.get((queue, host), QueueConfig(queue))
             config = known._replace(setup_calls=limits or known.setup_calls, **settings)
@@ -4832,8 +4933,6 @@ class Registry:
 
     def _register(self, config, function, task=None):
         """Add a function that handles all jobs of a queue, or those for the task of that name."""
-        if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
-            raise Misuse(f'a decorated handler must be a function, not {function!r}')
         qualified = getattr(function, '__qualname__', '<')
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
@@ -4859,7 +4958,7 @@ class Registry:
         handlers. An exception in a start_worker hook ends the worker.
         """
         if event not in self.hooks:
-            raise Error(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
+            raise Misuse(f'there is no event {event!r}; there are {", ".join(self.hooks)}')
 
         def register(function):
             self.hooks[event].append(function)
@@ -5020,7 +5119,7 @@ class App(Registry):
         if concurrency is not None:
             check_number('concurrency', concurrency, 1)
         set_up_log()
-        worker = Worker(self, burst, in_seconds(grace), max_hung, concurrency)
+        worker = Worker(self, burst, duration('grace', grace), max_hung, concurrency)
         code = 0
         if not burst:
             return_free_memory()
@@ -5125,7 +5224,7 @@ class TaskSender:
 
     def options(self, **options):
         """A sender whose jobs have these options of enqueue(): add.options(delay=60).delay(4)."""
-        check_names(options, inspect.signature(self.app.enqueue).parameters)
+        check_names(options, ['host', *ENQUEUE_OPTIONS])
         merged = {**self.enqueue_options, **options}
         return TaskSender(self.app, self.function, self.task, self.queue, merged)
 
@@ -5191,6 +5290,12 @@ def check_settings(**settings):
         check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
 
 
+def check_function(function):
+    """Misuse unless it is a function that can be given attributes."""
+    if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
+        raise Misuse(f'a decorated handler must be a function, not {function!r}')
+
+
 def check_call(function, args, kwargs=None):
     """Misuse unless the function can be called like this, as far as its signature tells."""
     try:
@@ -5205,6 +5310,8 @@ def check_call(function, args, kwargs=None):
 def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
     """The calls that tell an engine the limits of a queue and its schedule."""
     is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2
+    if rate is not None and not is_pair and not isinstance(rate, int):
+        raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
     claims, seconds = rate if is_pair else (rate, 1)
     limits = drop_none(
         max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
@@ -5394,8 +5501,8 @@ def driver_connection(connection):
     if hasattr(connection, 'ensure_connection'):            # Django
         connection.ensure_connection()
         return connection.connection
-    if callable(getattr(connection, 'connection', None)) and not is_async(connection):
-        connection = connection.connection()                # a Session of SQLAlchemy
+    if callable(getattr(connection, 'connection', None)):   # a Session of SQLAlchemy
+        connection = connection.connection()
     if hasattr(connection, 'exec_driver_sql'):              # a Connection of SQLAlchemy
         if not connection.in_transaction() and hasattr(connection, 'commit'):
             connection.begin()      # as its first statement would do; its commit() needs that
@@ -5405,13 +5512,19 @@ def driver_connection(connection):
 
 def outbox_of(connection):
     """The Outbox in the database of a connection; Misuse if the connection is not supported."""
-    connection = driver_connection(connection)
+    if not is_async(connection):
+        connection = driver_connection(connection)
     if hasattr(connection, 'total_changes') and hasattr(connection, 'isolation_level'):
         return SQLiteOutbox(connection)
-    is_usable = (hasattr(connection, 'cursor') and hasattr(connection, 'commit')
-                 and not is_async(connection))
-    # SQLAlchemy's adapters of aiosqlite and asyncpg take other parameters
-    if not is_usable or has_class_of(connection, 'sqlite') or has_class_of(connection, 'asyncpg'):
+    is_usable = (
+        hasattr(connection, 'cursor')
+        and hasattr(connection, 'commit')
+        and not is_async(connection)
+        # SQLAlchemy's adapters of these drivers take other parameters
+        and not has_class_of(connection, 'aiosqlite')
+        and not has_class_of(connection, 'asyncpg')
+    )
+    if not is_usable:
         raise Misuse('an outbox needs a connection of sqlite3, psycopg, psycopg2, SQLAlchemy or '
                      f'Django that is not for asyncio, not a {type(connection).__name__}')
     return Outbox(connection)
@@ -5430,6 +5543,7 @@ class Outbox:
     """The table rundown_outbox, for psycopg, psycopg2, or another driver with parameters as %s."""
 
     parameter = '%s'
+    row_factory = staticmethod(lambda cursor: tuple)    # of cursors; psycopg2's have none
     create_table = CREATE_IN_POSTGRESQL
 
     def __init__(self, connection):
@@ -5472,9 +5586,9 @@ class Outbox:
                         f'{self.create_table}') from error
 
     def _make_missing(self, problem):
-        """Make the table, or its columns; returns the problem, if there is one.
+        """Make the table, or its columns. Returns a list with the problem in that, or an empty one.
 
-        It need not matter: another process may have just made the same.
+        The problem need not matter: another process may have just made the same.
         """
         changes = []
         if 'taken_' in problem:
@@ -5495,6 +5609,13 @@ class Outbox:
         """Make the table, or bring one of an older version up to date."""
         self.use_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
         self.connection.commit()
+
+    def texts(self, numbers):
+        """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
+        rows = self.read(
+            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
+        # a connection may return text as bytes
+        return [text if isinstance(text, str) else bytes(text).decode() for text, in rows]
 
     def read(self, statement, *values):
         """The rows of a statement in a transaction of its own."""
@@ -5536,23 +5657,20 @@ class Outbox:
     def execute(self, statement, *values):
         """The rows of a statement as tuples, also if the connection has a row factory."""
         with contextlib.closing(self.connection.cursor()) as cursor:
-            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+            # sqlite3's and psycopg's; SQLAlchemy may pass on the attribute of the connection alone
+            if hasattr(self.connection, 'row_factory') and hasattr(cursor, 'row_factory'):
                 cursor.row_factory = self.row_factory
             cursor.execute(statement.replace('?', self.parameter), values)
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    @staticmethod
-    def row_factory(cursor):
-        return tuple
 
 
 class SQLiteOutbox(Outbox):
     """The table in a database of sqlite3."""
 
     parameter = '?'
-    create_table = CREATE_IN_SQLITE
     row_factory = None
+    create_table = CREATE_IN_SQLITE
     # A failure does not end the transaction, and releasing the outermost savepoint would commit.
     execute_guarded = Outbox.execute
 
@@ -5563,7 +5681,8 @@ class SQLiteOutbox(Outbox):
     def commits_each_statement(self):
         if self.connection.in_transaction:
             return False
-        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        # True or False since Python 3.12; -1, or missing: isolation_level decides
+        autocommit = getattr(self.connection, 'autocommit', -1)
         return self.connection.isolation_level is None if autocommit == -1 else autocommit
 
     def prepare(self):
@@ -5668,14 +5787,12 @@ class Forwarder:
     def _send(self, rows):
         """Send rows in one request; returns how many the engine took."""
         numbers = ','.join(str(number) for number, _ in rows)
-        texts = self.outbox.read(
-            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
-        if not texts:       # another forwarder was faster
+        jobs = self.outbox.texts(numbers)
+        if not jobs:        # another forwarder was faster
             return 0
-        jobs = ','.join(as_text(text) for text, in texts)
         host = self.client.host
         try:
-            self.send('/enqueue', f'{{"jobs":[{jobs}]}}')
+            self.send('/enqueue', f'{{"jobs":[{",".join(jobs)}]}}')
         except (Refused, EngineUnavailable) as error:
             if not is_verdict(error):
                 raise
@@ -5709,11 +5826,6 @@ class Forwarder:
                 host, int(time.time()))
         else:
             self.outbox.change(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
-
-
-def as_text(value):
-    """Text from a database, whose connection may return it as bytes."""
-    return value if isinstance(value, str) else bytes(value).decode()
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:
@@ -6152,7 +6264,7 @@ class Testing:
 
     def advance(self, seconds: float | datetime.timedelta) -> None:
         """Move the engine's clock on; jobs that are due by then become available at once."""
-        self.seconds += in_seconds(seconds)
+        self.seconds += duration('seconds', seconds)
         self.server.run_due_now()
 
     def run(self, delayed: bool = False, **options: Any) -> None:
@@ -6162,30 +6274,29 @@ class Testing:
         the clock moves on to them.
         """
         self.app.waits_for_rates = not delayed
+        pause = 0
         try:
-            self.app.run(burst=True, **options)
-            while delayed:
-                pause = self._pause()
-                if pause is None:
-                    return
+            while pause is not None:
                 self.advance(pause)
+                began = self.clock.time()
                 self.app.run(burst=True, **options)
+                pause = self._pause(began) if delayed else None
         finally:
             self.app.waits_for_rates = True
 
-    def _pause(self):
-        """Seconds until more jobs of the declared queues can be claimed; None: there are none."""
+    def _pause(self, began):
+        """Seconds until jobs can be claimed that could not at `began`; None: there are none."""
         queues = {queue for queue, _ in self.app.configs}
-        now = self.clock.time()
-        pauses = [
-            parse_time(job['next_run_at']) - now + 0.01
+        moments = [
+            parse_time(job['next_run_at']) + 0.01
             for job in iter_jobs(self.client, status='pending') if job['queue'] in queues
         ]
-        pauses += [
-            row['per'] for row in iter_pages(self.client.queues, 'queues')
+        moments += [
+            self.clock.time() + row['per'] for row in iter_pages(self.client.queues, 'queues')
             if row['queue'] in queues and is_held_back(row)
         ]
-        return min((pause for pause in pauses if pause > 0), default=None)
+        later = [moment for moment in moments if moment > began]
+        return max(0, min(later) - self.clock.time()) if later else None
 
 
 def import_engine():
@@ -6219,8 +6330,7 @@ def environment_variable(name, value):
 TABLES = {      # key of an answer with rows -> the columns that a terminal shows
     'jobs': ['id', 'queue', 'status', 'attempt', 'age', 'tag'],
     'queues': [
-        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest_age',
-        'paused',
+        'queue', 'pending', 'scheduled', 'running', 'done', 'failed', 'cancelled', 'oldest',
     ],
     'schedules': [
         'name', 'queue', 'cron', 'every', 'zone', 'next_run_at', 'last_run_at', 'skipped',
@@ -6388,7 +6498,16 @@ def command_queues(client, options):
     if not options.minutes:
         for row in answer['queues']:
             del row['minutes']
+    if sys.stdout.isatty():
+        for row in answer['queues']:
+            add_texts(row)
     show(answer)
+
+
+def add_texts(row):
+    """Add what a terminal shows of a queue."""
+    row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
+    row['queue'] += ' (paused)' if row['paused'] else ''
 
 
 def command_top(client, options):
@@ -6424,10 +6543,9 @@ def show_top(page, room):
     for row in rows:
         row['done/min'] = per_minute(row['minutes']['done'], now)
         row['fail/min'] = per_minute(row['minutes']['failed'], now)
-        row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
         row['workers'] = len(row['workers'])
         row['later'] = row['scheduled']
-        row['queue'] += ' (paused)' if row['paused'] else ''
+        add_texts(row)
     print_table(TOP_COLUMNS, rows)
     if hidden > 0:
         print(f'... and {hidden} more queues')
@@ -6686,8 +6804,8 @@ JOB_OPTIONS = [
     number_argument('--max-retries'),
 ]
 WORKER_OPTIONS = [
-    number_argument('--concurrency'),
-    seconds_argument('--grace', default=GRACE),
+    number_argument('--concurrency', help='jobs at a time, of each queue (as declared)'),
+    seconds_argument('--grace', default=GRACE, help='for running jobs when it stops (30)'),
     argument('--burst', action='store_true', help='run the due jobs, and end'),
 ]
 COMMANDS = [
@@ -6827,7 +6945,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     end_at_sigterm()
     if sys.stdout is None:      # closed by the caller
-        sys.stdout = open(os.devnull, 'w')
+        sys.stdout = open(os.devnull, 'w')      # noqa: SIM115 - it stays open
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):       # it may be None, or something else
             stream.reconfigure(errors='backslashreplace')   # a terminal may know ASCII only
@@ -6837,7 +6955,8 @@ def main(argv: list[str] | None = None) -> int:
             os.environ['RUNDOWN_URL'] = options.host    # for imported tasks and isolated ones
         return int(options.function(Client(timeout=options.give_up), options) or 0)
     except (Error, BrokenPipeError, KeyboardInterrupt) as error:
-        print(f'rundown_workers: {str(error) or type(error).__name__}', file=sys.stderr)
+        hint = '; RUNDOWN_TOKEN sets it' if getattr(error, 'status', 0) == 401 else ''
+        print(f'rundown_workers: {str(error) or type(error).__name__}{hint}', file=sys.stderr)
         if isinstance(error, EngineUnavailable):
             return 3
         return 2 if isinstance(error, Misuse) else 1
