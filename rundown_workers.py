@@ -440,7 +440,7 @@ def as_json(value, name):
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
         path = truncate_middle(path, 200)
-        if isinstance(error, TypeError):    # it only says which type that is
+        if isinstance(error, TypeError) and not isinstance(part, dict):     # it names the type only
             raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
                           'str() of it may do') from None
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
@@ -1578,7 +1578,17 @@ class AsyncCalls:
     def __init__(self):
         self._reset()
         if hasattr(os, 'register_at_fork'):
-            os.register_at_fork(after_in_child=self._reset)     # a fork has no such thread
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self):
+        """Start anew: a forked process does not have the thread.
+
+        The parent's loop is never freed here: that would close its connections, and so remove
+        them from the epoll object that both processes share.
+        """
+        if self.loop is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.loop))
+        self._reset()
 
     def _reset(self):
         self.lock = threading.Lock()    # held to start the thread
@@ -1668,9 +1678,9 @@ class AsyncCalls:
         data = request_bytes(request)
         while True:
             reused = self._take_idle(pool, origin)
-            connection = reused or await AsyncConnection.open(pool, origin)
+            connection = reused or await AsyncConnection.open(self.loop, pool, origin)
             try:
-                response = await connection.exchange(data)
+                response = await connection.exchange(self.loop, data)
             except BaseException as error:
                 connection.close()
                 if reused and isinstance(error, ConnectionError):
@@ -1686,8 +1696,10 @@ class AsyncCalls:
 
     def _take_idle(self, pool, origin):
         """The last used connection of a client to the origin, or None."""
-        for connection in reversed(self.idle):
-            if connection.pool is pool and connection.origin == origin:
+        for connection in list(reversed(self.idle)):
+            if connection.transport.is_closing():
+                self.idle.remove(connection)        # the engine has closed it
+            elif connection.pool is pool and connection.origin == origin:
                 self.idle.remove(connection)
                 return connection
         return None
@@ -1704,36 +1716,66 @@ class AsyncCalls:
 
 
 class AsyncConnection:
-    """A connection that asyncio calls use for one request after the other."""
+    """A connection that asyncio calls use for one request after the other.
 
-    def __init__(self, pool, origin, reader, writer):
+    It is a protocol of asyncio, which calls the methods that are not ours.
+    """
+
+    def __init__(self, pool, origin):
         self.pool = pool        # of the client that uses it
         self.origin = origin    # (scheme, host and port)
-        self.reader = reader
-        self.writer = writer
+        self.transport = None   # set when it is connected
+        self.reader = None      # of the response in flight
+        self.response = None    # a future: the response in flight, or the last one
 
     @classmethod
-    async def open(cls, pool, origin):
-        import asyncio
+    async def open(cls, loop, pool, origin):
         scheme, host_and_port = origin
         parts = urllib.parse.urlsplit(f'{scheme}://{host_and_port}')
-        if scheme == 'https':
-            streams = asyncio.open_connection(parts.hostname, parts.port or 443, ssl=pool.context)
-        else:
-            streams = asyncio.open_connection(parts.hostname, parts.port or 80)
-        return cls(pool, origin, *await streams)
+        is_https = scheme == 'https'
+        port = parts.port or (443 if is_https else 80)
+        context = pool.context if is_https else None
+        _, connection = await loop.create_connection(
+            lambda: cls(pool, origin), parts.hostname, port, ssl=context)
+        return connection
 
-    async def exchange(self, data):
+    async def exchange(self, loop, data):
         """The response to a request."""
-        self.writer.write(data)
-        reader = ResponseReader()
-        response = None
-        while response is None:
-            response = reader.feed(await self.reader.read(1 << 16))
-        return response
+        self.reader = ResponseReader()
+        self.response = loop.create_future()
+        self.transport.write(data)
+        return await self.response
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        if self.response is None or self.response.done():
+            self.close()        # nobody asked for these bytes
+            return
+        try:
+            response = self.reader.feed(data)
+        except Exception as error:
+            self.response.set_exception(error)
+        else:
+            if response is not None:
+                self.response.set_result(response)
+
+    def eof_received(self):
+        self.data_received(b'')
+
+    def connection_lost(self, error):
+        if self.response is not None and not self.response.done():
+            self.response.set_exception(error or ConnectionResetError('the connection was lost'))
+
+    def pause_writing(self):
+        """A request is buffered as a whole, so there is nothing to pause."""
+
+    def resume_writing(self):
+        """See pause_writing()."""
 
     def close(self):
-        self.writer.close()
+        self.transport.close()
 
 
 def max_async_waits():
@@ -4081,8 +4123,8 @@ class IsolatedSlot(Slot):
                 if kind != LOGGED:
                     return kind, value
                 log_writer.put(write_record, value)
-        except (EOFError, OSError):
-            self.kill()             # its children: the process itself is already exiting
+        except Exception:           # the pipe is closed, or the handler wrote something into it
+            self.kill()             # with its children: the process itself may be exiting already
         with process_lock:
             self.process.join(1)
         code = self.process.exitcode
@@ -5501,6 +5543,7 @@ class Outbox:
     """The table rundown_outbox, for psycopg, psycopg2, or another driver with parameters as %s."""
 
     parameter = '%s'
+    row_factory = staticmethod(lambda cursor: tuple)    # of cursors; psycopg2's have none
     create_table = CREATE_IN_POSTGRESQL
 
     def __init__(self, connection):
@@ -5543,9 +5586,9 @@ class Outbox:
                         f'{self.create_table}') from error
 
     def _make_missing(self, problem):
-        """Make the table, or its columns; returns the problem, if there is one.
+        """Make the table, or its columns. Returns a list with the problem in that, or an empty one.
 
-        It need not matter: another process may have just made the same.
+        The problem need not matter: another process may have just made the same.
         """
         changes = []
         if 'taken_' in problem:
@@ -5566,6 +5609,13 @@ class Outbox:
         """Make the table, or bring one of an older version up to date."""
         self.use_table('SELECT taken_by, taken_at FROM rundown_outbox WHERE 1 = 0')
         self.connection.commit()
+
+    def texts(self, numbers):
+        """The jobs of these rows as JSON; fewer if another forwarder has deleted some."""
+        rows = self.read(
+            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
+        # a connection may return text as bytes
+        return [text if isinstance(text, str) else bytes(text).decode() for text, in rows]
 
     def read(self, statement, *values):
         """The rows of a statement in a transaction of its own."""
@@ -5608,22 +5658,19 @@ class Outbox:
         """The rows of a statement as tuples, also if the connection has a row factory."""
         with contextlib.closing(self.connection.cursor()) as cursor:
             if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
-                cursor.row_factory = self.row_factory
+                with contextlib.suppress(AttributeError):   # an adapter whose rows are plain
+                    cursor.row_factory = self.row_factory
             cursor.execute(statement.replace('?', self.parameter), values)
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
-
-    @staticmethod
-    def row_factory(cursor):
-        return tuple
 
 
 class SQLiteOutbox(Outbox):
     """The table in a database of sqlite3."""
 
     parameter = '?'
-    create_table = CREATE_IN_SQLITE
     row_factory = None
+    create_table = CREATE_IN_SQLITE
     # A failure does not end the transaction, and releasing the outermost savepoint would commit.
     execute_guarded = Outbox.execute
 
@@ -5634,7 +5681,8 @@ class SQLiteOutbox(Outbox):
     def commits_each_statement(self):
         if self.connection.in_transaction:
             return False
-        autocommit = getattr(self.connection, 'autocommit', -1)     # since Python 3.12
+        # True or False since Python 3.12; -1, or missing: isolation_level decides
+        autocommit = getattr(self.connection, 'autocommit', -1)
         return self.connection.isolation_level is None if autocommit == -1 else autocommit
 
     def prepare(self):
@@ -5739,14 +5787,12 @@ class Forwarder:
     def _send(self, rows):
         """Send rows in one request; returns how many the engine took."""
         numbers = ','.join(str(number) for number, _ in rows)
-        texts = self.outbox.read(
-            f'SELECT job FROM rundown_outbox WHERE number IN ({numbers}) ORDER BY number')
-        if not texts:       # another forwarder was faster
+        jobs = self.outbox.texts(numbers)
+        if not jobs:        # another forwarder was faster
             return 0
-        jobs = ','.join(as_text(text) for text, in texts)
         host = self.client.host
         try:
-            self.send('/enqueue', f'{{"jobs":[{jobs}]}}')
+            self.send('/enqueue', f'{{"jobs":[{",".join(jobs)}]}}')
         except (Refused, EngineUnavailable) as error:
             if not is_verdict(error):
                 raise
@@ -5780,11 +5826,6 @@ class Forwarder:
                 host, int(time.time()))
         else:
             self.outbox.change(f'DELETE FROM rundown_outbox WHERE number IN ({numbers})')
-
-
-def as_text(value):
-    """Text from a database, whose connection may return it as bytes."""
-    return value if isinstance(value, str) else bytes(value).decode()
 
 
 def forward(connect: Callable[[], Any], host: str | None = None, keep: float = 0) -> int:

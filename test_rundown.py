@@ -37,6 +37,7 @@ import ctypes
 import datetime
 import email.utils
 import functools
+import gc
 import http.client
 import http.server
 import inspect
@@ -3855,6 +3856,26 @@ def test_a_poll_that_ends_while_nothing_can_be_stored_is_not_handed_what_was_tak
     assert engine.count(q) == 0
 
 
+def test_a_disk_that_large_jobs_have_filled_has_room_again_once_they_are_purged(tmp_path, q, monkeypatch):
+    def disk_usage(folder):
+        used = sum(file.stat().st_size for file in tmp_path.iterdir())
+        return types.SimpleNamespace(total=16 << 20, free=(16 << 20) - used)
+
+    monkeypatch.setattr(rundown_engine.shutil, "disk_usage", disk_usage)
+    engine = ClockedEngine(tmp_path)
+    try:
+        for _ in range(35):
+            engine.enqueue(q, "x" * 400000)
+        engine.server.store.database.reserve.give_up()         # as when a write finds the disk full
+        assert engine.call("POST", "/enqueue", {"queue": q})[0] == 503
+        assert 1 <= len(engine.poll(q, limit=1000)) <= 3       # so that the reserve suffices
+        engine.post("/purge", queue=q, status="pending")
+        until(lambda: engine.database.stat().st_size < 7 << 20, 10)
+        assert engine.enqueue(q)["created"]
+    finally:
+        engine.stop()
+
+
 @pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
 @beside
 def test_a_pause_that_is_longer_than_half_a_lease_renews_it(own, q):
@@ -4153,7 +4174,8 @@ def test_ten_thousand_waiting_polls_cost_little(own, q):
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
     with files(2500), contextlib.ExitStack() as stack:
-        engine = own(constants={"REQUEST_TIMEOUT": 2, "KEEP_ALIVE_TIMEOUT": 2, "LINGER": 2})
+        times = {"REQUEST_TIMEOUT": 2, "KEEP_ALIVE_TIMEOUT": 2, "LINGER": 2}
+        engine = own(constants={**times, "MIN_DOWNLOAD_RATE": 1 << 40})
         job = engine.enqueue(q, "x" * (5 << 20))
         lazy = []
         for number in range(450):
@@ -4217,7 +4239,7 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
                 clients.append(client)
             began = {client.recv(12) for client in clients}     # the rest is not taken
             assert began <= {b"HTTP/1.1 " + code for code in (b"200", b"204", b"413", b"503")}
-        print(line[:30], time.monotonic());         assert peak(engine) < 300, line     # 160 to 210 where this was measured
+        assert peak(engine) < 300, line     # 160 to 210 where this was measured
 
 
 def test_clients_that_take_nothing_for_longest_are_closed_when_responses_add_up():
@@ -8405,6 +8427,20 @@ def test_any_record_of_an_isolated_handler_is_logged_or_fails_nothing(engine, wo
     assert "ValueError: the cause" in worker.log()
 
 
+@pytest.mark.parametrize("bytes_", [b"\\0\\0\\0\\5hello", b"\\xff" * 4, b"\\0\\0\\0\\4N..."])
+def test_what_a_handler_writes_into_the_pipe_of_its_process_fails_its_job_alone(engine, work, q, bytes_):
+    body = """
+        if payload:
+            os.write(rw.current.get().child.pipe.fileno(), b"%s")
+            time.sleep(0.2)
+        return 1
+    """ % bytes_.decode("latin-1")
+    job, other = engine.enqueue(q, True), engine.enqueue(q, False)
+    work(isolated(q, body))
+    assert ended(engine, other)["result"] == 1
+    assert "the handler's process" in ended(engine, job)["error"]
+
+
 def test_an_isolated_process_is_replaced_after_max_jobs(engine, work, q):
     jobs = [engine.enqueue(q) for _ in range(5)]
     work(isolated(q, "return os.getpid()", max_jobs=2), run=BURST).wait()
@@ -9449,7 +9485,7 @@ def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
         arun(testing.client.aenqueue("q"))
         pool = testing.client.pool
         connection = next(one for one in rw.async_calls.idle if one.pool is pool)
-    until(lambda: connection.writer.is_closing(), 5)
+    until(lambda: connection.transport.is_closing(), 5)
 
 
 def test_clients_that_are_never_closed_leave_a_bounded_number_of_connections(https, q, monkeypatch):
@@ -9565,16 +9601,20 @@ def test_asyncio_calls_keep_their_connections_and_notice_that_one_was_closed(eng
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_asyncio_calls_work_after_a_fork(engine, q):
-    client = rw.Client(engine.url)
+def test_asyncio_calls_work_after_a_fork_in_both_processes(engine, q):
+    client = rw.Client(engine.url, timeout=8)
     arun(client.aenqueue(q))
-    child = os.fork()
-    if not child:
-        with contextlib.suppress(BaseException):
-            arun(client.aenqueue(q))
-            os._exit(0)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+    for has_calls in (True, False):
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                if has_calls:
+                    arun(client.aenqueue(q))
+                gc.collect()
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        arun(client.aenqueue(q))
 
 
 # -- SDK: names of tasks, and what decorators declare ---------------------------------------------
@@ -12602,20 +12642,14 @@ def test_a_node_worker_moves_on_from_an_engine_that_never_answers(engine, tmp_pa
             assert ended(engine, engine.enqueue(q, 7), 8)["result"] == 7
 
 
-def test_an_outcome_in_node_that_is_refused_does_not_harm_those_that_go_with_it(
-    engine, tmp_path, q
-):
-    jobs = [engine.enqueue(q, number) for number in range(4)]
+def test_node_outcomes_that_are_too_large_together_are_taken_one_by_one(engine, tmp_path, q):
+    jobs = [engine.enqueue(q, size) for size in (1, 5000000, 5000000, 9000000)]
     source = (
-        """
-        const nested = (depth) => (depth ? [nested(depth - 1)] : []);
-        queue("%s", { concurrency: 4 }, (number) => sleep(0.5).then(() => nested(number * 150)));
-        """
-        % q
+        "queue('%s', { concurrency: 4 }, (size) => sleep(0.5).then(() => 'x'.repeat(size)));" % q
     )
     with node(tmp_path, engine, source):
         rows = [ended(engine, job) for job in jobs]
-    assert [row["status"] for row in rows] == ["done", "done", "failed", "failed"]
+    assert [row["status"] for row in rows] == ["done", "done", "done", "failed"]
     assert "the result cannot be stored: Refused: " in rows[3]["error"]
 
 
