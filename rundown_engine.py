@@ -5752,7 +5752,11 @@ def log(sentence):
     """Write one line to stderr, with control characters escaped; do nothing if it is closed."""
     line = UNPRINTABLE.sub(lambda match: f'\\x{ord(match[0]):02x}', sentence)
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(time.strftime('%Y-%m-%d %H:%M:%S'), line, file=sys.stderr, flush=True)
+        print(local_time(), line, file=sys.stderr, flush=True)
+
+
+def local_time():
+    return time.strftime('%Y-%m-%d %H:%M:%S')
 
 
 # -- Metrics --------------------------------------------------------------------------------------
@@ -6271,7 +6275,10 @@ def main(argv=None):
     signals.stop(server)
     server.serve_forever()
     server.server_close()
-    return int(server.failed)
+    if server.failed:           # the log says why
+        return 1
+    log('the engine has stopped')
+    return 0
 
 
 class StopSignals:
@@ -6303,11 +6310,14 @@ class StopSignals:
 
 def print_greeting(server):
     secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
+    lines = (
+        f'{local_time()} Rundown engine {VERSION} on {server.url}, '
+        f'jobs in {server.store.database.path}; that address shows the dashboard in a browser.',
+        f'A first job: curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
+        '-d \'{"queue": "images", "payload": "a.jpg"}\'',
+    )
     with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
-        print(f'Rundown engine {VERSION} on {server.url}, jobs in {server.store.database.path}; '
-              'that address shows the dashboard in a browser.\n'
-              f'A first job: curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
-              '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
+        print('\n'.join(lines), flush=True)
 
 
 def raise_file_limit():
