@@ -6311,8 +6311,8 @@ class StopSignals:
 def print_greeting(server):
     secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
     lines = (
-        f'{local_time()} Rundown engine {VERSION} on {server.url}, '
-        f'jobs in {server.store.database.path}; that address shows the dashboard in a browser.',
+        f'Rundown engine on {server.url}, jobs in {server.store.database.path}; '
+        f'version {VERSION}, since {local_time()}. In a browser the address is the dashboard.',
         f'A first job: curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
         '-d \'{"queue": "images", "payload": "a.jpg"}\'',
     )
