@@ -440,7 +440,7 @@ def as_json(value, name):
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
         path = truncate_middle(path, 200)
-        if isinstance(error, TypeError):    # it only says which type that is
+        if isinstance(error, TypeError) and not isinstance(part, dict):     # it names the type only
             raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
                           'str() of it may do') from None
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
@@ -5658,9 +5658,9 @@ class Outbox:
     def execute(self, statement, *values):
         """The rows of a statement as tuples, also if the connection has a row factory."""
         with contextlib.closing(self.connection.cursor()) as cursor:
-            # sqlite3's and psycopg's; SQLAlchemy may pass on the attribute of the connection alone
-            if hasattr(self.connection, 'row_factory') and hasattr(cursor, 'row_factory'):
-                cursor.row_factory = self.row_factory
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                with contextlib.suppress(AttributeError):   # an adapter whose rows are plain
+                    cursor.row_factory = self.row_factory
             cursor.execute(statement.replace('?', self.parameter), values)
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
