@@ -2818,7 +2818,10 @@ class Claims:
     def _lose(self, tx, job):
         again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
         self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
-        tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
+        tx.log_lines.append(
+            f'job {describe(job["id"])} (queue {describe(job["queue"])}, '
+            f'attempt {job["attempt"]}): worker {describe(job["worker"])} lost, '
+            f'{"given back" if again else "failed"}')
 
 
 class Pause(NamedTuple):
