@@ -1647,7 +1647,10 @@ class Database:
             self.reserve.open()
             self.db = self._connect_writer(LOCK_TIMEOUT)
             with self.transaction() as db:
+                old_version = fetch_value(db, 'PRAGMA user_version')
                 self._create_or_migrate(db)
+            if 0 < old_version < SCHEMA_VERSION:
+                log(f'{self.path}: migrated from schema {old_version} to {SCHEMA_VERSION}')
             self.db.execute('PRAGMA journal_mode = WAL')
             self._check_integrity()
             self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite

@@ -3060,6 +3060,13 @@ def migrated(request, tmp_path):
     engine.stop()
 
 
+def test_a_migration_is_logged(tmp_path, capsys):
+    old_database(tmp_path / "jobs.db", EARLIER[-1])
+    for lines in (1, 0):
+        ClockedEngine(tmp_path).stop()
+        assert capsys.readouterr().err.count("migrated from schema 2 to 3") == lines
+
+
 def test_a_migrated_database_has_the_schema_of_a_new_one(migrated, tmp_path):
     (tmp_path / "new").mkdir()
     new = ClockedEngine(tmp_path / "new")
