@@ -55,7 +55,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
                      limit, after: newest first, paged by `after`. A page looks at a bounded number
                      of jobs: go on while `after` is not null, even if it is empty. brief=true
-                     leaves out payload, result and all but the last line of the error;
+                     leaves out payload, result and all but one line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
     GET  /lost       worker, wait, since (of the previous answer): {"lost": true, "since": ...} as
@@ -960,7 +960,11 @@ def json_time(moment):
 
 
 def json_last_line(text):
-    return 'null' if text is None else json_quote(text.strip().rpartition('\n')[2])
+    """The last line of an error that is not indented, as lines of a stack are."""
+    if text is None:
+        return 'null'
+    lines = text.strip().split('\n')
+    return json_quote(next((line for line in reversed(lines) if not line[:1].isspace()), ''))
 
 
 def timeout_of(row):
@@ -1528,6 +1532,7 @@ class DiskReserve:
 
     def __init__(self, database_path):
         # constant after start
+        self.database_path = database_path
         self.path = database_path + '-reserve'
         self.folder = os.path.dirname(database_path)
         self.size = 0           # bytes; 0: free space cannot be determined on this disk
@@ -1577,13 +1582,15 @@ class DiskReserve:
         return held
 
     def has_room(self, db):
-        """Whether jobs may be added: the reserve is held or not needed, or there are free pages."""
+        """Whether jobs may be added: the reserve is held or not needed, or the file has room."""
         if self.is_held or self.free >= self.nearly_full:
             return True
         self.update()
         if self.is_held:
             return True
-        return self.free + free_pages(db) * page_size(db) >= 2 * self.size
+        used_pages = page_count(db) - free_pages(db)
+        free_in_file = file_size(self.database_path) - used_pages * page_size(db)
+        return self.free + free_in_file >= 2 * self.size
 
 
 def file_size(path):
@@ -1600,6 +1607,10 @@ def fetch_value(db, statement, values=()):
 
 def free_pages(db):
     return fetch_value(db, 'PRAGMA freelist_count')
+
+
+def page_count(db):
+    return fetch_value(db, 'PRAGMA page_count')
 
 
 def page_size(db):
@@ -1762,10 +1773,14 @@ class Database:
         with contextlib.suppress(sqlite3.Error):
             self._update_sparse(self.db)
             self._limit_log(self.db)
+            # pages that shrink() gave back leave the file once the log is written into it
+            is_shrunk = file_size(self.path) > page_count(self.db) * page_size(self.db)
+            if self.log_bytes() and (is_shrunk or not self.takes_jobs):
+                self.db.execute('PRAGMA wal_checkpoint(TRUNCATE)')
 
     def _update_sparse(self, db):
         free = free_pages(db)
-        pages = fetch_value(db, 'PRAGMA page_count')
+        pages = page_count(db)
         can_shrink = fetch_value(db, 'PRAGMA auto_vacuum')      # 0: made by 1.1 or older
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
@@ -2177,6 +2192,11 @@ class Transaction:
             yield item
             if self.is_slice_over():
                 return
+
+    def keep_small(self):
+        """Claim and change little: what a transaction writes has to fit into the disk's reserve."""
+        self.response_budget = min(self.response_budget, DISK_RESERVE_BYTES // 8)
+        self.slice_ends = time.monotonic() + SLICE_TIME / 10
 
     def begin_slice(self):
         if self.slice_ends is None:
@@ -3709,8 +3729,9 @@ class Overview:
 
     def _queues_json(self, rows, oldest, now):
         workers = collections.defaultdict(list)
-        for worker, queue in list(self.workers.seen):
-            workers[queue].append(worker)
+        for (worker, queue), (seen_at, _) in list(self.workers.seen.items()):
+            if seen_at > now - micros(WORKER_SILENCE):
+                workers[queue].append(worker)
         return [self._queue_json(row, due, workers[row['queue']], now)
                 for row, due in zip(rows, oldest)]
 
@@ -3826,7 +3847,7 @@ def observe(histogram, buckets, value):
     histogram[-1] += value
 
 
-# An unresolved end is due at once: 1 is a time in 1970.
+# An unresolved end is due at once: as a time, the number of its job is in 1970.
 NEXT_DEADLINE = f'''
     SELECT MIN(moment) FROM (
         SELECT MIN(next_run_at) AS moment FROM jobs WHERE status = 'pending' AND hold = {DELAYED}
@@ -3834,7 +3855,7 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT MIN(next_run_at) FROM schedules
         UNION ALL SELECT MIN(expires_at) FROM jobs
             WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0
-        UNION ALL SELECT (SELECT 1 FROM unresolved_ends LIMIT 1)
+        UNION ALL SELECT MIN(job) FROM unresolved_ends
         UNION ALL SELECT ?)'''
 
 
@@ -4417,6 +4438,8 @@ class Committer:
         """(tx, the time at which it began). First of all leases and the clock are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
         tx.takes_jobs = self.database.reserve.has_room(db)
+        if not tx.takes_jobs:
+            tx.keep_small()
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
@@ -6148,6 +6171,8 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
         reason = f'cannot be listened on: {error}'
         if getattr(error, 'errno', None) == errno.EADDRINUSE:
             reason = 'is taken: another engine or program listens there; --port takes another'
+        elif isinstance(error, PermissionError):
+            reason = 'is not allowed to this user; --port takes another'
         raise StartupError(f'{host}:{port} {reason}') from None
     try:
         open_store(server, Database(db, sync), clock, ages)
@@ -6173,8 +6198,8 @@ def tls_context(cert, key):
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:        # SSLError is one
-        raise StartupError(f'--cert {cert} or --key {key} cannot be used: '
-                           f'{error.strerror or error}') from None
+        files = f'--cert {cert} or --key {key}' if key else f'--cert {cert}'
+        raise StartupError(f'{files} cannot be used: {error.strerror or error}') from None
     return context
 
 
@@ -6279,7 +6304,7 @@ class StopSignals:
 def print_greeting(server):
     secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
     with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
-        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; '
+        print(f'Rundown engine {VERSION} on {server.url}, jobs in {server.store.database.path}; '
               'that address shows the dashboard in a browser.\n'
               f'A first job: curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
               '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
@@ -7116,6 +7141,21 @@ svg {
 
 /* -- Narrow screens: each row becomes a card whose cells carry their headings ---------------- */
 @media (max-width: 78rem) {
+  .last_hour {
+    display: none;
+  }
+
+  #queues th.number {
+    width: 4.5rem;
+    padding-left: 0;
+  }
+
+  #halves {
+    grid-template-columns: 1fr;
+  }
+}
+
+@media (max-width: 66rem) {
   table:not(.small) {
     &,
     tbody,
@@ -7174,17 +7214,9 @@ svg {
       font-weight: 600;
     }
 
-    td.zero {
-      order: 1;
-    }
-
     td.actions {
       order: 2;
     }
-  }
-
-  #halves {
-    grid-template-columns: 1fr;
   }
 
   #queues td.state {
@@ -8010,9 +8042,10 @@ function unservedItem({queue, due, polled_at}) {
   return [jobsLink({queue}), " (", since, plural(due, "job"), " due)"];
 }
 
-function hungItem({worker, queue, hung}) {
+function hungItem({worker, queues, hung}) {
   const name = worker || "without a name";
-  return [name, " (", plural(hung, "hung thread"), " in ", jobsLink({queue}), ")"];
+  const links = queues.map((queue, i) => [i ? ", " : "", jobsLink({queue})]);
+  return [name, " (", plural(hung, "hung thread"), " in ", links, ")"];
 }
 
 function drawTitle() {
@@ -8022,7 +8055,7 @@ function drawTitle() {
 
 function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
-  const hung = workers.filter(worker => worker.hung);
+  const hung = byWorker(workers.filter(row => isLive(row) && row.hung));
   show({
     storage: isInTrouble ? "Storage trouble: " + health.storage : "",
     warnings: [
@@ -8171,7 +8204,7 @@ function queueState(row) {
     return ["open", limitText(row)];
   }
   const look = oldest_age === null ? "soft" : "bad";
-  const silence = polled_at ? "no worker " + duration(ageOf(polled_at)) : "no worker yet";
+  const silence = polled_at ? "last worker " + ago(polled_at) : "no worker yet";
   return [el("span", {class: look}, silence), limitText(row)];
 }
 
@@ -8199,7 +8232,7 @@ function byWorker(seen) {       // one row for each worker, with all its queues
     const row = workers.get(worker) || {worker, queues: [], seen_at, hung: 0, running: 0};
     row.queues.push(queue);
     row.seen_at = seen_at > row.seen_at ? seen_at : row.seen_at;
-    row.hung += hung;
+    row.hung = Math.max(row.hung, hung);        // each queue repeats the worker's number
     row.running += running;
     workers.set(worker, row);
   }
@@ -8208,8 +8241,11 @@ function byWorker(seen) {       // one row for each worker, with all its queues
     names(a).localeCompare(names(b)) || String(a.worker).localeCompare(String(b.worker))));
 }
 
+function isLive(worker) {
+  return worker.running || ageOf(worker.seen_at) < WORKER_SILENCE;
+}
+
 function drawWorkers(seen) {
-  const isLive = row => row.running || ageOf(row.seen_at) < WORKER_SILENCE;
   const workers = byWorker(seen);
   const gone = workers.filter(row => !isLive(row));
   drawTable("workers", workers.filter(isLive), row => row.worker);
@@ -8274,8 +8310,9 @@ function filters() {
   return Object.fromEntries(FILTERS.filter(name => params[name]).map(name => [name, params[name]]));
 }
 
-function lastLine(error) {
-  return (error || "").trim().split("\n").pop();
+function lastLine(error) {      // that is not indented, as lines of a stack are
+  const lines = (error || "").trim().split("\n");
+  return lines.reverse().find(line => !/^\s/.test(line));
 }
 
 function jobDetail(job) {
@@ -9121,7 +9158,7 @@ const FAREWELL = 2; // seconds for reports after the grace of a worker that stop
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 100; // jobs in a request
-const MAX_ERROR = 10000; // characters of an error that the engine or a proxy refuses
+const MAX_ERROR = 10000; // characters that are kept of an error that was refused as too long
 const MAX_LINE = 200; // characters of an error in the log
 const MAX_TIMER = 2 ** 31 - 1; // milliseconds that a timer of Node takes
 
@@ -9212,7 +9249,7 @@ function engineUrls() {
   return urls.map((url) => url.replace(/\/$/, ""));
 }
 
-/** Sends one request, with `body` a POST; resolves with the engine's answer. */
+/** Sends one request (with `body` a POST); resolves with the answer. */
 async function exchange(url, body, seconds) {
   const isSecure = url.startsWith("https");
   const token = process.env.RUNDOWN_TOKEN?.trim();
@@ -9225,7 +9262,7 @@ async function exchange(url, body, seconds) {
     agent: isSecure ? secureAgent : plainAgent,
     headers,
   });
-  request.on("error", () => {}); // also heard by once() and text()
+  request.on("error", () => {}); // once() and text() hear of it too
   const expire = () => request.destroy(new Error(`no answer within ${seconds} s`));
   const timer = setTimeout(expire, seconds * 1000);
   try {
@@ -9245,7 +9282,7 @@ async function send(path, body, seconds, isAnswer = Boolean) {
   try {
     const answer = await exchange(url + path, body, seconds);
     if (!isAnswer(answer)) {
-      throw new Error("something else does");
+      throw new Error("the answer is not an engine's");
     }
     return answer;
   } catch (error) {
@@ -9280,7 +9317,8 @@ function now() {
 }
 
 async function pause(seconds, signal) {
-  await sleep(Math.min(seconds * 1000, MAX_TIMER), undefined, { signal }).catch(() => {});
+  const milliseconds = Math.min(Math.max(seconds * 1000, 0), MAX_TIMER);
+  await sleep(milliseconds, undefined, { signal }).catch(() => {});
 }
 
 /**
@@ -9461,7 +9499,10 @@ export async function stop() {
   await worker?.ended;
 }
 
-/** One run(): polls the queues, sends heartbeats and outcomes, and comes to an orderly end. */
+/**
+ * One run(). consume() polls a queue; each job that it gets becomes a Claim, which runs the handler
+ * and hands the outcome to Reports. keepAlive() sends heartbeats meanwhile.
+ */
 class Worker {
   name = `${os.hostname().slice(0, 150)}:${process.pid}`;
   claims = new Set(); // those whose outcome the engine does not have
@@ -9528,11 +9569,11 @@ class Worker {
     const isAnswer = (answer) => answer === null || Array.isArray(answer);
     const options = { wait, patience, signal, isAnswer };
     let running = 0;
-    let unreported = 0; // at most twice as many: an engine that takes no outcomes gets no more jobs
+    let held = 0; // running or not reported: an engine that takes no outcomes gets no more jobs
     let wake;
     this.log(`working on ${name} (concurrency ${concurrency}) as ${this.name}`);
     while (!signal.aborted) {
-      const limit = Math.min(concurrency - running, 2 * concurrency - unreported, MAX_BATCH);
+      const limit = Math.min(concurrency - running, 2 * concurrency - held, MAX_BATCH);
       if (limit <= 0) {
         await new Promise((resolve) => (wake = resolve));
         continue;
@@ -9545,7 +9586,7 @@ class Worker {
         this.claims.add(claim);
         this.changes += 1;
         running += 1;
-        unreported += 1;
+        held += 1;
         claim.decision.then(() => {
           running -= 1;
           wake?.();
@@ -9553,7 +9594,7 @@ class Worker {
         claim.finished = claim.run(handler).then(() => {
           this.claims.delete(claim);
           this.changes += 1;
-          unreported -= 1;
+          held -= 1;
           wake?.();
         });
       }

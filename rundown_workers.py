@@ -5670,9 +5670,9 @@ class Outbox:
     def execute(self, statement, *values):
         """The rows of a statement as tuples, also if the connection has a row factory."""
         with contextlib.closing(self.connection.cursor()) as cursor:
-            # sqlite3's and psycopg's; SQLAlchemy may pass on the attribute of the connection alone
-            if hasattr(self.connection, 'row_factory') and hasattr(cursor, 'row_factory'):
-                cursor.row_factory = self.row_factory
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                with contextlib.suppress(AttributeError):   # an adapter whose rows are plain
+                    cursor.row_factory = self.row_factory
             cursor.execute(statement.replace('?', self.parameter), values)
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]

@@ -581,17 +581,34 @@ def waiting(api, queue, number=1, **fields):
 # -- the tests themselves --------------------------------------------------------------------------
 
 
+def blocks(tree, name):
+    """The bodies of a module and of its classes, with their names."""
+    yield name, tree.body
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield node.name, node.body
+
+
 @pytest.mark.parametrize("name", ["rundown_engine.py", "rundown_workers.py", "test_rundown.py"])
-def test_no_name_is_defined_twice_at_the_top_of_a_file(name):
-    """The second of two tests, or two tables, of one name would silently replace the first."""
+def test_no_name_is_defined_twice_in_a_file_or_in_a_class(name):
+    """The second of two tests, tables or methods of one name would silently replace the first."""
+    tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
+    twice = {place: names for place, body in blocks(tree, name) for names in [defined_twice(body)] if names}
+    assert twice == {}
+
+
+def defined_twice(body):
     defined = collections.Counter()
-    for node in ast.parse((HERE / name).read_text(encoding="utf-8")).body:
+    for node in body:
+        marks = {getattr(mark, "attr", getattr(mark, "id", "")) for mark in getattr(node, "decorator_list", ())}
+        if marks & {"overload", "setter"}:
+            continue
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             defined[node.name] += 1
         for target in node.targets if isinstance(node, ast.Assign) else []:
             defined.update(part.id for part in ast.walk(target) if isinstance(part, ast.Name)
                            and isinstance(part.ctx, ast.Store))
-    assert [name for name, count in defined.items() if count > 1] == []
+    return [name for name, count in defined.items() if count > 1]
 
 
 def test_a_constant_that_is_gone_cannot_be_replaced(own, work):
@@ -1590,6 +1607,29 @@ def test_jobs_come_newest_first_and_in_pages(engine, q):
             break
         page = engine.get("/jobs?limit=3&queue=%s&after=%s" % (q, after))
     assert seen == [[6, 5, 4], [3, 2, 1], [0]]
+
+
+@pytest.mark.parametrize("error, line", [
+    ("Traceback (most recent call last):\n  File \"a.py\"\n    f()\nValueError: no\n", "ValueError: no"),
+    ("timed out after 3 s\n  File \"a.py\", line 3, in f\n    time.sleep(9)", "timed out after 3 s"),
+    ("Error: no\n    at f (a.js:3:9)\n    at g (a.js:5:2)", "Error: no"),
+    ("reading a.csv\ncut: a.csv: No such file", "cut: a.csv: No such file"),
+    ("  indented", "indented"),
+])
+def test_a_brief_job_has_the_line_of_its_error_that_says_most(engine, q, error, line):
+    engine.enqueue(q)
+    engine.tell("fail", engine.poll(q), error=error)
+    job, = engine.get("/jobs?brief=true&queue=" + q)["jobs"]
+    assert job["error"] == line
+
+
+def test_a_queue_counts_the_workers_of_the_last_two_minutes(clocked, q):
+    clocked.enqueue(q)
+    clocked.poll(q, worker="w")
+    assert clocked.queue(q)["workers"] == ["w"]
+    clocked.advance(121)
+    assert clocked.queue(q)["workers"] == []
+    assert [worker["worker"] for worker in clocked.get("/queues")["workers"]] == ["w"]
 
 
 def test_paging_goes_on_when_the_last_job_of_a_page_is_purged(engine, q):
@@ -3814,6 +3854,26 @@ def test_a_poll_that_ends_while_nothing_can_be_stored_is_not_handed_what_was_tak
             assert engine.call("POST", "/enqueue", {"queue": q})[0] == 503
             assert sleeper.result(10) is None
     assert engine.count(q) == 0
+
+
+def test_a_disk_that_large_jobs_have_filled_has_room_again_once_they_are_purged(tmp_path, q, monkeypatch):
+    def disk_usage(folder):
+        used = sum(file.stat().st_size for file in tmp_path.iterdir())
+        return types.SimpleNamespace(total=16 << 20, free=(16 << 20) - used)
+
+    monkeypatch.setattr(rundown_engine.shutil, "disk_usage", disk_usage)
+    engine = ClockedEngine(tmp_path)
+    try:
+        for _ in range(35):
+            engine.enqueue(q, "x" * 400000)
+        engine.server.store.database.reserve.give_up()         # as when a write finds the disk full
+        assert engine.call("POST", "/enqueue", {"queue": q})[0] == 503
+        assert 1 <= len(engine.poll(q, limit=1000)) <= 3       # so that the reserve suffices
+        engine.post("/purge", queue=q, status="pending")
+        until(lambda: engine.database.stat().st_size < 7 << 20, 10)
+        assert engine.enqueue(q)["created"]
+    finally:
+        engine.stop()
 
 
 @pytest.mark.skipif(not POSIX, reason="suspends a process by SIGSTOP")
@@ -12582,20 +12642,14 @@ def test_a_node_worker_moves_on_from_an_engine_that_never_answers(engine, tmp_pa
             assert ended(engine, engine.enqueue(q, 7), 8)["result"] == 7
 
 
-def test_an_outcome_in_node_that_is_refused_does_not_harm_those_that_go_with_it(
-    engine, tmp_path, q
-):
-    jobs = [engine.enqueue(q, number) for number in range(4)]
+def test_node_outcomes_that_are_too_large_together_are_taken_one_by_one(engine, tmp_path, q):
+    jobs = [engine.enqueue(q, size) for size in (1, 5000000, 5000000, 9000000)]
     source = (
-        """
-        const nested = (depth) => (depth ? [nested(depth - 1)] : []);
-        queue("%s", { concurrency: 4 }, (number) => sleep(0.5).then(() => nested(number * 150)));
-        """
-        % q
+        "queue('%s', { concurrency: 4 }, (size) => sleep(0.5).then(() => 'x'.repeat(size)));" % q
     )
     with node(tmp_path, engine, source):
         rows = [ended(engine, job) for job in jobs]
-    assert [row["status"] for row in rows] == ["done", "done", "failed", "failed"]
+    assert [row["status"] for row in rows] == ["done", "done", "done", "failed"]
     assert "the result cannot be stored: Refused: " in rows[3]["error"]
 
 
