@@ -4427,6 +4427,7 @@ class Child:
 
     def run(self):
         self.load()
+        return_free_memory()
         self.send(READY)
         start_daemon_thread(self._receive_jobs, 'receive')
         for job in iter(self.jobs.get, None):
