@@ -55,7 +55,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
                      limit, after: newest first, paged by `after`. A page looks at a bounded number
                      of jobs: go on while `after` is not null, even if it is empty. brief=true
-                     leaves out payload, result and all but the last line of the error;
+                     leaves out payload, result and all but one line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
     GET  /lost       worker, wait, since (of the previous answer): {"lost": true, "since": ...} as
@@ -961,7 +961,11 @@ def json_time(moment):
 
 
 def json_last_line(text):
-    return 'null' if text is None else json_quote(text.strip().rpartition('\n')[2])
+    """The last line of an error that is not indented, as lines of a stack are."""
+    if text is None:
+        return 'null'
+    lines = text.strip().split('\n')
+    return json_quote(next((line for line in reversed(lines) if not line[:1].isspace()), ''))
 
 
 def timeout_of(row):
@@ -3737,8 +3741,9 @@ class Overview:
 
     def _queues_json(self, rows, oldest, now):
         workers = collections.defaultdict(list)
-        for worker, queue in list(self.workers.seen):
-            workers[queue].append(worker)
+        for (worker, queue), (seen_at, _) in list(self.workers.seen.items()):
+            if seen_at > now - micros(WORKER_SILENCE):
+                workers[queue].append(worker)
         return [self._queue_json(row, due, workers[row['queue']], now)
                 for row, due in zip(rows, oldest)]
 
@@ -6178,6 +6183,8 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
         reason = f'cannot be listened on: {error}'
         if getattr(error, 'errno', None) == errno.EADDRINUSE:
             reason = 'is taken: another engine or program listens there; --port takes another'
+        elif isinstance(error, PermissionError):
+            reason = 'is not allowed to this user; --port takes another'
         raise StartupError(f'{host}:{port} {reason}') from None
     try:
         open_store(server, Database(db, sync), clock, ages)
@@ -6203,8 +6210,8 @@ def tls_context(cert, key):
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:        # SSLError is one
-        raise StartupError(f'--cert {cert} or --key {key} cannot be used: '
-                           f'{error.strerror or error}') from None
+        files = f'--cert {cert} or --key {key}' if key else f'--cert {cert}'
+        raise StartupError(f'{files} cannot be used: {error.strerror or error}') from None
     return context
 
 
@@ -6309,7 +6316,7 @@ class StopSignals:
 def print_greeting(server):
     secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
     with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
-        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; '
+        print(f'Rundown engine {VERSION} on {server.url}, jobs in {server.store.database.path}; '
               'that address shows the dashboard in a browser.\n'
               f'A first job: curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
               '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
@@ -7146,6 +7153,21 @@ svg {
 
 /* -- Narrow screens: each row becomes a card whose cells carry their headings ---------------- */
 @media (max-width: 78rem) {
+  .last_hour {
+    display: none;
+  }
+
+  #queues th.number {
+    width: 4.5rem;
+    padding-left: 0;
+  }
+
+  #halves {
+    grid-template-columns: 1fr;
+  }
+}
+
+@media (max-width: 66rem) {
   table:not(.small) {
     &,
     tbody,
@@ -7204,17 +7226,9 @@ svg {
       font-weight: 600;
     }
 
-    td.zero {
-      order: 1;
-    }
-
     td.actions {
       order: 2;
     }
-  }
-
-  #halves {
-    grid-template-columns: 1fr;
   }
 
   #queues td.state {
@@ -8040,9 +8054,10 @@ function unservedItem({queue, due, polled_at}) {
   return [jobsLink({queue}), " (", since, plural(due, "job"), " due)"];
 }
 
-function hungItem({worker, queue, hung}) {
+function hungItem({worker, queues, hung}) {
   const name = worker || "without a name";
-  return [name, " (", plural(hung, "hung thread"), " in ", jobsLink({queue}), ")"];
+  const links = queues.map((queue, i) => [i ? ", " : "", jobsLink({queue})]);
+  return [name, " (", plural(hung, "hung thread"), " in ", links, ")"];
 }
 
 function drawTitle() {
@@ -8052,7 +8067,7 @@ function drawTitle() {
 
 function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
-  const hung = workers.filter(worker => worker.hung);
+  const hung = byWorker(workers.filter(row => isLive(row) && row.hung));
   show({
     storage: isInTrouble ? "Storage trouble: " + health.storage : "",
     warnings: [
@@ -8201,7 +8216,7 @@ function queueState(row) {
     return ["open", limitText(row)];
   }
   const look = oldest_age === null ? "soft" : "bad";
-  const silence = polled_at ? "no worker " + duration(ageOf(polled_at)) : "no worker yet";
+  const silence = polled_at ? "last worker " + ago(polled_at) : "no worker yet";
   return [el("span", {class: look}, silence), limitText(row)];
 }
 
@@ -8229,7 +8244,7 @@ function byWorker(seen) {       // one row for each worker, with all its queues
     const row = workers.get(worker) || {worker, queues: [], seen_at, hung: 0, running: 0};
     row.queues.push(queue);
     row.seen_at = seen_at > row.seen_at ? seen_at : row.seen_at;
-    row.hung += hung;
+    row.hung = Math.max(row.hung, hung);        // each queue repeats the worker's number
     row.running += running;
     workers.set(worker, row);
   }
@@ -8238,8 +8253,11 @@ function byWorker(seen) {       // one row for each worker, with all its queues
     names(a).localeCompare(names(b)) || String(a.worker).localeCompare(String(b.worker))));
 }
 
+function isLive(worker) {
+  return worker.running || ageOf(worker.seen_at) < WORKER_SILENCE;
+}
+
 function drawWorkers(seen) {
-  const isLive = row => row.running || ageOf(row.seen_at) < WORKER_SILENCE;
   const workers = byWorker(seen);
   const gone = workers.filter(row => !isLive(row));
   drawTable("workers", workers.filter(isLive), row => row.worker);
@@ -8304,8 +8322,9 @@ function filters() {
   return Object.fromEntries(FILTERS.filter(name => params[name]).map(name => [name, params[name]]));
 }
 
-function lastLine(error) {
-  return (error || "").trim().split("\n").pop();
+function lastLine(error) {      // that is not indented, as lines of a stack are
+  const lines = (error || "").trim().split("\n");
+  return lines.reverse().find(line => !/^\s/.test(line));
 }
 
 function jobDetail(job) {

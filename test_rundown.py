@@ -581,17 +581,34 @@ def waiting(api, queue, number=1, **fields):
 # -- the tests themselves --------------------------------------------------------------------------
 
 
+def blocks(tree, name):
+    """The bodies of a module and of its classes, with their names."""
+    yield name, tree.body
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield node.name, node.body
+
+
 @pytest.mark.parametrize("name", ["rundown_engine.py", "rundown_workers.py", "test_rundown.py"])
-def test_no_name_is_defined_twice_at_the_top_of_a_file(name):
-    """The second of two tests, or two tables, of one name would silently replace the first."""
+def test_no_name_is_defined_twice_in_a_file_or_in_a_class(name):
+    """The second of two tests, tables or methods of one name would silently replace the first."""
+    tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
+    twice = {place: names for place, body in blocks(tree, name) for names in [defined_twice(body)] if names}
+    assert twice == {}
+
+
+def defined_twice(body):
     defined = collections.Counter()
-    for node in ast.parse((HERE / name).read_text(encoding="utf-8")).body:
+    for node in body:
+        marks = {getattr(mark, "attr", getattr(mark, "id", "")) for mark in getattr(node, "decorator_list", ())}
+        if marks & {"overload", "setter"}:
+            continue
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             defined[node.name] += 1
         for target in node.targets if isinstance(node, ast.Assign) else []:
             defined.update(part.id for part in ast.walk(target) if isinstance(part, ast.Name)
                            and isinstance(part.ctx, ast.Store))
-    assert [name for name, count in defined.items() if count > 1] == []
+    return [name for name, count in defined.items() if count > 1]
 
 
 def test_a_constant_that_is_gone_cannot_be_replaced(own, work):
@@ -1613,6 +1630,29 @@ def test_jobs_come_newest_first_and_in_pages(engine, q):
             break
         page = engine.get("/jobs?limit=3&queue=%s&after=%s" % (q, after))
     assert seen == [[6, 5, 4], [3, 2, 1], [0]]
+
+
+@pytest.mark.parametrize("error, line", [
+    ("Traceback (most recent call last):\n  File \"a.py\"\n    f()\nValueError: no\n", "ValueError: no"),
+    ("timed out after 3 s\n  File \"a.py\", line 3, in f\n    time.sleep(9)", "timed out after 3 s"),
+    ("Error: no\n    at f (a.js:3:9)\n    at g (a.js:5:2)", "Error: no"),
+    ("reading a.csv\ncut: a.csv: No such file", "cut: a.csv: No such file"),
+    ("  indented", "indented"),
+])
+def test_a_brief_job_has_the_line_of_its_error_that_says_most(engine, q, error, line):
+    engine.enqueue(q)
+    engine.tell("fail", engine.poll(q), error=error)
+    job, = engine.get("/jobs?brief=true&queue=" + q)["jobs"]
+    assert job["error"] == line
+
+
+def test_a_queue_counts_the_workers_of_the_last_two_minutes(clocked, q):
+    clocked.enqueue(q)
+    clocked.poll(q, worker="w")
+    assert clocked.queue(q)["workers"] == ["w"]
+    clocked.advance(121)
+    assert clocked.queue(q)["workers"] == []
+    assert [worker["worker"] for worker in clocked.get("/queues")["workers"]] == ["w"]
 
 
 def test_paging_goes_on_when_the_last_job_of_a_page_is_purged(engine, q):
