@@ -115,8 +115,9 @@ At most 64 MiB of requests and 64 MiB of responses are buffered; above that the 
 ones get 503. Done or cancelled jobs are kept for --keep (7d), failed ones for --keep-failed
 (30d). A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is
 early by the difference that is left. After a restart, deadlines that are counted in seconds
-have moved with the clock. When it is set ahead, they move in one transaction, which takes about
-0.2 s per 100,000 running jobs and retries. A job has at most 1,000 steps, of 8 MiB in all.
+have moved with the clock. When it is set ahead, leases and retries move in one transaction, which
+takes about 0.2 s per 100,000; `delay` and `every` count as times then. A job has at most 1,000
+steps, of 8 MiB in all.
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
 purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
@@ -1651,7 +1652,10 @@ class Database:
             self.reserve.open()
             self.db = self._connect_writer(LOCK_TIMEOUT)
             with self.transaction() as db:
+                old_version = fetch_value(db, 'PRAGMA user_version')
                 self._create_or_migrate(db)
+            if 0 < old_version < SCHEMA_VERSION:
+                log(f'{self.path}: migrated from schema {old_version} to {SCHEMA_VERSION}')
             self.db.execute('PRAGMA journal_mode = WAL')
             self._check_integrity()
             self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite
@@ -2822,7 +2826,10 @@ class Claims:
     def _lose(self, tx, job):
         again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
         self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
-        tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
+        tx.log_lines.append(
+            f'job {describe(job["id"])} (queue {describe(job["queue"])}, '
+            f'attempt {job["attempt"]}): worker {describe(job["worker"])} lost, '
+            f'{"given back" if again else "failed"}')
 
 
 class Pause(NamedTuple):
@@ -3604,7 +3611,7 @@ class Queries:
             self._why_blocked(db, row),
             self._why_limited(queue),
             self._why_delayed(row),
-            self._why_unpolled(row['queue']),
+            self._why_unpolled(row),
             self._why_behind(db, row),
         ) if reason] or ['next in line']
         return '; '.join([*reasons, *self._why_expiring(row)])
@@ -3641,12 +3648,17 @@ class Queries:
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
         return f'scheduled for {rfc3339(row["next_run_at"])}{retry}'
 
-    def _why_unpolled(self, queue):
-        polled_at = self.workers.last_polled.get(queue)
+    def _why_unpolled(self, row):
+        """A worker polls at least every LONG_POLL_TIMEOUT seconds, and gets a job that is due."""
+        polled_at = self.workers.last_polled.get(row['queue'])
         if polled_at is None:
-            return no_worker_warning(queue, tuple(self.workers.last_polled)[-20:])
-        minutes = (self.clock.now() - polled_at) // micros(60)
-        return f'no worker has polled the queue for {minutes} minutes' if minutes > 0 else None
+            return no_worker_warning(row['queue'], tuple(self.workers.last_polled)[-20:])
+        silence = (self.clock.now() - polled_at) // micros(1)
+        if silence >= 60:
+            return f'no worker has polled the queue for {silence // 60} minutes'
+        if silence >= 30 and row['hold'] == READY:
+            return f'no worker has polled the queue for {silence} seconds'
+        return None
 
     def _why_expiring(self, row):
         if row['expires_at'] is None or row['attempt']:

@@ -440,7 +440,9 @@ def as_json(value, name):
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
         path = truncate_middle(path, 200)
-        if isinstance(error, TypeError) and not isinstance(part, dict):     # it names the type only
+        if isinstance(part, dict):
+            check_own_keys(part, path)
+        if isinstance(error, TypeError):    # its text only says which type that is
             raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
                           'str() of it may do') from None
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
@@ -473,17 +475,24 @@ def parts_of(value):
 
 
 def check_keys(value, name):
-    """Raise NotJSON for a dictionary key that JSON would turn into a string."""
+    """Raise NotJSON for a dictionary key that is not a string, at any depth."""
     pending = [(value, None)]           # containers, each with its path: (path of its parent, key)
     while pending:
         container, path = pending.pop()
+        if isinstance(container, dict) and not all(isinstance(key, str) for key in container):
+            check_own_keys(container, truncate_middle(name + path_text(path), 200))
         for key, part in parts_of(container):
-            if not isinstance(key, str) and isinstance(container, dict):
-                where = truncate_middle(name + path_text(path), 200)
-                kind = f'the key {truncate_middle(repr(key), 100)}, a {type(key).__name__}'
-                raise NotJSON(f'{where} has {kind}, which JSON would turn into a string')
             if isinstance(part, (dict, list, tuple)):
                 pending.append((part, (path, key)))
+
+
+def check_own_keys(container, path):
+    """Raise NotJSON for the first key of a dictionary that is not a string."""
+    for key in container:
+        if not isinstance(key, str):
+            text = truncate_middle(repr(key), 100)
+            raise NotJSON(f'{path} has the key {text} of the type {type(key).__name__}; '
+                          'in JSON, all keys are strings')
 
 
 def path_text(path):
@@ -516,6 +525,27 @@ def duration(name, span):
     if not is_number or seconds != seconds:     # NaN differs from itself
         raise Misuse(f'{name} must be a number of seconds or a timedelta, not {span!r}')
     return seconds
+
+
+def check_names(given, known, problem='there is no option'):
+    """Raise Misuse for an unknown name, and suggest the most similar known one."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise Misuse(f'{problem} {name}{hint}')
+
+
+def suggest_known_options(function: F) -> F:
+    """Decorator: the error for an unknown option suggests the most similar known one."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        check_names(kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def require_temporary_folder():
@@ -748,27 +778,6 @@ class ConnectionPool(urllib.request.BaseHandler):
 
 
 # -- Client ----------------------------------------------------------------------------------------
-def check_names(given, known, problem='there is no option'):
-    """Raise Misuse for an unknown name, and suggest the most similar known one."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            raise Misuse(f'{problem} {name}{hint}')
-
-
-def suggest_known_options(function: F) -> F:
-    """Decorator: the error for an unknown option suggests the most similar known one."""
-    known = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        check_names(kwargs, known)
-        return function(*args, **kwargs)
-
-    return checked
-
-
 class ActiveHost:
     """The engine that a client and its clones use, one of several."""
 
@@ -952,7 +961,7 @@ class Caller:
         texts = [as_json({**given, 'id': id}, 'the job') for id in job_ids(jobs)]
         replies = []
         for batch in batches(texts, len):
-            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
+            replies += self.call(path, batch_body(batch))['jobs']
         return {'jobs': replies}
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
@@ -1057,8 +1066,7 @@ class ProducerCalls(Caller):
     def _enqueue_batch(self, texts, give_up):
         """The jobs of a batch. A batch that is too large for a proxy is sent in halves."""
         try:
-            body = '{"jobs":[' + ','.join(texts) + ']}'
-            return self.call('/enqueue', body, give_up=give_up)['jobs']
+            return self.call('/enqueue', batch_body(texts), give_up=give_up)['jobs']
         except EngineUnavailable as error:
             half = len(texts) // 2
             if error.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE or not half:
@@ -1548,7 +1556,12 @@ def given_fields(fields):
     }
 
 
-BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
+def batch_body(texts):
+    """The body of a request about several jobs, which are given as JSON text."""
+    return '{"jobs":[' + ','.join(texts) + ']}'
+
+
+BATCH_FRAME = len(batch_body([]))       # bytes around the items of a batch
 
 
 def batches(items, size, most=MAX_BATCH):
