@@ -1618,25 +1618,62 @@ def page_size(db):
     return fetch_value(db, 'PRAGMA page_size')
 
 
+class FileWatch:
+    """Notices that files of the database in use were deleted or replaced."""
+
+    def __init__(self, database_path):
+        # constant after start
+        self.path = database_path
+        self.folder = os.path.dirname(database_path)
+        # touched by the thread that writes only
+        self.inodes = None              # of the database, log and lock file; None: not in use
+        self.folder_mtime = None        # of the folder, when the files in it were looked at
+
+    def watch(self):
+        """From now on the files are in use."""
+        self.inodes = self._find_inodes()
+
+    def _find_inodes(self):
+        return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
+
+    def check(self):
+        """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
+
+        Deleting a file changes its folder's mtime. So after a commit the folder alone is checked,
+        unless its last change is so recent that the next could have the same mtime.
+        """
+        mtime = os.stat(self.folder).st_mtime
+        if mtime == self.folder_mtime:
+            return
+        found = None
+        with contextlib.suppress(FileNotFoundError):
+            found = self._find_inodes()
+        if self.inodes and found != self.inodes:
+            raise Unavailable(
+                f'the database {self.path} or its lock file was deleted or replaced while in use; '
+                'restart the engine')
+        resolution = 0.1 if mtime % 1 else 2     # some file systems store whole seconds
+        is_settled = os.name == 'posix' and mtime < time.time() - resolution
+        self.folder_mtime = mtime if is_settled else None
+
+
 class Database:
     """The file: its lock, the writing connection, the reading connections, its copies."""
 
     def __init__(self, path, sync):
         # constant after start
         self.path = os.path.realpath(path)
-        self.folder = os.path.dirname(self.path)
         self.sync = sync
         self.lock_file = None
-        self.inodes = None              # of the database, log and lock file: _check_files()
         # safe without a lock
         self.readers = []               # all connections that read
         self.idle_readers = []          # connections that no thread uses at the moment
         self.reserve = DiskReserve(self.path)
+        self.files = FileWatch(self.path)
         self.backups = Backups(self)
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
-        self.folder_mtime = None        # of the folder, when the files in it were looked at
         self.is_sparse = False          # much of the file is free pages, which shrink() gives back
         self.checkpoint_pages = 0       # pages in the log that start a checkpoint
         # written by the thread that writes, read by all
@@ -1661,7 +1698,7 @@ class Database:
             self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite
             with self.reading() as db:      # one reader stays, so that the log outlives the writer
                 db.execute('SELECT 1 FROM jobs').fetchone()
-            self.inodes = self._find_inodes()
+            self.files.watch()
         except BaseException as error:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
@@ -1729,14 +1766,14 @@ class Database:
         begun = False
         try:
             if self.last_storage_error:
-                self._check_files()
+                self.files.check()
             if self.db is None:
                 self._reconnect()
             self.db.execute('BEGIN IMMEDIATE')
             begun = True
             yield self.db
             self.db.execute('COMMIT')
-            self._check_files()
+            self.files.check()
         except BaseException as error:
             if self.db and self.db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
@@ -1813,29 +1850,6 @@ class Database:
                     'reading the database for long']
         return []
 
-    def _find_inodes(self):
-        return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
-
-    def _check_files(self):
-        """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
-
-        Deleting a file changes its folder's mtime. So after a commit the folder alone is checked,
-        unless its last change is so recent that the next could have the same mtime.
-        """
-        mtime = os.stat(self.folder).st_mtime
-        if mtime == self.folder_mtime:
-            return
-        found = None
-        with contextlib.suppress(FileNotFoundError):
-            found = self._find_inodes()
-        if self.inodes and found != self.inodes:
-            raise Unavailable(
-                f'the database {self.path} or its lock file was deleted or replaced while in use; '
-                'restart the engine')
-        resolution = 0.1 if mtime % 1 else 2     # some file systems store whole seconds
-        is_settled = os.name == 'posix' and mtime < time.time() - resolution
-        self.folder_mtime = mtime if is_settled else None
-
     @contextlib.contextmanager
     def reading(self):
         """A connection that reads one committed state and never waits for the writer.
@@ -1865,7 +1879,7 @@ class Database:
         for db in (self.db, *self.readers):
             if db:
                 db.close()
-        if self.inodes:
+        if self.files.inodes:
             self.backups.remove_left()
         if self.lock_file:
             self.lock_file.close()
