@@ -2176,6 +2176,7 @@ class Transaction:
         self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # True: next_deadline holds for the whole database
+        self.slice_time = SLICE_TIME    # seconds
         self.slice_ends = None          # time.monotonic() after which paced() ends
 
     def execute(self, statement, values=()):
@@ -2203,7 +2204,8 @@ class Transaction:
     def paced(self, items):
         """Yield items until the time slice is over, but at least one.
 
-        All slices of a transaction share one SLICE_TIME, which bounds how long others wait for it.
+        The requests of a transaction share one SLICE_TIME, and its maintenance has another. This
+        bounds how long others wait for it.
         """
         self.begin_slice()
         for item in items:
@@ -2214,11 +2216,15 @@ class Transaction:
     def keep_small(self):
         """Claim and change little: what a transaction writes has to fit into the disk's reserve."""
         self.response_budget = min(self.response_budget, DISK_RESERVE_BYTES // 8)
-        self.slice_ends = time.monotonic() + SLICE_TIME / 10
+        self.slice_time = SLICE_TIME / 10
 
     def begin_slice(self):
         if self.slice_ends is None:
-            self.slice_ends = time.monotonic() + SLICE_TIME
+            self.slice_ends = time.monotonic() + self.slice_time
+
+    def new_slice(self):
+        """What follows gets time of its own."""
+        self.slice_ends = None
 
     def is_slice_over(self):
         return self.slice_ends is not None and time.monotonic() > self.slice_ends
@@ -4456,6 +4462,7 @@ class Committer:
         log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
 
     def _maintain(self, tx):
+        tx.new_slice()      # requests may have used up theirs
         self.store.run_due(tx)
         if self.database.is_sparse:
             self.database.shrink(tx)

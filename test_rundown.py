@@ -4844,6 +4844,20 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
     raise AssertionError("a step took %.3f s" % max(steps))
 
 
+def test_what_falls_due_has_time_of_its_own_beside_requests_that_use_up_theirs(clocked, q):
+    def work(tx):
+        for _ in tx.paced(itertools.count()):
+            pass
+        clocked.clock.move(10)
+        tx.now = store.clock.now()
+        loop.committer._maintain(tx)
+        return tx.fetch_one("SELECT COUNT(*) FROM jobs WHERE hold = ?", rundown_engine.READY)[0]
+
+    loop, store = clocked.server.loop, clocked.server.store
+    clocked.post("/enqueue", jobs=[{"queue": q, "delay": 9}] * 300)
+    assert loop.run_in_transaction(work) > 50
+
+
 # -- values: every field of every call, with every kind of value ---------------------------------
 
 TAKES = {
