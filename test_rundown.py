@@ -12289,6 +12289,14 @@ def test_a_burst_in_node_works_off_what_is_due_and_ends(engine, tmp_path, q):
     assert statuses == ["done", "done", "done", "pending"]
 
 
+def test_a_burst_in_node_waits_for_a_rate_that_holds_up_due_jobs(engine, tmp_path, q):
+    engine.post("/limit", queue=q, rate=1, per=0.5)
+    jobs = [engine.enqueue(q, number) for number in range(3)]
+    with node(tmp_path, engine, ECHO % q, run="await run({ burst: true });") as worker:
+        assert worker.wait() == 0
+    assert [engine.job(job)["status"] for job in jobs] == ["done"] * 3
+
+
 @beside
 def test_a_burst_in_node_ends_when_no_engine_answers(tmp_path):
     run = "await run({ burst: true }).catch((error) => say(error.name, error.message));"
@@ -12707,6 +12715,23 @@ def test_a_node_step_is_done_once_and_its_result_is_what_json_gives_back(engine,
         row = ended(engine, job)
     assert (row["result"], row["attempt"]) == ([{"n": [1, None]}, None], 2)
     assert worker.said() == ["first", "second"]
+
+
+def test_a_node_step_whose_name_the_engine_refuses_does_not_run(engine, tmp_path, q):
+    source = (
+        """
+        queue("%s", async (payload, { step }) => {
+          const names = ["", "x".repeat(201), "a\\tb", 7, undefined];
+          const run = (name) => step(name, () => say("ran")).catch((error) => error.message);
+          return Promise.all(names.map(run));
+        });"""
+        % q
+    )
+    job = engine.enqueue(q)
+    with node(tmp_path, engine, source) as worker:
+        errors = ended(engine, job)["result"]
+        assert worker.said() == []
+    assert [error[:27] for error in errors] == ["the name of a step must be "] * 5
 
 
 def test_between_two_steps_a_node_worker_that_stops_lets_the_job_go(engine, tmp_path, q):
