@@ -6805,6 +6805,8 @@ ANSWERS = {
     "an endless line": OK + b"X: " + b"x" * 200000,
     "endless headers": OK + b"".join(b"X-%d: 1\r\n" % number for number in range(200)) + b"Content-Length: 2\r\n\r\n{}",
     "no end of going on": b"HTTP/1.1 100 Continue\r\n\r\n" * 3,
+    "an endless length": OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n{}",
+    "an endless chunk": OK + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n{}\r\n\r\n",
     "a negative length": OK + b"Content-Length: -7\r\n\r\n{}",
     "503": b"HTTP/1.1 503 No\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
 }
@@ -9486,6 +9488,13 @@ def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
         pool = testing.client.pool
         connection = next(one for one in rw.async_calls.idle if one.pool is pool)
     until(lambda: connection.transport.is_closing(), 5)
+
+
+def test_a_client_that_is_closed_makes_no_asyncio_calls(engine, q):
+    client = rw.Client(engine.url, timeout=0.2)
+    client.close()
+    with pytest.raises(rw.EngineUnavailable, match="shut down"):
+        arun(client.aenqueue(q))
 
 
 def test_clients_that_are_never_closed_leave_a_bounded_number_of_connections(https, q, monkeypatch):
