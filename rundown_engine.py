@@ -55,7 +55,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     GET  /jobs       queue, status, tag, group, search (text in payload, error, result, tag or id),
                      limit, after: newest first, paged by `after`. A page looks at a bounded number
                      of jobs: go on while `after` is not null, even if it is empty. brief=true
-                     leaves out payload, result and all but the last line of the error;
+                     leaves out payload, result and all but one line of the error;
                      id=..: as /jobs/{id}, for any id; needed_by=ID: the jobs that this one waits or
                      waited for, in its order; needs=ID: the jobs that wait or waited for this one
     GET  /lost       worker, wait, since (of the previous answer): {"lost": true, "since": ...} as
@@ -115,8 +115,9 @@ At most 64 MiB of requests and 64 MiB of responses are buffered; above that the 
 ones get 503. Done or cancelled jobs are kept for --keep (7d), failed ones for --keep-failed
 (30d). A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is
 early by the difference that is left. After a restart, deadlines that are counted in seconds
-have moved with the clock. When it is set ahead, they move in one transaction, which takes about
-0.2 s per 100,000 running jobs and retries. A job has at most 1,000 steps, of 8 MiB in all.
+have moved with the clock. When it is set ahead, leases and retries move in one transaction, which
+takes about 0.2 s per 100,000; `delay` and `every` count as times then. A job has at most 1,000
+steps, of 8 MiB in all.
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
 purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
@@ -960,7 +961,11 @@ def json_time(moment):
 
 
 def json_last_line(text):
-    return 'null' if text is None else json_quote(text.strip().rpartition('\n')[2])
+    """The last line of an error that is not indented, as lines of a stack are."""
+    if text is None:
+        return 'null'
+    lines = text.strip().split('\n')
+    return json_quote(next((line for line in reversed(lines) if not line[:1].isspace()), ''))
 
 
 def timeout_of(row):
@@ -1528,6 +1533,7 @@ class DiskReserve:
 
     def __init__(self, database_path):
         # constant after start
+        self.database_path = database_path
         self.path = database_path + '-reserve'
         self.folder = os.path.dirname(database_path)
         self.size = 0           # bytes; 0: free space cannot be determined on this disk
@@ -1577,13 +1583,15 @@ class DiskReserve:
         return held
 
     def has_room(self, db):
-        """Whether jobs may be added: the reserve is held or not needed, or there are free pages."""
+        """Whether jobs may be added: the reserve is held or not needed, or the file has room."""
         if self.is_held or self.free >= self.nearly_full:
             return True
         self.update()
         if self.is_held:
             return True
-        return self.free + free_pages(db) * page_size(db) >= 2 * self.size
+        used_pages = page_count(db) - free_pages(db)
+        free_in_file = file_size(self.database_path) - used_pages * page_size(db)
+        return self.free + free_in_file >= 2 * self.size
 
 
 def file_size(path):
@@ -1602,8 +1610,51 @@ def free_pages(db):
     return fetch_value(db, 'PRAGMA freelist_count')
 
 
+def page_count(db):
+    return fetch_value(db, 'PRAGMA page_count')
+
+
 def page_size(db):
     return fetch_value(db, 'PRAGMA page_size')
+
+
+class FileWatch:
+    """Notices that files of the database in use were deleted or replaced."""
+
+    def __init__(self, database_path):
+        # constant after start
+        self.path = database_path
+        self.folder = os.path.dirname(database_path)
+        # touched by the thread that writes only
+        self.inodes = None              # of the database, log and lock file; None: not in use
+        self.folder_mtime = None        # of the folder, when the files in it were looked at
+
+    def watch(self):
+        """From now on the files are in use."""
+        self.inodes = self._find_inodes()
+
+    def _find_inodes(self):
+        return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
+
+    def check(self):
+        """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
+
+        Deleting a file changes its folder's mtime. So after a commit the folder alone is checked,
+        unless its last change is so recent that the next could have the same mtime.
+        """
+        mtime = os.stat(self.folder).st_mtime
+        if mtime == self.folder_mtime:
+            return
+        found = None
+        with contextlib.suppress(FileNotFoundError):
+            found = self._find_inodes()
+        if self.inodes and found != self.inodes:
+            raise Unavailable(
+                f'the database {self.path} or its lock file was deleted or replaced while in use; '
+                'restart the engine')
+        resolution = 0.1 if mtime % 1 else 2     # some file systems store whole seconds
+        is_settled = os.name == 'posix' and mtime < time.time() - resolution
+        self.folder_mtime = mtime if is_settled else None
 
 
 class Database:
@@ -1612,19 +1663,17 @@ class Database:
     def __init__(self, path, sync):
         # constant after start
         self.path = os.path.realpath(path)
-        self.folder = os.path.dirname(self.path)
         self.sync = sync
         self.lock_file = None
-        self.inodes = None              # of the database, log and lock file: _check_files()
         # safe without a lock
         self.readers = []               # all connections that read
         self.idle_readers = []          # connections that no thread uses at the moment
         self.reserve = DiskReserve(self.path)
+        self.files = FileWatch(self.path)
         self.backups = Backups(self)
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
-        self.folder_mtime = None        # of the folder, when the files in it were looked at
         self.is_sparse = False          # much of the file is free pages, which shrink() gives back
         self.checkpoint_pages = 0       # pages in the log that start a checkpoint
         # written by the thread that writes, read by all
@@ -1640,13 +1689,16 @@ class Database:
             self.reserve.open()
             self.db = self._connect_writer(LOCK_TIMEOUT)
             with self.transaction() as db:
+                old_version = fetch_value(db, 'PRAGMA user_version')
                 self._create_or_migrate(db)
+            if 0 < old_version < SCHEMA_VERSION:
+                log(f'{self.path}: migrated from schema {old_version} to {SCHEMA_VERSION}')
             self.db.execute('PRAGMA journal_mode = WAL')
             self._check_integrity()
             self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite
             with self.reading() as db:      # one reader stays, so that the log outlives the writer
                 db.execute('SELECT 1 FROM jobs').fetchone()
-            self.inodes = self._find_inodes()
+            self.files.watch()
         except BaseException as error:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
@@ -1714,14 +1766,14 @@ class Database:
         begun = False
         try:
             if self.last_storage_error:
-                self._check_files()
+                self.files.check()
             if self.db is None:
                 self._reconnect()
             self.db.execute('BEGIN IMMEDIATE')
             begun = True
             yield self.db
             self.db.execute('COMMIT')
-            self._check_files()
+            self.files.check()
         except BaseException as error:
             if self.db and self.db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
@@ -1762,10 +1814,14 @@ class Database:
         with contextlib.suppress(sqlite3.Error):
             self._update_sparse(self.db)
             self._limit_log(self.db)
+            # pages that shrink() gave back leave the file once the log is written into it
+            is_shrunk = file_size(self.path) > page_count(self.db) * page_size(self.db)
+            if self.log_bytes() and (is_shrunk or not self.takes_jobs):
+                self.db.execute('PRAGMA wal_checkpoint(TRUNCATE)')
 
     def _update_sparse(self, db):
         free = free_pages(db)
-        pages = fetch_value(db, 'PRAGMA page_count')
+        pages = page_count(db)
         can_shrink = fetch_value(db, 'PRAGMA auto_vacuum')      # 0: made by 1.1 or older
         self.is_sparse = bool(can_shrink) and free > MIN_FREE_PAGES and free > pages // 4
 
@@ -1793,29 +1849,6 @@ class Database:
             return [f'the write-ahead log has {log_bytes >> 20} MiB: another program has been '
                     'reading the database for long']
         return []
-
-    def _find_inodes(self):
-        return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
-
-    def _check_files(self):
-        """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
-
-        Deleting a file changes its folder's mtime. So after a commit the folder alone is checked,
-        unless its last change is so recent that the next could have the same mtime.
-        """
-        mtime = os.stat(self.folder).st_mtime
-        if mtime == self.folder_mtime:
-            return
-        found = None
-        with contextlib.suppress(FileNotFoundError):
-            found = self._find_inodes()
-        if self.inodes and found != self.inodes:
-            raise Unavailable(
-                f'the database {self.path} or its lock file was deleted or replaced while in use; '
-                'restart the engine')
-        resolution = 0.1 if mtime % 1 else 2     # some file systems store whole seconds
-        is_settled = os.name == 'posix' and mtime < time.time() - resolution
-        self.folder_mtime = mtime if is_settled else None
 
     @contextlib.contextmanager
     def reading(self):
@@ -1846,7 +1879,7 @@ class Database:
         for db in (self.db, *self.readers):
             if db:
                 db.close()
-        if self.inodes:
+        if self.files.inodes:
             self.backups.remove_left()
         if self.lock_file:
             self.lock_file.close()
@@ -2177,6 +2210,11 @@ class Transaction:
             yield item
             if self.is_slice_over():
                 return
+
+    def keep_small(self):
+        """Claim and change little: what a transaction writes has to fit into the disk's reserve."""
+        self.response_budget = min(self.response_budget, DISK_RESERVE_BYTES // 8)
+        self.slice_ends = time.monotonic() + SLICE_TIME / 10
 
     def begin_slice(self):
         if self.slice_ends is None:
@@ -2802,7 +2840,10 @@ class Claims:
     def _lose(self, tx, job):
         again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
         self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
-        tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
+        tx.log_lines.append(
+            f'job {describe(job["id"])} (queue {describe(job["queue"])}, '
+            f'attempt {job["attempt"]}): worker {describe(job["worker"])} lost, '
+            f'{"given back" if again else "failed"}')
 
 
 class Pause(NamedTuple):
@@ -3584,7 +3625,7 @@ class Queries:
             self._why_blocked(db, row),
             self._why_limited(queue),
             self._why_delayed(row),
-            self._why_unpolled(row['queue']),
+            self._why_unpolled(row),
             self._why_behind(db, row),
         ) if reason] or ['next in line']
         return '; '.join([*reasons, *self._why_expiring(row)])
@@ -3621,12 +3662,17 @@ class Queries:
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
         return f'scheduled for {rfc3339(row["next_run_at"])}{retry}'
 
-    def _why_unpolled(self, queue):
-        polled_at = self.workers.last_polled.get(queue)
+    def _why_unpolled(self, row):
+        """A worker polls at least every LONG_POLL_TIMEOUT seconds, and gets a job that is due."""
+        polled_at = self.workers.last_polled.get(row['queue'])
         if polled_at is None:
-            return no_worker_warning(queue, tuple(self.workers.last_polled)[-20:])
-        minutes = (self.clock.now() - polled_at) // micros(60)
-        return f'no worker has polled the queue for {minutes} minutes' if minutes > 0 else None
+            return no_worker_warning(row['queue'], tuple(self.workers.last_polled)[-20:])
+        silence = (self.clock.now() - polled_at) // micros(1)
+        if silence >= 60:
+            return f'no worker has polled the queue for {silence // 60} minutes'
+        if silence >= 30 and row['hold'] == READY:
+            return f'no worker has polled the queue for {silence} seconds'
+        return None
 
     def _why_expiring(self, row):
         if row['expires_at'] is None or row['attempt']:
@@ -3709,8 +3755,9 @@ class Overview:
 
     def _queues_json(self, rows, oldest, now):
         workers = collections.defaultdict(list)
-        for worker, queue in list(self.workers.seen):
-            workers[queue].append(worker)
+        for (worker, queue), (seen_at, _) in list(self.workers.seen.items()):
+            if seen_at > now - micros(WORKER_SILENCE):
+                workers[queue].append(worker)
         return [self._queue_json(row, due, workers[row['queue']], now)
                 for row, due in zip(rows, oldest)]
 
@@ -3826,7 +3873,7 @@ def observe(histogram, buckets, value):
     histogram[-1] += value
 
 
-# An unresolved end is due at once: 1 is a time in 1970.
+# An unresolved end is due at once: as a time, the number of its job is in 1970.
 NEXT_DEADLINE = f'''
     SELECT MIN(moment) FROM (
         SELECT MIN(next_run_at) AS moment FROM jobs WHERE status = 'pending' AND hold = {DELAYED}
@@ -3834,7 +3881,7 @@ NEXT_DEADLINE = f'''
         UNION ALL SELECT MIN(next_run_at) FROM schedules
         UNION ALL SELECT MIN(expires_at) FROM jobs
             WHERE expires_at IS NOT NULL AND status = 'pending' AND attempt = 0
-        UNION ALL SELECT (SELECT 1 FROM unresolved_ends LIMIT 1)
+        UNION ALL SELECT MIN(job) FROM unresolved_ends
         UNION ALL SELECT ?)'''
 
 
@@ -4417,6 +4464,8 @@ class Committer:
         """(tx, the time at which it began). First of all leases and the clock are put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
         tx.takes_jobs = self.database.reserve.has_room(db)
+        if not tx.takes_jobs:
+            tx.keep_small()
         began = time.monotonic()
         gap = began - self.listening_until
         if gap > MAX_LISTEN_GAP or self.database.last_storage_error:
@@ -6148,6 +6197,8 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
         reason = f'cannot be listened on: {error}'
         if getattr(error, 'errno', None) == errno.EADDRINUSE:
             reason = 'is taken: another engine or program listens there; --port takes another'
+        elif isinstance(error, PermissionError):
+            reason = 'is not allowed to this user; --port takes another'
         raise StartupError(f'{host}:{port} {reason}') from None
     try:
         open_store(server, Database(db, sync), clock, ages)
@@ -6173,8 +6224,8 @@ def tls_context(cert, key):
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:        # SSLError is one
-        raise StartupError(f'--cert {cert} or --key {key} cannot be used: '
-                           f'{error.strerror or error}') from None
+        files = f'--cert {cert} or --key {key}' if key else f'--cert {cert}'
+        raise StartupError(f'{files} cannot be used: {error.strerror or error}') from None
     return context
 
 
@@ -6279,7 +6330,7 @@ class StopSignals:
 def print_greeting(server):
     secret = ' -H "Authorization: Bearer $RUNDOWN_TOKEN"' if server.token else ''
     with contextlib.suppress(OSError, ValueError, AttributeError):      # there may be no stdout
-        print(f'Rundown engine on {server.url}, jobs in {server.store.database.path}; '
+        print(f'Rundown engine {VERSION} on {server.url}, jobs in {server.store.database.path}; '
               'that address shows the dashboard in a browser.\n'
               f'A first job: curl -H "Content-Type: application/json"{secret} {server.url}/enqueue '
               '-d \'{"queue": "images", "payload": "a.jpg"}\'', flush=True)
@@ -7116,6 +7167,21 @@ svg {
 
 /* -- Narrow screens: each row becomes a card whose cells carry their headings ---------------- */
 @media (max-width: 78rem) {
+  .last_hour {
+    display: none;
+  }
+
+  #queues th.number {
+    width: 4.5rem;
+    padding-left: 0;
+  }
+
+  #halves {
+    grid-template-columns: 1fr;
+  }
+}
+
+@media (max-width: 66rem) {
   table:not(.small) {
     &,
     tbody,
@@ -7174,17 +7240,9 @@ svg {
       font-weight: 600;
     }
 
-    td.zero {
-      order: 1;
-    }
-
     td.actions {
       order: 2;
     }
-  }
-
-  #halves {
-    grid-template-columns: 1fr;
   }
 
   #queues td.state {
@@ -8010,9 +8068,10 @@ function unservedItem({queue, due, polled_at}) {
   return [jobsLink({queue}), " (", since, plural(due, "job"), " due)"];
 }
 
-function hungItem({worker, queue, hung}) {
+function hungItem({worker, queues, hung}) {
   const name = worker || "without a name";
-  return [name, " (", plural(hung, "hung thread"), " in ", jobsLink({queue}), ")"];
+  const links = queues.map((queue, i) => [i ? ", " : "", jobsLink({queue})]);
+  return [name, " (", plural(hung, "hung thread"), " in ", links, ")"];
 }
 
 function drawTitle() {
@@ -8022,7 +8081,7 @@ function drawTitle() {
 
 function drawProblems(health, {unserved, totals, workers}) {
   const isInTrouble = health.status !== "ok";
-  const hung = workers.filter(worker => worker.hung);
+  const hung = byWorker(workers.filter(row => isLive(row) && row.hung));
   show({
     storage: isInTrouble ? "Storage trouble: " + health.storage : "",
     warnings: [
@@ -8171,7 +8230,7 @@ function queueState(row) {
     return ["open", limitText(row)];
   }
   const look = oldest_age === null ? "soft" : "bad";
-  const silence = polled_at ? "no worker " + duration(ageOf(polled_at)) : "no worker yet";
+  const silence = polled_at ? "last worker " + ago(polled_at) : "no worker yet";
   return [el("span", {class: look}, silence), limitText(row)];
 }
 
@@ -8199,7 +8258,7 @@ function byWorker(seen) {       // one row for each worker, with all its queues
     const row = workers.get(worker) || {worker, queues: [], seen_at, hung: 0, running: 0};
     row.queues.push(queue);
     row.seen_at = seen_at > row.seen_at ? seen_at : row.seen_at;
-    row.hung += hung;
+    row.hung = Math.max(row.hung, hung);        // each queue repeats the worker's number
     row.running += running;
     workers.set(worker, row);
   }
@@ -8208,8 +8267,11 @@ function byWorker(seen) {       // one row for each worker, with all its queues
     names(a).localeCompare(names(b)) || String(a.worker).localeCompare(String(b.worker))));
 }
 
+function isLive(worker) {
+  return worker.running || ageOf(worker.seen_at) < WORKER_SILENCE;
+}
+
 function drawWorkers(seen) {
-  const isLive = row => row.running || ageOf(row.seen_at) < WORKER_SILENCE;
   const workers = byWorker(seen);
   const gone = workers.filter(row => !isLive(row));
   drawTable("workers", workers.filter(isLive), row => row.worker);
@@ -8274,8 +8336,9 @@ function filters() {
   return Object.fromEntries(FILTERS.filter(name => params[name]).map(name => [name, params[name]]));
 }
 
-function lastLine(error) {
-  return (error || "").trim().split("\n").pop();
+function lastLine(error) {      // that is not indented, as lines of a stack are
+  const lines = (error || "").trim().split("\n");
+  return lines.reverse().find(line => !/^\s/.test(line));
 }
 
 function jobDetail(job) {

@@ -440,7 +440,9 @@ def as_json(value, name):
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
         path = truncate_middle(path, 200)
-        if isinstance(error, TypeError):    # it only says which type that is
+        if isinstance(part, dict):
+            check_own_keys(part, path)
+        if isinstance(error, TypeError):    # its text only says which type that is
             raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
                           'str() of it may do') from None
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
@@ -473,17 +475,24 @@ def parts_of(value):
 
 
 def check_keys(value, name):
-    """Raise NotJSON for a dictionary key that JSON would turn into a string."""
+    """Raise NotJSON for a dictionary key that is not a string, at any depth."""
     pending = [(value, None)]           # containers, each with its path: (path of its parent, key)
     while pending:
         container, path = pending.pop()
+        if isinstance(container, dict) and not all(isinstance(key, str) for key in container):
+            check_own_keys(container, truncate_middle(name + path_text(path), 200))
         for key, part in parts_of(container):
-            if not isinstance(key, str) and isinstance(container, dict):
-                where = truncate_middle(name + path_text(path), 200)
-                kind = f'the key {truncate_middle(repr(key), 100)}, a {type(key).__name__}'
-                raise NotJSON(f'{where} has {kind}, which JSON would turn into a string')
             if isinstance(part, (dict, list, tuple)):
                 pending.append((part, (path, key)))
+
+
+def check_own_keys(container, path):
+    """Raise NotJSON for the first key of a dictionary that is not a string."""
+    for key in container:
+        if not isinstance(key, str):
+            text = truncate_middle(repr(key), 100)
+            raise NotJSON(f'{path} has the key {text} of the type {type(key).__name__}; '
+                          'in JSON, all keys are strings')
 
 
 def path_text(path):
@@ -516,6 +525,27 @@ def duration(name, span):
     if not is_number or seconds != seconds:     # NaN differs from itself
         raise Misuse(f'{name} must be a number of seconds or a timedelta, not {span!r}')
     return seconds
+
+
+def check_names(given, known, problem='there is no option'):
+    """Raise Misuse for an unknown name, and suggest the most similar known one."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise Misuse(f'{problem} {name}{hint}')
+
+
+def suggest_known_options(function: F) -> F:
+    """Decorator: the error for an unknown option suggests the most similar known one."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        check_names(kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def require_temporary_folder():
@@ -707,9 +737,9 @@ class ConnectionPool(urllib.request.BaseHandler):
     def _take_idle(self, origin):
         """The last used connection to the origin, or None. Closes those to other origins."""
         if self.process != os.getpid():
-            self.process = os.getpid()
             self.idle = collections.deque()
             self.active = set()
+            self.process = os.getpid()      # last: another thread may look at it meanwhile
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
@@ -748,27 +778,6 @@ class ConnectionPool(urllib.request.BaseHandler):
 
 
 # -- Client ----------------------------------------------------------------------------------------
-def check_names(given, known, problem='there is no option'):
-    """Raise Misuse for an unknown name, and suggest the most similar known one."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            raise Misuse(f'{problem} {name}{hint}')
-
-
-def suggest_known_options(function: F) -> F:
-    """Decorator: the error for an unknown option suggests the most similar known one."""
-    known = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        check_names(kwargs, known)
-        return function(*args, **kwargs)
-
-    return checked
-
-
 class ActiveHost:
     """The engine that a client and its clones use, one of several."""
 
@@ -952,7 +961,7 @@ class Caller:
         texts = [as_json({**given, 'id': id}, 'the job') for id in job_ids(jobs)]
         replies = []
         for batch in batches(texts, len):
-            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
+            replies += self.call(path, batch_body(batch))['jobs']
         return {'jobs': replies}
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
@@ -1057,8 +1066,7 @@ class ProducerCalls(Caller):
     def _enqueue_batch(self, texts, give_up):
         """The jobs of a batch. A batch that is too large for a proxy is sent in halves."""
         try:
-            body = '{"jobs":[' + ','.join(texts) + ']}'
-            return self.call('/enqueue', body, give_up=give_up)['jobs']
+            return self.call('/enqueue', batch_body(texts), give_up=give_up)['jobs']
         except EngineUnavailable as error:
             half = len(texts) // 2
             if error.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE or not half:
@@ -1429,7 +1437,8 @@ def results(
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 
-UNREACHABLE = (OSError, http.client.HTTPException, ValueError, RecursionError)
+# http.client raises an OverflowError for a length that no computer has
+UNREACHABLE = (OSError, http.client.HTTPException, ValueError, OverflowError, RecursionError)
 
 
 def encode_body(body):
@@ -1548,7 +1557,12 @@ def given_fields(fields):
     }
 
 
-BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
+def batch_body(texts):
+    """The body of a request about several jobs, which are given as JSON text."""
+    return '{"jobs":[' + ','.join(texts) + ']}'
+
+
+BATCH_FRAME = len(batch_body([]))       # bytes around the items of a batch
 
 
 def batches(items, size, most=MAX_BATCH):
@@ -1677,6 +1691,8 @@ class AsyncCalls:
         origin = (request.type, request.host)
         data = request_bytes(request)
         while True:
+            if pool.closed:
+                raise ConnectionAbortedError('the connection was shut down')
             reused = self._take_idle(pool, origin)
             connection = reused or await AsyncConnection.open(self.loop, pool, origin)
             try:
@@ -1686,7 +1702,7 @@ class AsyncCalls:
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close:
+            if response.will_close or pool.closed:
                 connection.close()
             else:
                 self.idle.append(connection)
@@ -4414,6 +4430,7 @@ class Child:
 
     def run(self):
         self.load()
+        return_free_memory()
         self.send(READY)
         start_daemon_thread(self._receive_jobs, 'receive')
         for job in iter(self.jobs.get, None):
@@ -4848,10 +4865,11 @@ class Registry:
             poll_interval=poll_interval, concurrency=concurrency,
             **drop_none(max_retries=max_retries, timeout=timeout, max_jobs=max_jobs),
         )
+        limits = limit_calls(name, max_running, rate)
         config = QueueConfig(
             name=name, host=host, poll_interval=poll_interval, max_retries=max_retries,
             timeout=timeout, concurrency=concurrency, isolate=isolate, max_jobs=max_jobs,
-            setup_calls=engine_settings(name, max_running, rate, cron, every, zone),
+            setup_calls=limits + schedule_calls(name, cron, every, zone),
         )
 
         def register(function):
@@ -4912,7 +4930,7 @@ class Registry:
         if 'poll_interval' in settings:
             settings['poll_interval'] = in_seconds(settings['poll_interval'])
         max_running = settings.pop('max_running', None)
-        limits = engine_settings(queue, max_running, settings.pop('rate', None))
+        limits = limit_calls(queue, max_running, settings.pop('rate', None))
         timeout = in_seconds(timeout)
         check_settings(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
         policy = Policy(backoff, retry_on, abort_on)
@@ -5307,28 +5325,30 @@ def check_call(function, args, kwargs=None):
         raise Misuse(f'{name} cannot be called like this: {error}') from None
 
 
-def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
-    """The calls that tell an engine the limits of a queue and its schedule."""
-    is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2
-    if rate is not None and not is_pair and not isinstance(rate, int):
-        raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
-    claims, seconds = rate if is_pair else (rate, 1)
-    limits = drop_none(
-        max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
+def limit_calls(queue, max_running, rate):
+    """The call that sets the limits of a queue, as a list; empty without a limit."""
+    limits = drop_none(max_running=max_running)
+    if isinstance(rate, int):
+        rate = (rate, 1)
+    if rate is not None:
+        if not isinstance(rate, (tuple, list)) or len(rate) != 2:
+            raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
+        limits.update(rate=rate[0], per=in_seconds(rate[1]))
+    check_settings(**limits)
+    return [('/limit', {'queue': queue, **limits})] if limits else []
+
+
+def schedule_calls(queue, cron, every, zone):
+    """The call that schedules jobs of a queue, as a list; empty without a schedule."""
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_settings(**limits, **schedule)
-    is_cron = 'cron' in schedule or 'zone' in schedule
-    if is_cron and ('every' in schedule or not isinstance(cron, str) or not cron):
+    check_settings(**schedule)
+    is_cron = cron is not None or zone is not None
+    if is_cron and (every is not None or not isinstance(cron, str) or not cron):
         raise Misuse(
             'cron must be a string like "0 3 * * *", as zone needs one, without every, '
             f'not {cron!r}'
         )
-    calls = []
-    if limits:
-        calls.append(('/limit', {'queue': queue, **limits}))
-    if cron or every:
-        calls.append(('/schedule', {'queue': queue, **schedule}))
-    return calls
+    return [('/schedule', {'queue': queue, **schedule})] if cron or every else []
 
 
 def report_undeclared(worker):
@@ -5657,9 +5677,9 @@ class Outbox:
     def execute(self, statement, *values):
         """The rows of a statement as tuples, also if the connection has a row factory."""
         with contextlib.closing(self.connection.cursor()) as cursor:
-            # sqlite3's and psycopg's; SQLAlchemy may pass on the attribute of the connection alone
-            if hasattr(self.connection, 'row_factory') and hasattr(cursor, 'row_factory'):
-                cursor.row_factory = self.row_factory
+            if hasattr(self.connection, 'row_factory'):     # sqlite3 and psycopg
+                with contextlib.suppress(AttributeError):   # an adapter whose rows are plain
+                    cursor.row_factory = self.row_factory
             cursor.execute(statement.replace('?', self.parameter), values)
             rows = cursor.fetchall() if cursor.description else []
         return [tuple(row.values() if isinstance(row, dict) else row) for row in rows]
