@@ -9191,6 +9191,7 @@ const FAREWELL = 2; // seconds for reports after the grace of a worker that stop
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 100; // jobs in a request
+const MAX_STEPS = 1000; // of a job
 const MAX_ERROR = 10000; // characters that are kept of an error that was refused as too long
 const MAX_LINE = 200; // characters of an error in the log
 const MAX_TIMER = 2 ** 31 - 1; // milliseconds that a timer of Node takes
@@ -9632,17 +9633,25 @@ class Worker {
         });
       }
       if (!jobs.length) {
-        this.endBurst(name, changes);
+        if (this.burst && !(await this.isHeldBack(name))) {
+          this.endBurst(name, changes);
+        }
         await pause(began + (wait || 0.05) - now(), signal); // an engine that stops answers at once
       }
     }
+  }
+
+  /** Does a rate hold back due jobs of the queue? A burst waits for them. */
+  async isHeldBack(name) {
+    const { queues: rows } = await call(`/queues?queue=${encodeURIComponent(name)}`);
+    return rows.some(({ oldest_age, rate, paused }) => oldest_age !== null && rate && !paused);
   }
 
   /** A burst is over when no queue had a job since the last claim ended. */
   endBurst(name, changes) {
     this.emptyAt.set(name, changes);
     const isEmpty = (each) => this.emptyAt.get(each) === this.changes;
-    if (this.burst && !this.claims.size && [...queues.keys()].every(isEmpty)) {
+    if (!this.claims.size && [...queues.keys()].every(isEmpty)) {
       this.stop();
     }
   }
@@ -9851,6 +9860,7 @@ class Claim {
     if (this.steps.has(name)) {
       return this.steps.get(name);
     }
+    checkStep(name, this.steps.size);
     this.letGo();
     const result = (await action()) ?? null;
     try {
@@ -9874,6 +9884,17 @@ class Claim {
       this.release();
     }
     this.controller.signal.throwIfAborted();
+  }
+}
+
+/** Before the step runs: what the engine refuses afterwards would run again in each attempt. */
+function checkStep(name, count) {
+  if (typeof name !== "string" || !/^[^\p{Cc}\p{Cs}]{1,200}$/u.test(name)) {
+    const rule = "a string of 1 to 200 characters without control characters";
+    throw new TypeError(`the name of a step must be ${rule}, not ${inspect(name)}`);
+  }
+  if (count >= MAX_STEPS) {
+    throw new RangeError(`a job has at most ${MAX_STEPS} steps`);
   }
 }
 

@@ -6849,6 +6849,8 @@ ANSWERS = {
     "an endless line": OK + b"X: " + b"x" * 200000,
     "endless headers": OK + b"".join(b"X-%d: 1\r\n" % number for number in range(200)) + b"Content-Length: 2\r\n\r\n{}",
     "no end of going on": b"HTTP/1.1 100 Continue\r\n\r\n" * 3,
+    "an endless length": OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n{}",
+    "an endless chunk": OK + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n{}\r\n\r\n",
     "a negative length": OK + b"Content-Length: -7\r\n\r\n{}",
     "503": b"HTTP/1.1 503 No\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
 }
@@ -9530,6 +9532,13 @@ def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
         pool = testing.client.pool
         connection = next(one for one in rw.async_calls.idle if one.pool is pool)
     until(lambda: connection.transport.is_closing(), 5)
+
+
+def test_a_client_that_is_closed_makes_no_asyncio_calls(engine, q):
+    client = rw.Client(engine.url, timeout=0.2)
+    client.close()
+    with pytest.raises(rw.EngineUnavailable, match="shut down"):
+        arun(client.aenqueue(q))
 
 
 def test_clients_that_are_never_closed_leave_a_bounded_number_of_connections(https, q, monkeypatch):
@@ -12393,6 +12402,14 @@ def test_a_burst_in_node_works_off_what_is_due_and_ends(engine, tmp_path, q):
     assert statuses == ["done", "done", "done", "pending"]
 
 
+def test_a_burst_in_node_waits_for_a_rate_that_holds_up_due_jobs(engine, tmp_path, q):
+    engine.post("/limit", queue=q, rate=1, per=0.5)
+    jobs = [engine.enqueue(q, number) for number in range(3)]
+    with node(tmp_path, engine, ECHO % q, run="await run({ burst: true });") as worker:
+        assert worker.wait() == 0
+    assert [engine.job(job)["status"] for job in jobs] == ["done"] * 3
+
+
 @beside
 def test_a_burst_in_node_ends_when_no_engine_answers(tmp_path):
     run = "await run({ burst: true }).catch((error) => say(error.name, error.message));"
@@ -12811,6 +12828,23 @@ def test_a_node_step_is_done_once_and_its_result_is_what_json_gives_back(engine,
         row = ended(engine, job)
     assert (row["result"], row["attempt"]) == ([{"n": [1, None]}, None], 2)
     assert worker.said() == ["first", "second"]
+
+
+def test_a_node_step_whose_name_the_engine_refuses_does_not_run(engine, tmp_path, q):
+    source = (
+        """
+        queue("%s", async (payload, { step }) => {
+          const names = ["", "x".repeat(201), "a\\tb", 7, undefined];
+          const run = (name) => step(name, () => say("ran")).catch((error) => error.message);
+          return Promise.all(names.map(run));
+        });"""
+        % q
+    )
+    job = engine.enqueue(q)
+    with node(tmp_path, engine, source) as worker:
+        errors = ended(engine, job)["result"]
+        assert worker.said() == []
+    assert [error[:27] for error in errors] == ["the name of a step must be "] * 5
 
 
 def test_between_two_steps_a_node_worker_that_stops_lets_the_job_go(engine, tmp_path, q):
