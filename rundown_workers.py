@@ -737,9 +737,9 @@ class ConnectionPool(urllib.request.BaseHandler):
     def _take_idle(self, origin):
         """The last used connection to the origin, or None. Closes those to other origins."""
         if self.process != os.getpid():
-            self.process = os.getpid()
             self.idle = collections.deque()
             self.active = set()
+            self.process = os.getpid()      # last: another thread may look at it meanwhile
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
@@ -1437,7 +1437,8 @@ def results(
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 
-UNREACHABLE = (OSError, http.client.HTTPException, ValueError, RecursionError)
+# http.client raises an OverflowError for a length that no computer has
+UNREACHABLE = (OSError, http.client.HTTPException, ValueError, OverflowError, RecursionError)
 
 
 def encode_body(body):
@@ -1690,6 +1691,8 @@ class AsyncCalls:
         origin = (request.type, request.host)
         data = request_bytes(request)
         while True:
+            if pool.closed:
+                raise ConnectionAbortedError('the connection was shut down')
             reused = self._take_idle(pool, origin)
             connection = reused or await AsyncConnection.open(self.loop, pool, origin)
             try:
@@ -1699,7 +1702,7 @@ class AsyncCalls:
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close:
+            if response.will_close or pool.closed:
                 connection.close()
             else:
                 self.idle.append(connection)
@@ -4862,10 +4865,11 @@ class Registry:
             poll_interval=poll_interval, concurrency=concurrency,
             **drop_none(max_retries=max_retries, timeout=timeout, max_jobs=max_jobs),
         )
+        limits = limit_calls(name, max_running, rate)
         config = QueueConfig(
             name=name, host=host, poll_interval=poll_interval, max_retries=max_retries,
             timeout=timeout, concurrency=concurrency, isolate=isolate, max_jobs=max_jobs,
-            setup_calls=engine_settings(name, max_running, rate, cron, every, zone),
+            setup_calls=limits + schedule_calls(name, cron, every, zone),
         )
 
         def register(function):
@@ -4926,7 +4930,7 @@ class Registry:
         if 'poll_interval' in settings:
             settings['poll_interval'] = in_seconds(settings['poll_interval'])
         max_running = settings.pop('max_running', None)
-        limits = engine_settings(queue, max_running, settings.pop('rate', None))
+        limits = limit_calls(queue, max_running, settings.pop('rate', None))
         timeout = in_seconds(timeout)
         check_settings(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
         policy = Policy(backoff, retry_on, abort_on)
@@ -5321,28 +5325,30 @@ def check_call(function, args, kwargs=None):
         raise Misuse(f'{name} cannot be called like this: {error}') from None
 
 
-def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
-    """The calls that tell an engine the limits of a queue and its schedule."""
-    is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2
-    if rate is not None and not is_pair and not isinstance(rate, int):
-        raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
-    claims, seconds = rate if is_pair else (rate, 1)
-    limits = drop_none(
-        max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
+def limit_calls(queue, max_running, rate):
+    """The call that sets the limits of a queue, as a list; empty without a limit."""
+    limits = drop_none(max_running=max_running)
+    if isinstance(rate, int):
+        rate = (rate, 1)
+    if rate is not None:
+        if not isinstance(rate, (tuple, list)) or len(rate) != 2:
+            raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
+        limits.update(rate=rate[0], per=in_seconds(rate[1]))
+    check_settings(**limits)
+    return [('/limit', {'queue': queue, **limits})] if limits else []
+
+
+def schedule_calls(queue, cron, every, zone):
+    """The call that schedules jobs of a queue, as a list; empty without a schedule."""
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_settings(**limits, **schedule)
-    is_cron = 'cron' in schedule or 'zone' in schedule
-    if is_cron and ('every' in schedule or not isinstance(cron, str) or not cron):
+    check_settings(**schedule)
+    is_cron = cron is not None or zone is not None
+    if is_cron and (every is not None or not isinstance(cron, str) or not cron):
         raise Misuse(
             'cron must be a string like "0 3 * * *", as zone needs one, without every, '
             f'not {cron!r}'
         )
-    calls = []
-    if limits:
-        calls.append(('/limit', {'queue': queue, **limits}))
-    if cron or every:
-        calls.append(('/schedule', {'queue': queue, **schedule}))
-    return calls
+    return [('/schedule', {'queue': queue, **schedule})] if cron or every else []
 
 
 def report_undeclared(worker):

@@ -4848,6 +4848,20 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
     raise AssertionError("a step took %.3f s" % max(steps))
 
 
+def test_what_falls_due_has_time_of_its_own_beside_requests_that_use_up_theirs(clocked, q):
+    def work(tx):
+        for _ in tx.paced(itertools.count()):
+            pass
+        clocked.clock.move(10)
+        tx.now = store.clock.now()
+        loop.committer._maintain(tx)
+        return tx.fetch_one("SELECT COUNT(*) FROM jobs WHERE hold = ?", rundown_engine.READY)[0]
+
+    loop, store = clocked.server.loop, clocked.server.store
+    clocked.post("/enqueue", jobs=[{"queue": q, "delay": 9}] * 300)
+    assert loop.run_in_transaction(work) > 50
+
+
 # -- values: every field of every call, with every kind of value ---------------------------------
 
 TAKES = {
@@ -6839,6 +6853,8 @@ ANSWERS = {
     "an endless line": OK + b"X: " + b"x" * 200000,
     "endless headers": OK + b"".join(b"X-%d: 1\r\n" % number for number in range(200)) + b"Content-Length: 2\r\n\r\n{}",
     "no end of going on": b"HTTP/1.1 100 Continue\r\n\r\n" * 3,
+    "an endless length": OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n{}",
+    "an endless chunk": OK + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n{}\r\n\r\n",
     "a negative length": OK + b"Content-Length: -7\r\n\r\n{}",
     "503": b"HTTP/1.1 503 No\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
 }
@@ -9520,6 +9536,13 @@ def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
         pool = testing.client.pool
         connection = next(one for one in rw.async_calls.idle if one.pool is pool)
     until(lambda: connection.transport.is_closing(), 5)
+
+
+def test_a_client_that_is_closed_makes_no_asyncio_calls(engine, q):
+    client = rw.Client(engine.url, timeout=0.2)
+    client.close()
+    with pytest.raises(rw.EngineUnavailable, match="shut down"):
+        arun(client.aenqueue(q))
 
 
 def test_clients_that_are_never_closed_leave_a_bounded_number_of_connections(https, q, monkeypatch):
@@ -12383,6 +12406,14 @@ def test_a_burst_in_node_works_off_what_is_due_and_ends(engine, tmp_path, q):
     assert statuses == ["done", "done", "done", "pending"]
 
 
+def test_a_burst_in_node_waits_for_a_rate_that_holds_up_due_jobs(engine, tmp_path, q):
+    engine.post("/limit", queue=q, rate=1, per=0.5)
+    jobs = [engine.enqueue(q, number) for number in range(3)]
+    with node(tmp_path, engine, ECHO % q, run="await run({ burst: true });") as worker:
+        assert worker.wait() == 0
+    assert [engine.job(job)["status"] for job in jobs] == ["done"] * 3
+
+
 @beside
 def test_a_burst_in_node_ends_when_no_engine_answers(tmp_path):
     run = "await run({ burst: true }).catch((error) => say(error.name, error.message));"
@@ -12801,6 +12832,23 @@ def test_a_node_step_is_done_once_and_its_result_is_what_json_gives_back(engine,
         row = ended(engine, job)
     assert (row["result"], row["attempt"]) == ([{"n": [1, None]}, None], 2)
     assert worker.said() == ["first", "second"]
+
+
+def test_a_node_step_whose_name_the_engine_refuses_does_not_run(engine, tmp_path, q):
+    source = (
+        """
+        queue("%s", async (payload, { step }) => {
+          const names = ["", "x".repeat(201), "a\\tb", 7, undefined];
+          const run = (name) => step(name, () => say("ran")).catch((error) => error.message);
+          return Promise.all(names.map(run));
+        });"""
+        % q
+    )
+    job = engine.enqueue(q)
+    with node(tmp_path, engine, source) as worker:
+        errors = ended(engine, job)["result"]
+        assert worker.said() == []
+    assert [error[:27] for error in errors] == ["the name of a step must be "] * 5
 
 
 def test_between_two_steps_a_node_worker_that_stops_lets_the_job_go(engine, tmp_path, q):
