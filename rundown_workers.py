@@ -96,8 +96,8 @@ They use `await step(...)` with a coroutine function, `await checkpoint(...)` an
 `async for item in track(...)`. Each job has its own context variables. job() also works in threads
 and thread pools of a handler.
 
-A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
-queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
+A handler must not wait for a job of its own queue that needs its slot: if it holds the only one,
+and no other worker polls the queue, the wait raises Error at once.
 
 SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
 the others are released, and the worker exits with 0. A handler that reaches a step or checkpoint
@@ -309,7 +309,7 @@ MAX_HUNG = 10               # hung threads at which the worker ends
 WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
 MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
-MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
+BURST_INTERVAL = 0.5        # seconds between two polls of a burst for an empty queue
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
 MAX_STEPS = 1000            # steps of a job, as the engine bounds them
 MAX_STEP_NAME = 200         # characters in the name of a step
@@ -1085,15 +1085,16 @@ class ProducerCalls(Caller):
         Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
         for `give_up` seconds, or until the timeout.
 
-        A handler that waits for a job of its own queue lends its slot to the queue's jobs, if no
-        other is free, and continues when it has it back.
+        In a handler: Error if the job needs the slot of this handler, and so would never start.
         """
         waiting = Waiting(self, job, timeout, give_up)
-        with waiting_in_handler(self, job):
-            while True:
-                job = self.call(**waiting.next_call(LONG_POLL))
-                if waiting.is_over(job):
-                    return Job(job, self)
+        claim = current.get()
+        if may_deadlock(claim, job):
+            check_deadlock(self, claim, waiting)
+        while True:
+            job = self.call(**waiting.next_call(LONG_POLL))
+            if waiting.is_over(job):
+                return Job(job, self)
 
     async def await_job(
         self,
@@ -1102,8 +1103,11 @@ class ProducerCalls(Caller):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
-        async with awaiting_in_handler(self, job):
-            return Job(await async_calls.wait(self, job, timeout, give_up), self)
+        claim = current.get()
+        if may_deadlock(claim, job):
+            waiting = Waiting(self, job, timeout, give_up)
+            await run_in_thread(check_deadlock, self, claim, waiting)
+        return Job(await async_calls.wait(self, job, timeout, give_up), self)
 
     @suggest_known_options
     def schedule(
@@ -1841,30 +1845,39 @@ def inputs() -> list[Any]:
     return [results.get(id) for id in after]
 
 
-@contextlib.contextmanager
-def waiting_in_handler(client, job):
-    """Surrounds a wait for a job, or an id. In a handler, see Consumer.begin_wait()."""
-    claim = current.get()
-    has_lent = claim and claim.begin_wait(client.job(job) if isinstance(job, str) else job)
-    try:
-        yield
-    finally:
-        if has_lent:
-            claim.take_slot_back()
+def may_deadlock(claim, job):
+    """Whether a handler's wait for this job, or id, has to be checked; claim: of the handler."""
+    if claim is None or not claim.holds_last_slot():
+        return False
+    return isinstance(job, str) or job.get('queue') == claim.job.get('queue')
 
 
-@contextlib.asynccontextmanager
-async def awaiting_in_handler(client, job):
-    """waiting_in_handler() on an event loop."""
-    claim = current.get()
-    if claim and isinstance(job, str):
-        job = await async_calls.call(client, '/jobs/' + quote(job))
-    has_lent = claim and await run_in_thread(claim.begin_wait, job)
+def check_deadlock(client, claim, waiting):
+    """Warn if a handler waits for a job of its own queue, and occupies the last slot.
+
+    Raises Error instead if it is the only slot, and no other worker polls the queue.
+    """
+    job = client.call(**waiting.next_call(0))
+    queue = claim.job.get('queue')
+    worker = claim.job.get('worker')
+    is_prefetched = job['status'] == 'running' and job['worker'] == worker
+    if job['queue'] != queue or job['status'] != 'pending' and not is_prefetched:
+        return
+    text = f'{describe_job(claim.job)} waits for the job {job["id"]} of its own queue'
+    if claim.holds_only_slot() and not has_other_workers(client, queue, worker, waiting):
+        raise Error(f'the handler of {text}, which needs its slot: raise the concurrency, use '
+                    'another queue, or enqueue a job with `after`')
+    note(logging.WARNING, 'the handler of %s, which has no free slot: it may wait for long', text)
+
+
+def has_other_workers(client, queue, worker, waiting):
+    """Whether a queue has been polled lately by other workers than this one."""
     try:
-        yield
-    finally:
-        if has_lent:
-            await run_in_thread(claim.take_slot_back)
+        path = f'/queues?queue={quote(queue)}'
+        page = client.call(path, give_up=waiting.next_call(0)['give_up'])
+    except Refused:
+        return True         # an older engine cannot tell
+    return any(name != worker for row in page['queues'] for name in row['workers'])
 
 
 # -- Steps and checkpoints -------------------------------------------------------------------------
@@ -2342,7 +2355,6 @@ class Claim(Saver):
     started_at = None               # None: waits for a slot
     progress = None                 # the latest that was not sent yet, as JSON text
     is_sending_progress = False
-    lent_slots = 0                  # by waits of the handler that have not ended
     # written by the thread that finishes it, read by the reporter
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
@@ -2409,14 +2421,13 @@ class Claim(Saver):
         if self.outcome is not None:
             raise Lost('the job was released, or is no longer claimed by this worker')
 
-    def begin_wait(self, job):
-        """See Consumer.begin_wait()."""
-        return self.consumer.begin_wait(self, job)
+    def holds_last_slot(self):
+        """Whether no slot is free for another job of its queue."""
+        running = [claim for claim in self.consumer.in_flight.copy() if claim.slot]
+        return len(running) >= len(self.consumer.slots)
 
-    def take_slot_back(self):
-        """Wait until a slot is free, which is ended in place of the one that was lent."""
-        lent = self.consumer.return_slot(self)
-        until(lambda: lent is None or lent.is_back or self.outcome, NEVER)
+    def holds_only_slot(self):
+        return len(self.consumer.slots) == 1
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
@@ -2432,20 +2443,6 @@ class Claim(Saver):
         return f'{queue} {task and task + " "}{item["id"]} attempt {item["attempt"]}'
 
 
-class LentSlot:
-    """Waits among the claims of a queue for a free slot, and ends it."""
-
-    def __init__(self, consumer):
-        self.consumer = consumer
-        self.is_back = False
-
-    def start(self, slot, now):
-        slot.is_abandoned = True
-        self.consumer.drop_slot(slot)
-        self.is_back = True
-        return False        # there is nothing to run
-
-
 class Slot:
     """A thread that runs claims of a queue, one after the other.
 
@@ -2455,7 +2452,7 @@ class Slot:
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
     is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # it takes no more claims; set by interrupt() and by a LentSlot
+    is_abandoned = False    # it takes no more claims; set by interrupt()
     interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
@@ -2744,11 +2741,8 @@ class AsyncReady:
     def _dispatch(self):
         while self.slots and self.claims:
             claim = self.claims.popleft()
-            slot = self.slots[-1]
-            if claim.start(slot, time.monotonic()):
+            if claim.start(self.slots[-1], time.monotonic()):
                 self.slots.pop().begin(claim)
-            elif slot.is_abandoned:
-                self.slots.pop()
 
 
 class AsyncSlot(Slot):
@@ -3217,8 +3211,6 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
-        while claim.lent_slots:     # its handler was interrupted, or has a thread that waits
-            self.return_slot(claim)
         fetcher = self.fetcher
         if len(self.in_flight) <= fetcher.low_watermark and not fetcher.capacity_freed.is_set():
             fetcher.capacity_freed.set()
@@ -3228,45 +3220,6 @@ class Consumer:
         with self.slots_lock:
             if slot in self.slots:      # otherwise use_event_loop() has replaced all
                 self.slots[self.slots.index(slot)] = type(slot)(self)
-
-    def drop_slot(self, slot):
-        with self.slots_lock:
-            if slot in self.slots:
-                self.slots.remove(slot)
-
-    def begin_wait(self, claim, job):
-        """Called when the handler of a claim waits for a job. True if it has lent its slot.
-
-        A job of its own queue could never start if all slots had handlers that wait. So if none
-        is free the queue gets another one, until the handler continues: see take_slot_back().
-        """
-        self.worker.generation = self.worker.next_generation()      # a burst polls again
-        if job.get('queue') != self.name or job.get('status') in ENDED:
-            return False
-        with self.slots_lock:
-            running = [each for each in self.in_flight.copy() if each.slot]
-            if len(running) < len(self.slots):
-                return False
-            if len(self.slots) >= self.concurrency + MAX_LENT_SLOTS:
-                raise Error(f'{MAX_LENT_SLOTS} more handlers wait for jobs of the queue {self.name}'
-                            ' than it has slots: use another queue, or `after`')
-            self.slots.append(type(claim.slot)(self))
-        with claim.lock:
-            claim.lent_slots += 1
-        self.fetcher.capacity_freed.set()
-        note(logging.WARNING, '%s waits for the job %s of its own queue, which has no free slot: '
-             'it lends its own until it continues', claim, job.get('id'))
-        return True
-
-    def return_slot(self, claim):
-        """End the next slot that is free, for one that was lent; None if all have been returned."""
-        with claim.lock:
-            if not claim.lent_slots:
-                return None
-            claim.lent_slots -= 1
-        lent = LentSlot(self)
-        self.ready.put(lent)
-        return lent
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -3342,7 +3295,8 @@ class Fetcher:
         if self.worker.burst:
             if not self.worker.app.waits_for_rates or not self._is_rate_limited():
                 self.idle_generation = generation
-                until(self._may_have_jobs, NEVER)
+                # a handler may wait for a job that it has added, so poll again after a while
+                until(self._may_have_jobs, time.monotonic() + BURST_INTERVAL)
         elif self.is_prefetching:
             self.capacity_freed.wait(WATCH_INTERVAL)
         elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
@@ -4050,17 +4004,12 @@ STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
 DROP_PROGRESS = 'drop'      # discard older progress; echoed once none is being sent
 LOGGED = 'logged'           # the attributes of a log record
-WAITING = 'waiting'         # the handler waits for a job; answered with whether it lent its slot
-RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
 HOOKS_CALLED = 'hooks'      # after the hooks of the outcome, if there are any
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
-# Kinds of messages to that process, besides the answers to its own.
-JOB = 'job'                 # run this job
-STOP = 'stop'               # the worker stops
-END = 'end'                 # end, after the hooks
+STOP = 'stop'               # sent to the process when the worker stops; None: end now
 
 # the events of App.on() whose hooks run in the process of the handler
 CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
@@ -4072,6 +4021,7 @@ class ChildSettings(NamedTuple):
     surroundings: list      # places of the functions of around()
     hooks: dict             # event -> list of places
     client: tuple           # the arguments of Client
+    concurrency: int        # of the queue
     log_levels: dict        # name of a logger -> level
 
 
@@ -4129,6 +4079,7 @@ class IsolatedSlot(Slot):
             {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
              for event in CHILD_EVENTS},
             self.consumer.session.settings,
+            self.consumer.concurrency,
             {logger.name: logger.level for logger in loggers if getattr(logger, 'level', 0)})
 
     def _receive(self):
@@ -4151,9 +4102,14 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # it was finished from outside before a process had it
             return claim.outcome
-        while kind in (STARTED, *self.requests):
-            if kind != STARTED:
-                self.requests[kind](self, claim, value)
+        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
+            if kind == PROGRESS_MADE:
+                claim.show_progress(value)
+            if kind == DROP_PROGRESS:
+                claim.drop_progress()
+                self._write(DROP_PROGRESS)
+            if kind == LEFT:
+                self.consumer.let_go(claim)
             kind, value = self._receive()
         if kind == FINISHED:
             self.jobs_run += 1
@@ -4163,36 +4119,6 @@ class IsolatedSlot(Slot):
         self.close()
         error = Crashed(value)
         return failure(error, value, **self.consumer.handlers.retry_fields(error, claim.job))
-
-    def _on_progress(self, claim, text):
-        claim.show_progress(text)
-
-    def _on_drop_progress(self, claim, _):
-        claim.drop_progress()
-        self._write((DROP_PROGRESS, None))
-
-    def _on_left(self, claim, _):
-        self.consumer.let_go(claim)
-
-    def _on_waiting(self, claim, job):
-        try:
-            answer = claim.begin_wait(job)
-        except Error as error:
-            answer = str(error)
-        self._write((WAITING, answer))
-
-    def _on_resuming(self, claim, _):
-        claim.take_slot_back()
-        self._write((RESUMING, None))
-
-    # of the running handler, by the kind of message
-    requests = {
-        PROGRESS_MADE: _on_progress,
-        DROP_PROGRESS: _on_drop_progress,
-        LEFT: _on_left,
-        WAITING: _on_waiting,
-        RESUMING: _on_resuming,
-    }
 
     def _send(self, claim):
         """Send the job; returns the first answer.
@@ -4205,7 +4131,7 @@ class IsolatedSlot(Slot):
                 self._start_process()
             if claim.outcome:
                 break
-            self._write((JOB, claim.job))
+            self._write(claim.job)
             message = HOOKS_CALLED, None
             while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
@@ -4219,7 +4145,7 @@ class IsolatedSlot(Slot):
             self.pipe.send(message)
 
     def on_stop(self):
-        self._write((STOP, None))
+        self._write(STOP)
 
     def call_hooks(self, event, claim, value):
         """Call the hooks that the process could not find, and wait until it has called the others.
@@ -4261,7 +4187,7 @@ class IsolatedSlot(Slot):
         if self.process is None:
             return
         if self.consumer.hooks['stop_worker']:
-            self._write((END, None))
+            self._write(None)
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
         self.kill()
@@ -4318,15 +4244,10 @@ class ChildClaim(Saver):
                 self.child.send(LEFT)
             raise Lost('the worker stops: the job is given back')
 
-    def begin_wait(self, job):
-        seen = {name: job.get(name) for name in ('id', 'queue', 'status')}
-        answer = self.child.ask(WAITING, seen)
-        if isinstance(answer, str):
-            raise Error(answer)
-        return answer
+    def holds_last_slot(self):
+        return self.child.settings.concurrency == 1
 
-    def take_slot_back(self):
-        self.child.ask(RESUMING)
+    holds_only_slot = holds_last_slot
 
     def show_progress(self, text):
         self.has_progress = True
@@ -4334,7 +4255,8 @@ class ChildClaim(Saver):
 
     def drop_progress(self):
         if self.has_progress:
-            self.child.ask(DROP_PROGRESS)
+            self.child.send(DROP_PROGRESS)
+            self.child.progress_dropped.get()
             self.has_progress = False
 
     def run_coroutine(self, coroutine):
@@ -4385,7 +4307,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
-        self.answers = {kind: SimpleQueue() for kind in (DROP_PROGRESS, WAITING, RESUMING)}
+        self.progress_dropped = SimpleQueue()
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -4398,11 +4320,6 @@ class Child:
     def send(self, kind, value=None):
         with self.send_lock:
             self.pipe.send((kind, value))
-
-    def ask(self, kind, value=None):
-        """Send a message to the worker, and wait for the answer."""
-        self.send(kind, value)
-        return self.answers[kind].get()
 
     def load(self):
         settings = self.settings
@@ -4462,13 +4379,13 @@ class Child:
     def _receive_jobs(self):
         with contextlib.suppress(EOFError, OSError):
             while True:
-                kind, value = self.pipe.recv()
-                if kind == STOP:
+                message = self.pipe.recv()
+                if message == STOP:
                     self.stopping.set()
-                elif kind in self.answers:
-                    self.answers[kind].put(value)
+                elif message == DROP_PROGRESS:
+                    self.progress_dropped.put(None)
                 else:
-                    self.jobs.put(value)        # END has None
+                    self.jobs.put(message)
         signal_group(multiprocessing.current_process(), KILL)
         os._exit(1)
 

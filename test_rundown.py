@@ -8527,35 +8527,29 @@ def test_a_handler_that_enqueues_under_its_own_key_is_warned(engine, work, q):
     assert "the key poller, which its own job holds" in worker.log()
 
 
-# A handler adds up the results of the jobs that it makes in its own queue.
-NESTED = {
-    "thread": """
-        busy.append(payload)
-        most = len(busy)
-        time.sleep(0.05)
-        busy.remove(payload)
-        if payload:
-            most = max(most, rw.enqueue(%r, payload - 1, priority=1).result())
-            busy.append(payload)
-            most = max(most, len(busy))
-            time.sleep(0.05)
-            busy.remove(payload)
-        return most
-    """,
-    "isolated": "return rw.enqueue(%r, payload - 1, priority=1).result() if payload else 1",
+NEEDS_ITS_SLOT = {
+    "thread": "return payload or rw.enqueue(%r, 1).result()",
+    "async": "return payload or await (await rw.aenqueue(%r, 1)).aresult()",
 }
-NESTED["async"] = (NESTED["thread"].replace("time.sleep", "await asyncio.sleep")
-                   .replace("rw.enqueue(%r, payload - 1, priority=1).result()",
-                            "await (await rw.aenqueue(%r, payload - 1, priority=1)).aresult()"))
+NEEDS_ITS_SLOT["isolated"] = NEEDS_ITS_SLOT["thread"]
 
 
-@pytest.mark.parametrize("kind", NESTED)
-def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engine, work, q, kind):
-    source = "busy = []\n" + of_kind(kind, handler(q, NESTED[kind] % q, isolate=kind == "isolated"))
-    jobs = [engine.enqueue(q, n and 2, timeout=20, priority=n) for n in (1, 0, 0, 0)]
-    worker = work(source)
-    # never two at a time, although handlers were waiting
-    assert [ended(engine, job)["result"] for job in jobs] == [1] * 4
+@pytest.mark.parametrize("kind", NEEDS_ITS_SLOT)
+def test_a_handler_cannot_wait_for_a_job_that_needs_its_slot(engine, work, q, kind):
+    job = engine.enqueue(q, 0)
+    source = handler(q, NEEDS_ITS_SLOT[kind] % q, isolate=kind == "isolated", max_retries=0)
+    work(of_kind(kind, source))
+    assert "needs its slot: raise the concurrency" in ended(engine, job)["error"]
+    until(lambda: {row["status"] for row in engine.get("/jobs?queue=" + q)["jobs"]} == {"failed", "done"})
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_handler_whose_job_another_worker_may_take_is_warned(engine, work, q, isolate):
+    engine.post("/poll", queue=q, worker="other")
+    job = engine.enqueue(q)
+    body = "rw.wait(rw.enqueue(%r)['id'], timeout=0.5)" % q
+    worker = work(handler(q, body, isolate=isolate, max_retries=0))
+    assert "is still pending" in ended(engine, job)["error"]
     assert "no free slot" in worker.log()
 
 
@@ -8643,31 +8637,6 @@ def test_a_faulty_exception_of_a_handler_does_not_end_the_worker(kind):
     outcome = rw.run_handler(rw.HandlerTable({None: handle}), {"payload": 1, "retries": 0})
     assert (outcome.call, outcome.fields["retry"]) == ("fail", "true")
     assert outcome.fields["delay"] == "null"
-
-
-@pytest.mark.parametrize("isolate", [False, True])
-def test_a_limited_number_of_slots_is_lent(engine, work, q, isolate):
-    body = "return payload and rw.enqueue(%r, payload - 1, max_retries=0).result()" % q
-    job = engine.enqueue(q, 3, timeout=20, max_retries=0)
-    work("rw.MAX_LENT_SLOTS = 1\n" + handler(q, body, isolate=isolate))
-    assert "use another queue" in ended(engine, job)["error"]
-
-
-@pytest.mark.parametrize("isolate", [False, True])
-def test_a_lent_slot_is_returned_when_the_handler_is_interrupted(engine, work, q, isolate):
-    body = """
-        if payload:
-            rw.enqueue(%r, delay=3600).wait()
-        began = time.monotonic()
-        time.sleep(0.2)
-        return [began, time.monotonic()]
-    """ % q
-    waits = engine.enqueue(q, 1, timeout=1.5, max_retries=0)
-    worker = work(handler(q, body, isolate=isolate))
-    assert ended(engine, waits)["status"] == "failed"
-    assert "no free slot" in worker.log()
-    one, two = (ended(engine, job)["result"] for job in [engine.enqueue(q, 0) for _ in range(2)])
-    assert one[1] <= two[0]
 
 
 def test_a_wait_for_a_job_works_in_a_burst(engine, work, q):
