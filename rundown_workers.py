@@ -1089,7 +1089,7 @@ class ProducerCalls(Caller):
         other is free, and continues when it has it back.
         """
         waiting = Waiting(self, job, timeout, give_up)
-        with waiting_in_handler(self, job):
+        with waiting_in_handler(self, job, waiting):
             while True:
                 job = self.call(**waiting.next_call(LONG_POLL))
                 if waiting.is_over(job):
@@ -1102,8 +1102,9 @@ class ProducerCalls(Caller):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
-        async with awaiting_in_handler(self, job):
-            return Job(await async_calls.wait(self, job, timeout, give_up), self)
+        waiting = Waiting(self, job, timeout, give_up)
+        async with awaiting_in_handler(self, job, waiting):
+            return Job(await async_calls.wait(self, waiting), self)
 
     @suggest_known_options
     def schedule(
@@ -1635,16 +1636,16 @@ class AsyncCalls:
                 self._start()
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
-    async def call(self, client, path, body=None, give_up=None):
+    async def call(self, client, path, body=None, wait=0, give_up=None):
         """Client.call() for the caller's loop."""
-        return await self.submit(self._short_call(client, path, body, give_up))
+        return await self.submit(self._short_call(client, path, body, wait, give_up))
 
-    async def wait(self, client, job, timeout, give_up):
+    async def wait(self, client, waiting):
         """Client.wait() for the caller's loop; the fields of the job."""
-        return await self.submit(self._wait(client, Waiting(client, job, timeout, give_up)))
+        return await self.submit(self._wait(client, waiting))
 
-    async def _short_call(self, client, path, body, give_up):
-        return await self._call(self.call_slots, client, path, body, 0, give_up)
+    async def _short_call(self, client, path, body, wait, give_up):
+        return await self._call(self.call_slots, client, path, body, wait, give_up)
 
     async def _wait(self, client, waiting):
         while True:
@@ -1842,10 +1843,12 @@ def inputs() -> list[Any]:
 
 
 @contextlib.contextmanager
-def waiting_in_handler(client, job):
+def waiting_in_handler(client, job, waiting):
     """Surrounds a wait for a job, or an id. In a handler, see Consumer.begin_wait()."""
     claim = current.get()
-    has_lent = claim and claim.begin_wait(client.job(job) if isinstance(job, str) else job)
+    if claim and isinstance(job, str):
+        job = client.call(**waiting.next_call(0))
+    has_lent = claim and claim.begin_wait(job)
     try:
         yield
     finally:
@@ -1854,11 +1857,11 @@ def waiting_in_handler(client, job):
 
 
 @contextlib.asynccontextmanager
-async def awaiting_in_handler(client, job):
+async def awaiting_in_handler(client, job, waiting):
     """waiting_in_handler() on an event loop."""
     claim = current.get()
     if claim and isinstance(job, str):
-        job = await async_calls.call(client, '/jobs/' + quote(job))
+        job = await async_calls.call(client, **waiting.next_call(0))
     has_lent = claim and await run_in_thread(claim.begin_wait, job)
     try:
         yield
