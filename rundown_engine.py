@@ -2176,6 +2176,7 @@ class Transaction:
         self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # True: next_deadline holds for the whole database
+        self.slice_time = SLICE_TIME    # seconds
         self.slice_ends = None          # time.monotonic() after which paced() ends
 
     def execute(self, statement, values=()):
@@ -2203,7 +2204,8 @@ class Transaction:
     def paced(self, items):
         """Yield items until the time slice is over, but at least one.
 
-        All slices of a transaction share one SLICE_TIME, which bounds how long others wait for it.
+        The requests of a transaction share one SLICE_TIME, and its maintenance has another. This
+        bounds how long others wait for it.
         """
         self.begin_slice()
         for item in items:
@@ -2214,11 +2216,15 @@ class Transaction:
     def keep_small(self):
         """Claim and change little: what a transaction writes has to fit into the disk's reserve."""
         self.response_budget = min(self.response_budget, DISK_RESERVE_BYTES // 8)
-        self.slice_ends = time.monotonic() + SLICE_TIME / 10
+        self.slice_time = SLICE_TIME / 10
 
     def begin_slice(self):
         if self.slice_ends is None:
-            self.slice_ends = time.monotonic() + SLICE_TIME
+            self.slice_ends = time.monotonic() + self.slice_time
+
+    def new_slice(self):
+        """What follows gets time of its own."""
+        self.slice_ends = None
 
     def is_slice_over(self):
         return self.slice_ends is not None and time.monotonic() > self.slice_ends
@@ -4456,6 +4462,7 @@ class Committer:
         log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
 
     def _maintain(self, tx):
+        tx.new_slice()      # requests may have used up theirs
         self.store.run_due(tx)
         if self.database.is_sparse:
             self.database.shrink(tx)
@@ -9184,6 +9191,7 @@ const FAREWELL = 2; // seconds for reports after the grace of a worker that stop
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 100; // jobs in a request
+const MAX_STEPS = 1000; // of a job
 const MAX_ERROR = 10000; // characters that are kept of an error that was refused as too long
 const MAX_LINE = 200; // characters of an error in the log
 const MAX_TIMER = 2 ** 31 - 1; // milliseconds that a timer of Node takes
@@ -9625,17 +9633,25 @@ class Worker {
         });
       }
       if (!jobs.length) {
-        this.endBurst(name, changes);
+        if (this.burst && !(await this.isHeldBack(name))) {
+          this.endBurst(name, changes);
+        }
         await pause(began + (wait || 0.05) - now(), signal); // an engine that stops answers at once
       }
     }
+  }
+
+  /** Does a rate hold back due jobs of the queue? A burst waits for them. */
+  async isHeldBack(name) {
+    const { queues: rows } = await call(`/queues?queue=${encodeURIComponent(name)}`);
+    return rows.some(({ oldest_age, rate, paused }) => oldest_age !== null && rate && !paused);
   }
 
   /** A burst is over when no queue had a job since the last claim ended. */
   endBurst(name, changes) {
     this.emptyAt.set(name, changes);
     const isEmpty = (each) => this.emptyAt.get(each) === this.changes;
-    if (this.burst && !this.claims.size && [...queues.keys()].every(isEmpty)) {
+    if (!this.claims.size && [...queues.keys()].every(isEmpty)) {
       this.stop();
     }
   }
@@ -9844,6 +9860,7 @@ class Claim {
     if (this.steps.has(name)) {
       return this.steps.get(name);
     }
+    checkStep(name, this.steps.size);
     this.letGo();
     const result = (await action()) ?? null;
     try {
@@ -9867,6 +9884,17 @@ class Claim {
       this.release();
     }
     this.controller.signal.throwIfAborted();
+  }
+}
+
+/** Before the step runs: what the engine refuses afterwards would run again in each attempt. */
+function checkStep(name, count) {
+  if (typeof name !== "string" || !/^[^\p{Cc}\p{Cs}]{1,200}$/u.test(name)) {
+    const rule = "a string of 1 to 200 characters without control characters";
+    throw new TypeError(`the name of a step must be ${rule}, not ${inspect(name)}`);
+  }
+  if (count >= MAX_STEPS) {
+    throw new RangeError(`a job has at most ${MAX_STEPS} steps`);
   }
 }
 

@@ -1882,13 +1882,17 @@ def test_a_large_purge_goes_in_steps_that_hold_nobody_up(own, q):
     engine = own()
     for _ in range(2):
         engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 100}] * 10000)
-    served = 0
+    took = []
     with meanwhile(engine.post, "/purge", queue=q) as purge:
         while not purge.done():
-            engine.enqueue("other")
-            served += 1
+            took.append(timed(engine.enqueue, "other"))
         assert purge.result() == {"count": 20000}
-    assert served >= 10     # between two steps; one long step would have held up the first of them
+    assert_served_between_steps(took)
+
+
+def assert_served_between_steps(took):
+    """Calls took so many seconds beside a long change. A busy machine may delay a few of them."""
+    assert len(took) >= 5 and statistics.median(took) < 0.5 and max(took) < 5, took
 
 
 def test_a_paused_queue_takes_jobs_and_hands_out_none(engine, q):
@@ -2098,14 +2102,13 @@ def test_a_long_chain_is_cancelled_in_bounded_steps(own, q):
     ids = ["%s-%d" % (q, number) for number in range(length)]
     engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
                                   for number, id in enumerate(ids)])
-    served, began = 0, time.monotonic()
+    took = []
     engine.post("/cancel", id=ids[0])
     with contextlib.closing(engine.connect()) as over:
         while engine.job(ids[-1])["status"] == "pending":
-            engine.call("POST", "/enqueue", {"queue": q + "other"}, over=over)
-            served += 1
-            assert time.monotonic() - began < 30
-    assert served >= 5      # between two steps; one long step would have held up the first of them
+            took.append(timed(engine.call, "POST", "/enqueue", {"queue": q + "other"}, over=over))
+            assert sum(took) < 30
+    assert_served_between_steps(took)
     row = engine.queue(q)
     assert (row["cancelled"], row["pending"], row["waiting"]) == (length, 0, 0)
 
@@ -2916,9 +2919,9 @@ def test_the_next_tick_is_found_below_a_millisecond():
     assert took < 0.001
 
 
-def timed(function, *arguments):
+def timed(function, *arguments, **fields):
     began = time.perf_counter()
-    function(*arguments)
+    function(*arguments, **fields)
     return time.perf_counter() - began
 
 
@@ -4270,6 +4273,7 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
             began = {client.recv(12) for client in clients}     # the rest is not taken
             assert began <= {b"HTTP/1.1 " + code for code in (b"200", b"204", b"413", b"503")}
         assert peak(engine) < 300, line     # 160 to 210 where this was measured
+    until(lambda: engine.enqueue("Q")["created"])       # the memory of clients that left is free
 
 
 def test_clients_that_take_nothing_for_longest_are_closed_when_responses_add_up():
@@ -4842,6 +4846,20 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
         if max(steps) < STEP_LIMIT:
             return
     raise AssertionError("a step took %.3f s" % max(steps))
+
+
+def test_what_falls_due_has_time_of_its_own_beside_requests_that_use_up_theirs(clocked, q):
+    def work(tx):
+        for _ in tx.paced(itertools.count()):
+            pass
+        clocked.clock.move(10)
+        tx.now = store.clock.now()
+        loop.committer._maintain(tx)
+        return tx.fetch_one("SELECT COUNT(*) FROM jobs WHERE hold = ?", rundown_engine.READY)[0]
+
+    loop, store = clocked.server.loop, clocked.server.store
+    clocked.post("/enqueue", jobs=[{"queue": q, "delay": 9}] * 300)
+    assert loop.run_in_transaction(work) > 50
 
 
 # -- values: every field of every call, with every kind of value ---------------------------------
@@ -7423,7 +7441,7 @@ def test_a_killed_worker_s_job_runs_again_after_the_lease_and_the_backoff(own, w
     worker.kill()
     lost = until(lambda: (lambda row: row["status"] == "pending" and row)(engine.job(job)))
     assert lost["error"] == "worker lost" and when(lost["next_run_at"]) - when(lost["updated_at"]) == 5
-    assert 1.4 < when(lost["updated_at"]) - when(lost["started_at"]) < 20
+    assert 1.4 < when(lost["updated_at"]) - when(lost["started_at"]) < 10      # exact: see leases
 
 
 @beside
@@ -12409,6 +12427,14 @@ def test_a_burst_in_node_works_off_what_is_due_and_ends(engine, tmp_path, q):
     assert statuses == ["done", "done", "done", "pending"]
 
 
+def test_a_burst_in_node_waits_for_a_rate_that_holds_up_due_jobs(engine, tmp_path, q):
+    engine.post("/limit", queue=q, rate=1, per=0.5)
+    jobs = [engine.enqueue(q, number) for number in range(3)]
+    with node(tmp_path, engine, ECHO % q, run="await run({ burst: true });") as worker:
+        assert worker.wait() == 0
+    assert [engine.job(job)["status"] for job in jobs] == ["done"] * 3
+
+
 @beside
 def test_a_burst_in_node_ends_when_no_engine_answers(tmp_path):
     run = "await run({ burst: true }).catch((error) => say(error.name, error.message));"
@@ -12827,6 +12853,23 @@ def test_a_node_step_is_done_once_and_its_result_is_what_json_gives_back(engine,
         row = ended(engine, job)
     assert (row["result"], row["attempt"]) == ([{"n": [1, None]}, None], 2)
     assert worker.said() == ["first", "second"]
+
+
+def test_a_node_step_whose_name_the_engine_refuses_does_not_run(engine, tmp_path, q):
+    source = (
+        """
+        queue("%s", async (payload, { step }) => {
+          const names = ["", "x".repeat(201), "a\\tb", 7, undefined];
+          const run = (name) => step(name, () => say("ran")).catch((error) => error.message);
+          return Promise.all(names.map(run));
+        });"""
+        % q
+    )
+    job = engine.enqueue(q)
+    with node(tmp_path, engine, source) as worker:
+        errors = ended(engine, job)["result"]
+        assert worker.said() == []
+    assert [error[:27] for error in errors] == ["the name of a step must be "] * 5
 
 
 def test_between_two_steps_a_node_worker_that_stops_lets_the_job_go(engine, tmp_path, q):
@@ -15789,13 +15832,11 @@ def test_the_files_shrink_in_short_steps_after_a_purge(own, q):
 
     peak = size()
     engine.post("/purge", queue=q)
-    served = 0
-    end = time.monotonic() + 30
+    took = []
     while engine.database.stat().st_size > peak // 4:
-        engine.enqueue(q + "-other")
-        served += 1
-        assert time.monotonic() < end
-    assert served >= 5      # between two steps; one long step would have held up the first of them
+        took.append(timed(engine.enqueue, q + "-other"))
+        assert sum(took) < 30
+    assert_served_between_steps(took)
     engine.stop()
     assert size() < peak // 4
     with contextlib.closing(sqlite3.connect(str(engine.database))) as db:
@@ -16337,7 +16378,6 @@ def sent(connection, data):
         return False
 
 
-@pytest.mark.skipif(not LINUX, reason="limits another process by prlimit, reads /proc")
 def has_ipv6():
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as listener:
         listener.bind(("::1", 0))
@@ -16356,6 +16396,7 @@ def test_an_engine_listens_on_both_addresses_of_localhost(own, q):
         socket.create_connection(("::1", engine.port), timeout=5)
 
 
+@pytest.mark.skipif(not LINUX, reason="limits another process by prlimit, reads /proc")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_an_engine_out_of_file_descriptors_serves_whom_it_has_rests_and_takes_the_others_later(own, q, host):
     import resource
@@ -16895,7 +16936,7 @@ def test_every_block_of_the_readme_runs(own, tmp_path, language, code):
     engine, said = own(folder=tmp_path / "engine"), lambda: (tmp_path / "said").read_text(errors="replace")
     with block(tmp_path, engine, language, code) as process:
         if ENDLESS.search(code):
-            until(lambda: re.search(r"engine on http://", said()) or engine.get("/jobs?status=done")["jobs"], 20)
+            until(lambda: re.search(r"engine \S+ on http://", said()) or engine.get("/jobs?status=done")["jobs"], 20)
             assert process.poll() is None, said()
         else:
             until(lambda: process.poll() is not None, 60)
