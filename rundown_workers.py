@@ -1103,11 +1103,11 @@ class ProducerCalls(Caller):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
+        waiting = Waiting(self, job, timeout, give_up)
         claim = current.get()
         if may_deadlock(claim, job):
-            waiting = Waiting(self, job, timeout, give_up)
             await run_in_thread(check_deadlock, self, claim, waiting)
-        return Job(await async_calls.wait(self, job, timeout, give_up), self)
+        return Job(await async_calls.wait(self, waiting), self)
 
     @suggest_known_options
     def schedule(
@@ -1639,16 +1639,16 @@ class AsyncCalls:
                 self._start()
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
-    async def call(self, client, path, body=None, give_up=None):
+    async def call(self, client, path, body=None, wait=0, give_up=None):
         """Client.call() for the caller's loop."""
-        return await self.submit(self._short_call(client, path, body, give_up))
+        return await self.submit(self._short_call(client, path, body, wait, give_up))
 
-    async def wait(self, client, job, timeout, give_up):
+    async def wait(self, client, waiting):
         """Client.wait() for the caller's loop; the fields of the job."""
-        return await self.submit(self._wait(client, Waiting(client, job, timeout, give_up)))
+        return await self.submit(self._wait(client, waiting))
 
-    async def _short_call(self, client, path, body, give_up):
-        return await self._call(self.call_slots, client, path, body, 0, give_up)
+    async def _short_call(self, client, path, body, wait, give_up):
+        return await self._call(self.call_slots, client, path, body, wait, give_up)
 
     async def _wait(self, client, waiting):
         while True:
@@ -1860,11 +1860,14 @@ def check_deadlock(client, claim, waiting):
     job = client.call(**waiting.next_call(0))
     queue = claim.job.get('queue')
     worker = claim.job.get('worker')
-    is_prefetched = job['status'] == 'running' and job['worker'] == worker
-    if job['queue'] != queue or job['status'] != 'pending' and not is_prefetched:
+    has_only_slot = claim.holds_only_slot()
+    # a job that this worker has claimed waits for the slot, too, or is the handler's own
+    is_claimed = has_only_slot and job['status'] == 'running' and job['worker'] == worker
+    needs_slot = job['status'] == 'pending' or is_claimed
+    if job['queue'] != queue or not needs_slot:
         return
     text = f'{describe_job(claim.job)} waits for the job {job["id"]} of its own queue'
-    if claim.holds_only_slot() and not has_other_workers(client, queue, worker, waiting):
+    if has_only_slot and not has_other_workers(client, queue, worker, waiting):
         raise Error(f'the handler of {text}, which needs its slot: raise the concurrency, use '
                     'another queue, or enqueue a job with `after`')
     note(logging.WARNING, 'the handler of %s, which has no free slot: it may wait for long', text)

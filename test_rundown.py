@@ -9507,6 +9507,27 @@ def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
     until(lambda: connection.transport.is_closing(), 5)
 
 
+@pytest.mark.parametrize("kind", ["in a thread", "async"])
+def test_a_wait_for_an_id_in_a_handler_gives_up_in_time(kind):
+    app = rw.App()
+    other = rw.Client(unused())
+
+    if kind == "async":
+        @app.queue("q", max_retries=0)
+        async def handle(payload):
+            await other.await_job("id", timeout=0.2, give_up=0.2)
+    else:
+        @app.queue("q", max_retries=0)
+        def handle(payload):
+            other.wait("id", timeout=0.2, give_up=0.2)
+
+    with app.testing() as testing:
+        job = app.enqueue("q")
+        began = time.monotonic()
+        testing.run()
+        assert "EngineUnavailable" in job.refresh()["error"] and time.monotonic() - began < 5
+
+
 def test_a_client_that_is_closed_makes_no_asyncio_calls(engine, q):
     client = rw.Client(engine.url, timeout=0.2)
     client.close()
