@@ -2399,6 +2399,12 @@ class Claim(Saver):
                 self.slot.interrupt(self, interruption)
             return True
 
+    def interrupt(self, interruption):
+        """Stop the handler of a claim that was let go."""
+        with self.lock:
+            if self.slot:
+                self.slot.interrupt(self, interruption)
+
     def show_progress(self, text):
         with self.lock:
             self.progress = text
@@ -3947,6 +3953,9 @@ class Shutdown:
         consumers = self.worker.consumers
         until(lambda: not any(consumer.in_flight for consumer in consumers), self.deadline)
         self.worker.release(Lost)
+        for consumer in consumers:
+            for claim in consumer.in_flight.copy():     # let go before, and still cleaning up
+                claim.interrupt(Lost)
         self._release_strays()
 
     def _release_strays(self):

@@ -8869,6 +8869,27 @@ def test_a_stopping_worker_lets_a_handler_go_at_its_next_checkpoint(engine, work
         assert job["progress"]["done"] == last + 1
 
 
+@posix_signals
+def test_a_handler_that_was_let_go_is_interrupted_at_the_end_of_the_grace(engine, work, q):
+    body = """
+        try:
+            for number in range(6000):
+                time.sleep(0.01)
+                rw.checkpoint(number)
+        except rw.Lost:
+            try:
+                say("let go")
+                for _ in range(6000): time.sleep(0.01)
+            finally:
+                say("interrupted")
+    """
+    job = engine.enqueue(q)
+    worker = work(handler(q, body), run="rw.run(grace=1)")
+    until(lambda: engine.job(job)["progress"])
+    assert worker.stop() == 0
+    assert worker.said() == ["let go", "interrupted"]
+
+
 @pytest.mark.parametrize("kind", ["", "async "])
 def test_track_continues_after_its_last_checkpoint(engine, work, q, kind):
     job = engine.enqueue(q)
