@@ -115,8 +115,9 @@ At most 64 MiB of requests and 64 MiB of responses are buffered; above that the 
 ones get 503. Done or cancelled jobs are kept for --keep (7d), failed ones for --keep-failed
 (30d). A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is
 early by the difference that is left. After a restart, deadlines that are counted in seconds
-have moved with the clock. When it is set ahead, they move in one transaction, which takes about
-0.2 s per 100,000 running jobs and retries. A job has at most 1,000 steps, of 8 MiB in all.
+have moved with the clock. When it is set ahead, leases and retries move in one transaction, which
+takes about 0.2 s per 100,000; `delay` and `every` count as times then. A job has at most 1,000
+steps, of 8 MiB in all.
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
 purged. A job that is claimed for a client that leaves during the commit waits for its lease.
 """
@@ -1617,25 +1618,62 @@ def page_size(db):
     return fetch_value(db, 'PRAGMA page_size')
 
 
+class FileWatch:
+    """Notices that files of the database in use were deleted or replaced."""
+
+    def __init__(self, database_path):
+        # constant after start
+        self.path = database_path
+        self.folder = os.path.dirname(database_path)
+        # touched by the thread that writes only
+        self.inodes = None              # of the database, log and lock file; None: not in use
+        self.folder_mtime = None        # of the folder, when the files in it were looked at
+
+    def watch(self):
+        """From now on the files are in use."""
+        self.inodes = self._find_inodes()
+
+    def _find_inodes(self):
+        return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
+
+    def check(self):
+        """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
+
+        Deleting a file changes its folder's mtime. So after a commit the folder alone is checked,
+        unless its last change is so recent that the next could have the same mtime.
+        """
+        mtime = os.stat(self.folder).st_mtime
+        if mtime == self.folder_mtime:
+            return
+        found = None
+        with contextlib.suppress(FileNotFoundError):
+            found = self._find_inodes()
+        if self.inodes and found != self.inodes:
+            raise Unavailable(
+                f'the database {self.path} or its lock file was deleted or replaced while in use; '
+                'restart the engine')
+        resolution = 0.1 if mtime % 1 else 2     # some file systems store whole seconds
+        is_settled = os.name == 'posix' and mtime < time.time() - resolution
+        self.folder_mtime = mtime if is_settled else None
+
+
 class Database:
     """The file: its lock, the writing connection, the reading connections, its copies."""
 
     def __init__(self, path, sync):
         # constant after start
         self.path = os.path.realpath(path)
-        self.folder = os.path.dirname(self.path)
         self.sync = sync
         self.lock_file = None
-        self.inodes = None              # of the database, log and lock file: _check_files()
         # safe without a lock
         self.readers = []               # all connections that read
         self.idle_readers = []          # connections that no thread uses at the moment
         self.reserve = DiskReserve(self.path)
+        self.files = FileWatch(self.path)
         self.backups = Backups(self)
         # touched by the thread that writes only
         self.db = None                  # its connection
         self.unsynced = False           # the log may hold a commit that did not reach the disk
-        self.folder_mtime = None        # of the folder, when the files in it were looked at
         self.is_sparse = False          # much of the file is free pages, which shrink() gives back
         self.checkpoint_pages = 0       # pages in the log that start a checkpoint
         # written by the thread that writes, read by all
@@ -1651,13 +1689,16 @@ class Database:
             self.reserve.open()
             self.db = self._connect_writer(LOCK_TIMEOUT)
             with self.transaction() as db:
+                old_version = fetch_value(db, 'PRAGMA user_version')
                 self._create_or_migrate(db)
+            if 0 < old_version < SCHEMA_VERSION:
+                log(f'{self.path}: migrated from schema {old_version} to {SCHEMA_VERSION}')
             self.db.execute('PRAGMA journal_mode = WAL')
             self._check_integrity()
             self.db.execute('PRAGMA busy_timeout = 0')      # from now on the loop waits, not SQLite
             with self.reading() as db:      # one reader stays, so that the log outlives the writer
                 db.execute('SELECT 1 FROM jobs').fetchone()
-            self.inodes = self._find_inodes()
+            self.files.watch()
         except BaseException as error:
             self.close()
             if not isinstance(error, (sqlite3.Error, OSError, Unavailable)):
@@ -1725,14 +1766,14 @@ class Database:
         begun = False
         try:
             if self.last_storage_error:
-                self._check_files()
+                self.files.check()
             if self.db is None:
                 self._reconnect()
             self.db.execute('BEGIN IMMEDIATE')
             begun = True
             yield self.db
             self.db.execute('COMMIT')
-            self._check_files()
+            self.files.check()
         except BaseException as error:
             if self.db and self.db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
@@ -1809,29 +1850,6 @@ class Database:
                     'reading the database for long']
         return []
 
-    def _find_inodes(self):
-        return [os.stat(self.path + suffix).st_ino for suffix in ('', '-wal', '.lock')]
-
-    def _check_files(self):
-        """Unavailable if a file was deleted or replaced: commits would go to the deleted one.
-
-        Deleting a file changes its folder's mtime. So after a commit the folder alone is checked,
-        unless its last change is so recent that the next could have the same mtime.
-        """
-        mtime = os.stat(self.folder).st_mtime
-        if mtime == self.folder_mtime:
-            return
-        found = None
-        with contextlib.suppress(FileNotFoundError):
-            found = self._find_inodes()
-        if self.inodes and found != self.inodes:
-            raise Unavailable(
-                f'the database {self.path} or its lock file was deleted or replaced while in use; '
-                'restart the engine')
-        resolution = 0.1 if mtime % 1 else 2     # some file systems store whole seconds
-        is_settled = os.name == 'posix' and mtime < time.time() - resolution
-        self.folder_mtime = mtime if is_settled else None
-
     @contextlib.contextmanager
     def reading(self):
         """A connection that reads one committed state and never waits for the writer.
@@ -1861,7 +1879,7 @@ class Database:
         for db in (self.db, *self.readers):
             if db:
                 db.close()
-        if self.inodes:
+        if self.files.inodes:
             self.backups.remove_left()
         if self.lock_file:
             self.lock_file.close()
@@ -2158,6 +2176,7 @@ class Transaction:
         self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # True: next_deadline holds for the whole database
+        self.slice_time = SLICE_TIME    # seconds
         self.slice_ends = None          # time.monotonic() after which paced() ends
 
     def execute(self, statement, values=()):
@@ -2185,7 +2204,8 @@ class Transaction:
     def paced(self, items):
         """Yield items until the time slice is over, but at least one.
 
-        All slices of a transaction share one SLICE_TIME, which bounds how long others wait for it.
+        The requests of a transaction share one SLICE_TIME, and its maintenance has another. This
+        bounds how long others wait for it.
         """
         self.begin_slice()
         for item in items:
@@ -2196,11 +2216,15 @@ class Transaction:
     def keep_small(self):
         """Claim and change little: what a transaction writes has to fit into the disk's reserve."""
         self.response_budget = min(self.response_budget, DISK_RESERVE_BYTES // 8)
-        self.slice_ends = time.monotonic() + SLICE_TIME / 10
+        self.slice_time = SLICE_TIME / 10
 
     def begin_slice(self):
         if self.slice_ends is None:
-            self.slice_ends = time.monotonic() + SLICE_TIME
+            self.slice_ends = time.monotonic() + self.slice_time
+
+    def new_slice(self):
+        """What follows gets time of its own."""
+        self.slice_ends = None
 
     def is_slice_over(self):
         return self.slice_ends is not None and time.monotonic() > self.slice_ends
@@ -2822,7 +2846,10 @@ class Claims:
     def _lose(self, tx, job):
         again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
         self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
-        tx.log_lines.append(f'job {describe(job["id"])}: worker lost')
+        tx.log_lines.append(
+            f'job {describe(job["id"])} (queue {describe(job["queue"])}, '
+            f'attempt {job["attempt"]}): worker {describe(job["worker"])} lost, '
+            f'{"given back" if again else "failed"}')
 
 
 class Pause(NamedTuple):
@@ -3604,7 +3631,7 @@ class Queries:
             self._why_blocked(db, row),
             self._why_limited(queue),
             self._why_delayed(row),
-            self._why_unpolled(row['queue']),
+            self._why_unpolled(row),
             self._why_behind(db, row),
         ) if reason] or ['next in line']
         return '; '.join([*reasons, *self._why_expiring(row)])
@@ -3641,12 +3668,17 @@ class Queries:
         retry = f' (retry {row["retries"]})' if row['retries'] else ''
         return f'scheduled for {rfc3339(row["next_run_at"])}{retry}'
 
-    def _why_unpolled(self, queue):
-        polled_at = self.workers.last_polled.get(queue)
+    def _why_unpolled(self, row):
+        """A worker polls at least every LONG_POLL_TIMEOUT seconds, and gets a job that is due."""
+        polled_at = self.workers.last_polled.get(row['queue'])
         if polled_at is None:
-            return no_worker_warning(queue, tuple(self.workers.last_polled)[-20:])
-        minutes = (self.clock.now() - polled_at) // micros(60)
-        return f'no worker has polled the queue for {minutes} minutes' if minutes > 0 else None
+            return no_worker_warning(row['queue'], tuple(self.workers.last_polled)[-20:])
+        silence = (self.clock.now() - polled_at) // micros(1)
+        if silence >= 60:
+            return f'no worker has polled the queue for {silence // 60} minutes'
+        if silence >= 30 and row['hold'] == READY:
+            return f'no worker has polled the queue for {silence} seconds'
+        return None
 
     def _why_expiring(self, row):
         if row['expires_at'] is None or row['attempt']:
@@ -4430,6 +4462,7 @@ class Committer:
         log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
 
     def _maintain(self, tx):
+        tx.new_slice()      # requests may have used up theirs
         self.store.run_due(tx)
         if self.database.is_sparse:
             self.database.shrink(tx)
@@ -9168,6 +9201,7 @@ const FAREWELL = 2; // seconds for reports after the grace of a worker that stop
 const EXIT_TIMEOUT = 5; // seconds after run() until a process that got a signal exits in any case
 const SAME_SIGNAL = 0.5; // seconds in which a signal is the one before: npm passes on a Ctrl-C
 const MAX_BATCH = 100; // jobs in a request
+const MAX_STEPS = 1000; // of a job
 const MAX_ERROR = 10000; // characters that are kept of an error that was refused as too long
 const MAX_LINE = 200; // characters of an error in the log
 const MAX_TIMER = 2 ** 31 - 1; // milliseconds that a timer of Node takes
@@ -9609,17 +9643,25 @@ class Worker {
         });
       }
       if (!jobs.length) {
-        this.endBurst(name, changes);
+        if (this.burst && !(await this.isHeldBack(name))) {
+          this.endBurst(name, changes);
+        }
         await pause(began + (wait || 0.05) - now(), signal); // an engine that stops answers at once
       }
     }
+  }
+
+  /** Does a rate hold back due jobs of the queue? A burst waits for them. */
+  async isHeldBack(name) {
+    const { queues: rows } = await call(`/queues?queue=${encodeURIComponent(name)}`);
+    return rows.some(({ oldest_age, rate, paused }) => oldest_age !== null && rate && !paused);
   }
 
   /** A burst is over when no queue had a job since the last claim ended. */
   endBurst(name, changes) {
     this.emptyAt.set(name, changes);
     const isEmpty = (each) => this.emptyAt.get(each) === this.changes;
-    if (this.burst && !this.claims.size && [...queues.keys()].every(isEmpty)) {
+    if (!this.claims.size && [...queues.keys()].every(isEmpty)) {
       this.stop();
     }
   }
@@ -9828,6 +9870,7 @@ class Claim {
     if (this.steps.has(name)) {
       return this.steps.get(name);
     }
+    checkStep(name, this.steps.size);
     this.letGo();
     const result = (await action()) ?? null;
     try {
@@ -9851,6 +9894,17 @@ class Claim {
       this.release();
     }
     this.controller.signal.throwIfAborted();
+  }
+}
+
+/** Before the step runs: what the engine refuses afterwards would run again in each attempt. */
+function checkStep(name, count) {
+  if (typeof name !== "string" || !/^[^\p{Cc}\p{Cs}]{1,200}$/u.test(name)) {
+    const rule = "a string of 1 to 200 characters without control characters";
+    throw new TypeError(`the name of a step must be ${rule}, not ${inspect(name)}`);
+  }
+  if (count >= MAX_STEPS) {
+    throw new RangeError(`a job has at most ${MAX_STEPS} steps`);
   }
 }
 

@@ -96,8 +96,8 @@ They use `await step(...)` with a coroutine function, `await checkpoint(...)` an
 `async for item in track(...)`. Each job has its own context variables. job() also works in threads
 and thread pools of a handler.
 
-A handler that waits for a job of its own queue, when all slots are in use, lends its slot to the
-queue's jobs and continues once it has it back. Up to 20 slots of a queue are lent at a time.
+A handler must not wait for a job of its own queue that needs its slot: if it holds the only one,
+and no other worker polls the queue, the wait raises Error at once.
 
 SIGTERM, SIGINT, SIGHUP or SIGQUIT: no more jobs are taken, running ones have `grace` seconds (30),
 the others are released, and the worker exits with 0. A handler that reaches a step or checkpoint
@@ -309,7 +309,7 @@ MAX_HUNG = 10               # hung threads at which the worker ends
 WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
 MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
-MAX_LENT_SLOTS = 20         # slots of a queue that handlers lend while they wait for its jobs
+BURST_INTERVAL = 0.5        # seconds between two polls of a burst for an empty queue
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
 MAX_STEPS = 1000            # steps of a job, as the engine bounds them
 MAX_STEP_NAME = 200         # characters in the name of a step
@@ -440,7 +440,9 @@ def as_json(value, name):
     except (TypeError, ValueError, RecursionError) as error:
         path, part = find_unencodable(value, name)
         path = truncate_middle(path, 200)
-        if isinstance(error, TypeError) and not isinstance(part, dict):     # it names the type only
+        if isinstance(part, dict):
+            check_own_keys(part, path)
+        if isinstance(error, TypeError):    # its text only says which type that is
             raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
                           'str() of it may do') from None
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
@@ -473,17 +475,24 @@ def parts_of(value):
 
 
 def check_keys(value, name):
-    """Raise NotJSON for a dictionary key that JSON would turn into a string."""
+    """Raise NotJSON for a dictionary key that is not a string, at any depth."""
     pending = [(value, None)]           # containers, each with its path: (path of its parent, key)
     while pending:
         container, path = pending.pop()
+        if isinstance(container, dict) and not all(isinstance(key, str) for key in container):
+            check_own_keys(container, truncate_middle(name + path_text(path), 200))
         for key, part in parts_of(container):
-            if not isinstance(key, str) and isinstance(container, dict):
-                where = truncate_middle(name + path_text(path), 200)
-                kind = f'the key {truncate_middle(repr(key), 100)}, a {type(key).__name__}'
-                raise NotJSON(f'{where} has {kind}, which JSON would turn into a string')
             if isinstance(part, (dict, list, tuple)):
                 pending.append((part, (path, key)))
+
+
+def check_own_keys(container, path):
+    """Raise NotJSON for the first key of a dictionary that is not a string."""
+    for key in container:
+        if not isinstance(key, str):
+            text = truncate_middle(repr(key), 100)
+            raise NotJSON(f'{path} has the key {text} of the type {type(key).__name__}; '
+                          'in JSON, all keys are strings')
 
 
 def path_text(path):
@@ -516,6 +525,27 @@ def duration(name, span):
     if not is_number or seconds != seconds:     # NaN differs from itself
         raise Misuse(f'{name} must be a number of seconds or a timedelta, not {span!r}')
     return seconds
+
+
+def check_names(given, known, problem='there is no option'):
+    """Raise Misuse for an unknown name, and suggest the most similar known one."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            raise Misuse(f'{problem} {name}{hint}')
+
+
+def suggest_known_options(function: F) -> F:
+    """Decorator: the error for an unknown option suggests the most similar known one."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        check_names(kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def require_temporary_folder():
@@ -707,9 +737,9 @@ class ConnectionPool(urllib.request.BaseHandler):
     def _take_idle(self, origin):
         """The last used connection to the origin, or None. Closes those to other origins."""
         if self.process != os.getpid():
-            self.process = os.getpid()
             self.idle = collections.deque()
             self.active = set()
+            self.process = os.getpid()      # last: another thread may look at it meanwhile
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
@@ -748,27 +778,6 @@ class ConnectionPool(urllib.request.BaseHandler):
 
 
 # -- Client ----------------------------------------------------------------------------------------
-def check_names(given, known, problem='there is no option'):
-    """Raise Misuse for an unknown name, and suggest the most similar known one."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            raise Misuse(f'{problem} {name}{hint}')
-
-
-def suggest_known_options(function: F) -> F:
-    """Decorator: the error for an unknown option suggests the most similar known one."""
-    known = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        check_names(kwargs, known)
-        return function(*args, **kwargs)
-
-    return checked
-
-
 class ActiveHost:
     """The engine that a client and its clones use, one of several."""
 
@@ -952,7 +961,7 @@ class Caller:
         texts = [as_json({**given, 'id': id}, 'the job') for id in job_ids(jobs)]
         replies = []
         for batch in batches(texts, len):
-            replies += self.call(path, '{"jobs":[' + ','.join(batch) + ']}')['jobs']
+            replies += self.call(path, batch_body(batch))['jobs']
         return {'jobs': replies}
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
@@ -1057,8 +1066,7 @@ class ProducerCalls(Caller):
     def _enqueue_batch(self, texts, give_up):
         """The jobs of a batch. A batch that is too large for a proxy is sent in halves."""
         try:
-            body = '{"jobs":[' + ','.join(texts) + ']}'
-            return self.call('/enqueue', body, give_up=give_up)['jobs']
+            return self.call('/enqueue', batch_body(texts), give_up=give_up)['jobs']
         except EngineUnavailable as error:
             half = len(texts) // 2
             if error.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE or not half:
@@ -1077,15 +1085,16 @@ class ProducerCalls(Caller):
         Unfinished if it has not after `timeout` seconds. EngineUnavailable if no engine answers
         for `give_up` seconds, or until the timeout.
 
-        A handler that waits for a job of its own queue lends its slot to the queue's jobs, if no
-        other is free, and continues when it has it back.
+        In a handler: Error if the job needs the slot of this handler, and so would never start.
         """
         waiting = Waiting(self, job, timeout, give_up)
-        with waiting_in_handler(self, job):
-            while True:
-                job = self.call(**waiting.next_call(LONG_POLL))
-                if waiting.is_over(job):
-                    return Job(job, self)
+        claim = current.get()
+        if may_deadlock(claim, job):
+            check_deadlock(self, claim, waiting)
+        while True:
+            job = self.call(**waiting.next_call(LONG_POLL))
+            if waiting.is_over(job):
+                return Job(job, self)
 
     async def await_job(
         self,
@@ -1094,8 +1103,11 @@ class ProducerCalls(Caller):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """wait() for asyncio programs; thousands may run at a time."""
-        async with awaiting_in_handler(self, job):
-            return Job(await async_calls.wait(self, job, timeout, give_up), self)
+        waiting = Waiting(self, job, timeout, give_up)
+        claim = current.get()
+        if may_deadlock(claim, job):
+            await run_in_thread(check_deadlock, self, claim, waiting)
+        return Job(await async_calls.wait(self, waiting), self)
 
     @suggest_known_options
     def schedule(
@@ -1429,7 +1441,8 @@ def results(
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 
-UNREACHABLE = (OSError, http.client.HTTPException, ValueError, RecursionError)
+# http.client raises an OverflowError for a length that no computer has
+UNREACHABLE = (OSError, http.client.HTTPException, ValueError, OverflowError, RecursionError)
 
 
 def encode_body(body):
@@ -1548,7 +1561,12 @@ def given_fields(fields):
     }
 
 
-BATCH_FRAME = len('{"jobs":[]}')    # bytes around the items of a batch
+def batch_body(texts):
+    """The body of a request about several jobs, which are given as JSON text."""
+    return '{"jobs":[' + ','.join(texts) + ']}'
+
+
+BATCH_FRAME = len(batch_body([]))       # bytes around the items of a batch
 
 
 def batches(items, size, most=MAX_BATCH):
@@ -1621,16 +1639,16 @@ class AsyncCalls:
                 self._start()
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
-    async def call(self, client, path, body=None, give_up=None):
+    async def call(self, client, path, body=None, wait=0, give_up=None):
         """Client.call() for the caller's loop."""
-        return await self.submit(self._short_call(client, path, body, give_up))
+        return await self.submit(self._short_call(client, path, body, wait, give_up))
 
-    async def wait(self, client, job, timeout, give_up):
+    async def wait(self, client, waiting):
         """Client.wait() for the caller's loop; the fields of the job."""
-        return await self.submit(self._wait(client, Waiting(client, job, timeout, give_up)))
+        return await self.submit(self._wait(client, waiting))
 
-    async def _short_call(self, client, path, body, give_up):
-        return await self._call(self.call_slots, client, path, body, 0, give_up)
+    async def _short_call(self, client, path, body, wait, give_up):
+        return await self._call(self.call_slots, client, path, body, wait, give_up)
 
     async def _wait(self, client, waiting):
         while True:
@@ -1677,6 +1695,8 @@ class AsyncCalls:
         origin = (request.type, request.host)
         data = request_bytes(request)
         while True:
+            if pool.closed:
+                raise ConnectionAbortedError('the connection was shut down')
             reused = self._take_idle(pool, origin)
             connection = reused or await AsyncConnection.open(self.loop, pool, origin)
             try:
@@ -1686,7 +1706,7 @@ class AsyncCalls:
                 if reused and isinstance(error, ConnectionError):
                     continue        # it was closed while it was idle
                 raise
-            if response.will_close:
+            if response.will_close or pool.closed:
                 connection.close()
             else:
                 self.idle.append(connection)
@@ -1825,30 +1845,42 @@ def inputs() -> list[Any]:
     return [results.get(id) for id in after]
 
 
-@contextlib.contextmanager
-def waiting_in_handler(client, job):
-    """Surrounds a wait for a job, or an id. In a handler, see Consumer.begin_wait()."""
-    claim = current.get()
-    has_lent = claim and claim.begin_wait(client.job(job) if isinstance(job, str) else job)
-    try:
-        yield
-    finally:
-        if has_lent:
-            claim.take_slot_back()
+def may_deadlock(claim, job):
+    """Whether a handler's wait for this job, or id, has to be checked; claim: of the handler."""
+    if claim is None or not claim.holds_last_slot():
+        return False
+    return isinstance(job, str) or job.get('queue') == claim.job.get('queue')
 
 
-@contextlib.asynccontextmanager
-async def awaiting_in_handler(client, job):
-    """waiting_in_handler() on an event loop."""
-    claim = current.get()
-    if claim and isinstance(job, str):
-        job = await async_calls.call(client, '/jobs/' + quote(job))
-    has_lent = claim and await run_in_thread(claim.begin_wait, job)
+def check_deadlock(client, claim, waiting):
+    """Warn if a handler waits for a job of its own queue, and occupies the last slot.
+
+    Raises Error instead if it is the only slot, and no other worker polls the queue.
+    """
+    job = client.call(**waiting.next_call(0))
+    queue = claim.job.get('queue')
+    worker = claim.job.get('worker')
+    has_only_slot = claim.holds_only_slot()
+    # a job that this worker has claimed waits for the slot, too, or is the handler's own
+    is_claimed = has_only_slot and job['status'] == 'running' and job['worker'] == worker
+    needs_slot = job['status'] == 'pending' or is_claimed
+    if job['queue'] != queue or not needs_slot:
+        return
+    text = f'{describe_job(claim.job)} waits for the job {job["id"]} of its own queue'
+    if has_only_slot and not has_other_workers(client, queue, worker, waiting):
+        raise Error(f'the handler of {text}, which needs its slot: raise the concurrency, use '
+                    'another queue, or enqueue a job with `after`')
+    note(logging.WARNING, 'the handler of %s, which has no free slot: it may wait for long', text)
+
+
+def has_other_workers(client, queue, worker, waiting):
+    """Whether a queue has been polled lately by other workers than this one."""
     try:
-        yield
-    finally:
-        if has_lent:
-            await run_in_thread(claim.take_slot_back)
+        path = f'/queues?queue={quote(queue)}'
+        page = client.call(path, give_up=waiting.next_call(0)['give_up'])
+    except Refused:
+        return True         # an older engine cannot tell
+    return any(name != worker for row in page['queues'] for name in row['workers'])
 
 
 # -- Steps and checkpoints -------------------------------------------------------------------------
@@ -2326,7 +2358,6 @@ class Claim(Saver):
     started_at = None               # None: waits for a slot
     progress = None                 # the latest that was not sent yet, as JSON text
     is_sending_progress = False
-    lent_slots = 0                  # by waits of the handler that have not ended
     # written by the thread that finishes it, read by the reporter
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
@@ -2368,6 +2399,12 @@ class Claim(Saver):
                 self.slot.interrupt(self, interruption)
             return True
 
+    def interrupt(self, interruption):
+        """Stop the handler of a claim that was let go."""
+        with self.lock:
+            if self.slot:
+                self.slot.interrupt(self, interruption)
+
     def show_progress(self, text):
         with self.lock:
             self.progress = text
@@ -2393,14 +2430,13 @@ class Claim(Saver):
         if self.outcome is not None:
             raise Lost('the job was released, or is no longer claimed by this worker')
 
-    def begin_wait(self, job):
-        """See Consumer.begin_wait()."""
-        return self.consumer.begin_wait(self, job)
+    def holds_last_slot(self):
+        """Whether no slot is free for another job of its queue."""
+        running = [claim for claim in self.consumer.in_flight.copy() if claim.slot]
+        return len(running) >= len(self.consumer.slots)
 
-    def take_slot_back(self):
-        """Wait until a slot is free, which is ended in place of the one that was lent."""
-        lent = self.consumer.return_slot(self)
-        until(lambda: lent is None or lent.is_back or self.outcome, NEVER)
+    def holds_only_slot(self):
+        return len(self.consumer.slots) == 1
 
     def run_coroutine(self, coroutine):
         """The result of an async handler on a queue that has handlers of both kinds."""
@@ -2416,20 +2452,6 @@ class Claim(Saver):
         return f'{queue} {task and task + " "}{item["id"]} attempt {item["attempt"]}'
 
 
-class LentSlot:
-    """Waits among the claims of a queue for a free slot, and ends it."""
-
-    def __init__(self, consumer):
-        self.consumer = consumer
-        self.is_back = False
-
-    def start(self, slot, now):
-        slot.is_abandoned = True
-        self.consumer.drop_slot(slot)
-        self.is_back = True
-        return False        # there is nothing to run
-
-
 class Slot:
     """A thread that runs claims of a queue, one after the other.
 
@@ -2439,7 +2461,7 @@ class Slot:
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
     is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # it takes no more claims; set by interrupt() and by a LentSlot
+    is_abandoned = False    # it takes no more claims; set by interrupt()
     interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
@@ -2728,11 +2750,8 @@ class AsyncReady:
     def _dispatch(self):
         while self.slots and self.claims:
             claim = self.claims.popleft()
-            slot = self.slots[-1]
-            if claim.start(slot, time.monotonic()):
+            if claim.start(self.slots[-1], time.monotonic()):
                 self.slots.pop().begin(claim)
-            elif slot.is_abandoned:
-                self.slots.pop()
 
 
 class AsyncSlot(Slot):
@@ -3201,8 +3220,6 @@ class Consumer:
 
     def _remove(self, claim):
         self.in_flight.pop(claim, None)
-        while claim.lent_slots:     # its handler was interrupted, or has a thread that waits
-            self.return_slot(claim)
         fetcher = self.fetcher
         if len(self.in_flight) <= fetcher.low_watermark and not fetcher.capacity_freed.is_set():
             fetcher.capacity_freed.set()
@@ -3212,45 +3229,6 @@ class Consumer:
         with self.slots_lock:
             if slot in self.slots:      # otherwise use_event_loop() has replaced all
                 self.slots[self.slots.index(slot)] = type(slot)(self)
-
-    def drop_slot(self, slot):
-        with self.slots_lock:
-            if slot in self.slots:
-                self.slots.remove(slot)
-
-    def begin_wait(self, claim, job):
-        """Called when the handler of a claim waits for a job. True if it has lent its slot.
-
-        A job of its own queue could never start if all slots had handlers that wait. So if none
-        is free the queue gets another one, until the handler continues: see take_slot_back().
-        """
-        self.worker.generation = self.worker.next_generation()      # a burst polls again
-        if job.get('queue') != self.name or job.get('status') in ENDED:
-            return False
-        with self.slots_lock:
-            running = [each for each in self.in_flight.copy() if each.slot]
-            if len(running) < len(self.slots):
-                return False
-            if len(self.slots) >= self.concurrency + MAX_LENT_SLOTS:
-                raise Error(f'{MAX_LENT_SLOTS} more handlers wait for jobs of the queue {self.name}'
-                            ' than it has slots: use another queue, or `after`')
-            self.slots.append(type(claim.slot)(self))
-        with claim.lock:
-            claim.lent_slots += 1
-        self.fetcher.capacity_freed.set()
-        note(logging.WARNING, '%s waits for the job %s of its own queue, which has no free slot: '
-             'it lends its own until it continues', claim, job.get('id'))
-        return True
-
-    def return_slot(self, claim):
-        """End the next slot that is free, for one that was lent; None if all have been returned."""
-        with claim.lock:
-            if not claim.lent_slots:
-                return None
-            claim.lent_slots -= 1
-        lent = LentSlot(self)
-        self.ready.put(lent)
-        return lent
 
     def call_hooks(self, event, claim, value, only=None):
         for function in self.hooks[event] if only is None else only:
@@ -3326,7 +3304,8 @@ class Fetcher:
         if self.worker.burst:
             if not self.worker.app.waits_for_rates or not self._is_rate_limited():
                 self.idle_generation = generation
-                until(self._may_have_jobs, NEVER)
+                # a handler may wait for a job that it has added, so poll again after a while
+                until(self._may_have_jobs, time.monotonic() + BURST_INTERVAL)
         elif self.is_prefetching:
             self.capacity_freed.wait(WATCH_INTERVAL)
         elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
@@ -3974,6 +3953,9 @@ class Shutdown:
         consumers = self.worker.consumers
         until(lambda: not any(consumer.in_flight for consumer in consumers), self.deadline)
         self.worker.release(Lost)
+        for consumer in consumers:
+            for claim in consumer.in_flight.copy():     # let go before, and still cleaning up
+                claim.interrupt(Lost)
         self._release_strays()
 
     def _release_strays(self):
@@ -4034,17 +4016,12 @@ STARTED = 'started'         # the job has arrived
 PROGRESS_MADE = 'progress'  # JSON text
 DROP_PROGRESS = 'drop'      # discard older progress; echoed once none is being sent
 LOGGED = 'logged'           # the attributes of a log record
-WAITING = 'waiting'         # the handler waits for a job; answered with whether it lent its slot
-RESUMING = 'resuming'       # it has ended its wait; echoed once it has its slot back
 LEFT = 'left'               # the handler was left at a step, as the worker stops: release it
 FINISHED = 'finished'       # call and fields of the outcome, and a traceback if it failed
 HOOKS_CALLED = 'hooks'      # after the hooks of the outcome, if there are any
 CRASHED = 'crashed'         # there is no outcome; the value says why
 
-# Kinds of messages to that process, besides the answers to its own.
-JOB = 'job'                 # run this job
-STOP = 'stop'               # the worker stops
-END = 'end'                 # end, after the hooks
+STOP = 'stop'               # sent to the process when the worker stops; None: end now
 
 # the events of App.on() whose hooks run in the process of the handler
 CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
@@ -4056,6 +4033,7 @@ class ChildSettings(NamedTuple):
     surroundings: list      # places of the functions of around()
     hooks: dict             # event -> list of places
     client: tuple           # the arguments of Client
+    concurrency: int        # of the queue
     log_levels: dict        # name of a logger -> level
 
 
@@ -4113,6 +4091,7 @@ class IsolatedSlot(Slot):
             {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
              for event in CHILD_EVENTS},
             self.consumer.session.settings,
+            self.consumer.concurrency,
             {logger.name: logger.level for logger in loggers if getattr(logger, 'level', 0)})
 
     def _receive(self):
@@ -4135,9 +4114,14 @@ class IsolatedSlot(Slot):
         kind, value = self._send(claim)
         if claim.outcome:           # it was finished from outside before a process had it
             return claim.outcome
-        while kind in (STARTED, *self.requests):
-            if kind != STARTED:
-                self.requests[kind](self, claim, value)
+        while kind in (STARTED, PROGRESS_MADE, DROP_PROGRESS, LEFT):
+            if kind == PROGRESS_MADE:
+                claim.show_progress(value)
+            if kind == DROP_PROGRESS:
+                claim.drop_progress()
+                self._write(DROP_PROGRESS)
+            if kind == LEFT:
+                self.consumer.let_go(claim)
             kind, value = self._receive()
         if kind == FINISHED:
             self.jobs_run += 1
@@ -4147,36 +4131,6 @@ class IsolatedSlot(Slot):
         self.close()
         error = Crashed(value)
         return failure(error, value, **self.consumer.handlers.retry_fields(error, claim.job))
-
-    def _on_progress(self, claim, text):
-        claim.show_progress(text)
-
-    def _on_drop_progress(self, claim, _):
-        claim.drop_progress()
-        self._write((DROP_PROGRESS, None))
-
-    def _on_left(self, claim, _):
-        self.consumer.let_go(claim)
-
-    def _on_waiting(self, claim, job):
-        try:
-            answer = claim.begin_wait(job)
-        except Error as error:
-            answer = str(error)
-        self._write((WAITING, answer))
-
-    def _on_resuming(self, claim, _):
-        claim.take_slot_back()
-        self._write((RESUMING, None))
-
-    # of the running handler, by the kind of message
-    requests = {
-        PROGRESS_MADE: _on_progress,
-        DROP_PROGRESS: _on_drop_progress,
-        LEFT: _on_left,
-        WAITING: _on_waiting,
-        RESUMING: _on_resuming,
-    }
 
     def _send(self, claim):
         """Send the job; returns the first answer.
@@ -4189,7 +4143,7 @@ class IsolatedSlot(Slot):
                 self._start_process()
             if claim.outcome:
                 break
-            self._write((JOB, claim.job))
+            self._write(claim.job)
             message = HOOKS_CALLED, None
             while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
@@ -4203,7 +4157,7 @@ class IsolatedSlot(Slot):
             self.pipe.send(message)
 
     def on_stop(self):
-        self._write((STOP, None))
+        self._write(STOP)
 
     def call_hooks(self, event, claim, value):
         """Call the hooks that the process could not find, and wait until it has called the others.
@@ -4245,7 +4199,7 @@ class IsolatedSlot(Slot):
         if self.process is None:
             return
         if self.consumer.hooks['stop_worker']:
-            self._write((END, None))
+            self._write(None)
             while self._receive()[0] != CRASHED:    # it ends after the hooks
                 pass
         self.kill()
@@ -4302,15 +4256,10 @@ class ChildClaim(Saver):
                 self.child.send(LEFT)
             raise Lost('the worker stops: the job is given back')
 
-    def begin_wait(self, job):
-        seen = {name: job.get(name) for name in ('id', 'queue', 'status')}
-        answer = self.child.ask(WAITING, seen)
-        if isinstance(answer, str):
-            raise Error(answer)
-        return answer
+    def holds_last_slot(self):
+        return self.child.settings.concurrency == 1
 
-    def take_slot_back(self):
-        self.child.ask(RESUMING)
+    holds_only_slot = holds_last_slot
 
     def show_progress(self, text):
         self.has_progress = True
@@ -4318,7 +4267,8 @@ class ChildClaim(Saver):
 
     def drop_progress(self):
         if self.has_progress:
-            self.child.ask(DROP_PROGRESS)
+            self.child.send(DROP_PROGRESS)
+            self.child.progress_dropped.get()
             self.has_progress = False
 
     def run_coroutine(self, coroutine):
@@ -4369,7 +4319,7 @@ class Child:
         self.settings = settings
         self.send_lock = threading.Lock()
         self.jobs = SimpleQueue()
-        self.answers = {kind: SimpleQueue() for kind in (DROP_PROGRESS, WAITING, RESUMING)}
+        self.progress_dropped = SimpleQueue()
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
@@ -4382,11 +4332,6 @@ class Child:
     def send(self, kind, value=None):
         with self.send_lock:
             self.pipe.send((kind, value))
-
-    def ask(self, kind, value=None):
-        """Send a message to the worker, and wait for the answer."""
-        self.send(kind, value)
-        return self.answers[kind].get()
 
     def load(self):
         settings = self.settings
@@ -4414,6 +4359,7 @@ class Child:
 
     def run(self):
         self.load()
+        return_free_memory()
         self.send(READY)
         start_daemon_thread(self._receive_jobs, 'receive')
         for job in iter(self.jobs.get, None):
@@ -4445,13 +4391,13 @@ class Child:
     def _receive_jobs(self):
         with contextlib.suppress(EOFError, OSError):
             while True:
-                kind, value = self.pipe.recv()
-                if kind == STOP:
+                message = self.pipe.recv()
+                if message == STOP:
                     self.stopping.set()
-                elif kind in self.answers:
-                    self.answers[kind].put(value)
+                elif message == DROP_PROGRESS:
+                    self.progress_dropped.put(None)
                 else:
-                    self.jobs.put(value)        # END has None
+                    self.jobs.put(message)
         signal_group(multiprocessing.current_process(), KILL)
         os._exit(1)
 
@@ -4848,10 +4794,11 @@ class Registry:
             poll_interval=poll_interval, concurrency=concurrency,
             **drop_none(max_retries=max_retries, timeout=timeout, max_jobs=max_jobs),
         )
+        limits = limit_calls(name, max_running, rate)
         config = QueueConfig(
             name=name, host=host, poll_interval=poll_interval, max_retries=max_retries,
             timeout=timeout, concurrency=concurrency, isolate=isolate, max_jobs=max_jobs,
-            setup_calls=engine_settings(name, max_running, rate, cron, every, zone),
+            setup_calls=limits + schedule_calls(name, cron, every, zone),
         )
 
         def register(function):
@@ -4912,7 +4859,7 @@ class Registry:
         if 'poll_interval' in settings:
             settings['poll_interval'] = in_seconds(settings['poll_interval'])
         max_running = settings.pop('max_running', None)
-        limits = engine_settings(queue, max_running, settings.pop('rate', None))
+        limits = limit_calls(queue, max_running, settings.pop('rate', None))
         timeout = in_seconds(timeout)
         check_settings(**settings, **drop_none(max_retries=max_retries, timeout=timeout))
         policy = Policy(backoff, retry_on, abort_on)
@@ -5307,28 +5254,30 @@ def check_call(function, args, kwargs=None):
         raise Misuse(f'{name} cannot be called like this: {error}') from None
 
 
-def engine_settings(queue, max_running=None, rate=None, cron=None, every=None, zone=None):
-    """The calls that tell an engine the limits of a queue and its schedule."""
-    is_pair = isinstance(rate, (tuple, list)) and len(rate) == 2
-    if rate is not None and not is_pair and not isinstance(rate, int):
-        raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
-    claims, seconds = rate if is_pair else (rate, 1)
-    limits = drop_none(
-        max_running=max_running, rate=claims, per=None if rate is None else in_seconds(seconds))
+def limit_calls(queue, max_running, rate):
+    """The call that sets the limits of a queue, as a list; empty without a limit."""
+    limits = drop_none(max_running=max_running)
+    if isinstance(rate, int):
+        rate = (rate, 1)
+    if rate is not None:
+        if not isinstance(rate, (tuple, list)) or len(rate) != 2:
+            raise Misuse(f'rate must be claims and seconds, such as (10, 60), not {rate!r}')
+        limits.update(rate=rate[0], per=in_seconds(rate[1]))
+    check_settings(**limits)
+    return [('/limit', {'queue': queue, **limits})] if limits else []
+
+
+def schedule_calls(queue, cron, every, zone):
+    """The call that schedules jobs of a queue, as a list; empty without a schedule."""
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
-    check_settings(**limits, **schedule)
-    is_cron = 'cron' in schedule or 'zone' in schedule
-    if is_cron and ('every' in schedule or not isinstance(cron, str) or not cron):
+    check_settings(**schedule)
+    is_cron = cron is not None or zone is not None
+    if is_cron and (every is not None or not isinstance(cron, str) or not cron):
         raise Misuse(
             'cron must be a string like "0 3 * * *", as zone needs one, without every, '
             f'not {cron!r}'
         )
-    calls = []
-    if limits:
-        calls.append(('/limit', {'queue': queue, **limits}))
-    if cron or every:
-        calls.append(('/schedule', {'queue': queue, **schedule}))
-    return calls
+    return [('/schedule', {'queue': queue, **schedule})] if cron or every else []
 
 
 def report_undeclared(worker):

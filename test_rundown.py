@@ -1282,6 +1282,29 @@ def test_without_a_lease_a_worker_is_lost_5_seconds_after_its_timeout(clocked, q
     assert job["attempts"][-1]["outcome"] == "lost"
 
 
+@pytest.mark.parametrize("allowed, end", [(1, "given back"), (0, "failed")])
+def test_a_lost_worker_is_logged_with_its_job(clocked, q, capsys, monkeypatch, allowed, end):
+    monkeypatch.setattr(rundown_engine, "MAX_LOSSES", 0)
+    job = clocked.enqueue(q, max_retries=allowed)
+    clocked.poll(q, worker="w", lease=1)
+    clocked.advance(2)
+    logged = []
+    until(lambda: logged.append(capsys.readouterr().err) or "lost" in "".join(logged))
+    assert 'job "%s" (queue "%s", attempt 1): worker "w" lost, %s' % (job["id"], q, end) in "".join(logged)
+
+
+@pytest.mark.parametrize("silence, why", [
+    (29, "next in line"),
+    (40, "no worker has polled the queue for 40 seconds"),
+    (130, "no worker has polled the queue for 2 minutes"),
+])
+def test_why_tells_for_how_long_no_worker_has_polled(clocked, q, silence, why):
+    clocked.poll(q)
+    job = clocked.enqueue(q)
+    clocked.advance(silence)
+    assert clocked.job(job)["why"] == why
+
+
 def test_a_job_of_a_lost_worker_comes_back_after_the_backoff_and_not_before(clocked, q):
     clocked.enqueue(q, timeout=10, max_retries=1)
     clocked.poll(q, lease=2)
@@ -1859,13 +1882,17 @@ def test_a_large_purge_goes_in_steps_that_hold_nobody_up(own, q):
     engine = own()
     for _ in range(2):
         engine.post("/enqueue", jobs=[{"queue": q, "payload": "x" * 100}] * 10000)
-    served = 0
+    took = []
     with meanwhile(engine.post, "/purge", queue=q) as purge:
         while not purge.done():
-            engine.enqueue("other")
-            served += 1
+            took.append(timed(engine.enqueue, "other"))
         assert purge.result() == {"count": 20000}
-    assert served >= 10     # between two steps; one long step would have held up the first of them
+    assert_served_between_steps(took)
+
+
+def assert_served_between_steps(took):
+    """Calls took so many seconds beside a long change. A busy machine may delay a few of them."""
+    assert len(took) >= 5 and statistics.median(took) < 0.5 and max(took) < 5, took
 
 
 def test_a_paused_queue_takes_jobs_and_hands_out_none(engine, q):
@@ -2075,14 +2102,13 @@ def test_a_long_chain_is_cancelled_in_bounded_steps(own, q):
     ids = ["%s-%d" % (q, number) for number in range(length)]
     engine.post("/enqueue", jobs=[{"queue": q, "id": id, **({"after": [ids[number - 1]]} if number else {})}
                                   for number, id in enumerate(ids)])
-    served, began = 0, time.monotonic()
+    took = []
     engine.post("/cancel", id=ids[0])
     with contextlib.closing(engine.connect()) as over:
         while engine.job(ids[-1])["status"] == "pending":
-            engine.call("POST", "/enqueue", {"queue": q + "other"}, over=over)
-            served += 1
-            assert time.monotonic() - began < 30
-    assert served >= 10     # between two steps; one long step would have held up the first of them
+            took.append(timed(engine.call, "POST", "/enqueue", {"queue": q + "other"}, over=over))
+            assert sum(took) < 30
+    assert_served_between_steps(took)
     row = engine.queue(q)
     assert (row["cancelled"], row["pending"], row["waiting"]) == (length, 0, 0)
 
@@ -2893,9 +2919,9 @@ def test_the_next_tick_is_found_below_a_millisecond():
     assert took < 0.001
 
 
-def timed(function, *arguments):
+def timed(function, *arguments, **fields):
     began = time.perf_counter()
-    function(*arguments)
+    function(*arguments, **fields)
     return time.perf_counter() - began
 
 
@@ -3075,6 +3101,13 @@ def migrated(request, tmp_path):
     engine.version = request.param
     yield engine
     engine.stop()
+
+
+def test_a_migration_is_logged(tmp_path, capsys):
+    old_database(tmp_path / "jobs.db", EARLIER[-1])
+    for lines in (1, 0):
+        ClockedEngine(tmp_path).stop()
+        assert capsys.readouterr().err.count("migrated from schema 2 to 3") == lines
 
 
 def test_a_migrated_database_has_the_schema_of_a_new_one(migrated, tmp_path):
@@ -4240,6 +4273,7 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
             began = {client.recv(12) for client in clients}     # the rest is not taken
             assert began <= {b"HTTP/1.1 " + code for code in (b"200", b"204", b"413", b"503")}
         assert peak(engine) < 300, line     # 160 to 210 where this was measured
+    until(lambda: engine.enqueue("Q")["created"])       # the memory of clients that left is free
 
 
 def test_clients_that_take_nothing_for_longest_are_closed_when_responses_add_up():
@@ -4812,6 +4846,20 @@ def test_every_step_of_a_long_change_is_short(tmp_path, q, monkeypatch, prepare,
         if max(steps) < STEP_LIMIT:
             return
     raise AssertionError("a step took %.3f s" % max(steps))
+
+
+def test_what_falls_due_has_time_of_its_own_beside_requests_that_use_up_theirs(clocked, q):
+    def work(tx):
+        for _ in tx.paced(itertools.count()):
+            pass
+        clocked.clock.move(10)
+        tx.now = store.clock.now()
+        loop.committer._maintain(tx)
+        return tx.fetch_one("SELECT COUNT(*) FROM jobs WHERE hold = ?", rundown_engine.READY)[0]
+
+    loop, store = clocked.server.loop, clocked.server.store
+    clocked.post("/enqueue", jobs=[{"queue": q, "delay": 9}] * 300)
+    assert loop.run_in_transaction(work) > 50
 
 
 # -- values: every field of every call, with every kind of value ---------------------------------
@@ -6805,6 +6853,8 @@ ANSWERS = {
     "an endless line": OK + b"X: " + b"x" * 200000,
     "endless headers": OK + b"".join(b"X-%d: 1\r\n" % number for number in range(200)) + b"Content-Length: 2\r\n\r\n{}",
     "no end of going on": b"HTTP/1.1 100 Continue\r\n\r\n" * 3,
+    "an endless length": OK + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n{}",
+    "an endless chunk": OK + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n{}\r\n\r\n",
     "a negative length": OK + b"Content-Length: -7\r\n\r\n{}",
     "503": b"HTTP/1.1 503 No\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
 }
@@ -7391,7 +7441,7 @@ def test_a_killed_worker_s_job_runs_again_after_the_lease_and_the_backoff(own, w
     worker.kill()
     lost = until(lambda: (lambda row: row["status"] == "pending" and row)(engine.job(job)))
     assert lost["error"] == "worker lost" and when(lost["next_run_at"]) - when(lost["updated_at"]) == 5
-    assert 1.4 < when(lost["updated_at"]) - when(lost["started_at"]) < 4
+    assert 1.4 < when(lost["updated_at"]) - when(lost["started_at"]) < 10      # exact: see leases
 
 
 @beside
@@ -8477,35 +8527,29 @@ def test_a_handler_that_enqueues_under_its_own_key_is_warned(engine, work, q):
     assert "the key poller, which its own job holds" in worker.log()
 
 
-# A handler adds up the results of the jobs that it makes in its own queue.
-NESTED = {
-    "thread": """
-        busy.append(payload)
-        most = len(busy)
-        time.sleep(0.05)
-        busy.remove(payload)
-        if payload:
-            most = max(most, rw.enqueue(%r, payload - 1, priority=1).result())
-            busy.append(payload)
-            most = max(most, len(busy))
-            time.sleep(0.05)
-            busy.remove(payload)
-        return most
-    """,
-    "isolated": "return rw.enqueue(%r, payload - 1, priority=1).result() if payload else 1",
+NEEDS_ITS_SLOT = {
+    "thread": "return payload or rw.enqueue(%r, 1).result()",
+    "async": "return payload or await (await rw.aenqueue(%r, 1)).aresult()",
 }
-NESTED["async"] = (NESTED["thread"].replace("time.sleep", "await asyncio.sleep")
-                   .replace("rw.enqueue(%r, payload - 1, priority=1).result()",
-                            "await (await rw.aenqueue(%r, payload - 1, priority=1)).aresult()"))
+NEEDS_ITS_SLOT["isolated"] = NEEDS_ITS_SLOT["thread"]
 
 
-@pytest.mark.parametrize("kind", NESTED)
-def test_a_handler_lends_its_slot_while_it_waits_for_a_job_of_its_own_queue(engine, work, q, kind):
-    source = "busy = []\n" + of_kind(kind, handler(q, NESTED[kind] % q, isolate=kind == "isolated"))
-    jobs = [engine.enqueue(q, n and 2, timeout=20, priority=n) for n in (1, 0, 0, 0)]
-    worker = work(source)
-    # never two at a time, although handlers were waiting
-    assert [ended(engine, job)["result"] for job in jobs] == [1] * 4
+@pytest.mark.parametrize("kind", NEEDS_ITS_SLOT)
+def test_a_handler_cannot_wait_for_a_job_that_needs_its_slot(engine, work, q, kind):
+    job = engine.enqueue(q, 0)
+    source = handler(q, NEEDS_ITS_SLOT[kind] % q, isolate=kind == "isolated", max_retries=0)
+    work(of_kind(kind, source))
+    assert "needs its slot: raise the concurrency" in ended(engine, job)["error"]
+    until(lambda: {row["status"] for row in engine.get("/jobs?queue=" + q)["jobs"]} == {"failed", "done"})
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_handler_whose_job_another_worker_may_take_is_warned(engine, work, q, isolate):
+    engine.post("/poll", queue=q, worker="other")
+    job = engine.enqueue(q)
+    body = "rw.wait(rw.enqueue(%r)['id'], timeout=0.5)" % q
+    worker = work(handler(q, body, isolate=isolate, max_retries=0))
+    assert "is still pending" in ended(engine, job)["error"]
     assert "no free slot" in worker.log()
 
 
@@ -8593,31 +8637,6 @@ def test_a_faulty_exception_of_a_handler_does_not_end_the_worker(kind):
     outcome = rw.run_handler(rw.HandlerTable({None: handle}), {"payload": 1, "retries": 0})
     assert (outcome.call, outcome.fields["retry"]) == ("fail", "true")
     assert outcome.fields["delay"] == "null"
-
-
-@pytest.mark.parametrize("isolate", [False, True])
-def test_a_limited_number_of_slots_is_lent(engine, work, q, isolate):
-    body = "return payload and rw.enqueue(%r, payload - 1, max_retries=0).result()" % q
-    job = engine.enqueue(q, 3, timeout=20, max_retries=0)
-    work("rw.MAX_LENT_SLOTS = 1\n" + handler(q, body, isolate=isolate))
-    assert "use another queue" in ended(engine, job)["error"]
-
-
-@pytest.mark.parametrize("isolate", [False, True])
-def test_a_lent_slot_is_returned_when_the_handler_is_interrupted(engine, work, q, isolate):
-    body = """
-        if payload:
-            rw.enqueue(%r, delay=3600).wait()
-        began = time.monotonic()
-        time.sleep(0.2)
-        return [began, time.monotonic()]
-    """ % q
-    waits = engine.enqueue(q, 1, timeout=1.5, max_retries=0)
-    worker = work(handler(q, body, isolate=isolate))
-    assert ended(engine, waits)["status"] == "failed"
-    assert "no free slot" in worker.log()
-    one, two = (ended(engine, job)["result"] for job in [engine.enqueue(q, 0) for _ in range(2)])
-    assert one[1] <= two[0]
 
 
 def test_a_wait_for_a_job_works_in_a_burst(engine, work, q):
@@ -8848,6 +8867,27 @@ def test_a_stopping_worker_lets_a_handler_go_at_its_next_checkpoint(engine, work
     if "track" in kind:
         assert job["progress"]["total"] == 1000
         assert job["progress"]["done"] == last + 1
+
+
+@posix_signals
+def test_a_handler_that_was_let_go_is_interrupted_at_the_end_of_the_grace(engine, work, q):
+    body = """
+        try:
+            for number in range(6000):
+                time.sleep(0.01)
+                rw.checkpoint(number)
+        except rw.Lost:
+            try:
+                say("let go")
+                for _ in range(6000): time.sleep(0.01)
+            finally:
+                say("interrupted")
+    """
+    job = engine.enqueue(q)
+    worker = work(handler(q, body), run="rw.run(grace=1)")
+    until(lambda: engine.job(job)["progress"])
+    assert worker.stop() == 0
+    assert worker.said() == ["let go", "interrupted"]
 
 
 @pytest.mark.parametrize("kind", ["", "async "])
@@ -9486,6 +9526,34 @@ def test_a_client_that_is_closed_closes_its_asyncio_connections_too():
         pool = testing.client.pool
         connection = next(one for one in rw.async_calls.idle if one.pool is pool)
     until(lambda: connection.transport.is_closing(), 5)
+
+
+@pytest.mark.parametrize("kind", ["in a thread", "async"])
+def test_a_wait_for_an_id_in_a_handler_gives_up_in_time(kind):
+    app = rw.App()
+    other = rw.Client(unused())
+
+    if kind == "async":
+        @app.queue("q", max_retries=0)
+        async def handle(payload):
+            await other.await_job("id", timeout=0.2, give_up=0.2)
+    else:
+        @app.queue("q", max_retries=0)
+        def handle(payload):
+            other.wait("id", timeout=0.2, give_up=0.2)
+
+    with app.testing() as testing:
+        job = app.enqueue("q")
+        began = time.monotonic()
+        testing.run()
+        assert "EngineUnavailable" in job.refresh()["error"] and time.monotonic() - began < 5
+
+
+def test_a_client_that_is_closed_makes_no_asyncio_calls(engine, q):
+    client = rw.Client(engine.url, timeout=0.2)
+    client.close()
+    with pytest.raises(rw.EngineUnavailable, match="shut down"):
+        arun(client.aenqueue(q))
 
 
 def test_clients_that_are_never_closed_leave_a_bounded_number_of_connections(https, q, monkeypatch):
@@ -10663,7 +10731,7 @@ def test_a_program_that_obeys_sigterm_frees_its_slot_at_once(engine, q):
 def test_what_a_program_leaves_behind_ends_with_it_and_holds_up_nothing(engine, q):
     job, = executed(engine, q, "sleep 60 & echo $!")
     assert job["status"] == "done" and when(job["finished_at"]) - when(job["started_at"]) < 2
-    assert not alive(job["result"])
+    until(lambda: not alive(job["result"]))
 
 
 @programs
@@ -12349,6 +12417,14 @@ def test_a_burst_in_node_works_off_what_is_due_and_ends(engine, tmp_path, q):
     assert statuses == ["done", "done", "done", "pending"]
 
 
+def test_a_burst_in_node_waits_for_a_rate_that_holds_up_due_jobs(engine, tmp_path, q):
+    engine.post("/limit", queue=q, rate=1, per=0.5)
+    jobs = [engine.enqueue(q, number) for number in range(3)]
+    with node(tmp_path, engine, ECHO % q, run="await run({ burst: true });") as worker:
+        assert worker.wait() == 0
+    assert [engine.job(job)["status"] for job in jobs] == ["done"] * 3
+
+
 @beside
 def test_a_burst_in_node_ends_when_no_engine_answers(tmp_path):
     run = "await run({ burst: true }).catch((error) => say(error.name, error.message));"
@@ -12767,6 +12843,23 @@ def test_a_node_step_is_done_once_and_its_result_is_what_json_gives_back(engine,
         row = ended(engine, job)
     assert (row["result"], row["attempt"]) == ([{"n": [1, None]}, None], 2)
     assert worker.said() == ["first", "second"]
+
+
+def test_a_node_step_whose_name_the_engine_refuses_does_not_run(engine, tmp_path, q):
+    source = (
+        """
+        queue("%s", async (payload, { step }) => {
+          const names = ["", "x".repeat(201), "a\\tb", 7, undefined];
+          const run = (name) => step(name, () => say("ran")).catch((error) => error.message);
+          return Promise.all(names.map(run));
+        });"""
+        % q
+    )
+    job = engine.enqueue(q)
+    with node(tmp_path, engine, source) as worker:
+        errors = ended(engine, job)["result"]
+        assert worker.said() == []
+    assert [error[:27] for error in errors] == ["the name of a step must be "] * 5
 
 
 def test_between_two_steps_a_node_worker_that_stops_lets_the_job_go(engine, tmp_path, q):
@@ -15729,13 +15822,11 @@ def test_the_files_shrink_in_short_steps_after_a_purge(own, q):
 
     peak = size()
     engine.post("/purge", queue=q)
-    served = 0
-    end = time.monotonic() + 30
+    took = []
     while engine.database.stat().st_size > peak // 4:
-        engine.enqueue(q + "-other")
-        served += 1
-        assert time.monotonic() < end
-    assert served >= 5      # between two steps; one long step would have held up the first of them
+        took.append(timed(engine.enqueue, q + "-other"))
+        assert sum(took) < 30
+    assert_served_between_steps(took)
     engine.stop()
     assert size() < peak // 4
     with contextlib.closing(sqlite3.connect(str(engine.database))) as db:
@@ -16277,7 +16368,6 @@ def sent(connection, data):
         return False
 
 
-@pytest.mark.skipif(not LINUX, reason="limits another process by prlimit, reads /proc")
 def has_ipv6():
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as listener:
         listener.bind(("::1", 0))
@@ -16296,6 +16386,7 @@ def test_an_engine_listens_on_both_addresses_of_localhost(own, q):
         socket.create_connection(("::1", engine.port), timeout=5)
 
 
+@pytest.mark.skipif(not LINUX, reason="limits another process by prlimit, reads /proc")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_an_engine_out_of_file_descriptors_serves_whom_it_has_rests_and_takes_the_others_later(own, q, host):
     import resource
@@ -16835,7 +16926,7 @@ def test_every_block_of_the_readme_runs(own, tmp_path, language, code):
     engine, said = own(folder=tmp_path / "engine"), lambda: (tmp_path / "said").read_text(errors="replace")
     with block(tmp_path, engine, language, code) as process:
         if ENDLESS.search(code):
-            until(lambda: re.search(r"engine on http://", said()) or engine.get("/jobs?status=done")["jobs"], 20)
+            until(lambda: re.search(r"engine \S+ on http://", said()) or engine.get("/jobs?status=done")["jobs"], 20)
             assert process.poll() is None, said()
         else:
             until(lambda: process.poll() is not None, 60)
