@@ -1537,6 +1537,15 @@ def test_a_clock_set_back_and_a_restart_keep_a_schedule_going(clocked, q, back):
     assert clocked.count(q) == 11
 
 
+def test_a_clock_set_back_and_a_restart_keep_a_schedule_going_that_made_no_job_yet(clocked, q):
+    clocked.post("/schedule", name=q, queue=q, every=600)
+    clocked.stop()
+    clocked.clock.wall -= 3600
+    clocked.start()
+    clocked.advance(602)
+    assert clocked.count(q) == 1
+
+
 def test_a_clock_set_back_and_a_restart_keep_times_leases_and_jobs_that_run(clocked, q):
     at = (datetime.datetime(2027, 1, 15, 8) + datetime.timedelta(hours=2)).isoformat() + "Z"
     clocked.enqueue(q + "-timed", run_at=at)
