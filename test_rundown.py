@@ -1646,6 +1646,20 @@ def test_a_brief_job_has_the_line_of_its_error_that_says_most(engine, q, error, 
     assert job["error"] == line
 
 
+def test_on_a_full_disk_lost_workers_are_noticed_however_often_requests_come(clocked, q, monkeypatch):
+    clocked.enqueue(q)
+    claim = clocked.poll(q, lease=5)
+    monkeypatch.setattr(clocked.server.store.database.reserve, "has_room", lambda db: False)
+    clocked.poll(q)
+    clocked.clock.move(6)
+
+    def is_lost():
+        clocked.poll(q + "x")
+        return clocked.job(claim)["status"] == "pending"
+
+    until(is_lost, 5)
+
+
 def test_a_queue_counts_the_workers_of_the_last_two_minutes(clocked, q):
     clocked.enqueue(q)
     clocked.poll(q, worker="w")
