@@ -4381,10 +4381,11 @@ class Committer:
             self._storage_failed(error, operations, now)
             return
         self.lock_retry_at = 0
-        # after an error, or while schedules stay due since no jobs can be added
-        pause = self.maintenance.error or not tx.takes_jobs
-        self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if pause else 0
-        self.maintenance.error = None
+        if maintain:
+            # after an error, or while schedules stay due since no jobs can be added
+            pause = self.maintenance.error or not tx.takes_jobs
+            self.maintenance_paused_until = now + CLOCK_CHECK_INTERVAL if pause else 0
+            self.maintenance.error = None
         self.loop.now = time.monotonic()
         self.commits += 1
         self.commit_seconds += self.loop.now - began
@@ -4839,6 +4840,8 @@ class Request:
     def offload_kind(self):
         """SLOW or LARGE if a thread serves it, None if the loop does."""
         kind = self.head.entry.offload
+        if kind == LARGE and 'wait' in self.params:     # it begins with a wait
+            return None
         if kind == LARGE and self.params.get('brief'):
             return SLOW
         return kind or (SLOW if len(self.body) >= OFFLOAD_BODY_BYTES else None)
@@ -5858,7 +5861,7 @@ def storage_families(database):
 
 def loop_families(loop):
     yield gauge('loop_lag_seconds', 'Longest time in this and the last minute in which the event '
-                'loop heard nobody.', max(loop.lags))
+                'loop received nothing.', max(loop.lags))
     yield Family('commit_seconds', 'summary', 'Seconds from the begin of a transaction to its '
                  'commit.', [sample(loop.committer.commit_seconds, '_sum'),
                              sample(loop.committer.commits, '_count')])
@@ -6321,7 +6324,8 @@ def main(argv=None):
     server.server_close()
     if server.failed:           # the log says why
         return 1
-    log('the engine has stopped')
+    if not server.loop.thread.is_alive():       # and the database is closed
+        log('the engine has stopped')
     return 0
 
 
