@@ -50,8 +50,9 @@ PRODUCING
 
 The client chooses the job's id, so enqueue() is idempotent: while no engine answers it is sent
 again for `give_up` seconds (30), and then raises EngineUnavailable. A call that the engine
-refuses raises Refused at once; a proxy's error page does not count as a refusal. A run_at without
-a zone is local time. A duration is a number of seconds or a timedelta.
+refuses raises Refused at once; a proxy's error page does not count as a refusal. A run_at is a
+datetime (local time if it has no zone) or text like 2030-01-31T12:00:00Z. A duration is a number
+of seconds or a timedelta.
 
 WORKING
     @queue(name, max_retries, timeout, concurrency, isolate, max_jobs, backoff, retry_on, abort_on,
@@ -105,9 +106,9 @@ gets Lost there, and its job is released at once; the handler has the rest of th
 A second signal exits at once.
 
 The log is logging.getLogger("rundown"), on stderr where logging is not set up; other loggers are
-for the program to set up. It has a line for each job, up to 100 a second; further ones are
-counted. The engine keeps the schedules and limits of decorators that were removed; the log names
-them, with the command that deletes them.
+for the program to set up. It has a line for each failed attempt, and for up to 100 done jobs of a
+queue a second; further ones are counted. The engine keeps the schedules and limits of decorators
+that were removed; the log names them, with the command that deletes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -140,8 +141,8 @@ DJANGO (6.0 and newer)
                                 DJANGO_SETTINGS_MODULE
 
 With `outbox` (True, or the alias of a database) a task runs if and only if the open transaction
-commits. Other OPTIONS: host, max_retries, timeout. Connections are closed around each task.
-task_finished is sent after the last attempt.
+commits. Other OPTIONS: host, max_retries, timeout. As around a request, database connections that
+are broken or too old are closed around each task. task_finished is sent after the last attempt.
 
 COMMAND LINE
     python rundown_workers.py COMMAND --help        enqueue, status, jobs, queues, top, cancel, ...
@@ -275,7 +276,7 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in error messages
 
 # the client
 CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engine answers
-RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
+RESPONSE_TIMEOUT = 10       # seconds to connect, or for a worker's request besides its `wait`
 MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
 MAX_TRY = 60                # seconds that any try has at most, in addition to its `wait`
 PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
@@ -307,7 +308,7 @@ MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before
 HUNG_AFTER = 1              # seconds after its interruption until a thread counts as hung
 MAX_HUNG = 10               # hung threads at which the worker ends
 WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
-MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
+MAX_LOG_LINES_PER_TICK = 10     # done jobs of a queue that get a line each per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
 BURST_INTERVAL = 0.5        # seconds between two polls of a burst for an empty queue
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
@@ -1000,8 +1001,8 @@ class ProducerCalls(Caller):
     ) -> Job:
         """Add a job, and return it. The call is idempotent: sending it again adds nothing.
 
-        `created` in it is False if a job with its id or key existed before. A `run_at` without
-        a zone is local time; durations are in seconds, or timedeltas.
+        `created` in it is False if a job with its id or key existed before. A datetime without a
+        zone is local time; durations are in seconds, or timedeltas.
 
         The job waits until the jobs `after` (jobs or ids) are done; if one of them fails it is
         cancelled, unless `after_any` is True. Jobs of a `group` run one at a time, in order.
@@ -1250,7 +1251,7 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Cancel a job, or all of a queue, status and tag; returns {"count": n}.
+        """Cancel a job, or all of a status or tag, also within a queue; returns {"count": n}.
 
         With `jobs` (jobs or ids), cancels all of them: returns {"jobs": [...]}, a reply for each.
         """
@@ -1385,7 +1386,10 @@ class Job(Dict[str, Any], Generic[R]):
         return self.refresh()
 
     def retry(self) -> Job[R]:
-        """Make it pending again, update it, and return it; Refused if it has not ended."""
+        """Make it pending again, update it, and return it.
+
+        Refused unless it has failed or was cancelled.
+        """
         self.client.retry(self['id'])
         return self.refresh()
 
@@ -5797,7 +5801,8 @@ def forwarding(
 ) -> Iterator[None]:
     """forward() in a thread during the block. connect() is called in that thread.
 
-    What this process commits is sent within 100 ms, the rest every `interval` seconds.
+    The outbox is read every `interval` seconds. In the minute after this process called
+    enqueue_in(), it is read every 50 ms.
     """
     stopping = threading.Event()
     thread = threading.Thread(
@@ -5811,7 +5816,10 @@ def forwarding(
 
 
 def keep_forwarding(connect, host, keep, interval, stopping):
-    """Forward until `stopping` is set, and then once more. Reconnects after each failure."""
+    """Forward until `stopping` is set, and then once more unless the last try failed.
+
+    Reconnects after each failure.
+    """
     failures = 0
     is_last = False
     while not is_last:
