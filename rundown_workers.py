@@ -4895,8 +4895,8 @@ class Registry:
         is_mixed = known and (None in known) != (task is None)
         if is_mixed or source_of(known.get(task, function)) != source_of(function):
             raise Misuse(
-                f'the queue {config.name} has another handler already; only tasks, each of a '
-                'name, can share one'
+                f'the queue {config.name} has another handler already; only tasks with '
+                'different names can share one'
             )
         self.configs[key] = config._replace(functions={**known, task: function})
 
@@ -5276,11 +5276,10 @@ def schedule_calls(queue, cron, every, zone):
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
     check_settings(**schedule)
     is_cron = cron is not None or zone is not None
-    if is_cron and (every is not None or not isinstance(cron, str) or not cron):
-        raise Misuse(
-            'cron must be a string like "0 3 * * *", as zone needs one, without every, '
-            f'not {cron!r}'
-        )
+    if is_cron and every is not None:
+        raise Misuse('a schedule has either every, or cron with or without a zone, not both')
+    if is_cron and (not isinstance(cron, str) or not cron):
+        raise Misuse(f'cron must be a string like "0 3 * * *" (a zone needs one), not {cron!r}')
     return [('/schedule', {'queue': queue, **schedule})] if cron or every else []
 
 
@@ -6784,7 +6783,7 @@ COMMANDS = [
         argument('id'),
         seconds_argument(
             '--wait', nargs='?', const=float('inf'),
-            help='for its end; exit with 1 unless it is done'),
+            help='wait for its end; exit with 1 unless it is done'),
     ]),
     Command('jobs', command_jobs, 'list jobs, newest first', [
         QUEUE_OPTION,
@@ -6857,7 +6856,7 @@ COMMANDS = [
         argument('queue'),
         argument('program', nargs='+', metavar='PROGRAM'),
         seconds_argument('--timeout'),
-        argument('--text', action='store_true', help='a payload that is a string as it is'),
+        argument('--text', action='store_true', help='pass a string payload without quotes'),
         *WORKER_OPTIONS,
     ]),
     Command('forward', command_forward, 'send the jobs in the outbox of a SQLite file', [
