@@ -48,6 +48,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import py_compile
 import random
 import re
 import select
@@ -428,6 +429,8 @@ class Shared:
 
     def __init__(self, session):
         self.config = session.config
+        for module in (rundown_engine, rw):
+            py_compile.compile(module.__file__)     # so that none of many processes has to
         session.items.sort(key=lambda item: item.originalname not in BESIDE)    # they begin at once
         items = [item for item in session.items if item.originalname not in BESIDE]
         self.shared = {item.nodeid for item in items}
@@ -16926,7 +16929,7 @@ def test_every_block_of_the_readme_runs(own, tmp_path, language, code):
     engine, said = own(folder=tmp_path / "engine"), lambda: (tmp_path / "said").read_text(errors="replace")
     with block(tmp_path, engine, language, code) as process:
         if ENDLESS.search(code):
-            until(lambda: re.search(r"engine \S+ on http://", said()) or engine.get("/jobs?status=done")["jobs"], 20)
+            until(lambda: re.search(r"engine (\S+ )?on http://", said()) or engine.get("/jobs?status=done")["jobs"], 20)
             assert process.poll() is None, said()
         else:
             until(lambda: process.poll() is not None, 60)
