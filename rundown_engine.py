@@ -2877,10 +2877,12 @@ class Claims:
     def _lose(self, tx, job):
         again = job['retries'] < max_retries_of(job) or job['losses'] < MAX_LOSSES
         self.jobs.retry_or_fail(tx, 'lose', job, again, 'worker lost', losses=job['losses'] + 1)
+        worker = 'a worker without a name'
+        if job['worker'] is not None:
+            worker = f'worker {describe(job["worker"])}'
         tx.log_lines.append(
             f'job {describe(job["id"])} (queue {describe(job["queue"])}, '
-            f'attempt {job["attempt"]}): worker {describe(job["worker"])} lost, '
-            f'{"given back" if again else "failed"}')
+            f'attempt {job["attempt"]}): {worker} lost, {"given back" if again else "failed"}')
 
 
 class Pause(NamedTuple):
@@ -3128,6 +3130,10 @@ SELECT_SCHEDULE = f'SELECT {column_list(SCHEDULE_COLUMNS)} FROM schedules '
 SMALL_SCHEDULE_COLUMNS = columns_where(lambda column: not column.large, SCHEDULE_COLUMNS)
 SMALL_COPIED_COLUMNS = [name for name in COPIED_COLUMNS if name in SMALL_SCHEDULE_COLUMNS]
 SELECT_FOR_TICK = f'SELECT {column_list(SMALL_SCHEDULE_COLUMNS)} FROM schedules WHERE name = ?'
+# The clock was set back, so the next tick is further away than two ticks ever are.
+STOPPED_SCHEDULES = 'FROM schedules WHERE next_run_at > ? + every'
+HAS_STOPPED_SCHEDULE = f'SELECT EXISTS (SELECT 1 {STOPPED_SCHEDULES})'
+SELECT_STOPPED_SCHEDULES = f'SELECT {column_list(SMALL_SCHEDULE_COLUMNS)} {STOPPED_SCHEDULES}'
 COPY_PAYLOAD = '''
     UPDATE jobs SET payload = (SELECT payload FROM schedules WHERE name = :schedule)
     WHERE id = :id'''
@@ -3172,7 +3178,7 @@ class Schedules:
 
     def set_back(self, tx):
         """The clock was set back: no schedule with `every` waits for longer than that."""
-        waiting = tx.fetch_all(SELECT_SCHEDULE + 'WHERE next_run_at > ? + every', tx.now)
+        waiting = tx.fetch_all(SELECT_STOPPED_SCHEDULES, tx.now)
         for row in waiting:
             tick = first_tick(row, tx.now)
             # the clock shows this time again, so the tick's id may be taken
@@ -3980,13 +3986,18 @@ class Store:
         """If the clock was set back since the last engine, move deadlines with it."""
         with self.database.reading() as db:
             before = fetch_value(db, LAST_TIME) or 0
+            # a schedule without jobs leaves no other trace of the time
+            has_stopped_schedule = fetch_value(db, HAS_STOPPED_SCHEDULE, (self.clock.now(),))
         back = before - self.clock.now()
-        if back > micros(1):
-            with self.database.transaction() as db:
-                tx = self.begin(db)
+        if back <= micros(1) and not has_stopped_schedule:
+            return
+        with self.database.transaction() as db:
+            tx = self.begin(db)
+            if back > micros(1):
                 self.jobs.set_back(tx, before)
-                self.schedules.set_back(tx)
-            log(f'the system clock was set back by {back / 1000000:.0f} s or more')
+            self.schedules.set_back(tx)
+        how_far = f' by {back / 1000000:.0f} s or more' if back > micros(1) else ''
+        log(f'the system clock was set back{how_far}')
 
     def begin(self, db, response_budget=MAX_RESPONSE):
         return Transaction(db, self.clock.now(), response_budget, self.pauses)

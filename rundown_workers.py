@@ -50,8 +50,9 @@ PRODUCING
 
 The client chooses the job's id, so enqueue() is idempotent: while no engine answers it is sent
 again for `give_up` seconds (30), and then raises EngineUnavailable. A call that the engine
-refuses raises Refused at once; a proxy's error page does not count as a refusal. A run_at without
-a zone is local time. A duration is a number of seconds or a timedelta.
+refuses raises Refused at once; a proxy's error page does not count as a refusal. A run_at is a
+datetime (local time if it has no zone) or text like 2030-01-31T12:00:00Z. A duration is a number
+of seconds or a timedelta.
 
 WORKING
     @queue(name, max_retries, timeout, concurrency, isolate, max_jobs, backoff, retry_on, abort_on,
@@ -105,9 +106,9 @@ gets Lost there, and its job is released at once; the handler has the rest of th
 A second signal exits at once.
 
 The log is logging.getLogger("rundown"), on stderr where logging is not set up; other loggers are
-for the program to set up. It has a line for each job, up to 100 a second; further ones are
-counted. The engine keeps the schedules and limits of decorators that were removed; the log names
-them, with the command that deletes them.
+for the program to set up. It has a line for each failed attempt, and for up to 100 done jobs of a
+queue a second; further ones are counted. The engine keeps the schedules and limits of decorators
+that were removed; the log names them, with the command that deletes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -140,8 +141,8 @@ DJANGO (6.0 and newer)
                                 DJANGO_SETTINGS_MODULE
 
 With `outbox` (True, or the alias of a database) a task runs if and only if the open transaction
-commits. Other OPTIONS: host, max_retries, timeout. Connections are closed around each task.
-task_finished is sent after the last attempt.
+commits. Other OPTIONS: host, max_retries, timeout. As around a request, database connections that
+are broken or too old are closed around each task. task_finished is sent after the last attempt.
 
 COMMAND LINE
     python rundown_workers.py COMMAND --help        enqueue, status, jobs, queues, top, cancel, ...
@@ -275,7 +276,7 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in error messages
 
 # the client
 CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engine answers
-RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
+RESPONSE_TIMEOUT = 10       # seconds to connect, or for a worker's request besides its `wait`
 MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
 MAX_TRY = 60                # seconds that any try has at most, in addition to its `wait`
 PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
@@ -293,7 +294,7 @@ MAX_ASYNC_WAITS = 2000      # concurrent long polls of asyncio programs that wai
 CROWDED_POLL = 1            # seconds of such a long poll while more of them are queued
 MAX_ASYNC_IDLE = 20         # idle connections of asyncio programs
 MAX_RESPONSE_HEAD = 1 << 17     # bytes in the status line and headers of a response
-MAX_DEPTH = 100             # levels of a value that are searched for a part that is not JSON
+MAX_DEPTH = 100             # levels that the search for a part that is not JSON goes down
 
 # the worker
 LEASE = 30                  # seconds until the engine gives a claim without heartbeat to others
@@ -307,7 +308,7 @@ MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before
 HUNG_AFTER = 1              # seconds after its interruption until a thread counts as hung
 MAX_HUNG = 10               # hung threads at which the worker ends
 WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
-MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
+MAX_LOG_LINES_PER_TICK = 10     # done jobs of a queue that get a line each per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
 BURST_INTERVAL = 0.5        # seconds between two polls of a burst for an empty queue
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
@@ -442,7 +443,7 @@ def as_json(value, name):
         path = truncate_middle(path, 200)
         if isinstance(part, dict):
             check_own_keys(part, path)
-        if isinstance(error, TypeError):    # its text only says which type that is
+        if isinstance(error, TypeError):    # its message only names the type
             raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
                           'str() of it may do') from None
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
@@ -476,7 +477,8 @@ def parts_of(value):
 
 def check_keys(value, name):
     """Raise NotJSON for a dictionary key that is not a string, at any depth."""
-    pending = [(value, None)]           # containers, each with its path: (path of its parent, key)
+    # containers, each with its path: None for the outermost, else (path of its parent, key)
+    pending = [(value, None)]
     while pending:
         container, path = pending.pop()
         if isinstance(container, dict) and not all(isinstance(key, str) for key in container):
@@ -496,6 +498,7 @@ def check_own_keys(container, path):
 
 
 def path_text(path):
+    """A path of check_keys() as text, such as `['users'][0]`."""
     keys = []
     while path is not None:
         path, key = path
@@ -585,6 +588,7 @@ def retry_pause(tries):
 
 
 def deadline_after(timeout):
+    """A time of time.monotonic(); infinity if the timeout is None."""
     return time.monotonic() + (float('inf') if timeout is None else duration('timeout', timeout))
 
 
@@ -645,13 +649,14 @@ class ResponseReader:
         if data and not self._may_be_complete():
             return None
         file = io.BytesIO(self.received)
+        # an HTTPResponse calls only makefile() of its socket
         response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
         try:
             response.begin()
             check_framing(response)
             self.is_chunked = response.chunked
             self.size = float('inf') if response.length is None else file.tell() + response.length
-            if data and not self._may_be_complete():
+            if data and not self._may_be_complete():    # again, now that its size is known
                 return None
             response.content = response.read()
         except (http.client.IncompleteRead, http.client.RemoteDisconnected):
@@ -739,7 +744,7 @@ class ConnectionPool(urllib.request.BaseHandler):
         if self.process != os.getpid():
             self.idle = collections.deque()
             self.active = set()
-            self.process = os.getpid()      # last: another thread may look at it meanwhile
+            self.process = os.getpid()      # last: other threads then skip this and use the above
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
@@ -795,7 +800,7 @@ class ActiveHost:
 
 
 class Retries:
-    """How long a call is tried: for `give_up` seconds, at each of the engines in turn."""
+    """When a call is tried again: for `give_up` seconds in all, at one engine after the other."""
 
     def __init__(self, hosts, wait, give_up):
         self.hosts = hosts
@@ -804,12 +809,12 @@ class Retries:
         self.tries = 0
         self.began = time.monotonic()
         self.deadline = self.began + self.give_up + self.wait
-        self.has_said_so = False                # a message on the terminal: still trying
+        self.has_told_terminal = False          # that it is still trying
 
     def seconds(self):
-        """Seconds for the next try: an equal share for each engine of the time that is left.
+        """Seconds for the next try: the time that is left, shared equally among the engines.
 
-        With several engines less in the first rounds, so that a silent one costs little.
+        With several engines, tries of the first rounds are shorter: a silent one costs little.
         """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
         longest = MAX_TRY
@@ -826,14 +831,14 @@ class Retries:
         rounds, turn = divmod(self.tries, len(self.hosts))
         pause = 0 if turn else max(retry_pause(rounds - 1), error.retry_after)
         now = time.monotonic()
-        self.deadline = min(self.deadline, now + self.give_up)      # only the first try may wait
+        self.deadline = min(self.deadline, now + self.give_up)  # counted from the first failure
         hosts = ' '.join(self.hosts)
         if now + pause >= self.deadline:
             final = type(error)(f'{hosts} was tried for {self.give_up:g} s: {error}')
             final.status = error.status
             raise final from None
-        if now + pause - self.began >= STILL_TRYING_AFTER and not self.has_said_so:
-            self.has_said_so = True
+        if now + pause - self.began >= STILL_TRYING_AFTER and not self.has_told_terminal:
+            self.has_told_terminal = True
             tell_terminal(f'no engine at {hosts}, still trying ({error})')
         return pause
 
@@ -954,7 +959,7 @@ class Caller:
         return self.call(f'{path}?{query}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
-        """A call about one job, about all jobs that match the fields, or about a list of jobs."""
+        """A call about the given jobs; if `jobs` is None, about all that match the fields."""
         given = given_fields(fields)
         if jobs is None:
             return self.call(path, given, wait=0 if 'id' in given else LONG_CHANGE)
@@ -1000,8 +1005,8 @@ class ProducerCalls(Caller):
     ) -> Job:
         """Add a job, and return it. The call is idempotent: sending it again adds nothing.
 
-        `created` in it is False if a job with its id or key existed before. A `run_at` without
-        a zone is local time; durations are in seconds, or timedeltas.
+        `created` in it is False if a job with its id or key existed before. A datetime without a
+        zone is local time; durations are in seconds, or timedeltas.
 
         The job waits until the jobs `after` (jobs or ids) are done; if one of them fails it is
         cancelled, unless `after_any` is True. Jobs of a `group` run one at a time, in order.
@@ -1049,7 +1054,7 @@ class ProducerCalls(Caller):
         if len(ids) != len(payloads):
             counts = f'there are {len(ids)} and {len(payloads)}'
             raise Misuse(f'ids must be one for each payload: {counts}')
-        most = MAX_BATCH
+        most = MAX_BATCH        # jobs in a request
         if options.get('after') is not None:
             options['after'] = job_ids(options['after'])
             most = max(1, min(most, MAX_BATCH_AFTER // max(1, len(options['after']))))
@@ -1250,7 +1255,7 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Cancel a job, or all of a queue, status and tag; returns {"count": n}.
+        """Cancel a job, or all of a status or tag, also within a queue; returns {"count": n}.
 
         With `jobs` (jobs or ids), cancels all of them: returns {"jobs": [...]}, a reply for each.
         """
@@ -1344,7 +1349,7 @@ ENQUEUE_OPTIONS = list(inspect.signature(Client.enqueue).parameters)[3:]
 
 
 class Waiting:
-    """The calls that wait for the end of a job, until a timeout."""
+    """A wait for the end of a job: the long polls that it takes, and when it is over."""
 
     def __init__(self, client, job, timeout, give_up):
         self.id = job['id'] if isinstance(job, dict) else job
@@ -1359,7 +1364,7 @@ class Waiting:
         return {'path': path, 'wait': wait, 'give_up': min(self.give_up, left)}
 
     def is_over(self, job):
-        """Has the job ended? Unfinished if it has not and the timeout is over."""
+        """Has the job ended? Raises Unfinished if it has not and the timeout is over."""
         if job['status'] in ENDED:
             return True
         if time.monotonic() >= self.deadline:
@@ -1385,7 +1390,10 @@ class Job(Dict[str, Any], Generic[R]):
         return self.refresh()
 
     def retry(self) -> Job[R]:
-        """Make it pending again, update it, and return it; Refused if it has not ended."""
+        """Make it pending again, update it, and return it.
+
+        Refused unless it has failed or was cancelled.
+        """
         self.client.retry(self['id'])
         return self.refresh()
 
@@ -1441,7 +1449,8 @@ def results(
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 
-# http.client raises an OverflowError for a length that no computer has
+# Exceptions of a request to which no usable response came. JSON that cannot be parsed is a
+# ValueError or a RecursionError; http.client raises OverflowError for an impossible length.
 UNREACHABLE = (OSError, http.client.HTTPException, ValueError, OverflowError, RecursionError)
 
 
@@ -1612,7 +1621,7 @@ class AsyncCalls:
         self.lock = threading.Lock()    # held to start the thread
         self.loop = None                # written with the lock; None: the thread is not started
         # used by the loop's thread only
-        self.idle = collections.deque()     # connections without a request; last used last
+        self.idle = collections.deque()     # without a request; most recently used last
         self.call_slots = None          # semaphore of short calls
         self.wait_slots = None          # semaphore of long polls
 
@@ -1738,15 +1747,16 @@ class AsyncCalls:
 class AsyncConnection:
     """A connection that asyncio calls use for one request after the other.
 
-    It is a protocol of asyncio, which calls the methods that are not ours.
+    It is an asyncio.Protocol in all but name: asyncio calls connection_made() to
+    resume_writing().
     """
 
     def __init__(self, pool, origin):
         self.pool = pool        # of the client that uses it
         self.origin = origin    # (scheme, host and port)
         self.transport = None   # set when it is connected
-        self.reader = None      # of the response in flight
-        self.response = None    # a future: the response in flight, or the last one
+        self.reader = None      # ResponseReader of the request in flight, or of the last one
+        self.response = None    # the future of its response
 
     @classmethod
     async def open(cls, loop, pool, origin):
@@ -1799,7 +1809,7 @@ class AsyncConnection:
 
 
 def max_async_waits():
-    """Half of the files that this process may open, at most MAX_ASYNC_WAITS."""
+    """Half of the files that this process may open: from 10 to MAX_ASYNC_WAITS."""
     try:
         import resource     # not on Windows
     except ImportError:
@@ -4654,18 +4664,19 @@ class QueueConfig(NamedTuple):
     concurrency: int = 1
     isolate: bool = False
     max_jobs: int | None = None
+    # replaced and never changed in place, since all queues share these defaults
     functions: dict = {}        # task name -> function; the name None: it handles all jobs
-    setup_calls: list = []      # (path, fields) of calls that set limits and schedule
+    setup_calls: list = []      # (path, fields) of the calls that set limits and a schedule
 
 
 TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
-TASK_METHODS = {        # what is not such a setting -> the method of a task that takes it
+TASK_METHODS = {        # an option that is not such a setting -> the task's method that takes it
     **dict.fromkeys(ENQUEUE_OPTIONS, '.options()'),
     **dict.fromkeys(['cron', 'every', 'zone'], '.schedule()'),
 }
-MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
+MINIMUMS = {            # setting -> its least value; if that is an int, so is the setting
     'poll_interval': 0.0,
     'timeout': 0.0,
     'every': 1.0,
@@ -4853,8 +4864,8 @@ class Registry:
             remedy = TASK_METHODS.get(setting)
             if remedy:
                 raise Misuse(f'a task has no setting {setting}; {remedy} takes it')
-            known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
-            check_names([setting], known, 'a task has no setting')
+            names = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
+            check_names([setting], names, 'a task has no setting')
         host = settings.get('host')
         if 'poll_interval' in settings:
             settings['poll_interval'] = in_seconds(settings['poll_interval'])
@@ -4891,8 +4902,8 @@ class Registry:
         is_mixed = known and (None in known) != (task is None)
         if is_mixed or source_of(known.get(task, function)) != source_of(function):
             raise Misuse(
-                f'the queue {config.name} has another handler already; only tasks, each of a '
-                'name, can share one'
+                f'the queue {config.name} has another handler already; only tasks with '
+                'different names can share one'
             )
         self.configs[key] = config._replace(functions={**known, task: function})
 
@@ -4941,7 +4952,7 @@ class App(Registry):
         super().__init__()
         # written by testing() alone
         self.host = host
-        self.waits_for_rates = True     # in a burst, for the next claims that a rate allows
+        self.waits_for_rates = True     # whether a burst waits until a rate allows the next claim
         # constant
         self.token = token
         self.timeout = timeout
@@ -5049,11 +5060,11 @@ class App(Registry):
         max_hung: int = MAX_HUNG,
         concurrency: int | None = None,
     ) -> None:
-        """Work on the declared queues until SIGTERM, SIGINT or stop().
+        """Work on the declared queues until a signal such as SIGTERM, or stop(), ends it.
 
-        With `burst` until nothing is due. Returns after an orderly end. Raises SystemExit(1) if
-        `max_hung` handlers hang. In the main thread, unless `burst`, it ends the process if
-        handlers still hang, since nothing else can end their threads.
+        With `burst`, it ends when nothing is due. Returns after an orderly end. Raises
+        SystemExit(1) if `max_hung` handlers hang. In the main thread, unless `burst`, it ends the
+        process if handlers still hang, since nothing else can end their threads.
         """
         if multiprocessing.current_process().name.startswith(CHILD_NAME_PREFIX):
             raise Error(
@@ -5093,7 +5104,7 @@ class App(Registry):
 
     @contextlib.contextmanager
     def testing(self) -> Iterator[Testing]:
-        """A throwaway engine for the time of the block, in place of the default one.
+        """A temporary engine that replaces the default one during the block.
 
         See Testing; its `client` is a client of this engine. rundown_engine.py has to be
         importable. Queues with a `host` of their own stay there.
@@ -5183,7 +5194,7 @@ def with_signature(method, function):
     def call(*args, **kwargs):
         return method(*args, **kwargs)
 
-    del call.__wrapped__
+    del call.__wrapped__        # inspect.unwrap() would lead to the method's own signature
     with contextlib.suppress(ValueError):       # builtins may have none
         call.__signature__ = inspect.signature(function)
     return call
@@ -5219,12 +5230,12 @@ def source_of(function):
     file = getattr(getattr(function, '__code__', None), 'co_filename', None)
     is_main = getattr(function, '__module__', None) == '__main__'
     if is_main and file and not os.path.isfile(file):
-        file = None     # that of a cell, which has another name each time
+        file = None     # a notebook cell: its file name is another one each time it runs
     return file, getattr(function, '__qualname__', function)
 
 
 def check_number(name, value, minimum, types=int):
-    """Misuse unless the setting is a number from `minimum`."""
+    """Raise Misuse unless the setting is a finite number, and at least `minimum`."""
     is_number = isinstance(value, types) and not isinstance(value, bool)
     if not is_number or not minimum <= value < float('inf'):
         kind = 'whole number' if types is int else 'number of seconds'
@@ -5238,13 +5249,13 @@ def check_settings(**settings):
 
 
 def check_function(function):
-    """Misuse unless it is a function that can be given attributes."""
+    """Raise Misuse unless it is a function that can be given attributes."""
     if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
         raise Misuse(f'a decorated handler must be a function, not {function!r}')
 
 
 def check_call(function, args, kwargs=None):
-    """Misuse unless the function can be called like this, as far as its signature tells."""
+    """Raise Misuse if the function's signature does not allow this call."""
     try:
         inspect.signature(function).bind(*args, **kwargs or {})
     except ValueError:      # it has no signature
@@ -5272,18 +5283,18 @@ def schedule_calls(queue, cron, every, zone):
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
     check_settings(**schedule)
     is_cron = cron is not None or zone is not None
-    if is_cron and (every is not None or not isinstance(cron, str) or not cron):
-        raise Misuse(
-            'cron must be a string like "0 3 * * *", as zone needs one, without every, '
-            f'not {cron!r}'
-        )
+    if is_cron and every is not None:
+        raise Misuse('a schedule has either every, or cron with or without a zone, not both')
+    if is_cron and (not isinstance(cron, str) or not cron):
+        raise Misuse(f'cron must be a string like "0 3 * * *" (a zone needs one), not {cron!r}')
     return [('/schedule', {'queue': queue, **schedule})] if cron or every else []
 
 
 def report_undeclared(worker):
-    """Log the schedules and limits in the engine that no decorator declares: now and later.
+    """Log the schedules and limits in the engine that no decorator declares.
 
-    At first the worker of an earlier version may still seem to serve a queue that is gone.
+    A second time after UNSERVED_AFTER: by then no worker of the code's previous version seems to
+    serve the queue of such a schedule.
     """
     reported = set()
     for session in list(worker.sessions.values()):
@@ -5297,7 +5308,7 @@ def report_undeclared(worker):
 
 
 def report_undeclared_settings(worker, session, reported):
-    """Log those of one engine that are not in `reported` yet, and add them."""
+    """Log those of one engine that are not in the set `reported`, and add them to it."""
     configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
     try:
         for finding in sorted(set(undeclared_settings(session.client, configs)) - reported):
@@ -5311,10 +5322,11 @@ def report_undeclared_settings(worker, session, reported):
 def undeclared_settings(client, configs):
     """Schedules and limits that an engine has and no decorator declares.
 
-    Yields (kind, queue, command that removes it). A decorator's schedule has the name of its
-    queue and no payload. That of another queue counts if no worker polls the queue.
+    Yields (kind, queue, command that removes it). Only schedules like those of decorators count:
+    they have the name of their queue and no payload. A schedule of a queue that this worker does
+    not serve counts unless another worker polls the queue.
     """
-    # the limits of a queue of `exec` are its operator's
+    # without the queues of `exec`, whose limits the operator sets
     here = {config.name for config in configs
             if not hasattr(config.functions.get(None), 'slot_type')}
     declared = {(path, body['queue']) for config in configs for path, body in config.setup_calls}
@@ -5498,7 +5510,8 @@ class Outbox:
     def __init__(self, connection):
         # constant
         self.connection = connection
-        self.makes_table = has_class_of(connection, 'psycopg')      # others may have other types
+        # the types of the columns are those of PostgreSQL; other databases may lack them
+        self.makes_table = has_class_of(connection, 'psycopg')
 
     # In the transaction of a producer, which goes on if a statement fails.
     def insert(self, text):
@@ -5535,9 +5548,9 @@ class Outbox:
                         f'{self.create_table}') from error
 
     def _make_missing(self, problem):
-        """Make the table, or its columns. Returns a list with the problem in that, or an empty one.
+        """Make the table, or its columns. Returns a list: empty, or with the error message.
 
-        The problem need not matter: another process may have just made the same.
+        An error need not matter: another process may have just made the same.
         """
         changes = []
         if 'taken_' in problem:
@@ -5585,7 +5598,7 @@ class Outbox:
 
     # Differences between drivers.
     def commits_each_statement(self):
-        """Is no transaction open, and does the next statement not open one?"""
+        """Does the next statement commit by itself (autocommit mode, no open transaction)?"""
         status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
         return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
 
@@ -5720,7 +5733,7 @@ class Forwarder:
         host = self.client.host
         self.postponed = {number: at for number, at in self.postponed.items() if at > now}
         if host != self.checked_host or now > self.checked_at + OUTBOX_INTERVAL:
-            rows = self._select_rows('taken_by <> ?', host)     # passes over all that is kept
+            rows = self._select_rows('taken_by <> ?', host)     # scans all kept rows
             if rows:
                 return rows
             self.checked_host = host
@@ -5741,7 +5754,7 @@ class Forwarder:
             return 0
         host = self.client.host
         try:
-            self.send('/enqueue', f'{{"jobs":[{",".join(jobs)}]}}')
+            self.send('/enqueue', batch_body(jobs))
         except (Refused, EngineUnavailable) as error:
             if not is_verdict(error):
                 raise
@@ -5797,7 +5810,8 @@ def forwarding(
 ) -> Iterator[None]:
     """forward() in a thread during the block. connect() is called in that thread.
 
-    What this process commits is sent within 100 ms, the rest every `interval` seconds.
+    The outbox is read every `interval` seconds. In the minute after this process called
+    enqueue_in(), it is read every 50 ms.
     """
     stopping = threading.Event()
     thread = threading.Thread(
@@ -5811,7 +5825,10 @@ def forwarding(
 
 
 def keep_forwarding(connect, host, keep, interval, stopping):
-    """Forward until `stopping` is set, and then once more. Reconnects after each failure."""
+    """Forward until `stopping` is set, and then once more unless the last try failed.
+
+    Reconnects after each failure.
+    """
     failures = 0
     is_last = False
     while not is_last:
@@ -5945,7 +5962,8 @@ class DjangoTasks:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
         return {**options, 'id': id, 'status': 'pending', 'created_at': now}
 
-    # A result is looked for in the outbox first: from there a job moves to the engine.
+    # The outbox is searched before the engine. The other way round, a job that moves to the engine
+    # between the two searches would not be found.
     def get_result(self, result_id):
         job = self._find_in_outbox(result_id)
         if not job:
@@ -6001,7 +6019,7 @@ class DjangoAttempt:
     def __init__(self, backend, job):
         # constant
         self.sender = type(backend)
-        self.result = backend.stored_result(job)    # the fields in it change as the task ends
+        self.result = backend.stored_result(job)    # its fields are set when the task ends
         self.function = self.result.task.func
 
     def run(self):
@@ -6057,10 +6075,10 @@ class DjangoAttempt:
 
 
 def is_last_attempt(error):
-    """Does no other attempt of the current job follow the one that ended with this error?"""
+    """Is the attempt that ended with this error the last one of the current job?"""
     claim = current.get()
     is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
-    # the task may have changed the job
+    # .get(), since the task may have removed keys of its job
     has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
     return not is_lost and (isinstance(error, Abort) or not has_retries)
 
@@ -6118,7 +6136,7 @@ def error_texts(job):
 
 
 def django_error(text):
-    """The TaskError of a traceback, whose last line names the class; without one it is Error."""
+    """The TaskError of a text. A traceback names the class; for other texts it is Error."""
     found = re.findall(r'^ .*\n([A-Za-z_][\w.]*)(?=:|$)', text, re.MULTILINE)
     name = found[-1] if found else 'Error'
     if '.' not in name:
@@ -6219,8 +6237,8 @@ class Testing:
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also jobs that are delayed, wait for a retry, or are held back by a rate:
-        the clock moves on to them.
+        With `delayed`, also those that are delayed, wait for a retry, or are held back by a rate:
+        the clock moves on until they are due.
         """
         self.app.waits_for_rates = not delayed
         pause = 0
@@ -6234,7 +6252,7 @@ class Testing:
             self.app.waits_for_rates = True
 
     def _pause(self, began):
-        """Seconds until jobs can be claimed that could not at `began`; None: there are none."""
+        """Seconds until the next job that was not due at `began` can be claimed; None: no job."""
         queues = {queue for queue, _ in self.app.configs}
         moments = [
             parse_time(job['next_run_at']) + 0.01
@@ -6288,8 +6306,8 @@ TABLES = {      # key of an answer with rows -> the columns that a terminal show
 TOP_COLUMNS = [
     'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest', 'workers',
 ]
-TOP_OTHER_LINES = 6     # lines of `top` that are neither queues nor workers
-MIN_TOP_ROWS = 5        # queues that it shows on any terminal
+TOP_OTHER_LINES = 6     # lines of `top` with neither a queue nor a worker
+MIN_TOP_ROWS = 5        # queues that `top` shows even on a small terminal
 WORKER_COLUMNS = ['worker', 'queue', 'running', 'hung', 'seen']
 MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
 FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # the columns that are shortened
@@ -6340,7 +6358,7 @@ def attempt_line(attempt):
 
 
 def print_table(columns, rows):
-    """The rows as a table that is no wider than the terminal, if there is one.
+    """Print rows as a table, which is fitted to the width of the terminal if there is one.
 
     The error of a row gets a line of its own.
     """
@@ -6426,7 +6444,7 @@ def seconds_from(text):
 
 
 def command_call(client, options):
-    """Call the client's method of the command's name with the fields on the command line."""
+    """Call the client's method that is named like the command, and show its answer."""
     call = getattr(client, options.command)
     known = inspect.signature(call).parameters
     show(call(**{field: value for field, value in vars(options).items() if field in known}))
@@ -6454,7 +6472,7 @@ def command_queues(client, options):
 
 
 def add_texts(row):
-    """Add what a terminal shows of a queue."""
+    """Add the texts that a terminal shows to the row of a queue."""
     row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
     row['queue'] += ' (paused)' if row['paused'] else ''
 
@@ -6534,7 +6552,7 @@ def watch_progress(client, id, timeout):
     try:
         while True:
             job = client.call(**waiting.next_call(longest))
-            longest = 1
+            longest = 1     # seconds between two updates; the first one comes at once
             print(CLEAR_LINE + progress_text(job), end='', flush=True)
             if waiting.is_over(job):
                 return job
@@ -6572,8 +6590,9 @@ def command_purge(client, options):
     """Delete jobs. On a terminal it asks before it deletes those of all queues."""
     everywhere = options.id is None and options.queue is None
     if everywhere and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
-        kind = ' '.join(filter(None, [options.status, options.tag and f'{options.tag!r}']))
-        if not confirmed(f'Delete the {kind} jobs of all queues?'.replace('  ', ' ')):
+        tag = options.tag and repr(options.tag)
+        words = ['Delete the', options.status, tag, 'jobs of all queues?']
+        if not confirmed(' '.join(filter(None, words))):
             return True
     command_call(client, options)
     return False
@@ -6620,7 +6639,7 @@ class Reloader:
     def __init__(self):
         self.started_at = 0         # nanoseconds since 1970
         self.modified_at = {}       # by file; touched by the watching thread only
-        self.has_changed = False    # written by it
+        self.has_changed = False    # written by the watching thread
 
     def start(self):
         self.started_at = time.time_ns()
@@ -6629,7 +6648,7 @@ class Reloader:
     def _watch(self):
         while not self.has_changed:
             for file in self._files():
-                with contextlib.suppress(OSError):      # an editor replaces it just now
+                with contextlib.suppress(OSError):      # an editor may be replacing it
                     modified_at = os.stat(file).st_mtime_ns
                     known = self.modified_at.setdefault(file, modified_at)
                     if known != modified_at or modified_at > self.started_at:
@@ -6776,7 +6795,7 @@ COMMANDS = [
         argument('id'),
         seconds_argument(
             '--wait', nargs='?', const=float('inf'),
-            help='for its end; exit with 1 unless it is done'),
+            help='wait for its end; exit with 1 unless it is done'),
     ]),
     Command('jobs', command_jobs, 'list jobs, newest first', [
         QUEUE_OPTION,
@@ -6849,7 +6868,7 @@ COMMANDS = [
         argument('queue'),
         argument('program', nargs='+', metavar='PROGRAM'),
         seconds_argument('--timeout'),
-        argument('--text', action='store_true', help='a payload that is a string as it is'),
+        argument('--text', action='store_true', help='pass a string payload without quotes'),
         *WORKER_OPTIONS,
     ]),
     Command('forward', command_forward, 'send the jobs in the outbox of a SQLite file', [
@@ -6891,7 +6910,7 @@ def build_parser():
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run a command of the command line; returns its exit code."""
     end_at_sigterm()
     if sys.stdout is None:      # closed by the caller
         sys.stdout = open(os.devnull, 'w')      # noqa: SIM115 - it stays open

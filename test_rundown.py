@@ -48,6 +48,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import py_compile
 import random
 import re
 import select
@@ -428,6 +429,8 @@ class Shared:
 
     def __init__(self, session):
         self.config = session.config
+        for module in (rundown_engine, rw):
+            py_compile.compile(module.__file__)     # so that none of many processes has to
         session.items.sort(key=lambda item: item.originalname not in BESIDE)    # they begin at once
         items = [item for item in session.items if item.originalname not in BESIDE]
         self.shared = {item.nodeid for item in items}
@@ -1535,6 +1538,15 @@ def test_a_clock_set_back_and_a_restart_keep_a_schedule_going(clocked, q, back):
     for _ in range(4):
         clocked.advance(602)
     assert clocked.count(q) == 11
+
+
+def test_a_clock_set_back_and_a_restart_keep_a_schedule_going_that_made_no_job_yet(clocked, q):
+    clocked.post("/schedule", name=q, queue=q, every=600)
+    clocked.stop()
+    clocked.clock.wall -= 3600
+    clocked.start()
+    clocked.advance(602)
+    assert clocked.count(q) == 1
 
 
 def test_a_clock_set_back_and_a_restart_keep_times_leases_and_jobs_that_run(clocked, q):
