@@ -637,8 +637,9 @@ FIELDS = {
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 LIMITS = ('max_running', 'rate', 'per')
 NULLABLE = (*LIMITS, 'progress')        # null is a value; in other fields it is the same as omitted
+# no request has both; a flag that is false does not count
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'), ('replace', 'after'))
-# the first needs the second
+# the first field needs the second
 REQUIRES = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))
 
 
@@ -1442,7 +1443,7 @@ def is_storage_error(error):
 
 
 def obstacle(database_path, error):
-    """Why a database cannot be used, with the file that is in the way, if one is."""
+    """Why a database cannot be used; names the file or folder at fault, if there is one."""
     reason = getattr(error, 'strerror', None) or error.__cause__ or error
     named = getattr(error, 'filename', None)
     folder = os.path.dirname(database_path)
@@ -1629,7 +1630,7 @@ def page_size(db):
 
 
 class FileWatch:
-    """Notices that files of the database in use were deleted or replaced."""
+    """Notices that a file of the database was deleted or replaced while in use."""
 
     def __init__(self, database_path):
         # constant after start
@@ -1637,7 +1638,7 @@ class FileWatch:
         self.folder = os.path.dirname(database_path)
         # touched by the thread that writes only
         self.inodes = None              # of the database, log and lock file; None: not in use
-        self.folder_mtime = None        # of the folder, when the files in it were looked at
+        self.folder_mtime = None        # when the files were checked; None: check them again
 
     def watch(self):
         """From now on the files are in use."""
