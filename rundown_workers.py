@@ -1258,7 +1258,7 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Cancel a job, or all of a status or tag, also within a queue; returns {"count": n}.
+        """Cancel a job, all with a tag, or all of a queue and status; returns {"count": n}.
 
         With `jobs` (jobs or ids), cancels all of them: returns {"jobs": [...]}, a reply for each.
         """
@@ -1272,7 +1272,10 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Make a failed or cancelled job pending again, or many; see cancel()."""
+        """Make a failed or cancelled job pending again, or all with a status or a tag.
+
+        `queue` limits that to a queue. Returns the same as cancel().
+        """
         return self._change('/retry', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def purge(
@@ -1283,7 +1286,10 @@ class Client(ProducerCalls, WorkerCalls):
         id: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Delete a job, or many, except running ones; see cancel()."""
+        """Delete a job, or all of a queue, status or tag, except running ones.
+
+        Returns the same as cancel().
+        """
         return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def limit(
