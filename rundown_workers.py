@@ -915,7 +915,7 @@ class Caller:
             return json.loads(response.content.decode())
         if response.status == 204:
             return None
-        error = refusal(response)
+        error = response_error(response)
         if isinstance(error, NotAnEngine):
             self.active.move_on(host)
         raise error
@@ -974,7 +974,10 @@ class Caller:
         self.pool.shutdown(how)
 
     def close(self) -> None:
-        """Close all connections, also those in use. Nothing can be sent after that."""
+        """Close the connections, also those that threads use. Nothing can be sent after that.
+
+        A call of an asyncio program that is in flight still gets its answer.
+        """
         self.shutdown()
         async_calls.close_idle(self.pool)
 
@@ -1255,7 +1258,7 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Cancel a job, or all of a status or tag, also within a queue; returns {"count": n}.
+        """Cancel a job, all with a tag, or all of a queue and status; returns {"count": n}.
 
         With `jobs` (jobs or ids), cancels all of them: returns {"jobs": [...]}, a reply for each.
         """
@@ -1269,7 +1272,10 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Make a failed or cancelled job pending again, or many; see cancel()."""
+        """Make a failed or cancelled job pending again, or all with a status or a tag.
+
+        `queue` limits that to a queue. Returns the same as cancel().
+        """
         return self._change('/retry', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def purge(
@@ -1280,7 +1286,10 @@ class Client(ProducerCalls, WorkerCalls):
         id: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Delete a job, or many, except running ones; see cancel()."""
+        """Delete a job, or all of a queue, status or tag, except running ones.
+
+        Returns the same as cancel().
+        """
         return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def limit(
@@ -1485,7 +1494,7 @@ def tls_context(hosts, ca):
     return context
 
 
-def refusal(response):
+def response_error(response):
     """The exception for an unsuccessful response.
 
     Only the engine's own JSON is a refusal. Anything else is from a proxy or another server.
@@ -4947,7 +4956,7 @@ class Registry:
 
     def _register(self, config, function, task=None):
         """Add a function that handles all jobs of a queue, or those for the task of that name."""
-        qualified = getattr(function, '__qualname__', '<')
+        qualified = getattr(function, '__qualname__', '')      # may have <locals> or <lambda> in it
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
                 f'{function!r} cannot be isolated: its process has to find it by its name in a '
@@ -5106,8 +5115,9 @@ class App(Registry):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """The finished job: see Client.wait."""
-        known = isinstance(job, Job) and not host
-        return (job.client if known else self.client(host)).wait(job, timeout, give_up)
+        uses_own_client = isinstance(job, Job) and not host
+        client = job.client if uses_own_client else self.client(host)
+        return client.wait(job, timeout, give_up)
 
     def run(
         self,
@@ -5197,9 +5207,9 @@ def enqueue_method(app, queue, host):
             )
         return app.enqueue(queue, payload, **{'host': host, **options})
 
-    _, first, *options = inspect.signature(app.enqueue).parameters.values()
+    _, payload, *options = inspect.signature(app.enqueue).parameters.values()
     by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
-    enqueue.__signature__ = inspect.Signature([first, *by_name])
+    enqueue.__signature__ = inspect.Signature([payload, *by_name])
     return enqueue
 
 
@@ -5299,6 +5309,7 @@ def check_number(name, value, minimum, types=int):
 
 
 def check_settings(**settings):
+    """Raise Misuse for a setting that is below its minimum, or not a number as MINIMUMS says."""
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
         check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
