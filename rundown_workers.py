@@ -2556,7 +2556,7 @@ class Slot:
         """The stack of the handler, from its own frames on."""
         task = claim.asyncio_task
         frames = self.consumer.worker.event_loop.task_frames(task) if task else self.frames()
-        stack = traceback.StackSummary.extract(frames[-50:])
+        stack = traceback.StackSummary.extract(frames[-50:])    # a recursion may be deep
         ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
         return ''.join(traceback.format_list(lines))
@@ -3657,7 +3657,7 @@ class Heartbeat:
         """Wait until a deadline, or until the engine has taken a claim away."""
         while not self.worker.closed.is_set() and time.monotonic() < deadline:
             seconds = max(0, deadline - time.monotonic())
-            if self.can_wait and not self.session.down_since:
+            if self.can_wait and self.session.down_since is None:
                 if self._wait_for_loss(seconds):
                     return
                 seconds = min(1, seconds)       # it answered early: do not call it in a tight loop
@@ -4323,7 +4323,7 @@ class ChildClaim(Saver):
             if not self.was_left:
                 self.was_left = True
                 self.child.send(LEFT)
-            raise Lost('the worker stops: the job is given back')
+            raise Lost('the worker is stopping: the job is released')
 
     def holds_last_slot(self):
         """As far as it is known: the process does not see the other slots of its queue."""
