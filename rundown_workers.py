@@ -50,8 +50,9 @@ PRODUCING
 
 The client chooses the job's id, so enqueue() is idempotent: while no engine answers it is sent
 again for `give_up` seconds (30), and then raises EngineUnavailable. A call that the engine
-refuses raises Refused at once; a proxy's error page does not count as a refusal. A run_at without
-a zone is local time. A duration is a number of seconds or a timedelta.
+refuses raises Refused at once; a proxy's error page does not count as a refusal. A run_at is a
+datetime (local time if it has no zone) or text like 2030-01-31T12:00:00Z. A duration is a number
+of seconds or a timedelta.
 
 WORKING
     @queue(name, max_retries, timeout, concurrency, isolate, max_jobs, backoff, retry_on, abort_on,
@@ -105,9 +106,9 @@ gets Lost there, and its job is released at once; the handler has the rest of th
 A second signal exits at once.
 
 The log is logging.getLogger("rundown"), on stderr where logging is not set up; other loggers are
-for the program to set up. It has a line for each job, up to 100 a second; further ones are
-counted. The engine keeps the schedules and limits of decorators that were removed; the log names
-them, with the command that deletes them.
+for the program to set up. It has a line for each failed attempt, and for up to 100 done jobs of a
+queue a second; further ones are counted. The engine keeps the schedules and limits of decorators
+that were removed; the log names them, with the command that deletes them.
 
 ANY PROGRAM AS A WORKER
     python rundown_workers.py exec QUEUE [--concurrency N] [--timeout S] [--text] -- PROGRAM ARGS...
@@ -140,8 +141,8 @@ DJANGO (6.0 and newer)
                                 DJANGO_SETTINGS_MODULE
 
 With `outbox` (True, or the alias of a database) a task runs if and only if the open transaction
-commits. Other OPTIONS: host, max_retries, timeout. Connections are closed around each task.
-task_finished is sent after the last attempt.
+commits. Other OPTIONS: host, max_retries, timeout. As around a request, database connections that
+are broken or too old are closed around each task. task_finished is sent after the last attempt.
 
 COMMAND LINE
     python rundown_workers.py COMMAND --help        enqueue, status, jobs, queues, top, cancel, ...
@@ -275,7 +276,7 @@ EXAMPLE_URL = 'http://127.0.0.1:8181'   # in error messages
 
 # the client
 CLIENT_TIMEOUT = 30         # seconds for which a call is retried while no engine answers
-RESPONSE_TIMEOUT = 10       # seconds until a request times out, in addition to its `wait`
+RESPONSE_TIMEOUT = 10       # seconds to connect, or for a worker's request besides its `wait`
 MIN_LAST_TRY = 1            # seconds that the last try of a call has at least
 MAX_TRY = 60                # seconds that any try has at most, in addition to its `wait`
 PROBE_TIMEOUT = 5           # seconds in which an engine has to answer a probe
@@ -293,7 +294,7 @@ MAX_ASYNC_WAITS = 2000      # concurrent long polls of asyncio programs that wai
 CROWDED_POLL = 1            # seconds of such a long poll while more of them are queued
 MAX_ASYNC_IDLE = 20         # idle connections of asyncio programs
 MAX_RESPONSE_HEAD = 1 << 17     # bytes in the status line and headers of a response
-MAX_DEPTH = 100             # levels of a value that are searched for a part that is not JSON
+MAX_DEPTH = 100             # levels that the search for a part that is not JSON goes down
 
 # the worker
 LEASE = 30                  # seconds until the engine gives a claim without heartbeat to others
@@ -307,7 +308,7 @@ MAX_PREFETCH_AGE = 1        # seconds that a claimed job waits for a slot before
 HUNG_AFTER = 1              # seconds after its interruption until a thread counts as hung
 MAX_HUNG = 10               # hung threads at which the worker ends
 WATCH_INTERVAL = 0.1        # seconds between two checks of the running jobs
-MAX_LOG_LINES_PER_TICK = 10     # jobs of a queue that are logged singly per WATCH_INTERVAL
+MAX_LOG_LINES_PER_TICK = 10     # done jobs of a queue that get a line each per WATCH_INTERVAL
 PROGRESS_INTERVAL = 0.5     # seconds between two reports of a job's progress
 BURST_INTERVAL = 0.5        # seconds between two polls of a burst for an empty queue
 MAX_BACKLOG = 5000          # unreported outcomes above which no jobs are claimed
@@ -442,7 +443,7 @@ def as_json(value, name):
         path = truncate_middle(path, 200)
         if isinstance(part, dict):
             check_own_keys(part, path)
-        if isinstance(error, TypeError):    # its text only says which type that is
+        if isinstance(error, TypeError):    # its message only names the type
             raise NotJSON(f'{path} has the type {type(part).__name__}, which JSON cannot hold; '
                           'str() of it may do') from None
         kind = part if isinstance(part, float) else f'a {type(part).__name__}'
@@ -476,7 +477,8 @@ def parts_of(value):
 
 def check_keys(value, name):
     """Raise NotJSON for a dictionary key that is not a string, at any depth."""
-    pending = [(value, None)]           # containers, each with its path: (path of its parent, key)
+    # containers, each with its path: None for the outermost, else (path of its parent, key)
+    pending = [(value, None)]
     while pending:
         container, path = pending.pop()
         if isinstance(container, dict) and not all(isinstance(key, str) for key in container):
@@ -496,6 +498,7 @@ def check_own_keys(container, path):
 
 
 def path_text(path):
+    """A path of check_keys() as text, such as `['users'][0]`."""
     keys = []
     while path is not None:
         path, key = path
@@ -585,6 +588,7 @@ def retry_pause(tries):
 
 
 def deadline_after(timeout):
+    """A time of time.monotonic(); infinity if the timeout is None."""
     return time.monotonic() + (float('inf') if timeout is None else duration('timeout', timeout))
 
 
@@ -645,13 +649,14 @@ class ResponseReader:
         if data and not self._may_be_complete():
             return None
         file = io.BytesIO(self.received)
+        # an HTTPResponse calls only makefile() of its socket
         response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: file))
         try:
             response.begin()
             check_framing(response)
             self.is_chunked = response.chunked
             self.size = float('inf') if response.length is None else file.tell() + response.length
-            if data and not self._may_be_complete():
+            if data and not self._may_be_complete():    # again, now that its size is known
                 return None
             response.content = response.read()
         except (http.client.IncompleteRead, http.client.RemoteDisconnected):
@@ -739,7 +744,7 @@ class ConnectionPool(urllib.request.BaseHandler):
         if self.process != os.getpid():
             self.idle = collections.deque()
             self.active = set()
-            self.process = os.getpid()      # last: another thread may look at it meanwhile
+            self.process = os.getpid()      # last: other threads then skip this and use the above
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle.pop()
@@ -795,7 +800,7 @@ class ActiveHost:
 
 
 class Retries:
-    """How long a call is tried: for `give_up` seconds, at each of the engines in turn."""
+    """When a call is tried again: for `give_up` seconds in all, at one engine after the other."""
 
     def __init__(self, hosts, wait, give_up):
         self.hosts = hosts
@@ -804,12 +809,12 @@ class Retries:
         self.tries = 0
         self.began = time.monotonic()
         self.deadline = self.began + self.give_up + self.wait
-        self.has_said_so = False                # a message on the terminal: still trying
+        self.has_told_terminal = False          # that it is still trying
 
     def seconds(self):
-        """Seconds for the next try: an equal share for each engine of the time that is left.
+        """Seconds for the next try: the time that is left, shared equally among the engines.
 
-        With several engines less in the first rounds, so that a silent one costs little.
+        With several engines, tries of the first rounds are shorter: a silent one costs little.
         """
         share = (self.deadline - time.monotonic()) / len(self.hosts)
         longest = MAX_TRY
@@ -826,14 +831,14 @@ class Retries:
         rounds, turn = divmod(self.tries, len(self.hosts))
         pause = 0 if turn else max(retry_pause(rounds - 1), error.retry_after)
         now = time.monotonic()
-        self.deadline = min(self.deadline, now + self.give_up)      # only the first try may wait
+        self.deadline = min(self.deadline, now + self.give_up)  # counted from the first failure
         hosts = ' '.join(self.hosts)
         if now + pause >= self.deadline:
             final = type(error)(f'{hosts} was tried for {self.give_up:g} s: {error}')
             final.status = error.status
             raise final from None
-        if now + pause - self.began >= STILL_TRYING_AFTER and not self.has_said_so:
-            self.has_said_so = True
+        if now + pause - self.began >= STILL_TRYING_AFTER and not self.has_told_terminal:
+            self.has_told_terminal = True
             tell_terminal(f'no engine at {hosts}, still trying ({error})')
         return pause
 
@@ -910,7 +915,7 @@ class Caller:
             return json.loads(response.content.decode())
         if response.status == 204:
             return None
-        error = refusal(response)
+        error = response_error(response)
         if isinstance(error, NotAnEngine):
             self.active.move_on(host)
         raise error
@@ -954,7 +959,7 @@ class Caller:
         return self.call(f'{path}?{query}', wait=given.get('wait', 0))
 
     def _change(self, path, jobs, **fields):
-        """A call about one job, about all jobs that match the fields, or about a list of jobs."""
+        """A call about the given jobs; if `jobs` is None, about all that match the fields."""
         given = given_fields(fields)
         if jobs is None:
             return self.call(path, given, wait=0 if 'id' in given else LONG_CHANGE)
@@ -969,7 +974,10 @@ class Caller:
         self.pool.shutdown(how)
 
     def close(self) -> None:
-        """Close all connections, also those in use. Nothing can be sent after that."""
+        """Close the connections, also those that threads use. Nothing can be sent after that.
+
+        A call of an asyncio program that is in flight still gets its answer.
+        """
         self.shutdown()
         async_calls.close_idle(self.pool)
 
@@ -1000,8 +1008,8 @@ class ProducerCalls(Caller):
     ) -> Job:
         """Add a job, and return it. The call is idempotent: sending it again adds nothing.
 
-        `created` in it is False if a job with its id or key existed before. A `run_at` without
-        a zone is local time; durations are in seconds, or timedeltas.
+        `created` in it is False if a job with its id or key existed before. A datetime without a
+        zone is local time; durations are in seconds, or timedeltas.
 
         The job waits until the jobs `after` (jobs or ids) are done; if one of them fails it is
         cancelled, unless `after_any` is True. Jobs of a `group` run one at a time, in order.
@@ -1049,7 +1057,7 @@ class ProducerCalls(Caller):
         if len(ids) != len(payloads):
             counts = f'there are {len(ids)} and {len(payloads)}'
             raise Misuse(f'ids must be one for each payload: {counts}')
-        most = MAX_BATCH
+        most = MAX_BATCH        # jobs in a request
         if options.get('after') is not None:
             options['after'] = job_ids(options['after'])
             most = max(1, min(most, MAX_BATCH_AFTER // max(1, len(options['after']))))
@@ -1250,7 +1258,7 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Cancel a job, or all of a queue, status and tag; returns {"count": n}.
+        """Cancel a job, all with a tag, or all of a queue and status; returns {"count": n}.
 
         With `jobs` (jobs or ids), cancels all of them: returns {"jobs": [...]}, a reply for each.
         """
@@ -1264,7 +1272,10 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Make a failed or cancelled job pending again, or many; see cancel()."""
+        """Make a failed or cancelled job pending again, or all with a status or a tag.
+
+        `queue` limits that to a queue. Returns the same as cancel().
+        """
         return self._change('/retry', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def purge(
@@ -1275,7 +1286,10 @@ class Client(ProducerCalls, WorkerCalls):
         id: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Delete a job, or many, except running ones; see cancel()."""
+        """Delete a job, or all of a queue, status or tag, except running ones.
+
+        Returns the same as cancel().
+        """
         return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def limit(
@@ -1344,7 +1358,7 @@ ENQUEUE_OPTIONS = list(inspect.signature(Client.enqueue).parameters)[3:]
 
 
 class Waiting:
-    """The calls that wait for the end of a job, until a timeout."""
+    """A wait for the end of a job: the long polls that it takes, and when it is over."""
 
     def __init__(self, client, job, timeout, give_up):
         self.id = job['id'] if isinstance(job, dict) else job
@@ -1359,7 +1373,7 @@ class Waiting:
         return {'path': path, 'wait': wait, 'give_up': min(self.give_up, left)}
 
     def is_over(self, job):
-        """Has the job ended? Unfinished if it has not and the timeout is over."""
+        """Has the job ended? Raises Unfinished if it has not and the timeout is over."""
         if job['status'] in ENDED:
             return True
         if time.monotonic() >= self.deadline:
@@ -1385,7 +1399,10 @@ class Job(Dict[str, Any], Generic[R]):
         return self.refresh()
 
     def retry(self) -> Job[R]:
-        """Make it pending again, update it, and return it; Refused if it has not ended."""
+        """Make it pending again, update it, and return it.
+
+        Refused unless it has failed or was cancelled.
+        """
         self.client.retry(self['id'])
         return self.refresh()
 
@@ -1441,7 +1458,8 @@ def results(
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
 
-# http.client raises an OverflowError for a length that no computer has
+# Exceptions of a request to which no usable response came. JSON that cannot be parsed is a
+# ValueError or a RecursionError; http.client raises OverflowError for an impossible length.
 UNREACHABLE = (OSError, http.client.HTTPException, ValueError, OverflowError, RecursionError)
 
 
@@ -1476,7 +1494,7 @@ def tls_context(hosts, ca):
     return context
 
 
-def refusal(response):
+def response_error(response):
     """The exception for an unsuccessful response.
 
     Only the engine's own JSON is a refusal. Anything else is from a proxy or another server.
@@ -1612,7 +1630,7 @@ class AsyncCalls:
         self.lock = threading.Lock()    # held to start the thread
         self.loop = None                # written with the lock; None: the thread is not started
         # used by the loop's thread only
-        self.idle = collections.deque()     # connections without a request; last used last
+        self.idle = collections.deque()     # without a request; most recently used last
         self.call_slots = None          # semaphore of short calls
         self.wait_slots = None          # semaphore of long polls
 
@@ -1738,15 +1756,16 @@ class AsyncCalls:
 class AsyncConnection:
     """A connection that asyncio calls use for one request after the other.
 
-    It is a protocol of asyncio, which calls the methods that are not ours.
+    It is an asyncio.Protocol in all but name: asyncio calls connection_made() to
+    resume_writing().
     """
 
     def __init__(self, pool, origin):
         self.pool = pool        # of the client that uses it
         self.origin = origin    # (scheme, host and port)
         self.transport = None   # set when it is connected
-        self.reader = None      # of the response in flight
-        self.response = None    # a future: the response in flight, or the last one
+        self.reader = None      # ResponseReader of the request in flight, or of the last one
+        self.response = None    # the future of its response
 
     @classmethod
     async def open(cls, loop, pool, origin):
@@ -1799,7 +1818,7 @@ class AsyncConnection:
 
 
 def max_async_waits():
-    """Half of the files that this process may open, at most MAX_ASYNC_WAITS."""
+    """Half of the files that this process may open: from 10 to MAX_ASYNC_WAITS."""
     try:
         import resource     # not on Windows
     except ImportError:
@@ -1834,8 +1853,7 @@ def progress(value: Any) -> None:
 
 
 def inputs() -> list[Any]:
-    """The results of the job's dependencies, in the order of `after`; None for one not done.
-    """
+    """The results of the job's dependencies, in the order of `after`; None if one is not done."""
     claim = current.get()
     after = claim.job.get('after') if claim else None
     if not after:
@@ -1846,28 +1864,29 @@ def inputs() -> list[Any]:
 
 
 def may_deadlock(claim, job):
-    """Whether a handler's wait for this job, or id, has to be checked; claim: of the handler."""
+    """Whether to call check_deadlock() before the handler of the claim waits for a job, or id."""
     if claim is None or not claim.holds_last_slot():
         return False
     return isinstance(job, str) or job.get('queue') == claim.job.get('queue')
 
 
 def check_deadlock(client, claim, waiting):
-    """Warn if a handler waits for a job of its own queue, and occupies the last slot.
+    """Warn if a handler that holds the last slot of its queue waits for a job of that queue.
 
-    Raises Error instead if it is the only slot, and no other worker polls the queue.
+    Raises Error instead if it holds the only slot, and no other worker polls the queue.
     """
     job = client.call(**waiting.next_call(0))
     queue = claim.job.get('queue')
     worker = claim.job.get('worker')
-    has_only_slot = claim.holds_only_slot()
-    # a job that this worker has claimed waits for the slot, too, or is the handler's own
-    is_claimed = has_only_slot and job['status'] == 'running' and job['worker'] == worker
-    needs_slot = job['status'] == 'pending' or is_claimed
+    holds_only_slot = claim.holds_only_slot()
+    # if this worker has claimed the job, it is the handler's own, or it was prefetched and
+    # waits for the only slot
+    is_ours = job['status'] == 'running' and job['worker'] == worker
+    needs_slot = job['status'] == 'pending' or (holds_only_slot and is_ours)
     if job['queue'] != queue or not needs_slot:
         return
     text = f'{describe_job(claim.job)} waits for the job {job["id"]} of its own queue'
-    if has_only_slot and not has_other_workers(client, queue, worker, waiting):
+    if holds_only_slot and not has_other_workers(client, queue, worker, waiting):
         raise Error(f'the handler of {text}, which needs its slot: raise the concurrency, use '
                     'another queue, or enqueue a job with `after`')
     note(logging.WARNING, 'the handler of %s, which has no free slot: it may wait for long', text)
@@ -1955,7 +1974,7 @@ class Track(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         if self._every and is_in_event_loop():
             raise Misuse('track(every=...) needs `async for` in an async handler')
-        done = self._first()
+        done = self._count_skipped()
         for item in itertools.islice(self._iterable, done, None):
             yield item
             done += 1
@@ -1967,11 +1986,11 @@ class Track(Generic[T]):
             checkpoint(self._value(done))
 
     async def __aiter__(self) -> AsyncIterator[T]:
-        first = self._first()
+        skipped = self._count_skipped()
         done = 0
         async for item in as_async(self._iterable):
             done += 1
-            if done <= first:
+            if done <= skipped:
                 continue
             yield item
             if not self._every:
@@ -1981,11 +2000,11 @@ class Track(Generic[T]):
         if self._every:
             await checkpoint(self._value(done))
 
-    def _first(self):
+    def _count_skipped(self):
         """How many items are skipped, since an earlier attempt has done them."""
         claim = current.get()
-        progress = claim.job.get('progress') if claim and self._every else None
-        done = progress.get('done') if isinstance(progress, dict) else None
+        saved = claim.job.get('progress') if claim and self._every else None
+        done = saved.get('done') if isinstance(saved, dict) else None
         return done if type(done) is int and done > 0 else 0
 
     def _value(self, done):
@@ -2019,11 +2038,13 @@ def run_in_thread(function, *args):
 
     def run():
         try:
-            outcome = future.set_result, function(*args)
+            value = function(*args)
+            set_outcome = future.set_result
         except BaseException as error:
-            outcome = future.set_exception, error
+            value = error
+            set_outcome = future.set_exception
         with contextlib.suppress(RuntimeError):     # the loop has ended
-            loop.call_soon_threadsafe(resolve, *outcome)
+            loop.call_soon_threadsafe(resolve, set_outcome, value)
 
     threading.Thread(target=run, daemon=True).start()
     return future
@@ -2050,7 +2071,10 @@ class Saver:
     """
 
     def begin_step(self, name):
-        """Check the name before the function runs: a result that is refused would be lost."""
+        """Raise Lost if the worker is stopping, Misuse if the engine would refuse the name.
+
+        This precedes the function, since a result that cannot be saved would be lost.
+        """
         self.leave_if_stopping()
         if self.steps is None:
             self.steps = {}
@@ -2141,9 +2165,9 @@ class Policy:
                 if not isinstance(each, type) or not issubclass(each, BaseException):
                     raise Misuse(f'{name} must be a class of exceptions or a tuple of them, '
                                  f'not {classes!r}')
-        for step in self.backoff:
-            if not callable(step):
-                check_number('backoff', step, 0, NUMBER)
+        for pause in self.backoff:
+            if not callable(pause):
+                check_number('backoff', pause, 0, NUMBER)
 
     def retry_fields(self, error, retries):
         """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
@@ -2166,8 +2190,8 @@ class Policy:
         """Seconds until the next attempt; None: the engine decides."""
         delay = error.delay if isinstance(error, Retry) else None
         if delay is None and self.backoff:
-            step = self.backoff[min(retries, len(self.backoff) - 1)]
-            delay = step(retries + 1) if callable(step) else step
+            pause = self.backoff[min(retries, len(self.backoff) - 1)]
+            delay = pause(retries + 1) if callable(pause) else pause
         if delay is not None:
             check_number('backoff', delay, 0, NUMBER)
         return delay
@@ -2208,7 +2232,7 @@ class HandlerTable:
         return name[:100] if isinstance(name, str) and None not in self.functions else ''
 
     def _find_task(self, name):
-        """The task of that name; or the only one whose name is a dotted suffix, or the reverse.
+        """The task of that name, or the only one whose name differs only by leading packages.
 
         An unknown task fails like any error, so that a newer worker can take the next attempt.
         """
@@ -2237,7 +2261,7 @@ class HandlerTable:
 
 def run_handler(handlers, job, around=()):
     """Run a job's handler; returns the outcome. Never raises, and sends nothing."""
-    process = os.getpid()
+    pid = os.getpid()
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         if around:
@@ -2249,7 +2273,7 @@ def run_handler(handlers, job, around=()):
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
-        if os.getpid() != process:
+        if os.getpid() != pid:
             os._exit(1)         # a process that the handler forked must not go on as a worker
     return completion(result)
 
@@ -2265,7 +2289,7 @@ def call_surrounded(around, job, function, args, kwargs):
 
 async def run_async_handler(handlers, job, around=()):
     """run_handler() on an event loop, for a queue whose handlers are async."""
-    process = os.getpid()
+    pid = os.getpid()
     result = None       # stays so if a function of around() suppresses an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
@@ -2274,7 +2298,7 @@ async def run_async_handler(handlers, job, around=()):
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
-        if os.getpid() != process:
+        if os.getpid() != pid:
             os._exit(1)
     return completion(result)
 
@@ -2353,16 +2377,17 @@ class Claim(Saver):
     """
 
     # changed with the lock held
-    outcome = None                  # None: not finished
     slot = None                     # the slot that runs it
     started_at = None               # None: waits for a slot
     progress = None                 # the latest that was not sent yet, as JSON text
+    # set with the lock held; then only the reporter changes them
+    outcome = None                  # None: not finished
     is_sending_progress = False
-    # written by the thread that finishes it, read by the reporter
+    # written by the thread that finishes it, then by the reporter only
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
     was_refused = False             # the engine refused an outcome
-    # written by the event loop's thread
+    # set by the event loop's thread; reset when the handler has ended
     asyncio_task = None             # of an async handler, once it has begun
 
     def __init__(self, job, consumer, now):
@@ -2389,7 +2414,10 @@ class Claim(Saver):
             return True
 
     def try_finish(self, outcome, interruption=None, unless_started=False):
-        """True if this was the first outcome. An interruption stops the handler if it runs."""
+        """True if this was the first outcome. An interruption stops the handler if it runs.
+
+        With `unless_started`, a claim that has a slot is left alone.
+        """
         with self.lock:
             if self.outcome is not None or (unless_started and self.slot):
                 return False
@@ -2446,10 +2474,10 @@ class Claim(Saver):
         return task.result()
 
     def __str__(self):
-        item = json.loads(self.json_prefix + '}')
-        queue = self.consumer.name
+        item = json.loads(self.json_prefix + '}')       # the handler may have changed `job`
         task = self.consumer.handlers.task_name(self.job)
-        return f'{queue} {task and task + " "}{item["id"]} attempt {item["attempt"]}'
+        words = [self.consumer.name, task, item['id'], f'attempt {item["attempt"]}']
+        return ' '.join(filter(None, words))
 
 
 class Slot:
@@ -2460,8 +2488,8 @@ class Slot:
 
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
-    is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # it takes no more claims; set by interrupt()
+    is_terminating = False  # the worker's end waits for its program or process
+    is_abandoned = False    # it takes no more claims; set by interrupt() or use_event_loop()
     interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
@@ -2485,7 +2513,7 @@ class Slot:
             if self.consumer.hooks['start']:
                 self.call_hooks('start', claim, None)
             outcome = self.run(claim)
-        except Interruption as error:       # in a hook
+        except Interruption as error:       # in a hook, or just after the handler
             outcome = failure(error)
         self.consumer.on_ended(claim, outcome)
 
@@ -2528,7 +2556,7 @@ class Slot:
         """The stack of the handler, from its own frames on."""
         task = claim.asyncio_task
         frames = self.consumer.worker.event_loop.task_frames(task) if task else self.frames()
-        stack = traceback.StackSummary.extract(frames[-50:])
+        stack = traceback.StackSummary.extract(frames[-50:])    # a recursion may be deep
         ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
         return ''.join(traceback.format_list(lines))
@@ -2570,13 +2598,13 @@ class EventLoop:
         self.asyncio = asyncio
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(make_daemon_executor())
-        # safe without a lock: a dict whose single operations are atomic
-        self.not_begun = {}         # the queues of threads whose coroutine has not begun
+        # safe without a lock: a dict whose single operations are atomic, and flags
+        self.not_begun = {}         # a queue for each waiting thread whose coroutine has not begun
         self.is_abandoned = False
         self.is_ending = False
-        # written by the watcher; the loop's thread resets the first, any thread reads the other
+        # written by the watcher; the loop's thread resets probed_at, any thread reads is_blocked
         self.probed_at = None       # when the pending probe was sent; None: it was answered
-        self.is_blocked = False     # by a handler that does not await
+        self.is_blocked = False     # by a handler or callback that does not return to the loop
         self.thread = start_thread(self._run, 'asyncio')
 
     def _run(self):
@@ -2624,13 +2652,13 @@ class EventLoop:
         context = contextvars.copy_context()
 
         def start():
-            with contextlib.suppress(KeyError):     # the loop was abandoned
-                self.not_begun.pop(finished)
-                claim.asyncio_task = self.create_task(coroutine, context, finished.put)
-                if claim.outcome:       # it ended before there was a task to cancel
-                    claim.asyncio_task.cancel()
+            if self.not_begun.pop(finished, None) is None:
+                return                  # the loop was abandoned
+            claim.asyncio_task = self.create_task(coroutine, context, finished.put)
+            if claim.outcome:           # it ended before there was a task to cancel
+                claim.asyncio_task.cancel()
 
-        self.not_begun[finished] = None
+        self.not_begun[finished] = True
         self.loop.call_soon_threadsafe(start)
         if self.is_abandoned:       # perhaps before this was in `not_begun`
             self.abandon()
@@ -2691,7 +2719,7 @@ def make_daemon_executor():
         def __init__(self):
             super().__init__()
             self.calls = SimpleQueue()
-            self.lock = threading.Lock()        # held to change the next two
+            self.lock = threading.Lock()        # held to change `threads` and `idle`
             self.threads = 0
             self.idle = 0                       # threads that wait for a call
 
@@ -2783,7 +2811,7 @@ class AsyncSlot(Slot):
         try:
             consumer.call_hooks('start', claim, None)
             outcome = await run_async_handler(consumer.handlers, claim.job, around)
-        except Interruption as error:       # in a hook
+        except Interruption as error:       # in a hook, or just after the handler
             outcome = failure(error)
         claim.asyncio_task = None
         consumer.on_ended(claim, outcome)
@@ -2826,8 +2854,8 @@ class Interruptions:
             if slot.is_alive() and not slot.try_raise(claim, interruption):
                 self.pending.put((slot, claim, interruption))
 
-    def block_event_loop(self):
-        """Whether a handler still blocks the event loop HUNG_AFTER seconds after it was stopped."""
+    def is_event_loop_hung(self):
+        """Whether a handler blocks the event loop HUNG_AFTER seconds after its interruption."""
         return any(slot.blocks_event_loop() for slot in self.hung())
 
     def forget_ended(self):
@@ -2859,7 +2887,7 @@ STDLIB = os.path.dirname(threading.__file__) + os.sep
 
 
 def try_raise(thread, error, within=None):
-    """Raise an exception in another thread, unless that leaves a lock of the library locked.
+    """Raise an exception in another thread, unless that leaves a lock of the stdlib locked.
 
     Returns False if the thread is at such a place now, and the caller has to try again. Does
     nothing if the frame `within` is no longer on its stack. The exception is raised when the
@@ -2880,6 +2908,8 @@ def try_raise(thread, error, within=None):
 def raise_if_unmoved(thread_id, frame, instruction, error):
     """Raise an exception in a thread if it is still at this instruction of this frame.
 
+    Returns whether it was raised.
+
     In plain terms: if frames[thread_id] is frame and frame.f_lasti == instruction, raise it.
     The interpreter may switch threads between any two bytecode instructions, but not inside of one
     call into C. So this builds a chain of iterators of C, which any() runs in one call.
@@ -2892,7 +2922,7 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
     # whether that frame is still at the instruction
     is_there = map(functools.partial(operator.eq, instruction),
                    map(operator.attrgetter('f_lasti'), same_frame))
-    # the arguments of the call that raises the exception, if it is
+    # the arguments of the call that raises the exception: once if it is there, else never
     arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
     calls = itertools.compress(itertools.repeat(arguments), is_there)
     return any(itertools.starmap(ctypes.pythonapi.PyThreadState_SetAsyncExc, calls))
@@ -2902,7 +2932,7 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
 def is_taking_lock(code, instruction):
     """Whether a lock of the standard library may stay locked if an exception is raised here.
 
-    That is so close to a call that acquires or releases a lock, unless a `with` or `try` handles
+    That is possible near a call that acquires or releases it, unless a `with` or `try` handles
     the exception.
     """
     is_stdlib = code.co_filename.startswith(STDLIB) and 'site-packages' not in code.co_filename
@@ -2976,7 +3006,10 @@ class LogWriter:
             self.calls.put(None)
 
     def put(self, function, *args):
-        """Call the function in the thread; without a thread, call it here."""
+        """Call the function in the thread; without a thread, call it here.
+
+        It is not called at all while MAX_LOG_BACKLOG calls wait.
+        """
         if not self.users:
             function(*args)
         elif self.calls.qsize() < MAX_LOG_BACKLOG:
@@ -3024,7 +3057,10 @@ def until(condition, deadline):
 
 
 def exit_process(code):
-    """End the process although handlers hang, which may hold locks of the log and of stdout."""
+    """End the process although handlers hang, which may hold locks of the log and of stdout.
+
+    With --reload, the program starts again instead if the project's files have changed.
+    """
     def flush():
         for function in (logging.shutdown, sys.stdout.flush):
             with contextlib.suppress(Exception):
@@ -3090,7 +3126,9 @@ class Consumer:
         self.handlers = HandlerTable(config.functions)
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
-        self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
+        # claims that wait for a slot; None ends a slot thread. Async handlers have an AsyncReady,
+        # which the watcher replaces together with the event loop.
+        self.ready = SimpleQueue()
         self.in_flight = {}                 # claims that wait, run or clean up, in order
         # changed with the lock held
         self.slots_lock = threading.Lock()
@@ -3152,13 +3190,13 @@ class Consumer:
         return slots + min(MAX_BATCH, ahead)
 
     def on_ended(self, claim, outcome):
-        """Called when a claim's handler has ended. The outcome is ignored if there was one."""
+        """Called when a claim's handler has ended. Only the first outcome of a claim counts."""
         if claim.try_finish(outcome):
             self._on_finished(claim, outcome)
         self._remove(claim)
 
     def _on_finished(self, claim, outcome):
-        """Report the outcome of a handler, then call its hooks."""
+        """Report and log the outcome of a handler, call its hooks, and note its pace."""
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -3173,8 +3211,12 @@ class Consumer:
         if self.hooks[event]:
             claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
+        self._note_pace(claim)
+
+    def _note_pace(self, claim):
+        """Update the average time of a job, which includes its hooks."""
         self.finished_at = time.monotonic()
-        seconds = self.finished_at - claim.started_at       # with the hooks
+        seconds = self.finished_at - claim.started_at
         pace = self.seconds_per_job
         self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
 
@@ -3199,6 +3241,7 @@ class Consumer:
             note(logging.INFO, '%s released', claim)
 
     def report(self, claim, outcome):
+        """Give a claim's outcome to the reporter, or forget the claim if it is LOST."""
         claim.outcome = outcome
         if outcome.call:
             fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
@@ -3231,16 +3274,17 @@ class Consumer:
                 self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
-        for function in self.hooks[event] if only is None else only:
+        functions = self.hooks[event] if only is None else only
+        for function in functions:
             call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
         """Log an event. If the claim has started, call its hooks in a new thread."""
         note(logging.WARNING, '%s ' + text, claim, *values)
         if self.hooks[event] and claim.started_at is not None:
-            hooks = threading.Thread(
+            thread = threading.Thread(
                 target=self.call_hooks, args=(event, claim, error), daemon=True)
-            hooks.start()
+            thread.start()
 
 
 class Fetcher:
@@ -3278,7 +3322,10 @@ class Fetcher:
                 self._on_error(error)
 
     def _claim_limit(self):
-        """How many jobs to claim now; 0 if enough are in flight, or too many unreported."""
+        """How many jobs to claim now; 0 if enough are in flight, or too many unreported.
+
+        Also decides whether the next poll prefetches, and when a poll makes sense again.
+        """
         if self.session.is_backlogged or self.session.reporter.to_report.qsize() > MAX_BACKLOG:
             return 0
         slots = self.consumer.count_ready_slots()
@@ -3302,23 +3349,27 @@ class Fetcher:
         if jobs:
             return
         if self.worker.burst:
-            if not self.worker.app.waits_for_rates or not self._is_rate_limited():
+            if not self.worker.app.waits_for_rates or not self._wait_for_rate():
                 self.idle_generation = generation
                 # a handler may wait for a job that it has added, so poll again after a while
                 until(self._may_have_jobs, time.monotonic() + BURST_INTERVAL)
         elif self.is_prefetching:
             self.capacity_freed.wait(WATCH_INTERVAL)
-        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
+        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):
+            # the answer came at once, so this was no long poll
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
     def _may_have_jobs(self):
-        """Whether to poll an empty queue again: a claim that ended may have added jobs."""
+        """Whether to end the pause of a burst: a claim that ended may have added jobs.
+
+        True also if the worker is stopping.
+        """
         return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
 
-    def _is_rate_limited(self):
-        """Whether the queue has due jobs that its rate limit holds back.
+    def _wait_for_rate(self):
+        """If a rate holds back due jobs of the queue, wait until it allows a claim.
 
-        If so, waits until the rate allows a claim, a second at most.
+        Waits for a second at most. Returns False at once if there are no such jobs.
         """
         try:
             page = self.client.send(f'/queues?queue={quote(self.consumer.name)}', None,
@@ -3393,7 +3444,7 @@ class EngineSession:
     def __init__(self, worker, host):
         # constant
         self.worker = worker
-        self.settings = (host, worker.app.token, CLIENT_TIMEOUT, worker.app.ca)
+        self.settings = (host, worker.app.token, CLIENT_TIMEOUT, worker.app.ca)     # of Client
         self.client = Client(*self.settings)
         self.reporter = Reporter(self)
         self.heartbeat = Heartbeat(self)
@@ -3452,7 +3503,7 @@ class EngineSession:
         return EngineUnavailable(f'the server at {self.client.host} is no engine')
 
     def send_batch(self, call, items, seconds):
-        """Send pairs of a claim and its JSON text until the engine answers.
+        """Send items, each a pair of a claim and JSON text. Tries until the engine answers.
 
         Yields each claim with its answer. A batch that is refused as a whole is sent item by item.
         """
@@ -3465,6 +3516,7 @@ class EngineSession:
                     self.is_backlogged = self.is_backlogged or call != 'heartbeat'
                     self.worker.closed.wait(self.on_down(error))
                     continue
+                # the answer of a single item; of more items, none has an answer yet
                 answers = [{'code': error.status, 'error': str(error)}]
             self.is_backlogged = False
             self.on_up(began)
@@ -3562,7 +3614,7 @@ class Reporter:
                 claim.was_refused = True
                 claim.consumer.report(claim, refused_outcome(claim.outcome, reason))
                 return
-        self.session.forget(claim)      # the lease ends one that was refused twice
+        self.session.forget(claim)      # without heartbeats, the claim ends with its lease
 
 
 def refused_outcome(outcome, reason):
@@ -3605,7 +3657,7 @@ class Heartbeat:
         """Wait until a deadline, or until the engine has taken a claim away."""
         while not self.worker.closed.is_set() and time.monotonic() < deadline:
             seconds = max(0, deadline - time.monotonic())
-            if self.can_wait and not self.session.down_since:
+            if self.can_wait and self.session.down_since is None:
                 if self._wait_for_loss(seconds):
                     return
                 seconds = min(1, seconds)       # it answered early: do not call it in a tight loop
@@ -3658,7 +3710,7 @@ class Watcher:
             for consumer in self.worker.consumers:
                 for claim in consumer.in_flight.copy():
                     self._check(consumer, claim, now)
-                self._count_lines(consumer)
+                self._log_more_done(consumer)
             self.worker.interruptions.forget_ended()
             self._check_event_loop(now)
             hung = self.worker.count_hung()
@@ -3667,7 +3719,10 @@ class Watcher:
                 self.worker.stop(Hung(text))
 
     def _wait(self):
-        """Wait until the next check; True if it is the last one."""
+        """Wait until the next check, and raise pending interruptions meanwhile.
+
+        True if the next check is the last one.
+        """
         deadline = time.monotonic() + WATCH_INTERVAL
         interruptions = self.worker.interruptions
         while not interruptions.pending.empty() and time.monotonic() < deadline:
@@ -3679,7 +3734,7 @@ class Watcher:
         event_loop = self.worker.started_event_loop
         if not event_loop:
             return
-        if event_loop.is_blocked and self.worker.interruptions.block_event_loop():
+        if event_loop.is_blocked and self.worker.interruptions.is_event_loop_hung():
             self.worker.replace_event_loop()
         elif event_loop.probe(now):
             self._log_block(event_loop)
@@ -3714,7 +3769,7 @@ class Watcher:
                 text += f'; hung threads: {hung}'
             consumer.log_and_notify('failure', claim, error, '%s', text)
 
-    def _count_lines(self, consumer):
+    def _log_more_done(self, consumer):
         """Log how many more jobs are done: a line for each could take longer than the jobs."""
         more = consumer.lines_this_tick - MAX_LOG_LINES_PER_TICK
         consumer.lines_this_tick = 0
@@ -3742,18 +3797,18 @@ class Worker:
         self.name = f'{printable(socket.gethostname())[:150]}:{self.process}-{suffix}'
         self.sessions = {}              # by the engine's addresses
         self.consumers = []
-        # safe by themselves, the first in signal handlers too
+        # safe by themselves, stop_requests also in signal handlers
         self.stop_requests = SimpleQueue()      # None, or an exception for run() to raise
         self.stopping = threading.Event()       # no more jobs are taken
         self.closed = threading.Event()         # no more outcomes are reported
         # safe without a lock: a dict whose single operations are atomic
         self.threads = {}               # the running ones
         self.interruptions = Interruptions()
-        # created with the lock held
+        # set with the lock held
         self.event_loop_lock = threading.Lock()
         self.started_event_loop = None
         # safe without a lock: taking the next number is atomic. Two threads may store theirs in
-        # the wrong order: only a difference counts.
+        # the wrong order: only a difference counts, and no number is stored twice.
         self.generation = 0             # changes whenever a claim is over
         self.next_generation = itertools.count(1).__next__
         # touched by the main thread only
@@ -3805,7 +3860,11 @@ class Worker:
             return self.started_event_loop
 
     def replace_event_loop(self):
-        """Abandon an event loop that an interrupted handler still blocks, and start another."""
+        """Abandon an event loop that an interrupted handler still blocks, and start another.
+
+        Called by the watcher only. The old loop ends when that handler returns, and cancels the
+        others that it runs.
+        """
         abandoned = self.started_event_loop
         self.threads.pop(abandoned.thread, None)
         with self.event_loop_lock:
@@ -3844,8 +3903,10 @@ class Worker:
     @contextlib.contextmanager
     def _signal_handlers(self):
         is_main = threading.current_thread() is threading.main_thread()
-        for number in STOP_SIGNALS if is_main else ():      # other threads cannot set handlers
-            if signal.getsignal(number) != signal.SIG_IGN or number != SIGHUP:      # nohup
+        numbers = STOP_SIGNALS if is_main else ()       # other threads cannot set handlers
+        for number in numbers:
+            is_nohup = number == SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not is_nohup:
                 replaced_signals[number] = signal.signal(number, self._on_signal)
         try:
             yield
@@ -3869,8 +3930,9 @@ class Worker:
         return not all(consumer.config.isolate for consumer in self.consumers)
 
     def call_stop_hooks(self):
-        for function in self.app.hooks['stop_worker'] if self._runs_handlers() else ():
-            call_hook('stop_worker', function)
+        if self._runs_handlers():
+            for function in self.app.hooks['stop_worker']:
+                call_hook('stop_worker', function)
 
     def _wait(self):
         """Wait until the worker has to stop; returns the exception given to stop(), or None."""
@@ -3910,7 +3972,7 @@ class Worker:
 
 
 class Shutdown:
-    """The orderly end of a worker: what runs may end, what does not is released."""
+    """The orderly end of a worker: running handlers may end, waiting claims are released."""
 
     def __init__(self, worker):
         # constant
@@ -3920,6 +3982,7 @@ class Shutdown:
     def run(self):
         self._stop_claiming()
         self._wait_for_handlers()
+        self._release_strays()
         self._wait_for_reports()
         until(self.worker.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
         self._end_threads()
@@ -3956,7 +4019,6 @@ class Shutdown:
         for consumer in consumers:
             for claim in consumer.in_flight.copy():     # let go before, and still cleaning up
                 claim.interrupt(Lost)
-        self._release_strays()
 
     def _release_strays(self):
         """Release jobs of polls whose responses were lost.
@@ -4144,7 +4206,7 @@ class IsolatedSlot(Slot):
             if claim.outcome:
                 break
             self._write(claim.job)
-            message = HOOKS_CALLED, None
+            message = self._receive()
             while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
             if message[0] == STARTED or claim.outcome:
@@ -4160,21 +4222,28 @@ class IsolatedSlot(Slot):
         self._write(STOP)
 
     def call_hooks(self, event, claim, value):
-        """Call the hooks that the process could not find, and wait until it has called the others.
+        """Call the hooks that the process cannot find, and wait until it has called the others.
 
-        If the process is gone, call all of them here.
+        If the process is gone, call all of them here. Hooks of `start` are not waited for: the
+        process calls them when it gets the job.
         """
         hooks = self.consumer.hooks[event]
-        ours = hooks
-        if event == 'start' or self.process is not None:
-            ours = [hook for hook in hooks if not has_place(hook)]
-        self.consumer.call_hooks(event, claim, value, ours)
-        if event != 'start' and self.process is not None and len(ours) < len(hooks):
-            kind = None
-            while kind not in (HOOKS_CALLED, CRASHED):
-                kind, _ = self._receive()
-            if kind == CRASHED:
-                self.close()
+        ours = [hook for hook in hooks if not has_place(hook)]
+        if event == 'start':
+            self.consumer.call_hooks(event, claim, value, ours)
+        elif self.process is None:
+            self.consumer.call_hooks(event, claim, value, hooks)
+        else:
+            self.consumer.call_hooks(event, claim, value, ours)
+            if len(ours) < len(hooks):
+                self._await_hooks()
+
+    def _await_hooks(self):
+        kind = None
+        while kind not in (HOOKS_CALLED, CRASHED):
+            kind, _ = self._receive()
+        if kind == CRASHED:
+            self.close()
 
     def interrupt(self, claim, interruption):
         self.kill()                 # the slot's thread then notices, and starts a new process
@@ -4237,7 +4306,7 @@ class ChildClaim(Saver):
     """The claim that job(), progress(), step() and so on use in an isolated process."""
 
     asyncio_task = None
-    outcome = None          # never set: a claim that ends has its process killed
+    outcome = None          # never set: the worker kills the process if it ends the claim
     was_left = False
 
     def __init__(self, job, child):
@@ -4254,9 +4323,10 @@ class ChildClaim(Saver):
             if not self.was_left:
                 self.was_left = True
                 self.child.send(LEFT)
-            raise Lost('the worker stops: the job is given back')
+            raise Lost('the worker is stopping: the job is released')
 
     def holds_last_slot(self):
+        """As far as it is known: the process does not see the other slots of its queue."""
         return self.child.settings.concurrency == 1
 
     holds_only_slot = holds_last_slot
@@ -4326,8 +4396,9 @@ class Child:
         self.surroundings = []
         self.hooks = {event: [] for event in CHILD_EVENTS}
         self.client = None
-        self.event_loop = None      # started when the first async handler runs
         self.problem = None         # why the handlers cannot run, as text
+        # started when the first async handler runs
+        self.event_loop = None
 
     def send(self, kind, value=None):
         with self.send_lock:
@@ -4361,7 +4432,7 @@ class Child:
         self.load()
         return_free_memory()
         self.send(READY)
-        start_daemon_thread(self._receive_jobs, 'receive')
+        start_daemon_thread(self._receive_messages, 'receive')
         for job in iter(self.jobs.get, None):
             self.send(STARTED)
             if self.problem:
@@ -4388,7 +4459,8 @@ class Child:
         for function in self.hooks[event]:
             call_hook(event, function, job, value)
 
-    def _receive_jobs(self):
+    def _receive_messages(self):
+        """Receive jobs and other messages until the worker ends, then end this process."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 message = self.pipe.recv()
@@ -4583,8 +4655,11 @@ def is_running_member(stat, group):
 def is_too_deep(text):
     """Whether JSON text has more levels than an engine takes."""
     level = 0
-    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
-        level += (bracket in '[{') - (bracket in ']}')
+    for token in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):      # strings and brackets
+        if token in '[{':
+            level += 1
+        elif token in ']}':
+            level -= 1
         if level > MAX_STDOUT_LEVELS:
             return True
     return False
@@ -4654,18 +4729,19 @@ class QueueConfig(NamedTuple):
     concurrency: int = 1
     isolate: bool = False
     max_jobs: int | None = None
+    # replaced and never changed in place, since all queues share these defaults
     functions: dict = {}        # task name -> function; the name None: it handles all jobs
-    setup_calls: list = []      # (path, fields) of calls that set limits and schedule
+    setup_calls: list = []      # (path, fields) of the calls that set limits and a schedule
 
 
 TASK_SETTINGS = [       # settings of a queue that a task may have; the last task's value is used
     'host', 'poll_interval', 'concurrency', 'isolate', 'max_jobs', 'max_running', 'rate',
 ]
-TASK_METHODS = {        # what is not such a setting -> the method of a task that takes it
+TASK_METHODS = {        # an option that is not such a setting -> the task's method that takes it
     **dict.fromkeys(ENQUEUE_OPTIONS, '.options()'),
     **dict.fromkeys(['cron', 'every', 'zone'], '.schedule()'),
 }
-MINIMUMS = {            # of settings; where it is an int, the setting is a whole number
+MINIMUMS = {            # setting -> its least value; if that is an int, so is the setting
     'poll_interval': 0.0,
     'timeout': 0.0,
     'every': 1.0,
@@ -4853,8 +4929,8 @@ class Registry:
             remedy = TASK_METHODS.get(setting)
             if remedy:
                 raise Misuse(f'a task has no setting {setting}; {remedy} takes it')
-            known = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
-            check_names([setting], known, 'a task has no setting')
+            names = [*inspect.signature(self.task).parameters, *TASK_SETTINGS]
+            check_names([setting], names, 'a task has no setting')
         host = settings.get('host')
         if 'poll_interval' in settings:
             settings['poll_interval'] = in_seconds(settings['poll_interval'])
@@ -4880,7 +4956,7 @@ class Registry:
 
     def _register(self, config, function, task=None):
         """Add a function that handles all jobs of a queue, or those for the task of that name."""
-        qualified = getattr(function, '__qualname__', '<')
+        qualified = getattr(function, '__qualname__', '')      # may have <locals> or <lambda> in it
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
                 f'{function!r} cannot be isolated: its process has to find it by its name in a '
@@ -4891,8 +4967,8 @@ class Registry:
         is_mixed = known and (None in known) != (task is None)
         if is_mixed or source_of(known.get(task, function)) != source_of(function):
             raise Misuse(
-                f'the queue {config.name} has another handler already; only tasks, each of a '
-                'name, can share one'
+                f'the queue {config.name} has another handler already; only tasks with '
+                'different names can share one'
             )
         self.configs[key] = config._replace(functions={**known, task: function})
 
@@ -4941,7 +5017,7 @@ class App(Registry):
         super().__init__()
         # written by testing() alone
         self.host = host
-        self.waits_for_rates = True     # in a burst, for the next claims that a rate allows
+        self.waits_for_rates = True     # whether a burst waits until a rate allows the next claim
         # constant
         self.token = token
         self.timeout = timeout
@@ -5039,8 +5115,9 @@ class App(Registry):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """The finished job: see Client.wait."""
-        known = isinstance(job, Job) and not host
-        return (job.client if known else self.client(host)).wait(job, timeout, give_up)
+        uses_own_client = isinstance(job, Job) and not host
+        client = job.client if uses_own_client else self.client(host)
+        return client.wait(job, timeout, give_up)
 
     def run(
         self,
@@ -5049,11 +5126,11 @@ class App(Registry):
         max_hung: int = MAX_HUNG,
         concurrency: int | None = None,
     ) -> None:
-        """Work on the declared queues until SIGTERM, SIGINT or stop().
+        """Work on the declared queues until a signal such as SIGTERM, or stop(), ends it.
 
-        With `burst` until nothing is due. Returns after an orderly end. Raises SystemExit(1) if
-        `max_hung` handlers hang. In the main thread, unless `burst`, it ends the process if
-        handlers still hang, since nothing else can end their threads.
+        With `burst`, it ends when nothing is due. Returns after an orderly end. Raises
+        SystemExit(1) if `max_hung` handlers hang. In the main thread, unless `burst`, it ends the
+        process if handlers still hang, since nothing else can end their threads.
         """
         if multiprocessing.current_process().name.startswith(CHILD_NAME_PREFIX):
             raise Error(
@@ -5093,7 +5170,7 @@ class App(Registry):
 
     @contextlib.contextmanager
     def testing(self) -> Iterator[Testing]:
-        """A throwaway engine for the time of the block, in place of the default one.
+        """A temporary engine that replaces the default one during the block.
 
         See Testing; its `client` is a client of this engine. rundown_engine.py has to be
         importable. Queues with a `host` of their own stay there.
@@ -5130,9 +5207,9 @@ def enqueue_method(app, queue, host):
             )
         return app.enqueue(queue, payload, **{'host': host, **options})
 
-    _, first, *options = inspect.signature(app.enqueue).parameters.values()
+    _, payload, *options = inspect.signature(app.enqueue).parameters.values()
     by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
-    enqueue.__signature__ = inspect.Signature([first, *by_name])
+    enqueue.__signature__ = inspect.Signature([payload, *by_name])
     return enqueue
 
 
@@ -5183,7 +5260,7 @@ def with_signature(method, function):
     def call(*args, **kwargs):
         return method(*args, **kwargs)
 
-    del call.__wrapped__
+    del call.__wrapped__        # inspect.unwrap() would lead to the method's own signature
     with contextlib.suppress(ValueError):       # builtins may have none
         call.__signature__ = inspect.signature(function)
     return call
@@ -5219,12 +5296,12 @@ def source_of(function):
     file = getattr(getattr(function, '__code__', None), 'co_filename', None)
     is_main = getattr(function, '__module__', None) == '__main__'
     if is_main and file and not os.path.isfile(file):
-        file = None     # that of a cell, which has another name each time
+        file = None     # a notebook cell: its file name is another one each time it runs
     return file, getattr(function, '__qualname__', function)
 
 
 def check_number(name, value, minimum, types=int):
-    """Misuse unless the setting is a number from `minimum`."""
+    """Raise Misuse unless the setting is a finite number, and at least `minimum`."""
     is_number = isinstance(value, types) and not isinstance(value, bool)
     if not is_number or not minimum <= value < float('inf'):
         kind = 'whole number' if types is int else 'number of seconds'
@@ -5232,19 +5309,20 @@ def check_number(name, value, minimum, types=int):
 
 
 def check_settings(**settings):
+    """Raise Misuse for a setting that is below its minimum, or not a number as MINIMUMS says."""
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
         check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
 
 
 def check_function(function):
-    """Misuse unless it is a function that can be given attributes."""
+    """Raise Misuse unless it is a function that can be given attributes."""
     if not callable(function) or inspect.ismethod(function) or inspect.isbuiltin(function):
         raise Misuse(f'a decorated handler must be a function, not {function!r}')
 
 
 def check_call(function, args, kwargs=None):
-    """Misuse unless the function can be called like this, as far as its signature tells."""
+    """Raise Misuse if the function's signature does not allow this call."""
     try:
         inspect.signature(function).bind(*args, **kwargs or {})
     except ValueError:      # it has no signature
@@ -5272,18 +5350,18 @@ def schedule_calls(queue, cron, every, zone):
     schedule = drop_none(name=queue, cron=cron, every=in_seconds(every), zone=zone)
     check_settings(**schedule)
     is_cron = cron is not None or zone is not None
-    if is_cron and (every is not None or not isinstance(cron, str) or not cron):
-        raise Misuse(
-            'cron must be a string like "0 3 * * *", as zone needs one, without every, '
-            f'not {cron!r}'
-        )
+    if is_cron and every is not None:
+        raise Misuse('a schedule has either every, or cron with or without a zone, not both')
+    if is_cron and (not isinstance(cron, str) or not cron):
+        raise Misuse(f'cron must be a string like "0 3 * * *" (a zone needs one), not {cron!r}')
     return [('/schedule', {'queue': queue, **schedule})] if cron or every else []
 
 
 def report_undeclared(worker):
-    """Log the schedules and limits in the engine that no decorator declares: now and later.
+    """Log the schedules and limits in the engine that no decorator declares.
 
-    At first the worker of an earlier version may still seem to serve a queue that is gone.
+    A second time after UNSERVED_AFTER: by then no worker of the code's previous version seems to
+    serve the queue of such a schedule.
     """
     reported = set()
     for session in list(worker.sessions.values()):
@@ -5297,7 +5375,7 @@ def report_undeclared(worker):
 
 
 def report_undeclared_settings(worker, session, reported):
-    """Log those of one engine that are not in `reported` yet, and add them."""
+    """Log those of one engine that are not in the set `reported`, and add them to it."""
     configs = [consumer.config for consumer in worker.consumers if consumer.session is session]
     try:
         for finding in sorted(set(undeclared_settings(session.client, configs)) - reported):
@@ -5311,10 +5389,11 @@ def report_undeclared_settings(worker, session, reported):
 def undeclared_settings(client, configs):
     """Schedules and limits that an engine has and no decorator declares.
 
-    Yields (kind, queue, command that removes it). A decorator's schedule has the name of its
-    queue and no payload. That of another queue counts if no worker polls the queue.
+    Yields (kind, queue, command that removes it). Only schedules like those of decorators count:
+    they have the name of their queue and no payload. A schedule of a queue that this worker does
+    not serve counts unless another worker polls the queue.
     """
-    # the limits of a queue of `exec` are its operator's
+    # without the queues of `exec`, whose limits the operator sets
     here = {config.name for config in configs
             if not hasattr(config.functions.get(None), 'slot_type')}
     declared = {(path, body['queue']) for config in configs for path, body in config.setup_calls}
@@ -5498,7 +5577,8 @@ class Outbox:
     def __init__(self, connection):
         # constant
         self.connection = connection
-        self.makes_table = has_class_of(connection, 'psycopg')      # others may have other types
+        # the types of the columns are those of PostgreSQL; other databases may lack them
+        self.makes_table = has_class_of(connection, 'psycopg')
 
     # In the transaction of a producer, which goes on if a statement fails.
     def insert(self, text):
@@ -5535,9 +5615,9 @@ class Outbox:
                         f'{self.create_table}') from error
 
     def _make_missing(self, problem):
-        """Make the table, or its columns. Returns a list with the problem in that, or an empty one.
+        """Make the table, or its columns. Returns a list: empty, or with the error message.
 
-        The problem need not matter: another process may have just made the same.
+        An error need not matter: another process may have just made the same.
         """
         changes = []
         if 'taken_' in problem:
@@ -5585,7 +5665,7 @@ class Outbox:
 
     # Differences between drivers.
     def commits_each_statement(self):
-        """Is no transaction open, and does the next statement not open one?"""
+        """Does the next statement commit by itself (autocommit mode, no open transaction)?"""
         status = getattr(getattr(self.connection, 'info', None), 'transaction_status', 0)
         return getattr(self.connection, 'autocommit', None) is True and status == 0     # 0: idle
 
@@ -5720,7 +5800,7 @@ class Forwarder:
         host = self.client.host
         self.postponed = {number: at for number, at in self.postponed.items() if at > now}
         if host != self.checked_host or now > self.checked_at + OUTBOX_INTERVAL:
-            rows = self._select_rows('taken_by <> ?', host)     # passes over all that is kept
+            rows = self._select_rows('taken_by <> ?', host)     # scans all kept rows
             if rows:
                 return rows
             self.checked_host = host
@@ -5741,7 +5821,7 @@ class Forwarder:
             return 0
         host = self.client.host
         try:
-            self.send('/enqueue', f'{{"jobs":[{",".join(jobs)}]}}')
+            self.send('/enqueue', batch_body(jobs))
         except (Refused, EngineUnavailable) as error:
             if not is_verdict(error):
                 raise
@@ -5797,7 +5877,8 @@ def forwarding(
 ) -> Iterator[None]:
     """forward() in a thread during the block. connect() is called in that thread.
 
-    What this process commits is sent within 100 ms, the rest every `interval` seconds.
+    The outbox is read every `interval` seconds. In the minute after this process called
+    enqueue_in(), it is read every 50 ms.
     """
     stopping = threading.Event()
     thread = threading.Thread(
@@ -5811,7 +5892,10 @@ def forwarding(
 
 
 def keep_forwarding(connect, host, keep, interval, stopping):
-    """Forward until `stopping` is set, and then once more. Reconnects after each failure."""
+    """Forward until `stopping` is set, and then once more unless the last try failed.
+
+    Reconnects after each failure.
+    """
     failures = 0
     is_last = False
     while not is_last:
@@ -5945,7 +6029,8 @@ class DjangoTasks:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
         return {**options, 'id': id, 'status': 'pending', 'created_at': now}
 
-    # A result is looked for in the outbox first: from there a job moves to the engine.
+    # The outbox is searched before the engine. The other way round, a job that moves to the engine
+    # between the two searches would not be found.
     def get_result(self, result_id):
         job = self._find_in_outbox(result_id)
         if not job:
@@ -6001,7 +6086,7 @@ class DjangoAttempt:
     def __init__(self, backend, job):
         # constant
         self.sender = type(backend)
-        self.result = backend.stored_result(job)    # the fields in it change as the task ends
+        self.result = backend.stored_result(job)    # its fields are set when the task ends
         self.function = self.result.task.func
 
     def run(self):
@@ -6057,10 +6142,10 @@ class DjangoAttempt:
 
 
 def is_last_attempt(error):
-    """Does no other attempt of the current job follow the one that ended with this error?"""
+    """Is the attempt that ended with this error the last one of the current job?"""
     claim = current.get()
     is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
-    # the task may have changed the job
+    # .get(), since the task may have removed keys of its job
     has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
     return not is_lost and (isinstance(error, Abort) or not has_retries)
 
@@ -6118,7 +6203,7 @@ def error_texts(job):
 
 
 def django_error(text):
-    """The TaskError of a traceback, whose last line names the class; without one it is Error."""
+    """The TaskError of a text. A traceback names the class; for other texts it is Error."""
     found = re.findall(r'^ .*\n([A-Za-z_][\w.]*)(?=:|$)', text, re.MULTILINE)
     name = found[-1] if found else 'Error'
     if '.' not in name:
@@ -6219,8 +6304,8 @@ class Testing:
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Run the due jobs, as run(burst=True) does.
 
-        With `delayed` also jobs that are delayed, wait for a retry, or are held back by a rate:
-        the clock moves on to them.
+        With `delayed`, also those that are delayed, wait for a retry, or are held back by a rate:
+        the clock moves on until they are due.
         """
         self.app.waits_for_rates = not delayed
         pause = 0
@@ -6234,7 +6319,7 @@ class Testing:
             self.app.waits_for_rates = True
 
     def _pause(self, began):
-        """Seconds until jobs can be claimed that could not at `began`; None: there are none."""
+        """Seconds until the next job that was not due at `began` can be claimed; None: no job."""
         queues = {queue for queue, _ in self.app.configs}
         moments = [
             parse_time(job['next_run_at']) + 0.01
@@ -6288,8 +6373,8 @@ TABLES = {      # key of an answer with rows -> the columns that a terminal show
 TOP_COLUMNS = [
     'queue', 'pending', 'later', 'running', 'failed', 'done/min', 'fail/min', 'oldest', 'workers',
 ]
-TOP_OTHER_LINES = 6     # lines of `top` that are neither queues nor workers
-MIN_TOP_ROWS = 5        # queues that it shows on any terminal
+TOP_OTHER_LINES = 6     # lines of `top` with neither a queue nor a worker
+MIN_TOP_ROWS = 5        # queues that `top` shows even on a small terminal
 WORKER_COLUMNS = ['worker', 'queue', 'running', 'hung', 'seen']
 MIN_COLUMN = 6          # characters that a column keeps when a table is fitted to a terminal
 FLEXIBLE_COLUMNS = ['queue', 'tag', 'name', 'worker', 'cron']    # the columns that are shortened
@@ -6340,7 +6425,7 @@ def attempt_line(attempt):
 
 
 def print_table(columns, rows):
-    """The rows as a table that is no wider than the terminal, if there is one.
+    """Print rows as a table, which is fitted to the width of the terminal if there is one.
 
     The error of a row gets a line of its own.
     """
@@ -6426,7 +6511,7 @@ def seconds_from(text):
 
 
 def command_call(client, options):
-    """Call the client's method of the command's name with the fields on the command line."""
+    """Call the client's method that is named like the command, and show its answer."""
     call = getattr(client, options.command)
     known = inspect.signature(call).parameters
     show(call(**{field: value for field, value in vars(options).items() if field in known}))
@@ -6454,7 +6539,7 @@ def command_queues(client, options):
 
 
 def add_texts(row):
-    """Add what a terminal shows of a queue."""
+    """Add the texts that a terminal shows to the row of a queue."""
     row['oldest'] = '' if row['oldest_age'] is None else duration_text(row['oldest_age'])
     row['queue'] += ' (paused)' if row['paused'] else ''
 
@@ -6534,7 +6619,7 @@ def watch_progress(client, id, timeout):
     try:
         while True:
             job = client.call(**waiting.next_call(longest))
-            longest = 1
+            longest = 1     # seconds between two updates; the first one comes at once
             print(CLEAR_LINE + progress_text(job), end='', flush=True)
             if waiting.is_over(job):
                 return job
@@ -6572,8 +6657,9 @@ def command_purge(client, options):
     """Delete jobs. On a terminal it asks before it deletes those of all queues."""
     everywhere = options.id is None and options.queue is None
     if everywhere and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
-        kind = ' '.join(filter(None, [options.status, options.tag and f'{options.tag!r}']))
-        if not confirmed(f'Delete the {kind} jobs of all queues?'.replace('  ', ' ')):
+        tag = options.tag and repr(options.tag)
+        words = ['Delete the', options.status, tag, 'jobs of all queues?']
+        if not confirmed(' '.join(filter(None, words))):
             return True
     command_call(client, options)
     return False
@@ -6620,7 +6706,7 @@ class Reloader:
     def __init__(self):
         self.started_at = 0         # nanoseconds since 1970
         self.modified_at = {}       # by file; touched by the watching thread only
-        self.has_changed = False    # written by it
+        self.has_changed = False    # written by the watching thread
 
     def start(self):
         self.started_at = time.time_ns()
@@ -6629,7 +6715,7 @@ class Reloader:
     def _watch(self):
         while not self.has_changed:
             for file in self._files():
-                with contextlib.suppress(OSError):      # an editor replaces it just now
+                with contextlib.suppress(OSError):      # an editor may be replacing it
                     modified_at = os.stat(file).st_mtime_ns
                     known = self.modified_at.setdefault(file, modified_at)
                     if known != modified_at or modified_at > self.started_at:
@@ -6776,7 +6862,7 @@ COMMANDS = [
         argument('id'),
         seconds_argument(
             '--wait', nargs='?', const=float('inf'),
-            help='for its end; exit with 1 unless it is done'),
+            help='wait for its end; exit with 1 unless it is done'),
     ]),
     Command('jobs', command_jobs, 'list jobs, newest first', [
         QUEUE_OPTION,
@@ -6849,7 +6935,7 @@ COMMANDS = [
         argument('queue'),
         argument('program', nargs='+', metavar='PROGRAM'),
         seconds_argument('--timeout'),
-        argument('--text', action='store_true', help='a payload that is a string as it is'),
+        argument('--text', action='store_true', help='pass a string payload without quotes'),
         *WORKER_OPTIONS,
     ]),
     Command('forward', command_forward, 'send the jobs in the outbox of a SQLite file', [
@@ -6891,7 +6977,7 @@ def build_parser():
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run a command of the command line; returns its exit code."""
     end_at_sigterm()
     if sys.stdout is None:      # closed by the caller
         sys.stdout = open(os.devnull, 'w')      # noqa: SIM115 - it stays open

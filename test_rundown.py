@@ -48,6 +48,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import py_compile
 import random
 import re
 import select
@@ -428,6 +429,8 @@ class Shared:
 
     def __init__(self, session):
         self.config = session.config
+        for module in (rundown_engine, rw):
+            py_compile.compile(module.__file__)     # so that none of many processes has to
         session.items.sort(key=lambda item: item.originalname not in BESIDE)    # they begin at once
         items = [item for item in session.items if item.originalname not in BESIDE]
         self.shared = {item.nodeid for item in items}
