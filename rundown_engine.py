@@ -8541,9 +8541,14 @@ async function findPage() {
   if (keptPage?.address === location.hash) {
     return keptPage.page;
   }
+  const mine = refreshId;
+  const hash = location.hash;
+  const isSearch = Boolean(params.search);
   const page = await findJobs({...filters(), after: params.after}, PAGE_JOBS).catch(refusedPage);
-  page.isKept = Boolean(params.search) || page.isCostly;
-  keptPage = page.isKept ? {address: location.hash, page} : null;
+  page.isKept = isSearch || page.isCostly;
+  if (mine === refreshId) {     // else it may lack a change, or replace a later search
+    keptPage = page.isKept ? {address: hash, page} : null;
+  }
   return page;
 }
 
@@ -8560,14 +8565,18 @@ async function findFailures() {
   if (failures.address === location.hash && isFresh) {
     return failures.jobs;
   }
+  const mine = refreshId;
+  const hash = location.hash;
   const {jobs} = await findJobs(filters(), GROUPED_FAILURES);
-  failures = {address: location.hash, time: Date.now(), jobs};
+  if (mine === refreshId) {
+    failures = {address: hash, time: Date.now(), jobs};
+  }
   return jobs;
 }
 
-function failuresByLine() {
+function failuresByLine(jobs) {
   const rows = new Map();
-  for (const job of failures.jobs) {
+  for (const job of jobs) {
     const line = lastLine(job.error) || "(no error)";
     const row = rows.get(line) || {line, search: line.slice(0, MAX_LINE), jobs: []};
     row.jobs.push(job);
@@ -8580,7 +8589,7 @@ function failuresByLine() {
 function drawFailures(jobs) {
   const isCut = jobs.length >= GROUPED_FAILURES;
   const which = isCut ? `The newest ${number(jobs.length)} failures` : "Failures";
-  drawTable("errors", jobs.length ? failuresByLine() : [], row => row.line);
+  drawTable("errors", failuresByLine(jobs), row => row.line);
   show({
     failures: jobs.length > 0,
     "errors-title": `${which} by the last line of their error`,
@@ -8622,7 +8631,11 @@ async function selectMatching() {
   if (total > MAX_SELECTED) {
     selectedAll = {queue, status, count: total};
   } else {
-    select((await findJobs(filters(), MAX_SELECTED)).jobs);
+    const hash = location.hash;
+    const {jobs} = await findJobs(filters(), MAX_SELECTED);
+    if (location.hash === hash) {       // else the reader has gone on to other jobs
+      select(jobs);
+    }
   }
 }
 
@@ -8967,7 +8980,7 @@ const PRESSES = {
   "run-schedule": runSchedule,
   one: applyToOne,
   bulk: applyToSelected,
-  "select-failures": line => select(failuresByLine().find(row => row.line === line).jobs),
+  "select-failures": line => select(lastRows.errors.find(row => row.line === line).jobs),
   "select-matching": selectMatching,
   "select-none": clearSelection,
   "look-again": route,

@@ -6559,6 +6559,75 @@ def test_a_foreign_page_cannot_frame_the_dashboard(browser, board):
     assert board.url in complaints[0]
 
 
+def hold_answers(dashboard, part):
+    """Hold back answers to calls whose path contains `part`, until release_answers()."""
+    dashboard.js("""
+        const original = call;
+        window.held = [];
+        window.call = async (path, options) => {
+          const answer = await original(path, options);
+          if (window.held && path.includes(arguments[0])) {
+            await new Promise(release => held.push(release));
+          }
+          return answer;
+        };""".replace("arguments[0]", json.dumps(part)))
+
+
+def release_answers(dashboard):
+    dashboard.js("""
+        const releases = held;
+        window.held = null;
+        releases.forEach(release => release());""")
+
+
+def shown_jobs(dashboard):
+    return dashboard.js("""
+        const rows = document.querySelectorAll('#jobs [data-job]');
+        return [...rows].map(row => row.dataset.job)""")
+
+
+def test_a_slow_search_does_not_replace_the_one_after_it(dashboard, board, q):
+    slow, quick = [board.enqueue(q, word + q)["id"] for word in ("slow", "quick")]
+    hold_answers(dashboard, "slow" + q)
+    dashboard.js("location.hash = '#jobs?search=slow%s'" % q)
+    until(lambda: dashboard.js("return held.length"))
+    dashboard.js("location.hash = '#jobs?search=quick%s'" % q)
+    until(lambda: shown_jobs(dashboard) == [quick])
+    release_answers(dashboard)
+    dashboard.js("return refresh()")
+    assert shown_jobs(dashboard) == [quick]
+
+
+def test_failures_can_be_selected_while_the_page_refreshes(dashboard, board, q):
+    for error in ("one", "two"):
+        board.tell("fail", claimed(board, q, max_retries=0), error=error)
+    dashboard.js("location.hash = '#jobs?queue=%s&status=failed'" % q)
+    both = "return document.querySelectorAll('[data-action=select-failures]').length == 2"
+    until(lambda: dashboard.js(both))
+    hold_answers(dashboard, "status=failed")
+    for i in (0, 1):
+        dashboard.js(
+            "document.querySelectorAll('[data-action=select-failures]')[arguments[0]].click()", i)
+        until(lambda i=i: dashboard.js("return selected.size") == i + 1)
+    release_answers(dashboard)
+    assert not dashboard.text("#notice")
+
+
+def test_jobs_that_are_found_too_late_are_not_selected(dashboard, board, q):
+    board.enqueue(q, tag="left" + q)
+    entered = board.enqueue(q, tag="entered" + q)["id"]
+    dashboard.js("location.hash = '#jobs?tag=left%s'" % q)
+    until(lambda: len(shown_jobs(dashboard)) == 1)
+    hold_answers(dashboard, "left" + q)
+    dashboard.js("window.pressed = press({action: 'select-matching', about: '\"\"'})")
+    until(lambda: dashboard.js("return held.length"))
+    dashboard.js("location.hash = '#jobs?tag=entered%s'" % q)
+    until(lambda: shown_jobs(dashboard) == [entered])
+    release_answers(dashboard)
+    dashboard.js("return pressed")
+    assert dashboard.js("return selected.size") == 0
+
+
 # -- start and end: settings, signals ------------------------------------------------------------
 
 
