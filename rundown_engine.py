@@ -15,6 +15,7 @@ LIFECYCLE
                  |                  +-- fail (none left) --> failed
                  +---- retry ------- failed | cancelled
     pending | running --cancel--> cancelled
+    pending --expires, or a job that it waits for does not succeed--> cancelled
 
     A job: id, queue, tag, payload, status, priority, attempt, retries, max_retries, timeout, key,
     worker, progress, result, error, created_at, updated_at, next_run_at, started_at, finished_at;
@@ -25,8 +26,9 @@ LIFECYCLE
 CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /enqueue    queue, payload, timeout, max_retries, tag, priority, delay or run_at, id, key
                      and key_until ("start": the key is free once the job is handed out), replace
-                     (true: a pending job with the key gets these values), expires, group, after,
-                     after_any -> the job; {"jobs": [...]}, at most 10,000: all or nothing
+                     (true: a pending job with the key that has never started gets these values),
+                     expires, group, after, after_any -> the job; {"jobs": [...]}, at most
+                     10,000: all or nothing
     POST /poll       queue, limit, wait (at most 60: wait for a job that long; answered after 55,
                      before proxies give up), worker, lease, max_retries, timeout, hung (threads
                      that never came back) -> a job, with limit a list of jobs; 204 if there is none
@@ -42,7 +44,7 @@ CALLS (JSON in, JSON out; times are RFC 3339 in UTC, durations are seconds)
     POST /cancel     id, or queue, status (pending, running) and tag -> {"count": n}; a queue alone
                      or a status alone does not suffice; {"jobs": [{"id": ...}, ...]}: each item is
                      answered. The same for the next two:
-    POST /retry      id, or status (failed, cancelled) or tag, and queue
+    POST /retry      id, or status (failed, cancelled), tag or both; a queue narrows these down
     POST /purge      id, or any of queue, status (never running) and tag
     POST /pause, /resume   queue
     POST /limit      queue, max_running (jobs at a time), rate and per (so many claims at once, then
@@ -85,15 +87,16 @@ GUARANTEES
 - Within a queue: higher priority first, then the earliest due, then the oldest. A poll costs the
   same however many jobs there are.
 - The n-th retry is due 5 * n^2 seconds after the failure. A lost worker (no sign of life within its
-  lease) counts as a failure, but a job without retries left survives 3 losses. So a job that kills
-  its worker always ends up failed.
-- The lease is `timeout` + 5 s from the claim; a poll that names a `lease` must heartbeat within it.
-  Setting the system's clock does not touch it. A restart keeps leases and gives overdue ones one
-  more period. Leases are also extended by one period after the engine could not receive heartbeats
-  (a full disk, a lock, a stopped process).
+  lease) counts as a failure, but the first 3 losses never end a job. So a job that kills its worker
+  always ends up failed.
+- The lease is `timeout` + 5 s from the claim. If the poll named a `lease`, the worker must send a
+  heartbeat within that time. Setting the system's clock does not touch leases. A restart keeps
+  them, and extends overdue ones by one more period (the `lease`, at least 5 s). So does a time in
+  which the engine could not receive heartbeats (a full disk, a lock, a stopped process), unless
+  the lease is at least twice as long.
 - A job with `after` is handed out once all jobs that it names are done. It is cancelled when one
   fails, is cancelled or is purged before that; with `after_any` it is handed out once all have
-  ended. Retention keeps the jobs that a pending job waits for.
+  ended. Retention keeps the jobs that the `after` of an unfinished job names.
 - Jobs with the same `group` in the same queue run one at a time, in the order of their arrival. The
   next one is available once the one before has ended for good; while that waits for a retry, its
   time or other jobs, those behind it wait too. Priority orders groups, not the jobs within one.
@@ -115,11 +118,11 @@ At most 64 MiB of requests and 64 MiB of responses are buffered; above that the 
 ones get 503. Done or cancelled jobs are kept for --keep (7d), failed ones for --keep-failed
 (30d). A clock that is set back is followed slowly (1 ms a second) until a restart: run_at is
 early by the difference that is left. After a restart, deadlines that are counted in seconds
-have moved with the clock. When it is set ahead, leases and retries move in one transaction, which
-takes about 0.2 s per 100,000; `delay` and `every` count as times then. A job has at most 1,000
-steps, of 8 MiB in all.
+have moved with the clock. When it is set ahead, leases, retries and `expires` move with it in one
+transaction, which takes about 0.2 s per 100,000; first attempts with a `delay` and schedules with
+`every` keep their times. A job has at most 1,000 steps, of 8 MiB in all.
 When jobs have filled the disk, no more are added; a reserve of 8 MiB lets them be completed and
-purged. A job that is claimed for a client that leaves during the commit waits for its lease.
+purged. A job that is claimed for a client that leaves during the commit waits until its lease ends.
 """
 
 # Checkers of a program beside this file need not check this one:
@@ -227,7 +230,7 @@ LOCK_TIMEOUT = 5                # seconds to wait for another program's write lo
 LOCK_RETRY_INTERVAL = 0.005     # seconds between two attempts to get that lock
 MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases are extended
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
-# a power of two; SQLite before 3.32 takes 999 values a statement
+# rows that one INSERT adds, a power of two; SQLite before 3.32 takes 999 values a statement
 ROWS_PER_INSERT = 64 if sqlite3.sqlite_version_info >= (3, 32) else 32
 SLICE_ROWS = 500                # rows that one slice of a long change touches at most
 MAX_ROWS_SEARCHED = 100000      # jobs that one page of GET /jobs looks at
@@ -309,7 +312,10 @@ class Clock:
         return int((self.monotonic() + self.offset) * 1000000)
 
     def slew(self):
-        """Slew towards the wall clock; if that jumped ahead, return by how many seconds, else 0."""
+        """Slew towards the wall clock, and return 0.
+
+        If that is more than a second ahead, return by how many seconds instead: the caller steps.
+        """
         now = self.monotonic()
         slew = (now - self.last_checked) / 1000
         self.last_checked = now
@@ -551,7 +557,7 @@ def clamped_duration(low, high):
     rule = duration(low, high)
     return rule._replace(
         description='a number of seconds',
-        is_valid=lambda value: type(value) in (int, float) and value == value,
+        is_valid=lambda value: type(value) in (int, float) and value == value,     # not NaN
         convert=lambda value: micros(min(max(value, low), high)))
 
 
@@ -631,8 +637,9 @@ FIELDS = {
 JSON_QUERY_FIELDS = ('limit', 'wait', 'since', 'brief', 'busy', 'totals')
 LIMITS = ('max_running', 'rate', 'per')
 NULLABLE = (*LIMITS, 'progress')        # null is a value; in other fields it is the same as omitted
+# no request has both; a flag that is false does not count
 EXCLUSIVE = (('run_at', 'delay'), ('cron', 'every'), ('every', 'zone'), ('replace', 'after'))
-# the first needs the second
+# the first field needs the second
 REQUIRES = (('after_any', 'after'), ('replace', 'key'), ('key_until', 'key'))
 
 
@@ -668,7 +675,7 @@ def refuse_unknown(field, rules):
 
 
 def validate_field(field, value, rule):
-    try:    # contextlib.suppress() would make this half as slow again
+    try:    # contextlib.suppress() would take half as long again
         if rule.is_valid(value):
             return rule.convert(value)
     except (ValueError, OverflowError, RecursionError):
@@ -679,7 +686,7 @@ def validate_field(field, value, rule):
 def validate_batch(path, body):
     """The params of `body`, or of each item of {"jobs": [...]}.
 
-    An item that is refused is the error in its place; /enqueue takes all or nothing.
+    In place of an item that is refused stands its error; /enqueue takes all or nothing.
     """
     if type(body) is not dict or 'jobs' not in body or 'jobs' not in ROUTES[path].rules:
         return validate(path, body)
@@ -918,7 +925,7 @@ class Column(NamedTuple):
     type: str                           # SQL
     json: Optional[Callable] = None     # value -> JSON text; None: clients do not see it
     brief: Optional[Callable] = None    # the same in brief pages
-    inserted: Optional[str] = None      # INSERT writes it: ALWAYS, or if a request has this field
+    inserted: Optional[str] = None      # INSERT writes it ALWAYS, or if a request has this field
     copied: bool = False                # of a schedule: its jobs get the value
     optional: bool = False              # left out of the JSON while it is null
     large: bool = False                 # may fill many pages; stored after the others
@@ -934,7 +941,7 @@ class Column(NamedTuple):
 
 
 def shown(type, json, **more):
-    """A column that clients always see."""
+    """A column that clients see, in brief pages too."""
     return Column(type, json, brief=json, **more)
 
 
@@ -988,7 +995,7 @@ def json_timeout(row):
 
 
 def json_max_retries(row):
-    """Null as long as neither the job nor a worker has set it."""
+    """Null while it is not known: the job has none, and was not claimed by a worker yet."""
     if row['max_retries'] is None and not row['attempt']:
         return 'null'
     return max_retries_of(row)
@@ -1026,7 +1033,7 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'result': Column('TEXT', json_value, large=True, passive=True, rule=JSON_VALUE),
     'error': Column('TEXT', json_string, brief=json_last_line, large=True, passive=True,
                     rule=ERROR_TEXT),
-    'attempts': Column('TEXT', large=True),     # JSON: all but one that is done
+    'attempts': Column('TEXT', large=True),     # JSON: those that ended, except one that is done
     'created_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS, passive=True),
     'updated_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS, passive=True),
     'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS),
@@ -1106,7 +1113,7 @@ CREATE TABLE dependencies (
     dependent INTEGER NOT NULL,             -- seq of a job with `after`
     position INTEGER NOT NULL,              -- in `after`
     dependency INTEGER NOT NULL,            -- seq of the job that is named there
-    state INTEGER NOT NULL,                 -- DEPENDENCY_STATE, once the dependent was updated
+    state INTEGER NOT NULL,                 -- 0; DEPENDENCY_STATE once the dependent was updated
     PRIMARY KEY (dependent, position)
 ) WITHOUT ROWID''',
     'unresolved_ends': '''
@@ -1143,8 +1150,9 @@ CREATE INDEX jobs_due ON jobs (next_run_at) WHERE status = 'pending' AND hold = 
     # enqueue with a key
     'jobs_key': f'''
 CREATE UNIQUE INDEX jobs_key ON jobs (queue, key) WHERE key IS NOT NULL AND {UNFINISHED}''',
-    # the jobs of a group; the active one and the next of its unfinished jobs
+    # GET /jobs by group
     'jobs_group': 'CREATE INDEX jobs_group ON jobs (queue, "group") WHERE "group" IS NOT NULL',
+    # a group's active job, and the next one
     'jobs_group_next': f'''
 CREATE INDEX jobs_group_next ON jobs (queue, "group", hold)
     WHERE "group" IS NOT NULL AND {UNFINISHED}''',
@@ -1435,7 +1443,7 @@ def is_storage_error(error):
 
 
 def obstacle(database_path, error):
-    """Why a database cannot be used, with the file that is in the way, if one is."""
+    """Why a database cannot be used; names the file or folder at fault, if there is one."""
     reason = getattr(error, 'strerror', None) or error.__cause__ or error
     named = getattr(error, 'filename', None)
     folder = os.path.dirname(database_path)
@@ -1497,14 +1505,17 @@ def lock(path):
 
 
 def check_header(path):
-    """Refuse a file that is not a Rundown database, unchanged; create a missing one."""
+    """Create the file if it is missing; only its owner may read it.
+
+    StartupError if an engine must not use it: the file is unchanged then.
+    """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0)
     with os.fdopen(os.open(path, flags, 0o600), 'rb') as file:
         header = file.read(100)
-        names = os.fstat(file.fileno()).st_nlink
-    if names > 1:       # each name would have a lock and a write-ahead log of its own
+        links = os.fstat(file.fileno()).st_nlink
+    if links > 1:       # each name would have a lock and a write-ahead log of its own
         raise StartupError(
-            f'{path} has {names} names (hard links); an engine takes a database that has one')
+            f'{path} has {links} names (hard links); an engine takes a database that has one')
     if is_mounted_alone(path):      # the log beside it would be left behind with the container
         raise StartupError(
             f'{path} is mounted by itself, without the write-ahead log beside it; '
@@ -1537,7 +1548,7 @@ class DiskReserve:
         self.path = database_path + '-reserve'
         self.folder = os.path.dirname(database_path)
         self.size = 0           # bytes; 0: free space cannot be determined on this disk
-        self.nearly_full = 0    # free bytes, more than jobs fill in a second
+        self.nearly_full = 0    # free bytes; with less the disk is nearly full
         # touched by the thread that writes, read by all
         self.is_held = False
         self.free = 0           # free bytes besides the reserve, at the last update()
@@ -1546,7 +1557,7 @@ class DiskReserve:
         """Adopt the file of an earlier run; free it if the disk is too full to start."""
         with contextlib.suppress(OSError):
             self.size = min(DISK_RESERVE_BYTES, shutil.disk_usage(self.folder).total // 8)
-            self.nearly_full = 32 * self.size
+            self.nearly_full = 32 * self.size       # jobs fill less than this in a second
         self.is_held = os.path.exists(self.path)
         self.update()
         if self.is_held and self.free < self.size:
@@ -1619,7 +1630,7 @@ def page_size(db):
 
 
 class FileWatch:
-    """Notices that files of the database in use were deleted or replaced."""
+    """Notices that a file of the database was deleted or replaced while in use."""
 
     def __init__(self, database_path):
         # constant after start
@@ -1627,7 +1638,7 @@ class FileWatch:
         self.folder = os.path.dirname(database_path)
         # touched by the thread that writes only
         self.inodes = None              # of the database, log and lock file; None: not in use
-        self.folder_mtime = None        # of the folder, when the files in it were looked at
+        self.folder_mtime = None        # when the files were checked; None: check them again
 
     def watch(self):
         """From now on the files are in use."""
@@ -1710,7 +1721,8 @@ class Database:
         version = fetch_value(db, 'PRAGMA user_version')
         application = fetch_value(db, 'PRAGMA application_id')
         is_new = not fetch_value(db, 'SELECT COUNT(*) FROM sqlite_master')
-        if not is_new and application != APPLICATION_ID:    # check_header() skips it with a journal
+        # check_header() does not look at a file with a journal
+        if not is_new and application != APPLICATION_ID:
             raise StartupError(f'{self.path} is not a Rundown database; it was left as it is')
         if version == SCHEMA_VERSION:
             return
@@ -1740,8 +1752,8 @@ class Database:
 
     def _limit_log(self, db):
         """Keep the log short while the disk is nearly full: it takes space besides the database."""
-        nearly_full = self.reserve.free < self.reserve.nearly_full
-        pages = NEARLY_FULL_LOG_PAGES if nearly_full else CHECKPOINT_PAGES
+        is_nearly_full = self.reserve.free < self.reserve.nearly_full
+        pages = NEARLY_FULL_LOG_PAGES if is_nearly_full else CHECKPOINT_PAGES
         if pages != self.checkpoint_pages:
             self.checkpoint_pages = pages
             limit = min(MAX_LOG_BYTES, 4 * pages * page_size(db))
@@ -1761,7 +1773,7 @@ class Database:
     def transaction(self):
         """The one place where the database is changed.
 
-        Busy: nothing was written. Unavailable: the outcome is unknown.
+        Busy, DiskFull: nothing was written. Any other Unavailable: the outcome is unknown.
         """
         begun = False
         try:
@@ -1780,7 +1792,7 @@ class Database:
                     self.db.execute('ROLLBACK')
             if not is_storage_error(error):
                 raise
-            # by their messages: sqlite_errorcode needs Python 3.11
+            # errors are told apart by their messages: sqlite_errorcode needs Python 3.11
             message = f'the database could not be written ({error})'
             is_full = 'full' in str(error) and self.reserve.give_up()
             if self.db and not begun and 'locked' in str(error):
@@ -1807,7 +1819,10 @@ class Database:
         self.unsynced = False
 
     def check_disk(self):
-        """Measure the free space, and find out whether shrink() has work. Called every second."""
+        """Measure the free space, and fit the log to it; find out whether shrink() has work.
+
+        Called every second.
+        """
         self.reserve.update()
         if self.db is None:
             return
@@ -1847,14 +1862,15 @@ class Database:
         log_bytes = self.log_bytes()
         if log_bytes > 2 * MAX_LOG_BYTES:
             return [f'the write-ahead log has {log_bytes >> 20} MiB: another program has been '
-                    'reading the database for long']
+                    'reading the database for a long time']
         return []
 
     @contextlib.contextmanager
     def reading(self):
         """A connection that reads one committed state and never waits for the writer.
 
-        Threads come and go, so connections are pooled: no more are open than were in use at a time.
+        Threads come and go, so connections are pooled: at most as many are open as were ever in use
+        at once.
         """
         try:
             db = self.idle_readers.pop()
@@ -1886,7 +1902,10 @@ class Database:
 
 
 class Backups:
-    """Consistent copies of a database under load. One at a time: each needs as much space."""
+    """Consistent copies of a database under load.
+
+    Only one is made at a time, since each is as large as the database.
+    """
 
     def __init__(self, database):
         self.database = database
@@ -1959,7 +1978,7 @@ BRIEF_COLUMNS = [*columns_where(lambda column: column.brief),
 BRIEF_SCHEDULE_COLUMNS = columns_where(lambda column: column.brief, SCHEDULE_COLUMNS)
 JOB_DEFAULTS = {name: column.default for name, column in JOB_COLUMNS.items()}
 
-# Named, in the order of the table: a migrated database may have its columns in another order.
+# The columns are named, since a migrated database may have them in another order.
 SELECT_JOB = f'SELECT {column_list(COLUMNS)} FROM jobs WHERE '
 # All that a transition needs. The other columns may be large.
 FIND_JOB = f'SELECT {column_list(TRANSITION_COLUMNS)} FROM jobs WHERE '
@@ -1981,7 +2000,8 @@ INSERTING_FIELDS = frozenset(
 def insert_plan(rows, fields=INSERTING_FIELDS):
     """(statement, function of a row that returns its values) for this number of rows.
 
-    Of the columns with a field only those of `fields` are written: each costs a bulk insert 3 %.
+    A column that is inserted with a field is written only if `fields` has that field: each column
+    makes a bulk insert 3 % slower.
     """
     columns = columns_where(lambda column: column.inserted == ALWAYS or column.inserted in fields)
     values = ', ?' * len(columns)
@@ -1992,11 +2012,11 @@ def insert_plan(rows, fields=INSERTING_FIELDS):
 
 
 CLAIMABLE = f"FROM jobs WHERE queue = :queue AND status = 'pending' AND hold = {READY}"
-# A claim sets the first eight, and needs none of the others.
-NOT_CLAIMED = {
+SET_BY_CLAIM = {
     'status', 'worker', 'lease', 'lease_until', 'started_at', 'updated_at', 'worker_timeout',
-    'worker_max_retries', 'hold', 'losses', 'attempts', 'after_any', 'has_run_at'}
-CLAIMED_COLUMNS = [name for name in JOB_COLUMNS if name not in NOT_CLAIMED]
+    'worker_max_retries'}
+UNUSED_BY_CLAIM = {'hold', 'losses', 'attempts', 'after_any', 'has_run_at'}
+CLAIMED_COLUMNS = [name for name in JOB_COLUMNS if name not in SET_BY_CLAIM | UNUSED_BY_CLAIM]
 CLAIM = f'''
     SELECT {column_list(CLAIMED_COLUMNS)} {CLAIMABLE}
         AND NOT EXISTS (SELECT 1 FROM queues WHERE queue = :queue AND paused)
@@ -2007,14 +2027,14 @@ OWNED_COLUMNS = {'status', 'hold', 'next_run_at', 'lease_until'}        # writte
 
 @functools.lru_cache(maxsize=64)
 def update_statement(columns):
-    """It takes the values in order, then the seq. Named ones would take half as long again."""
+    """Takes the values in order, then the seq. Named parameters would take half as long again."""
     assignments = ', '.join(f'"{column}" = ?' for column in columns)
     return f'UPDATE jobs SET {assignments} WHERE seq = ?'
 
 
 @functools.lru_cache(maxsize=64)
 def upsert_queue_statement(columns):
-    """It takes the queue, then the values in order."""
+    """Takes the queue, then the values in order."""
     assignments = ', '.join(f'{column} = excluded.{column}' for column in columns)
     return (f'INSERT INTO queues (queue, {column_list(columns)}) VALUES (?{", ?" * len(columns)}) '
             f'ON CONFLICT (queue) DO UPDATE SET {assignments}')
@@ -2107,7 +2127,8 @@ def json_page(name, rows, render, limit, cursor_of, resume_after=None):
         last = cursor_of(row)
     is_full = size > MAX_RESPONSE or len(texts) == limit
     after = json_string(last if is_full else resume_after)
-    return ''.join((f'{{"{name}":[', ','.join(texts), f'],"after":{after}}}\n'))
+    members = ','.join(texts)
+    return f'{{"{name}":[{members}],"after":{after}}}\n'
 
 
 def job_cursor(row):
@@ -2137,8 +2158,8 @@ def size_of(row):
     return size
 
 
-# The random parts of the ids that this process makes: of the third group, and of the last two,
-# which begin with the variant of RFC 9562 and are counted up.
+# The random parts of the ids that this process makes. ID_SERIES belongs to the third group of
+# digits. The last two groups are a number that counts up; it begins with RFC 9562's variant bits.
 ID_SERIES = random.getrandbits(12)
 id_numbers = itertools.count(8 << 60 | random.getrandbits(61))
 
@@ -2172,7 +2193,9 @@ class Transaction:
         # (queue, worker or None, hung threads; None: a heartbeat, not a poll)
         self.signs_of_life = []
         self.deprived_workers = set()   # workers from whom a job was taken
-        self.starved = set()    # queues whose polls lacked response budget or a rate token
+        # queues whose polls got nothing for now: they lacked response budget or a rate token, or
+        # found expired jobs only
+        self.starved = set()
         self.forgotten_queues = []      # that retention deleted
         self.next_deadline = NEVER      # the earliest time at which this makes something due
         self.is_deadline_exact = False  # True: next_deadline holds for the whole database
@@ -2194,7 +2217,8 @@ class Transaction:
     def spend(self, size):
         """Take `size` characters of the response budget; Unavailable if it is used up.
 
-        The last job may exceed the rest, so that a large one can be in a response at all.
+        The last job may exceed the rest, so that a large one can be in a response at all. Small
+        ones may overdraw the budget by MAX_RESPONSE, so they are refused last.
         """
         lowest = 0 if size > SMALL_MESSAGE_BYTES else -MAX_RESPONSE
         if self.response_budget <= lowest:
@@ -2204,8 +2228,8 @@ class Transaction:
     def paced(self, items):
         """Yield items until the time slice is over, but at least one.
 
-        The requests of a transaction share one SLICE_TIME, and its maintenance has another. This
-        bounds how long others wait for it.
+        All changes of a transaction share one SLICE_TIME, until new_slice() grants another. This
+        bounds how long others wait for the transaction.
         """
         self.begin_slice()
         for item in items:
@@ -2223,7 +2247,7 @@ class Transaction:
             self.slice_ends = time.monotonic() + self.slice_time
 
     def new_slice(self):
-        """What follows gets time of its own."""
+        """The next change begins a time slice of its own."""
         self.slice_ends = None
 
     def is_slice_over(self):
@@ -2279,7 +2303,7 @@ SET_BACK = (
     UPDATE jobs SET next_run_at = next_run_at + :by
     WHERE status = 'pending' AND hold = {BLOCKED} AND NOT has_run_at
         AND next_run_at > :before''',
-    # times that have not been yet
+    # times that lie in the future now
     'UPDATE queues SET polled_at = MIN(polled_at, :now), changed_at = MIN(changed_at, :now)',
 )
 SELECT_DUE = f'''
@@ -2306,7 +2330,7 @@ class Jobs:
     def transition(self, tx, call, job, target, next_run_at=None, **changes):
         """Change a job's status: write it, record the event, wake waiters, set the next deadline.
 
-        Raises AssertionError if TRANSITIONS does not allow it. With None `next_run_at` stays.
+        Raises AssertionError if TRANSITIONS does not allow it. None leaves `next_run_at` as it is.
         """
         rule = self._rule(call, job['status'], target)
         queue = job['queue']
@@ -2423,7 +2447,7 @@ class Jobs:
         self.shift_deadlines(tx, by / 1000000)
 
     def release_due(self, tx):
-        """A slice of handing out delayed jobs whose time has come."""
+        """A slice of making those delayed jobs READY whose time has come."""
         for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, SLICE_ROWS)):
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
             tx.wake_polls(job['queue'])
@@ -2453,7 +2477,7 @@ class Jobs:
             raise AssertionError(f'purge does not lead from {job["status"]}')
 
     def announce_end(self, tx, job, outcome):
-        """Wake the calls that wait for the job. Dependencies.resolve() updates its dependents."""
+        """Wake calls that wait for the job. Dependencies.resolve() will update its dependents."""
         tx.topics.add(('job', job['id']))
         unresolved = 'SELECT 1 FROM dependencies WHERE dependency = ? AND state = 0 LIMIT 1'
         if tx.fetch_one(unresolved, job['seq']):
@@ -2536,7 +2560,8 @@ class Producers:
         aliases = {}        # id in the request -> id of the job that holds its key
         while len(jobs) < len(rows):
             left = len(rows) - len(jobs)
-            count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))      # a power of two
+            # a power of two: so there are few different statements, and insert_plan() knows them
+            count = min(ROWS_PER_INSERT, 1 << (left.bit_length() - 1))
             try:
                 jobs += self._insert(tx, rows[len(jobs):len(jobs) + count], fields, aliases)
             except Unavailable:
@@ -2578,7 +2603,10 @@ class Producers:
         return row
 
     def _insert(self, tx, rows, fields, aliases):
-        """Insert the rows in one statement, which is twice as fast; one by one if a job exists."""
+        """Insert the rows in one statement, which is twice as fast.
+
+        If one has `after`, or its job exists already, insert them one by one.
+        """
         if all(row['after'] is None for row in rows):
             statement, values_of = insert_plan(len(rows), fields)
             values = list(itertools.chain.from_iterable(map(values_of, rows)))
@@ -2624,16 +2652,16 @@ class Producers:
         return tx.fetch_one(SELECT_JOB + 'seq = ?', existing['seq']), REPLACED
 
     def render_created(self, jobs):
-        """The result of enqueue() as JSON texts, with a warning where no worker polls the queue."""
+        """The result of enqueue() as JSON texts, with a warning if nobody ever polled the queue."""
         last_polled = self.workers.last_polled
         first = jobs[0][0]['queue']
         # comparing names takes time: only one queue of a request gets a hint
         known = () if first in last_polled else tuple(last_polled)[-20:]
         texts = []
-        for row, done in jobs:
-            more = CREATED_MEMBERS[done]
+        for row, outcome in jobs:
+            more = CREATED_MEMBERS[outcome]
             queue = row['queue']
-            if done is CREATED and queue not in last_polled:
+            if outcome is CREATED and queue not in last_polled:
                 warning = no_worker_warning(queue, known if queue == first else ())
                 more += f',"warning":{json_quote(warning)}'
             texts.append(job_json(row, more))
@@ -2642,7 +2670,7 @@ class Producers:
 
 @functools.lru_cache(maxsize=1024)
 def no_worker_warning(queue, known):
-    """The warning that no worker polls the queue, with a similar name that does as a hint."""
+    """The warning that no worker polls the queue; a similar name among the `known` is a hint."""
     names = [name for name in known if abs(len(name) - len(queue)) < 4 and len(name) <= 40]
     near = difflib.get_close_matches(queue, names, 1)
     hint = f'; did you mean {describe(near[0])}?' if near else ''
@@ -2671,7 +2699,7 @@ class Claims:
         if tx.response_budget <= 0 and not params.get('wait'):
             raise Unavailable('too much is being handed out at a time; try again')
         self._record_poll(tx, queue, params)
-        if tx.response_budget <= 0:     # waiters are woken when there is room again
+        if tx.response_budget <= 0:     # run_due() wakes its waiters again a moment later
             tx.starved.add(queue)
             tx.wake_at(tx.now + micros(LOCK_RETRY_INTERVAL))
             return []
@@ -2725,7 +2753,10 @@ class Claims:
         tx.signs_of_life.append((queue, params.get('worker'), params.get('hung', 0)))
 
     def _within_budget(self, tx, rows, changes, expired):
-        """The rows as they will be once claimed, as many as the response budget allows."""
+        """The rows as they will be once claimed, as many as the response budget allows.
+
+        Expired jobs are left out; their seqs go to the list `expired`.
+        """
         claims = []
         for row in rows:
             claim = dict(zip(CLAIMED_COLUMNS, row))     # five times as fast as dict(row)
@@ -2828,18 +2859,19 @@ class Claims:
             tx.signs_of_life.append((job['queue'], job['worker'], None))
 
     def lose_overdue(self, tx):
-        """A slice of ending the attempts whose leases are over, or of extending the leases."""
+        """A slice of the leases that are over: a pause extends one, or its attempt ends."""
         overdue = tx.fetch_all(SELECT_LOST, tx.now, SLICE_ROWS)
-        done = 0
+        handled = 0
         for seq, in tx.paced(overdue):
-            done += 1
+            handled += 1
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             lease_until = extended_lease(job, tx.pauses)
             if lease_until > tx.now:
                 self.jobs.set_leases(tx, [{'seq': seq, 'lease_until': lease_until}])
             else:
                 self._lose(tx, job)
-        if done == len(overdue) < SLICE_ROWS:       # no other lease is over
+        # no other lease is over, so pauses whose grace has passed cannot extend any more
+        if handled == len(overdue) < SLICE_ROWS:
             tx.pauses = tuple(
                 pause for pause in tx.pauses if pause.ended_at + micros(GRACE) > tx.now)
 
@@ -2874,8 +2906,8 @@ def with_pause(pauses, ended_at, seconds):
 def extended_lease(job, pauses):
     """When the lease ends: one that was overdue after a pause gets one more period.
 
-    Any other lasts at least the grace. A lease of twice the pause or more is not extended: it
-    outlasts the heartbeat that was missed.
+    Any other lasts at least GRACE beyond the pause. A lease of twice the pause or more is not
+    extended: heartbeats are so frequent that one arrives after the pause in time.
     """
     lease_until = job['lease_until']
     longest = job['lease'] or timeout_of(job) + micros(GRACE)
@@ -2919,7 +2951,7 @@ class Dependencies:
         self.jobs = jobs        # constant after start
 
     def insert(self, tx, row):
-        """Insert the row of a job with `after`; the job."""
+        """Insert the row of a job with `after`, and its dependencies. Returns all its columns."""
         dependencies = [
             require(tx.fetch_one(FIND_BY_ID, id), 'after: there is no job', id, BadRequest)
             for id in row['after']]
@@ -2935,6 +2967,7 @@ class Dependencies:
             for position, (job, state) in enumerate(zip(dependencies, states))])
         tx.events.append(('enqueued', row['queue'], None))
         job = tx.fetch_one(FIND_BY_SEQ, seq)
+        # sets its hold: the dependencies may have ended
         self.jobs.transition(tx, 'unblock', job, 'pending', waits_for=states.count(0))
         if FAILED in states and not job['after_any']:
             self._cancel_dependent(tx, job, dependencies[states.index(FAILED)])
@@ -2972,7 +3005,10 @@ class Dependencies:
         self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=waits_for)
 
     def recheck(self, tx, job):
-        """How many dependencies have not ended; Conflict if one has failed that must not."""
+        """Set the state of all dependencies anew; returns how many have not ended.
+
+        Conflict if one failed, and the job needs all of them to succeed.
+        """
         dependencies = tx.fetch_all(DEPENDENCIES_OF, job['seq'])
         states = [self._current_state(dependency) for dependency in dependencies]
         if FAILED in states and not job['after_any']:
@@ -3057,7 +3093,7 @@ class Limits:
         return {'queue': queue, **limits, 'per': as_seconds(limits['per'])}
 
     def claimable(self, tx, queue, wanted):
-        """At most `wanted`; 0 if a limit is reached. An empty bucket sets a deadline."""
+        """How many jobs a poll may claim, at most `wanted`. An empty bucket sets a deadline."""
         limits = tx.fetch_one(SELECT_QUEUE, queue) if queue in self.queues else None
         if not limits:
             return wanted
@@ -3091,7 +3127,7 @@ COPIED_COLUMNS = columns_where(lambda column: column.copied, SCHEDULE_COLUMNS)
 SCHEDULE_FIELDS = ('name', *COPIED_COLUMNS, 'cron', 'every', 'zone')
 SCHEDULE_DEFAULTS = {name: column.default for name, column in SCHEDULE_COLUMNS.items()}
 SELECT_SCHEDULE = f'SELECT {column_list(SCHEDULE_COLUMNS)} FROM schedules '
-# A tick does without the payload, which may have 8 MiB: SQLite copies it by itself.
+# A tick does not read the payload, which may have 8 MiB: COPY_PAYLOAD copies it within SQLite.
 SMALL_SCHEDULE_COLUMNS = columns_where(lambda column: not column.large, SCHEDULE_COLUMNS)
 SMALL_COPIED_COLUMNS = [name for name in COPIED_COLUMNS if name in SMALL_SCHEDULE_COLUMNS]
 SELECT_FOR_TICK = f'SELECT {column_list(SMALL_SCHEDULE_COLUMNS)} FROM schedules WHERE name = ?'
@@ -3146,7 +3182,8 @@ class Schedules:
         waiting = tx.fetch_all(SELECT_STOPPED_SCHEDULES, tx.now)
         for row in waiting:
             tick = first_tick(row, tx.now)
-            while tx.fetch_one(FIND_BY_ID, tick_id(row['name'], tick)):     # a second time around
+            # the clock shows this time again, so the tick's id may be taken
+            while tx.fetch_one(FIND_BY_ID, tick_id(row['name'], tick)):
                 tick += micros(1)
             tx.execute('UPDATE schedules SET next_run_at = ? WHERE name = ?', (tick, row['name']))
 
@@ -3175,9 +3212,9 @@ class Schedules:
         item['id'] = id
         budget = tx.response_budget
         tx.response_budget = MAX_RESPONSE       # the job goes into no response
-        (job, done), = self.producers.enqueue(tx, [item])
+        (job, outcome), = self.producers.enqueue(tx, [item])
         tx.response_budget = budget
-        if done is CREATED:
+        if outcome is CREATED:
             tx.execute(COPY_PAYLOAD, {'schedule': row['name'], 'id': id})
             return True
         if job['id'] == id:
@@ -3216,7 +3253,7 @@ def where_clause(params):
 
 
 class Operators:
-    """The calls of operators: pause, resume, cancel, retry, purge, also for many jobs at once."""
+    """The calls of operators. Those in `changes` also take many jobs at once."""
 
     def __init__(self, database, jobs, dependencies, claims):
         # constant after start
@@ -3306,16 +3343,16 @@ class Operators:
 
         Returns (how many were changed, the seqs that are left).
         """
-        count = 0
-        done = 0
+        changed = 0
+        handled = 0
         for seq in tx.paced(seqs):
-            done += 1
+            handled += 1
             job = tx.fetch_one(FIND_BY_SEQ, seq)
             if job and job['status'] in statuses:
                 with contextlib.suppress(Conflict):
                     method(tx, job)
-                    count += 1
-        return count, seqs[done:]
+                    changed += 1
+        return changed, seqs[handled:]
 
 
 # -- Jobs: retention -------------------------------------------------------------------------------
@@ -3324,14 +3361,14 @@ NEXT_ENDED = '''
     WHERE status = ? AND finished_at <= ? AND (finished_at, seq) > (?, ?)
     ORDER BY finished_at, seq LIMIT ?'''
 NEXT_DEPENDENTS = '''
-    SELECT dependent, jobs.status IN ('pending', 'running') AS waits
+    SELECT dependent, jobs.status IN ('pending', 'running') AS is_unfinished
     FROM dependencies JOIN jobs ON jobs.seq = dependent
     WHERE dependency = ? AND state = ? AND dependent > ? ORDER BY dependent LIMIT ?'''
-IS_UNUSED = '''
+SELECT_IS_UNUSED = '''
     SELECT queue, pending + running + done + failed + cancelled = 0 AND NOT paused
         AND max_running IS NULL AND rate IS NULL AND COALESCE(polled_at, 0) < ?
     FROM queues'''
-NEXT_QUEUES = IS_UNUSED + ' WHERE queue > ? ORDER BY queue LIMIT ?'
+NEXT_QUEUES = SELECT_IS_UNUSED + ' WHERE queue > ? ORDER BY queue LIMIT ?'
 
 
 class Retention:
@@ -3371,7 +3408,7 @@ class Retention:
         self.round = None
 
     def _delete_ended(self, status, keep):
-        """Delete old jobs of the status, except dependencies of pending jobs."""
+        """Delete old jobs of the status, except dependencies of unfinished jobs."""
         position = (0, 0)
         while True:
             before = self.tx.now - keep
@@ -3388,13 +3425,14 @@ class Retention:
                 return
 
     def _is_needed(self, seq):
+        """Whether an unfinished job depends on it. A generator: there may be many dependents."""
         for state in (0, SUCCEEDED, FAILED):
             last = 0
             while True:
                 rows = self.tx.fetch_all(NEXT_DEPENDENTS, seq, state, last, SLICE_ROWS)
                 if not rows:
                     break
-                if any(row['waits'] for row in rows):
+                if any(row['is_unfinished'] for row in rows):
                     return True
                 last = rows[-1]['dependent']
                 yield
@@ -3416,7 +3454,7 @@ class Retention:
 
     def _forget(self, queue, before):
         """Forget the queue if it is still unused: an earlier transaction may have read it."""
-        row = self.tx.fetch_one(IS_UNUSED + ' WHERE queue = ?', before, queue)
+        row = self.tx.fetch_one(SELECT_IS_UNUSED + ' WHERE queue = ?', before, queue)
         if row and row[1]:
             self.tx.execute('DELETE FROM queues WHERE queue = ?', (queue,))
             self.tx.forgotten_queues.append(queue)
@@ -3471,8 +3509,9 @@ class Queries:
         with self.database.reading() as db:
             row = db.execute(SELECT_JOB + 'id = ?', (id,)).fetchone()
             require(row, 'id: there is no job', id)
-            attempts = row['attempts'] or '[]'      # all but one that is done
+            attempts = row['attempts'] or '[]'
             if row['status'] in ('running', 'done'):
+                # the current attempt, or the one that is done, is not recorded there
                 attempts = attempts_json(row, row['status'], row['finished_at'])
             more = steps_json(db, row)
             more += f',"attempts":{attempts},"why":{json_string(self._why(db, row))}'
@@ -3552,7 +3591,7 @@ class Queries:
         return found, None
 
     def _search_plan(self, params):
-        """(the jobs that an index leads to, as the text behind FROM; the other conditions).
+        """(the jobs that an index leads to, as the text after FROM; the other conditions).
 
         There are indexes for tags, groups and STATUS_INDEXES. The other conditions are checked job
         by job.
@@ -3631,7 +3670,7 @@ class Queries:
                     f'last sign of life {rfc3339(row["updated_at"])}, '
                     f'lost if there is none by {rfc3339(row["lease_until"])}')
         queue = db.execute(SELECT_QUEUE, (row['queue'],)).fetchone()
-        reasons = [reason for reason in (
+        reasons = (
             'the queue is paused' if queue['paused'] else None,
             self._why_queued(db, row),
             self._why_blocked(db, row),
@@ -3639,8 +3678,9 @@ class Queries:
             self._why_delayed(row),
             self._why_unpolled(row),
             self._why_behind(db, row),
-        ) if reason] or ['next in line']
-        return '; '.join([*reasons, *self._why_expiring(row)])
+        )
+        found = [reason for reason in reasons if reason] or ['next in line']
+        return '; '.join([*found, *self._why_expiring(row)])
 
     def _why_queued(self, db, row):
         if row['hold'] != QUEUED_IN_GROUP:
@@ -3675,7 +3715,7 @@ class Queries:
         return f'scheduled for {rfc3339(row["next_run_at"])}{retry}'
 
     def _why_unpolled(self, row):
-        """A worker polls at least every LONG_POLL_TIMEOUT seconds, and gets a job that is due."""
+        """A worker polls at least every LONG_POLL_TIMEOUT seconds, and gets a READY job at once."""
         polled_at = self.workers.last_polled.get(row['queue'])
         if polled_at is None:
             return no_worker_warning(row['queue'], tuple(self.workers.last_polled)[-20:])
@@ -3788,7 +3828,10 @@ class Overview:
 
 # -- Jobs: known workers, counts, wiring -----------------------------------------------------------
 class Workers:
-    """Signs of life. Only the loop writes them, after a commit; other threads copy a dict whole."""
+    """Signs of life. Only the loop writes them, after a commit.
+
+    Other threads look up a key, or copy a dict in one step: they do not iterate over it.
+    """
 
     def __init__(self, last_polled):
         self.last_polled = last_polled          # queue -> time of its last poll
@@ -3885,7 +3928,7 @@ def observe(histogram, buckets, value):
     histogram[-1] += value
 
 
-# An unresolved end is due at once: as a time, the number of its job is in 1970.
+# An unresolved end is due at once: the seq of its job, taken as a time, lies in 1970.
 NEXT_DEADLINE = f'''
     SELECT MIN(moment) FROM (
         SELECT MIN(next_run_at) AS moment FROM jobs WHERE status = 'pending' AND hold = {DELAYED}
@@ -3985,7 +4028,7 @@ class Store:
 
     def note_pause(self, tx, seconds):
         """No heartbeat could be received for so long: leases that ended meanwhile are extended."""
-        # written, so that a full disk fails this transaction, and the pause goes on
+        # a write, so that on a full disk this transaction fails, and the pause goes on
         tx.execute(f'PRAGMA user_version = {SCHEMA_VERSION}')
         tx.pauses = with_pause(tx.pauses, tx.now, seconds)
 

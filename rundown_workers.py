@@ -915,7 +915,7 @@ class Caller:
             return json.loads(response.content.decode())
         if response.status == 204:
             return None
-        error = refusal(response)
+        error = response_error(response)
         if isinstance(error, NotAnEngine):
             self.active.move_on(host)
         raise error
@@ -974,7 +974,10 @@ class Caller:
         self.pool.shutdown(how)
 
     def close(self) -> None:
-        """Close all connections, also those in use. Nothing can be sent after that."""
+        """Close the connections, also those that threads use. Nothing can be sent after that.
+
+        A call of an asyncio program that is in flight still gets its answer.
+        """
         self.shutdown()
         async_calls.close_idle(self.pool)
 
@@ -1255,7 +1258,7 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Cancel a job, or all of a status or tag, also within a queue; returns {"count": n}.
+        """Cancel a job, all with a tag, or all of a queue and status; returns {"count": n}.
 
         With `jobs` (jobs or ids), cancels all of them: returns {"jobs": [...]}, a reply for each.
         """
@@ -1269,7 +1272,10 @@ class Client(ProducerCalls, WorkerCalls):
         tag: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Make a failed or cancelled job pending again, or many; see cancel()."""
+        """Make a failed or cancelled job pending again, or all with a status or a tag.
+
+        `queue` limits that to a queue. Returns the same as cancel().
+        """
         return self._change('/retry', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def purge(
@@ -1280,7 +1286,10 @@ class Client(ProducerCalls, WorkerCalls):
         id: str | None = None,
         jobs: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Delete a job, or many, except running ones; see cancel()."""
+        """Delete a job, or all of a queue, status or tag, except running ones.
+
+        Returns the same as cancel().
+        """
         return self._change('/purge', jobs, id=id, queue=queue, status=status, tag=tag)
 
     def limit(
@@ -1485,7 +1494,7 @@ def tls_context(hosts, ca):
     return context
 
 
-def refusal(response):
+def response_error(response):
     """The exception for an unsuccessful response.
 
     Only the engine's own JSON is a refusal. Anything else is from a proxy or another server.
@@ -1844,8 +1853,7 @@ def progress(value: Any) -> None:
 
 
 def inputs() -> list[Any]:
-    """The results of the job's dependencies, in the order of `after`; None for one not done.
-    """
+    """The results of the job's dependencies, in the order of `after`; None if one is not done."""
     claim = current.get()
     after = claim.job.get('after') if claim else None
     if not after:
@@ -1856,28 +1864,29 @@ def inputs() -> list[Any]:
 
 
 def may_deadlock(claim, job):
-    """Whether a handler's wait for this job, or id, has to be checked; claim: of the handler."""
+    """Whether to call check_deadlock() before the handler of the claim waits for a job, or id."""
     if claim is None or not claim.holds_last_slot():
         return False
     return isinstance(job, str) or job.get('queue') == claim.job.get('queue')
 
 
 def check_deadlock(client, claim, waiting):
-    """Warn if a handler waits for a job of its own queue, and occupies the last slot.
+    """Warn if a handler that holds the last slot of its queue waits for a job of that queue.
 
-    Raises Error instead if it is the only slot, and no other worker polls the queue.
+    Raises Error instead if it holds the only slot, and no other worker polls the queue.
     """
     job = client.call(**waiting.next_call(0))
     queue = claim.job.get('queue')
     worker = claim.job.get('worker')
-    has_only_slot = claim.holds_only_slot()
-    # a job that this worker has claimed waits for the slot, too, or is the handler's own
-    is_claimed = has_only_slot and job['status'] == 'running' and job['worker'] == worker
-    needs_slot = job['status'] == 'pending' or is_claimed
+    holds_only_slot = claim.holds_only_slot()
+    # if this worker has claimed the job, it is the handler's own, or it was prefetched and
+    # waits for the only slot
+    is_ours = job['status'] == 'running' and job['worker'] == worker
+    needs_slot = job['status'] == 'pending' or (holds_only_slot and is_ours)
     if job['queue'] != queue or not needs_slot:
         return
     text = f'{describe_job(claim.job)} waits for the job {job["id"]} of its own queue'
-    if has_only_slot and not has_other_workers(client, queue, worker, waiting):
+    if holds_only_slot and not has_other_workers(client, queue, worker, waiting):
         raise Error(f'the handler of {text}, which needs its slot: raise the concurrency, use '
                     'another queue, or enqueue a job with `after`')
     note(logging.WARNING, 'the handler of %s, which has no free slot: it may wait for long', text)
@@ -1965,7 +1974,7 @@ class Track(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         if self._every and is_in_event_loop():
             raise Misuse('track(every=...) needs `async for` in an async handler')
-        done = self._first()
+        done = self._count_skipped()
         for item in itertools.islice(self._iterable, done, None):
             yield item
             done += 1
@@ -1977,11 +1986,11 @@ class Track(Generic[T]):
             checkpoint(self._value(done))
 
     async def __aiter__(self) -> AsyncIterator[T]:
-        first = self._first()
+        skipped = self._count_skipped()
         done = 0
         async for item in as_async(self._iterable):
             done += 1
-            if done <= first:
+            if done <= skipped:
                 continue
             yield item
             if not self._every:
@@ -1991,11 +2000,11 @@ class Track(Generic[T]):
         if self._every:
             await checkpoint(self._value(done))
 
-    def _first(self):
+    def _count_skipped(self):
         """How many items are skipped, since an earlier attempt has done them."""
         claim = current.get()
-        progress = claim.job.get('progress') if claim and self._every else None
-        done = progress.get('done') if isinstance(progress, dict) else None
+        saved = claim.job.get('progress') if claim and self._every else None
+        done = saved.get('done') if isinstance(saved, dict) else None
         return done if type(done) is int and done > 0 else 0
 
     def _value(self, done):
@@ -2029,11 +2038,13 @@ def run_in_thread(function, *args):
 
     def run():
         try:
-            outcome = future.set_result, function(*args)
+            value = function(*args)
+            set_outcome = future.set_result
         except BaseException as error:
-            outcome = future.set_exception, error
+            value = error
+            set_outcome = future.set_exception
         with contextlib.suppress(RuntimeError):     # the loop has ended
-            loop.call_soon_threadsafe(resolve, *outcome)
+            loop.call_soon_threadsafe(resolve, set_outcome, value)
 
     threading.Thread(target=run, daemon=True).start()
     return future
@@ -2060,7 +2071,10 @@ class Saver:
     """
 
     def begin_step(self, name):
-        """Check the name before the function runs: a result that is refused would be lost."""
+        """Raise Lost if the worker is stopping, Misuse if the engine would refuse the name.
+
+        This precedes the function, since a result that cannot be saved would be lost.
+        """
         self.leave_if_stopping()
         if self.steps is None:
             self.steps = {}
@@ -2151,9 +2165,9 @@ class Policy:
                 if not isinstance(each, type) or not issubclass(each, BaseException):
                     raise Misuse(f'{name} must be a class of exceptions or a tuple of them, '
                                  f'not {classes!r}')
-        for step in self.backoff:
-            if not callable(step):
-                check_number('backoff', step, 0, NUMBER)
+        for pause in self.backoff:
+            if not callable(pause):
+                check_number('backoff', pause, 0, NUMBER)
 
     def retry_fields(self, error, retries):
         """The fields `retry` and `delay` of /fail, for a job that had `retries` retries so far."""
@@ -2176,8 +2190,8 @@ class Policy:
         """Seconds until the next attempt; None: the engine decides."""
         delay = error.delay if isinstance(error, Retry) else None
         if delay is None and self.backoff:
-            step = self.backoff[min(retries, len(self.backoff) - 1)]
-            delay = step(retries + 1) if callable(step) else step
+            pause = self.backoff[min(retries, len(self.backoff) - 1)]
+            delay = pause(retries + 1) if callable(pause) else pause
         if delay is not None:
             check_number('backoff', delay, 0, NUMBER)
         return delay
@@ -2218,7 +2232,7 @@ class HandlerTable:
         return name[:100] if isinstance(name, str) and None not in self.functions else ''
 
     def _find_task(self, name):
-        """The task of that name; or the only one whose name is a dotted suffix, or the reverse.
+        """The task of that name, or the only one whose name differs only by leading packages.
 
         An unknown task fails like any error, so that a newer worker can take the next attempt.
         """
@@ -2247,7 +2261,7 @@ class HandlerTable:
 
 def run_handler(handlers, job, around=()):
     """Run a job's handler; returns the outcome. Never raises, and sends nothing."""
-    process = os.getpid()
+    pid = os.getpid()
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
         if around:
@@ -2259,7 +2273,7 @@ def run_handler(handlers, job, around=()):
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
-        if os.getpid() != process:
+        if os.getpid() != pid:
             os._exit(1)         # a process that the handler forked must not go on as a worker
     return completion(result)
 
@@ -2275,7 +2289,7 @@ def call_surrounded(around, job, function, args, kwargs):
 
 async def run_async_handler(handlers, job, around=()):
     """run_handler() on an event loop, for a queue whose handlers are async."""
-    process = os.getpid()
+    pid = os.getpid()
     result = None       # stays so if a function of around() suppresses an exception
     try:
         function, args, kwargs = handlers.resolve(job['payload'])
@@ -2284,7 +2298,7 @@ async def run_async_handler(handlers, job, around=()):
     except BaseException as error:
         return failure(error, **handlers.retry_fields(error, job))
     finally:
-        if os.getpid() != process:
+        if os.getpid() != pid:
             os._exit(1)
     return completion(result)
 
@@ -2363,16 +2377,17 @@ class Claim(Saver):
     """
 
     # changed with the lock held
-    outcome = None                  # None: not finished
     slot = None                     # the slot that runs it
     started_at = None               # None: waits for a slot
     progress = None                 # the latest that was not sent yet, as JSON text
+    # set with the lock held; then only the reporter changes them
+    outcome = None                  # None: not finished
     is_sending_progress = False
-    # written by the thread that finishes it, read by the reporter
+    # written by the thread that finishes it, then by the reporter only
     report_item = None              # the item of the batch that reports the outcome
     # written by the reporter only
     was_refused = False             # the engine refused an outcome
-    # written by the event loop's thread
+    # set by the event loop's thread; reset when the handler has ended
     asyncio_task = None             # of an async handler, once it has begun
 
     def __init__(self, job, consumer, now):
@@ -2399,7 +2414,10 @@ class Claim(Saver):
             return True
 
     def try_finish(self, outcome, interruption=None, unless_started=False):
-        """True if this was the first outcome. An interruption stops the handler if it runs."""
+        """True if this was the first outcome. An interruption stops the handler if it runs.
+
+        With `unless_started`, a claim that has a slot is left alone.
+        """
         with self.lock:
             if self.outcome is not None or (unless_started and self.slot):
                 return False
@@ -2456,10 +2474,10 @@ class Claim(Saver):
         return task.result()
 
     def __str__(self):
-        item = json.loads(self.json_prefix + '}')
-        queue = self.consumer.name
+        item = json.loads(self.json_prefix + '}')       # the handler may have changed `job`
         task = self.consumer.handlers.task_name(self.job)
-        return f'{queue} {task and task + " "}{item["id"]} attempt {item["attempt"]}'
+        words = [self.consumer.name, task, item['id'], f'attempt {item["attempt"]}']
+        return ' '.join(filter(None, words))
 
 
 class Slot:
@@ -2470,8 +2488,8 @@ class Slot:
 
     # written by the slot's thread, except where noted
     is_ready = True         # it can take a claim
-    is_terminating = False  # it waits for an interrupted program; set by interrupt()
-    is_abandoned = False    # it takes no more claims; set by interrupt()
+    is_terminating = False  # the worker's end waits for its program or process
+    is_abandoned = False    # it takes no more claims; set by interrupt() or use_event_loop()
     interrupted_task = None     # of an async handler that had to be stopped; set by interrupt()
 
     def __init__(self, consumer):
@@ -2495,7 +2513,7 @@ class Slot:
             if self.consumer.hooks['start']:
                 self.call_hooks('start', claim, None)
             outcome = self.run(claim)
-        except Interruption as error:       # in a hook
+        except Interruption as error:       # in a hook, or just after the handler
             outcome = failure(error)
         self.consumer.on_ended(claim, outcome)
 
@@ -2538,7 +2556,7 @@ class Slot:
         """The stack of the handler, from its own frames on."""
         task = claim.asyncio_task
         frames = self.consumer.worker.event_loop.task_frames(task) if task else self.frames()
-        stack = traceback.StackSummary.extract(frames[-50:])
+        stack = traceback.StackSummary.extract(frames[-50:])    # a recursion may be deep
         ours = (OUR_FILE, threading.__file__)
         lines = itertools.dropwhile(lambda line: line.filename in ours, stack)
         return ''.join(traceback.format_list(lines))
@@ -2580,13 +2598,13 @@ class EventLoop:
         self.asyncio = asyncio
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(make_daemon_executor())
-        # safe without a lock: a dict whose single operations are atomic
-        self.not_begun = {}         # the queues of threads whose coroutine has not begun
+        # safe without a lock: a dict whose single operations are atomic, and flags
+        self.not_begun = {}         # a queue for each waiting thread whose coroutine has not begun
         self.is_abandoned = False
         self.is_ending = False
-        # written by the watcher; the loop's thread resets the first, any thread reads the other
+        # written by the watcher; the loop's thread resets probed_at, any thread reads is_blocked
         self.probed_at = None       # when the pending probe was sent; None: it was answered
-        self.is_blocked = False     # by a handler that does not await
+        self.is_blocked = False     # by a handler or callback that does not return to the loop
         self.thread = start_thread(self._run, 'asyncio')
 
     def _run(self):
@@ -2634,13 +2652,13 @@ class EventLoop:
         context = contextvars.copy_context()
 
         def start():
-            with contextlib.suppress(KeyError):     # the loop was abandoned
-                self.not_begun.pop(finished)
-                claim.asyncio_task = self.create_task(coroutine, context, finished.put)
-                if claim.outcome:       # it ended before there was a task to cancel
-                    claim.asyncio_task.cancel()
+            if self.not_begun.pop(finished, None) is None:
+                return                  # the loop was abandoned
+            claim.asyncio_task = self.create_task(coroutine, context, finished.put)
+            if claim.outcome:           # it ended before there was a task to cancel
+                claim.asyncio_task.cancel()
 
-        self.not_begun[finished] = None
+        self.not_begun[finished] = True
         self.loop.call_soon_threadsafe(start)
         if self.is_abandoned:       # perhaps before this was in `not_begun`
             self.abandon()
@@ -2701,7 +2719,7 @@ def make_daemon_executor():
         def __init__(self):
             super().__init__()
             self.calls = SimpleQueue()
-            self.lock = threading.Lock()        # held to change the next two
+            self.lock = threading.Lock()        # held to change `threads` and `idle`
             self.threads = 0
             self.idle = 0                       # threads that wait for a call
 
@@ -2793,7 +2811,7 @@ class AsyncSlot(Slot):
         try:
             consumer.call_hooks('start', claim, None)
             outcome = await run_async_handler(consumer.handlers, claim.job, around)
-        except Interruption as error:       # in a hook
+        except Interruption as error:       # in a hook, or just after the handler
             outcome = failure(error)
         claim.asyncio_task = None
         consumer.on_ended(claim, outcome)
@@ -2836,8 +2854,8 @@ class Interruptions:
             if slot.is_alive() and not slot.try_raise(claim, interruption):
                 self.pending.put((slot, claim, interruption))
 
-    def block_event_loop(self):
-        """Whether a handler still blocks the event loop HUNG_AFTER seconds after it was stopped."""
+    def is_event_loop_hung(self):
+        """Whether a handler blocks the event loop HUNG_AFTER seconds after its interruption."""
         return any(slot.blocks_event_loop() for slot in self.hung())
 
     def forget_ended(self):
@@ -2869,7 +2887,7 @@ STDLIB = os.path.dirname(threading.__file__) + os.sep
 
 
 def try_raise(thread, error, within=None):
-    """Raise an exception in another thread, unless that leaves a lock of the library locked.
+    """Raise an exception in another thread, unless that leaves a lock of the stdlib locked.
 
     Returns False if the thread is at such a place now, and the caller has to try again. Does
     nothing if the frame `within` is no longer on its stack. The exception is raised when the
@@ -2890,6 +2908,8 @@ def try_raise(thread, error, within=None):
 def raise_if_unmoved(thread_id, frame, instruction, error):
     """Raise an exception in a thread if it is still at this instruction of this frame.
 
+    Returns whether it was raised.
+
     In plain terms: if frames[thread_id] is frame and frame.f_lasti == instruction, raise it.
     The interpreter may switch threads between any two bytecode instructions, but not inside of one
     call into C. So this builds a chain of iterators of C, which any() runs in one call.
@@ -2902,7 +2922,7 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
     # whether that frame is still at the instruction
     is_there = map(functools.partial(operator.eq, instruction),
                    map(operator.attrgetter('f_lasti'), same_frame))
-    # the arguments of the call that raises the exception, if it is
+    # the arguments of the call that raises the exception: once if it is there, else never
     arguments = (ctypes.c_ulong(thread_id), ctypes.py_object(error))
     calls = itertools.compress(itertools.repeat(arguments), is_there)
     return any(itertools.starmap(ctypes.pythonapi.PyThreadState_SetAsyncExc, calls))
@@ -2912,7 +2932,7 @@ def raise_if_unmoved(thread_id, frame, instruction, error):
 def is_taking_lock(code, instruction):
     """Whether a lock of the standard library may stay locked if an exception is raised here.
 
-    That is so close to a call that acquires or releases a lock, unless a `with` or `try` handles
+    That is possible near a call that acquires or releases it, unless a `with` or `try` handles
     the exception.
     """
     is_stdlib = code.co_filename.startswith(STDLIB) and 'site-packages' not in code.co_filename
@@ -2986,7 +3006,10 @@ class LogWriter:
             self.calls.put(None)
 
     def put(self, function, *args):
-        """Call the function in the thread; without a thread, call it here."""
+        """Call the function in the thread; without a thread, call it here.
+
+        It is not called at all while MAX_LOG_BACKLOG calls wait.
+        """
         if not self.users:
             function(*args)
         elif self.calls.qsize() < MAX_LOG_BACKLOG:
@@ -3034,7 +3057,10 @@ def until(condition, deadline):
 
 
 def exit_process(code):
-    """End the process although handlers hang, which may hold locks of the log and of stdout."""
+    """End the process although handlers hang, which may hold locks of the log and of stdout.
+
+    With --reload, the program starts again instead if the project's files have changed.
+    """
     def flush():
         for function in (logging.shutdown, sys.stdout.flush):
             with contextlib.suppress(Exception):
@@ -3100,7 +3126,9 @@ class Consumer:
         self.handlers = HandlerTable(config.functions)
         self.fetcher = Fetcher(self)
         # safe without a lock: a queue, and a dict whose single operations are atomic
-        self.ready = SimpleQueue()          # claims that wait for a slot; None ends a slot thread
+        # claims that wait for a slot; None ends a slot thread. Async handlers have an AsyncReady,
+        # which the watcher replaces together with the event loop.
+        self.ready = SimpleQueue()
         self.in_flight = {}                 # claims that wait, run or clean up, in order
         # changed with the lock held
         self.slots_lock = threading.Lock()
@@ -3162,13 +3190,13 @@ class Consumer:
         return slots + min(MAX_BATCH, ahead)
 
     def on_ended(self, claim, outcome):
-        """Called when a claim's handler has ended. The outcome is ignored if there was one."""
+        """Called when a claim's handler has ended. Only the first outcome of a claim counts."""
         if claim.try_finish(outcome):
             self._on_finished(claim, outcome)
         self._remove(claim)
 
     def _on_finished(self, claim, outcome):
-        """Report the outcome of a handler, then call its hooks."""
+        """Report and log the outcome of a handler, call its hooks, and note its pace."""
         seconds = time.monotonic() - claim.started_at
         succeeded = outcome.call == 'complete'
         self.report(claim, outcome)
@@ -3183,8 +3211,12 @@ class Consumer:
         if self.hooks[event]:
             claim.slot.call_hooks(event, claim, outcome.value)
         outcome.value = None        # it may be large, and the claim waits for its report
+        self._note_pace(claim)
+
+    def _note_pace(self, claim):
+        """Update the average time of a job, which includes its hooks."""
         self.finished_at = time.monotonic()
-        seconds = self.finished_at - claim.started_at       # with the hooks
+        seconds = self.finished_at - claim.started_at
         pace = self.seconds_per_job
         self.seconds_per_job = seconds if pace is None else pace + PACE_WEIGHT * (seconds - pace)
 
@@ -3209,6 +3241,7 @@ class Consumer:
             note(logging.INFO, '%s released', claim)
 
     def report(self, claim, outcome):
+        """Give a claim's outcome to the reporter, or forget the claim if it is LOST."""
         claim.outcome = outcome
         if outcome.call:
             fields = ''.join([f',"{field}":{text}' for field, text in outcome.fields.items()])
@@ -3241,16 +3274,17 @@ class Consumer:
                 self.slots[self.slots.index(slot)] = type(slot)(self)
 
     def call_hooks(self, event, claim, value, only=None):
-        for function in self.hooks[event] if only is None else only:
+        functions = self.hooks[event] if only is None else only
+        for function in functions:
             call_hook(event, function, claim.job, value)
 
     def log_and_notify(self, event, claim, error, text, *values):
         """Log an event. If the claim has started, call its hooks in a new thread."""
         note(logging.WARNING, '%s ' + text, claim, *values)
         if self.hooks[event] and claim.started_at is not None:
-            hooks = threading.Thread(
+            thread = threading.Thread(
                 target=self.call_hooks, args=(event, claim, error), daemon=True)
-            hooks.start()
+            thread.start()
 
 
 class Fetcher:
@@ -3288,7 +3322,10 @@ class Fetcher:
                 self._on_error(error)
 
     def _claim_limit(self):
-        """How many jobs to claim now; 0 if enough are in flight, or too many unreported."""
+        """How many jobs to claim now; 0 if enough are in flight, or too many unreported.
+
+        Also decides whether the next poll prefetches, and when a poll makes sense again.
+        """
         if self.session.is_backlogged or self.session.reporter.to_report.qsize() > MAX_BACKLOG:
             return 0
         slots = self.consumer.count_ready_slots()
@@ -3312,23 +3349,27 @@ class Fetcher:
         if jobs:
             return
         if self.worker.burst:
-            if not self.worker.app.waits_for_rates or not self._is_rate_limited():
+            if not self.worker.app.waits_for_rates or not self._wait_for_rate():
                 self.idle_generation = generation
                 # a handler may wait for a job that it has added, so poll again after a while
                 until(self._may_have_jobs, time.monotonic() + BURST_INTERVAL)
         elif self.is_prefetching:
             self.capacity_freed.wait(WATCH_INTERVAL)
-        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):     # no long poll
+        elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):
+            # the answer came at once, so this was no long poll
             self.worker.stopping.wait(self.consumer.config.poll_interval)
 
     def _may_have_jobs(self):
-        """Whether to poll an empty queue again: a claim that ended may have added jobs."""
+        """Whether to end the pause of a burst: a claim that ended may have added jobs.
+
+        True also if the worker is stopping.
+        """
         return self.worker.generation != self.idle_generation or self.worker.stopping.is_set()
 
-    def _is_rate_limited(self):
-        """Whether the queue has due jobs that its rate limit holds back.
+    def _wait_for_rate(self):
+        """If a rate holds back due jobs of the queue, wait until it allows a claim.
 
-        If so, waits until the rate allows a claim, a second at most.
+        Waits for a second at most. Returns False at once if there are no such jobs.
         """
         try:
             page = self.client.send(f'/queues?queue={quote(self.consumer.name)}', None,
@@ -3403,7 +3444,7 @@ class EngineSession:
     def __init__(self, worker, host):
         # constant
         self.worker = worker
-        self.settings = (host, worker.app.token, CLIENT_TIMEOUT, worker.app.ca)
+        self.settings = (host, worker.app.token, CLIENT_TIMEOUT, worker.app.ca)     # of Client
         self.client = Client(*self.settings)
         self.reporter = Reporter(self)
         self.heartbeat = Heartbeat(self)
@@ -3462,7 +3503,7 @@ class EngineSession:
         return EngineUnavailable(f'the server at {self.client.host} is no engine')
 
     def send_batch(self, call, items, seconds):
-        """Send pairs of a claim and its JSON text until the engine answers.
+        """Send items, each a pair of a claim and JSON text. Tries until the engine answers.
 
         Yields each claim with its answer. A batch that is refused as a whole is sent item by item.
         """
@@ -3475,6 +3516,7 @@ class EngineSession:
                     self.is_backlogged = self.is_backlogged or call != 'heartbeat'
                     self.worker.closed.wait(self.on_down(error))
                     continue
+                # the answer of a single item; of more items, none has an answer yet
                 answers = [{'code': error.status, 'error': str(error)}]
             self.is_backlogged = False
             self.on_up(began)
@@ -3572,7 +3614,7 @@ class Reporter:
                 claim.was_refused = True
                 claim.consumer.report(claim, refused_outcome(claim.outcome, reason))
                 return
-        self.session.forget(claim)      # the lease ends one that was refused twice
+        self.session.forget(claim)      # without heartbeats, the claim ends with its lease
 
 
 def refused_outcome(outcome, reason):
@@ -3615,7 +3657,7 @@ class Heartbeat:
         """Wait until a deadline, or until the engine has taken a claim away."""
         while not self.worker.closed.is_set() and time.monotonic() < deadline:
             seconds = max(0, deadline - time.monotonic())
-            if self.can_wait and not self.session.down_since:
+            if self.can_wait and self.session.down_since is None:
                 if self._wait_for_loss(seconds):
                     return
                 seconds = min(1, seconds)       # it answered early: do not call it in a tight loop
@@ -3668,7 +3710,7 @@ class Watcher:
             for consumer in self.worker.consumers:
                 for claim in consumer.in_flight.copy():
                     self._check(consumer, claim, now)
-                self._count_lines(consumer)
+                self._log_more_done(consumer)
             self.worker.interruptions.forget_ended()
             self._check_event_loop(now)
             hung = self.worker.count_hung()
@@ -3677,7 +3719,10 @@ class Watcher:
                 self.worker.stop(Hung(text))
 
     def _wait(self):
-        """Wait until the next check; True if it is the last one."""
+        """Wait until the next check, and raise pending interruptions meanwhile.
+
+        True if the next check is the last one.
+        """
         deadline = time.monotonic() + WATCH_INTERVAL
         interruptions = self.worker.interruptions
         while not interruptions.pending.empty() and time.monotonic() < deadline:
@@ -3689,7 +3734,7 @@ class Watcher:
         event_loop = self.worker.started_event_loop
         if not event_loop:
             return
-        if event_loop.is_blocked and self.worker.interruptions.block_event_loop():
+        if event_loop.is_blocked and self.worker.interruptions.is_event_loop_hung():
             self.worker.replace_event_loop()
         elif event_loop.probe(now):
             self._log_block(event_loop)
@@ -3724,7 +3769,7 @@ class Watcher:
                 text += f'; hung threads: {hung}'
             consumer.log_and_notify('failure', claim, error, '%s', text)
 
-    def _count_lines(self, consumer):
+    def _log_more_done(self, consumer):
         """Log how many more jobs are done: a line for each could take longer than the jobs."""
         more = consumer.lines_this_tick - MAX_LOG_LINES_PER_TICK
         consumer.lines_this_tick = 0
@@ -3752,18 +3797,18 @@ class Worker:
         self.name = f'{printable(socket.gethostname())[:150]}:{self.process}-{suffix}'
         self.sessions = {}              # by the engine's addresses
         self.consumers = []
-        # safe by themselves, the first in signal handlers too
+        # safe by themselves, stop_requests also in signal handlers
         self.stop_requests = SimpleQueue()      # None, or an exception for run() to raise
         self.stopping = threading.Event()       # no more jobs are taken
         self.closed = threading.Event()         # no more outcomes are reported
         # safe without a lock: a dict whose single operations are atomic
         self.threads = {}               # the running ones
         self.interruptions = Interruptions()
-        # created with the lock held
+        # set with the lock held
         self.event_loop_lock = threading.Lock()
         self.started_event_loop = None
         # safe without a lock: taking the next number is atomic. Two threads may store theirs in
-        # the wrong order: only a difference counts.
+        # the wrong order: only a difference counts, and no number is stored twice.
         self.generation = 0             # changes whenever a claim is over
         self.next_generation = itertools.count(1).__next__
         # touched by the main thread only
@@ -3815,7 +3860,11 @@ class Worker:
             return self.started_event_loop
 
     def replace_event_loop(self):
-        """Abandon an event loop that an interrupted handler still blocks, and start another."""
+        """Abandon an event loop that an interrupted handler still blocks, and start another.
+
+        Called by the watcher only. The old loop ends when that handler returns, and cancels the
+        others that it runs.
+        """
         abandoned = self.started_event_loop
         self.threads.pop(abandoned.thread, None)
         with self.event_loop_lock:
@@ -3854,8 +3903,10 @@ class Worker:
     @contextlib.contextmanager
     def _signal_handlers(self):
         is_main = threading.current_thread() is threading.main_thread()
-        for number in STOP_SIGNALS if is_main else ():      # other threads cannot set handlers
-            if signal.getsignal(number) != signal.SIG_IGN or number != SIGHUP:      # nohup
+        numbers = STOP_SIGNALS if is_main else ()       # other threads cannot set handlers
+        for number in numbers:
+            is_nohup = number == SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not is_nohup:
                 replaced_signals[number] = signal.signal(number, self._on_signal)
         try:
             yield
@@ -3879,8 +3930,9 @@ class Worker:
         return not all(consumer.config.isolate for consumer in self.consumers)
 
     def call_stop_hooks(self):
-        for function in self.app.hooks['stop_worker'] if self._runs_handlers() else ():
-            call_hook('stop_worker', function)
+        if self._runs_handlers():
+            for function in self.app.hooks['stop_worker']:
+                call_hook('stop_worker', function)
 
     def _wait(self):
         """Wait until the worker has to stop; returns the exception given to stop(), or None."""
@@ -3920,7 +3972,7 @@ class Worker:
 
 
 class Shutdown:
-    """The orderly end of a worker: what runs may end, what does not is released."""
+    """The orderly end of a worker: running handlers may end, waiting claims are released."""
 
     def __init__(self, worker):
         # constant
@@ -3930,6 +3982,7 @@ class Shutdown:
     def run(self):
         self._stop_claiming()
         self._wait_for_handlers()
+        self._release_strays()
         self._wait_for_reports()
         until(self.worker.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
         self._end_threads()
@@ -3966,7 +4019,6 @@ class Shutdown:
         for consumer in consumers:
             for claim in consumer.in_flight.copy():     # let go before, and still cleaning up
                 claim.interrupt(Lost)
-        self._release_strays()
 
     def _release_strays(self):
         """Release jobs of polls whose responses were lost.
@@ -4154,7 +4206,7 @@ class IsolatedSlot(Slot):
             if claim.outcome:
                 break
             self._write(claim.job)
-            message = HOOKS_CALLED, None
+            message = self._receive()
             while message[0] == HOOKS_CALLED:       # left over from a job that was released
                 message = self._receive()
             if message[0] == STARTED or claim.outcome:
@@ -4170,21 +4222,28 @@ class IsolatedSlot(Slot):
         self._write(STOP)
 
     def call_hooks(self, event, claim, value):
-        """Call the hooks that the process could not find, and wait until it has called the others.
+        """Call the hooks that the process cannot find, and wait until it has called the others.
 
-        If the process is gone, call all of them here.
+        If the process is gone, call all of them here. Hooks of `start` are not waited for: the
+        process calls them when it gets the job.
         """
         hooks = self.consumer.hooks[event]
-        ours = hooks
-        if event == 'start' or self.process is not None:
-            ours = [hook for hook in hooks if not has_place(hook)]
-        self.consumer.call_hooks(event, claim, value, ours)
-        if event != 'start' and self.process is not None and len(ours) < len(hooks):
-            kind = None
-            while kind not in (HOOKS_CALLED, CRASHED):
-                kind, _ = self._receive()
-            if kind == CRASHED:
-                self.close()
+        ours = [hook for hook in hooks if not has_place(hook)]
+        if event == 'start':
+            self.consumer.call_hooks(event, claim, value, ours)
+        elif self.process is None:
+            self.consumer.call_hooks(event, claim, value, hooks)
+        else:
+            self.consumer.call_hooks(event, claim, value, ours)
+            if len(ours) < len(hooks):
+                self._await_hooks()
+
+    def _await_hooks(self):
+        kind = None
+        while kind not in (HOOKS_CALLED, CRASHED):
+            kind, _ = self._receive()
+        if kind == CRASHED:
+            self.close()
 
     def interrupt(self, claim, interruption):
         self.kill()                 # the slot's thread then notices, and starts a new process
@@ -4247,7 +4306,7 @@ class ChildClaim(Saver):
     """The claim that job(), progress(), step() and so on use in an isolated process."""
 
     asyncio_task = None
-    outcome = None          # never set: a claim that ends has its process killed
+    outcome = None          # never set: the worker kills the process if it ends the claim
     was_left = False
 
     def __init__(self, job, child):
@@ -4264,9 +4323,10 @@ class ChildClaim(Saver):
             if not self.was_left:
                 self.was_left = True
                 self.child.send(LEFT)
-            raise Lost('the worker stops: the job is given back')
+            raise Lost('the worker is stopping: the job is released')
 
     def holds_last_slot(self):
+        """As far as it is known: the process does not see the other slots of its queue."""
         return self.child.settings.concurrency == 1
 
     holds_only_slot = holds_last_slot
@@ -4336,8 +4396,9 @@ class Child:
         self.surroundings = []
         self.hooks = {event: [] for event in CHILD_EVENTS}
         self.client = None
-        self.event_loop = None      # started when the first async handler runs
         self.problem = None         # why the handlers cannot run, as text
+        # started when the first async handler runs
+        self.event_loop = None
 
     def send(self, kind, value=None):
         with self.send_lock:
@@ -4371,7 +4432,7 @@ class Child:
         self.load()
         return_free_memory()
         self.send(READY)
-        start_daemon_thread(self._receive_jobs, 'receive')
+        start_daemon_thread(self._receive_messages, 'receive')
         for job in iter(self.jobs.get, None):
             self.send(STARTED)
             if self.problem:
@@ -4398,7 +4459,8 @@ class Child:
         for function in self.hooks[event]:
             call_hook(event, function, job, value)
 
-    def _receive_jobs(self):
+    def _receive_messages(self):
+        """Receive jobs and other messages until the worker ends, then end this process."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 message = self.pipe.recv()
@@ -4593,8 +4655,11 @@ def is_running_member(stat, group):
 def is_too_deep(text):
     """Whether JSON text has more levels than an engine takes."""
     level = 0
-    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
-        level += (bracket in '[{') - (bracket in ']}')
+    for token in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):      # strings and brackets
+        if token in '[{':
+            level += 1
+        elif token in ']}':
+            level -= 1
         if level > MAX_STDOUT_LEVELS:
             return True
     return False
@@ -4891,7 +4956,7 @@ class Registry:
 
     def _register(self, config, function, task=None):
         """Add a function that handles all jobs of a queue, or those for the task of that name."""
-        qualified = getattr(function, '__qualname__', '<')
+        qualified = getattr(function, '__qualname__', '')      # may have <locals> or <lambda> in it
         if config.isolate and not re.fullmatch(r'\w+(\.\w+)*', qualified):
             raise Misuse(
                 f'{function!r} cannot be isolated: its process has to find it by its name in a '
@@ -5050,8 +5115,9 @@ class App(Registry):
         give_up: float | datetime.timedelta | None = None,
     ) -> Job:
         """The finished job: see Client.wait."""
-        known = isinstance(job, Job) and not host
-        return (job.client if known else self.client(host)).wait(job, timeout, give_up)
+        uses_own_client = isinstance(job, Job) and not host
+        client = job.client if uses_own_client else self.client(host)
+        return client.wait(job, timeout, give_up)
 
     def run(
         self,
@@ -5141,9 +5207,9 @@ def enqueue_method(app, queue, host):
             )
         return app.enqueue(queue, payload, **{'host': host, **options})
 
-    _, first, *options = inspect.signature(app.enqueue).parameters.values()
+    _, payload, *options = inspect.signature(app.enqueue).parameters.values()
     by_name = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
-    enqueue.__signature__ = inspect.Signature([first, *by_name])
+    enqueue.__signature__ = inspect.Signature([payload, *by_name])
     return enqueue
 
 
@@ -5243,6 +5309,7 @@ def check_number(name, value, minimum, types=int):
 
 
 def check_settings(**settings):
+    """Raise Misuse for a setting that is below its minimum, or not a number as MINIMUMS says."""
     for name in settings.keys() & MINIMUMS.keys():
         minimum = MINIMUMS[name]
         check_number(name, settings[name], minimum, int if isinstance(minimum, int) else NUMBER)
