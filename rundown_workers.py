@@ -6033,18 +6033,16 @@ class DjangoTasks:
     # between the two searches would not be found.
     def get_result(self, result_id):
         job = self._find_in_outbox(result_id)
-        if not job:
-            with missing_result(result_id):
-                job = default.client(self.host).job(result_id)
-        return self.stored_result(job)
+        with missing_result(result_id):
+            return self.stored_result(job or default.client(self.host).job(result_id))
 
     async def aget_result(self, result_id):
         job = self.database and await asgiref.sync.sync_to_async(self._find_in_outbox)(result_id)
-        if not job:
-            with missing_result(result_id):
+        with missing_result(result_id):
+            if not job:
                 client = default.client(self.host)
                 job = await async_calls.call(client, '/jobs/' + quote(result_id))
-        return self.stored_result(job)
+            return self.stored_result(job)
 
     def _find_in_outbox(self, id):
         return self.database and outbox_of(django.db.connections[self.database]).find(id)
@@ -6158,13 +6156,15 @@ def set_fields(result, **fields):
 
 @contextlib.contextmanager
 def missing_result(id):
-    """Raise Django's exception instead of the refusal of an engine that does not have the job."""
+    """Raise Django's exception if the engine does not have the job, or it is no task of Django."""
     try:
         yield
     except Refused as error:
         if error.status != HTTPStatus.NOT_FOUND:
             raise
         raise django.tasks.exceptions.TaskResultDoesNotExist(id) from None
+    except (Abort, ImportError) as error:
+        raise django.tasks.exceptions.TaskResultDoesNotExist(f'{id}: {error}') from None
 
 
 def as_django_json(value):
