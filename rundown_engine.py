@@ -4114,7 +4114,10 @@ class ThreadWait(Client):
         self.results.put(event)
 
     def result(self):
-        """The result; raises the error of the transaction, or Unavailable if the loop has ended."""
+        """The result; raises the error of the transaction, or Unavailable if the loop has ended.
+
+        Then the outcome may be unknown: a transaction may have been the loop's last.
+        """
         while not self.loop.ended:
             with contextlib.suppress(Empty):
                 result = self.results.get(timeout=1)
@@ -4143,7 +4146,7 @@ class Operation:
         return True
 
     def finish(self):
-        """Give the client its result, and drop it: an error's traceback refers to requests."""
+        """Give the client the result or error, and drop both: they keep requests in memory."""
         event = self.result if self.error is None else self.error
         self.result = self.error = None
         self.client.resume(event)
@@ -4159,7 +4162,7 @@ class LongPoll(Operation):
 
 
 class BatchOperation(Operation):
-    """One call for each of many items, in slices: the rest waits for the next transaction."""
+    """One call for each of many items, a slice of them in each transaction."""
 
     def __init__(self, apply, items):
         super().__init__(self._apply_slice)
@@ -4182,7 +4185,10 @@ class BatchOperation(Operation):
 
 
 class EventWait:
-    """A wait for an event: it looks once, without a transaction, then waits for its topic."""
+    """A wait for an event. Needs no transaction: only the loop's thread changes what it checks.
+
+    It checks once whether the event is over. If not, it waits for its topic.
+    """
     result = error = None
     finish = Operation.finish
 
@@ -4271,9 +4277,10 @@ class Waiters:
             del self.by_topic[operation.topic]
 
     def serve(self, topics, run):
-        """The waits that are over and the polls that find a job; run(poll) runs one.
+        """List the waits that are over, and the polls that have found a job or failed.
 
-        A poll that finds nothing ends its topic: those behind it would find nothing either.
+        run(poll) runs a poll. After one that finds nothing, its topic is left: those behind it
+        would find nothing either.
         """
         served = []
         done = set()
@@ -4327,7 +4334,7 @@ class Budget:
         return min(MAX_RESPONSE, MAX_RESPONSE_BUFFER - self.response_bytes)
 
     def shed_load(self):
-        """Too much is being received: refuse the newest of the large requests."""
+        """Refuse the newest of the large requests that are being received."""
         large = [connection for connection in self.connections
                  if connection.is_receiving and connection.request_bytes > SMALL_MESSAGE_BYTES]
         newest = max(large, key=lambda connection: connection.request.deadline, default=None)
@@ -4357,9 +4364,9 @@ class PoisonedTransaction(Exception):      # noqa: N818 (it is a state, more tha
 class Committer:
     """Runs operations in transactions: all that arrived in a pass share one (group commit).
 
-    Writes come first, then maintenance, then the parked polls, in the order in which
-    they came, then the new ones. So a job and the poll that takes it meet in one commit, whichever
-    came first.
+    Writes come first, then maintenance, then the polls: the parked ones in the order in which they
+    came, then the new ones. So a job and the poll that takes it meet in one commit, whichever came
+    first.
     """
 
     def __init__(self, loop, store):
@@ -4373,7 +4380,7 @@ class Committer:
         self.lock_retry_at = 0              # no transaction before: another program has the lock
         self.maintenance_paused_until = 0   # after an error or while the disk is full
         self.clock_checked_at = -NEVER
-        self.listening_until = -NEVER       # heartbeats could be received until then
+        self.listening_until = -NEVER       # no heartbeat was missed until then
         # read by other threads, too
         self.commits = 0
         self.commit_seconds = 0             # all their durations, from BEGIN to COMMIT
@@ -4387,7 +4394,7 @@ class Committer:
         self.clock_checked_at = -NEVER
 
     def is_listening(self, now):
-        """False if heartbeats may have been missed: then the next transaction extends leases."""
+        """Whether heartbeats are received. If not, the next transaction extends leases."""
         return (now - self.listening_until < MAX_LISTEN_GAP and not self.lock_retry_at
                 and self.database.last_storage_error is None)
 
@@ -4421,7 +4428,7 @@ class Committer:
         maintenance = self.maintenance if maintain else None
         try:
             tx, began, served = self._run_transaction(operations, maintenance, ahead)
-        except DiskFull:        # retried in the next pass, with the space of the reserve
+        except DiskFull:        # tried again in the next pass, with the space of the reserve
             clock.offset = offset
             self.submitted[:0] = operations
             return
@@ -4438,7 +4445,7 @@ class Committer:
         self.loop.now = time.monotonic()
         self.commits += 1
         self.commit_seconds += self.loop.now - began
-        self.store.committed(tx)        # first: the request behind a response may ask for it
+        self.store.committed(tx)        # before the responses: the next request may depend on it
         for operation in itertools.chain(served, operations):
             if not (operation.topic and self.loop.waiters.park_if_empty(operation)):
                 operation.finish()
@@ -4448,15 +4455,18 @@ class Committer:
     def _storage_failed(self, error, operations, now):
         """Keep operations that may still wait for another program's lock; fail all others."""
         is_locked = isinstance(error, Busy)
-        last_try = self.loop.drain_deadline - 1
-        waiting, failed = [], []
+        last_try = self.loop.drain_deadline - 1     # a second is left to send the refusals
+        waiting = []
+        failed = []
         for operation in operations:
-            waits = is_locked and now < min(operation.submitted_at + LOCK_TIMEOUT, last_try)
-            (waiting if waits else failed).append(operation)
+            if is_locked and now < min(operation.submitted_at + LOCK_TIMEOUT, last_try):
+                waiting.append(operation)
+            else:
+                failed.append(operation)
         self.submitted[:0] = waiting
         self.lock_retry_at = now + LOCK_RETRY_INTERVAL if is_locked else 0
         self.maintenance_paused_until = self.lock_retry_at or now + CLOCK_CHECK_INTERVAL
-        if failed or not is_locked:
+        if failed or not is_locked:     # a lock is no trouble while all can wait for it
             cause = error.__cause__ or error
             if self.database.last_storage_error is None:
                 log(f'storage trouble: {cause}')
@@ -4467,11 +4477,11 @@ class Committer:
             operation.finish()
 
     def _run_transaction(self, operations, maintenance, ahead):
-        """Run everything in one transaction: (tx, the time at which it began, the parked
-        operations that have a result now).
+        """Run everything in one transaction: (tx, the time at which it began, parked operations).
 
-        `ahead` is by how many seconds the wall clock has jumped ahead. A transaction that an
-        operation poisons begins again without it.
+        Those returned have a result or an error now. `ahead` is by how many seconds the wall clock
+        has jumped ahead. A transaction that an operation poisons begins again without it; then
+        `operations` may be cut short, and the rest is submitted again.
         """
         insert_in_bulk = True
         offset = self.store.clock.offset + ahead    # the same if the transaction begins again
@@ -4502,8 +4512,8 @@ class Committer:
                     behind = operations.index(error.operation) + 1
                     self.submitted[:0] = operations[behind:]
                     del operations[behind:]
-                elif error.operation in self.loop.waiters:      # nothing may wake it next time
-                    error.operation.finish()
+                elif error.operation in self.loop.waiters:
+                    error.operation.finish()    # now: the next try may not wake its topic
 
     def _sort(self, operations, insert_in_bulk):
         """(writes, single inserts that can share a statement, polls of clients still there)"""
@@ -4529,7 +4539,7 @@ class Committer:
             self.database.shrink(tx)
 
     def _begin(self, db, ahead, offset):
-        """(tx, the time at which it began). First of all leases and the clock are put right."""
+        """(tx, the time at which it began), after leases and the clock were put right."""
         tx = self.store.begin(db, self.loop.budget.for_claims())
         tx.takes_jobs = self.database.reserve.has_room(db)
         if not tx.takes_jobs:
@@ -4571,8 +4581,9 @@ class Committer:
             operation.result = [job]
 
 
-SLOW = 'slow'       # kinds of calls that the server's threads serve: one that may take long,
-LARGE = 'large'     # and one whose response may be large
+# kinds of calls that the server's threads serve
+SLOW = 'slow'       # may take long
+LARGE = 'large'     # its response may be large
 
 
 class SlowCall(NamedTuple):
@@ -4595,9 +4606,9 @@ class Offload:
         self.server = server
         self.max_threads = max_threads
         # safe without a lock
-        self.calls = SimpleQueue()      # that no thread has taken
+        self.calls = SimpleQueue()      # those that no thread has taken
         # touched by the loop's thread only
-        self.unfinished = 0             # calls whose results have not come
+        self.unfinished = 0             # calls without a result yet
         self.threads = 0
 
     def submit(self, call):
@@ -4612,7 +4623,7 @@ class Offload:
 
     def thread_ended(self):
         self.threads -= 1
-        self._start_threads()       # for a call that came when the thread gave up
+        self._start_threads()       # a call may have come just as the thread ended
 
     def _start_threads(self):
         while self.threads < min(self.unfinished, self.max_threads):
@@ -4651,7 +4662,7 @@ class EventLoop:
         self.wakeup_reader, self.wakeup_writer = socket.socketpair()
         self.wakeup_writer.setblocking(False)
         self.wake = self.wakeup_writer.send
-        if os.name == 'posix':      # so that a trace tells wake-ups from responses
+        if os.name == 'posix':      # so that strace shows wake-ups apart from responses
             self.wake = functools.partial(os.write, self.wakeup_writer.fileno())
         self.selector.register(self.wakeup_reader, READ, self._drain_wakeups)
         self.thread = threading.Thread(target=self._run, name='loop', daemon=True)
@@ -4662,7 +4673,7 @@ class EventLoop:
         self.now = time.monotonic()         # read after each select() and each commit
         self.draining = False               # the engine ends once no connection is left
         self.drain_deadline = NEVER         # when it ends even with connections left
-        self.lags = [0, 0]                  # longest pass in seconds: in this minute, the last one
+        self.lags = [0, 0]                  # see _note_lag(): of this minute, of the last one
         self.lag_minute = 0
         self.connections = set()
         self.timeouts = Timeouts()
@@ -4692,7 +4703,8 @@ class EventLoop:
         self.draining = True
         self.drain_deadline = time.monotonic() + DRAIN_TIMEOUT
         self.waiters.end_all()
-        for connection in [one for one in self.connections if one.request is None]:
+        idle = [connection for connection in self.connections if connection.request is None]
+        for connection in idle:
             connection.close()
 
     def _is_drained(self):
@@ -4721,7 +4733,7 @@ class EventLoop:
         timeout = self._select_timeout(before)
         events = self.selector.select(timeout)
         self.now = now = time.monotonic()
-        if listening:       # a process that was stopped in select() did not listen for longer
+        if listening:       # not `now` alone: the process may have been stopped in select()
             self.committer.listening_until = min(now, before + timeout)
         for key, _ in events:
             key.data(SOCKET_READY)
@@ -4736,7 +4748,7 @@ class EventLoop:
         self._note_lag(now)
 
     def _note_lag(self, now):
-        """Remember the longest time without a select(): nothing is received in it."""
+        """Remember the longest time from a select() to the end of its commit, in seconds."""
         lag = self.now - now
         if now >= self.lag_minute + 60:
             self.lag_minute = now
@@ -4767,7 +4779,7 @@ SINGLE_HEADERS = ('host', 'content-length', 'content-type', 'authorization', 'or
                   'transfer-encoding')
 CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t -~]*)?')      # size, extensions
 MAX_CHUNK_LINE = 256            # bytes
-TLS_ALERT = b'\x15'             # the type of the record in which a client says goodbye
+TLS_ALERT = b'\x15'             # type of the record that ends a connection; TLS 1.3 hides it
 END_OF_HEAD = b'\r\n\r\n'
 NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 PROMETHEUS = 'text/plain; version=0.0.4; charset=utf-8'
@@ -4802,7 +4814,7 @@ class RequestHead(NamedTuple):
 
 
 def check_head_bytes(head):
-    """Refuse bytes that cannot become a request, before all of them are here."""
+    """Refuse bytes that cannot become a request, without waiting for the rest."""
     if len(head) > MAX_HEAD:
         raise HeadersTooLarge(f'the request line and headers have more than {MAX_HEAD} bytes')
     if not head[:1].isalpha() or head.count(b'\n') != head.count(b'\r\n'):
@@ -4889,7 +4901,7 @@ class Request:
     def offload_kind(self):
         """SLOW or LARGE if a thread serves it, None if the loop does."""
         kind = self.head.entry.offload
-        if kind == LARGE and 'wait' in self.params:     # it begins with a wait
+        if kind == LARGE and 'wait' in self.params:     # offloaded after the wait
             return None
         if kind == LARGE and self.params.get('brief'):
             return SLOW
@@ -4909,17 +4921,18 @@ class Request:
         self.head = server.known_heads.get(raw_head)
         if self.head is None:
             check_head_bytes(raw_head)
-            self.head = parse_head(raw_head)        # a refusal is counted by its route
+            # set before authorize(), so that a refusal is counted with the route
+            self.head = parse_head(raw_head)
             self.head = server.authorize(self.head)
             server.remember_head(raw_head, self.head)
         length = self.head.content_length
         if length is None:
-            self._expect_body()
+            self._continue_if_expected()
             self.body = yield from self._receive_chunks()
         else:
             self._require_capacity(length)
             if len(received) < length:
-                self._expect_body()
+                self._continue_if_expected()
                 while len(received) < length:
                     yield READ
             self.body = bytes(received[:length])
@@ -4930,7 +4943,8 @@ class Request:
     def _require_capacity(self, size):
         self.connection.loop.budget.require_capacity(size)
 
-    def _expect_body(self):
+    def _continue_if_expected(self):
+        """Ask for the body, if the client waits for that (RFC 9110, 10.1.1)."""
         if 'expect' in self.head.headers and self.head.is_http_1_1:
             self.connection.sock.send(b'HTTP/1.1 100 Continue\r\n\r\n')
 
@@ -4998,7 +5012,7 @@ class Connection(Client):
         self.received = bytearray()     # bytes not consumed yet; changed in place
         self.generator = self._serve()
         self.loop.connections.add(self)
-        self.resume(None)
+        self.resume(None)       # starts the generator
 
     def resume(self, event):
         if not self.is_open:
@@ -5025,6 +5039,7 @@ class Connection(Client):
 
     @property
     def is_receiving(self):
+        """Whether a part of a request is still to come."""
         return self.request is not None and not self.request.is_received
 
     def on_timeout(self):
@@ -5047,7 +5062,7 @@ class Connection(Client):
             self.outgoing = None
 
     def _receive(self):
-        """Receive a piece that is small, so that pipelined requests are a small message."""
+        """Receive a small piece: its pipelined requests are never shed for their size."""
         try:
             data = self.sock.recv(MAX_HEAD)
         except NOT_READY:
@@ -5091,7 +5106,7 @@ class Connection(Client):
             self.set_timeout(KEEP_ALIVE_TIMEOUT if keep_alive else LINGER)
         if not keep_alive:      # closing at once would reset the connection and lose the response
             self.sock.shutdown(socket.SHUT_WR)
-        while not (keep_alive or self.loop.draining):
+        while not (keep_alive or self.loop.draining):       # until the client closes, or LINGER
             self.received.clear()
             yield READ
 
@@ -5103,7 +5118,8 @@ class Connection(Client):
 
     def _serve_request(self, request):
         """Receive and answer it. True if another may follow."""
-        keep_alive = False      # after a bad head or body the next request cannot be found
+        # after a bad head or body, it is unknown where the next request begins
+        keep_alive = False
         try:
             yield from request.receive()
             keep_alive = request.head.keep_alive
@@ -5142,7 +5158,7 @@ class Connection(Client):
         operation.client = self
         self.deadline = NEVER
         if operation.topic:
-            request.size = 0        # a waiting request keeps no body
+            request.size = 0        # the params of a poll or wait are small
         try:
             waits = operation.submit(self.loop)
             result = (yield from self._wait_for_result()) if waits else None
@@ -5150,7 +5166,7 @@ class Connection(Client):
             if operation.topic:
                 self.loop.waiters.withdraw(operation)
         kind = request.head.entry.offload
-        if kind and isinstance(operation, EventWait):       # to render it, it reads
+        if kind and isinstance(operation, EventWait):       # its render() reads the database
             return (yield from self._offload(kind, operation.render, result))
         return operation.render(result)
 
@@ -5163,13 +5179,14 @@ class Connection(Client):
     def _wait_for_result(self):
         """Wait for the event that is a result. Bytes received meanwhile are the next request."""
         event = SOCKET_READY
-        at_end = False
+        at_end = False      # True: the client sends no more, but may still read
         while event is SOCKET_READY:
+            receives = not at_end and len(self.received) <= MAX_HEAD
             try:
-                event = yield 0 if at_end or len(self.received) > MAX_HEAD else READ
+                event = yield READ if receives else 0
             except EOFError:
                 if self.request.operation and self.request.operation.topic:
-                    raise       # no job is handed to a client that is gone
+                    raise       # no job is handed to a client that may be gone
                 at_end = True
         return event
 
@@ -5182,9 +5199,11 @@ class Connection(Client):
 
     def _begin_response(self, request, response, keep_alive):
         """Set `outgoing`; count and log the response."""
-        method, route = ('-', 'other')
+        method = '-'
+        route = 'other'
         if request.head:
-            method, route = request.head.method, request.head.route
+            method = request.head.method
+            route = request.head.route
         if not isinstance(response, Response):
             response = (response, *JSON_OK)
         body = encode_body(response[0])
@@ -5296,7 +5315,7 @@ def enqueue(server, params):
         return Operation(
             lambda tx: producers.enqueue(tx, [params]),
             lambda jobs: producers.render_created(jobs)[0],
-            None if 'after' in params else params)
+            single_insert=None if 'after' in params else params)
     return Operation(
         lambda tx: producers.enqueue(tx, params),
         lambda jobs: f'{{"jobs":{json_list(producers.render_created(jobs))}}}')
@@ -5340,9 +5359,12 @@ def schedule(server, params):
     wanted = {**defaults, **params}
     if 'cron' in params:
         load_cron(wanted['cron'], wanted['zone'])     # refused before a transaction begins
-    return Operation(
-        lambda tx: server.store.schedules.schedule(tx, wanted),
-        lambda found: schedule_json(found[0], created=found[1]))
+
+    def render(row_and_created):
+        row, created = row_and_created
+        return schedule_json(row, created=created)
+
+    return Operation(lambda tx: server.store.schedules.schedule(tx, wanted), render)
 
 
 def change_call(call):
@@ -5356,9 +5378,9 @@ def change_call(call):
     def change_each(server, items):
         results = []
         while items:
-            some, items = server.loop.run_in_transaction(functools.partial(
+            slice_results, items = server.loop.run_in_transaction(functools.partial(
                 server.store.operators.change_items, call=call, items=items))
-            results += some
+            results += slice_results
         return {'jobs': results}
 
     def change_many(server, params):
@@ -5395,13 +5417,13 @@ def get_job(server, params):
     if 'wait' not in params:
         return queries.job(id)
     return EventWait(lambda: queries.has_ended(id), lambda _: queries.job(id),
-                   ('job', id), long_poll_seconds(params))
+                     ('job', id), long_poll_seconds(params))
 
 
 def wait_for_loss(server, params):
-    """Whether a job was taken from the worker since then: cancelled, or its lease was over.
+    """Whether the worker has lost a job after `since`, as it was cancelled or its lease ended.
 
-    The next call gets the `since` of this answer, so that it misses none in between.
+    The next call is given the `since` of this response, so that it misses no loss in between.
     """
     worker = params['worker']
     lost_at = server.store.workers.lost_at
@@ -5417,7 +5439,7 @@ def wait_for_loss(server, params):
 
 
 def list_jobs(server, params):
-    """A page of jobs; with `id` that job, since an id such as `..` cannot be in a path."""
+    """A page of jobs; with `id`, that job: an id such as `..` cannot be in a path."""
     return get_job(server, params) if 'id' in params else server.store.queries.jobs(**params)
 
 
@@ -5435,7 +5457,7 @@ def health(server, params):
 
 
 def read_call(name):
-    """The handler that runs a method of the store, which reads."""
+    """The handler that runs a method of the store that reads."""
     method_of = operator.attrgetter(name)
     return lambda server, params: method_of(server.store)(**params)
 
@@ -5460,7 +5482,7 @@ def dashboard(status=200):
 class Route(NamedTuple):
     method: str
     handler: Callable
-    required: Sequence[Sequence[str]]   # groups of fields; each needs at least one of its fields
+    required: Sequence[Sequence[str]]   # groups of fields; one field of each group is required
     rules: Dict[str, 'FieldRule']       # all fields that it takes
     offload: Optional[str]              # SLOW or LARGE: a thread serves it
 
@@ -5534,10 +5556,10 @@ ROUTES = {
 }
 
 
-# the calls of operators are logged
+# the calls that are logged: those of operators
 AUDITED = frozenset(('/pause', '/resume', '/limit', '/cancel', '/retry', '/purge', '/reschedule',
                      '/schedule', '/unschedule'))
-AUDIT_FIELDS = {        # with these fields, which are written like this
+AUDIT_FIELDS = {        # field that is logged -> how it is written
     **dict.fromkeys(('id', 'name', 'queue', 'status', 'tag', 'group', 'max_running', 'rate', 'cron',
                      'zone', 'priority'), describe),
     'per': as_seconds,
@@ -5562,9 +5584,9 @@ def audit_line(address, path, params, result):
 
 
 class RequestHandler(socketserver.BaseRequestHandler):
-    """Serves slow calls in a thread of the server's: its `request` is the Offload with the calls.
+    """Serves slow calls, one after the other, in a thread of the server's.
 
-    One after the other, as handlers of HTTP serve the requests of a connection that is kept.
+    Its `request`, to socketserver the connection, is the Offload with the calls.
     """
 
     def handle(self):
@@ -5595,8 +5617,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Listens, and knows who may come in. The event loop serves quick calls; threads that
-    process_request() of socketserver begins serve slow calls."""
+    """Accepts connections, and decides which requests are allowed.
+
+    The event loop serves quick calls. Threads, which socketserver starts, serve slow calls.
+    """
     daemon_threads = True
     block_on_close = False
     request_queue_size = 1024
@@ -5637,7 +5661,7 @@ class Server(http.server.ThreadingHTTPServer):
             if len(self.loop.connections) > self.loop.max_connections:
                 raise OSError
             return super().get_request()
-        except OSError:         # out of file descriptors: the connection stays in the backlog
+        except OSError:         # too many files or connections: this one stays in the backlog
             time.sleep(0.1)
             raise
 
@@ -5697,6 +5721,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Whether a host, perhaps with a port, is a name of this engine.
 
         Other names are refused, since the DNS of an attacker may point them here (DNS rebinding).
+        An address needs no DNS, so all are taken, unless the engine listens on loopback alone.
         """
         name = re.sub(r':\d*$', '', host).strip('[]').lower()
         if name in self.allowed_hosts or is_loopback(name):
@@ -5821,7 +5846,7 @@ class IPv6Listener(Client):
             Connection(self.server, *self.sock.accept())
         except NOT_READY:
             pass
-        except OSError:     # out of file descriptors: connections stay in the backlog
+        except OSError:     # too many files or connections: new ones stay in the backlog
             self.loop.selector.unregister(self.sock)
             self.set_timeout(0.1)
 
@@ -5856,7 +5881,7 @@ def local_time():
 
 
 # -- Metrics --------------------------------------------------------------------------------------
-# of METER_EVENTS; 'started' has a histogram, which counts it
+# METER_EVENTS without 'started', which has a histogram that counts it
 COUNTER_EVENTS = ('enqueued', 'completed', 'failed', 'lost', 'released', 'cancelled', 'expired')
 LABEL_ESCAPES = str.maketrans({'\\': r'\\', '"': r'\"', '\n': r'\n'})
 
@@ -6249,9 +6274,9 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
                 key=None, keep='7d', keep_failed='30d', allow_host=(), verbose=False, clock=time):
     """An engine that listens, ready for serve_forever(), and for server_close() after that.
 
-    Port 0 takes a free one (see `url`). `keep` and `keep_failed` are ages like '7d', '12h', 0 for
-    ever. `clock` has time() and monotonic(). Raises StartupError with a sentence when it cannot
-    start like this.
+    Port 0 takes a free one (see `url`). `keep` and `keep_failed` are ages like '7d' or '12h'; 0
+    keeps jobs for ever. `clock` has time() and monotonic(). Raises StartupError, with a sentence
+    that says why, when it cannot start like this.
     """
     if sqlite3.sqlite_version_info < (3, 24):
         raise StartupError(f'SQLite {sqlite3.sqlite_version} is too old; 3.24 or newer is needed')
@@ -6351,7 +6376,7 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    """Serve until SIGTERM or SIGINT; the exit code."""
+    """Serve until SIGTERM or SIGINT; return the exit code."""
     signals = StopSignals()
     options = vars(parse_arguments(argv))
     port = options.pop('port')
@@ -6418,17 +6443,19 @@ def print_greeting(server):
 
 
 def raise_file_limit():
-    """Raise the limit of open files, since each waiting worker is one."""
+    """Raise the limit of open files, since each waiting worker holds one."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
+        hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        limit = 65536 if hard_limit <= 0 else min(hard_limit, 65536)     # negative: no limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard_limit))
 
 
 def return_free_memory():
-    """Have glibc give free memory back to the system: the compiler's now, later that of payloads.
+    """Have glibc give free memory back to the system.
 
-    By itself glibc keeps blocks of up to 32 MiB once it has freed one of that size.
+    Now that is the memory in which this file was compiled, later that of payloads. By itself glibc
+    keeps blocks of up to 32 MiB once it has freed one of that size.
     """
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
@@ -7792,10 +7819,10 @@ function keyed(nodes) {
 }
 
 // Changes the contents of a node in place: focus, selection, scrolling and a click that has begun
-// are not lost. A row that has the focus stays even if it is gone from the contents.
+// are not lost. A row that has the focus stays even if the new contents do not have it.
 function patch(node, content) {
   const before = keyed(node.childNodes);
-  const after = keyed(el("p", {}, content).childNodes);
+  const after = keyed(el("p", {}, content).childNodes);     // <p> serves as a list of nodes
   for (const [key, child] of before) {
     const isFocused = child.dataset?.key && child.contains(document.activeElement);
     if (!after.has(key) && !isFocused) {
@@ -7816,14 +7843,14 @@ function patch(node, content) {
 }
 
 function patchOne(kept, child) {
-  if (!child.attributes) {
+  if (!child.attributes) {      // a text
     if (kept.data !== child.data) {
       kept.data = child.data;
     }
     return;
   }
   for (const {name} of [...kept.attributes]) {
-    if (!child.hasAttribute(name) && name !== "open") {     // a reader has opened it
+    if (!child.hasAttribute(name) && name !== "open") {     // `open` is the reader's
       kept.removeAttribute(name);
     }
   }
@@ -7932,7 +7959,8 @@ async function call(path, {body, reviver, accepted = [200]} = {}) {
 
 function exactNumber(key, value, context) {     // where the browser can, 1.0 and 2^63 stay as sent
   const isExact = typeof value !== "number" || String(value) === context?.source;
-  return isExact || !JSON.rawJSON || !context ? value : JSON.rawJSON(context.source);
+  const canKeep = JSON.rawJSON && context;
+  return !isExact && canKeep ? JSON.rawJSON(context.source) : value;
 }
 
 function query(path, fields) {
@@ -7952,7 +7980,7 @@ function partDone(progress) {       // from 0 to 1; null: not a progress that ha
   return typeof part === "number" && part >= 0 && part <= 1 ? part : null;
 }
 
-// At the pace since this page first saw the attempt, else since the attempt began.
+// Goes by the pace since this page first saw the attempt, else since the attempt began.
 function secondsLeft(job, part) {
   const claim = job.id + " " + job.attempt;
   if (firstProgress.claim !== claim || part < firstProgress.part) {
@@ -7963,8 +7991,8 @@ function secondsLeft(job, part) {
   if (gained > 0 && seen > 5) {
     return (1 - part) * seen / gained;
   }
-  const isWhole = part > 0 && job.attempt === 1;        // a later attempt may go on in the middle
-  return isWhole ? (1 - part) * ageOf(job.started_at) / part : null;
+  const beganAtZero = part > 0 && job.attempt === 1;    // a later attempt may begin further on
+  return beganAtZero ? (1 - part) * ageOf(job.started_at) / part : null;
 }
 
 function progressText(progress, part) {
@@ -8175,10 +8203,10 @@ function drawProblems(health, {unserved, totals, workers}) {
 }
 
 // -- Overview: totals and the last hour ---------------------------------------------------------
-// Of the last 60 s: the current minute, and the part of the one before that this one lacks.
+// Of the last 60 s: the current minute so far, and as much of the minute before as is missing.
 function lastMinute({done, failed}) {
-  const lacking = 1 - now() % 60000 / 60000;
-  return Math.round(done[59] + failed[59] + (done[58] + failed[58]) * lacking);
+  const missing = 1 - (now() % 60000) / 60000;
+  return Math.round(done[59] + failed[59] + (done[58] + failed[58]) * missing);
 }
 
 function totalNode(name, value, href) {
@@ -8220,16 +8248,16 @@ function sum(values) {
   return values.reduce((total, value) => total + value, 0);
 }
 
-function ended(done, failedAttempts) {
+function endedText(done, failedAttempts) {
   return `${number(done)} done, ${plural(failedAttempts, "failed attempt")}`;
 }
 
-function sums({done, failed}) {
-  return ended(sum(done), sum(failed));
+function hourText({done, failed}) {
+  return endedText(sum(done), sum(failed));
 }
 
 function sparkline(minutes) {
-  const label = "last hour: " + sums(minutes);
+  const label = "last hour: " + hourText(minutes);
   const attributes = {role: "img", class: "spark", viewBox: "0 0 120 28", "aria-label": label};
   return el("div", {title: label}, el("svg", attributes, jobBars(minutes, 2, 28)));
 }
@@ -8241,7 +8269,7 @@ function minuteTime(i) {
 
 function minuteText(i) {
   const wait = hour.wait[i] === null ? "" : `, waited ${duration(hour.wait[i])}`;
-  return `${minuteTime(i)}: ${ended(hour.done[i], hour.failed[i])}${wait}`;
+  return `${minuteTime(i)}: ${endedText(hour.done[i], hour.failed[i])}${wait}`;
 }
 
 function chartNodes() {
@@ -8267,7 +8295,7 @@ function chartNodes() {
 
 function drawChart() {
   const i = pointedMinute;
-  const text = i === null ? "in all " + sums(hour) : minuteText(i);
+  const text = i === null ? "in all " + hourText(hour) : minuteText(i);
   show({chart: chartNodes(), reading: text});
   $("chart").setAttribute("aria-valuenow", i ?? 59);
   $("chart").setAttribute("aria-valuetext", text);
@@ -8417,18 +8445,20 @@ function filters() {
   return Object.fromEntries(FILTERS.filter(name => params[name]).map(name => [name, params[name]]));
 }
 
-function lastLine(error) {      // that is not indented, as lines of a stack are
+function lastLine(error) {      // without indented lines, which are those of a stack
   const lines = (error || "").trim().split("\n");
   return lines.reverse().find(line => !/^\s/.test(line));
 }
 
 function jobDetail(job) {
-  const details = {
-    running: () => progressNodes(job, false),
-    done: () => ["took " + duration(secondsBetween(job.started_at, job.finished_at))],
-    pending: () => [pendingDetail(job)],
-  };
-  const detail = (details[job.status] || (() => []))();
+  let detail = [];
+  if (job.status === "running") {
+    detail = progressNodes(job, false);
+  } else if (job.status === "done") {
+    detail = ["took " + duration(secondsBetween(job.started_at, job.finished_at))];
+  } else if (job.status === "pending") {
+    detail = [pendingDetail(job)];
+  }
   const error = job.status === "running" ? "" : lastLine(job.error);
   return error ? [...detail, " ", el("span", {class: "error"}, error)] : detail;
 }
@@ -8506,7 +8536,7 @@ async function findJobs(fields, limit) {
   return {jobs, after, isCostly: requests > 1};
 }
 
-function refusedPage(failure) {     // a filter is too long
+function refusedPage(failure) {     // the engine does not take a filter, such as one too long
   if (failure.status !== 400) {
     throw failure;
   }
@@ -8591,7 +8621,7 @@ function clearSelection() {
   selectedAll = null;
 }
 
-// All jobs of a status, of one queue or of all, if they are too many to name them; else their ids.
+// Selects by status and queue where the jobs are too many to name them, else by their ids.
 async function selectMatching() {
   const {search, tag, group, queue, status} = params;
   const total = status && !search && !tag && !group ? counts[status] : 0;
@@ -8687,7 +8717,7 @@ function jobButtons({id, status, waits_for}) {
   });
 }
 
-// A job that runs or is done does not open with the error of an attempt before that.
+// Of a job that runs or is done, the error of an earlier attempt is not shown at the top.
 function currentError({status, error, attempt}) {
   if (!error || status === "running" || status === "done") {
     return {"error-title": "", error: ""};
@@ -8815,9 +8845,9 @@ const ACTIONS = {
   },
 };
 
-// Asks as the danger demands: nothing for one harmless change, a dialog for more or for a loss,
-// and the count, typed, for a large loss.
-function isConfirmed(action, total) {
+// Asks for as much as is at risk: nothing for one harmless change, a dialog for more changes or
+// for a loss, and the typed count for a large loss. The result may be a promise.
+function confirmAction(action, total) {
   const {label, isDangerous, isFinal, consequence} = ACTIONS[action];
   if (total === 1 && !isDangerous) {
     return true;
@@ -8837,7 +8867,7 @@ function openDialog() {
   const dialog = $("confirm");
   $("typed").value = "";
   $("yes").disabled = true;
-  setTimeout(allowYes, CLICK_GUARD);
+  setTimeout(allowYes, CLICK_GUARD);        // a double click does not confirm, too
   dialog.returnValue = "no";
   dialog.showModal();
   return new Promise(resolve => {
@@ -8878,7 +8908,7 @@ async function applyToAll(action, {queue, status}) {
 }
 
 async function applyToSelected(action) {
-  if (!await isConfirmed(action, selectionCount(action))) {
+  if (!await confirmAction(action, selectionCount(action))) {
     return "";
   }
   const {statuses} = ACTIONS[action];
@@ -8889,7 +8919,7 @@ async function applyToSelected(action) {
 }
 
 async function applyToOne({action, id}) {
-  if (!await isConfirmed(action, 1)) {
+  if (!await confirmAction(action, 1)) {
     return "";
   }
   const outcome = await applyToId(action, id);
@@ -8900,7 +8930,7 @@ async function applyToOne({action, id}) {
 }
 
 async function applyToQueue(action, about) {
-  return await isConfirmed(action, about.count) ? applyToAll(action, about) : "";
+  return await confirmAction(action, about.count) ? applyToAll(action, about) : "";
 }
 
 // -- Other actions ------------------------------------------------------------------------------
@@ -8934,6 +8964,7 @@ async function copyText(id) {
   notify("Copied");
 }
 
+// data-action of a button -> what it does; ACTIONS are those that change jobs.
 const PRESSES = {
   pause: about => pause("pause", about),
   resume: about => pause("resume", about),
@@ -8982,6 +9013,7 @@ async function fetchHealth() {
   return health;
 }
 
+// queues: the fields of its GET /queues; fetch: its other requests; draw: takes all the responses.
 const VIEWS = {
   overview: {
     queues: () => ({busy: true, limit: PAGE_QUEUES, search: params.find}),
@@ -9063,7 +9095,7 @@ function shownSince() {
   return time ? ` This page shows the state ${time}.` : "";
 }
 
-function showFailure(failure) {         // whether to wait for the token
+function showFailure(failure) {         // returns whether the page waits for the token
   const isLocked = failure.status === 401;
   if (failure.status === undefined) {
     console.error(failure);
