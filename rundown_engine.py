@@ -1527,12 +1527,16 @@ def check_header(path):
         application = int.from_bytes(header[68:72], 'big')
         if header[:16] != b'SQLite format 3\0' or application != APPLICATION_ID:
             raise StartupError(f'{path} is not a Rundown database; it was left as it is')
-        if version > SCHEMA_VERSION:
-            raise StartupError(
-                f'{path} was written by a newer engine (schema {version}, this one knows '
-                f'{SCHEMA_VERSION}); it was left as it is')
+        refuse_newer_schema(path, version)
     with contextlib.suppress(PermissionError):
         os.chmod(path, 0o600)
+
+
+def refuse_newer_schema(path, version):
+    if version > SCHEMA_VERSION:
+        raise StartupError(
+            f'{path} was written by a newer engine (schema {version}, this one knows '
+            f'{SCHEMA_VERSION}); it was left as it is')
 
 
 class DiskReserve:
@@ -1724,6 +1728,7 @@ class Database:
         # check_header() does not look at a file with a journal
         if not is_new and application != APPLICATION_ID:
             raise StartupError(f'{self.path} is not a Rundown database; it was left as it is')
+        refuse_newer_schema(self.path, version)
         if version == SCHEMA_VERSION:
             return
         if is_new:
@@ -2291,8 +2296,9 @@ SET_BACK = (
     # jobs that were due stay due
     f'''
     UPDATE jobs SET next_run_at = MIN(next_run_at, :now)
-    WHERE status = 'pending' AND hold IN ({BLOCKED}, {QUEUED_IN_GROUP})
-        AND next_run_at <= :before''',
+    WHERE status = 'pending' AND next_run_at <= :before
+        AND (hold IN ({BLOCKED}, {QUEUED_IN_GROUP})
+            OR hold = {DELAYED} AND attempt = 0 AND NOT has_run_at)''',
     # delays, of jobs that may wait for their group, too
     f'''
     UPDATE jobs SET next_run_at = next_run_at + :by

@@ -1885,18 +1885,28 @@ def check_deadlock(client, claim, waiting):
     needs_slot = job['status'] == 'pending' or (holds_only_slot and is_ours)
     if job['queue'] != queue or not needs_slot:
         return
+    give_up = waiting.next_call(0)['give_up']
+    if not has_job(client, claim.job['id'], give_up):
+        return      # it is another engine, whose queue has the same name
     text = f'{describe_job(claim.job)} waits for the job {job["id"]} of its own queue'
-    if holds_only_slot and not has_other_workers(client, queue, worker, waiting):
+    if holds_only_slot and not has_other_workers(client, queue, worker, give_up):
         raise Error(f'the handler of {text}, which needs its slot: raise the concurrency, use '
                     'another queue, or enqueue a job with `after`')
     note(logging.WARNING, 'the handler of %s, which has no free slot: it may wait for long', text)
 
 
-def has_other_workers(client, queue, worker, waiting):
+def has_job(client, id, give_up):
+    try:
+        client.call(f'/jobs?id={quote(id)}&brief=true', give_up=give_up)
+    except Refused:
+        return False
+    return True
+
+
+def has_other_workers(client, queue, worker, give_up):
     """Whether a queue has been polled lately by other workers than this one."""
     try:
-        path = f'/queues?queue={quote(queue)}'
-        page = client.call(path, give_up=waiting.next_call(0)['give_up'])
+        page = client.call(f'/queues?queue={quote(queue)}', give_up=give_up)
     except Refused:
         return True         # an older engine cannot tell
     return any(name != worker for row in page['queues'] for name in row['workers'])
@@ -2681,10 +2691,13 @@ class EventLoop:
         Returns False while that is not possible.
         """
         coroutine = task.get_coro()
+        frame = coroutine.cr_frame
+        if frame is None:       # it has ended
+            return True
         if not self.is_blocked or not coroutine.cr_running:
             self.call(task.cancel)
             return True
-        return try_raise(self.thread, interruption, within=coroutine.cr_frame)
+        return try_raise(self.thread, interruption, within=frame)
 
     def task_frames(self, task):
         coroutine = task.get_coro()
@@ -2799,7 +2812,8 @@ class AsyncSlot(Slot):
     def begin(self, claim):
         """Start a claim. Called in the loop's thread."""
         context = contextvars.Context()
-        self.task = self.event_loop.create_task(self._run_claim(claim), context, self._on_done)
+        on_done = functools.partial(self._on_done, claim)
+        self.task = self.event_loop.create_task(self._run_claim(claim), context, on_done)
         claim.asyncio_task = self.task
         if claim.outcome:       # it ended before there was a task to cancel
             self.task.cancel()
@@ -2816,8 +2830,13 @@ class AsyncSlot(Slot):
         claim.asyncio_task = None
         consumer.on_ended(claim, outcome)
 
-    def _on_done(self, task):
-        if not task.cancelled() and task.exception():
+    def _on_done(self, claim, task):
+        if task.cancelled():        # before it began: its loop was abandoned, or the claim ended
+            self.consumer.let_go(claim)
+            self.consumer.on_ended(claim, RELEASED)
+        elif isinstance(task.exception(), Interruption):        # just after its handler had ended
+            self.consumer.on_ended(claim, failure(task.exception()))
+        elif task.exception():
             self.consumer.worker.on_fault('asyncio', task.exception())
         if not self.is_abandoned:
             self.ready.on_slot(self)
@@ -6033,18 +6052,16 @@ class DjangoTasks:
     # between the two searches would not be found.
     def get_result(self, result_id):
         job = self._find_in_outbox(result_id)
-        if not job:
-            with missing_result(result_id):
-                job = default.client(self.host).job(result_id)
-        return self.stored_result(job)
+        with missing_result(result_id):
+            return self.stored_result(job or default.client(self.host).job(result_id))
 
     async def aget_result(self, result_id):
         job = self.database and await asgiref.sync.sync_to_async(self._find_in_outbox)(result_id)
-        if not job:
-            with missing_result(result_id):
+        with missing_result(result_id):
+            if not job:
                 client = default.client(self.host)
                 job = await async_calls.call(client, '/jobs/' + quote(result_id))
-        return self.stored_result(job)
+            return self.stored_result(job)
 
     def _find_in_outbox(self, id):
         return self.database and outbox_of(django.db.connections[self.database]).find(id)
@@ -6158,13 +6175,15 @@ def set_fields(result, **fields):
 
 @contextlib.contextmanager
 def missing_result(id):
-    """Raise Django's exception instead of the refusal of an engine that does not have the job."""
+    """Raise Django's exception if the engine does not have the job, or it is no task of Django."""
     try:
         yield
     except Refused as error:
         if error.status != HTTPStatus.NOT_FOUND:
             raise
         raise django.tasks.exceptions.TaskResultDoesNotExist(id) from None
+    except (Abort, ImportError) as error:
+        raise django.tasks.exceptions.TaskResultDoesNotExist(f'{id}: {error}') from None
 
 
 def as_django_json(value):

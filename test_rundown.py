@@ -1512,6 +1512,18 @@ def test_a_clock_set_back_by_an_hour_and_a_restart_delay_nothing_that_is_counted
     assert clocked.server.store.clock.now() < 1.8e15
 
 
+def test_a_delay_that_was_over_stays_over_if_the_clock_was_set_back(clocked, q):
+    clocked.enqueue(q, delay=10)
+    clocked.stop()
+    with contextlib.closing(sqlite3.connect(str(clocked.database))) as db:     # as after kill -9, before it was looked at
+        db.execute("UPDATE queues SET changed_at = ?", (int((clocked.clock.wall + 11) * 1000000),))
+        db.commit()
+    clocked.clock.wall -= 3600
+    clocked.start()
+    clocked.advance(1)
+    assert clocked.poll(q)
+
+
 def test_a_heartbeat_tells_the_next_engine_that_the_clock_was_set_back(clocked, q):
     held = claimed(clocked, q + "-held", timeout=10000)
     clocked.enqueue(q, delay=7200)
@@ -5418,6 +5430,16 @@ def test_a_database_that_is_not_ours_or_not_whole_is_refused_in_a_line_and_left_
     assert "jobs.db" in lines[0] and path.read_bytes() == data
 
 
+def test_a_newer_database_is_refused_beside_a_journal_too(tmp_path, kept):
+    path = tmp_path / "jobs.db"
+    path.write_bytes(NOT_OURS["of a newer version"](tmp_path / "made", kept))
+    (tmp_path / "jobs.db-journal").write_bytes(b"left over")
+    code, lines = refusal(tmp_path)
+    assert code == 2 and "was written by a newer engine (schema 99" in lines[0]
+    with contextlib.closing(sqlite3.connect(str(path))) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (99,)
+
+
 def test_a_database_that_cannot_be_made_is_refused_in_a_line(tmp_path):
     for name, reason in (
         ("missing/jobs.db", "missing does not exist"),
@@ -8379,6 +8401,23 @@ def test_an_async_handler_that_blocks_the_loop_is_named_and_can_time_out(engine,
     assert "time.sleep(0.01)" in ended(engine, job)["error"]
 
 
+def test_a_job_that_reaches_an_event_loop_just_before_it_is_replaced_runs_on_the_next_one(engine, work, q):
+    body = """
+        if payload == "block":
+            say("blocks")
+            time.sleep(1.6)
+        return payload
+    """
+    engine.enqueue(q, "block", timeout=0.5)
+    source = async_handler(q, body, concurrency=2)
+    worker = work("rw.MAX_LOOP_BLOCK = rw.HUNG_AFTER = 0.3\n" + source)
+    until(lambda: worker.said())
+    time.sleep(0.6)
+    began = time.monotonic()
+    assert ended(engine, engine.enqueue(q, "next", timeout=20, max_retries=0))["result"] == "next"
+    assert time.monotonic() - began < 15
+
+
 @pytest.mark.parametrize("other", ["async", "mixed"])
 def test_an_event_loop_that_stays_blocked_is_replaced(engine, work, q, other):
     body = """
@@ -8620,6 +8659,16 @@ def test_a_handler_that_enqueues_under_its_own_key_is_warned(engine, work, q):
     worker = work(handler(q, "rw.enqueue(%r, key='poller')" % q), run=BURST)
     worker.wait()
     assert "the key poller, which its own job holds" in worker.log()
+
+
+def test_a_handler_may_wait_for_a_job_of_another_engine_whose_queue_has_the_same_name(engine, own, work, q):
+    other = own()
+    job = engine.enqueue(q)
+    work(handler(q, "return rw.Client(%r).enqueue(%r).result()" % (other.url, q), max_retries=0))
+    until(lambda: other.get("/jobs?queue=" + q)["jobs"])
+    time.sleep(0.5)         # nobody polls that queue, so a wrong answer would come at once
+    other.tell("complete", other.poll(q), result=7)
+    assert ended(engine, job)["result"] == 7
 
 
 NEEDS_ITS_SLOT = {
@@ -8952,7 +9001,7 @@ def test_a_stopping_worker_lets_a_handler_go_at_its_next_checkpoint(engine, work
     until(lambda: len(worker.said()) > 4)
     began = time.monotonic()
     assert worker.stop() == 0
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 5
     job = engine.job(job)
     assert (job["status"], job["retries"]) == ("pending", 0)
     assert worker.said()[-2:] == ["let go", "cleaned up"]
@@ -11965,7 +12014,8 @@ def site(engine, shop, tmp_path_factory):
     assert site.stop() == 0
 
 
-def test_django_a_view_s_task_runs_after_its_commit_and_not_after_a_rollback(site):
+def test_django_a_view_s_task_runs_after_its_commit_and_not_after_a_rollback(site, engine, q):
+    other = engine.enqueue(q, "no task of Django")
     good, bad = site.run("""
         client = Client(raise_request_exception=False)
         good = [client.get("/buy/good%d" % number).content.decode() for number in range(20)]
@@ -11989,9 +12039,9 @@ def test_django_a_view_s_task_runs_after_its_commit_and_not_after_a_rollback(sit
                 backend.get_result(id)
             except TaskResultDoesNotExist:
                 answer += 1"""
-            % bad
+            % [*bad, other["id"]]
         )
-        == 3
+        == 4
     )
 
 
