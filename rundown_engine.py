@@ -221,6 +221,7 @@ OFFLOAD_BODY_BYTES = 256 << 10  # bodies from this size are parsed in a server t
 OFFLOAD_THREADS = 4             # server threads for requests that may take long
 MIN_DOWNLOAD_RATE = 256 << 10   # bytes per second at which a copy of the database has to be taken
 CHUNK_BYTES = 64 << 10          # bytes that are received, or read from a file, at a time
+MAX_JOINED_BYTES = 1 << 20      # bytes of a body up to which it is sent together with its head
 SMALL_MESSAGE_BYTES = 64 << 10  # requests and responses up to this size are never shed
 MAX_REQUEST_BUFFER = 64 << 20   # bytes of all requests that are not answered yet
 MAX_RESPONSE_BUFFER = 64 << 20  # bytes of all responses that are not taken yet
@@ -4748,8 +4749,8 @@ class EventLoop:
         self._note_lag(now)
 
     def _note_lag(self, now):
-        """Remember the longest time from a select() to the end of its commit, in seconds."""
-        lag = self.now - now
+        """Remember the longest time from a select() to the end of its pass, in seconds."""
+        lag = time.monotonic() - now
         if now >= self.lag_minute + 60:
             self.lag_minute = now
             self.lags = [lag, self.lags[0]]
@@ -5242,7 +5243,7 @@ class Outgoing:
         self.length = length_of(body)
         if not isinstance(body, bytes):
             self.rest = body
-        elif self.length > CHUNK_BYTES:
+        elif self.length > MAX_JOINED_BYTES:
             self.rest = io.BytesIO(body)        # which does not copy it
             self.rest_in_memory = self.length
         else:
@@ -5254,7 +5255,7 @@ class Outgoing:
         return len(self.piece) + self.rest_in_memory
 
     def send_piece(self, sock):
-        """Send what the socket takes now, at most CHUNK_BYTES. True once all is sent."""
+        """Send what the socket takes of the next piece. True once all is sent."""
         try:
             sent = sock.send(self.piece)
         except NOT_READY:
@@ -6287,6 +6288,8 @@ def make_server(db='rundown.db', host='127.0.0.1', port=PORT, sync='full', token
                            'write a secret into a file and give --token-file FILE')
     if token and not re.fullmatch('[!-~]+', token):
         raise StartupError('the token must be of visible ASCII characters, without spaces')
+    if key and not cert:
+        raise StartupError('--key needs --cert: without a certificate there is no TLS')
     tls = tls_context(cert, key) if cert else None
     ages = [parse_duration(keep), parse_duration(keep_failed)]
     try:

@@ -5454,6 +5454,7 @@ def test_a_database_that_cannot_be_made_is_refused_in_a_line(tmp_path):
 @pytest.mark.parametrize("arguments, reason", [
     (["--db", ":memory:"], "--db takes the name of a file"),
     (["--db", ""], "--db takes the name of a file"),
+    (["--key", "no.pem"], "--key needs --cert: without a certificate there is no TLS"),
     (["--port", "PORT"], "is taken: another engine or program listens there; --port takes another"),
 ])
 def test_an_engine_that_cannot_start_says_why(engine, tmp_path, arguments, reason):
