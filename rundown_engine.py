@@ -204,6 +204,7 @@ MAX_STEPS_SIZE = 8 << 20        # characters of the names and results of a job's
 MAX_DEPENDENTS_LISTED = 100     # dependents that GET /jobs/{id} names
 MAX_PRIORITIES_SCANNED = 100    # in search of a queue's oldest job
 MAX_UNSERVED_LISTED = 20        # queues in GET /queues that no worker polls
+SUSPICIOUS_SILENCE = 30         # seconds without a poll after which `why` mentions it
 WORKER_SILENCE = 120            # seconds without a poll until a queue counts as unserved
 MAX_RESPONSE = 16 << 20         # characters of jobs in a page, and claimed in one commit
 
@@ -212,7 +213,7 @@ MAX_HEAD = 32 << 10             # bytes in a request line and headers
 MAX_HEADERS = 100               # headers in a request
 MAX_QUERY = 16 << 10            # characters of a query
 MAX_KNOWN_HEADS = 1024          # parsed request heads in the cache
-MAX_KNOWN_HEAD_BYTES = 1024     # bytes of a request head that is cached
+MAX_KNOWN_HEAD_BYTES = 1024     # bytes of the longest request head that is cached
 KEEP_ALIVE_TIMEOUT = 120        # seconds until an idle connection is closed
 REQUEST_TIMEOUT = 30            # seconds a request may take to arrive, and a response to be taken
 LONG_POLL_TIMEOUT = 55          # seconds until a poll or wait is answered; proxies allow 60
@@ -229,6 +230,7 @@ DRAIN_TIMEOUT = 4               # seconds that requests in flight get when the e
 
 LOCK_TIMEOUT = 5                # seconds to wait for another program's write lock
 LOCK_RETRY_INTERVAL = 0.005     # seconds between two attempts to get that lock
+STARVED_POLL_INTERVAL = 0.005   # seconds until a poll that found no response budget tries again
 MAX_LISTEN_GAP = 0.05           # seconds without receiving after which leases are extended
 CLOCK_CHECK_INTERVAL = 1        # seconds between two comparisons with the wall clock
 # rows that one INSERT adds, a power of two; SQLite before 3.32 takes 999 values a statement
@@ -261,6 +263,11 @@ READY = 0
 DELAYED = 1                     # next_run_at has not come
 BLOCKED = 2                     # it waits for other jobs
 QUEUED_IN_GROUP = 3             # another job of its group has to end first
+
+# The column `state` of `dependencies`: how the job depended on has ended.
+UNRESOLVED = 0                  # it has not, or the dependent has not been told
+SUCCEEDED = 1                   # done
+FAILED = 2                      # failed, cancelled or purged
 
 
 class Transition(NamedTuple):
@@ -2234,8 +2241,8 @@ class Transaction:
     def paced(self, items):
         """Yield items until the time slice is over, but at least one.
 
-        All changes of a transaction share one SLICE_TIME, until new_slice() grants another. This
-        bounds how long others wait for the transaction.
+        All changes of a transaction share one SLICE_TIME, until end_slice(). This bounds how long
+        others wait for the transaction.
         """
         self.begin_slice()
         for item in items:
@@ -2252,7 +2259,7 @@ class Transaction:
         if self.slice_ends is None:
             self.slice_ends = time.monotonic() + self.slice_time
 
-    def new_slice(self):
+    def end_slice(self):
         """The next change begins a time slice of its own."""
         self.slice_ends = None
 
@@ -2318,6 +2325,8 @@ SELECT_DUE = f'''
     ORDER BY next_run_at LIMIT ?'''
 
 
+HAS_UNRESOLVED_DEPENDENT = f'''
+    SELECT 1 FROM dependencies WHERE dependency = ? AND state = {UNRESOLVED} LIMIT 1'''
 ACTIVE_IN_GROUP = f'''
     {FIND_JOB} queue = ? AND "group" = ? AND {UNFINISHED} AND hold < {QUEUED_IN_GROUP} LIMIT 1'''
 FIRST_IN_GROUP = f'''
@@ -2453,7 +2462,7 @@ class Jobs:
             tx.execute(statement, {'by': by, 'now': tx.now, 'before': before})
         self.shift_deadlines(tx, by / 1000000)
 
-    def release_due(self, tx):
+    def promote_due(self, tx):
         """A slice of making those delayed jobs READY whose time has come."""
         for job in tx.paced(tx.fetch_all(SELECT_DUE, tx.now, SLICE_ROWS)):
             tx.execute(f'UPDATE jobs SET hold = {READY} WHERE seq = ?', (job['seq'],))
@@ -2486,8 +2495,7 @@ class Jobs:
     def announce_end(self, tx, job, outcome):
         """Wake calls that wait for the job. Dependencies.resolve() will update its dependents."""
         tx.topics.add(('job', job['id']))
-        unresolved = 'SELECT 1 FROM dependencies WHERE dependency = ? AND state = 0 LIMIT 1'
-        if tx.fetch_one(unresolved, job['seq']):
+        if tx.fetch_one(HAS_UNRESOLVED_DEPENDENT, job['seq']):
             tx.execute('INSERT OR IGNORE INTO unresolved_ends VALUES (?, ?, ?)',
                        (job['seq'], job['id'], outcome))
             tx.wake_at(tx.now)
@@ -2708,7 +2716,7 @@ class Claims:
         self._record_poll(tx, queue, params)
         if tx.response_budget <= 0:     # run_due() wakes its waiters again a moment later
             tx.starved.add(queue)
-            tx.wake_at(tx.now + micros(LOCK_RETRY_INTERVAL))
+            tx.wake_at(tx.now + micros(STARVED_POLL_INTERVAL))
             return []
         limit = self.limits.claimable(tx, queue, params.get('limit', 1))
         if not limit:
@@ -2936,14 +2944,13 @@ def latest_lease(job, started_at):
 
 
 # -- Jobs: dependencies ----------------------------------------------------------------------------
-# `state` of a dependency, by the status of the job depended on; 0: that has not ended
-DEPENDENCY_STATE = {'done': 1, 'failed': 2, 'cancelled': 2, 'purged': 2}
-SUCCEEDED = 1
-FAILED = 2
+# the column `state` of a dependency, by what became of the job depended on
+DEPENDENCY_STATE = {'done': SUCCEEDED, 'failed': FAILED, 'cancelled': FAILED, 'purged': FAILED}
 SET_DEPENDENCY_STATE = 'UPDATE dependencies SET state = ? WHERE dependent = ? AND position = ?'
-NEXT_UNRESOLVED = '''
+NEXT_UNRESOLVED = f'''
     SELECT job AS seq, id, outcome AS status, dependent, position
-    FROM unresolved_ends LEFT JOIN dependencies ON dependency = job AND state = 0 LIMIT 1'''
+    FROM unresolved_ends LEFT JOIN dependencies ON dependency = job AND state = {UNRESOLVED}
+    LIMIT 1'''
 INFORMED_DEPENDENTS = '''
     SELECT dependent, position FROM dependencies WHERE dependency = ? AND state > 0 LIMIT ?'''
 DEPENDENCIES_OF = '''
@@ -3433,7 +3440,7 @@ class Retention:
 
     def _is_needed(self, seq):
         """Whether an unfinished job depends on it. A generator: there may be many dependents."""
-        for state in (0, SUCCEEDED, FAILED):
+        for state in (UNRESOLVED, SUCCEEDED, FAILED):
             last = 0
             while True:
                 rows = self.tx.fetch_all(NEXT_DEPENDENTS, seq, state, last, SLICE_ROWS)
@@ -3477,9 +3484,9 @@ AHEAD = f'''
         LIMIT 1000)'''
 RUNNING_OF_WORKERS = '''
     SELECT worker, queue, COUNT(*) FROM jobs WHERE status = 'running' GROUP BY worker, queue'''
-UNFINISHED_DEPENDENCIES = '''
+UNFINISHED_DEPENDENCIES = f'''
     SELECT id FROM dependencies JOIN jobs ON seq = dependency
-    WHERE dependent = ? AND state = 0 ORDER BY position LIMIT 4'''
+    WHERE dependent = ? AND state = {UNRESOLVED} ORDER BY position LIMIT 4'''
 
 
 STATUS_INDEXES = {'failed': 'jobs_failed', 'cancelled': 'jobs_failed', 'running': 'jobs_lease'}
@@ -3727,9 +3734,9 @@ class Queries:
         if polled_at is None:
             return no_worker_warning(row['queue'], tuple(self.workers.last_polled)[-20:])
         silence = (self.clock.now() - polled_at) // micros(1)
-        if silence >= 60:
+        if silence >= WORKER_SILENCE:
             return f'no worker has polled the queue for {silence // 60} minutes'
-        if silence >= 30 and row['hold'] == READY:
+        if silence >= 60 or (silence >= SUSPICIOUS_SILENCE and row['hold'] == READY):
             return f'no worker has polled the queue for {silence} seconds'
         return None
 
@@ -3985,7 +3992,7 @@ class Store:
         self.pauses = ()            # as of the last commit
         self.next_deadline = 0      # engine time at which run_due() has something to do
         self.maintenance = collections.deque([
-            self.schedules.run_due, self.jobs.expire, self.jobs.release_due,
+            self.schedules.run_due, self.jobs.expire, self.jobs.promote_due,
             self.claims.lose_overdue, self.dependencies.resolve, self.retention.run_due])
         self.starved = set()        # see Transaction.starved; run_due() wakes their polls
         self._check_set_back()
@@ -4534,7 +4541,7 @@ class Committer:
         log('there is room on the disk again: jobs are added' if takes_jobs else DISK_IS_FULL)
 
     def _maintain(self, tx):
-        tx.new_slice()      # requests may have used up theirs
+        tx.end_slice()      # requests may have used up theirs
         self.store.run_due(tx)
         if self.database.is_sparse:
             self.database.shrink(tx)
@@ -5689,7 +5696,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def remember_head(self, raw, head):
         """Cache an authorized head, since clients send the same one again and again."""
-        if len(raw) < MAX_KNOWN_HEAD_BYTES:
+        if len(raw) <= MAX_KNOWN_HEAD_BYTES:
             if len(self.known_heads) >= MAX_KNOWN_HEADS:
                 self.known_heads.clear()
             self.known_heads[raw] = head

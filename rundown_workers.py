@@ -1454,6 +1454,10 @@ def results(
     give_up: float | datetime.timedelta | None = None,
 ) -> list[R]:
     """The results of many jobs, in order: see Job.result. The timeout is for all together."""
+    jobs = list(jobs)
+    for job in jobs:
+        if not isinstance(job, Job):
+            raise Misuse(f'results() takes jobs, as enqueue() and get() return them, not {job!r}')
     deadline = deadline_after(timeout)
     return [job.result(max(0, deadline - time.monotonic()), give_up) for job in jobs]
 
@@ -2459,7 +2463,7 @@ class Claim(Saver):
         """Discard progress that is older than a checkpoint, and wait until none is in flight."""
         with self.lock:
             self.progress = None
-        until(lambda: not self.is_sending_progress or self.outcome, NEVER)
+        wait_until(lambda: not self.is_sending_progress or self.outcome, NEVER)
 
     def leave_if_stopping(self):
         """Raise Lost if the claim has ended. If the worker is stopping, release it first."""
@@ -2532,7 +2536,7 @@ class Slot:
 
     def run(self, claim):
         """The outcome of the claim's handler."""
-        return run_handler(self.consumer.handlers, claim.job, self.consumer.worker.app.surroundings)
+        return run_handler(self.consumer.handlers, claim.job, self.consumer.worker.app.wrappers)
 
     def call_hooks(self, event, claim, value):
         self.consumer.call_hooks(event, claim, value)
@@ -2821,7 +2825,7 @@ class AsyncSlot(Slot):
     async def _run_claim(self, claim):
         current.set(claim)
         consumer = self.consumer
-        around = consumer.worker.app.surroundings
+        around = consumer.worker.app.wrappers
         try:
             consumer.call_hooks('start', claim, None)
             outcome = await run_async_handler(consumer.handlers, claim.job, around)
@@ -3069,7 +3073,7 @@ def note(level, text, *values):
         log_writer.put(write_line, level, printable(text % values), time.time())
 
 
-def until(condition, deadline):
+def wait_until(condition, deadline):
     """Wait for a condition, until a deadline at most. Signals are handled meanwhile."""
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -3371,7 +3375,7 @@ class Fetcher:
             if not self.worker.app.waits_for_rates or not self._wait_for_rate():
                 self.idle_generation = generation
                 # a handler may wait for a job that it has added, so poll again after a while
-                until(self._may_have_jobs, time.monotonic() + BURST_INTERVAL)
+                wait_until(self._may_have_jobs, time.monotonic() + BURST_INTERVAL)
         elif self.is_prefetching:
             self.capacity_freed.wait(WATCH_INTERVAL)
         elif wait and time.monotonic() - began < min(1, LONG_POLL / 2):
@@ -4003,7 +4007,7 @@ class Shutdown:
         self._wait_for_handlers()
         self._release_strays()
         self._wait_for_reports()
-        until(self.worker.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
+        wait_until(self.worker.interruptions.have_taken_effect, NEVER)      # HUNG_AFTER at most
         self._end_threads()
 
     def _stop_claiming(self):
@@ -4025,7 +4029,7 @@ class Shutdown:
         for how in (socket.SHUT_WR, socket.SHUT_RDWR):
             for consumer in self.worker.consumers:
                 consumer.fetcher.client.shutdown(how)
-            until(self._have_fetchers_ended, time.monotonic() + RELEASE_WINDOW)
+            wait_until(self._have_fetchers_ended, time.monotonic() + RELEASE_WINDOW)
 
     def _have_fetchers_ended(self):
         return not any(consumer.fetcher.thread.is_alive() for consumer in self.worker.consumers)
@@ -4033,7 +4037,7 @@ class Shutdown:
     def _wait_for_handlers(self):
         """Wait until all have returned, and release those that have not at the deadline."""
         consumers = self.worker.consumers
-        until(lambda: not any(consumer.in_flight for consumer in consumers), self.deadline)
+        wait_until(lambda: not any(consumer.in_flight for consumer in consumers), self.deadline)
         self.worker.release(Lost)
         for consumer in consumers:
             for claim in consumer.in_flight.copy():     # let go before, and still cleaning up
@@ -4053,7 +4057,7 @@ class Shutdown:
 
     def _wait_for_reports(self):
         deadline = max(self.deadline, time.monotonic() + REPORT_GRACE)
-        until(lambda: not self.worker.count_unreported(), deadline)
+        wait_until(lambda: not self.worker.count_unreported(), deadline)
         unreported = self.worker.count_unreported()
         if unreported:
             note(logging.ERROR, 'outcomes of %d jobs were not reported; they will be handed out '
@@ -4070,13 +4074,13 @@ class Shutdown:
             session.client.close()
         for consumer in worker.consumers:
             consumer.fetcher.client.close()
-        until(lambda: not any(slot.is_terminating for slot in worker.slots()),
+        wait_until(lambda: not any(slot.is_terminating for slot in worker.slots()),
               time.monotonic() + TERM_GRACE + 1)
         for slot in worker.slots():
             slot.kill()
         if worker.started_event_loop:
             worker.started_event_loop.stop()
-        until(self._have_threads_ended, time.monotonic() + REPORT_GRACE)
+        wait_until(self._have_threads_ended, time.monotonic() + REPORT_GRACE)
         worker.call_stop_hooks()
 
     def _have_threads_ended(self):
@@ -4109,21 +4113,21 @@ CHILD_EVENTS = ('start_worker', 'start', 'success', 'failure', 'stop_worker')
 
 
 class ChildSettings(NamedTuple):
-    """Settings of a process that runs the handlers of a queue. For places, see place_of()."""
+    """Settings of a process that runs the handlers of a queue. For places, see location_of()."""
     handlers: dict          # task name -> place
-    surroundings: list      # places of the functions of around()
+    wrappers: list          # places of the functions of around()
     hooks: dict             # event -> list of places
     client: tuple           # the arguments of Client
     concurrency: int        # of the queue
     log_levels: dict        # name of a logger -> level
 
 
-def place_of(function):
+def location_of(function):
     """Module, file and qualified name of a function."""
     return function.__module__, inspect.getfile(function), function.__qualname__
 
 
-def has_place(function):
+def has_location(function):
     """Whether another process can find the function by its name."""
     return bool(re.fullmatch(r'\w+(\.\w+)*', getattr(function, '__qualname__', '<')))
 
@@ -4167,9 +4171,9 @@ class IsolatedSlot(Slot):
         functions = self.consumer.config.functions
         loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.copy().values()]
         return ChildSettings(
-            {name: place_of(function) for name, function in functions.items()},
-            [place_of(function) for function in app.surroundings],
-            {event: [place_of(hook) for hook in app.hooks[event] if has_place(hook)]
+            {name: location_of(function) for name, function in functions.items()},
+            [location_of(function) for function in app.wrappers],
+            {event: [location_of(hook) for hook in app.hooks[event] if has_location(hook)]
              for event in CHILD_EVENTS},
             self.consumer.session.settings,
             self.consumer.concurrency,
@@ -4247,7 +4251,7 @@ class IsolatedSlot(Slot):
         process calls them when it gets the job.
         """
         hooks = self.consumer.hooks[event]
-        ours = [hook for hook in hooks if not has_place(hook)]
+        ours = [hook for hook in hooks if not has_location(hook)]
         if event == 'start':
             self.consumer.call_hooks(event, claim, value, ours)
         elif self.process is None:
@@ -4412,7 +4416,7 @@ class Child:
         self.stopping = threading.Event()
         # set by load()
         self.handlers = None
-        self.surroundings = []
+        self.wrappers = []
         self.hooks = {event: [] for event in CHILD_EVENTS}
         self.client = None
         self.problem = None         # why the handlers cannot run, as text
@@ -4427,7 +4431,7 @@ class Child:
         settings = self.settings
         try:
             self.handlers = HandlerTable(import_all(settings.handlers))
-            self.surroundings = [import_function(*place) for place in settings.surroundings]
+            self.wrappers = [import_function(*place) for place in settings.wrappers]
             self.hooks = {event: [import_function(*place) for place in places]
                           for event, places in settings.hooks.items()}
             self.client = Client(*settings.client)
@@ -4465,7 +4469,7 @@ class Child:
         claim = ChildClaim(job, self)
         current.set(claim)
         self._call_hooks('start', job, None)
-        outcome = run_handler(self.handlers, job, self.surroundings)
+        outcome = run_handler(self.handlers, job, self.wrappers)
         has_failed = outcome.call == 'fail'
         error = error_text(outcome.value) if has_failed else None
         self.send(FINISHED, (outcome.call, outcome.fields, error))
@@ -4591,7 +4595,7 @@ class ProgramSlot(Slot):
         """Send SIGTERM if it still runs, then SIGKILL to the remaining members of its group."""
         if self.process.returncode is None:
             signal_group(self.process, signal.SIGTERM)
-            until(self._has_ended, time.monotonic() + TERM_GRACE)
+            wait_until(self._has_ended, time.monotonic() + TERM_GRACE)
         signal_group(self.process, KILL)
         self.process.wait()
 
@@ -4841,7 +4845,7 @@ class Registry:
             'start': [], 'success': [], 'failure': [], 'lost': [],
             'start_worker': [], 'stop_worker': [],
         }
-        self.surroundings = []          # generator functions: see around()
+        self.wrappers = []              # generator functions: see around()
 
     @suggest_known_options
     def queue(
@@ -5016,7 +5020,7 @@ class Registry:
         if not inspect.isgeneratorfunction(function):
             raise Misuse(
                 f'around decorates a generator function that yields once, not {function!r}')
-        self.surroundings.append(function)
+        self.wrappers.append(function)
         return function
 
 
@@ -6675,7 +6679,8 @@ def is_number(value):
 def command_purge(client, options):
     """Delete jobs. On a terminal it asks before it deletes those of all queues."""
     everywhere = options.id is None and options.queue is None
-    if everywhere and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
+    has_filter = options.status or options.tag      # the engine refuses to purge without one
+    if everywhere and has_filter and not options.yes and sys.stdin.isatty() and sys.stdout.isatty():
         tag = options.tag and repr(options.tag)
         words = ['Delete the', options.status, tag, 'jobs of all queues?']
         if not confirmed(' '.join(filter(None, words))):
@@ -6733,18 +6738,21 @@ class Reloader:
 
     def _watch(self):
         while not self.has_changed:
-            for file in self._files():
-                with contextlib.suppress(OSError):      # an editor may be replacing it
-                    modified_at = os.stat(file).st_mtime_ns
-                    known = self.modified_at.setdefault(file, modified_at)
-                    if known != modified_at or modified_at > self.started_at:
-                        self.has_changed = True
-                        note(logging.INFO, '%s has changed: the worker restarts', file)
+            self._check_files()
             if not self.has_changed:
                 time.sleep(RELOAD_INTERVAL)
         while True:
             default.stop()
             time.sleep(RELOAD_INTERVAL)     # run() may not have begun
+
+    def _check_files(self):
+        for file in self._files():
+            with contextlib.suppress(OSError):      # an editor may be replacing it
+                modified_at = os.stat(file).st_mtime_ns
+                known = self.modified_at.setdefault(file, modified_at)
+                if known != modified_at or modified_at > self.started_at:
+                    self.has_changed = True
+                    note(logging.INFO, '%s has changed: the worker restarts', file)
 
     def _files(self):
         """The source files of modules that are neither Python's nor installed.
