@@ -3967,11 +3967,14 @@ class Store:
     Calls that write take the loop's current transaction as their first argument.
     """
 
-    def __init__(self, database, clock=time, keep=0, keep_failed=0):
-        """`keep` and `keep_failed` are microseconds that ended jobs are kept; 0: for ever."""
+    def __init__(self, database, time_source=time, keep=0, keep_failed=0):
+        """`keep` and `keep_failed` are microseconds that ended jobs are kept; 0: for ever.
+
+        `time_source` has the functions time() and monotonic().
+        """
         # constant after start
         self.database = database
-        self.clock = Clock(clock)
+        self.clock = Clock(time_source)
         self.meter = Meter()
         with database.reading() as db:
             queues = db.execute('SELECT * FROM queues').fetchall()

@@ -4461,6 +4461,7 @@ class Child:
             if self.problem:
                 self.send(CRASHED, self.problem)
                 return
+            # a context of its own for each job, with what the hooks of `start_worker` have set
             contextvars.copy_context().run(self._run_job, job)
         for function in self.hooks['stop_worker']:
             call_hook('stop_worker', function)
@@ -6165,6 +6166,7 @@ class DjangoAttempt:
 def is_last_attempt(error):
     """Is the attempt that ended with this error the last one of the current job?"""
     claim = current.get()
+    # the worker has released the job, or lost its claim
     is_lost = claim.outcome is not None and claim.outcome.call != 'fail'
     # .get(), since the task may have removed keys of its job
     has_retries = claim.job.get('retries', 0) < claim.job.get('max_retries', 0)
