@@ -93,9 +93,10 @@ job. Isolate handlers that start programs: interrupting a thread does not end it
 killing a process does.
 
 Async handlers must not block the event loop; one that does so for more than a second is logged.
-They use `await step(...)` with a coroutine function, `await checkpoint(...)` and
-`async for item in track(...)`. Each job has its own context variables. job() also works in threads
-and thread pools of a handler.
+If it does not even end at its timeout, the loop is replaced, and the handlers that were suspended
+on it fail with CancelledError and are retried. They use `await step(...)` with a coroutine
+function, `await checkpoint(...)` and `async for item in track(...)`. Each job has its own context
+variables. job() also works in threads and thread pools of a handler.
 
 A handler must not wait for a job of its own queue that needs its slot: if it holds the only one,
 and no other worker polls the queue, the wait raises Error at once.
