@@ -7429,7 +7429,7 @@ svg {
   }
 
   #totals {
-    grid-template-columns: repeat(4, 1fr);
+    grid-template-columns: repeat(3, 1fr);
   }
 
   .tabs {
