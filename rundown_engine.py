@@ -4005,7 +4005,8 @@ class Store:
         with self.database.reading() as db:
             before = fetch_value(db, LAST_TIME) or 0
             # a schedule without jobs leaves no other trace of the time
-            has_stopped_schedule = fetch_value(db, HAS_STOPPED_SCHEDULE, (self.clock.now(),))
+            soon = self.clock.now() + micros(1)
+            has_stopped_schedule = fetch_value(db, HAS_STOPPED_SCHEDULE, (soon,))
         back = before - self.clock.now()
         if back <= micros(1) and not has_stopped_schedule:
             return

@@ -14623,18 +14623,27 @@ class Model:
         """The clock was set back over a restart: what was due stays so, and delays move with it."""
         for job in self.jobs.values():
             if job.status == "pending":
-                is_held = job.hold in (BLOCKED, QUEUED)
-                if is_held and job.next_run_at <= before:
+                is_delay = job.hold == DELAYED and not job.attempt and not job.is_timed
+                if (is_delay or job.hold in (BLOCKED, QUEUED)) and job.next_run_at <= before:
                     job.next_run_at = min(job.next_run_at, self.clock.now())
                 elif not job.is_timed and (job.hold == BLOCKED or job.hold in (DELAYED, QUEUED) and not job.attempt):
                     job.next_run_at += by
+        self.set_schedules_back()
+        self.shift(by)
+
+    def has_stopped_schedule(self):
+        soon = self.clock.now() + MICRO
+        return any(
+            not schedule["cron"] and schedule["next_run_at"] > soon + schedule["period"]
+            for schedule in self.schedules.values())
+
+    def set_schedules_back(self):
         now = self.clock.now()
         for schedule in self.schedules.values():
             if not schedule["cron"] and schedule["next_run_at"] > now + schedule["period"]:
                 schedule["next_run_at"] = now // MICRO * MICRO + schedule["period"]
                 while tick_id(schedule, schedule["next_run_at"]) in self.jobs:
                     schedule["next_run_at"] += MICRO
-        self.shift(by)
 
     def restart(self, before):
         """The engine starts again: its clock is the wall clock, and leases that end are extended.
@@ -14645,6 +14654,8 @@ class Model:
         now = self.clock.now()
         if before > now + MICRO:
             self.set_back(now - before, before)
+        elif self.has_stopped_schedule():
+            self.set_schedules_back()
         for job in self.jobs.values():
             if job.status == "running":
                 period = max(GRACE, job.lease or 0) if job.lease_until <= now else GRACE
