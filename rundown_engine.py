@@ -1041,7 +1041,7 @@ JOB_COLUMNS = {     # in the order of the JSON; times and durations are in micro
     'result': Column('TEXT', json_value, large=True, passive=True, rule=JSON_VALUE),
     'error': Column('TEXT', json_string, brief=json_last_line, large=True, passive=True,
                     rule=ERROR_TEXT),
-    'attempts': Column('TEXT', large=True),     # JSON: those that ended, except one that is done
+    'attempts': Column('TEXT', large=True),     # JSON: all ended ones, except one that is done
     'created_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS, passive=True),
     'updated_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS, passive=True),
     'next_run_at': shown('INTEGER NOT NULL', json_time, inserted=ALWAYS),
@@ -2197,7 +2197,7 @@ class Transaction:
         self.db = db
         self.now = now                          # microseconds since 1970, engine time
         self.response_budget = response_budget  # characters of jobs that polls may still claim
-        self.pauses = pauses                    # see Pause; those that still matter, oldest first
+        self.pauses = pauses                    # see Pause; oldest first, without outdated ones
         self.takes_jobs = True                  # False: the disk is full
         self.events = []                        # (event, queue, duration or None) for the metrics
         self.log_lines = []
@@ -2582,7 +2582,7 @@ class Producers:
             except Unavailable:
                 if len(rows) > 1 and tx.response_budget < budget:       # this request used it up
                     raise PayloadTooLarge(
-                        'jobs: those that exist already are too large for one answer; '
+                        'jobs: the existing ones are too large for one answer; '
                         'send fewer at a time') from None
                 raise
         if 'group' in fields:
@@ -3019,7 +3019,7 @@ class Dependencies:
         self.jobs.transition(tx, 'unblock', job, 'pending', due, waits_for=waits_for)
 
     def recheck(self, tx, job):
-        """Set the state of all dependencies anew; returns how many have not ended.
+        """Set the state of all dependencies again; returns how many have not ended.
 
         Conflict if one failed, and the job needs all of them to succeed.
         """
@@ -4197,7 +4197,7 @@ class BatchOperation(Operation):
 
 
 class EventWait:
-    """A wait for an event. Needs no transaction: only the loop's thread changes what it checks.
+    """A wait for an event, without a transaction: only the loop's thread changes its condition.
 
     It checks once whether the event is over. If not, it waits for its topic.
     """
@@ -4618,7 +4618,7 @@ class Offload:
         self.server = server
         self.max_threads = max_threads
         # safe without a lock
-        self.calls = SimpleQueue()      # those that no thread has taken
+        self.calls = SimpleQueue()      # no thread has taken them yet
         # touched by the loop's thread only
         self.unfinished = 0             # calls without a result yet
         self.threads = 0
@@ -5249,7 +5249,7 @@ class Outgoing:
     def __init__(self, head, body):
         """`body` is bytes or an open file."""
         self.piece = head           # bytes that are sent next
-        self.rest = None            # a stream of those that follow
+        self.rest = None            # a stream of the bytes that follow
         self.rest_in_memory = 0     # bytes of it that are in memory
         self.length = length_of(body)
         if not isinstance(body, bytes):
@@ -7817,7 +7817,7 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-function show(contents) {       // id -> what the element contains, or whether it is shown at all
+function show(contents) {       // id -> content of the element, or whether it is shown
   for (const [id, content] of Object.entries(contents)) {
     if (typeof content === "boolean") {
       $(id).hidden = !content;
@@ -8027,7 +8027,7 @@ function progressNodes(job, withTime) {
   return [el("progress", {max: 1, value: part, "aria-label": text}), " " + text + time];
 }
 
-// -- Tables: a column is a name, what it shows of an item, and whether that is a number ---------
+// -- Tables: a column is a name, a function of an item, and whether its value is a number -------
 function column(name, content = item => item[name], isNumber = false) {
   return {name, content, isNumber, label: name.replaceAll("_", " ")};
 }
@@ -8991,7 +8991,7 @@ async function copyText(id) {
   notify("Copied");
 }
 
-// data-action of a button -> what it does; ACTIONS are those that change jobs.
+// data-action of a button -> its function; ACTIONS change jobs.
 const PRESSES = {
   pause: about => pause("pause", about),
   resume: about => pause("resume", about),
@@ -9827,7 +9827,7 @@ class Worker {
   }
 }
 
-/** Reports of one kind. Those that come while a request is under way go together in the next. */
+/** Reports of one kind. Reports that come during a request go together in the next. */
 class Reports {
   waiting = [];
   isSending = false;
@@ -10020,7 +10020,7 @@ class Claim {
   }
 }
 
-/** Before the step runs: what the engine refuses afterwards would run again in each attempt. */
+/** Before the step runs: if the engine refused its name afterwards, each attempt would run it. */
 function checkStep(name, count) {
   if (typeof name !== "string" || !/^[^\p{Cc}\p{Cs}]{1,200}$/u.test(name)) {
     const rule = "a string of 1 to 200 characters without control characters";
@@ -10035,7 +10035,7 @@ function isGone({ status }) {
   return status === 404 || status === 409;
 }
 
-/** The fields of /fail. The last line says what was thrown, since lists of jobs show that one. */
+/** The fields of /fail. The last line names the error, since lists of jobs show that line. */
 function failure(error) {
   if (error instanceof Retry || error instanceof Abort) {
     const message = error.message || error.name;

@@ -975,7 +975,7 @@ class Caller:
         self.pool.shutdown(how)
 
     def close(self) -> None:
-        """Close the connections, also those that threads use. Nothing can be sent after that.
+        """Close the connections, even if threads are using them. Nothing can be sent after that.
 
         A call of an asyncio program that is in flight still gets its answer.
         """
@@ -1622,7 +1622,7 @@ class AsyncCalls:
             os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self):
-        """Start anew: a forked process does not have the thread.
+        """Start again: a forked process does not have the thread.
 
         The parent's loop is never freed here: that would close its connections, and so remove
         them from the epoll object that both processes share.
@@ -2892,7 +2892,7 @@ class Interruptions:
         return [slot for slot in list(self.interrupted_at) if slot.is_alive()]
 
     def hung(self):
-        """Those that still run HUNG_AFTER seconds after their interruption."""
+        """Slots that still run HUNG_AFTER seconds after their interruption."""
         latest = time.monotonic() - HUNG_AFTER
         return [slot for slot in self.running() if self.interrupted_at.get(slot, NEVER) <= latest]
 
@@ -2998,7 +2998,7 @@ RELEASED = Outcome('release')
 LOST = Outcome(None)
 REFUSALS = (400, 413)       # statuses: the request itself is wrong
 GONE = (404, 409)           # statuses: the claim no longer exists
-# what is logged when the requests of a worker begin to fail
+# log messages for the time when the requests of a worker begin to fail
 AWAY = 'engine away, trying again until it is back'
 REFUSING = 'engine refuses this worker, trying again until it does not'
 
@@ -4036,7 +4036,7 @@ class Shutdown:
         return not any(consumer.fetcher.thread.is_alive() for consumer in self.worker.consumers)
 
     def _wait_for_handlers(self):
-        """Wait until all have returned, and release those that have not at the deadline."""
+        """Wait until all have returned; at the deadline release the others."""
         consumers = self.worker.consumers
         wait_until(lambda: not any(consumer.in_flight for consumer in consumers), self.deadline)
         self.worker.release(Lost)
@@ -4462,7 +4462,7 @@ class Child:
             if self.problem:
                 self.send(CRASHED, self.problem)
                 return
-            # a context of its own for each job, with what the hooks of `start_worker` have set
+            # each job has its own copy of the variables that hooks of `start_worker` have set
             contextvars.copy_context().run(self._run_job, job)
         for function in self.hooks['stop_worker']:
             call_hook('stop_worker', function)
@@ -6330,7 +6330,7 @@ class Testing:
     def run(self, delayed: bool = False, **options: Any) -> None:
         """Run the due jobs, as run(burst=True) does.
 
-        With `delayed`, also those that are delayed, wait for a retry, or are held back by a rate:
+        With `delayed`, also jobs that are delayed, wait for a retry, or are held back by a rate:
         the clock moves on until they are due.
         """
         self.app.waits_for_rates = not delayed

@@ -4242,6 +4242,16 @@ def test_ten_thousand_waiting_polls_cost_little(own, q):
         assert statistics.median(took) < 0.1
 
 
+def lazy_client(stack, engine, data):
+    """A connection with a small buffer that has sent `data`. It reads only if the test does."""
+    client = stack.enter_context(socket.socket())
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(20)
+    client.connect((engine.host, engine.port))
+    client.sendall(data)
+    return client
+
+
 @pytest.mark.skipif(not LINUX, reason="reads memory from /proc")
 def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
     with files(2500), contextlib.ExitStack() as stack:
@@ -4250,12 +4260,8 @@ def test_clients_that_do_not_read_or_do_not_go_on_hold_nobody_up_and_go(own, q):
         job = engine.enqueue(q, "x" * (5 << 20))
         lazy = []
         for number in range(450):
-            connection = stack.enter_context(socket.socket())
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.settimeout(10)
-            connection.connect((engine.host, engine.port))
-            connection.sendall(request(engine, "GET /jobs/%s HTTP/1.1" % job["id"])[:None if number % 3 == 0 else -2])
-            lazy.append(connection)
+            asked = request(engine, "GET /jobs/%s HTTP/1.1" % job["id"])
+            lazy.append(lazy_client(stack, engine, asked if number % 3 == 0 else asked[:-2]))
         began = time.monotonic()
         assert engine.enqueue(q + "-other") and engine.poll(q + "-other")
         assert time.monotonic() - began < 8 and memory(engine.process) < 300      # 750 MB of answers were asked for
@@ -4302,12 +4308,7 @@ def test_whatever_is_called_answers_that_nobody_takes_are_bounded_in_memory(own)
         with contextlib.ExitStack() as stack:
             clients = []
             for _ in range(14):
-                client = stack.enter_context(socket.socket())
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                client.settimeout(20)
-                client.connect((engine.host, engine.port))
-                client.sendall(data)
-                clients.append(client)
+                clients.append(lazy_client(stack, engine, data))
             began = {client.recv(12) for client in clients}     # the rest is not taken
             assert began <= {b"HTTP/1.1 " + code for code in (b"200", b"204", b"413", b"503")}
         assert peak(engine) < 300, line     # 160 to 210 where this was measured
